@@ -1,7 +1,9 @@
 """Export: one graph over a frozen backbone, tasks as inputs, engine folders, parity with PyTorch."""
 
-from prompttune.export.build import FORMATS, add_task, export_engine, list_tasks, remove_task
+from prompttune.export.build import add_task, export_engine, list_tasks, remove_task
 from prompttune.export.folder import EngineFolder, Manifest, Task, load_task
+from prompttune.export.formats import FORMATS
+from prompttune.export.formats import Settings as ExportSettings
 from prompttune.export.graph import MultiTaskGraph, trace
 from prompttune.export.parity import Comparison, ParityReport
 from prompttune.export.proof import Gate
@@ -11,6 +13,7 @@ __all__ = [
     "FORMATS",
     "Comparison",
     "EngineFolder",
+    "ExportSettings",
     "Gate",
     "Manifest",
     "MultiTaskGraph",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 
 from prompttune.backbones import load_backbone
 from prompttune.checkpoints import read_config
-from prompttune.errors import UsageError, choose
+from prompttune.errors import UsageError
 from prompttune.export.folder import (
     MANIFEST,
     TASKS,
@@ -26,16 +26,20 @@ from prompttune.export.folder import (
     save_task,
     write_manifest,
 )
-from prompttune.export.onnx import MODEL_FILE, OPSET, WEIGHTS_FILE, export_onnx
+from prompttune.export.formats import BuildRequest, Settings, find_format
 from prompttune.export.parity import ATOL, BATCH_SIZES, MIN_AGREEMENT
 from prompttune.export.proof import Gate, fold_proven, open_runner, prove, require_passed
 from prompttune.export.samples import IMAGES, Data, Samples
-from prompttune.export.tasks import Checkpoints, Fit, check_fit, engine_backbone, fold_checkpoint, name_checkpoints
+from prompttune.export.tasks import (
+    Checkpoints,
+    Fit,
+    Folded,
+    check_fit,
+    engine_backbone,
+    fold_checkpoint,
+    name_checkpoints,
+)
 from prompttune.files import replacing_folder
-from prompttune.model import PromptModel
-
-FORMATS = ("onnx",)
-PRECISION = "fp32"
 
 OnStage = Callable[[str], None]
 """Called with what is being done now, in words."""
@@ -45,7 +49,7 @@ def export_engine(
     checkpoints: Checkpoints,
     output: str | Path,
     *,
-    format: str = "onnx",  # noqa: A002
+    format: str | Settings = "onnx",  # noqa: A002
     data: Data = None,
     parity: bool = True,
     atol: float = ATOL,
@@ -61,7 +65,7 @@ def export_engine(
     Args:
         checkpoints: folders, or task name → folder; a task is called as its folder unless named.
         output: the engine folder to make. It appears only when all is done and proven.
-        format: ``onnx``.
+        format: name of a format, or settings that name it with precision and the rest.
         data: images to prove parity on, for all tasks or by task name; None takes seeded noise.
         parity: compare the engine with PyTorch and refuse it if they differ.
         atol: largest allowed absolute difference of a logit.
@@ -81,7 +85,8 @@ def export_engine(
         EngineError: the checkpoints do not belong into one engine, or the graph cannot be exported.
         ParityError: the engine does not answer as PyTorch does.
     """
-    choose("format", format, FORMATS)
+    settings = (format if isinstance(format, Settings) else Settings(format)).resolved()
+    find_format(settings.format).check(settings)
     gate = Gate(atol, min_agreement, batch_sizes, images)
     target = Path(output)
     named = name_checkpoints(checkpoints)
@@ -94,7 +99,7 @@ def export_engine(
     folded = {name: fold_checkpoint(path, backbone) for name, path in named.items()}
     with replacing_folder(target) as temporary:
         on_stage("tracing and writing the graph")
-        manifest = _write_model(next(iter(folded.values())).model, temporary)
+        manifest = _write_model(folded, settings, Samples(data), temporary, on_stage)
         if parity:
             on_stage("comparing with PyTorch")
             runner = open_runner(temporary, manifest, {name: one.task for name, one in folded.items()})
@@ -120,10 +125,16 @@ def _check_output(target: Path, overwrite: bool) -> None:
         raise UsageError(f"{target} exists: choose another output or give --overwrite")
 
 
-def _write_model(model: PromptModel, folder: Path) -> Manifest:
-    inputs, outputs = export_onnx(model, folder)
+def _write_model(
+    folded: Mapping[str, Folded], settings: Settings, samples: Samples, folder: Path, on_stage: OnStage
+) -> Manifest:
+    model = next(iter(folded.values())).model
     backbone = model.backbone
-    files = [folder / name for name in (MODEL_FILE, WEIGHTS_FILE)]
+    states = {name: one.task.state for name, one in folded.items()}
+    request = BuildRequest(
+        model, settings, states, lambda name, count: samples.draw(name, folded[name].task, count)[0], on_stage
+    )
+    built = find_format(settings.format).build(request, folder)
     return Manifest(
         backbone={
             "name": backbone.name,
@@ -141,13 +152,18 @@ def _write_model(model: PromptModel, folder: Path) -> Manifest:
             "graph_settings": model.config.graph_settings(),
         },
         layout=model.state_layout(),
-        inputs=tuple(inputs),
-        outputs=tuple(outputs),
-        files={file.name: FileRecord.of(file) for file in files if file.is_file()},
-        format=FORMATS[0],
-        precision=PRECISION,
-        opset=OPSET,
+        inputs=tuple(built.inputs),
+        outputs=tuple(built.outputs),
+        files={name: FileRecord.of(folder / name) for name in built.files},
+        format=settings.format,
+        precision=settings.precision,
         tools=tool_versions(),
+        bank_precision=str(settings.bank_precision),
+        attention=str(settings.attention),
+        quantization=settings.quantization,
+        baked=tuple(folded) if settings.baked else None,
+        opset=built.opset,
+        details=built.details,
     )
 
 

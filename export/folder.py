@@ -193,8 +193,16 @@ class Manifest:
     files: dict[str, FileRecord]
     format: str
     precision: str
-    opset: int
     tools: dict[str, str]
+    bank_precision: str = "fp32"
+    """Of the bank's tensors, see :data:`prompttune.export.layout.DTYPES`."""
+    attention: str = "explicit"
+    quantization: str | None = None
+    baked: tuple[str, ...] | None = None
+    """Tasks that are constants of the model, in the order of their rows; None where the bank is an input."""
+    opset: int | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+    """What the format's runtime must know."""
     parity: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -204,7 +212,12 @@ class Manifest:
             "kind": "prompttune-engine",
             "format": self.format,
             "precision": self.precision,
+            "bank_precision": self.bank_precision,
+            "attention": self.attention,
+            "quantization": self.quantization,
+            "baked": None if self.baked is None else list(self.baked),
             "opset": self.opset,
+            "details": self.details,
             "backbone": self.backbone,
             "method": self.method,
             "inputs": [spec.to_dict() for spec in self.inputs],
@@ -227,7 +240,12 @@ class Manifest:
             files={name: FileRecord(one["size"], one["sha256"]) for name, one in values["files"].items()},
             format=values["format"],
             precision=values["precision"],
+            bank_precision=values["bank_precision"],
+            attention=values["attention"],
+            quantization=values["quantization"],
+            baked=None if values["baked"] is None else tuple(values["baked"]),
             opset=values["opset"],
+            details=values["details"],
             tools=values["tools"],
             parity=values["parity"],
         )

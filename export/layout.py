@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,6 +23,15 @@ State = Mapping[str, NDArray[np.float32]]
 BATCH, TASKS, CLASSES = "batch", "tasks", "classes"
 IMAGE, TASK_INDEX, LOGITS = "image", "task_index", "logits"
 HEAD_BIAS = "head.bias"
+
+DTYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
+"""Bank precision → numpy dtype; NumPy itself has no bfloat16."""
+FLOAT32 = np.dtype(np.float32)
+
+
+def bank_dtype(precision: str) -> np.dtype[Any]:
+    """numpy dtype of a bank precision; its name is that of the model's inputs."""
+    return np.dtype(DTYPES[precision])
 
 
 @dataclass(frozen=True)
@@ -47,12 +57,13 @@ def bank_input(key: str) -> str:
     return f"bank.{key}"
 
 
-def declare_inputs(layout: Layout, image_size: int) -> list[TensorSpec]:
+def declare_inputs(layout: Layout, image_size: int, bank_precision: str = "fp32") -> list[TensorSpec]:
     """Every input of a multi-task graph, in order: image, task_index, then the bank in the layout's order."""
+    dtype = bank_dtype(bank_precision).name
     return [
         TensorSpec(IMAGE, "float32", (BATCH, 3, image_size, image_size)),
         TensorSpec(TASK_INDEX, "int64", (BATCH,)),
-        *(TensorSpec(bank_input(key), "float32", (TASKS, *shape)) for key, shape in layout.items()),
+        *(TensorSpec(bank_input(key), dtype, (TASKS, *shape)) for key, shape in layout.items()),
     ]
 
 
@@ -94,16 +105,18 @@ def largest_axes(every: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return largest
 
 
-def empty_bank(layout: Layout, rows: int, axes: Mapping[str, int]) -> dict[str, NDArray[np.float32]]:
+def empty_bank(
+    layout: Layout, rows: int, axes: Mapping[str, int], dtype: np.dtype[Any] = FLOAT32
+) -> dict[str, NDArray[Any]]:
     """A bank of ``rows`` padding rows, key → [rows, ...]."""
     bank = {}
     for key, shape in layout.items():
         sizes = tuple(axes[axis] if isinstance(axis, str) else axis for axis in shape)
-        bank[key] = np.full((rows, *sizes), -np.inf if key == HEAD_BIAS else 0.0, dtype=np.float32)
+        bank[key] = np.full((rows, *sizes), -np.inf if key == HEAD_BIAS else 0.0, dtype=dtype)
     return bank
 
 
-def write_row(bank: Mapping[str, NDArray[np.float32]], row: int, state: State) -> None:
+def write_row(bank: Mapping[str, NDArray[Any]], row: int, state: State) -> None:
     """Write one task's state, key → [1, ...], into a bank's row; what it does not fill becomes padding."""
     for key, rows in bank.items():
         value = state[key][0]
@@ -111,11 +124,11 @@ def write_row(bank: Mapping[str, NDArray[np.float32]], row: int, state: State) -
         rows[row][tuple(slice(size) for size in value.shape)] = value
 
 
-def stack_states(layout: Layout, states: Iterable[State]) -> dict[str, NDArray[np.float32]]:
+def stack_states(layout: Layout, states: Iterable[State], dtype: np.dtype[Any] = FLOAT32) -> dict[str, NDArray[Any]]:
     """One bank that holds the given states, row i the i-th, padded to the largest."""
     held = list(states)
     axes = [bind_axes(layout, {key: value.shape for key, value in state.items()}, "a state") for state in held]
-    bank = empty_bank(layout, len(held), largest_axes(axes))
+    bank = empty_bank(layout, len(held), largest_axes(axes), dtype)
     for row, state in enumerate(held):
         write_row(bank, row, state)
     return bank

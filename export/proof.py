@@ -9,7 +9,6 @@ from pathlib import Path
 from prompttune.backbones import Backbone
 from prompttune.errors import ParityError, UsageError
 from prompttune.export.folder import Manifest, Task
-from prompttune.export.onnx import MODEL_FILE
 from prompttune.export.parity import (
     ATOL,
     BATCH_SIZES,
@@ -23,8 +22,8 @@ from prompttune.export.parity import (
     compare_tasks,
     state_reference,
 )
+from prompttune.export.runtimes import RuntimeOptions, StateRunner, open_runtime
 from prompttune.export.samples import IMAGES, Samples
-from prompttune.export.session import OnnxSession, SessionRunner
 from prompttune.export.tasks import Folded, engine_model, fold_checkpoint
 
 _MIXED_WITH = 7
@@ -50,10 +49,12 @@ class Gate:
             raise UsageError("parity needs batch sizes and a number of images of at least 1")
 
 
-def open_runner(folder: Path, manifest: Manifest, tasks: Mapping[str, Task]) -> SessionRunner:
+def open_runner(
+    folder: Path, manifest: Manifest, tasks: Mapping[str, Task], options: RuntimeOptions | None = None
+) -> StateRunner:
     """Open an engine folder's model with some tasks behind it."""
     states = {name: task.state for name, task in tasks.items()}
-    return SessionRunner(OnnxSession(folder / MODEL_FILE), manifest.layout, states)
+    return StateRunner(open_runtime(folder, manifest, options), manifest, states)
 
 
 def prove(

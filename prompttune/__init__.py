@@ -21,6 +21,7 @@ _LAZY = {
     "TrainConfig": "prompttune.training",
     "train": "prompttune.training",
     "evaluate": "prompttune.training",
+    "ExportSettings": "prompttune.export",
     "export_engine": "prompttune.export",
     "validate_engine": "prompttune.export",
     "Engine": "prompttune.serve",
@@ -30,6 +31,7 @@ _LAZY = {
 __all__ = [
     "Backbone",
     "Engine",
+    "ExportSettings",
     "LSPTConfig",
     "LinearConfig",
     "Output",
@@ -51,7 +53,7 @@ __all__ = [
 if TYPE_CHECKING:
     from prompttune.backbones import Backbone, load_backbone
     from prompttune.errors import PrompttuneError
-    from prompttune.export import export_engine, validate_engine
+    from prompttune.export import ExportSettings, export_engine, validate_engine
     from prompttune.methods import LinearConfig, LSPTConfig, SA2VPConfig, VPTDeepConfig, VPTShallowConfig
     from prompttune.model import Output, PromptModel
     from prompttune.preprocess import Preprocess

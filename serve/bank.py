@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from prompttune.errors import UsageError, choose
 from prompttune.export.folder import Task
-from prompttune.export.layout import Layout, bind_axes, empty_bank, largest_axes, write_row
-from prompttune.serve.runtimes.base import Runtime
+from prompttune.export.layout import FLOAT32, Layout, bind_axes, empty_bank, largest_axes, write_row
+from prompttune.export.runtimes import Runtime
 
 _CAPACITY = 4
 
@@ -52,16 +52,20 @@ class Bank:
         runtime: where the rows are placed.
         layout: the engine's.
         tasks: the tasks to begin with.
+        dtype: of the rows.
     """
 
-    def __init__(self, runtime: Runtime, layout: Layout, tasks: Mapping[str, Task]) -> None:
+    def __init__(
+        self, runtime: Runtime, layout: Layout, tasks: Mapping[str, Task], dtype: np.dtype[Any] = FLOAT32
+    ) -> None:
         self._runtime = runtime
         self._layout = layout
+        self._dtype = dtype
         self._lock = threading.RLock()
         self._leases: Counter[int] = Counter()
         self._retired: list[tuple[int, int]] = []
         """Rows no longer named, each with the last generation that names it."""
-        self._rows: dict[str, NDArray[np.float32]] = {}
+        self._rows: dict[str, NDArray[Any]] = {}
         self._axes: dict[str, int] = {}
         self._free: list[int] = []
         self._snapshot = Snapshot(0, {}, {})
@@ -144,7 +148,7 @@ class Bank:
 
     def _grow(self, capacity: int, axes: dict[str, int]) -> None:
         """Move to larger tensors; calls that already run keep the old ones."""
-        rows = empty_bank(self._layout, capacity, axes)
+        rows = empty_bank(self._layout, capacity, axes, self._dtype)
         entries = {
             name: _write(rows, row, entry.task, entry.version) for row, (name, entry) in enumerate(self.entries.items())
         }
@@ -154,7 +158,7 @@ class Bank:
         self._snapshot = Snapshot(self._snapshot.generation + 1, entries, placed)
 
 
-def _write(rows: Mapping[str, NDArray[np.float32]], row: int, task: Task, version: str) -> Entry:
+def _write(rows: Mapping[str, NDArray[Any]], row: int, task: Task, version: str) -> Entry:
     """Write a task's state into a row; the entry's state is what was written."""
     write_row(rows, row, task.state)
     state = {

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from prompttune.errors import DataError, UsageError
+from prompttune.export.runtimes import Array
 from prompttune.preprocess import Preprocess
 from prompttune.serve.engine import TOP_K, Engine, Prediction
-from prompttune.serve.runtimes.base import Array
 from prompttune.training.data.images import is_image, read_image
 
 BATCH_SIZE = 32

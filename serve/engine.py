@@ -16,13 +16,13 @@ from torch import Tensor
 from prompttune.backbones import Backbone
 from prompttune.errors import DataError, EngineError, UsageError, choose
 from prompttune.export.folder import EngineFolder, check_task_name
+from prompttune.export.layout import bank_dtype
 from prompttune.export.proof import Gate, fold_proven
+from prompttune.export.runtimes import Array, Runtime, RuntimeOptions, open_runtime
 from prompttune.export.samples import Samples
 from prompttune.export.tasks import Fit, check_fit, engine_backbone
 from prompttune.preprocess import Preprocess
 from prompttune.serve.bank import Bank, Entry, Snapshot
-from prompttune.serve.runtimes import open_runtime
-from prompttune.serve.runtimes.base import Array, Runtime
 from prompttune.training.data.images import read_image, to_rgb
 
 ImageLike = str | Path | Image.Image
@@ -75,9 +75,11 @@ class Engine:
     ) -> None:
         self.folder = EngineFolder(path, verify=verify)
         self.device = device
-        self._runtime = open_runtime(self.folder, device, threads)
+        manifest = self.folder.manifest
+        self._runtime = open_runtime(self.folder.path, manifest, RuntimeOptions(device, threads))
+        self._dtype = bank_dtype(manifest.bank_precision)
         tasks = {name: self.folder.read_task(name) for name in self.folder.tasks()}
-        self._bank = Bank(self._runtime, self.folder.manifest.layout, tasks)
+        self._bank = Bank(self._runtime, manifest.layout, tasks, self._dtype)
         self._transforms: dict[Preprocess, Callable[[Image.Image], Tensor]] = {}
         self._backbone: Backbone | None = None
 
@@ -248,7 +250,7 @@ class Engine:
                 checkpoint,
                 self._backbone,
                 {one: entry.task for one, entry in snapshot.entries.items()},
-                lambda tasks: _Trial(self._runtime, Bank(self._runtime, manifest.layout, tasks)),
+                lambda tasks: _Trial(self._runtime, Bank(self._runtime, manifest.layout, tasks, self._dtype)),
                 Samples(),
                 Gate() if parity else None,
             )

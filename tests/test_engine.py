@@ -12,9 +12,9 @@ from PIL import Image
 import prompttune as pt
 from prompttune.errors import DataError, EngineError, MissingExtraError, ParityError, UsageError
 from prompttune.export import EngineFolder
+from prompttune.export.runtimes import Runtime
 from prompttune.export.tasks import fold_checkpoint
 from prompttune.serve.bank import Bank
-from prompttune.serve.runtimes.base import Runtime
 from tests.engines import SIZE, backbone, checkpoint, copied, exported, model_of, noise
 
 

@@ -16,11 +16,11 @@ from prompttune.export import (
     MultiTaskGraph,
     Task,
     add_task,
-    build,
     export_engine,
     list_tasks,
     remove_task,
 )
+from prompttune.export.formats import onnx as formats_onnx
 from prompttune.export.layout import bind_axes, stack_states
 from prompttune.export.onnx import verify_onnx
 from prompttune.export.tasks import fold_checkpoint
@@ -153,7 +153,7 @@ def test_an_engine_that_fails_the_gate_is_not_put_in_place(tmp_path, monkeypatch
             shutil.copy(exported("linear") / name, target)
         return manifest.inputs, manifest.outputs
 
-    monkeypatch.setattr(build, "export_onnx", copied_model)
+    monkeypatch.setattr(formats_onnx, "export_onnx", copied_model)
     before = (folder / "engine.json").read_bytes()
     with pytest.raises(ParityError, match=r"logits differ by .*, allowed 0 .*; the engine was not put in place"):
         export_engine([checkpoint("linear", 2)], folder, overwrite=True, atol=0.0)

@@ -1,0 +1,114 @@
+"""What a runtime offers: run a model file, and keep banks where it can reach them."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prompttune.errors import EngineError, UsageError
+from prompttune.export.folder import Manifest
+from prompttune.export.layout import State, bank_dtype, stack_states
+
+Array = NDArray[np.float32]
+BankArray = NDArray[Any]
+"""A bank tensor on the host, in the engine's bank precision."""
+
+_RUNTIMES = {
+    "onnx": ("prompttune.export.runtimes.onnxruntime", "OnnxRuntime"),
+}
+"""Format of an engine → module and class of its runtime: a :class:`Runtime` made of (folder, manifest, options)."""
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """How to open an engine; options that a runtime does not know how to follow raise :class:`UsageError`."""
+
+    device: str = "cpu"
+    """``cpu``, ``cuda`` or ``cuda:INDEX``."""
+    threads: int | None = None
+    """CPU threads of one operator; None takes one for each core."""
+    cuda_graph: bool = False
+    """Capture one CUDA graph for each batch size and replay it."""
+    provider: str | None = None
+    """``tensorrt``: ONNX Runtime's TensorRT execution provider; None takes the device's own."""
+    cache: Path | None = None
+    """Folder for what a provider compiles, kept between runs."""
+
+    @property
+    def cuda_index(self) -> int | None:
+        """Index of the CUDA device, None on a CPU.
+
+        Raises:
+            UsageError: the device is neither ``cpu`` nor ``cuda`` nor ``cuda:INDEX``.
+        """
+        kind, _, index = self.device.partition(":")
+        if kind == "cpu" and not index:
+            return None
+        if kind != "cuda" or (index and not index.isdigit()):
+            raise UsageError(f"unknown device {self.device!r}; known: cpu, cuda, cuda:INDEX")
+        return int(index or 0)
+
+
+class Runtime(ABC):
+    """One model file, open on one device. Calls of :meth:`run` from several threads may overlap."""
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """Runtime, version and device, in words."""
+
+    @abstractmethod
+    def place(self, rows: BankArray) -> Any:
+        """Make a bank tensor [T, ...] reachable for :meth:`run`; ``rows`` stays the host's copy of it."""
+
+    @abstractmethod
+    def update(self, placed: Any, rows: BankArray, row: int) -> None:
+        """Carry a changed row of the host's copy over to the placed tensor, while other rows may be in use."""
+
+    @abstractmethod
+    def run(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
+        """Logits float32 [B, C].
+
+        Args:
+            images: contiguous float32, normalised [B, 3, S, S].
+            task_index: [B], each within the bank; the caller has checked that.
+            bank: state key → placed tensor; empty for an engine with its bank baked in.
+        """
+
+
+def open_runtime(folder: Path, manifest: Manifest, options: RuntimeOptions | None = None) -> Runtime:
+    """Open a folder's model with the runtime of its format.
+
+    Raises:
+        EngineError: the format is unknown, or the runtime cannot open the model.
+        MissingExtraError: the format or the device needs an extra that is not installed.
+    """
+    known = _RUNTIMES.get(manifest.format)
+    if known is None:
+        raise EngineError(f"{folder} has the format {manifest.format!r}; known: {', '.join(_RUNTIMES)}")
+    module, name = known
+    opened: Runtime = getattr(importlib.import_module(module), name)(folder, manifest, options or RuntimeOptions())
+    return opened
+
+
+class StateRunner:
+    """Tasks of fixed states behind a runtime: what parity compares with PyTorch."""
+
+    def __init__(self, runtime: Runtime, manifest: Manifest, states: Mapping[str, State]) -> None:
+        self._runtime = runtime
+        self._row = {name: row for row, name in enumerate(states)}
+        stacked = stack_states(manifest.layout, states.values(), bank_dtype(manifest.bank_precision))
+        self._bank = {key: runtime.place(rows) for key, rows in stacked.items()}
+        self.description = runtime.description
+
+    def logits(self, images: Array, tasks: Sequence[str]) -> Array:
+        """Logits [B, C] of images [B, 3, S, S], row i for ``tasks[i]``; C is the largest class count."""
+        index = np.array([self._row[task] for task in tasks], dtype=np.int64)
+        return self._runtime.run(np.ascontiguousarray(images), index, self._bank)
