@@ -31,7 +31,8 @@ FLOAT32 = np.dtype(np.float32)
 
 def bank_dtype(precision: str) -> np.dtype[Any]:
     """numpy dtype of a bank precision; its name is that of the model's inputs."""
-    return np.dtype(DTYPES[precision])
+    dtype: np.dtype[Any] = np.dtype(DTYPES[precision])
+    return dtype
 
 
 @dataclass(frozen=True)
