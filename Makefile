@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quality bench wheel-smoke clean
+.PHONY: help install demo test quality tensorrt-contract bench wheel-smoke clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,8 +37,11 @@ quality: install ## ruff, the formatter and strict mypy
 	$(BIN)/ruff format --check .
 	PYTHON=$(BIN)/python scripts/typecheck.sh
 
-bench: install ## time every method's forward against the plain backbone
-	$(BIN)/python -m benchmarks.forward $(ARGS)
+tensorrt-contract: install ## every name of TensorRT in the sources against NVIDIA's bindings, no GPU needed
+	$(BIN)/python scripts/tensorrt_contract.py
+
+bench: install ## run the benchmark suite; ARGS="--only mixing --rounds 5" for a part of it
+	$(BIN)/python -m benchmarks $(ARGS)
 
 wheel-smoke: install ## build the wheel, install it elsewhere and use it there
 	PYTHON=$(BIN)/python scripts/wheel_smoke.sh

@@ -10,7 +10,7 @@ from functools import partial
 import click
 import torch
 
-from benchmarks.common import interleaved, ratio, write_csv
+from benchmarks.common import Run, ratio, run_options
 from prompttune.layers.aligned_attention import AlignedAttention
 
 
@@ -19,20 +19,25 @@ from prompttune.layers.aligned_attention import AlignedAttention
 @click.option("--window", default=3, show_default=True)
 @click.option("--heads", default=12, show_default=True)
 @click.option("--channels", default=64, show_default=True, help="Channels of a head.")
-@click.option("--rounds", default=7, show_default=True)
-@click.option("--device", default="cpu", show_default=True)
+@run_options
 @torch.inference_mode()
-def main(sides: tuple[int, ...], window: int, heads: int, channels: int, rounds: int, device: str) -> None:
-    target = torch.device(device)
+def main(
+    sides: tuple[int, ...],
+    window: int,
+    heads: int,
+    channels: int,
+    run: Run,
+) -> None:
+    target = run.target
     rows = []
     for side in sides:
         q, k, v = (torch.randn(1, heads, 1 + side * side, channels, device=target) for _ in range(3))
         kinds = {name: AlignedAttention((side, side), 1, window, name).to(target) for name in ("masked", "gathered")}
-        seconds = interleaved({name: partial(kind, q, k, v) for name, kind in kinds.items()}, rounds, target)
+        seconds = run.interleaved({name: partial(kind, q, k, v) for name, kind in kinds.items()})
         over = ratio(seconds["gathered"], seconds["masked"])
         rows.append({"side": side, "tokens": q.shape[2], "window": window, "gathered_over_masked": f"{over:.3f}"})
         click.echo(f"{side:3d} x {side:<3d} gathered takes {over:6.2f} x masked")
-    click.echo(f"wrote {write_csv(f'attention_{target.type}', rows, target)}")
+    run.write_csv(f"attention_{target.type}", rows)
 
 
 if __name__ == "__main__":

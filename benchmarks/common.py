@@ -1,76 +1,137 @@
-"""What the benchmarks share: interleaved timing, ratios, and CSV files that name machine and versions."""
+"""What the benchmarks share: options, interleaved timing, ratios, and CSV files that name machine and versions."""
 
 from __future__ import annotations
 
-import csv
-import platform
-import statistics
+import dataclasses
+import functools
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import timm
+import click
 import torch
 
+import prompttune as pt
+from prompttune.serve.bench import BenchReport, Latency, Ratio, Rounds, bench_engine, interleaved
+from prompttune.serve.bench.machine import machine_columns, write_csv
+
 RESULTS = Path(__file__).parent / "results"
+WARMUP = 2
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Key = TypeVar("Key")
 
 
-def machine(device: torch.device) -> dict[str, str]:
-    """Columns that every result file ends with."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {
-        "hardware": name,
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "command": "python -m " + " ".join([_module(), *sys.argv[1:]]),
-    }
+@dataclass(frozen=True)
+class Model:
+    """Which backbone a benchmark runs on."""
+
+    backbone: str
+    image_size: int
+    weights: str
+
+    def load(self) -> pt.Backbone:
+        return pt.load_backbone(self.backbone, self.image_size, self.weights)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What a row says of it."""
+        return {"backbone": self.backbone, "image_size": self.image_size}
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0]} x{len(models)}" if models else platform.processor()
+@dataclass(frozen=True)
+class Run:
+    """How often, where and with how many threads everything is timed, and where the figures go."""
+
+    rounds: int
+    threads: int
+    device: str
+    results: Path
+
+    @property
+    def target(self) -> torch.device:
+        return torch.device(self.device)
+
+    @property
+    def timed(self) -> Rounds:
+        """The rounds behind the suite's warm-up."""
+        return Rounds(WARMUP, self.rounds)
+
+    def interleaved(self, runs: Mapping[Key, Callable[[], Any]]) -> dict[Key, list[float]]:
+        """Seconds of each run, taken in turn so that a noisy machine disturbs all alike."""
+        torch.set_num_threads(self.threads)
+        target = self.target
+        return interleaved(runs, self.timed, lambda: torch.cuda.synchronize(target) if target.type == "cuda" else None)
+
+    def bench(self, engine: Path, batches: Sequence[int], **arguments: Any) -> BenchReport:
+        """An engine beside what it is held against, without the costs of adding and switching tasks."""
+        return bench_engine(
+            engine,
+            batch_sizes=batches,
+            threads=self.threads,
+            device=self.device,
+            rounds=self.timed,
+            task_costs=False,
+            **arguments,
+        )
+
+    def write_csv(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows with the machine's columns to ``<results>/<name>.csv``, and say so."""
+        command = f"python -m benchmarks.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip()
+        path = self.results / f"{name}.csv"
+        write_csv(path, rows, machine_columns(self.device, self.threads, command))
+        click.echo(f"wrote {path}")
 
 
-def _module() -> str:
-    return f"benchmarks.{Path(sys.argv[0]).stem}"
+_MODEL_OPTIONS = [
+    click.option("--backbone", default="vit_base_patch16_224", show_default=True, help="timm name."),
+    click.option("--image-size", default=224, show_default=True),
+    click.option("--weights", default="random", show_default=True, help="Of the backbone: random, auto or a file."),
+]
+_RUN_OPTIONS = [
+    click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Timed rounds."),
+    click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="CPU threads of every side."),
+    click.option("--device", default="cpu", show_default=True),
+    click.option("--results", type=click.Path(path_type=Path), default=RESULTS, help="Folder for the CSV file."),
+]
 
 
-def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each run, taken in turn so that a noisy machine disturbs all alike; one warm-up round first."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(rounds + 1):
-        for name, run in runs.items():
-            _synchronize(device)
-            start = time.perf_counter()
-            run()
-            _synchronize(device)
-            if round_ > 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+def _packed(name: str, kind: type, options: Sequence[Callable[[Command], Command]], command: Command) -> Command:
+    """``command`` with some options that reach it as one argument ``name`` of type ``kind``."""
+    fields = [field.name for field in dataclasses.fields(kind)]
+
+    @functools.wraps(command)
+    def pack(**values: Any) -> Any:
+        return command(**{name: kind(*(values.pop(field) for field in fields))}, **values)
+
+    for option in reversed(options):
+        pack = option(pack)
+    return pack
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def model_options(command: Command) -> Command:
+    """``--backbone``, ``--image-size`` and ``--weights`` as the argument ``model``."""
+    return _packed("model", Model, _MODEL_OPTIONS, command)
 
 
-def ratio(seconds: list[float], floor: list[float]) -> float:
-    """Median over median."""
-    return statistics.median(seconds) / statistics.median(floor)
+def run_options(command: Command) -> Command:
+    """``--rounds``, ``--threads``, ``--device`` and ``--results`` as the argument ``run``."""
+    return _packed("run", Run, _RUN_OPTIONS, command)
 
 
-def write_csv(name: str, rows: list[dict[str, Any]], device: torch.device) -> Path:
-    """Write rows with the machine's columns to ``results/<name>.csv``."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.csv"
-    columns = machine(device)
-    with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=[*rows[0], *columns])
-        writer.writeheader()
-        writer.writerows([{**row, **columns} for row in rows])
-    return path
+def batch_option(*default: int) -> Callable[[Command], Command]:
+    """``--batch``, repeatable."""
+    return click.option("--batch", "batches", multiple=True, type=int, default=default, show_default=True)
+
+
+def ratio(seconds: Sequence[float], floor: Sequence[float]) -> float:
+    """Median of the rounds' ratios."""
+    return Ratio.of(seconds, floor).median
+
+
+def speed(batch: int, seconds: Sequence[float], floor: Sequence[float], over: str) -> dict[str, str]:
+    """Columns ``over`` and ``images_per_s`` of one run of ``batch`` images."""
+    return {over: f"{ratio(seconds, floor):.3f}", "images_per_s": f"{Latency.of(seconds).per(batch):.2f}"}

@@ -7,7 +7,6 @@ python -m benchmarks.training_step --batch 4                                  # 
 from __future__ import annotations
 
 import resource
-import statistics
 from collections.abc import Callable
 
 import click
@@ -15,8 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import prompttune as pt
-from benchmarks.common import interleaved, ratio, write_csv
-from benchmarks.forward import DTYPES
+from benchmarks.common import DTYPES, Model, Run, model_options, run_options, speed
 from prompttune.methods import METHODS
 
 
@@ -43,24 +41,27 @@ def peak_mib(device: torch.device) -> float:
 
 
 @click.command(help=__doc__)
-@click.option("--backbone", default="vit_base_patch16_224", show_default=True)
-@click.option("--image-size", default=224, show_default=True)
+@model_options
 @click.option("--batch", default=4, show_default=True)
 @click.option("--method", type=click.Choice(list(METHODS)), default="sa2vp", show_default=True)
-@click.option("--rounds", default=5, show_default=True)
-@click.option("--device", default="cpu", show_default=True)
 @click.option("--precision", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
 @click.option("--compile/--no-compile", "compiled", default=False, help="Measure torch.compile beside eager.")
+@run_options
 def main(
-    backbone: str, image_size: int, batch: int, method: str, rounds: int, device: str, precision: str, compiled: bool
+    model: Model,
+    batch: int,
+    method: str,
+    precision: str,
+    compiled: bool,
+    run: Run,
 ) -> None:
-    target = torch.device(device)
-    frozen = pt.load_backbone(backbone, image_size, "random").to(target)
-    images = torch.randn(batch, 3, image_size, image_size, device=target)
+    target = run.target
+    frozen = model.load().to(target)
+    images = torch.randn(batch, 3, model.image_size, model.image_size, device=target)
     targets = torch.randint(0, 100, (batch,), device=target)
-    model = pt.PromptModel(frozen, METHODS[method](), num_classes=100).to(target)
+    trained = pt.PromptModel(frozen, METHODS[method](), num_classes=100).to(target)
     steps = {"plain forward": torch.inference_mode()(lambda: frozen.model(images))}
-    steps["eager"] = training_step(model.train(), images, targets)
+    steps["eager"] = training_step(trained.train(), images, targets)
     if compiled:
         plain = torch.compile(frozen.model)
         steps["plain forward, compiled"] = torch.inference_mode()(lambda: plain(images))
@@ -75,24 +76,22 @@ def main(
                 torch.cuda.reset_peak_memory_stats(target)
             step()
             memory[name] = peak_mib(target)
-        seconds = interleaved(steps, rounds, target)
+        seconds = run.interleaved(steps)
     for name, values in seconds.items():
-        over = ratio(values, seconds["plain forward"])
         rows.append(
             {
-                "backbone": backbone,
+                **model.columns,
                 "precision": precision,
                 "batch": batch,
                 "method": "" if name.startswith("plain") else method,
                 "step": name,
-                "over_plain_forward": f"{over:.3f}",
-                "images_per_s": f"{batch / statistics.median(values):.2f}",
+                **speed(batch, values, seconds["plain forward"], "over_plain_forward"),
                 "peak_mib": f"{memory[name]:.0f}",
             }
         )
-        speed, peak = rows[-1]["images_per_s"], rows[-1]["peak_mib"]
-        click.echo(f"{name:24s} {over:5.2f} x plain forward  {speed:>9s} images/s  {peak:>7s} MiB peak")
-    click.echo(f"wrote {write_csv(f'training_step_{target.type}_{precision}', rows, target)}")
+        over, images, peak = (rows[-1][key] for key in ("over_plain_forward", "images_per_s", "peak_mib"))
+        click.echo(f"{name:24s} {over:>6s} x plain forward  {images:>9s} images/s  {peak:>7s} MiB peak")
+    run.write_csv(f"training_step_{target.type}_{precision}", rows)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,10 @@ from prompttune.export.folder import (
     write_manifest,
 )
 from prompttune.export.formats import BuildRequest, Settings, find_format
-from prompttune.export.parity import ATOL, BATCH_SIZES, MIN_AGREEMENT
-from prompttune.export.proof import Gate, fold_proven, open_runner, prove, require_passed
-from prompttune.export.samples import IMAGES, Data, Samples
+from prompttune.export.gate import Gate, engine_precision, loosest
+from prompttune.export.proof import fold_proven, open_runner, prove, require_passed
+from prompttune.export.runtimes import RuntimeOptions
+from prompttune.export.samples import Data, Samples
 from prompttune.export.tasks import (
     Checkpoints,
     Fit,
@@ -52,10 +53,11 @@ def export_engine(
     format: str | Settings = "onnx",  # noqa: A002
     data: Data = None,
     parity: bool = True,
-    atol: float = ATOL,
-    min_agreement: float = MIN_AGREEMENT,
-    batch_sizes: Sequence[int] = BATCH_SIZES,
-    images: int = IMAGES,
+    atol: float | None = None,
+    min_agreement: float | None = None,
+    max_accuracy_loss: float | None = None,
+    batch_sizes: Sequence[int] | None = None,
+    images: int | None = None,
     weights: str | Path | None = None,
     overwrite: bool = False,
     on_stage: OnStage = lambda _: None,
@@ -68,8 +70,10 @@ def export_engine(
         format: name of a format, or settings that name it with precision and the rest.
         data: images to prove parity on, for all tasks or by task name; None takes seeded noise.
         parity: compare the engine with PyTorch and refuse it if they differ.
-        atol: largest allowed absolute difference of a logit.
+        atol: largest allowed absolute difference of a logit; this and what is None up to ``images`` follows the
+            precision, see :meth:`Gate.for_precision`.
         min_agreement: smallest allowed share of images with the same top class.
+        max_accuracy_loss: largest allowed loss of top-1 on labelled images.
         batch_sizes: batch sizes to compare at.
         images: images to compare each task on.
         weights: where to take the backbone's weights from, if not from where training took them.
@@ -86,8 +90,18 @@ def export_engine(
         ParityError: the engine does not answer as PyTorch does.
     """
     settings = (format if isinstance(format, Settings) else Settings(format)).resolved()
-    find_format(settings.format).check(settings)
-    gate = Gate(atol, min_agreement, batch_sizes, images)
+    kind = find_format(settings.format)
+    kind.check(settings)
+    if parity:
+        kind.check_proof(settings)
+    gate = Gate.for_precision(
+        loosest(settings.precision, str(settings.bank_precision)),
+        atol=atol,
+        min_agreement=min_agreement,
+        max_accuracy_loss=max_accuracy_loss,
+        batch_sizes=batch_sizes,
+        images=images,
+    )
     target = Path(output)
     named = name_checkpoints(checkpoints)
     _check_output(target, overwrite)
@@ -102,14 +116,19 @@ def export_engine(
         manifest = _write_model(folded, settings, Samples(data), temporary, on_stage)
         if parity:
             on_stage("comparing with PyTorch")
-            runner = open_runner(temporary, manifest, {name: one.task for name, one in folded.items()})
+            runner = open_runner(
+                temporary,
+                manifest,
+                {name: one.task for name, one in folded.items()},
+                RuntimeOptions(settings.target),
+            )
             report = prove(runner, folded, {}, manifest, Samples(data), gate)
             require_passed(report, "the engine was not put in place")
             manifest = dataclasses.replace(manifest, parity=report.to_dict())
         for name, one in folded.items():
             folder = temporary / TASKS / name
             folder.mkdir(parents=True)
-            save_task(one.task, folder)
+            save_task(one.task, folder, manifest)
         write_manifest(temporary, manifest)
     return EngineFolder(target, verify=False)
 
@@ -201,7 +220,7 @@ def add_task(
         replace: replace a task of that name.
         data: images to prove parity on; None takes seeded noise.
         parity: compare the task with PyTorch and refuse it if they differ.
-        gate: how parity is measured and what passes.
+        gate: how parity is measured and what passes; None follows the engine's precision.
         weights: where to take the backbone's weights from, if not from where the export took them.
         on_stage: told what is being done.
 
@@ -223,12 +242,17 @@ def add_task(
         checkpoint,
         backbone,
         {one: folder.read_task(one) for one in folder.tasks()} if parity else {},
-        lambda tasks: open_runner(folder.path, folder.manifest, tasks),
+        lambda tasks: open_runner(folder.path, folder.manifest, tasks, RuntimeOptions(own_device(folder.manifest))),
         Samples(None if data is None else {name: data}),
-        (gate or Gate()) if parity else None,
+        (gate or Gate.for_precision(engine_precision(folder.manifest))) if parity else None,
     )
     folder.write_task(name, task, replace)
     return task
+
+
+def own_device(manifest: Manifest) -> str:
+    """The device that an engine was compiled for, or that its format runs on by default."""
+    return str(manifest.details.get("device", find_format(manifest.format).default_device))
 
 
 def remove_task(engine: str | Path, name: str) -> None:

@@ -149,10 +149,13 @@ class Task:
         }
 
 
-def save_task(task: Task, folder: Path) -> None:
-    """Write a task's record and state into an existing folder."""
+def save_task(task: Task, folder: Path, manifest: Manifest) -> None:
+    """Write a task's record and state, and what the engine's format adds, into an existing folder."""
+    from prompttune.export.formats import find_format
+
     (folder / STATE_FILE).write_bytes(task.packed)
     sync_file(folder / STATE_FILE)
+    find_format(manifest.format).write_task(manifest, task, folder)
     write_json(folder / TASK_RECORD, _sealed(task.to_dict()))
 
 
@@ -301,12 +304,20 @@ class EngineFolder:
         self.check_free(name, replace)
         bind_axes(self.manifest.layout, task.shapes(), f"task {name!r}")
         with replacing_folder(self.path / TASKS / name) as temporary:
-            save_task(task, temporary)
+            save_task(task, temporary, self.manifest)
 
     def check_free(self, name: str, replace: bool) -> None:
         """Raise :class:`UsageError` unless a task may be written under ``name``."""
+        self.check_open()
         if check_task_name(name) in self.tasks() and not replace:
             raise UsageError(f"the engine already has a task {name!r}: choose another name or replace it (--replace)")
+
+    def check_open(self) -> None:
+        """Raise :class:`UsageError` if the tasks are constants of the model."""
+        if self.manifest.baked is not None:
+            raise UsageError(
+                f"the tasks of {self.path} are baked into its model: export it again with the tasks that you want"
+            )
 
     def remove_task(self, name: str) -> None:
         """Take a task out of the folder.
@@ -314,6 +325,7 @@ class EngineFolder:
         Raises:
             UsageError: there is no such task.
         """
+        self.check_open()
         folder = self.path / TASKS / choose("task", name, self.tasks())
         aside = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
         folder.replace(aside / name)  # the rename is atomic, deleting file by file is not

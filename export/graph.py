@@ -2,81 +2,236 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_leaves, tree_map
 
-from prompttune.errors import EngineError
-from prompttune.export.layout import BATCH, TASKS, Layout
+from prompttune.errors import EngineError, first_line
+from prompttune.export.layout import (
+    BATCH,
+    HEAD,
+    HEAD_BIAS,
+    IMAGE,
+    TASK_INDEX,
+    TASKS,
+    Layout,
+    State,
+    TensorSpec,
+    declare_adapter_inputs,
+    declare_inputs,
+    declare_outputs,
+    stack_states,
+)
+from prompttune.export.precision import TORCH_DTYPES, typed_model
+from prompttune.layers.attention import explicit_attention
+from prompttune.layers.probe import recording
 from prompttune.model import PromptModel
 
 # Sizes to trace with. They are primes that occur nowhere else in a model, so that no axis is mistaken for another.
 _SAMPLE_BATCH, _SAMPLE_TASKS, _SAMPLE_AXES = 3, 5, (7, 11, 13, 17)
 
 
-class MultiTaskGraph(nn.Module):
-    """Every row of a batch answers for the task that its ``task_index`` names."""
+OnProbes = Callable[[list[str]], None]
 
-    def __init__(self, model: PromptModel) -> None:
+
+class MultiTaskGraph(nn.Module):
+    """Every row of a batch answers for the task that its ``task_index`` names.
+
+    Args:
+        model: backbone and method; :func:`prompttune.export.precision.typed_model` gives it a lower precision.
+        dtype: of the model's activations.
+        probes: return the forward's intermediate results behind the logits; called with their names.
+    """
+
+    def __init__(self, model: PromptModel, dtype: torch.dtype = torch.float32, probes: OnProbes | None = None) -> None:
         super().__init__()
         self.model = model
+        self.dtype = dtype
+        self.probes = probes
 
-    def forward(self, image: Tensor, task_index: Tensor, bank: Mapping[str, Tensor]) -> Tensor:
-        """Logits [B, C] of images [B, 3, S, S].
+    def forward(self, image: Tensor, task_index: Tensor, bank: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """Logits float32 [B, C] of images [B, 3, S, S].
 
         Args:
-            image: normalised images [B, 3, S, S].
+            image: normalised float32 images [B, 3, S, S].
             task_index: int64 [B], the bank row of each image's task.
             bank: key → [T, ...], the states of T tasks.
         """
         # index_select becomes a plain Gather; bank[task_index] would become a GatherND.
-        state = {key: rows.index_select(0, task_index) for key, rows in bank.items()}
-        return self.model.forward_state(image, state).logits
+        rows = {key: tensor.index_select(0, task_index) for key, tensor in bank.items()}
+        with recording() as recorded:
+            # Rows are converted after they were gathered: the bank itself may be thousands of tasks.
+            logits = self.model.forward_state(image, _typed_state(rows, self.dtype)).logits.float()
+        if self.probes is None:
+            return logits
+        self.probes(list(recorded))
+        return (logits, *recorded.values())
 
 
-def _named_axes(layout: Layout) -> dict[str, int]:
+class BakedGraph(MultiTaskGraph):
+    """The same with the bank as constants of the model."""
+
+    def __init__(
+        self,
+        model: PromptModel,
+        bank: Mapping[str, Tensor],
+        dtype: torch.dtype = torch.float32,
+        probes: OnProbes | None = None,
+    ) -> None:
+        super().__init__(model, dtype, probes)
+        self.keys = list(bank)
+        for number, tensor in enumerate(bank.values()):
+            self.register_buffer(f"bank_{number}", tensor)  # a key has dots, a buffer's name must not
+
+    def forward(self, image: Tensor, task_index: Tensor) -> Tensor | tuple[Tensor, ...]:  # type: ignore[override]
+        """See :meth:`MultiTaskGraph.forward`."""
+        bank = {key: self.get_buffer(f"bank_{number}") for number, key in enumerate(self.keys)}
+        return super().forward(image, task_index, bank)
+
+
+class AdapterGraph(nn.Module):
+    """One task for all rows, its state as inputs with leading dimension 1."""
+
+    def __init__(self, model: PromptModel, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+
+    def forward(self, image: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """Logits float32 [B, C] of images [B, 3, S, S] under ``state``, key → [1, ...]."""
+        return self.model.forward_state(image, _typed_state(state, self.dtype)).logits.float()
+
+
+def _typed_state(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A state in the precision of the activations, the head in float32."""
+    return {key: row.float() if key.startswith(HEAD) else row.to(dtype) for key, row in state.items()}
+
+
+def _sample_axes(layout: Layout) -> dict[str, int]:
     """A sample size for each named axis of a layout."""
     names = dict.fromkeys(axis for shape in layout.values() for axis in shape if isinstance(axis, str))
     return dict(zip(names, _SAMPLE_AXES, strict=False))
 
 
-def dynamic_shapes(layout: Layout, dims: Mapping[str, Any]) -> dict[str, Any]:
-    """The dynamic axes of each argument of :meth:`MultiTaskGraph.forward`; ``dims`` gives each axis its mark."""
-    bank = {
-        key: {0: dims[TASKS]} | {i: dims[axis] for i, axis in enumerate(shape, 1) if isinstance(axis, str)}
-        for key, shape in layout.items()
-    }
-    return {"image": {0: dims[BATCH]}, "task_index": {0: dims[BATCH]}, "bank": bank}
+@dataclass(frozen=True)
+class Traced:
+    """A captured graph; all export formats start from one."""
+
+    program: ExportedProgram
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    dynamic: dict[str, Any]
+    """Argument → dynamic axis → its name, nested as the arguments are."""
+    probes: list[str]
+    """Names of the outputs behind the logits."""
 
 
-def axis_names(layout: Layout) -> list[str]:
-    """Names of all dynamic axes: batch, tasks, and those of the layout."""
-    return [BATCH, TASKS, *_named_axes(layout)]
+def trace(
+    model: PromptModel,
+    *,
+    precision: str = "fp32",
+    bank_precision: str = "fp32",
+    attention: str = "fused",
+    baked: Mapping[str, State] | None = None,
+    probes: bool = False,
+    device: str = "cpu",
+) -> Traced:
+    """Capture the multi-task graph with every axis dynamic.
 
-
-def trace(model: PromptModel) -> ExportedProgram:
-    """Capture :class:`MultiTaskGraph` with every axis dynamic; all export formats start from this program.
+    Args:
+        model: in fp32; the graph answers for every task that fits it.
+        precision: fp32, fp16 or bf16, of weights and activations.
+        bank_precision: fp32, fp16 or bf16, of the bank's tensors.
+        attention: ``explicit`` or ``fused``, see :mod:`prompttune.layers.attention`.
+        baked: tasks to put into the graph as constants; None leaves the bank an input.
+        probes: give intermediate results as further outputs.
+        device: where the graph's constants lie.
 
     Raises:
         EngineError: the forward cannot be captured, or it fixes an axis that must stay dynamic.
     """
-    layout = model.state_layout()
-    axes = _named_axes(layout)
-    size = model.backbone.image_size
-    bank = {
-        key: torch.zeros(_SAMPLE_TASKS, *(axes[axis] if isinstance(axis, str) else axis for axis in shape))
-        for key, shape in layout.items()
-    }
-    image = torch.zeros(_SAMPLE_BATCH, 3, size, size)
-    task_index = torch.arange(_SAMPLE_BATCH)
-    dims = {name: Dim(name, min=1) for name in axis_names(layout)}
-    graph = MultiTaskGraph(model).eval()
+    layout, size = model.state_layout(), model.backbone.image_size
+    typed, dtype, bank_dtype = (
+        _prepared(model, precision, device),
+        TORCH_DTYPES[precision],
+        TORCH_DTYPES[bank_precision],
+    )
+    sample: list[Any] = [torch.zeros(_SAMPLE_BATCH, 3, size, size), torch.arange(_SAMPLE_BATCH)]
+    dynamic: dict[str, Any] = {IMAGE: {0: BATCH}, TASK_INDEX: {0: BATCH}}
+    names: dict[str, None] = {}  # the forward is traced more than once
+    told = (lambda found: names.update(dict.fromkeys(found))) if probes else None
+    graph: MultiTaskGraph
+    if baked is None:
+        graph = MultiTaskGraph(typed, dtype, told)
+        sample.append(_sample_state(layout, _SAMPLE_TASKS, bank_dtype))
+        dynamic["bank"] = {key: {0: TASKS} | axes for key, axes in _named_axes(layout).items()}
+        inputs, outputs = declare_inputs(layout, size, bank_precision), declare_outputs()
+    else:
+        stacked = stack_states(layout, baked.values())
+        rows = {key: torch.from_numpy(value).to(bank_dtype) for key, value in stacked.items()}
+        graph = BakedGraph(typed, rows, dtype, told)
+        inputs, outputs = declare_inputs({}, size), declare_outputs(stacked[HEAD_BIAS].shape[1])
+    program = capture(graph, sample, dynamic, attention, device, model.config.method)
+    return Traced(program, inputs, outputs, dynamic, list(names))
+
+
+def trace_adapter(
+    model: PromptModel, *, precision: str = "fp32", bank_precision: str = "fp32", attention: str = "fused"
+) -> Traced:
+    """Capture the graph of one task at a time; arguments and errors as of :func:`trace`."""
+    layout, size = model.state_layout(), model.backbone.image_size
+    graph = AdapterGraph(_prepared(model, precision, "cpu"), TORCH_DTYPES[precision])
+    sample = [torch.zeros(_SAMPLE_BATCH, 3, size, size), _sample_state(layout, 1, TORCH_DTYPES[bank_precision])]
+    dynamic = {IMAGE: {0: BATCH}, "state": _named_axes(layout)}
+    program = capture(graph, sample, dynamic, attention, "cpu", model.config.method)
+    return Traced(program, declare_adapter_inputs(layout, size, bank_precision), declare_outputs(), dynamic, [])
+
+
+def _prepared(model: PromptModel, precision: str, device: str) -> PromptModel:
+    """The model in a precision and on a device; the caller's own stays what and where it is."""
+    typed = typed_model(model, precision)
+    return copy.deepcopy(typed).to(device) if device != "cpu" and typed is model else typed.to(device)
+
+
+def _sample_state(layout: Layout, rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    axes = _sample_axes(layout)
+    shapes = {key: [axes[axis] if isinstance(axis, str) else axis for axis in shape] for key, shape in layout.items()}
+    return {key: torch.zeros(rows, *shape, dtype=dtype) for key, shape in shapes.items()}
+
+
+def _named_axes(layout: Layout) -> dict[str, dict[int, str]]:
+    """Key → place of a named axis behind the leading dimension → its name."""
+    return {key: {i: a for i, a in enumerate(shape, 1) if isinstance(a, str)} for key, shape in layout.items()}
+
+
+def capture(
+    graph: nn.Module, sample: list[Any], dynamic: dict[str, Any], attention: str, device: str, name: str
+) -> ExportedProgram:
+    """Capture a module.
+
+    Args:
+        graph: the module.
+        sample: its arguments, with sizes that no other axis has.
+        dynamic: argument → dynamic axis → its name.
+        attention: ``explicit`` or ``fused``.
+        device: of the module and its arguments.
+        name: of what is captured, for the error.
+
+    Raises:
+        EngineError: it cannot be captured.
+    """
+    names = dict.fromkeys(one for one in tree_leaves(dynamic) if isinstance(one, str))
+    dims = {name: Dim(name, min=1) for name in names}
+    arguments = tree_map(lambda tensor: tensor.to(device), tuple(sample))
     try:
-        with torch.no_grad():
-            return torch.export.export(graph, (image, task_index, bank), dynamic_shapes=dynamic_shapes(layout, dims))
+        with torch.no_grad(), explicit_attention(attention == "explicit"):
+            shapes = tree_map(lambda name: dims[name], dynamic)
+            return torch.export.export(graph.eval().to(device), arguments, dynamic_shapes=shapes)
     except Exception as problem:
-        first = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-        raise EngineError(f"cannot capture the graph of {model.config.method}: {first}") from problem
+        raise EngineError(f"cannot capture the graph of {name}: {first_line(problem)}") from problem

@@ -22,6 +22,7 @@ State = Mapping[str, NDArray[np.float32]]
 
 BATCH, TASKS, CLASSES = "batch", "tasks", "classes"
 IMAGE, TASK_INDEX, LOGITS = "image", "task_index", "logits"
+HEAD = "head."
 HEAD_BIAS = "head.bias"
 
 DTYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
@@ -68,9 +69,16 @@ def declare_inputs(layout: Layout, image_size: int, bank_precision: str = "fp32"
     ]
 
 
-def declare_outputs() -> list[TensorSpec]:
-    """Every output of a multi-task graph."""
-    return [TensorSpec(LOGITS, "float32", (BATCH, CLASSES))]
+def declare_adapter_inputs(layout: Layout, image_size: int, bank_precision: str = "fp32") -> list[TensorSpec]:
+    """Every input of a graph of one task at a time, in order: image, then the state, leading dimension 1."""
+    dtype = bank_dtype(bank_precision).name
+    image = TensorSpec(IMAGE, "float32", (BATCH, 3, image_size, image_size))
+    return [image, *(TensorSpec(key, dtype, (1, *shape)) for key, shape in layout.items())]
+
+
+def declare_outputs(classes: int | str = CLASSES) -> list[TensorSpec]:
+    """Every output of a graph; a baked one has a fixed number of classes."""
+    return [TensorSpec(LOGITS, "float32", (BATCH, classes))]
 
 
 def bind_axes(layout: Layout, shapes: Mapping[str, tuple[int, ...]], what: str) -> dict[str, int]:

@@ -7,23 +7,34 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir
+import onnxscript.optimizer
 import torch
+from numpy.typing import NDArray
 
-from prompttune.errors import EngineError
-from prompttune.export.graph import axis_names, dynamic_shapes, trace
-from prompttune.export.layout import TensorSpec, declare_inputs, declare_outputs
-from prompttune.model import PromptModel
+from prompttune.errors import EngineError, first_line
+from prompttune.export.graph import Traced
+from prompttune.export.layout import TensorSpec
 
 OPSET = 20
 """Native Gelu and LayerNormalization, and no operator that TensorRT 10.13 lacks."""
+FUSED_OPSET = 23
+"""The first one with an Attention operator."""
+PROBE = "probe."
+"""In front of the names of values that hold an intermediate result of the forward."""
 MODEL_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
 _STACK_TRACE = "pkg.torch.onnx.stack_trace"
-_DTYPES = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
+_DTYPES = {
+    "float32": onnx.TensorProto.FLOAT,
+    "float16": onnx.TensorProto.FLOAT16,
+    "bfloat16": onnx.TensorProto.BFLOAT16,
+    "int64": onnx.TensorProto.INT64,
+}
 
 
 @contextlib.contextmanager
@@ -42,48 +53,74 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def export_onnx(model: PromptModel, folder: Path) -> tuple[list[TensorSpec], list[TensorSpec]]:
+def export_onnx(
+    traced: Traced, folder: Path, opset: int = OPSET, defaults: Mapping[str, NDArray[Any]] | None = None
+) -> dict[str, str]:
     """Write ``model.onnx`` and ``model.onnx.data`` into ``folder`` and check them.
 
+    Args:
+        traced: the captured graph.
+        folder: where to.
+        opset: ONNX operator set.
+        defaults: input → its value where a caller gives none.
+
     Returns:
-        The declared inputs and outputs, which the file has been found to have.
+        Name of each intermediate result that was traced → name of the value that holds it in the file. They are no
+        outputs of the model.
 
     Raises:
         EngineError: the graph cannot be exported, or the file does not keep what was declared.
     """
-    layout = model.state_layout()
-    inputs, outputs = declare_inputs(layout, model.backbone.image_size), declare_outputs()
     path = folder / MODEL_FILE
+    probes = {name: PROBE + name for name in traced.probes}
     with _quiet():
-        program = trace(model)
         try:
             exported = torch.onnx.export(
-                program,
+                traced.program,
                 dynamo=True,
-                opset_version=OPSET,
-                input_names=[spec.name for spec in inputs],
-                output_names=[spec.name for spec in outputs],
-                dynamic_shapes=dynamic_shapes(layout, {name: name for name in axis_names(layout)}),
+                opset_version=opset,
+                input_names=[spec.name for spec in traced.inputs],
+                output_names=[*(spec.name for spec in traced.outputs), *probes.values()],
+                dynamic_shapes=traced.dynamic,
                 verbose=False,
             )
         except Exception as problem:
-            raise EngineError(f"the ONNX exporter failed: {_first_line(problem)}") from problem
+            raise EngineError(f"the ONNX exporter failed: {first_line(problem)}") from problem
         assert exported is not None
         _forget_sources(exported.model)
+        _fold_weights(exported.model)
+        outputs = exported.model.graph.outputs
+        del outputs[len(traced.outputs) :]
+        _set_defaults(exported.model, defaults or {})
         exported.save(str(path), external_data=True)
-    verify_onnx(path, inputs, outputs)
-    return inputs, outputs
-
-
-def _first_line(problem: Exception) -> str:
-    lines = str(problem).strip().splitlines()
-    return lines[0] if lines else type(problem).__name__
+    verify_onnx(path, traced.inputs, traced.outputs)
+    return probes
 
 
 def _forget_sources(model: Any) -> None:
     """Drop the exporter's stack traces: they name folders of this machine and make equal graphs differ."""
     for node in model.graph.all_nodes():
         node.metadata_props.pop(_STACK_TRACE, None)
+
+
+def _set_defaults(model: Any, defaults: Mapping[str, NDArray[Any]]) -> None:
+    """Make inputs of these names initialisers as well: ONNX's form of an input that may be left out."""
+    for value in model.graph.inputs:
+        if value.name in defaults:
+            value.const_value = onnx_ir.tensor(defaults[value.name], name=value.name)
+            model.graph.register_initializer(value)
+
+
+def _fold_weights(model: Any) -> None:
+    """Slice and transpose the frozen weights now; quantisers and TensorRT want to see matrices, not their recipes.
+
+    The exporter folds small constants alone.
+    """
+    largest = max((value.const_value.nbytes for value in model.graph.initializers.values()), default=0)
+    onnxscript.optimizer.fold_constants(
+        model, input_size_limit=largest, output_size_limit=largest, onnx_shape_inference=False
+    )
+    onnxscript.optimizer.remove_unused_nodes(model)
 
 
 def verify_onnx(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
@@ -99,7 +136,7 @@ def verify_onnx(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[Tens
         onnx.checker.check_model(str(path))
         graph = onnx.load(str(path), load_external_data=False).graph
     except Exception as problem:  # the checker raises its own and protobuf's errors
-        raise EngineError(f"{path.name} is not a valid ONNX file: {_first_line(problem)}") from None
+        raise EngineError(f"{path.name} is not a valid ONNX file: {first_line(problem)}") from None
     for kind, declared, found in (("inputs", inputs, graph.input), ("outputs", outputs, graph.output)):
         names = [value.name for value in found]
         wanted = [spec.name for spec in declared]

@@ -1,157 +1,34 @@
-"""Parity: how far an engine's answers are from PyTorch's, measured and gated."""
+"""Parity: how far an engine's answers are from its reference's, measured and gated."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from prompttune.export.folder import Task
-from prompttune.model import PromptModel
-
-Array = NDArray[np.float32]
-
-ATOL, MIN_AGREEMENT = 1e-4, 1.0
-BATCH_SIZES = (1, 2, 8)
-MIXED = "mixed"
-STATE, CHECKPOINT = "state", "checkpoint"
-"""The two references: PyTorch on the engine's stored state, and the checkpoint's own unfolded forward."""
-_REFERENCE_BATCH = 16
+from prompttune.export.accuracy import Accuracy
+from prompttune.export.debug import Bisection
+from prompttune.export.figures import Comparison
+from prompttune.export.gate import Gate
+from prompttune.export.swap import Swap
 
 
-class Runner(Protocol):
-    """An engine, as parity sees it."""
-
-    @property
-    def description(self) -> str:
-        """What runs, in words."""
-
-    def logits(self, images: Array, tasks: Sequence[str]) -> Array:
-        """Logits [B, C] of images [B, 3, S, S], row i for ``tasks[i]``; columns past a task's classes are padding."""
+def torch_description() -> str:
+    """The usual reference, in words."""
+    return f"PyTorch {torch.__version__}, float32"
 
 
-class Reference(Protocol):
-    """PyTorch, as parity sees it."""
+class _Failure(NamedTuple):
+    """A figure beyond its gate."""
 
-    def __call__(self, images: Array, task: str) -> Array:
-        """Logits [B, classes of the task] of images [B, 3, S, S]."""
-
-
-def state_reference(model: PromptModel, tasks: Mapping[str, Task]) -> Reference:
-    """PyTorch on the stored states: ``model.forward_state``, one task at a time, nothing padded."""
-    states = {
-        name: {key: torch.from_numpy(np.array(value)) for key, value in task.state.items()}
-        for name, task in tasks.items()
-    }
-
-    def logits(images: Array, task: str) -> Array:
-        with torch.no_grad():
-            chunks = torch.from_numpy(images).split(_REFERENCE_BATCH)
-            return torch.cat([model.forward_state(chunk, states[task]).logits for chunk in chunks]).numpy()
-
-    return logits
-
-
-def checkpoint_reference(models: Mapping[str, PromptModel]) -> Reference:
-    """PyTorch on the checkpoints: each task's own model, its parameters not folded."""
-
-    def logits(images: Array, task: str) -> Array:
-        with torch.no_grad():
-            chunks = torch.from_numpy(images).split(_REFERENCE_BATCH)
-            return torch.cat([models[task](chunk).logits for chunk in chunks]).numpy()
-
-    return logits
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Engine against PyTorch over some images, logits of the padding classes left out."""
-
-    task: str
-    """The task's name, or ``mixed`` for batches in which each row has its own task."""
-    reference: str
-    """``state`` or ``checkpoint``, see :data:`STATE`."""
-    batch_size: int
-    images: int
-    max_abs: float
-    """Largest absolute difference of a logit."""
-    mean_abs: float
-    cosine: float
-    """Lowest cosine similarity of an image's logits."""
-    agreement: float
-    """Share of images on which both sides name the same class."""
-    disagreements: int
-    margin: float | None
-    """Smallest lead of PyTorch's best class over its second: how near to a tie the images come."""
-    disagreement_margin: float | None
-    """Largest such lead among the images on which the sides disagree."""
-
-
-class Tally:
-    """Sums of a comparison, batch by batch."""
-
-    def __init__(self) -> None:
-        self.images = self.disagreements = 0
-        self._max, self._sum, self._count = 0.0, 0.0, 0
-        self._cosine = 1.0
-        self._margin = math.inf
-        self._disagreement_margin: float | None = None
-
-    def add(self, expected: Array, found: Array) -> None:
-        """Count logits [B, C] of PyTorch and of the engine."""
-        expected, found = expected.astype(np.float64), found.astype(np.float64)
-        difference = np.abs(expected - found)
-        # np.maximum keeps a NaN, which must not pass for a small difference.
-        self._max = float(np.maximum(self._max, difference.max()))
-        self._sum += float(difference.sum())
-        self._count += difference.size
-        norms = np.linalg.norm(expected, axis=1) * np.linalg.norm(found, axis=1)
-        products = (expected * found).sum(axis=1)
-        with np.errstate(invalid="ignore"):
-            cosine = np.divide(products, norms, out=np.ones_like(products), where=norms != 0)
-        self._cosine = float(np.minimum(self._cosine, cosine.min()))
-        differs = expected.argmax(axis=1) != found.argmax(axis=1)
-        self.images += len(expected)
-        self.disagreements += int(differs.sum())
-        if expected.shape[1] > 1:
-            best = np.sort(expected, axis=1)[:, -2:]
-            margins = best[:, 1] - best[:, 0]
-            self._margin = min(self._margin, float(margins.min()))
-            if differs.any():
-                self._disagreement_margin = max(self._disagreement_margin or 0.0, float(margins[differs].max()))
-
-    def result(self, task: str, reference: str, batch_size: int) -> Comparison:
-        """The comparison."""
-        return Comparison(
-            task=task,
-            reference=reference,
-            batch_size=batch_size,
-            images=self.images,
-            max_abs=self._max,
-            mean_abs=self._sum / max(self._count, 1),
-            cosine=self._cosine,
-            agreement=1 - self.disagreements / max(self.images, 1),
-            disagreements=self.disagreements,
-            margin=None if math.isinf(self._margin) else self._margin,
-            disagreement_margin=self._disagreement_margin,
-        )
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Top-1 of both sides on the same labelled images; None, with the reason, where the labels do not match."""
-
-    task: str
-    data: str
-    images: int
-    engine: float | None = None
-    torch: float | None = None
-    skipped: str = ""
+    severity: float
+    """How many times beyond what is allowed; infinite where nothing is."""
+    line: str
 
 
 @dataclass(frozen=True)
@@ -164,28 +41,88 @@ class ParityReport:
     comparisons: tuple[Comparison, ...]
     mixed_vs_single: float | None
     """Largest difference between a row of a mixed batch and the same row run alone; None with a single task."""
-    atol: float = ATOL
-    min_agreement: float = MIN_AGREEMENT
+    gate: Gate = field(default_factory=Gate)
     accuracy: tuple[Accuracy, ...] = ()
-    reference: str = field(default_factory=lambda: f"PyTorch {torch.__version__}, float32")
+    swaps: tuple[Swap, ...] = ()
+    """A, B, A for every task; empty with a single one."""
+    bisection: Bisection | None = None
+    """Intermediate results, where they were asked for."""
+    reference: str = field(default_factory=torch_description)
+    notes: tuple[str, ...] = ()
+    """What a reader must know to judge the figures."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of the tools that the engine was made with."""
 
     @property
     def failures(self) -> list[str]:
-        """One line for each figure beyond its gate."""
-        lines = []
+        """One line for each figure beyond its gate, the worst first."""
+        found = [*self._comparison_failures(), *self._accuracy_failures(), *self._swap_failures()]
+        return [one.line for one in sorted(found, key=lambda one: -one.severity)]
+
+    @property
+    def warnings(self) -> list[str]:
+        """One line for each task whose logits are further off than rounding explains, although its answers may agree.
+
+        Agreement over few images may overlook a mistake that moves every logit and changes no answer.
+        """
+        worst: dict[str, Comparison] = {}
+        for one in self.comparisons:
+            if one.unexplained > (worst[one.task].unexplained if one.task in worst else 0):
+                worst[one.task] = one
+        return [
+            f"task {name!r}: {one.unexplained} of {one.images} images are off by more than the rounding of "
+            f"{self.gate.precision} explains ({self.gate.noise:g} of the logits' scale); --debug shows where it begins"
+            for name, one in worst.items()
+        ]
+
+    def _comparison_failures(self) -> Iterator[_Failure]:
+        atol, required = self.gate.atol, self.gate.min_agreement
         for one in self.comparisons:
             where = f"task {one.task!r}, batch size {one.batch_size}, against the {one.reference}"
-            if not one.max_abs <= self.atol:  # written so that a NaN fails
-                lines.append(f"{where}: logits differ by {one.max_abs:.3g}, allowed {self.atol:g}")
-            if not one.agreement >= self.min_agreement:
-                near = f"; leads there up to {one.disagreement_margin:.3g}" if one.disagreement_margin else ""
-                lines.append(
-                    f"{where}: top-1 agreement {one.agreement:.4g} "
-                    f"({one.disagreements} of {one.images} differ{near}), required {self.min_agreement:g}"
+            if not math.isfinite(one.max_abs):
+                yield _Failure(math.inf, f"{where}: logits are not finite, or differ by {one.max_abs}")
+            elif atol is not None and one.max_abs > atol:
+                line = f"{where}: logits differ by {one.max_abs:.3g}, allowed {atol:g}"
+                yield _Failure(one.max_abs / atol if atol else math.inf, line)
+            if not one.decided_agreement >= required:
+                counted = one.disagreements - one.ties
+                near = "" if one.disagreement_margin is None else f"; leads there up to {one.disagreement_margin:.3g}"
+                ties = f", {one.ties} more are ties" if one.ties else ""
+                yield _Failure(
+                    counted / max((1 - required) * one.images, 1),
+                    f"{where}: top-1 agreement {one.decided_agreement:.4g} "
+                    f"({counted} of {one.images} differ{ties}{near}), required {required:g}",
                 )
-        if self.mixed_vs_single is not None and not self.mixed_vs_single <= self.atol:
-            lines.append(f"a mixed batch differs from single runs by {self.mixed_vs_single:.3g}, allowed {self.atol:g}")
-        return lines
+        apart = self.mixed_vs_single
+        if apart is not None and not math.isfinite(apart):
+            yield _Failure(math.inf, f"a mixed batch differs from single runs by {apart}")
+        elif apart is not None and atol is not None and apart > atol:
+            line = f"a mixed batch differs from single runs by {apart:.3g}, allowed {atol:g}"
+            yield _Failure(apart / atol if atol else math.inf, line)
+
+    def _accuracy_failures(self) -> Iterator[_Failure]:
+        allowed = self.gate.max_accuracy_loss
+        for one in self.accuracy:
+            if allowed is None or one.engine is None or one.reference is None or not one.images:
+                continue
+            loss = one.reference - one.engine
+            # Few images cannot show a small loss: one of them weighs more than is allowed, and may be a tie.
+            permitted = max(allowed, 1 / one.images) if allowed else 0.0
+            if not loss <= permitted + 1e-9:  # shares are quotients: 0.98 - 0.97 is a little more than 0.01
+                yield _Failure(
+                    loss / permitted if permitted else math.inf,
+                    f"task {one.task!r}: top-1 on {one.data} falls from {one.reference:.2%} to {one.engine:.2%}, "
+                    f"allowed {permitted * 100:.3g} points",
+                )
+
+    def _swap_failures(self) -> Iterator[_Failure]:
+        for one in self.swaps:
+            if not one.exact:
+                yield _Failure(
+                    math.inf,
+                    f"task {one.task!r}, batch size {one.batch_size}: after task {one.other!r} with batch size "
+                    f"{one.between} its answer is another one, by {one.max_abs:.3g}",
+                )
 
     @property
     def passed(self) -> bool:
@@ -203,17 +140,30 @@ class ParityReport:
             {
                 "passed": self.passed,
                 "failures": self.failures,
-                "atol": self.atol,
-                "min_agreement": self.min_agreement,
+                "warnings": self.warnings,
+                "precision": self.gate.precision,
+                "atol": self.gate.atol,
+                "min_agreement": self.gate.min_agreement,
+                "max_accuracy_loss": self.gate.max_accuracy_loss,
+                "noise": self.gate.noise,
+                "notes": list(self.notes),
                 "reference": self.reference,
                 "runtime": self.runtime,
+                "versions": dict(self.versions),
                 "images": self.images,
-                "comparisons": [asdict(one) for one in self.comparisons],
+                "comparisons": [_figures(one) for one in self.comparisons],
                 "mixed_vs_single": self.mixed_vs_single,
-                "accuracy": [asdict(one) for one in self.accuracy],
+                "accuracy": [_figures(one) for one in self.accuracy],
+                "swaps": [_figures(one) for one in self.swaps],
+                "bisection": None if self.bisection is None else self.bisection.to_dict(),
             }
         )
         return plain
+
+
+def _figures(record: Comparison | Accuracy | Swap) -> dict[str, Any]:
+    """A record's values by name; the logits that plots are drawn from are no figures."""
+    return {one.name: getattr(record, one.name) for one in dataclasses.fields(record) if one.name != "pairs"}
 
 
 def _plain(value: Any) -> Any:
@@ -222,61 +172,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(one) for one in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _batches(rows: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, rows, size))
-
-
-def compare_tasks(
-    runner: Runner, references: Mapping[str, Reference], images: Mapping[str, Array], batch_sizes: Sequence[int]
-) -> list[Comparison]:
-    """Each task by itself, at each batch size, against each reference.
-
-    Args:
-        runner: the engine.
-        references: name → PyTorch.
-        images: task → normalised images [N, 3, S, S].
-        batch_sizes: images of one call.
-    """
-    comparisons = []
-    for task, batch in images.items():
-        expected = {name: reference(batch, task) for name, reference in references.items()}
-        for size in batch_sizes:
-            tallies = {name: Tally() for name in references}
-            for rows in _batches(len(batch), size):
-                found = runner.logits(batch[rows], [task] * len(batch[rows]))
-                for name, tally in tallies.items():
-                    tally.add(expected[name][rows], found[:, : expected[name].shape[1]])
-            comparisons += [tally.result(task, name, size) for name, tally in tallies.items()]
-    return comparisons
-
-
-def compare_mixed(
-    runner: Runner, reference: Reference, images: Mapping[str, Array], batch_sizes: Sequence[int]
-) -> tuple[list[Comparison], float | None]:
-    """Batches in which neighbouring rows belong to different tasks, against PyTorch and against single runs.
-
-    Returns:
-        The comparisons, and the largest difference from running each row alone; None with a single task.
-    """
-    names, sizes = list(images), [size for size in batch_sizes if size > 1]
-    if len(names) < 2 or not sizes:
-        return [], None
-    tasks = [names[row % len(names)] for row in range(max(*sizes, len(names)))]
-    shown = [(row // len(names)) % len(images[task]) for row, task in enumerate(tasks)]
-    batch = np.stack([images[task][index] for task, index in zip(tasks, shown, strict=True)])  # [rows, 3, S, S]
-    expected = [reference(batch[row : row + 1], task) for row, task in enumerate(tasks)]
-    single = [runner.logits(batch[row : row + 1], [task]) for row, task in enumerate(tasks)]
-    comparisons, apart = [], 0.0
-    for size in sizes:
-        tally = Tally()
-        for rows in _batches(len(batch), size):
-            found = runner.logits(batch[rows], tasks[rows])
-            for row, logits in enumerate(found, rows.start):
-                classes = expected[row].shape[1]
-                tally.add(expected[row], logits[None, :classes])
-                difference = np.abs(logits[:classes] - single[row][0, :classes]).max()
-                apart = float(np.maximum(apart, difference))
-        comparisons.append(tally.result(MIXED, STATE, size))
-    return comparisons, apart

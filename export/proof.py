@@ -3,50 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from prompttune.backbones import Backbone
-from prompttune.errors import ParityError, UsageError
-from prompttune.export.folder import Manifest, Task
-from prompttune.export.parity import (
-    ATOL,
-    BATCH_SIZES,
+from prompttune.errors import ParityError
+from prompttune.export.accuracy import measure_accuracy
+from prompttune.export.compare import (
     CHECKPOINT,
-    MIN_AGREEMENT,
     STATE,
-    ParityReport,
     Runner,
     checkpoint_reference,
     compare_mixed,
     compare_tasks,
     state_reference,
 )
+from prompttune.export.folder import Manifest, Task
+from prompttune.export.gate import Gate
+from prompttune.export.parity import ParityReport
 from prompttune.export.runtimes import RuntimeOptions, StateRunner, open_runtime
-from prompttune.export.samples import IMAGES, Samples
+from prompttune.export.samples import Samples
+from prompttune.export.swap import check_swaps
 from prompttune.export.tasks import Folded, engine_model, fold_checkpoint
 
 _MIXED_WITH = 7
 """Tasks already in an engine that a new one is mixed with when it is proven."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Gate:
-    """How parity is measured and what passes."""
-
-    atol: float = ATOL
-    """Largest allowed absolute difference of a logit."""
-    min_agreement: float = MIN_AGREEMENT
-    """Smallest allowed share of images on which both sides name the same class."""
-    batch_sizes: Sequence[int] = BATCH_SIZES
-    images: int = IMAGES
-    """Images that each task is compared on."""
-
-    def __post_init__(self) -> None:
-        if not self.atol >= 0 or not 0 <= self.min_agreement <= 1:
-            raise UsageError("atol must be at least 0 and min_agreement from 0 to 1")
-        if not self.batch_sizes or min(self.batch_sizes) < 1 or self.images < 1:
-            raise UsageError("parity needs batch sizes and a number of images of at least 1")
 
 
 def open_runner(
@@ -65,7 +46,9 @@ def prove(
     samples: Samples,
     gate: Gate,
 ) -> ParityReport:
-    """Compare tasks with their checkpoints and with PyTorch on their folded states, alone and mixed.
+    """Compare tasks with their checkpoints and with PyTorch on their folded states, alone, mixed and swapped.
+
+    With labelled data, the accuracy of both sides on the compared images is measured as well.
 
     Args:
         runner: runs all of the tasks.
@@ -83,16 +66,20 @@ def prove(
     backbone = next(iter(models.values())).backbone
     state = state_reference(engine_model(manifest, backbone), {**tasks, **others})
     references = {CHECKPOINT: checkpoint_reference(models), STATE: state}
-    comparisons = compare_tasks(runner, references, images, gate.batch_sizes)
+    comparisons = compare_tasks(runner, references, images, gate.batch_sizes, gate.noise)
     first = next(iter(images.values()))
-    mixed, apart = compare_mixed(runner, state, {**images, **dict.fromkeys(others, first)}, gate.batch_sizes)
+    together = {**images, **dict.fromkeys(others, first)}
+    mixed, apart = compare_mixed(runner, state, together, gate.batch_sizes, gate.noise)
+    measured = [measure_accuracy(runner, state, name, tasks, samples, gate, gate.images, STATE)[0] for name in tasks]
     return ParityReport(
         runtime=runner.description,
         images={name: words for name, (_, words) in drawn.items()},
         comparisons=(*comparisons, *mixed),
         mixed_vs_single=apart,
-        atol=gate.atol,
-        min_agreement=gate.min_agreement,
+        gate=gate,
+        accuracy=tuple(one for part in measured for one in part),
+        swaps=tuple(check_swaps(runner, together, gate.batch_sizes)),
+        versions=manifest.tools,
     )
 
 

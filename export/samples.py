@@ -9,17 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from prompttune.errors import DataError, choose
+from prompttune.export.figures import Array
 from prompttune.export.folder import Task
-from prompttune.export.parity import Array
 
 if TYPE_CHECKING:
     from prompttune.training.data import ImageSource
 
 Data = str | Mapping[str, str] | None
 """One data set for every task, or one for each task by name, or none."""
-
-IMAGES = 16
-"""Images that each task is compared on, unless asked otherwise."""
 
 
 @dataclass

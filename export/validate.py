@@ -1,153 +1,229 @@
-"""Proving an engine again, and the accuracy of both sides on labelled images."""
+"""Proving an engine again: against PyTorch, or against another engine."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from prompttune.errors import EngineError, choose
+from prompttune.errors import EngineError, UsageError, choose
+from prompttune.export.accuracy import Accuracy, measure_accuracy
 from prompttune.export.build import OnStage
-from prompttune.export.folder import EngineFolder, Task
-from prompttune.export.parity import (
-    ATOL,
-    BATCH_SIZES,
-    MIN_AGREEMENT,
+from prompttune.export.compare import (
+    ENGINE,
     STATE,
-    Accuracy,
-    Comparison,
-    ParityReport,
     Reference,
     Runner,
-    Tally,
     compare_mixed,
     compare_tasks,
+    runner_reference,
     state_reference,
 )
-from prompttune.export.proof import Gate, open_runner
-from prompttune.export.samples import IMAGES, Data, Samples, read_images
+from prompttune.export.debug import bisect, check_probes
+from prompttune.export.folder import EngineFolder, Task
+from prompttune.export.gate import NOISE, Gate, engine_precision, loosest
+from prompttune.export.parity import ParityReport, torch_description
+from prompttune.export.proof import open_runner
+from prompttune.export.runtimes import RuntimeOptions
+from prompttune.export.samples import Data, Samples
+from prompttune.export.swap import check_swaps
 from prompttune.export.tasks import engine_backbone, engine_model
-
-_ACCURACY_BATCH = 32
+from prompttune.model import PromptModel
 
 
 def validate_engine(
     engine: str | Path,
     data: Data = None,
     *,
-    atol: float = ATOL,
-    min_agreement: float = MIN_AGREEMENT,
-    batch_sizes: Sequence[int] = BATCH_SIZES,
-    images: int = IMAGES,
+    against: str | Path | None = None,
+    atol: float | None = None,
+    min_agreement: float | None = None,
+    max_accuracy_loss: float | None = None,
+    batch_sizes: Sequence[int] | None = None,
+    images: int | None = None,
     tasks: Sequence[str] | None = None,
     limit: int | None = None,
     weights: str | Path | None = None,
+    debug: bool = False,
     runner: Runner | None = None,
+    options: RuntimeOptions | None = None,
     on_stage: OnStage = lambda _: None,
 ) -> ParityReport:
-    """Compare an engine with PyTorch on its stored states: each task, mixed batches, several batch sizes.
+    """Compare an engine with PyTorch on its stored states, or with another engine.
 
-    With data, each task's whole validation set is run through both sides as well; where its classes are the task's
-    labels, the accuracy of both is reported.
+    Each task alone and all of them in mixed batches, at several batch sizes, and each one again after another one. With
+    data, each task's whole validation set is run through both sides as well; where its classes are the task's labels,
+    the accuracy of both is reported.
 
     Args:
         engine: the engine folder.
         data: a data set for all tasks, or task name → data set; None takes seeded noise.
-        atol: largest allowed absolute difference of a logit.
+        against: another engine folder; its tasks of the same names are the reference, and PyTorch and the backbone's
+            weights are not needed. The thresholds are those of the looser precision.
+        atol: largest allowed absolute difference of a logit; this and what is None up to ``images`` follows the
+            engine's precision, see :meth:`Gate.for_precision`.
         min_agreement: smallest allowed share of images with the same top class.
+        max_accuracy_loss: largest allowed loss of top-1 on labelled images.
         batch_sizes: batch sizes to compare at.
         images: images for the comparison at each batch size.
         tasks: which tasks; None takes all.
         limit: at most so many validation images of each task for the accuracy.
         weights: where to take the backbone's weights from, if not from where the export took them.
+        debug: compare intermediate results of the task that is furthest off, too, and name the first that diverges.
         runner: what to compare; None opens the engine's file. An open ``Engine`` is one.
+        options: how to open the engines' files.
         on_stage: told what is being done.
 
     Returns:
         The report; ``passed`` says whether it is within the gate.
 
     Raises:
-        EngineError: the engine is damaged or has no tasks.
+        UsageError: an unknown task, a bad threshold, or ``debug`` where there is nothing to look into.
+        EngineError: an engine is damaged or has no tasks, or the two do not have comparable tasks.
         BackboneError: the backbone's weights cannot be found.
     """
-    gate = Gate(atol, min_agreement, batch_sizes, images)
     folder = EngineFolder(engine, verify=runner is None)
+    other = None if against is None else EngineFolder(against)
+    if debug:
+        if other is not None:
+            raise UsageError("debugging compares with PyTorch: leave out the other engine")
+        check_probes(folder.manifest)
+    held = _tasks(folder, other, tasks)
+    gate = Gate.for_precision(
+        loosest(*(engine_precision(one.manifest) for one in (folder, other) if one is not None)),
+        atol=atol,
+        min_agreement=min_agreement,
+        max_accuracy_loss=max_accuracy_loss,
+        batch_sizes=batch_sizes,
+        images=images,
+    )
+    samples = Samples(data)
+    samples.check(held)
+    if other is None:
+        on_stage("loading the backbone")
+        side = _torch_side(folder, held, weights)
+    else:
+        on_stage(f"opening {other.path}")
+        side = _engine_side(folder, other, held, gate, options)
+    runner = runner or open_runner(folder.path, folder.manifest, held, options)
+    report = _compare(runner, side, held, samples, gate, limit, on_stage)
+    if debug and side.model is not None:
+        name = _furthest(report, held)
+        on_stage(f"comparing intermediate results of {name}")
+        shown, _ = samples.draw(name, held[name], gate.images)
+        tolerance = NOISE[gate.precision]
+        found = bisect(folder.path, folder.manifest, side.model, name, held[name], shown, tolerance, options)
+        report = dataclasses.replace(report, bisection=found)
+    return dataclasses.replace(report, versions=folder.manifest.tools)
+
+
+def _tasks(folder: EngineFolder, other: EngineFolder | None, wanted: Sequence[str] | None) -> dict[str, Task]:
+    """The tasks to compare, read from ``folder``; ``other`` must have comparable ones."""
     present = folder.tasks()
     if not present:
         raise EngineError(f"the engine {folder.path} has no tasks to validate")
-    names = [choose("task", name, present) for name in tasks or present]
-    held = {name: folder.read_task(name) for name in names}
-    samples = Samples(data)
-    samples.check(held)
-    on_stage("loading the backbone")
+    if other is not None:
+        sizes = folder.manifest.image_size, other.manifest.image_size
+        if sizes[0] != sizes[1]:
+            raise EngineError(
+                f"the engines cannot be compared: {folder.path} takes images of {sizes[0]} pixels, "
+                f"{other.path} of {sizes[1]}"
+            )
+        theirs = other.tasks()
+        common = [name for name in present if name in theirs]
+        if not common:
+            raise EngineError(
+                f"no task is in both engines: {folder.path} has {', '.join(present)}; "
+                f"{other.path} has {', '.join(theirs) or 'none'}"
+            )
+        present = common
+    return {
+        name: folder.read_task(name)
+        for name in dict.fromkeys(choose("task", one, present) for one in wanted or present)
+    }
+
+
+@dataclass(frozen=True)
+class _Side:
+    """What an engine is held to."""
+
+    name: str
+    """As in :class:`Comparison`."""
+    answer: Reference
+    description: str
+    notes: tuple[str, ...] = ()
+    model: PromptModel | None = None
+    """Where it is PyTorch."""
+
+
+def _torch_side(folder: EngineFolder, tasks: Mapping[str, Task], weights: str | Path | None) -> _Side:
     model = engine_model(folder.manifest, engine_backbone(folder.manifest, weights))
-    reference = state_reference(model, held)
-    if runner is None:
-        runner = open_runner(folder.path, folder.manifest, held)
-    drawn = {name: samples.draw(name, task, gate.images) for name, task in held.items()}
-    batches = {name: batch for name, (batch, _) in drawn.items()}
-    on_stage("comparing with PyTorch")
-    comparisons = compare_tasks(runner, {STATE: reference}, batches, gate.batch_sizes)
-    mixed, apart = compare_mixed(runner, reference, batches, gate.batch_sizes)
-    accuracy, whole = _accuracies(runner, reference, held, samples, limit, on_stage)
+    return _Side(STATE, state_reference(model, tasks), torch_description(), model=model)
+
+
+def _engine_side(
+    folder: EngineFolder, other: EngineFolder, tasks: Mapping[str, Task], gate: Gate, options: RuntimeOptions | None
+) -> _Side:
+    theirs = {name: other.read_task(name) for name in tasks}
+    for name, task in tasks.items():
+        if task.labels != theirs[name].labels:
+            raise EngineError(
+                f"task {name!r} has other labels in {other.path} ({theirs[name].num_classes}) than in {folder.path} "
+                f"({task.num_classes}): leave it out with --task"
+            )
+    precisions = engine_precision(folder.manifest), engine_precision(other.manifest)
+    same = precisions[0] == precisions[1]
+    which = "the precision of both" if same else f"the looser of {precisions[0]} and {precisions[1]}"
+    notes = [f"thresholds of {gate.precision}, {which}"]
+    changed = [name for name, task in tasks.items() if task.version != theirs[name].version]
+    if changed:
+        notes.append(f"not the same versions on both sides: {', '.join(changed)}")
+    runner = open_runner(other.path, other.manifest, theirs, options)
+    answer = runner_reference(runner, theirs, max(gate.batch_sizes))
+    manifest = other.manifest
+    words = f"{other.path} ({manifest.format} {manifest.precision}, {runner.description})"
+    return _Side(ENGINE, answer, words, tuple(notes))
+
+
+def _compare(
+    runner: Runner,
+    side: _Side,
+    tasks: Mapping[str, Task],
+    samples: Samples,
+    gate: Gate,
+    limit: int | None,
+    on_stage: OnStage,
+) -> ParityReport:
+    """Everything but the intermediate results."""
+    drawn = {name: samples.draw(name, task, gate.images) for name, task in tasks.items()}
+    images = {name: batch for name, (batch, _) in drawn.items()}
+    on_stage(f"comparing with {side.description}")
+    comparisons = compare_tasks(runner, {side.name: side.answer}, images, gate.batch_sizes, gate.noise)
+    mixed, apart = compare_mixed(runner, side.answer, images, gate.batch_sizes, gate.noise, side.name)
+    swaps = check_swaps(runner, images, gate.batch_sizes)
+    accuracies: list[Accuracy] = []
+    for name in tasks:
+        if samples.spec(name) is not None:
+            on_stage(f"measuring the accuracy of {name}")
+            accuracy, whole = measure_accuracy(runner, side.answer, name, tasks, samples, gate, limit, side.name)
+            accuracies += accuracy
+            comparisons += whole
     return ParityReport(
         runtime=runner.description,
         images={name: words for name, (_, words) in drawn.items()},
-        comparisons=(*comparisons, *mixed, *whole),
+        comparisons=(*comparisons, *mixed),
         mixed_vs_single=apart,
-        atol=gate.atol,
-        min_agreement=gate.min_agreement,
-        accuracy=tuple(accuracy),
+        gate=gate,
+        accuracy=tuple(accuracies),
+        swaps=tuple(swaps),
+        reference=side.description,
+        notes=side.notes,
     )
 
 
-def _accuracies(
-    runner: Runner,
-    reference: Reference,
-    tasks: Mapping[str, Task],
-    samples: Samples,
-    limit: int | None,
-    on_stage: OnStage,
-) -> tuple[list[Accuracy], list[Comparison]]:
-    accuracies, comparisons = [], []
-    for name, task in tasks.items():
-        if samples.spec(name) is not None:
-            on_stage(f"measuring the accuracy of {name}")
-            accuracy, comparison = _accuracy(runner, reference, name, task, samples, limit)
-            accuracies.append(accuracy)
-            comparisons.append(comparison)
-    return accuracies, comparisons
-
-
-def _accuracy(
-    runner: Runner, reference: Reference, name: str, task: Task, samples: Samples, limit: int | None
-) -> tuple[Accuracy, Comparison]:
-    """One task over its validation set: top-1 of both sides, and how far they are apart."""
-    source, spec = samples.source(name), samples.spec(name)
-    assert source is not None
-    assert spec is not None
-    labelled = set(source.classes) <= set(task.labels)
-    columns = np.array([task.labels.index(one) for one in source.classes]) if labelled else None
-    total = len(source) if limit is None else min(limit, len(source))
-    chosen = np.unique(np.linspace(0, len(source) - 1, total).astype(int)).tolist()
-    tally, right_engine, right_torch = Tally(), 0, 0
-    for start in range(0, len(chosen), _ACCURACY_BATCH):
-        read = read_images(source, task, chosen[start : start + _ACCURACY_BATCH])
-        kept = [(image, target) for image, target in read if image is not None]
-        if not kept:
-            continue
-        batch = np.stack([image for image, _ in kept])
-        expected = reference(batch, name)
-        found = runner.logits(batch, [name] * len(batch))[:, : task.num_classes]
-        tally.add(expected, found)
-        if columns is not None:
-            targets = columns[[target for _, target in kept]]
-            right_engine += int((found.argmax(axis=1) == targets).sum())
-            right_torch += int((expected.argmax(axis=1) == targets).sum())
-    comparison = tally.result(name, STATE, _ACCURACY_BATCH)
-    if columns is None:
-        reason = "the classes of the data are not the task's labels"
-        return Accuracy(name, spec, tally.images, skipped=reason), comparison
-    count = max(tally.images, 1)
-    return Accuracy(name, spec, tally.images, right_engine / count, right_torch / count), comparison
+def _furthest(report: ParityReport, tasks: Mapping[str, Task]) -> str:
+    """The task whose logits are furthest from the reference's; one that is not finite is further than any."""
+    own = [one for one in report.comparisons if one.task in tasks]
+    return max(own, key=lambda one: one.max_rel if math.isfinite(one.max_rel) else math.inf).task

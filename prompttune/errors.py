@@ -50,6 +50,12 @@ class MissingExtraError(PrompttuneError):
         super().__init__(f"{package} is not installed: pip install 'prompttune[{extra}]'{hint}")
 
 
+def first_line(problem: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    lines = str(problem).strip().splitlines()
+    return lines[0].strip() if lines else type(problem).__name__
+
+
 def choose(kind: str, name: object, known: Iterable[str]) -> str:
     """Return ``name`` if it is one of ``known``, else raise a :class:`UsageError` that names the nearest."""
     options = list(known)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
 from prompttune.errors import UsageError
+from prompttune.layers.probe import probe
 from prompttune.methods.base import CLASSES, Layout, Method, MethodConfig, State
 from prompttune.preprocess import Preprocess
 
@@ -100,6 +101,7 @@ class PromptModel(nn.Module):
             aux: compute the prompt pathway's output too, where the method has one.
         """
         features, aux_features = self.method(images, state, aux)
+        probe("features", features)
         aux_logits = None if aux_features is None else _classify(aux_features, state)
         return Output(_classify(features, state), features, aux_logits, aux_features)
 
@@ -152,4 +154,4 @@ def _labels(num_classes: int | None, labels: list[str] | None) -> list[str]:
 def _classify(features: Tensor, state: State) -> Tensor:
     """Features [B, D] through the head of each row's task: [B, C]."""
     weight, bias = state["head.weight"], state["head.bias"]  # [1 or B, C, D], [1 or B, C]
-    return torch.add((features.unsqueeze(1) @ weight.transpose(1, 2)).squeeze(1), bias)
+    return torch.add((features.to(weight.dtype).unsqueeze(1) @ weight.transpose(1, 2)).squeeze(1), bias)

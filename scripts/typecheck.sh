@@ -9,6 +9,7 @@ python=$(realpath --no-symlinks "${PYTHON:-.venv/bin/python}")
 wheels=$(mktemp -d)
 trap 'rm -rf "$wheels"' EXIT
 
+"$python" scripts/tensorrt_stubs.py
 wheel=$(PYTHON=$python scripts/wheel.sh "$wheels")
 rm -rf build/typecheck
 "$python" -m pip install --quiet --no-deps --no-compile --target build/typecheck "$wheel"

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +156,33 @@ class Bank:
         self._free, self._retired = list(range(len(entries), capacity)), []
         placed = {key: self._runtime.place(value) for key, value in rows.items()}
         self._snapshot = Snapshot(self._snapshot.generation + 1, entries, placed)
+
+
+class BakedBank:
+    """The tasks of an engine whose model holds them as constants: nothing moves."""
+
+    def __init__(self, order: Sequence[str], tasks: Mapping[str, Task]) -> None:
+        """``order`` names the task of each row of the model."""
+        held = {name: Entry(tasks[name], tasks[name].version, row) for row, name in enumerate(order) if name in tasks}
+        self._snapshot = Snapshot(0, held, {})
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """The tasks."""
+        return self._snapshot.entries
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[Snapshot]:
+        """See :meth:`Bank.lease`."""
+        yield self._snapshot
+
+    def put(self, name: str, task: Task, replace: bool = False) -> None:  # noqa: ARG002
+        """Refuse: see :meth:`EngineFolder.check_open`, which says what to do."""
+        raise UsageError(f"the task {name!r} cannot be added: the tasks of this engine are baked into its model")
+
+    def remove(self, name: str) -> None:
+        """Refuse, as :meth:`put` does."""
+        raise UsageError(f"the task {name!r} cannot be removed: the tasks of this engine are baked into its model")
 
 
 def _write(rows: Mapping[str, NDArray[Any]], row: int, task: Task, version: str) -> Entry:

@@ -16,13 +16,14 @@ from torch import Tensor
 from prompttune.backbones import Backbone
 from prompttune.errors import DataError, EngineError, UsageError, choose
 from prompttune.export.folder import EngineFolder, check_task_name
+from prompttune.export.gate import Gate, engine_precision
 from prompttune.export.layout import bank_dtype
-from prompttune.export.proof import Gate, fold_proven
+from prompttune.export.proof import fold_proven
 from prompttune.export.runtimes import Array, Runtime, RuntimeOptions, open_runtime
 from prompttune.export.samples import Samples
 from prompttune.export.tasks import Fit, check_fit, engine_backbone
 from prompttune.preprocess import Preprocess
-from prompttune.serve.bank import Bank, Entry, Snapshot
+from prompttune.serve.bank import BakedBank, Bank, Entry, Snapshot
 from prompttune.training.data.images import read_image, to_rgb
 
 ImageLike = str | Path | Image.Image
@@ -79,7 +80,11 @@ class Engine:
         self._runtime = open_runtime(self.folder.path, manifest, RuntimeOptions(device, threads))
         self._dtype = bank_dtype(manifest.bank_precision)
         tasks = {name: self.folder.read_task(name) for name in self.folder.tasks()}
-        self._bank = Bank(self._runtime, manifest.layout, tasks, self._dtype)
+        self._bank: Bank | BakedBank
+        if manifest.baked is None:
+            self._bank = Bank(self._runtime, manifest.layout, tasks, self._dtype)
+        else:
+            self._bank = BakedBank(manifest.baked, tasks)
         self._transforms: dict[Preprocess, Callable[[Image.Image], Tensor]] = {}
         self._backbone: Backbone | None = None
 
@@ -234,6 +239,7 @@ class Engine:
             EngineError: it does not fit the engine.
             ParityError: it does not answer as PyTorch does.
         """
+        self.folder.check_open()
         check_task_name(name)
         if name in self._bank.entries and not replace:
             raise UsageError(f"the engine already has a task {name!r}: choose another name or give replace=True")
@@ -252,7 +258,7 @@ class Engine:
                 {one: entry.task for one, entry in snapshot.entries.items()},
                 lambda tasks: _Trial(self._runtime, Bank(self._runtime, manifest.layout, tasks, self._dtype)),
                 Samples(),
-                Gate() if parity else None,
+                Gate.for_precision(engine_precision(manifest)) if parity else None,
             )
         if save:
             self.folder.write_task(name, task, replace)
@@ -268,6 +274,7 @@ class Engine:
         Raises:
             UsageError: there is no such task.
         """
+        self.folder.check_open()
         self._bank.remove(name)
         if save and name in self.folder.tasks():
             self.folder.remove_task(name)

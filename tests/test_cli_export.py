@@ -40,7 +40,9 @@ def engine(tmp_path_factory):
 
 def test_export_prints_a_table_and_refuses_an_existing_output(engine, tmp_path):
     refused(run("export", checkpoint("linear", 0), "-o", engine), 2, "give --overwrite")
-    refused(run("export", checkpoint("linear", 0), "-o", tmp_path / "x", "--format", "trt"), 2, "'trt' is not 'onnx'")
+    refused(
+        run("export", checkpoint("linear", 0), "-o", tmp_path / "x", "--format", "tflite"), 2, "'tflite' is not one of"
+    )
     refused(run("export", checkpoint("linear", 0), "-o", tmp_path / "x", "--batch-sizes", "0,a"), 2, "batch sizes")
     refused(run("export", tmp_path / "none", "-o", tmp_path / "x"), 1, "no checkpoint folder")
     refused(run("export", f"../x={checkpoint('linear', 0)}", "-o", tmp_path / "x"), 2, "bad task name")
@@ -96,10 +98,48 @@ def test_validate_on_data_shows_the_accuracy(tmp_path):
     assert result.exit_code == 0, result.output
     (accuracy,) = json.loads(result.stdout)["accuracy"]
     assert (accuracy["task"], accuracy["images"]) == ("digits", 20)
-    assert accuracy["engine"] == accuracy["torch"]
+    assert accuracy["engine"] == accuracy["reference"]
     shown = run("validate", folder, "--data", "digits=demo/digits", "--limit", "20", "--images", "2")
     assert "PyTorch top-1" in shown.stdout
     assert f"{accuracy['engine']:.2%}" in shown.stdout
+
+
+def test_validate_against_another_engine(engine, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(engine, folder)
+    arguments = ("validate", engine, "--against", folder, "--images", "4", "--batch-sizes", "1,4")
+    passed = run(*arguments)
+    assert passed.exit_code == 0, passed.output
+    assert f"against {folder} (onnx fp32, ONNX Runtime" in passed.stdout
+    assert "thresholds of fp32, the precision of both" in passed.stdout
+    assert "swaps A, B, A: 8 of 8 gave A's first answer bit for bit" in passed.stdout
+    refused(run(*arguments, "--debug"), 2, "leave out the other engine")
+    assert run("tasks", "add", folder, f"task0={checkpoint('linear', 0)}", "--replace", "--no-parity").exit_code == 0
+    assert run("tasks", "remove", folder, "second").exit_code == 0
+    alone = json.loads(run(*arguments, "--json").stdout)
+    assert list(alone["images"]) == ["task0"]
+    drawn_model(backbone(), config_of("linear"), 2, seed=7).save(tmp_path / "task0")
+    assert run("tasks", "add", folder, tmp_path / "task0", "--replace", "--no-parity").exit_code == 0
+    refused_by_parity = run(*arguments, "--json")
+    assert refused_by_parity.exit_code == 1
+    assert f"does not answer as {folder} does: task 'task0'" in refused_by_parity.stderr
+    assert len(refused_by_parity.stderr.strip().splitlines()) == 1
+    assert run("tasks", "remove", folder, "task0").exit_code == 0
+    refused(run(*arguments), 1, "no task is in both engines")
+
+
+@pytest.mark.parametrize("command", ["validate", "export", "tasks add"])
+def test_help_names_the_thresholds_of_each_precision(command):
+    text = " ".join(run(*command.split(), "--help").stdout.split())
+    assert "[default: 0.0001 for fp32, none for fp16, bf16 and int8]" in text
+    assert "[default: 1 for fp32, 0.99 for fp16, bf16 and int8]" in text
+    assert "[default: none for fp32, 0.01 for fp16, bf16 and int8]" in text
+
+
+def test_the_error_names_the_worst_figure(engine):
+    failed = run("validate", engine, "--atol", "0", "--json")
+    worst = json.loads(failed.stdout)["failures"][0]
+    assert failed.stderr.strip().endswith(worst)
 
 
 def test_validate_without_the_weights_says_how_to_give_them(tmp_path):

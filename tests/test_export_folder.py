@@ -20,6 +20,7 @@ from prompttune.export import (
     list_tasks,
     remove_task,
 )
+from prompttune.export.formats import Built
 from prompttune.export.formats import onnx as formats_onnx
 from prompttune.export.layout import bind_axes, stack_states
 from prompttune.export.onnx import verify_onnx
@@ -132,8 +133,8 @@ def test_names_and_outputs_are_checked_before_work(tmp_path):
         export_engine([path, path], tmp_path / "engine")
     with pytest.raises(UsageError, match="at least one"):
         export_engine([], tmp_path / "engine")
-    with pytest.raises(UsageError, match="unknown format 'trt'"):
-        export_engine([path], tmp_path / "engine", format="trt")
+    with pytest.raises(UsageError, match="unknown format 'tflite'"):
+        export_engine([path], tmp_path / "engine", format="tflite")
     with pytest.raises(CheckpointError, match="no checkpoint folder"):
         export_engine([tmp_path / "nothing"], tmp_path / "engine")
     (tmp_path / "notes").mkdir()
@@ -148,12 +149,12 @@ def test_an_engine_that_fails_the_gate_is_not_put_in_place(tmp_path, monkeypatch
     folder = copied("linear", tmp_path)
     manifest = EngineFolder(folder).manifest
 
-    def copied_model(model, target):  # the graph of an earlier export will do, and is quicker
+    def copied_model(request, target):  # the graph of an earlier export will do, and is quicker
         for name in manifest.files:
             shutil.copy(exported("linear") / name, target)
-        return manifest.inputs, manifest.outputs
+        return Built(manifest.inputs, manifest.outputs, list(manifest.files))
 
-    monkeypatch.setattr(formats_onnx, "export_onnx", copied_model)
+    monkeypatch.setattr(formats_onnx, "write_onnx", copied_model)
     before = (folder / "engine.json").read_bytes()
     with pytest.raises(ParityError, match=r"logits differ by .*, allowed 0 .*; the engine was not put in place"):
         export_engine([checkpoint("linear", 2)], folder, overwrite=True, atol=0.0)

@@ -24,7 +24,7 @@ SETUPTOOLS = PROJECT["tool"]["setuptools"]
 SOURCES = [path for folder in SETUPTOOLS["package-dir"].values() for path in (ROOT / folder).rglob("*.py")]
 
 
-UNPINNED = {"tensorrt"}  # never part of the environments that constraints.txt is for
+UNPINNED = {"tensorrt", "torch-tensorrt"}  # never part of the environments that constraints.txt is for
 
 
 def requirements() -> list[Requirement]:

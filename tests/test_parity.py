@@ -1,6 +1,4 @@
-"""The comparison with PyTorch: what it measures, what it lets pass, and that it can fail."""
-
-import json
+"""The comparison with PyTorch: mixed batches, swaps, accuracy, and that it can fail."""
 
 import numpy as np
 import pytest
@@ -8,80 +6,86 @@ import torch
 
 import prompttune as pt
 from prompttune.errors import UsageError
-from prompttune.export import EngineFolder, Gate, ParityReport, add_task
-from prompttune.export.parity import Tally, compare_mixed
+from prompttune.export import EngineFolder, Gate, add_task
+from prompttune.export.compare import compare_mixed
 from prompttune.export.samples import Samples
+from prompttune.export.swap import check_swaps
 from prompttune.training.data import load_data
 from tests.drawing import drawn_model
 from tests.engines import backbone, config_of, copied, exported, noise
+from tests.test_parity_figures import report, tally
 
 
-def tally(expected, found):
-    made = Tally()
-    made.add(np.array(expected, np.float32), np.array(found, np.float32))
-    return made.result("t", "state", 1)
+class Fake:
+    """Two tasks whose answers do not depend on the image; ``change`` spoils them."""
+
+    description = "fake"
+
+    def __init__(self, change=lambda answers, tasks: answers):
+        self.change = change
+
+    def logits(self, images, tasks):
+        answers = np.array([[1.0, 2.0, -np.inf] if task == "a" else [3.0, 1.0, 2.0] for task in tasks], np.float32)
+        return self.change(answers, tasks)
 
 
-def report(*comparisons, apart=None, **settings):
-    return ParityReport("here", {}, comparisons, apart, **settings)
+def crosstalk(answers, tasks):
+    """Alone as it should be; in a batch each row is shifted by its neighbour."""
+    return answers + np.float32(0.25 if len(tasks) > 1 else 0.0)
 
 
-def test_figures():
-    one = tally([[1.0, 3.0, 2.0], [0.0, 4.0, 4.5]], [[1.0, 3.0, 2.0], [0.0, 4.5, 4.0]])
-    assert (one.max_abs, one.mean_abs) == (0.5, 1 / 6)
-    assert (one.images, one.disagreements, one.agreement) == (2, 1, 0.5)
-    assert (one.margin, one.disagreement_margin) == (0.5, 0.5)
-    assert one.cosine == pytest.approx(36 / (16 + 20.25))
-    assert tally([[1.0]], [[1.0]]).margin is None
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_fails_and_stays_json(bad):
-    made = report(tally([[1.0, 2.0]], [[bad, 2.0]]), min_agreement=0.0)
-    assert not made.passed
-    json.loads(json.dumps(made.to_dict(), allow_nan=False))
-
-
-def test_gates():
-    near = tally([[1.0, 2.0]], [[1.0, 2.00005]])
-    assert report(near).passed
-    assert not report(near, atol=1e-5).passed
-    tie = tally([[1.0, 1.00001]], [[1.00001, 1.0]])
-    assert report(tie).failures == [
-        "task 't', batch size 1, against the state: top-1 agreement 0 (1 of 1 differ; leads there up to 1e-05), "
-        "required 1"
-    ]
-    assert report(tie, min_agreement=0.0).passed
-    assert "mixed batch differs from single runs" in report(near, apart=1e-3).failures[0]
-    assert not report(near, apart=np.nan).passed
-
-
-def test_later_batches_do_not_hide_an_earlier_nan():
-    made = Tally()
-    made.add(np.array([[np.nan, 1.0]], np.float32), np.array([[1.0, 1.0]], np.float32))
-    made.add(np.array([[1.0, 1.0]], np.float32), np.array([[1.0, 1.0]], np.float32))
-    assert np.isnan(made.result("t", "state", 1).max_abs)
+def reference(images, task):
+    return np.array([[1.0, 2.0] if task == "a" else [3.0, 1.0, 2.0]] * len(images), np.float32)
 
 
 def test_mixed_batches_are_held_against_single_runs():
-    class Crosstalk:
-        """Answers alone as it should; in a batch each row is shifted by its neighbour."""
-
-        description = "crosstalk"
-
-        def logits(self, images, tasks):
-            own = np.array([[1.0, 2.0] if task == "a" else [3.0, 1.0] for task in tasks], np.float32)
-            return own + (0.25 if len(tasks) > 1 else 0.0)
-
-    def reference(images, task):
-        return np.array([[1.0, 2.0] if task == "a" else [3.0, 1.0]] * len(images), np.float32)
-
     images = {"a": noise(2), "b": noise(2)}
-    comparisons, apart = compare_mixed(Crosstalk(), reference, images, (1, 2, 4))
+    comparisons, apart = compare_mixed(Fake(crosstalk), reference, images, (1, 2, 4))
     assert apart == 0.25
     assert [one.batch_size for one in comparisons] == [2, 4]
     assert {one.max_abs for one in comparisons} == {0.25}
-    assert compare_mixed(Crosstalk(), reference, {"a": noise(2)}, (1, 2)) == ([], None)
+    assert compare_mixed(Fake(crosstalk), reference, {"a": noise(2)}, (1, 2)) == ([], None)
+
+
+def test_swaps_of_an_honest_engine_are_exact():
+    images = {"a": noise(2), "b": noise(2)}
+    swaps = check_swaps(Fake(), images, (1, 4))
+    assert all(one.exact for one in swaps)
+    found = {(one.task, one.other, one.batch_size, one.between) for one in swaps}
+    assert found == {(*pair, size, between) for pair in ("ab", "ba") for size in (1, 4) for between in (1, 4)}
+    assert check_swaps(Fake(), {"a": noise(2)}, (1, 4)) == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_what_is_left_of_another_task_fails_the_swap(batch_size):
+    """An engine that blends the last task into the next one, at one batch size alone, by one unit in the last place."""
+    last = []
+
+    def blend(answers, tasks):
+        stale = bool(last) and last[-1] != tasks[0]
+        last.append(tasks[0])
+        changed = stale and len(tasks) == batch_size
+        return np.where(np.isfinite(answers) & changed, np.nextafter(answers, np.float32(9)), answers)
+
+    def a_first(swaps):
+        return [one for one in swaps if one.task == "a"]
+
+    swaps = check_swaps(Fake(blend), {"a": noise(2), "b": noise(2)}, (1, 4))
+    assert {one.batch_size for one in a_first(swaps) if not one.exact} == {batch_size}
+    made = report(tally([[1.0, 2.0]], [[1.0, 2.0]]), swaps=tuple(swaps), gate=Gate.for_precision("int8"))
+    assert "its answer is another one" in made.failures[0]
+    assert 0 < max(one.max_abs for one in swaps) < 1e-6
+
+
+def test_a_buffer_that_is_used_again_does_not_hide_a_difference():
+    buffer, calls = np.zeros((4, 3), np.float32), []
+
+    def reuse(answers, tasks):
+        calls.append(tasks)
+        buffer[: len(answers)] = answers + len(calls)
+        return buffer[: len(answers)]
+
+    assert not any(one.exact for one in check_swaps(Fake(reuse), {"a": noise(2), "b": noise(2)}, (1, 4)))
 
 
 class Wrong:
@@ -104,6 +108,7 @@ def test_validate_passes_an_engine_and_fails_a_wrong_one():
     passed = pt.validate_engine(folder, runner=engine)
     assert passed.passed
     assert {one.task for one in passed.comparisons} == {"task0", "task1", "mixed"}
+    assert len(passed.swaps) == 8
     assert "synthetic" in passed.images["task0"]
     failed = pt.validate_engine(folder, runner=Wrong(engine), min_agreement=0.0)
     assert not failed.passed
@@ -128,17 +133,20 @@ def test_accuracy_on_labelled_images(tmp_path):
     folder = copied("linear", tmp_path)
     task = add_task(folder, "digits", tmp_path / "digits", data="demo/digits", gate=Gate(images=4))
     assert task.parity["images"] == {"digits": "4 images of demo/digits"}
+    (at_export,) = task.parity["accuracy"]
+    assert (at_export["images"], at_export["engine"]) == (4, at_export["reference"])
     found = pt.validate_engine(folder, {"digits": "demo/digits"}, images=4, limit=40)
     (accuracy,) = found.accuracy
     assert (accuracy.task, accuracy.images, accuracy.skipped) == ("digits", 40, "")
     whole = next(one for one in found.comparisons if one.images == 40)
     assert whole.max_abs <= 1e-4
+    assert whole.top5_agreement > 0.95
     source, transform = load_data("demo/digits").val, model.preprocess.transform()
     read = [source.load(index) for index in np.unique(np.linspace(0, len(source) - 1, 40).astype(int))]
     with torch.no_grad():
         guesses = model(torch.stack([transform(image) for image, _ in read])).logits.argmax(dim=1).tolist()
     right = sum(source.classes[target] == labels[guess] for (_, target), guess in zip(read, guesses, strict=True))
-    assert accuracy.torch == accuracy.engine == right / 40
+    assert accuracy.reference == accuracy.engine == right / 40
 
 
 def test_classes_that_are_not_the_labels_give_no_accuracy():

@@ -13,8 +13,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from prompttune.errors import UsageError, choose
+from prompttune.export.folder import Manifest, Task
+from prompttune.export.graph import Traced, trace
 from prompttune.export.layout import State, TensorSpec
-from prompttune.export.runtimes.base import Array
+from prompttune.export.runtimes.base import Array, RuntimeOptions
 from prompttune.model import PromptModel
 
 OnStage = Callable[[str], None]
@@ -27,6 +29,10 @@ QUANTIZATIONS = ("dynamic", "static")
 
 FORMATS = {
     "onnx": ("prompttune.export.formats.onnx", "OnnxFormat"),
+    "onnx-adapter": ("prompttune.export.formats.onnx_adapter", "OnnxAdapterFormat"),
+    "aoti": ("prompttune.export.formats.aoti", "AotiFormat"),
+    "trt": ("prompttune.export.formats.tensorrt", "TensorRTFormat"),
+    "torch-trt": ("prompttune.export.formats.torch_tensorrt", "TorchTensorRTFormat"),
 }
 """Name of a format → module and class."""
 
@@ -47,8 +53,9 @@ class Settings:
     """``explicit`` products and softmax, or ``fused``: the format's own attention. None takes the format's default."""
     baked: bool = False
     """Put the tasks into the model as constants; inputs are ``image`` and ``task_index`` alone."""
-    device: str = "cpu"
-    """Where the model will run, for formats that compile for a device."""
+    device: str | None = None
+    """Where the model will run: formats that compile do it for this device, and the comparison with PyTorch runs there.
+    None takes the format's default."""
     quantization: str | None = None
     """How int8 finds its scales: ``dynamic`` at run time, ``static`` from calibration images."""
     calibration_images: int = 64
@@ -57,6 +64,11 @@ class Settings:
     """Dynamic axis (batch, tasks, rank, classes) → smallest, likeliest and largest size, where a format needs them."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The format's own options by name."""
+
+    @property
+    def target(self) -> str:
+        """The device, once resolved."""
+        return self.device or "cpu"
 
     def resolved(self) -> Settings:
         """Checked, with what was left open filled in.
@@ -81,7 +93,11 @@ class Settings:
         for axis, sizes in self.axes.items():
             if len(sizes) != 3 or not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
                 raise UsageError(f"sizes of the axis {axis} must rise from 1: smallest, likeliest, largest")
-        return dataclasses.replace(self, bank_precision=bank, attention=attention, quantization=quantization)
+        device = self.device or kind.default_device
+        RuntimeOptions(device).cuda_index  # noqa: B018  # raises if there is no such device
+        return dataclasses.replace(
+            self, bank_precision=bank, attention=attention, quantization=quantization, device=device
+        )
 
 
 Feeds = dict[str, np.ndarray[Any, Any]]
@@ -101,6 +117,24 @@ class BuildRequest:
     images: Callable[[str, int], Array]
     """Up to so many normalised images [N, 3, S, S] of a task, for calibration."""
     on_stage: OnStage = lambda _: None
+
+    def trace(self, probes: bool = False, device: str = "cpu") -> Traced:
+        """The graph that these settings ask for, its constants on ``device``.
+
+        For int8 it is in fp32, to be quantised afterwards.
+        """
+        settings = self.settings
+        assert settings.bank_precision is not None
+        assert settings.attention is not None
+        return trace(
+            self.model,
+            precision="fp32" if settings.precision == "int8" else settings.precision,
+            bank_precision=settings.bank_precision,
+            attention=settings.attention,
+            baked=self.states if settings.baked else None,
+            probes=probes,
+            device=device,
+        )
 
 
 @dataclass(frozen=True)
@@ -124,6 +158,7 @@ class Format(ABC):
     precisions: ClassVar[tuple[str, ...]] = PRECISIONS
     default_attention: ClassVar[str] = "explicit"
     default_quantization: ClassVar[str] = "dynamic"
+    default_device: ClassVar[str] = "cpu"
 
     @abstractmethod
     def check(self, settings: Settings) -> None:
@@ -133,6 +168,16 @@ class Format(ABC):
             MissingExtraError: a library is missing; names the extra and what would run instead.
             UsageError: a setting that this format does not know.
         """
+
+    def check_proof(self, settings: Settings) -> None:  # noqa: B027  # most formats have nothing to refuse
+        """Raise at once if what would be built could not be compared with PyTorch on ``settings.device``.
+
+        Raises:
+            UsageError: says what to do instead.
+        """
+
+    def write_task(self, manifest: Manifest, task: Task, folder: Path) -> None:  # noqa: B027  # most write nothing
+        """Write what this format keeps of a task beside its record and state; nothing by default."""
 
     @abstractmethod
     def build(self, request: BuildRequest, folder: Path) -> Built:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from prompttune.errors import UsageError
 from prompttune.export.formats.base import BuildRequest, Built, Format, Settings
-from prompttune.export.onnx import MODEL_FILE, OPSET, WEIGHTS_FILE, export_onnx
+from prompttune.export.onnx import FUSED_OPSET, MODEL_FILE, OPSET, WEIGHTS_FILE, export_onnx
+from prompttune.export.quantise import quantise
 
 
 class OnnxFormat(Format):
@@ -19,8 +20,32 @@ class OnnxFormat(Format):
         if settings.axes or settings.options:
             raise UsageError("the format onnx needs no sizes of axes and has no options of its own")
 
+    def check_proof(self, settings: Settings) -> None:
+        """See :meth:`Format.check_proof`."""
+        if "bf16" in (settings.precision, settings.bank_precision) and settings.target == "cpu":
+            raise UsageError(
+                "ONNX Runtime runs bf16 on CUDA alone, so it cannot be compared with PyTorch on the cpu: give the "
+                "device cuda, export without the comparison (--no-parity), or choose fp16"
+            )
+
     def build(self, request: BuildRequest, folder: Path) -> Built:
         """See :meth:`Format.build`."""
-        inputs, outputs = export_onnx(request.model, folder)
-        files = [name for name in (MODEL_FILE, WEIGHTS_FILE) if (folder / name).is_file()]
-        return Built(inputs, outputs, files, opset=OPSET)
+        return write_onnx(request, folder)
+
+
+def write_onnx(request: BuildRequest, folder: Path, symmetric: bool = False) -> Built:
+    """Write ``model.onnx`` as the settings ask for, quantised if they say so.
+
+    Args:
+        request: what to build from.
+        folder: where to.
+        symmetric: zero-point 0 for the activations of static int8, as TensorRT wants it.
+    """
+    request.on_stage("tracing and writing the graph")
+    traced = request.trace(probes=True)
+    opset = FUSED_OPSET if request.settings.attention == "fused" else OPSET
+    probes = export_onnx(traced, folder, opset)
+    if request.settings.precision == "int8":
+        quantise(request, folder, symmetric)
+    files = [name for name in (MODEL_FILE, WEIGHTS_FILE) if (folder / name).is_file()]
+    return Built(traced.inputs, traced.outputs, files, opset, {"probes": probes})

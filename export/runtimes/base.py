@@ -22,6 +22,10 @@ BankArray = NDArray[Any]
 
 _RUNTIMES = {
     "onnx": ("prompttune.export.runtimes.onnxruntime", "OnnxRuntime"),
+    "onnx-adapter": ("prompttune.export.runtimes.onnx_adapter", "OnnxAdapterRuntime"),
+    "aoti": ("prompttune.export.runtimes.aoti", "AotiRuntime"),
+    "trt": ("prompttune.export.runtimes.tensorrt", "TensorRTRuntime"),
+    "torch-trt": ("prompttune.export.runtimes.torch_tensorrt", "TorchTensorRTRuntime"),
 }
 """Format of an engine → module and class of its runtime: a :class:`Runtime` made of (folder, manifest, options)."""
 
@@ -103,9 +107,10 @@ class StateRunner:
 
     def __init__(self, runtime: Runtime, manifest: Manifest, states: Mapping[str, State]) -> None:
         self._runtime = runtime
-        self._row = {name: row for row, name in enumerate(states)}
+        self._row = {name: row for row, name in enumerate(states if manifest.baked is None else manifest.baked)}
         stacked = stack_states(manifest.layout, states.values(), bank_dtype(manifest.bank_precision))
-        self._bank = {key: runtime.place(rows) for key, rows in stacked.items()}
+        baked = manifest.baked is not None
+        self._bank = {} if baked else {key: runtime.place(rows) for key, rows in stacked.items()}
         self.description = runtime.description
 
     def logits(self, images: Array, tasks: Sequence[str]) -> Array:

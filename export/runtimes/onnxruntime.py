@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from prompttune.errors import EngineError, MissingExtraError
+from prompttune.errors import EngineError, MissingExtraError, first_line
 from prompttune.export.folder import Manifest
 from prompttune.export.layout import IMAGE, LOGITS, TASK_INDEX, bank_input
 from prompttune.export.onnx import MODEL_FILE
@@ -42,8 +42,12 @@ class OnnxRuntime(Runtime):
     once, on CUDA ONNX Runtime copies the bank to the device in each call.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, options: RuntimeOptions) -> None:  # noqa: ARG002
+    def __init__(self, folder: Path, manifest: Manifest, options: RuntimeOptions) -> None:
         wanted = providers(options)
+        if "bf16" in (manifest.precision, manifest.bank_precision) and wanted == ["CPUExecutionProvider"]:
+            raise EngineError(
+                "ONNX Runtime runs bf16 on CUDA alone: open the engine on cuda, or export it as fp16 or fp32"
+            )
         settings = ort.SessionOptions()
         settings.log_severity_level = _QUIET
         if options.threads is not None:
@@ -52,7 +56,7 @@ class OnnxRuntime(Runtime):
         try:
             self._session = ort.InferenceSession(str(path), settings, providers=wanted)
         except Exception as problem:  # ONNX Runtime's errors share no base class below Exception
-            raise EngineError(f"ONNX Runtime cannot open {path}: {_first_line(problem)}") from None
+            raise EngineError(f"ONNX Runtime cannot open {path}: {first_line(problem)}") from None
         self.provider: str = self._session.get_providers()[0]
         if options.device != "cpu" and self.provider == "CPUExecutionProvider":
             raise EngineError(f"ONNX Runtime cannot use {options.device}: its CUDA libraries did not load")
@@ -76,12 +80,11 @@ class OnnxRuntime(Runtime):
             TASK_INDEX: ort.OrtValue.ortvalue_from_numpy(task_index),
             **{bank_input(key): placed for key, placed in bank.items()},
         }
+        return self._call(feeds)
+
+    def _call(self, feeds: Mapping[str, Any]) -> Array:
         try:
             logits: Array = self._session.run_with_ort_values([LOGITS], feeds)[0].numpy()
         except Exception as problem:
-            raise EngineError(f"ONNX Runtime failed: {_first_line(problem)}") from None
+            raise EngineError(f"ONNX Runtime failed: {first_line(problem)}") from None
         return logits
-
-
-def _first_line(problem: Exception) -> str:
-    return str(problem).strip().splitlines()[0]

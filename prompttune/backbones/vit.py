@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
 from prompttune.errors import BackboneError
+from prompttune.layers.attention import attend
+from prompttune.layers.probe import probe
 
 ALLOCATOR_KEEPS = 32 * 2**20
 """Bytes above which glibc maps every allocation anew (the ceiling of its dynamic ``M_MMAP_THRESHOLD``)."""
@@ -84,11 +86,19 @@ class VitBackbone(Backbone):
 
     def forward(self, images: Tensor) -> Tensor:
         """See :meth:`Backbone.forward`."""
-        return self.pool(self.model.blocks(self.embed(images)))
+        tokens = self.embed(images)
+        for index in range(self.depth - 1):
+            tokens = self.run_block(index, tokens)
+        return self.pool(self.run_last_block(tokens))
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S] to the tokens [B, N, D] that enter block 0."""
-        return cast(Tensor, self.model.norm_pre(self.model._pos_embed(self.model.patch_embed(images))))
+        # The patches' convolution may be of a higher precision than the blocks.
+        patches = self.model.patch_embed(images.to(self.model.patch_embed.proj.weight.dtype))
+        patches = patches.to(self.attention(0).proj.weight.dtype)
+        tokens = cast(Tensor, self.model.norm_pre(self.model._pos_embed(patches)))
+        probe("embed", tokens)
+        return tokens
 
     def position(self, tokens: Tensor) -> Tensor:
         """Give prompt tokens [1, N, D] the position embedding (and pre-norm) of the image tokens."""
@@ -108,31 +118,27 @@ class VitBackbone(Backbone):
 
     def qkv(self, index: int, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [..., H, N, d] of normed tokens [..., N, D]."""
-        attention = self.attention(index)
-        q, k, v = self._heads(index, attention.qkv(normed), 3)
-        return attention.q_norm(q), attention.k_norm(k), v
+        return self.query(index, normed), *self.key_value(index, normed)
 
     def query(self, index: int, normed: Tensor) -> Tensor:
         """Queries alone, [..., H, N, d]."""
-        attention = self.attention(index)
-        bias = attention.qkv.bias
-        size = attention.attn_dim
-        projected = F.linear(normed, attention.qkv.weight[:size], None if bias is None else bias[:size])
-        return cast(Tensor, attention.q_norm(self._heads(index, projected, 1)[0]))
+        return cast(Tensor, self.attention(index).q_norm(self._heads(index, normed, 0)))
 
     def key_value(self, index: int, normed: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values alone, [..., H, N, d] each."""
-        attention = self.attention(index)
-        bias = attention.qkv.bias
-        size = attention.attn_dim
-        projected = F.linear(normed, attention.qkv.weight[size:], None if bias is None else bias[size:])
-        k, v = self._heads(index, projected, 2)
-        return attention.k_norm(k), v
+        return self.attention(index).k_norm(self._heads(index, normed, 1)), self._heads(index, normed, 2)
 
-    def _heads(self, index: int, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
+    def _heads(self, index: int, normed: Tensor, part: int) -> Tensor:
+        """Queries (part 0), keys (1) or values (2) before their norm, [..., H, N, d].
+
+        Each from its own rows of the weight: splitting one large product would copy it.
+        """
         attention = self.attention(index)
-        split = projected.unflatten(-1, (parts, attention.num_heads, attention.head_dim))  # [..., N, parts, H, d]
-        return tuple(part.transpose(-3, -2) for part in split.unbind(-3))  # [..., H, N, d] each
+        rows = slice(part * attention.attn_dim, (part + 1) * attention.attn_dim)
+        bias = attention.qkv.bias
+        projected = F.linear(normed, attention.qkv.weight[rows], None if bias is None else bias[rows])
+        heads: Tensor = projected.unflatten(-1, (attention.num_heads, attention.head_dim))  # [..., N, H, d]
+        return heads.transpose(-3, -2)
 
     def project(self, index: int, attended: Tensor) -> Tensor:
         """Attention output with merged heads [..., N, H d] through the block's projection and LayerScale."""
@@ -160,7 +166,17 @@ class VitBackbone(Backbone):
 
     def run_block(self, index: int, tokens: Tensor) -> Tensor:
         """All of block ``index``, [B, N, D] to [B, N, D]."""
-        return cast(Tensor, self.block(index)(tokens))
+        attended = attend(*self.qkv(index, self.norm1(index, tokens)))
+        return self.feed_forward(index, tokens + self.project(index, merge_heads(attended)))
+
+    def run_last_block(self, tokens: Tensor) -> Tensor:
+        """The last block, for the tokens that are pooled alone: [B, N, D] to [B, 1 or N, D]."""
+        index = self.depth - 1
+        if not self.pools_class_token:
+            return self.run_block(index, tokens)
+        normed = self.norm1(index, tokens)
+        attended = attend(self.query(index, normed[:, :1]), *self.key_value(index, normed))
+        return self.feed_forward(index, tokens[:, :1] + self.project(index, merge_heads(attended)))
 
     def pool(self, tokens: Tensor) -> Tensor:
         """Final norm, the model's own pooling and head norm: [B, N, D] to [B, D].

@@ -177,7 +177,7 @@ def run(output: Path, console: Console) -> None:
     console.print(f"mixed batch of {len(found)} rows over 2 tasks in one call: {right} right, see predictions.png")
     for accuracy in report.accuracy:
         console.print(
-            f"{accuracy.task}: top-1 {accuracy.engine:.1%} in ONNX Runtime, {accuracy.torch:.1%} in PyTorch "
+            f"{accuracy.task}: top-1 {accuracy.engine:.1%} in ONNX Runtime, {accuracy.reference:.1%} in PyTorch "
             f"on {accuracy.images} images"
         )
     console.print(

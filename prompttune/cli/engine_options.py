@@ -21,7 +21,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def gate_options(command: Command) -> Command:
-    """``--data``, ``--atol``, ``--min-agreement``, ``--batch-sizes`` and ``--images``."""
+    """``--data``, ``--atol``, ``--min-agreement``, ``--max-accuracy-loss``, ``--batch-sizes`` and ``--images``."""
     options = [
         click.option(
             "--data",
@@ -31,14 +31,21 @@ def gate_options(command: Command) -> Command:
             "Without it, seeded noise.",
         ),
         click.option(
-            "--atol", type=float, default=1e-4, show_default=True, help="Largest allowed difference of a logit."
+            "--atol",
+            type=click.FloatRange(0),
+            help="Largest allowed difference of a logit.  [default: 0.0001 for fp32, none for fp16, bf16 and int8]",
         ),
         click.option(
             "--min-agreement",
             type=click.FloatRange(0, 1),
-            default=1.0,
-            show_default=True,
-            help="Smallest allowed share of images with the same top class.",
+            help="Smallest allowed share of images with the same top class; below fp32, ties within the precision's "
+            "rounding are left out.  [default: 1 for fp32, 0.99 for fp16, bf16 and int8]",
+        ),
+        click.option(
+            "--max-accuracy-loss",
+            type=click.FloatRange(0, 1),
+            help="Largest allowed loss of top-1 on labelled --data; one image may always be lost unless this is 0.  "
+            "[default: none for fp32, 0.01 for fp16, bf16 and int8]",
         ),
         click.option(
             "--batch-sizes",
@@ -59,6 +66,13 @@ def gate_options(command: Command) -> Command:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+no_parity_option = click.option("--no-parity", is_flag=True, help="Do not compare with PyTorch.")
+
+weights_option = click.option(
+    "--weights", help="Where to take the backbone's weights from, if not from where training and export took them."
+)
 
 
 def _sizes(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
@@ -111,42 +125,72 @@ def named_data(data: Iterable[str], tasks: Collection[str]) -> str | dict[str, s
 
 def parity_tables(console: Console, report: Mapping[str, Any]) -> None:
     """Print a parity report, as :meth:`prompttune.export.ParityReport.to_dict` gives it; worst figures of a task."""
-    console.print(f"{report['runtime']} against {report['reference']}", highlight=False)
-    table = make_table(
-        ("task", "against", "batches"), ("images", "max |Δ|", "mean |Δ|", "cosine", "top-1", "least lead")
-    )
-    rows: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for one in report["comparisons"]:
-        rows.setdefault((one["task"], one["reference"]), []).append(one)
-    for (task, reference), parts in rows.items():
-        table.add_row(
-            task,
-            reference,
-            ", ".join(str(one["batch_size"]) for one in parts),
-            str(max(one["images"] for one in parts)),
-            _worst(parts, "max_abs", max, ".2e"),
-            _worst(parts, "mean_abs", max, ".2e"),
-            _worst(parts, "cosine", min, ".6f"),
-            _worst(parts, "agreement", min, ".2%"),
-            _worst(parts, "margin", min, ".2e"),
-        )
-    console.print(table)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    say(f"{report['runtime']} against {report['reference']}")
+    for note in report["notes"]:
+        say(note)
+    console.print(_comparison_table(report["comparisons"]))
+    sizes = ", ".join(str(size) for size in sorted({one["batch_size"] for one in report["comparisons"]}))
     for task, words in report["images"].items():
-        console.print(f"{task}: {words}", highlight=False, markup=False)
+        say(f"{task}: {words}, batch sizes {sizes}")
     if report["mixed_vs_single"] is not None:
-        apart = _number(report["mixed_vs_single"], ".2e")
-        console.print(f"mixed batches against single runs: max |Δ| {apart}", highlight=False)
+        say(f"mixed batches against single runs: max |Δ| {_number(report['mixed_vs_single'], '.2e')}")
+    if report["swaps"]:
+        exact = sum(one["exact"] for one in report["swaps"])
+        say(f"swaps A, B, A: {exact} of {len(report['swaps'])} gave A's first answer bit for bit")
     if report["accuracy"]:
-        console.print(_accuracy_table(report["accuracy"]))
+        console.print(_accuracy_table(report["accuracy"], report["reference"]))
+    if report["bisection"] is not None:
+        console.print(_probe_table(report["bisection"]))
+        say(report["bisection"]["verdict"])
+    for line in report["warnings"]:
+        console.print(f"warning: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     failures = report["failures"]
     more = [f"and {len(failures) - SHOWN_FAILURES} more"] if len(failures) > SHOWN_FAILURES else []
     for line in [*failures[:SHOWN_FAILURES], *more]:
         console.print(f"FAILED: {line}", style="bold red", highlight=False, markup=False, soft_wrap=True)
 
 
+def _comparison_table(comparisons: Iterable[Mapping[str, Any]]) -> Table:
+    """One row for each task and reference, the worst of its batch sizes."""
+    figures: list[tuple[str, str, Callable[..., Any], str]] = [
+        ("max |Δ|", "max_abs", max, ".2e"),
+        ("mean |Δ|", "mean_abs", max, ".2e"),
+        ("median", "median_abs", max, ".2e"),
+        ("max rel", "max_rel", max, ".2e"),
+        ("max KL", "kl_max", max, ".2e"),
+        ("cosine", "cosine", min, ".6f"),
+        ("top-1", "agreement", min, ".2%"),
+        ("ties", "ties", max, "d"),
+        ("top-5", "top5_agreement", min, ".2%"),
+    ]
+    table = make_table(("task", "against"), ("images", *(title for title, *_ in figures)))
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
+    rows: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for one in comparisons:
+        rows.setdefault((one["task"], one["reference"]), []).append(one)
+    for (task, reference), parts in rows.items():
+        images = str(max(one["images"] for one in parts))
+        table.add_row(task, reference, images, *(_worst(parts, name, worst, form) for _, name, worst, form in figures))
+    return table
+
+
+def _probe_table(bisection: Mapping[str, Any]) -> Table:
+    """Intermediate results in the order of the computation; the first that diverges in red."""
+    table = make_table(("result",), ("max |Δ|", "relative", "cosine"))
+    for one in bisection["probes"]:
+        style = "bold red" if one["name"] == bisection["first"] else None
+        forms = (("max_abs", ".2e"), ("relative", ".2e"), ("cosine", ".6f"))
+        table.add_row(one["name"], *(_number(one[name], form) for name, form in forms), style=style)
+    return table
+
+
 def make_table(left: Iterable[str], right: Iterable[str]) -> Table:
     """A table of columns that never shorten what they hold."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for title in left:
         table.add_column(title, no_wrap=True)
     for title in right:
@@ -161,10 +205,11 @@ def _worst(parts: Iterable[Mapping[str, Any]], figure: str, worst: Callable[...,
     return strings[0] if strings else _number(worst(values, default=None), form)
 
 
-def _accuracy_table(rows: Iterable[Mapping[str, Any]]) -> Table:
-    table = make_table(("task", "data"), ("images", "engine top-1", "PyTorch top-1"))
+def _accuracy_table(rows: Iterable[Mapping[str, Any]], reference: str) -> Table:
+    against = "PyTorch top-1" if reference.startswith("PyTorch") else "reference top-1"
+    table = make_table(("task", "data"), ("images", "engine top-1", against))
     for one in rows:
-        figures = (_number(one["engine"], ".2%"), _number(one["torch"], ".2%"))
+        figures = (_number(one["engine"], ".2%"), _number(one["reference"], ".2%"))
         table.add_row(one["task"], one["data"], str(one["images"]), *(figures if not one["skipped"] else ("-", "-")))
         if one["skipped"]:
             table.add_row("", one["skipped"], "", "", "")
@@ -178,4 +223,4 @@ def wide_console() -> Console:
 
 
 def _number(value: float | str | None, form: str) -> str:
-    return "" if value is None else value if isinstance(value, str) else format(value, form)
+    return "-" if value is None else value if isinstance(value, str) else format(value, form)

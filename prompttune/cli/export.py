@@ -4,42 +4,157 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
-from prompttune.cli.engine_options import gate_options, named_checkpoints, named_data, parity_tables, wide_console
+from prompttune.cli.engine_options import (
+    Command,
+    gate_options,
+    named_checkpoints,
+    named_data,
+    no_parity_option,
+    parity_tables,
+    weights_option,
+    wide_console,
+)
+
+if TYPE_CHECKING:
+    from prompttune.export import ExportSettings
+
+
+FORMATS = ("onnx", "trt", "torch-trt", "aoti", "onnx-adapter")
+AXES = ("batch", "tasks", "rank", "classes")
+
+
+def _axes(
+    _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, tuple[int, int, int]]:
+    """``AXIS=SMALLEST:LIKELIEST:LARGEST`` to axis → sizes."""
+    axes: dict[str, tuple[int, int, int]] = {}
+    for value in values:
+        axis, _, sizes = value.partition("=")
+        numbers = [int(one) for one in sizes.split(":") if one.isdigit()]
+        if axis not in AXES or len(numbers) != 3 or sizes.count(":") != 2:
+            raise click.BadParameter(f"{value!r} is not like batch=1:8:64; axes: {', '.join(AXES)}")
+        axes[axis] = (numbers[0], numbers[1], numbers[2])
+    return axes
+
+
+def model_options(command: Command) -> Command:
+    """What the model file is like: format, precision and what belongs to them."""
+    options = [
+        click.option(
+            "--format",
+            "format_",
+            type=click.Choice(FORMATS),
+            default="onnx",
+            show_default=True,
+            help="onnx: ONNX Runtime; trt: TensorRT plan; torch-trt: Torch-TensorRT; aoti: AOTInductor, no library "
+            "beside PyTorch; onnx-adapter: ONNX with one of ONNX Runtime's adapter files a task.",
+        ),
+        click.option(
+            "--precision",
+            type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
+            default="fp32",
+            show_default=True,
+            help="Of weights and activations; norms, softmax and logits stay in fp32.",
+        ),
+        click.option(
+            "--bank-precision",
+            type=click.Choice(["fp32", "fp16", "bf16"]),
+            help="Of the resident task tensors.  [default: as --precision; fp32 for int8]",
+        ),
+        click.option(
+            "--attention",
+            type=click.Choice(["explicit", "fused"]),
+            help="explicit: products and a softmax; fused: the format's own attention, which was wrong in several "
+            "TensorRT releases.  [default: explicit for onnx and trt, fused for torch-trt and aoti]",
+        ),
+        click.option(
+            "--quantization",
+            type=click.Choice(["dynamic", "static"]),
+            help="Scales of int8 activations: found in each call, or from calibration images.  "
+            "[default: dynamic for onnx, static for trt]",
+        ),
+        click.option(
+            "--calibration-images",
+            type=click.IntRange(1),
+            default=64,
+            show_default=True,
+            help="Images of each task's --data that static int8 is calibrated on.",
+        ),
+        click.option(
+            "--baked",
+            is_flag=True,
+            help="Put the tasks into the model: its inputs are then image and task_index alone.",
+        ),
+        click.option(
+            "--device", help="Where the model will run: cpu, cuda or cuda:INDEX.  [default: cuda for trt and torch-trt]"
+        ),
+        click.option(
+            "--axis",
+            "axes",
+            multiple=True,
+            callback=_axes,
+            metavar="AXIS=MIN:LIKELY:MAX",
+            help=f"Sizes that a TensorRT engine takes, of {', '.join(AXES)}. May be repeated.",
+        ),
+        click.option("--workspace", type=click.IntRange(1), help="TensorRT: bytes that a layer may use."),
+        click.option(
+            "--optimization-level", type=click.IntRange(0, 5), help="TensorRT: from 0, quick, to 5.  [default: 3]"
+        ),
+        click.option(
+            "--timing-cache",
+            type=click.Path(dir_okay=False, path_type=Path),
+            help="TensorRT: file with the timings of earlier builds, read and rewritten.",
+        ),
+        click.option("--version-compatible", is_flag=True, help="TensorRT: later versions may open the plan too."),
+        click.option(
+            "--hardware-compatibility",
+            type=click.Choice(["none", "ampere_plus", "same_compute_capability"]),
+            help="TensorRT: on which other GPUs the plan runs.  [default: none]",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _settings(given: dict[str, Any]) -> ExportSettings:
+    """The export settings of :func:`model_options`; a format's own options only where they were given."""
+    from prompttune.export import ExportSettings
+
+    own = ("workspace", "optimization_level", "timing_cache", "version_compatible", "hardware_compatibility")
+    shared = {name: value for name, value in given.items() if name not in own}
+    options = {name: given[name] for name in own if given[name] is not None and given[name] is not False}
+    return ExportSettings(format=shared.pop("format_"), options=options, **shared)
 
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Engine folder to make.")
-@click.option(
-    "--format",
-    "format_",
-    type=click.Choice(["onnx"]),
-    default="onnx",
-    show_default=True,
-    help="Format of the model. TensorRT, Torch-TensorRT and AOTInductor are to come.",
-)
+@model_options
 @gate_options
-@click.option("--no-parity", is_flag=True, help="Do not compare the engine with PyTorch.")
-@click.option("--weights", help="Where to take the backbone's weights from, if not from where training took them.")
+@no_parity_option
+@weights_option
 @click.option("--overwrite", is_flag=True, help="Replace an engine that is already there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest and the parity report as JSON.")
 def export(
     runs: tuple[str, ...],
     output: Path,
-    format_: str,
     data: tuple[str, ...],
-    atol: float,
-    min_agreement: float,
+    atol: float | None,
+    min_agreement: float | None,
+    max_accuracy_loss: float | None,
     batch_sizes: tuple[int, ...],
     images: int,
     no_parity: bool,
     weights: str | None,
     overwrite: bool,
     as_json: bool,
+    **model: Any,
 ) -> None:
     """Export the backbone and method that RUNs share once, each RUN becoming a task.
 
@@ -49,6 +164,8 @@ def export(
     \b
     prompttune export runs/digits --output engine
     prompttune export digits=runs/a shapes=runs/b --output engine --data demo/digits
+    prompttune export runs/* --output engine-int8 --precision int8 --data digits=demo/digits
+    prompttune export runs/* --output engine-trt --format trt --precision fp16 --axis batch=1:8:64
     """
     from prompttune.export import export_engine
 
@@ -58,11 +175,12 @@ def export(
         folder = export_engine(
             checkpoints,
             output,
-            format=format_,
+            format=_settings(model),
             data=named_data(data, checkpoints),
             parity=not no_parity,
             atol=atol,
             min_agreement=min_agreement,
+            max_accuracy_loss=max_accuracy_loss,
             batch_sizes=batch_sizes,
             images=images,
             weights=weights,

@@ -8,7 +8,15 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from prompttune.cli.engine_options import gate_options, make_table, named_checkpoints, named_data, wide_console
+from prompttune.cli.engine_options import (
+    gate_options,
+    make_table,
+    named_checkpoints,
+    named_data,
+    no_parity_option,
+    weights_option,
+    wide_console,
+)
 
 
 @click.group()
@@ -27,16 +35,17 @@ def tasks() -> None:
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option("--replace", is_flag=True, help="Replace tasks of the same name.")
 @gate_options
-@click.option("--no-parity", is_flag=True, help="Do not compare the tasks with PyTorch.")
-@click.option("--weights", help="Where to take the backbone's weights from, if not from where the export took them.")
+@no_parity_option
+@weights_option
 @click.option("--json", "as_json", is_flag=True, help="Print the added tasks as JSON.")
 def add(
     engine: Path,
     runs: tuple[str, ...],
     replace: bool,
     data: tuple[str, ...],
-    atol: float,
-    min_agreement: float,
+    atol: float | None,
+    min_agreement: float | None,
+    max_accuracy_loss: float | None,
     batch_sizes: tuple[int, ...],
     images: int,
     no_parity: bool,
@@ -51,11 +60,19 @@ def add(
     prompttune tasks add engine runs/shapes
     prompttune tasks add engine shapes=runs/shapes-v2 --replace
     """
-    from prompttune.export import Gate, add_task
+    from prompttune.export import EngineFolder, Gate, add_task
+    from prompttune.export.gate import engine_precision
 
     named = named_checkpoints(runs)
     chosen = named_data(data, named)
-    gate = Gate(atol, min_agreement, batch_sizes, images)
+    gate = Gate.for_precision(
+        engine_precision(EngineFolder(engine, verify=False).manifest),
+        atol=atol,
+        min_agreement=min_agreement,
+        max_accuracy_loss=max_accuracy_loss,
+        batch_sizes=batch_sizes,
+        images=images,
+    )
     added = {}
     with Console(stderr=True).status("starting") as status:
         for name, checkpoint in named.items():

@@ -8,44 +8,59 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from prompttune.cli.engine_options import gate_options, named_data, parity_tables, wide_console
+from prompttune.cli.engine_options import gate_options, named_data, parity_tables, weights_option, wide_console
 from prompttune.errors import ParityError
 
 
 @click.command()
 @click.argument("engine", type=click.Path(path_type=Path))
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="Compare with this other engine instead of PyTorch: the tasks of the same names. Needs no backbone weights.",
+)
 @click.option("--task", "tasks", multiple=True, help="Validate this task alone. May be repeated.")
 @gate_options
 @click.option("--limit", type=click.IntRange(1), help="At most so many validation images of each task.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:INDEX.")
-@click.option("--weights", help="Where to take the backbone's weights from, if not from where the export took them.")
+@weights_option
+@click.option("--debug", is_flag=True, help="Compare block by block and name the first result that diverges (ONNX).")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the report to this JSON file.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write the report, with plots, to this HTML file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def validate(
     engine: Path,
+    against: Path | None,
     tasks: tuple[str, ...],
     data: tuple[str, ...],
-    atol: float,
-    min_agreement: float,
+    atol: float | None,
+    min_agreement: float | None,
+    max_accuracy_loss: float | None,
     batch_sizes: tuple[int, ...],
     images: int,
     limit: int | None,
     device: str,
     weights: str | None,
+    debug: bool,
     output: Path | None,
+    html: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare ENGINE with PyTorch: every task, mixed batches, several batch sizes.
+    """Compare ENGINE with PyTorch, or with another engine: every task, mixed batches, swaps, several batch sizes.
 
     With --data the whole validation set goes through both sides, and their accuracy is reported where its classes
-    are the task's labels. Exit code 1 if a figure is beyond --atol or --min-agreement.
+    are the task's labels. What passes follows the precision of the engine, and the looser one of two engines. Exit
+    code 1, and one line that names the worst figure, if one is beyond its threshold.
 
     \b
     prompttune validate engine
     prompttune validate engine --data digits=demo/digits --data shapes=folder/of/images
-    prompttune validate engine --data demo/digits --json --output report.json
+    prompttune validate engine --data demo/digits --output report.json --html report.html
+    prompttune validate engine-fp16 --against engine
+    prompttune validate engine --debug
     """
     from prompttune.export import validate_engine
+    from prompttune.export.runtimes import RuntimeOptions
     from prompttune.files import write_json
     from prompttune.serve import Engine
 
@@ -54,25 +69,33 @@ def validate(
         report = validate_engine(
             engine,
             named_data(data, opened.tasks),
+            against=against,
             atol=atol,
             min_agreement=min_agreement,
+            max_accuracy_loss=max_accuracy_loss,
             batch_sizes=batch_sizes,
             images=images,
             tasks=tasks or None,
             limit=limit,
             weights=weights,
+            debug=debug,
             runner=opened,
+            options=RuntimeOptions(device),
             on_stage=status.update,
         )
     values = report.to_dict()
     if output is not None:
         write_json(output, values)
+    if html is not None:
+        from prompttune.export.report import write_html
+
+        write_html(report, str(engine), html)
     if as_json:
         click.echo(json.dumps(values, indent=2))
     else:
         parity_tables(wide_console(), values)
     if not report.passed:
-        failures = report.failures
-        raise ParityError(f"{engine} does not answer as PyTorch does: {failures[0]}")
+        side = "PyTorch" if against is None else str(against)
+        raise ParityError(f"{engine} does not answer as {side} does: {report.failures[0]}")
     if not as_json:
         click.echo("passed")

@@ -62,7 +62,8 @@ def apply_adapter(
     Returns:
         [B, N, D].
     """
-    normed = F.layer_norm(z, z.shape[-1:], eps=ADAPTER_NORM_EPS)
+    # In float32 whatever z is: squares overflow float16.
+    normed = F.layer_norm(z.float(), z.shape[-1:], eps=ADAPTER_NORM_EPS).to(z.dtype)
     hidden = normed @ down + down_bias.unsqueeze(1)
     hidden = F.relu(hidden) if activation == "relu" else F.gelu(hidden)
     hidden = F.dropout(hidden, dropout, training)

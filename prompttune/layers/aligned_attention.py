@@ -9,10 +9,10 @@ Shapes: P prefix tokens, a grid of R rows and C columns, N = P + R C tokens, H h
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prompttune.errors import UsageError, choose
+from prompttune.layers.attention import attend
 
 IMPLEMENTATIONS = ("auto", "masked", "gathered")
 MASKED_TOKENS = 640
@@ -101,14 +101,14 @@ class AlignedAttention(nn.Module):
             [B, H, N, d].
         """
         if self.window is None:
-            return F.scaled_dot_product_attention(q, k, v)
+            return attend(q, k, v)
         if self.mask is not None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask.to(q.dtype))
+            return attend(q, k, v, self.mask)
         prefix = self.num_prefix_tokens
         patches = self._gathered(q[:, :, prefix:], k[:, :, prefix:], v[:, :, prefix:])
         if prefix == 0:
             return patches
-        return torch.cat((F.scaled_dot_product_attention(q[:, :, :prefix], k, v), patches), dim=2)
+        return torch.cat((attend(q[:, :, :prefix], k, v), patches), dim=2)
 
     def _gathered(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert self.neighbours is not None
@@ -117,10 +117,7 @@ class AlignedAttention(nn.Module):
         index = self.neighbours.flatten()
         keys = k.index_select(2, index).unflatten(2, (patches, size))  # [B, H, R C, c², d]
         values = v.index_select(2, index).unflatten(2, (patches, size))
-        scores = (q * q.shape[-1] ** -0.5).unsqueeze(3) @ keys.transpose(-2, -1)  # [B, H, R C, 1, c²]
-        weights = (scores + self.outside.to(q.dtype).unsqueeze(1)).softmax(dim=-1)
-        gathered: Tensor = (weights @ values).squeeze(3)
-        return gathered
+        return attend(q.unsqueeze(3), keys, values, self.outside.unsqueeze(1)).squeeze(3)  # one query a window
 
 
 def aligned_attention_reference(

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone
+from prompttune.layers.probe import probe
 from prompttune.layers.prompt_lstm import PromptLSTMCell, lstm_step
 from prompttune.methods.base import Features, Layout, Method, MethodConfig, State, setting
-from prompttune.methods.vpt import prompt_bound
+from prompttune.methods.vpt import prompt_bound, without_prompts
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,17 @@ class LSPT(Method):
         prompts = F.dropout(prompts, self.config.dropout, self.training)
         cell = torch.zeros_like(prompts)
         tokens = torch.cat((tokens[:, :prefix], prompts, tokens[:, prefix:]), dim=1)  # [B, N + P, D]
-        for index in range(backbone.depth):
+        for index in range(backbone.depth - 1):
             tokens = backbone.run_block(index, tokens)
-            if index + 1 < backbone.depth:
-                head, prompts, patches = (
-                    tokens[:, :prefix],
-                    tokens[:, prefix : prefix + count],
-                    tokens[:, prefix + count :],
-                )
-                prompts, cell = self._code(index, prompts, patches, cell, state)
-                tokens = torch.cat((head, prompts, patches), dim=1)
-        return Features(backbone.pool(torch.cat((tokens[:, :prefix], tokens[:, prefix + count :]), dim=1)))
+            head, prompts, patches = (
+                tokens[:, :prefix],
+                tokens[:, prefix : prefix + count],
+                tokens[:, prefix + count :],
+            )
+            prompts, cell = self._code(index, prompts, patches, cell, state)
+            tokens = torch.cat((head, prompts, patches), dim=1)
+            probe(f"block{index}", tokens)
+        return Features(backbone.pool(without_prompts(backbone, backbone.run_last_block(tokens), count)))
 
     def _code(self, index: int, prompts: Tensor, patches: Tensor, cell: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Prompts and cell [B, P, D] after block ``index``, coded for the next one."""

@@ -28,6 +28,8 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone, merge_heads
 from prompttune.layers.adapter import ACTIVATIONS, Adapter, apply_adapter
 from prompttune.layers.aligned_attention import AlignedAttention
+from prompttune.layers.attention import attend
+from prompttune.layers.probe import probe
 from prompttune.methods.base import RANK, Features, Layout, Method, MethodConfig, State, setting
 
 PROMPT_LAYER_STRIDE = 4
@@ -87,6 +89,12 @@ class SA2VPConfig(MethodConfig):
     def base_loss_weight(self) -> float:
         """λ."""
         return self.base_weight
+
+
+def probe_pathways(index: int, h: Tensor, p: Tensor) -> None:
+    """Offer what leaves block ``index`` to whoever records."""
+    probe(f"block{index}", h)
+    probe(f"block{index}.prompts", p)
 
 
 class PromptMap(nn.Module):
@@ -208,10 +216,12 @@ class SA2VP(Method):
         backbone = self.backbone
         h, p = self._first_block(backbone.embed(images), state)
         for index in range(1, self.depth - 1):
+            probe_pathways(index - 1, h, p)
             if aux or index <= self.last_read:
                 h, p = self._block(index, h, p, state)
             else:
                 h = backbone.run_block(index, h)
+        probe_pathways(self.depth - 2, h, p)
         h, last_p = self._last_block(h, p, state, aux)
         return Features(backbone.pool(h), None if last_p is None else backbone.pool(last_p))
 
@@ -219,24 +229,21 @@ class SA2VP(Method):
         """Block 0, [B, N, D]: the prompt pathway's own part comes folded with the state."""
         backbone = self.backbone
         q, k, v = backbone.qkv(0, backbone.norm1(0, h))  # [B, H, N, d]
-        own = F.scaled_dot_product_attention(q, k, v)
-        cross = self.aligned(state["prompt.query"].expand_as(q), k, v)
-        base, adapting = backbone.project(0, merge_heads(torch.stack((own, cross)))).unbind(0)
-        given = self._give(0, state["prompt.input"] + self._drop(adapting), state)
-        return backbone.feed_forward(0, h + base), state["prompt.output"] + given
+        own = backbone.project(0, merge_heads(attend(q, k, v)))
+        cross = backbone.project(0, merge_heads(self.aligned(state["prompt.query"], k, v)))
+        given = self._give(0, state["prompt.input"] + self._drop(cross), state)
+        return backbone.feed_forward(0, h + own), state["prompt.output"] + given
 
     def _block(self, index: int, h: Tensor, p: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """A block of both pathways, [B, N, D] each."""
         backbone = self.backbone
         x = torch.stack((h, p))  # [2, B, N, D]
         q, k, v = backbone.qkv(index, backbone.norm1(index, x))  # [2, B, H, N, d]
-        own = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
         asking, answering = (1, 0) if index in self.prompt_layers else (0, 1)
-        cross = self.aligned(q[asking], k[answering], v[answering])
-        attended = torch.cat((merge_heads(own), merge_heads(cross)))  # [3 B, N, D]
-        attended = backbone.project(index, attended).unflatten(0, (3, -1))
-        given = self._give(index, x[asking] + self._drop(attended[2]), state)
-        h, p = backbone.feed_forward_both(index, x + attended[:2])
+        own = backbone.project(index, merge_heads(attend(q, k, v)))  # [2, B, N, D]
+        cross = backbone.project(index, merge_heads(self.aligned(q[asking], k[answering], v[answering])))
+        given = self._give(index, (h, p)[asking] + self._drop(cross), state)
+        h, p = backbone.feed_forward_both(index, x + own)
         return self._join(index, h, p, given, state)
 
     def _last_block(self, h: Tensor, p: Tensor, state: State, aux: bool) -> tuple[Tensor, Tensor | None]:
@@ -255,18 +262,15 @@ class SA2VP(Method):
         if backbone.pools_class_token:
             asking, normed = asking[:, :, :1], normed[:, :, :1]
         q = backbone.query(index, normed[:streams])
-        own = F.scaled_dot_product_attention(q.flatten(0, 1), k[:streams].flatten(0, 1), v[:streams].flatten(0, 1))
-        attended = [merge_heads(own)]
-        source, target = (0, 1) if reads_prompts else (1, 0)
-        if reads_prompts or aux:
-            # The class token, a prefix token, sees all of the other map.
-            attend = F.scaled_dot_product_attention if backbone.pools_class_token else self.aligned
-            attended.append(merge_heads(attend(q[source], k[target], v[target])))
-        parts = backbone.project(index, torch.cat(attended)).unflatten(0, (streams + len(attended) - 1, -1))
-        out = backbone.feed_forward(index, asking + parts[:streams])
+        own = backbone.project(index, merge_heads(attend(q, k[:streams], v[:streams])))
+        out = backbone.feed_forward(index, asking + own)
         if not (reads_prompts or aux):
             return out[0], None
-        given = self._give(index, asking[source] + self._drop(parts[streams]), state)
+        source, target = (0, 1) if reads_prompts else (1, 0)
+        # The class token, a prefix token, sees all of the other map.
+        across = attend if backbone.pools_class_token else self.aligned
+        cross = backbone.project(index, merge_heads(across(q[source], k[target], v[target])))
+        given = self._give(index, asking[source] + self._drop(cross), state)
         if not aux:
             return out[0] + given, None
         return self._join(index, out[0], out[1], given, state)

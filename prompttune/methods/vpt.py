@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone
+from prompttune.layers.probe import probe
 from prompttune.methods.base import Features, Layout, Method, MethodConfig, State, setting
 
 
@@ -51,6 +52,14 @@ def prompt_bound(backbone: VitBackbone) -> float:
     return float((6.0 / (3 * backbone.patch_size**2 + backbone.width)) ** 0.5)
 
 
+def without_prompts(backbone: VitBackbone, tokens: Tensor, count: int) -> Tensor:
+    """Tokens [B, N + P, D] that left the last block, less the P prompts; token 0 alone passes as it is."""
+    if backbone.pools_class_token:
+        return tokens
+    prefix = backbone.num_prefix_tokens
+    return torch.cat((tokens[:, :prefix], tokens[:, prefix + count :]), dim=1)
+
+
 class VPT(Method):
     """Prompts [L, P, D]: L is the depth for deep prompts, 1 for shallow ones."""
 
@@ -84,5 +93,7 @@ class VPT(Method):
         for index in range(backbone.depth):
             if index > 0 and self.config.deep:
                 tokens = torch.cat((tokens[:, :prefix], prompts[:, index], tokens[:, prefix + count :]), dim=1)
-            tokens = backbone.run_block(index, tokens)
-        return Features(backbone.pool(torch.cat((tokens[:, :prefix], tokens[:, prefix + count :]), dim=1)))
+            if index < backbone.depth - 1:
+                tokens = backbone.run_block(index, tokens)
+                probe(f"block{index}", tokens)
+        return Features(backbone.pool(without_prompts(backbone, backbone.run_last_block(tokens), count)))

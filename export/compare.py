@@ -1,0 +1,142 @@
+"""Comparing an engine's answers with a reference's: each task alone, and mixed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from prompttune.export.figures import Array, Comparison, Tally
+from prompttune.export.folder import Task
+from prompttune.model import PromptModel
+
+MIXED = "mixed"
+STATE, CHECKPOINT, ENGINE = "state", "checkpoint", "engine"
+"""References: PyTorch on the engine's stored state, the checkpoint's own unfolded forward, another engine."""
+_REFERENCE_BATCH = 16
+
+
+class Runner(Protocol):
+    """An engine, as parity sees it."""
+
+    @property
+    def description(self) -> str:
+        """What runs, in words."""
+
+    def logits(self, images: Array, tasks: Sequence[str]) -> Array:
+        """Logits [B, C] of images [B, 3, S, S], row i for ``tasks[i]``; columns past a task's classes are padding."""
+
+
+class Reference(Protocol):
+    """What an engine is held to, as parity sees it."""
+
+    def __call__(self, images: Array, task: str) -> Array:
+        """Logits [B, classes of the task] of images [B, 3, S, S]."""
+
+
+def state_reference(model: PromptModel, tasks: Mapping[str, Task]) -> Reference:
+    """PyTorch on the stored states: ``model.forward_state``, one task at a time, nothing padded."""
+    states = {
+        name: {key: torch.from_numpy(np.array(value)) for key, value in task.state.items()}
+        for name, task in tasks.items()
+    }
+
+    def logits(images: Array, task: str) -> Array:
+        with torch.no_grad():
+            chunks = torch.from_numpy(images).split(_REFERENCE_BATCH)
+            return torch.cat([model.forward_state(chunk, states[task]).logits for chunk in chunks]).numpy()
+
+    return logits
+
+
+def checkpoint_reference(models: Mapping[str, PromptModel]) -> Reference:
+    """PyTorch on the checkpoints: each task's own model, its parameters not folded."""
+
+    def logits(images: Array, task: str) -> Array:
+        with torch.no_grad():
+            chunks = torch.from_numpy(images).split(_REFERENCE_BATCH)
+            return torch.cat([models[task](chunk).logits for chunk in chunks]).numpy()
+
+    return logits
+
+
+def runner_reference(runner: Runner, tasks: Mapping[str, Task], batch_size: int) -> Reference:
+    """Another engine, run ``batch_size`` images at a time."""
+
+    def logits(images: Array, task: str) -> Array:
+        classes = tasks[task].num_classes
+        chunks = [images[rows] for rows in batches(len(images), batch_size)]
+        return np.concatenate([np.array(runner.logits(one, [task] * len(one))[:, :classes]) for one in chunks])
+
+    return logits
+
+
+def batches(rows: int, size: int) -> Iterator[slice]:
+    """Slices of ``size`` rows, the last one shorter."""
+    return (slice(start, start + size) for start in range(0, rows, size))
+
+
+def compare_tasks(
+    runner: Runner,
+    references: Mapping[str, Reference],
+    images: Mapping[str, Array],
+    batch_sizes: Sequence[int],
+    noise: float = 0.0,
+) -> list[Comparison]:
+    """Each task by itself, at each batch size, against each reference.
+
+    Args:
+        runner: the engine.
+        references: name → what it is held to.
+        images: task → normalised images [N, 3, S, S].
+        batch_sizes: images of one call.
+        noise: see :class:`Tally`.
+    """
+    comparisons = []
+    for task, batch in images.items():
+        expected = {name: reference(batch, task) for name, reference in references.items()}
+        for size in batch_sizes:
+            tallies = {name: Tally(noise) for name in references}
+            for rows in batches(len(batch), size):
+                found = runner.logits(batch[rows], [task] * len(batch[rows]))
+                for name, tally in tallies.items():
+                    tally.add(expected[name][rows], found[:, : expected[name].shape[1]])
+            comparisons += [tally.result(task, name, size) for name, tally in tallies.items()]
+    return comparisons
+
+
+def compare_mixed(
+    runner: Runner,
+    reference: Reference,
+    images: Mapping[str, Array],
+    batch_sizes: Sequence[int],
+    noise: float = 0.0,
+    name: str = STATE,
+) -> tuple[list[Comparison], float | None]:
+    """Batches in which neighbouring rows belong to different tasks, against a reference and against single runs.
+
+    Returns:
+        The comparisons, and the largest difference from running each row alone; None with a single task.
+    """
+    names, sizes = list(images), [size for size in batch_sizes if size > 1]
+    if len(names) < 2 or not sizes:
+        return [], None
+    tasks = [names[row % len(names)] for row in range(max(*sizes, len(names)))]
+    shown = [(row // len(names)) % len(images[task]) for row, task in enumerate(tasks)]
+    batch = np.stack([images[task][index] for task, index in zip(tasks, shown, strict=True)])  # [rows, 3, S, S]
+    expected = [reference(batch[row : row + 1], task) for row, task in enumerate(tasks)]
+    single = [np.array(runner.logits(batch[row : row + 1], [task])) for row, task in enumerate(tasks)]
+    comparisons, apart = [], 0.0
+    for size in sizes:
+        tally = Tally(noise)
+        for rows in batches(len(batch), size):
+            found = runner.logits(batch[rows], tasks[rows])
+            for row, logits in enumerate(found, rows.start):
+                classes = expected[row].shape[1]
+                tally.add(expected[row], logits[None, :classes], tasks[row])
+                difference = np.abs(logits[:classes] - single[row][0, :classes]).max()
+                apart = float(np.maximum(apart, difference))
+        comparisons.append(tally.result(MIXED, name, size))
+    return comparisons, apart

@@ -1,0 +1,212 @@
+"""Finding where an engine and PyTorch part: intermediate results of both, block by block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+
+from prompttune.errors import EngineError, UsageError
+from prompttune.export.figures import Array
+from prompttune.export.folder import Manifest, Task
+from prompttune.export.layout import IMAGE, TASK_INDEX, bank_dtype, bank_input, stack_states
+from prompttune.export.onnx import MODEL_FILE
+from prompttune.export.runtimes import RuntimeOptions
+from prompttune.layers.probe import recording
+from prompttune.model import PromptModel
+
+IMAGES = 4
+"""Images of a task whose intermediate results are compared."""
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+"""Where ONNX Runtime finds the weights of a model that it is given as bytes."""
+_PREFIX = "debug."
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One intermediate result on both sides."""
+
+    name: str
+    max_abs: float
+    """Largest absolute difference of a value."""
+    relative: float
+    """Euclidean norm of the difference over the norm of PyTorch's result."""
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Bisection:
+    """Intermediate results of one task, in the order of the computation."""
+
+    task: str
+    tolerance: float
+    """Relative difference that the precision's rounding explains."""
+    probes: tuple[Probe, ...]
+    skipped: tuple[str, ...]
+    """Results that the engine's file does not hold any more, or holds in another shape."""
+
+    @property
+    def first(self) -> str | None:
+        """The first result beyond the tolerance."""
+        return next((one.name for one in self.probes if not one.relative <= self.tolerance), None)
+
+    @property
+    def verdict(self) -> str:
+        """What was found, in one line."""
+        first = self.first
+        if first is None:
+            return f"task {self.task!r}: no intermediate result is beyond {self.tolerance:g} of PyTorch's"
+        one = next(probe for probe in self.probes if probe.name == first)
+        return (
+            f"task {self.task!r}: the first intermediate result that diverges is {first}, by {one.relative:.2g} "
+            f"of its norm (tolerance {self.tolerance:g})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "task": self.task,
+            "tolerance": self.tolerance,
+            "first": self.first,
+            "verdict": self.verdict,
+            "probes": [asdict(one) for one in self.probes],
+            "skipped": list(self.skipped),
+        }
+
+
+def check_probes(manifest: Manifest) -> dict[str, str]:
+    """Intermediate result → name of the value in the engine's ONNX file that holds it.
+
+    Raises:
+        UsageError: the engine is no ONNX file, or names no such values.
+    """
+    if manifest.format != "onnx":
+        raise UsageError(
+            f"an engine of the format {manifest.format} does not show its intermediate results: export the same "
+            "settings with --format onnx and debug that engine"
+        )
+    probes = manifest.details.get("probes")
+    if not probes:
+        raise UsageError("the engine does not name its intermediate results: export it again")
+    return dict(probes)
+
+
+def bisect(
+    folder: Path,
+    manifest: Manifest,
+    model: PromptModel,
+    name: str,
+    task: Task,
+    images: Array,
+    tolerance: float,
+    options: RuntimeOptions | None = None,
+) -> Bisection:
+    """Run one task in PyTorch and in the engine's ONNX file and compare what is in between.
+
+    Args:
+        folder: the engine folder; nothing is written into it and its weights are not copied.
+        manifest: the engine's.
+        model: answers for the engine's tasks in PyTorch.
+        name: the task's name.
+        task: the task.
+        images: normalised images [N, 3, S, S]; the first few are taken.
+        tolerance: relative difference that is not worth a word.
+        options: device.
+
+    Raises:
+        UsageError: see :func:`check_probes`.
+        EngineError: ONNX Runtime cannot run the file with its intermediate results as outputs.
+    """
+    shown = np.ascontiguousarray(images[:IMAGES])
+    expected = _torch_results(model, task, shown)
+    found = _onnx_results(folder, manifest, name, task, shown, options or RuntimeOptions())
+    probes, skipped = [], []
+    for key, value in expected.items():
+        if key in found and found[key].shape == value.shape:
+            probes.append(_compare(key, value, found[key]))
+        else:
+            skipped.append(key)
+    return Bisection(name, tolerance, tuple(probes), tuple(skipped))
+
+
+def _compare(name: str, expected: Array, found: Array) -> Probe:
+    left, right = expected.astype(np.float64).ravel(), found.astype(np.float64).ravel()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        difference = left - right
+        apart, norm = float(np.linalg.norm(difference)), float(np.linalg.norm(left))
+        product = norm * float(np.linalg.norm(right))
+        relative = 0.0 if apart == 0 else apart / norm if norm else math.inf
+        cosine = float(left @ right) / product if product else 1.0
+    return Probe(name, float(np.abs(difference).max(initial=0.0)), relative, cosine)
+
+
+def _torch_results(model: PromptModel, task: Task, images: Array) -> dict[str, Array]:
+    """Intermediate results of the eager forward; each row has a state of its own, as in the graph."""
+    state = {
+        key: torch.from_numpy(np.array(value)).expand(len(images), *value.shape[1:])
+        for key, value in task.state.items()
+    }
+    with torch.no_grad(), recording() as recorded:
+        model.forward_state(torch.from_numpy(images), state)
+    return {name: value.float().numpy() for name, value in recorded.items()}
+
+
+def _onnx_results(
+    folder: Path, manifest: Manifest, name: str, task: Task, images: Array, options: RuntimeOptions
+) -> dict[str, Array]:
+    """Intermediate results of the engine's file, those that it still holds, as float32."""
+    from prompttune.export.runtimes.onnxruntime import providers
+
+    model = onnx.load(str(folder / MODEL_FILE), load_external_data=False)
+    probes = _add_outputs(model, check_probes(manifest))
+    wanted, settings = providers(options), ort.SessionOptions()
+    settings.log_severity_level = 4
+    settings.add_session_config_entry(_WEIGHTS_FOLDER, str(folder.resolve()))
+    if options.threads is not None:
+        settings.intra_op_num_threads = options.threads
+    try:
+        session = ort.InferenceSession(model.SerializeToString(), settings, providers=wanted)
+        values = session.run_with_ort_values(
+            [_PREFIX + probe for probe in probes], _feeds(manifest, name, task, images)
+        )
+    except Exception as problem:  # ONNX Runtime's errors share no base class below Exception
+        line = str(problem).strip().splitlines()[0]
+        raise EngineError(f"ONNX Runtime cannot show the intermediate results of {folder}: {line}") from None
+    return {probe: value.numpy() for probe, value in zip(probes, values, strict=True)}
+
+
+def _add_outputs(model: onnx.ModelProto, probes: Mapping[str, str]) -> list[str]:
+    """Make values of a graph outputs, cast to float32; returns the probes whose value the graph still computes."""
+    held = {output for node in model.graph.node for output in node.output}
+    present = [probe for probe, value in probes.items() if value in held]
+    for probe in present:
+        output = _PREFIX + probe
+        model.graph.node.append(onnx.helper.make_node("Cast", [probes[probe]], [output], to=onnx.TensorProto.FLOAT))
+        model.graph.output.append(onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
+    return present
+
+
+def _feeds(manifest: Manifest, name: str, task: Task, images: Array) -> dict[str, ort.OrtValue]:
+    """One call of the task ``name``: a bank with this task alone, or its row where the bank is baked in."""
+    row = 0 if manifest.baked is None else manifest.baked.index(name)
+    feeds = {IMAGE: _value(images), TASK_INDEX: _value(np.full(len(images), row, dtype=np.int64))}
+    if manifest.baked is None:
+        bank = stack_states(manifest.layout, [task.state], bank_dtype(manifest.bank_precision))
+        feeds |= {bank_input(key): _value(rows) for key, rows in bank.items()}
+    return feeds
+
+
+def _value(array: NDArray[Any]) -> ort.OrtValue:
+    if array.dtype == bank_dtype("bf16"):
+        # ONNX Runtime takes NumPy's types only: the bits, and what they mean.
+        bits, kind = array.view(np.uint16), onnx.TensorProto.BFLOAT16
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, kind)
+    return ort.OrtValue.ortvalue_from_numpy(array)

@@ -1,0 +1,182 @@
+"""Torch-TensorRT: the captured PyTorch program with TensorRT engines inside, as one file."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from prompttune.errors import EngineError, UsageError, first_line
+from prompttune.export.formats.base import BuildRequest, Built, Format, Settings
+from prompttune.export.layout import TensorSpec
+from prompttune.export.runtimes.torch_tensorrt import MODEL_FILE, versions
+from prompttune.export.trt.compatibility import gpu_record
+from prompttune.export.trt.library import require_cuda, require_torch_tensorrt
+from prompttune.export.trt.options import TensorRTOptions
+from prompttune.export.trt.profile import Range, axis_ranges, dynamic_axes, input_shapes, needed_sizes
+
+
+class TorchTensorRTFormat(Format):
+    """``model.ep``. It runs with the very versions of torch and Torch-TensorRT and the kind of GPU that built it."""
+
+    name = "torch-trt"
+    precisions = ("fp32", "fp16", "bf16")
+    default_attention = "fused"
+    default_device = "cuda"
+
+    def check(self, settings: Settings) -> None:
+        """See :meth:`Format.check`.
+
+        Raises:
+            MissingExtraError: Torch-TensorRT is not installed.
+            UsageError: a setting that Torch-TensorRT does not know, or a device that is no GPU.
+            EngineError: there is no GPU here, or TensorRT's libraries do not load.
+        """
+        options = TensorRTOptions.parse(settings.options)
+        if options.hardware_compatibility == "same_compute_capability":
+            raise UsageError("torch-trt knows the hardware_compatibility none and ampere_plus alone")
+        require_torch_tensorrt()
+        require_cuda(settings.target, "building a Torch-TensorRT engine")
+
+    def build(self, request: BuildRequest, folder: Path) -> Built:
+        """See :meth:`Format.build`."""
+        settings, options = request.settings, TensorRTOptions.parse(request.settings.options)
+        library = require_torch_tensorrt()
+        index = require_cuda(settings.target, "building a Torch-TensorRT engine")
+        device = f"cuda:{index}"
+        traced = request.trace(device=device)
+        needed = needed_sizes(request.model.state_layout(), request.states)
+        ranges = widened(axis_ranges(traced.inputs, needed, settings.axes))
+        with torch.cuda.device(index):
+            program = bounded(traced.program, traced.inputs, ranges, device)
+            request.on_stage("compiling with Torch-TensorRT")
+            compile_program(library, program, traced.inputs, ranges, options, settings.precision, folder / MODEL_FILE)
+        details = {
+            **versions(library),
+            **gpu_record(index),
+            "profile": {axis: list(sizes) for axis, sizes in ranges.items()},
+            **options.to_dict(),
+        }
+        return Built(traced.inputs, traced.outputs, [MODEL_FILE], details=details)
+
+
+class _Positional(nn.Module):
+    """A graph with every bank tensor as a positional input: Torch-TensorRT takes no nested ones."""
+
+    def __init__(self, graph: nn.Module, keys: Sequence[str]) -> None:
+        super().__init__()
+        self.captured = graph  # not "graph": a traced module has an attribute of that name
+        self.keys = list(keys)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Logits [B, C] of image, task_index and the bank's tensors, in the order of the declared inputs."""
+        image, task_index, *rows = inputs
+        bank = (dict(zip(self.keys, rows, strict=True)),) if self.keys else ()
+        logits: Tensor = self.captured(image, task_index, *bank)
+        return logits
+
+
+def widened(ranges: Mapping[str, Range]) -> dict[str, Range]:
+    """The ranges with a likeliest size of at least 2 on every dynamic axis: PyTorch takes a sample of 1 for fixed."""
+    return {axis: (low, min(max(likely, 2), high), high) for axis, (low, likely, high) in ranges.items()}
+
+
+def bounded(
+    program: ExportedProgram, inputs: Sequence[TensorSpec], ranges: Mapping[str, Range], device: str
+) -> ExportedProgram:
+    """The program captured again with bounds on its axes.
+
+    Torch-TensorRT takes the smallest and largest size of an axis from the program, not from its own ``Input``, and
+    the likeliest one from the sample that it was captured with.
+
+    Args:
+        program: captured with axes that have no upper bound.
+        inputs: the declared inputs: image, task_index and the bank.
+        ranges: of every dynamic axis.
+        device: of the program.
+
+    Raises:
+        EngineError: it cannot be captured with these bounds.
+    """
+    dims = {axis: Dim(axis, min=low, max=high) for axis, (low, _, high) in ranges.items() if low < high}
+    sample = tuple(
+        torch.zeros(input_shapes(spec, ranges)[1], dtype=getattr(torch, spec.dtype), device=device) for spec in inputs
+    )
+    shapes = tuple(
+        {place: dims[axis] for place, axis in enumerate(spec.shape) if isinstance(axis, str) and axis in dims}
+        for spec in inputs
+    )
+    graph = _Positional(program.module(), [spec.name.removeprefix("bank.") for spec in inputs[2:]])
+    try:
+        with torch.no_grad():
+            return torch.export.export(graph, sample, dynamic_shapes={"inputs": shapes})
+    except Exception as problem:  # torch.export's errors share no base class below Exception
+        raise EngineError(f"the graph cannot be captured for these sizes: {first_line(problem)}") from None
+
+
+def compile_program(
+    library: ModuleType,
+    program: ExportedProgram,
+    inputs: Sequence[TensorSpec],
+    ranges: Mapping[str, Range],
+    options: TensorRTOptions,
+    precision: str,
+    path: Path,
+) -> None:
+    """Compile a program with TensorRT engines inside, and write it.
+
+    Args:
+        library: Torch-TensorRT.
+        program: with bounds on its axes, on the current CUDA device.
+        inputs: the declared inputs.
+        ranges: of every dynamic axis.
+        options: how to build.
+        precision: of the program; fp32 keeps TF32 out.
+        path: where to write it.
+
+    Raises:
+        EngineError: Torch-TensorRT cannot compile or write it.
+    """
+    compiler = library.dynamo.compile
+    try:
+        compiled = compiler(
+            program,
+            arg_inputs=[_declared(library, spec, ranges) for spec in inputs],
+            **compile_settings(options, precision, inspect.signature(compiler).parameters),
+        )
+        # Without a retrace: a new capture would need the bounds all over again.
+        library.save(compiled, str(path), output_format="exported_program", retrace=False)
+    except Exception as problem:  # Torch-TensorRT's errors share no base class below Exception
+        raise EngineError(f"Torch-TensorRT failed: {first_line(problem)}") from problem
+
+
+def _declared(library: ModuleType, spec: TensorSpec, ranges: Mapping[str, Range]) -> Any:
+    low, likely, high = input_shapes(spec, ranges)
+    dtype = getattr(torch, spec.dtype)
+    if not dynamic_axes([spec]):
+        return library.Input(shape=likely, dtype=dtype, name=spec.name)
+    return library.Input(min_shape=low, opt_shape=likely, max_shape=high, dtype=dtype, name=spec.name)
+
+
+def compile_settings(options: TensorRTOptions, precision: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for ``torch_tensorrt.dynamo.compile``; ``known`` are those that the installed version has."""
+    settings: dict[str, Any] = {
+        "immutable_weights": True,  # a task is an input, so nothing is ever refitted
+        "disable_tf32": precision == "fp32",
+        "version_compatible": options.version_compatible,
+        "hardware_compatible": options.hardware_compatibility == "ampere_plus",
+        "optimization_level": options.optimization_level,
+    }
+    if options.workspace is not None:
+        settings["workspace_size"] = options.workspace
+    if options.timing_cache is not None:
+        settings["timing_cache_path"] = str(options.timing_cache)
+    if "use_explicit_typing" in known:  # from 2.13 on the only way, and no longer an argument
+        settings["use_explicit_typing"] = True
+    return settings

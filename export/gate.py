@@ -1,0 +1,115 @@
+"""What parity lets pass: thresholds by precision, and what a precision cannot decide."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from prompttune.errors import UsageError, choose
+from prompttune.export.folder import Manifest
+
+ATOL = 1e-4
+"""Largest allowed difference of a logit in fp32."""
+MIN_AGREEMENT = 0.99
+MAX_ACCURACY_LOSS = 0.01
+"""Defaults of every precision below fp32; fp32 asks for the same top class on every image."""
+BATCH_SIZES = (1, 2, 8)
+IMAGES = 16
+"""Images that each task is compared on, unless asked otherwise."""
+
+NOISE = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.09, "int8": 0.2}
+"""Precision, strictest first → how far rounding alone may move a value, relative to the scale of its like.
+
+For fp16, bf16 and int8 about twice the most that logits were off: 0.005 in fp16 and 0.045 in bf16, each with all
+weights, activations and norms in it, over two tiny ViTs and a DINOv2 ViT-S/14; 0.09 in dynamic int8 over a tiny ViT.
+"""
+
+
+def loosest(*precisions: str) -> str:
+    """The precision that asks for the least among some.
+
+    Raises:
+        UsageError: an unknown one.
+    """
+    order = list(NOISE)
+    return max((choose("precision", one, order) for one in precisions), key=order.index)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """How parity is measured and what passes; the defaults are those of fp32. A figure that is not finite never passes.
+
+    Agreement below fp32 leaves ties out: a few images must not refuse an honest engine because one of them lies between
+    two classes. A disagreement is a tie only if *every* logit of its row is within ``noise`` of the reference: the
+    reference's lead there is at most twice that, and rounding alone explains the change. An engine that is broken moves
+    its rows by more than rounding does, and each disagreement of such a row counts, however small the lead.
+    """
+
+    atol: float | None = ATOL
+    """Largest allowed absolute difference of a logit; None asks for none."""
+    min_agreement: float = 1.0
+    """Smallest allowed share of images on which both sides name the same class, ties left out."""
+    batch_sizes: Sequence[int] = BATCH_SIZES
+    images: int = IMAGES
+    """Images that each task is compared on."""
+    max_accuracy_loss: float | None = None
+    """Largest allowed loss of top-1 on labelled images, from 0 to 1; one image may be lost unless this is 0."""
+    noise: float = 0.0
+    """Largest difference of a tie's logits, relative to their scale, see :class:`Tally`; 0 knows no ties."""
+    precision: str = "fp32"
+    """Whose thresholds these are."""
+
+    def __post_init__(self) -> None:
+        if self.atol is not None and not self.atol >= 0:
+            raise UsageError(f"atol must be at least 0, not {self.atol:g}")
+        for name in ("min_agreement", "max_accuracy_loss"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise UsageError(f"{name} must be from 0 to 1, not {share:g}")
+        if not self.batch_sizes or min(self.batch_sizes) < 1 or self.images < 1:
+            raise UsageError("parity needs batch sizes and a number of images of at least 1")
+
+    @classmethod
+    def for_precision(
+        cls,
+        precision: str,
+        *,
+        atol: float | None = None,
+        min_agreement: float | None = None,
+        max_accuracy_loss: float | None = None,
+        batch_sizes: Sequence[int] | None = None,
+        images: int | None = None,
+    ) -> Gate:
+        """The thresholds of a precision, where none are given.
+
+        fp32: ``atol`` 1e-4 and the same top class on every image. fp16, bf16 and int8: no ``atol``, the same top class
+        on 99 % of the images, ties left out, and at most one point of top-1 lost.
+
+        Raises:
+            UsageError: an unknown precision or a threshold that makes no sense.
+        """
+        exact = choose("precision", precision, NOISE) == "fp32"
+        if exact:
+            default = cls(precision=precision)
+        else:
+            default = cls(
+                atol=None,
+                min_agreement=MIN_AGREEMENT,
+                max_accuracy_loss=MAX_ACCURACY_LOSS,
+                noise=NOISE[precision],
+                precision=precision,
+            )
+        given: dict[str, Any] = {
+            "atol": atol,
+            "min_agreement": min_agreement,
+            "max_accuracy_loss": max_accuracy_loss,
+            "batch_sizes": batch_sizes,
+            "images": images,
+        }
+        return dataclasses.replace(default, **{name: value for name, value in given.items() if value is not None})
+
+
+def engine_precision(manifest: Manifest) -> str:
+    """The precision whose thresholds an engine is held to: the looser of its model's and its bank's."""
+    return loosest(manifest.precision, manifest.bank_precision)

@@ -1,0 +1,96 @@
+"""AOTInductor packages: PyTorch's compiled programs, on a CPU or a GPU, without the model's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch._inductor import aoti_load_package
+
+from prompttune.errors import EngineError, UsageError, first_line
+from prompttune.export.folder import Manifest
+from prompttune.export.runtimes.base import Array, BankArray, Runtime, RuntimeOptions
+from prompttune.export.runtimes.tensors import as_torch, place_rows, update_row
+
+MODEL_FILE = "model.pt2"
+_VECTORS = ("DEFAULT", "AVX2", "AVX512")
+"""PyTorch's names of x86 instruction sets, each containing the one before."""
+
+
+class AotiRuntime(Runtime):
+    """A package in PyTorch's own loader. On a GPU calls run on the current stream of the calling thread.
+
+    Raises:
+        UsageError: an option that has no meaning here.
+        EngineError: the package was compiled for another kind of device, or it cannot be opened.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, options: RuntimeOptions) -> None:
+        if options.cuda_graph or options.provider or options.cache:
+            raise UsageError("the format aoti has neither CUDA graphs nor providers nor a cache: leave them out")
+        index = options.cuda_index
+        self._check_device(manifest, index)
+        self._device = torch.device("cpu") if index is None else torch.device("cuda", index)
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)  # the package's kernels share PyTorch's threads
+        path = folder / MODEL_FILE
+        try:
+            self._program = aoti_load_package(str(path), device_index=-1 if index is None else index)
+        except Exception as problem:  # the loader's errors share no base class below Exception
+            raise EngineError(f"PyTorch cannot open {path}: {first_line(problem)}") from None
+
+    @staticmethod
+    def _check_device(manifest: Manifest, index: int | None) -> None:
+        made = manifest.details
+        wanted = "cpu" if index is None else "cuda"
+        if made["device"] != wanted:
+            raise EngineError(
+                f"the engine was compiled for {made['device']}, not for {wanted}: open it there, or export it again "
+                f"with --device {wanted}"
+            )
+        if index is None:
+            here = torch.backends.cpu.get_cpu_capability()
+            contained = _VECTORS[: _VECTORS.index(here) + 1] if here in _VECTORS else (here,)
+            if made["cpu"] not in contained:
+                raise EngineError(
+                    f"the engine was compiled for a CPU with {made['cpu']}, this one has {here}: export it again here"
+                )
+            return
+        if not torch.cuda.is_available():
+            raise EngineError("the engine was compiled for cuda, and there is no CUDA device here")
+        here = ".".join(map(str, torch.cuda.get_device_capability(index)))
+        if made["compute_capability"] != here:
+            raise EngineError(
+                f"the engine was compiled for compute capability {made['compute_capability']} ({made['gpu']}), "
+                f"here is {here}: export it again on this machine"
+            )
+
+    @property
+    def description(self) -> str:
+        """See :attr:`Runtime.description`."""
+        where = "CPU" if self._device.type == "cpu" else torch.cuda.get_device_name(self._device)
+        return f"AOTInductor of PyTorch {torch.__version__}, {where}"
+
+    def place(self, rows: BankArray) -> Any:
+        """See :meth:`Runtime.place`. On a CPU the tensor is the host's copy itself."""
+        return as_torch(rows) if self._device.type == "cpu" else place_rows(rows, self._device)
+
+    def update(self, placed: Any, rows: BankArray, row: int) -> None:
+        """See :meth:`Runtime.update`."""
+        if self._device.type != "cpu":
+            update_row(placed, rows, row)
+
+    def run(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
+        """See :meth:`Runtime.run`."""
+        given = [as_torch(images).to(self._device), as_torch(task_index).to(self._device)]
+        try:
+            with torch.no_grad():
+                # In the order of the captured argument: a dict of another order is refused.
+                logits: Array = self._program(*given, *([dict(bank)] if bank else [])).cpu().numpy()
+        except Exception as problem:  # the program's errors share no base class below Exception
+            raise EngineError(f"the AOTInductor engine failed: {first_line(problem)}") from None
+        return logits

@@ -1,0 +1,82 @@
+"""TensorRT plans."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prompttune.errors import UsageError
+from prompttune.export.folder import Manifest
+from prompttune.export.layout import IMAGE, TASK_INDEX, bank_input
+from prompttune.export.runtimes.base import Array, BankArray, Runtime, RuntimeOptions
+from prompttune.export.runtimes.tensors import as_torch, place_rows, update_row
+from prompttune.export.trt.compatibility import check_capability, check_version
+from prompttune.export.trt.library import require_cuda, require_tensorrt
+from prompttune.export.trt.profile import check_call, ranges_from
+
+PLAN_FILE = "model.plan"
+
+
+class TensorRTRuntime(Runtime):
+    """A plan on a GPU. The bank lives there too, and a changed task is one row copied over: the plan is never refitted.
+
+    Raises:
+        MissingExtraError: TensorRT is not installed.
+        UsageError: the device is no CUDA device, or an option has no meaning here.
+        EngineError: the plan belongs to another TensorRT or GPU, or cannot be opened.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, options: RuntimeOptions) -> None:
+        refuse_options(options, "TensorRT")
+        version = require_tensorrt()
+        index = require_cuda(options.device, "a TensorRT plan")
+        details = manifest.details
+        check_version(details["tensorrt"], version, details["version_compatible"])
+        check_capability(details, torch.cuda.get_device_capability(index))
+        # Imports TensorRT, which must be known to be there.
+        from prompttune.export.trt.execution import Plan, Pool
+
+        self._inputs = manifest.inputs
+        self._ranges = ranges_from(details)
+        self._device = torch.device("cuda", index)
+        self._description = f"TensorRT {version}, {torch.cuda.get_device_name(index)}"
+        with torch.cuda.device(self._device):
+            plan = Plan(folder / PLAN_FILE, manifest.inputs, manifest.outputs, details["version_compatible"])
+        self._pool = Pool(plan, self._device, options.cuda_graph)
+
+    @property
+    def description(self) -> str:
+        """See :attr:`Runtime.description`."""
+        return self._description
+
+    def place(self, rows: BankArray) -> Any:
+        """See :meth:`Runtime.place`."""
+        return place_rows(rows, self._device)
+
+    def update(self, placed: Any, rows: BankArray, row: int) -> None:
+        """See :meth:`Runtime.update`."""
+        update_row(placed, rows, row)
+
+    def run(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
+        """See :meth:`Runtime.run`.
+
+        Raises:
+            EngineError: the call is outside what the plan was built for, or TensorRT failed.
+        """
+        resident = {bank_input(key): placed for key, placed in bank.items()}
+        shapes = {name: tuple(placed.shape) for name, placed in resident.items()}
+        check_call(self._inputs, self._ranges, {IMAGE: images.shape, TASK_INDEX: task_index.shape, **shapes})
+        logits: Array = self._pool.run(as_torch(images), as_torch(task_index), resident).numpy()
+        return logits
+
+
+def refuse_options(options: RuntimeOptions, what: str) -> None:
+    """Raise :class:`UsageError` for options that only other runtimes follow."""
+    for name in ("threads", "provider", "cache"):
+        if getattr(options, name) is not None:
+            raise UsageError(f"{what} has no use for {name}: leave it out")

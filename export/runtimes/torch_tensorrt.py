@@ -1,0 +1,113 @@
+"""Torch-TensorRT programs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prompttune.errors import EngineError, UsageError, first_line
+from prompttune.export.folder import Manifest
+from prompttune.export.layout import IMAGE, TASK_INDEX, bank_input
+from prompttune.export.runtimes.base import Array, BankArray, Runtime, RuntimeOptions
+from prompttune.export.runtimes.tensorrt import refuse_options
+from prompttune.export.runtimes.tensors import as_torch, place_rows, update_row
+from prompttune.export.trt.compatibility import check_capability
+from prompttune.export.trt.library import require_cuda, require_torch_tensorrt
+from prompttune.export.trt.profile import check_call, ranges_from
+
+MODEL_FILE = "model.ep"
+
+
+def versions(library: ModuleType) -> dict[str, str]:
+    """What a program is tied to, ready for JSON."""
+    return {"torch_tensorrt": str(library.__version__), "torch": str(torch.__version__)}
+
+
+class TorchTensorRTRuntime(Runtime):
+    """A compiled program on a GPU, without the model's own code. One call runs at a time.
+
+    Raises:
+        MissingExtraError: Torch-TensorRT is not installed.
+        UsageError: the device is no CUDA device, or an option has no meaning here.
+        EngineError: the program belongs to other versions or another GPU, or cannot be opened.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, options: RuntimeOptions) -> None:
+        refuse_options(options, "Torch-TensorRT")
+        if options.cuda_graph:
+            raise UsageError("the format torch-trt runs without CUDA graphs: leave them out, or export with trt")
+        library = require_torch_tensorrt()
+        index = require_cuda(options.device, "a Torch-TensorRT engine")
+        check_versions(manifest.details, versions(library))
+        check_capability(manifest.details, torch.cuda.get_device_capability(index))
+        self._inputs = manifest.inputs
+        self._ranges = ranges_from(manifest.details)
+        self._device = torch.device("cuda", index)
+        self._description = f"Torch-TensorRT {library.__version__}, {torch.cuda.get_device_name(index)}"
+        self._lock = threading.Lock()
+        path = folder / MODEL_FILE
+        try:
+            # On a failure it prints a traceback before it raises; the error's own line says enough.
+            with torch.cuda.device(self._device), contextlib.redirect_stderr(io.StringIO()):
+                self._stream = torch.cuda.Stream()
+                self._module = library.load(str(path)).module()
+        except Exception as problem:  # Torch-TensorRT's errors share no base class below Exception
+            raise EngineError(f"Torch-TensorRT cannot open {path}: {first_line(problem)}") from None
+
+    @property
+    def description(self) -> str:
+        """See :attr:`Runtime.description`."""
+        return self._description
+
+    def place(self, rows: BankArray) -> Any:
+        """See :meth:`Runtime.place`."""
+        return place_rows(rows, self._device)
+
+    def update(self, placed: Any, rows: BankArray, row: int) -> None:
+        """See :meth:`Runtime.update`."""
+        update_row(placed, rows, row)
+
+    def run(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
+        """See :meth:`Runtime.run`.
+
+        Raises:
+            EngineError: the call is outside what the program was compiled for, or it failed.
+        """
+        resident = {bank_input(key): placed for key, placed in bank.items()}
+        shapes = {name: tuple(placed.shape) for name, placed in resident.items()}
+        check_call(self._inputs, self._ranges, {IMAGE: images.shape, TASK_INDEX: task_index.shape, **shapes})
+        # An engine inside the program has one execution context, so calls take turns.
+        with self._lock, torch.cuda.device(self._device), torch.cuda.stream(self._stream), torch.no_grad():
+            try:
+                given = {IMAGE: as_torch(images), TASK_INDEX: as_torch(task_index)}
+                held = {name: tensor.to(self._device) for name, tensor in given.items()} | resident
+                logits: Array = self._module(*(held[spec.name] for spec in self._inputs)).float().cpu().numpy()
+            except Exception as problem:  # the engine's errors share no base class below Exception
+                raise EngineError(f"the Torch-TensorRT engine failed: {first_line(problem)}") from None
+            finally:
+                self._stream.synchronize()
+        return logits
+
+
+def check_versions(details: Mapping[str, Any], here: Mapping[str, str]) -> None:
+    """Refuse a program of other versions.
+
+    Raises:
+        EngineError: torch or Torch-TensorRT differs from what compiled it.
+    """
+    for name, version in here.items():
+        if details[name] != version:
+            package = name.replace("_", "-")
+            raise EngineError(
+                f"the engine was compiled with {package} {details[name]}, here is {version}: "
+                f"install {package}=={details[name]}, or export the engine again on this machine"
+            )

@@ -1,0 +1,1 @@
+"""What the formats ``trt`` and ``torch-trt`` share. Only ``builder``, ``execution`` and ``log`` import TensorRT."""

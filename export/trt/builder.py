@@ -1,0 +1,139 @@
+"""From a typed ONNX file to a plan. Import this module only after :func:`library.require_tensorrt`.
+
+The network is strongly typed: every precision is that of the ONNX file, and TensorRT chooses none by itself. So there
+are no precision flags, no calibrator and no layer precisions here, all of which TensorRT 11 has removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import tensorrt as trt
+
+from prompttune.errors import UsageError, first_line
+from prompttune.export.trt.log import ErrorLog
+from prompttune.export.trt.options import TensorRTOptions
+from prompttune.export.trt.profile import Shapes
+from prompttune.export.trt.progress import OnProgress, PhaseTracker
+from prompttune.files import replacing
+
+
+class BuildMonitor(trt.IProgressMonitor):
+    """Follows a build and, after an error or Ctrl-C in its callback, ends it. Nothing may be raised into TensorRT."""
+
+    def __init__(self, tracker: PhaseTracker) -> None:
+        trt.IProgressMonitor.__init__(self)
+        self._tracker = tracker
+        self.problem: BaseException | None = None
+
+    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+        """See TensorRT's ``IProgressMonitor.phase_start``."""
+        self._guarded(lambda: self._tracker.start(phase_name, parent_phase, num_steps))
+
+    def step_complete(self, phase_name: str, step: int) -> bool:
+        """See TensorRT's ``IProgressMonitor.step_complete``; False ends the build."""
+        self._guarded(lambda: self._tracker.step(phase_name, step))
+        return self.problem is None
+
+    def phase_finish(self, phase_name: str) -> None:
+        """See TensorRT's ``IProgressMonitor.phase_finish``."""
+        self._guarded(lambda: self._tracker.finish(phase_name))
+
+    def _guarded(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except BaseException as problem:  # KeyboardInterrupt too: it would end the process inside TensorRT's code
+            self.problem = self.problem or problem
+
+
+def build_plan(
+    onnx_file: Path,
+    plan_file: Path,
+    shapes: Mapping[str, Shapes],
+    options: TensorRTOptions,
+    *,
+    tf32: bool,
+    on_progress: OnProgress,
+) -> None:
+    """Build a plan for the current CUDA device.
+
+    Args:
+        onnx_file: a typed ONNX file; its external data lies beside it.
+        plan_file: where to write the plan.
+        shapes: every input with a dynamic axis → its smallest, likeliest and largest shape.
+        options: how to build.
+        tf32: let fp32 matrix products round their factors to TF32.
+        on_progress: told how far the build is.
+
+    Raises:
+        EngineError: TensorRT cannot parse or build it; one line with TensorRT's own reasons.
+        UsageError: the timing cache file is not one of this TensorRT and GPU.
+    """
+    log = ErrorLog()
+    try:
+        builder = trt.Builder(log)
+        # TensorRT 11 types every network strongly; the flag's number has changed there, so it goes by name.
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, log)  # it owns the weights: it must live until the plan is built
+        _read_onnx(parser, log, onnx_file)
+        config = builder.create_builder_config()
+        _configure(config, options, tf32)
+        _add_profile(builder, config, log, shapes)
+        monitor = BuildMonitor(PhaseTracker(on_progress))
+        config.progress_monitor = monitor
+        if options.timing_cache is not None:
+            _attach_timing_cache(config, log, options.timing_cache)
+        plan: trt.IHostMemory | None = builder.build_serialized_network(network, config)
+        if monitor.problem is not None:
+            raise monitor.problem
+        if plan is None:
+            raise log.failure("TensorRT cannot build the plan")
+        plan_file.write_bytes(memoryview(plan))
+        if options.timing_cache is not None:
+            with replacing(options.timing_cache) as temporary:
+                temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))
+    except (RuntimeError, TypeError, ValueError) as problem:  # pybind11 turns TensorRT's null pointers into these
+        raise log.failure("TensorRT cannot build the plan", first_line(problem)) from None
+
+
+def _read_onnx(parser: trt.OnnxParser, log: ErrorLog, path: Path) -> None:
+    if not parser.parse_from_file(str(path)):
+        errors: list[trt.ParserError] = [parser.get_error(index) for index in range(parser.num_errors)]
+        reasons = (f"{error.desc()} (node {error.node_name()!r})" for error in errors)
+        raise log.failure("TensorRT cannot read the model", *reasons)
+
+
+def _configure(config: trt.IBuilderConfig, options: TensorRTOptions, tf32: bool) -> None:
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+    config.builder_optimization_level = options.optimization_level
+    if not tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)  # TensorRT sets it unasked
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    config.hardware_compatibility_level = {
+        "none": trt.HardwareCompatibilityLevel.NONE,
+        "ampere_plus": trt.HardwareCompatibilityLevel.AMPERE_PLUS,
+        "same_compute_capability": trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY,
+    }[options.hardware_compatibility]
+
+
+def _add_profile(builder: trt.Builder, config: trt.IBuilderConfig, log: ErrorLog, shapes: Mapping[str, Shapes]) -> None:
+    profile = builder.create_optimization_profile()
+    for name, (low, likely, high) in shapes.items():
+        profile.set_shape(name, trt.Dims([*low]), trt.Dims([*likely]), trt.Dims([*high]))
+    if config.add_optimization_profile(profile) < 0:
+        raise log.failure("TensorRT refuses the optimisation profile")
+
+
+def _attach_timing_cache(config: trt.IBuilderConfig, log: ErrorLog, path: Path) -> None:
+    """Give the builder the timings of ``path``; the file is rewritten later, so it must be a timing cache or new."""
+    try:
+        stored = path.read_bytes() if path.exists() else b""
+    except OSError as problem:
+        raise UsageError(f"cannot read the timing cache {path}: {problem}") from None
+    cache: trt.ITimingCache | None = config.create_timing_cache(stored)
+    if cache is None or not config.set_timing_cache(cache, False):
+        reason = log.failure(f"{path} is not a timing cache of this TensorRT and GPU")
+        raise UsageError(f"{reason}; delete it or name another file")

@@ -1,0 +1,224 @@
+"""Running a plan. Import this module only after :func:`library.require_tensorrt`.
+
+TensorRT reports failures by a return value and in its log, so every one is checked here.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import tensorrt as trt
+import torch
+from torch import Tensor
+
+from prompttune.errors import EngineError, first_line
+from prompttune.export.layout import IMAGE, LOGITS, TASK_INDEX, TensorSpec
+from prompttune.export.trt.log import ErrorLog
+from prompttune.export.trt.tensors import check_tensors
+
+LANES = 2
+"""Calls that run at once: while one computes, the next one's images are copied."""
+_GRAPHS = 8
+"""CUDA graphs that a lane keeps, each with an execution context and its memory; the longest unused one goes first."""
+_PROFILE = 0
+_CAPTURE = threading.Lock()
+"""CUDA graphs are captured one at a time."""
+
+
+class Plan:
+    """A plan, deserialised for the current CUDA device.
+
+    Args:
+        path: the plan's file.
+        inputs: the declared inputs.
+        outputs: the declared outputs.
+        version_compatible: whether the plan carries code that TensorRT has to run to open it.
+
+    Raises:
+        EngineError: TensorRT cannot open it, or its tensors are not the declared ones.
+    """
+
+    def __init__(
+        self, path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], version_compatible: bool
+    ) -> None:
+        self.log = ErrorLog()
+        try:
+            self._runtime = trt.Runtime(self.log)
+            if version_compatible:
+                self._runtime.engine_host_code_allowed = True
+            engine: trt.ICudaEngine | None = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        except (RuntimeError, TypeError) as problem:  # pybind11 turns TensorRT's null pointers into these
+            raise self.log.failure(f"TensorRT cannot open {path}", first_line(problem)) from None
+        if engine is None:
+            raise self.log.failure(f"TensorRT cannot open {path}")
+        self._engine = engine
+        self._contexts = threading.Lock()
+        self.dtypes = {spec.name: getattr(torch, spec.dtype) for spec in (*inputs, *outputs)}
+        self._check_tensors(path, {spec.name for spec in inputs}, {spec.name for spec in outputs})
+
+    def _check_tensors(self, path: Path, inputs: set[str], outputs: set[str]) -> None:
+        engine = self._engine
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        found = {name: engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
+        if {name for name in names if found[name]} != inputs or {name for name in names if not found[name]} != outputs:
+            raise EngineError(f"{path} has the tensors {', '.join(names)}, not the declared ones: export it again")
+        known = {
+            trt.DataType.FLOAT: torch.float32,
+            trt.DataType.HALF: torch.float16,
+            trt.DataType.BF16: torch.bfloat16,
+            trt.DataType.INT64: torch.int64,
+        }
+        for name in names:
+            dtype = engine.get_tensor_dtype(name)
+            if known.get(dtype) != self.dtypes[name]:
+                raise EngineError(f"{path}: {name} is {dtype}, declared was {self.dtypes[name]}: export it again")
+
+    def new_context(self, stream: torch.cuda.Stream) -> trt.IExecutionContext:
+        """An execution context on ``stream``, with the plan's profile."""
+        with self._contexts:
+            context: trt.IExecutionContext | None = self._engine.create_execution_context()
+        if context is None or not context.set_optimization_profile_async(_PROFILE, stream.cuda_stream):
+            raise self.log.failure("TensorRT cannot make an execution context")
+        stream.synchronize()
+        return context
+
+
+class Session:
+    """An execution context on a stream; for one thread at a time."""
+
+    def __init__(self, plan: Plan, stream: torch.cuda.Stream) -> None:
+        self._plan = plan
+        self._stream = stream
+        self._context = plan.new_context(stream)
+
+    def bind(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Give TensorRT the inputs' shapes and addresses; returns the tensor that will hold the logits [B, C].
+
+        The caller keeps all of them alive until the stream is synchronised.
+        """
+        check_tensors(inputs, self._plan.dtypes)
+        for name, tensor in inputs.items():
+            if not self._context.set_input_shape(name, tuple(tensor.shape)):
+                raise self._plan.log.failure(f"TensorRT refuses the shape {list(tensor.shape)} of {name}")
+            self._bind_address(name, tensor)
+        missing = self._context.infer_shapes()
+        if missing:
+            raise self._plan.log.failure(f"TensorRT lacks {', '.join(missing)}")
+        dims = self._context.get_tensor_shape(LOGITS)
+        shape = [dims[axis] for axis in range(len(dims))]
+        logits = torch.empty(shape, dtype=self._plan.dtypes[LOGITS], device=self._stream.device)
+        self._bind_address(LOGITS, logits)
+        return logits
+
+    def _bind_address(self, name: str, tensor: Tensor) -> None:
+        if not self._context.set_tensor_address(name, tensor.data_ptr()):
+            raise self._plan.log.failure(f"TensorRT refuses the address of {name}")
+
+    def enqueue(self) -> None:
+        """Start a run on the stream."""
+        if not self._context.execute_async_v3(self._stream.cuda_stream):
+            raise self._plan.log.failure("TensorRT failed to run")
+
+
+class CapturedSession:
+    """A session whose run is a CUDA graph: shapes and addresses are frozen, images and indices are copied in.
+
+    It has an execution context of its own, because a captured graph goes on using it: binding another shape there
+    would change what the graph does.
+    """
+
+    def __init__(self, plan: Plan, stream: torch.cuda.Stream, inputs: Mapping[str, Tensor]) -> None:
+        self._session = Session(plan, stream)
+        self._inputs = {
+            name: tensor.clone() if name in (IMAGE, TASK_INDEX) else tensor for name, tensor in inputs.items()
+        }
+        self._logits = self._session.bind(self._inputs)
+        self._session.enqueue()  # TensorRT finishes its preparations in the first run, which must not be captured
+        stream.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with _CAPTURE, torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            self._session.enqueue()
+
+    def fits(self, inputs: Mapping[str, Tensor]) -> bool:
+        """Whether the bank is still where and as large as it was."""
+        return all(
+            tensor.data_ptr() == inputs[name].data_ptr() and tensor.shape == inputs[name].shape
+            for name, tensor in self._inputs.items()
+            if name not in (IMAGE, TASK_INDEX)
+        )
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Logits [B, C], overwritten by the next run."""
+        for name in (IMAGE, TASK_INDEX):
+            self._inputs[name].copy_(inputs[name])
+        self._graph.replay()
+        return self._logits
+
+
+class Lane:
+    """A stream of its own and what runs on it; for one thread at a time."""
+
+    def __init__(self, plan: Plan, device: torch.device, cuda_graph: bool) -> None:
+        self._plan = plan
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._session = None if cuda_graph else Session(plan, self._stream)
+        self._graphs: OrderedDict[int, CapturedSession] = OrderedDict()
+
+    def run(self, images: Tensor, task_index: Tensor, bank: Mapping[str, Tensor]) -> Tensor:
+        """Logits [B, C] on the host, of host tensors and a bank on the device, by input name."""
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream), torch.inference_mode():
+            try:
+                inputs = {IMAGE: images.to(self._device), TASK_INDEX: task_index.to(self._device), **bank}
+                if self._session is None:
+                    logits = self._captured(inputs).run(inputs)
+                else:
+                    logits = self._session.bind(inputs)
+                    self._session.enqueue()
+                return logits.to("cpu")
+            finally:
+                self._stream.synchronize()  # before any tensor of this call is given back
+
+    def _captured(self, inputs: Mapping[str, Tensor]) -> CapturedSession:
+        rows = len(inputs[IMAGE])
+        found = self._graphs.pop(rows, None)
+        if found is None or not found.fits(inputs):
+            self._graphs = OrderedDict((size, one) for size, one in self._graphs.items() if one.fits(inputs))
+            if len(self._graphs) >= _GRAPHS:
+                self._graphs.popitem(last=False)
+            found = CapturedSession(self._plan, self._stream, inputs)
+        self._graphs[rows] = found
+        return found
+
+
+class Pool:
+    """Lanes, made when first needed; a call waits for a free one."""
+
+    def __init__(self, plan: Plan, device: torch.device, cuda_graph: bool) -> None:
+        self._plan = plan
+        self._device = device
+        self._cuda_graph = cuda_graph
+        self._free: queue.LifoQueue[Lane | None] = queue.LifoQueue()
+        for _ in range(LANES):
+            self._free.put(None)
+
+    def run(self, images: Tensor, task_index: Tensor, bank: Mapping[str, Tensor]) -> Tensor:
+        """See :meth:`Lane.run`.
+
+        Raises:
+            EngineError: TensorRT or CUDA failed.
+        """
+        lane = self._free.get()
+        try:
+            if lane is None:
+                with torch.cuda.device(self._device):
+                    lane = Lane(self._plan, self._device, self._cuda_graph)
+            return lane.run(images, task_index, bank)
+        except RuntimeError as problem:  # CUDA's errors, lack of memory among them, and TensorRT's through pybind11
+            raise self._plan.log.failure("the TensorRT engine failed", first_line(problem)) from None
+        finally:
+            self._free.put(lane)

@@ -1,0 +1,75 @@
+"""The options of a TensorRT build."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prompttune.errors import UsageError, choose
+
+HARDWARE_COMPATIBILITIES = ("none", "ampere_plus", "same_compute_capability")
+
+
+@dataclass(frozen=True)
+class TensorRTOptions:
+    """How TensorRT builds a plan.
+
+    Raises:
+        UsageError: a value is of the wrong type or out of range, or two options exclude each other.
+    """
+
+    workspace: int | None = None
+    """Bytes of device memory that a layer may use while it runs; None leaves TensorRT its default, all there is."""
+    optimization_level: int = 3
+    """From 0, quickest to build, to 5, longest search."""
+    timing_cache: Path | None = None
+    """File with the timings of earlier builds: read if it exists, rewritten after the build."""
+    version_compatible: bool = False
+    """Whether later TensorRT versions may open the plan too. The plan then carries code that they run."""
+    hardware_compatibility: str = "none"
+    """On which GPUs the plan runs: of its own compute capability (``none``, tuned for this very model, and
+    ``same_compute_capability``), or of every one since Ampere (``ampere_plus``, slower)."""
+
+    def __post_init__(self) -> None:
+        if self.workspace is not None:
+            _integer("workspace", self.workspace, 1, None)
+        _integer("optimization_level", self.optimization_level, 0, 5)
+        if self.timing_cache is not None and not isinstance(self.timing_cache, Path):
+            raise UsageError(f"timing_cache must be a path, not {self.timing_cache!r}")
+        if self.timing_cache is not None and self.optimization_level == 0:
+            raise UsageError("optimization_level 0 ignores the timing cache: leave one of them out")
+        if not isinstance(self.version_compatible, bool):
+            raise UsageError(f"version_compatible must be true or false, not {self.version_compatible!r}")
+        choose("hardware_compatibility", self.hardware_compatibility, HARDWARE_COMPATIBILITIES)
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any]) -> TensorRTOptions:
+        """The options of :attr:`Settings.options`.
+
+        Raises:
+            UsageError: an unknown name, or a value that is refused.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        given = {choose("TensorRT option", name, known): value for name, value in options.items()}
+        if isinstance(given.get("timing_cache"), str):
+            given["timing_cache"] = Path(given["timing_cache"])
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a runtime must know of them, ready for JSON."""
+        return {
+            "version_compatible": self.version_compatible,
+            "hardware_compatibility": self.hardware_compatibility,
+            "optimization_level": self.optimization_level,
+        }
+
+
+def _integer(name: str, value: object, low: int, high: int | None) -> None:
+    """Refuse what is no whole number in range; True is no number here."""
+    if isinstance(value, int) and not isinstance(value, bool) and low <= value and (high is None or value <= high):
+        return
+    span = f"at least {low}" if high is None else f"from {low} to {high}"
+    raise UsageError(f"{name} must be a whole number {span}, not {value!r}")

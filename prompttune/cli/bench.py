@@ -1,0 +1,190 @@
+"""``prompttune bench``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from click.core import ParameterSource
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from prompttune.cli.engine_options import _sizes, make_table, wide_console
+from prompttune.errors import UsageError
+
+if TYPE_CHECKING:
+    from prompttune.serve.bench import BenchReport
+
+
+def _words(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    return tuple(one.strip() for one in value.split(",") if one.strip())
+
+
+@click.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="backbone|torch|ENGINE",
+    help="Hold the engine against the plain backbone exported to ONNX, the same tasks in eager PyTorch, or another "
+    "engine. May be repeated.",
+)
+@click.option(
+    "--batch-sizes", default="1,8", show_default=True, callback=_sizes, metavar="N,N,...", help="Images of one call."
+)
+@click.option(
+    "--mix",
+    "mixes",
+    default="one,all",
+    show_default=True,
+    callback=_words,
+    metavar="one,all",
+    help="one: every row for the same task; all: rows go round the tasks.",
+)
+@click.option("--tasks", type=click.IntRange(1), help="Go round so many tasks at most.  [default: all]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of every side.  [default: PyTorch's own number]")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:INDEX.")
+@click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Rounds before those that count.")
+@click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Rounds that count.")
+@click.option("--seconds", type=float, help="Rounds for so long at each batch size, instead of --repeats.")
+@click.option("--add", "checkpoint", type=click.Path(path_type=Path), help="Also time adding this checkpoint.")
+@click.option("--weights", help="Where to take the backbone's weights from, if not from where the export took them.")
+@click.option("--seed", default=0, show_default=True, help="Of the images, which are noise.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write the measurements to this CSV file.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw latency and ratios into this PNG file.")
+@click.pass_context
+def bench(
+    context: click.Context,
+    engine: Path,
+    against: tuple[str, ...],
+    batch_sizes: tuple[int, ...],
+    mixes: tuple[str, ...],
+    tasks: int | None,
+    threads: int | None,
+    device: str,
+    warmup: int,
+    repeats: int,
+    seconds: float | None,
+    checkpoint: Path | None,
+    weights: str | None,
+    seed: int,
+    as_json: bool,
+    csv_file: Path | None,
+    plot: Path | None,
+) -> None:
+    """Measure ENGINE: latency, throughput, memory, adding and switching tasks.
+
+    Everything runs in turn, round by round, in one process, so what disturbs one side disturbs all. A ratio is the
+    median of the rounds' ratios. Nothing is written into the engine.
+
+    \b
+    prompttune bench engine
+    prompttune bench engine --against backbone --against torch --threads 2 --json
+    prompttune bench engine --batch-sizes 1,4,16 --mix all --seconds 20 --csv bench.csv --plot bench.png
+    """
+    if seconds is not None and context.get_parameter_source("repeats") is not ParameterSource.DEFAULT:
+        raise UsageError("give either --repeats or --seconds")
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise UsageError(f"--plot writes a PNG file: name it {plot.with_suffix('.png')}")
+    from prompttune.serve.bench import Rounds, bench_engine, plot_report
+    from prompttune.serve.bench.machine import machine_columns, write_csv
+
+    with _progress() as on_progress:
+        report = bench_engine(
+            engine,
+            against=against,
+            batch_sizes=batch_sizes,
+            mixes=mixes,
+            tasks=tasks,
+            threads=threads,
+            device=device,
+            rounds=Rounds(warmup, repeats, seconds),
+            checkpoint=checkpoint,
+            weights=weights,
+            seed=seed,
+            on_progress=on_progress,
+        )
+    if csv_file is not None:
+        command = " ".join(["prompttune", *sys.argv[1:]])
+        write_csv(csv_file, list(report.rows()), machine_columns(device, report.threads, command))
+    if plot is not None:
+        plot_report(report, plot)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        _print(wide_console(), report)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """A bar on standard error for as long as the block runs."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=1.0)
+        yield lambda words, share: bar.update(task, description=words, completed=share)
+
+
+def _print(console: Console, report: BenchReport) -> None:
+    """The report as tables and lines."""
+    rounds = f"{report.repeats} rounds" if report.seconds is None else f"rounds for {report.seconds:g} s"
+    _line(
+        console,
+        f"{report.method} over {report.backbone} at {report.image_size} pixels, {report.resident_tasks} tasks; "
+        f"{report.hardware}, {report.device}, {report.threads} threads; {report.warmup} warm-up rounds, then {rounds}",
+    )
+    sides = make_table(("side",), ("load s", "peak MiB", "kept MiB", "GPU MiB"))
+    for one in report.subjects:
+        _line(console, f"{one.name}: {one.description}")
+        memory = [_mebibytes(size) for size in (one.peak_bytes, one.resident_bytes, one.device_bytes)]
+        sides.add_row(one.name, f"{one.load_s:.2f}", *memory)
+    console.print(sides)
+    times = make_table(("batch", "mix", "side"), ("tasks", "p50 ms", "p90 ms", "p99 ms", "images/s", "engine takes"))
+    for row in report.measurements:
+        over = "" if row.engine_over is None else f"{row.engine_over.median:.2f} x"
+        figures = [f"{value:.2f}" for value in (row.latency.p50_ms, row.latency.p90_ms, row.latency.p99_ms)]
+        times.add_row(
+            str(row.batch_size), row.mix, row.subject, str(row.tasks), *figures, f"{row.images_per_s:.1f}", over
+        )
+    console.print(times)
+    for mixing in report.mixing:
+        _line(
+            console,
+            f"batch {mixing.batch_size}: rows of {mixing.tasks} tasks take {mixing.over_one.median:.3f} x as long as "
+            "rows of one task",
+        )
+    for line in _task_lines(report):
+        _line(console, line)
+
+
+def _task_lines(report: BenchReport) -> Iterator[str]:
+    """What a task costs."""
+    if report.bytes_per_task:
+        yield f"a resident task takes {report.bytes_per_task / 1024:,.1f} KiB ({report.bank_precision})"
+    switching, adding = report.switching, report.adding
+    if switching is not None:
+        yield (
+            f"switching tasks between calls: {switching.alternating.p50_ms:.3f} ms a call against "
+            f"{switching.same.p50_ms:.3f} ms, {switching.over_same.median:.3f} x"
+        )
+    if adding is not None:
+        yield f"adding a folded task: {adding.state.p50_ms:.2f} ms (p99 {adding.state.p99_ms:.2f} ms)"
+        if adding.checkpoint is not None and adding.first_checkpoint_s is not None:
+            yield (
+                f"adding a checkpoint, not compared with PyTorch: {adding.checkpoint.p50_ms:.1f} ms; "
+                f"the first one {adding.first_checkpoint_s:.2f} s, which loads the backbone"
+            )
+
+
+def _mebibytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:,.0f}"
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,58 @@
+"""Scaled dot-product attention, in the library's fused form or as explicit products.
+
+Training and PyTorch inference use the fused form. Exporters choose: explicit products and a softmax are what ONNX
+Runtime and TensorRT match and fuse by themselves, in every release.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+_explicit: ContextVar[bool] = ContextVar("explicit", default=False)
+
+
+@contextlib.contextmanager
+def explicit_attention(explicit: bool = True) -> Iterator[None]:
+    """Choose the form of every :func:`attend` in the block."""
+    token = _explicit.set(explicit)
+    try:
+        yield
+    finally:
+        _explicit.reset(token)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention.
+
+    Args:
+        q: [..., Nq, d]; leading axes of size 1 stand for those of k.
+        k, v: [..., Nk, d].
+        mask: float32, added to the scores, broadcast to [..., Nq, Nk].
+
+    Returns:
+        [..., Nq, d]. The explicit form scales q before the product, which keeps float16 scores in range, and takes
+        the softmax in float32.
+    """
+    if not _explicit.get():
+        return _fused(q, k, v, mask)
+    scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).float()
+    if mask is not None:
+        scores = scores + mask
+    attended: Tensor = scores.softmax(dim=-1).to(v.dtype) @ v
+    return attended
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The fused kernels take four axes of equal sizes; any other shape falls back to a slow path."""
+    q = q.expand(*k.shape[:-2], *q.shape[-2:])
+    mask = None if mask is None else mask.to(q.dtype)
+    if q.ndim == 4:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    q, k, v, leading = q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4), q.shape[:-3]
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return attended.reshape(*leading, *attended.shape[1:])

@@ -1,0 +1,46 @@
+"""What a figure must name: the machine and the versions that it was measured with."""
+
+from __future__ import annotations
+
+import csv
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import timm
+import torch
+
+from prompttune.files import replacing
+
+_PROCESSORS = Path("/proc/cpuinfo")
+
+
+def hardware_name(device: str = "cpu") -> str:
+    """The CUDA device, or the processor with the number of its threads."""
+    if device.startswith("cuda"):
+        return str(torch.cuda.get_device_name(device))
+    lines = _PROCESSORS.read_text().splitlines() if _PROCESSORS.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0]} x{len(models)}" if models else platform.processor()
+
+
+def machine_columns(device: str, threads: int, command: str) -> dict[str, str]:
+    """Columns that every table of figures ends with."""
+    return {
+        "hardware": hardware_name(device),
+        "threads": str(threads),
+        "torch": str(torch.__version__),
+        "timm": str(timm.__version__),
+        "onnxruntime": str(onnxruntime.__version__),
+        "command": command,
+    }
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
+    """Write rows of the same keys, each ending with ``columns``, atomically."""
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fieldnames=[*rows[0], *columns])
+        writer.writeheader()
+        writer.writerows([{**row, **columns} for row in rows])

@@ -1,0 +1,143 @@
+"""The plain backbone, built and run as an engine's model is, but with no task anywhere.
+
+It is timm's own forward to pooled features, written by the engine's format in the engine's precision and run by the
+engine's runtime, so that what a method costs is told from what the backbone costs.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.layers import Attention
+from torch import Tensor, nn
+
+from prompttune.backbones import Backbone
+from prompttune.backbones.vit import VitBackbone
+from prompttune.errors import EngineError
+from prompttune.export.folder import FileRecord, Manifest
+from prompttune.export.formats import BuildRequest, Settings, find_format
+from prompttune.export.graph import Traced, capture
+from prompttune.export.layout import BATCH, IMAGE, LOGITS, TASK_INDEX, TensorSpec, declare_inputs
+from prompttune.export.precision import typed_model
+from prompttune.export.runtimes import Array, Runtime, RuntimeOptions, open_runtime
+from prompttune.export.tasks import engine_model
+
+_WITHOUT_TASKS = {"onnx-adapter": "onnx"}
+"""Formats that are about tasks alone → what they are without any."""
+
+
+class _PlainGraph(nn.Module):
+    """timm's model with the inputs that every runtime feeds; it has no use for the second."""
+
+    def __init__(self, backbone: VitBackbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, image: Tensor, task_index: Tensor) -> Tensor:  # noqa: ARG002
+        model = self.backbone.model
+        tokens = model.norm(model.blocks(self.backbone.embed(image)))  # whole blocks, as timm runs them
+        features: Tensor = model.forward_head(tokens, pre_logits=True).float()  # [B, D]
+        return features
+
+
+class _PlainRequest(BuildRequest):
+    """A request whose graph is the plain backbone: all else that a format does stays as it is."""
+
+    def trace(self, probes: bool = False, device: str = "cpu") -> Traced:  # noqa: ARG002
+        """See :meth:`BuildRequest.trace`; the output carries features [B, D] under the name that runtimes read."""
+        precision = "fp32" if self.settings.precision == "int8" else self.settings.precision
+        typed = typed_model(copy.deepcopy(self.model), precision).backbone
+        for module in typed.modules():
+            if isinstance(module, Attention):
+                module.fused_attn = self.settings.attention == "fused"
+        size = typed.image_size
+        # Three rows: sizes of one and two occur elsewhere in a model.
+        sample = [torch.zeros(3, 3, size, size), torch.zeros(3, dtype=torch.int64)]
+        dynamic = {IMAGE: {0: BATCH}, TASK_INDEX: {0: BATCH}}
+        assert isinstance(typed, VitBackbone)
+        program = capture(_PlainGraph(typed), sample, dynamic, "fused", device, typed.name)
+        outputs = [TensorSpec(LOGITS, "float32", (BATCH, typed.width))]
+        return Traced(program, declare_inputs({}, size), outputs, dynamic, [])
+
+
+def plain_settings(manifest: Manifest) -> Settings:
+    """The settings of an engine, for its plain backbone.
+
+    Static int8 becomes dynamic, because calibration images belong to tasks; ONNX Runtime's adapters become plain ONNX.
+    """
+    return Settings(
+        format=_WITHOUT_TASKS.get(manifest.format, manifest.format),
+        precision=manifest.precision,
+        attention=manifest.attention,
+        device=str(manifest.details.get("device", "cpu")),
+        quantization="dynamic" if manifest.precision == "int8" else None,
+    )
+
+
+def export_plain(manifest: Manifest, backbone: Backbone, settings: Settings, folder: Path) -> Manifest:
+    """Write an engine's plain backbone into an existing folder.
+
+    Args:
+        manifest: the engine's.
+        backbone: the engine's.
+        settings: format, precision and the rest, see :func:`plain_settings`.
+        folder: where to.
+
+    Returns:
+        A manifest that :class:`PlainBackbone` opens the folder with.
+
+    Raises:
+        EngineError: it cannot be built.
+    """
+    resolved = settings.resolved()
+    request = _PlainRequest(engine_model(manifest, backbone), resolved, {}, _no_images)
+    built = find_format(resolved.format).build(request, folder)
+    return dataclasses.replace(
+        manifest,
+        layout={},
+        inputs=tuple(built.inputs),
+        outputs=tuple(built.outputs),
+        files={name: FileRecord.of(folder / name) for name in built.files},
+        format=resolved.format,
+        precision=resolved.precision,
+        attention=str(resolved.attention),
+        quantization=resolved.quantization,
+        baked=(),
+        opset=built.opset,
+        details=built.details,
+        parity=None,
+    )
+
+
+def _no_images(task: str, count: int) -> Array:  # noqa: ARG001
+    raise EngineError("a plain backbone has no task to take images from")
+
+
+class PlainBackbone:
+    """A plain backbone, open in the runtime of its format.
+
+    Args:
+        folder: where :func:`export_plain` wrote it.
+        manifest: what :func:`export_plain` returned.
+        options: device and threads, as an engine takes them.
+
+    Raises:
+        MissingExtraError: the device needs an extra that is not installed.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, options: RuntimeOptions) -> None:
+        self.manifest = manifest
+        self._runtime: Runtime = open_runtime(folder, manifest, options)
+
+    @property
+    def description(self) -> str:
+        """What runs, in words."""
+        return f"plain {self.manifest.format} {self.manifest.precision}, {self._runtime.description}"
+
+    def features(self, images: Array) -> Array:
+        """Pooled features [B, D] of images [B, 3, S, S]."""
+        return self._runtime.run(images, np.zeros(len(images), dtype=np.int64), {})

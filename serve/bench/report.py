@@ -1,0 +1,216 @@
+"""What a benchmark found, as values, as rows of a table, as a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from prompttune.files import replacing
+from prompttune.serve.bench.subjects import ENGINE
+from prompttune.serve.bench.timing import Latency, Ratio
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DPI = 120
+MEBI = 2**20
+
+
+@dataclass(frozen=True)
+class SubjectReport:
+    """One side of the comparison."""
+
+    name: str
+    """``engine``, ``backbone``, ``torch``, or another engine's folder."""
+    description: str
+    load_s: float
+    """Seconds to open it, once; an engine's digests are checked in this time."""
+    resident_bytes: int | None
+    """Growth of the process's resident set by opening it and answering the largest batch; None off Linux."""
+    peak_bytes: int | None
+    """Highest such growth on the way; None where the kernel does not tell."""
+    device_bytes: int | None
+    """Growth of the memory in use on the CUDA device; None on a CPU."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One subject at one batch size and mix."""
+
+    subject: str
+    batch_size: int
+    mix: str
+    tasks: int
+    """Tasks that the rows go round; 0 for a side that knows none."""
+    latency: Latency
+    images_per_s: float
+    """At the median latency."""
+    engine_over: Ratio | None
+    """The engine's time over this subject's; None for the engine itself."""
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """The engine's time for mixed rows over its time for rows of one task, at one batch size."""
+
+    batch_size: int
+    tasks: int
+    over_one: Ratio
+
+
+@dataclass(frozen=True)
+class Switching:
+    """Calls of one row that alternate between two tasks, A B A B, against calls of A alone."""
+
+    tasks: tuple[str, str]
+    calls: int
+    """Calls of a round; the figures are of one call."""
+    same: Latency
+    alternating: Latency
+    over_same: Ratio
+
+
+@dataclass(frozen=True)
+class Adding:
+    """Making one more task resident in the open engine."""
+
+    state: Latency
+    """From a folded state, as read from an engine folder."""
+    checkpoint: Latency | None
+    """From a checkpoint, folded but not compared with PyTorch, the backbone loaded already."""
+    first_checkpoint_s: float | None
+    """Seconds of the first such call, which loads the backbone."""
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """All that one run of the benchmark found."""
+
+    engine: str
+    backbone: str
+    image_size: int
+    method: str
+    format: str
+    precision: str
+    bank_precision: str
+    device: str
+    threads: int
+    hardware: str
+    versions: dict[str, str]
+    warmup: int
+    repeats: int | None
+    """None where ``seconds`` was given."""
+    seconds: float | None
+    seed: int
+    resident_tasks: int
+    bytes_per_task: int
+    """Of one bank row, padded to the largest resident task; 0 where the tasks are part of the model."""
+    subjects: tuple[SubjectReport, ...]
+    measurements: tuple[Measurement, ...]
+    mixing: tuple[Mixing, ...]
+    switching: Switching | None
+    """None with a single task, or where it was not asked for."""
+    adding: Adding | None
+    """None where the tasks are part of the model, or where it was not asked for."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One row of a table a measurement, with its subject's figures; an empty string where there is none."""
+        subjects = {one.name: one for one in self.subjects}
+        for one in self.measurements:
+            subject, over = subjects[one.subject], one.engine_over
+            yield {
+                "backbone": self.backbone,
+                "image_size": self.image_size,
+                "method": self.method,
+                "format": self.format,
+                "precision": self.precision,
+                "bank_precision": self.bank_precision,
+                "subject": one.subject,
+                "batch": one.batch_size,
+                "mix": one.mix,
+                "tasks": one.tasks,
+                "rounds": one.latency.rounds,
+                "p50_ms": f"{one.latency.p50_ms:.3f}",
+                "p90_ms": f"{one.latency.p90_ms:.3f}",
+                "p99_ms": f"{one.latency.p99_ms:.3f}",
+                "images_per_s": f"{one.images_per_s:.2f}",
+                "engine_over": "" if over is None else f"{over.median:.3f}",
+                "load_s": f"{subject.load_s:.3f}",
+                "peak_mib": mebibytes(subject.peak_bytes),
+                "device_mib": mebibytes(subject.device_bytes),
+                "bytes_per_task": self.bytes_per_task,
+            }
+
+
+def mebibytes(size: int | None) -> str:
+    """A size in MiB, empty where there is none."""
+    return "" if size is None else f"{size / MEBI:.1f}"
+
+
+def plot_report(report: BenchReport, path: Path) -> None:
+    """Draw latency over batch size, and the engine's time over each other subject's, into a PNG file."""
+    compared = [one for one in report.measurements if one.engine_over is not None]
+    figure = Figure(figsize=(11 if compared else 5.5, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2 if compared else 1, squeeze=False)[0]
+    _plot_latency(panels[0], report)
+    if compared:
+        _plot_ratios(panels[1], compared)
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"{report.method} over {report.backbone} at {report.image_size}, {report.precision}, {report.hardware}, "
+        f"{report.threads} threads",
+        fontsize=9,
+    )
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI)
+
+
+def _plot_latency(axes: Axes, report: BenchReport) -> None:
+    for (subject, mix), points in _series(report).items():
+        sizes = [one.batch_size for one in points]
+        p50 = [one.latency.p50_ms for one in points]
+        above = [one.latency.p90_ms - one.latency.p50_ms for one in points]
+        style = "-" if mix == report.measurements[0].mix else "--"
+        axes.errorbar(
+            sizes, p50, yerr=([0.0] * len(points), above), label=f"{subject}, {mix}", linestyle=style, marker="o",
+            markersize=3, capsize=2,
+        )  # fmt: skip
+    axes.set(title="latency of a call, median to p90", xlabel="batch size", ylabel="ms", ylim=(0, None))
+    axes.set_xticks(sorted({one.batch_size for one in report.measurements}))
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _series(report: BenchReport) -> dict[tuple[str, str], list[Measurement]]:
+    """Subject and mix → its measurements, smallest batch first."""
+    series: dict[tuple[str, str], list[Measurement]] = {}
+    for one in sorted(report.measurements, key=lambda one: one.batch_size):
+        series.setdefault((one.subject, one.mix), []).append(one)
+    return series
+
+
+def _plot_ratios(axes: Axes, compared: list[Measurement]) -> None:
+    labels, medians, below, above = [], [], [], []
+    for one in compared:
+        assert one.engine_over is not None
+        labels.append(f"{one.subject}\nbatch {one.batch_size}, {one.mix}")
+        medians.append(one.engine_over.median)
+        below.append(one.engine_over.median - one.engine_over.p25)
+        above.append(one.engine_over.p75 - one.engine_over.median)
+    axes.barh(range(len(labels)), medians, xerr=(below, above), color="#3b6ea5", capsize=2)
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set(title=f"time of the {ENGINE} over the other's", xlabel="median of the rounds' ratios, quartiles")

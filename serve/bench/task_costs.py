@@ -1,0 +1,111 @@
+"""What a task costs in an open engine: bytes, adding one, switching between two."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from prompttune.errors import UsageError
+from prompttune.export.layout import bank_dtype, bind_axes, empty_bank, largest_axes
+from prompttune.serve.bank import BakedBank, Bank
+from prompttune.serve.bench.report import Adding, Switching
+from prompttune.serve.bench.subjects import noise
+from prompttune.serve.bench.timing import Latency, Ratio, Rounds, interleaved
+from prompttune.serve.engine import Engine
+
+SWITCHING_CALLS = 4
+"""Calls of one round of the switching measurement; even, so that both tasks have as many."""
+ADDED_CHECKPOINTS = 3
+"""Times that a checkpoint is added; folding takes seconds on a large backbone."""
+
+
+def measure_switching(
+    engine: Engine,
+    tasks: Sequence[str],
+    rounds: Rounds,
+    seed: int = 0,
+    on_share: Callable[[float], None] = lambda _: None,
+) -> Switching | None:
+    """Time calls of one row, A B A B against A A A A, A and B the first two of ``tasks``; None if there are fewer."""
+    if len(tasks) < 2:
+        return None
+    first, second = tasks[:2]
+    images = noise(1, engine.image_size, seed)
+
+    def calls(names: Sequence[str]) -> None:
+        for name in names:
+            engine.logits(images, name)
+
+    rows = {"same": [first] * SWITCHING_CALLS, "alternating": [first, second] * (SWITCHING_CALLS // 2)}
+    seconds = interleaved({name: partial(calls, names) for name, names in rows.items()}, rounds, on_share=on_share)
+    each = {name: [value / SWITCHING_CALLS for value in values] for name, values in seconds.items()}
+    over = Ratio.of(each["alternating"], each["same"])
+    return Switching((first, second), SWITCHING_CALLS, Latency.of(each["same"]), Latency.of(each["alternating"]), over)
+
+
+def measure_adding(
+    engine: Engine,
+    rounds: Rounds,
+    checkpoint: str | Path | None = None,
+    weights: str | Path | None = None,
+    on_share: Callable[[float], None] = lambda _: None,
+) -> Adding | None:
+    """Time making one more task resident, the engine's first one once more under another name; nothing is written.
+
+    Args:
+        engine: is left as it was, apart from room for one task more.
+        rounds: its warm-up and repeats.
+        checkpoint: also time adding this one.
+        weights: of the backbone.
+        on_share: told which share is done.
+
+    Returns:
+        None where the tasks are part of the model.
+
+    Raises:
+        UsageError: a checkpoint is given and the tasks are part of the model.
+    """
+    if engine.folder.manifest.baked is not None:
+        if checkpoint is not None:
+            raise UsageError(f"{engine.folder.path} holds its tasks as constants: no checkpoint can be added")
+        return None
+    bank = resident_bank(engine)
+    task = engine.folder.read_task(engine.folder.tasks()[0])
+    name = next(one for one in map("bench-{}".format, itertools.count()) if one not in bank.entries)
+
+    def timed(add: Callable[[], None]) -> float:
+        began = time.perf_counter()
+        add()
+        seconds = time.perf_counter() - began
+        engine.remove_task(name, save=False)
+        return seconds
+
+    state = [timed(lambda: bank.put(name, task)) for _ in range(rounds.warmup + rounds.repeats)]
+    folded = Latency.of(state[rounds.warmup :])
+    if checkpoint is None:
+        return Adding(folded, None, None)
+    on_share(0.5)
+    first, *others = (
+        timed(lambda: engine.add_task(name, checkpoint, save=False, parity=False, weights=weights))
+        for _ in range(1 + ADDED_CHECKPOINTS)
+    )
+    return Adding(folded, Latency.of(others), first)
+
+
+def resident_bank(engine: Engine) -> Bank | BakedBank:
+    """The bank of an open engine: figures about it alone need what :class:`Engine` does not show."""
+    return engine._bank
+
+
+def resident_task_bytes(engine: Engine) -> int:
+    """Bytes of one row of an open engine's bank, padded to its largest task; 0 where tasks are part of the model."""
+    manifest = engine.folder.manifest
+    if manifest.baked is not None:
+        return 0
+    entries = resident_bank(engine).entries
+    axes = largest_axes(bind_axes(manifest.layout, entry.task.shapes(), name) for name, entry in entries.items())
+    row = empty_bank(manifest.layout, 1, axes, bank_dtype(manifest.bank_precision))
+    return sum(value.nbytes for value in row.values())

@@ -1,0 +1,312 @@
+"""Building and running with a TensorRT that only records: every failure is noticed, every wish reaches the library."""
+
+import contextlib
+import types
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+import prompttune as pt
+from prompttune.errors import EngineError, UsageError
+from prompttune.export.formats import Settings, tensorrt
+from prompttune.export.formats.torch_tensorrt import bounded, compile_program, compile_settings, widened
+from prompttune.export.graph import trace
+from prompttune.export.layout import TensorSpec
+from prompttune.export.runtimes.tensors import as_torch
+from prompttune.export.runtimes.torch_tensorrt import check_versions
+from prompttune.export.trt.options import TensorRTOptions
+from prompttune.export.trt.profile import axis_ranges
+from prompttune.export.trt.tensors import check_tensors
+from tests.engines import checkpoint, model_of
+from tests.fake_tensorrt import (
+    CACHE_MAGIC,
+    VERSION,
+    Context,
+    DataType,
+    Flags,
+    Severity,
+    fake_tensorrt,
+    folded_state,
+    install,
+)
+
+SHAPES = {"image": ((1, 3, 8, 8), (2, 3, 8, 8), (4, 3, 8, 8))}
+INPUTS = [TensorSpec("image", "float32", ("batch", 3, 8, 8)), TensorSpec("task_index", "int64", ("batch",))]
+
+# ------------------------------------------------------------------------------------------------------ the build
+
+
+def build(folder, tf32=False, options=None, on_progress=lambda _: None):
+    from prompttune.export.trt.builder import build_plan
+
+    (folder / "model.onnx").touch()
+    options = TensorRTOptions.parse(options or {})
+    build_plan(folder / "model.onnx", folder / "plan", SHAPES, options, tf32=tf32, on_progress=on_progress)
+
+
+def test_builder_is_configured(monkeypatch, tmp_path):
+    fake = install(monkeypatch, fake_tensorrt())
+    shares = []
+    build(tmp_path, on_progress=shares.append)
+    plain = fake.configs[-1]
+    assert (tmp_path / "plan").read_bytes() == b"plan"
+    assert shares == [0.0, 0.5, 1.0]
+    assert fake.networks == [1 << 1]
+    assert plain.profiles == [SHAPES]
+    assert plain.flags == set()
+    assert plain.workspace is None
+    assert plain.hardware_compatibility_level == "none"
+    wishes = {"version_compatible": True, "hardware_compatibility": "ampere_plus", "workspace": 7}
+    build(tmp_path, True, {**wishes, "optimization_level": 1})
+    other = fake.configs[-1]
+    assert other.flags == {Flags.TF32, Flags.VERSION_COMPATIBLE}
+    assert (other.workspace, other.builder_optimization_level, other.hardware_compatibility_level) == (7, 1, "ampere+")
+
+
+def test_build_failures_give_one_line(monkeypatch, tmp_path):
+    install(monkeypatch, fake_tensorrt(parse_error="no importer for\nAttention"))
+    with pytest.raises(EngineError) as problem:
+        build(tmp_path)
+    assert str(problem.value) == "TensorRT cannot read the model: no importer for Attention (node 'attention')"
+
+
+def test_a_failed_build_quotes_the_log(monkeypatch, tmp_path):
+    install(monkeypatch, fake_tensorrt(build_error="no implementation\n for node"))
+    with pytest.raises(EngineError) as problem:
+        build(tmp_path)
+    assert str(problem.value) == "TensorRT cannot build the plan: no implementation for node"
+    assert not (tmp_path / "plan").exists()
+
+
+def test_interrupted_callback_ends_the_build(monkeypatch, tmp_path):
+    install(monkeypatch, fake_tensorrt())
+
+    def interrupt(share):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, on_progress=interrupt)
+    assert not (tmp_path / "plan").exists()
+
+
+def test_log_quotes_the_first_errors(monkeypatch):
+    install(monkeypatch, fake_tensorrt())
+    from prompttune.export.trt.log import ErrorLog
+
+    log = ErrorLog()
+    assert str(log.failure("it failed")) == "it failed: TensorRT gave no reason"
+    for number in (1, 1, 2, 3, 4):
+        log.log(Severity.ERROR, f"cause {number}")
+    assert str(log.failure("it failed")) == "it failed: cause 1; cause 2; cause 3 (and 1 more)"
+    assert str(log.failure("it failed")) == "it failed: TensorRT gave no reason"
+
+
+def test_timing_cache_is_kept(monkeypatch, tmp_path):
+    fake = install(monkeypatch, fake_tensorrt())
+    cache = tmp_path / "timings" / "cache"
+    build(tmp_path, options={"timing_cache": str(cache)})
+    assert fake.configs[-1].cache.stored == b""
+    assert cache.read_bytes() == CACHE_MAGIC + b"+"
+    build(tmp_path, options={"timing_cache": str(cache)})
+    assert fake.configs[-1].cache.stored == CACHE_MAGIC + b"+"
+    assert [one.name for one in cache.parent.iterdir()] == ["cache"]
+    cache.write_bytes(b"somebody's only copy")
+    with pytest.raises(UsageError, match="is not a timing cache of this TensorRT and GPU"):
+        build(tmp_path, options={"timing_cache": str(cache)})
+    assert cache.read_bytes() == b"somebody's only copy"
+
+
+def test_export_leaves_the_plan_alone_and_records_where_it_runs(monkeypatch, tmp_path):
+    gpu = {"gpu": "a GPU", "compute_capability": "9.0"}
+    # Not torch.cuda itself: the ONNX exporter would believe it.
+    monkeypatch.setattr(tensorrt, "require_cuda", lambda *_: 0)
+    monkeypatch.setattr(tensorrt, "gpu_record", lambda _: gpu)
+    cuda = types.SimpleNamespace(device=lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(tensorrt, "torch", types.SimpleNamespace(cuda=cuda))
+    fake = install(monkeypatch, fake_tensorrt())
+    stages = []
+    settings = Settings("trt", device="cuda", axes={"batch": (1, 2, 4)}, options={"optimization_level": 2})
+    runs = [checkpoint("linear", 0), checkpoint("linear", 1)]
+    engine = pt.export_engine(runs, tmp_path / "engine", format=settings, parity=False, on_stage=stages.append)
+    assert {one.name for one in engine.path.iterdir()} == {"engine.json", "model.plan", "tasks"}
+    assert fake.onnx_files == [{"model.onnx", "model.onnx.data"}]
+    details = engine.manifest.details
+    assert details["tensorrt"] == VERSION
+    assert (details["gpu"], details["compute_capability"]) == ("a GPU", "9.0")
+    assert details["profile"] == {"batch": [1, 2, 4], "tasks": [1, 2, 64], "classes": [1, 3, 256]}
+    assert fake.configs[0].profiles[0]["bank.head.bias"] == ((1, 1), (2, 3), (64, 256))
+    assert fake.configs[0].flags == set()
+    assert any("building the TensorRT plan" in one and "50%" in one for one in stages)
+
+
+# -------------------------------------------------------------------------------------------------------- the run
+
+
+def test_tensors_keep_their_bits():
+    rows = np.arange(6, dtype=np.float32).reshape(2, 3).astype(ml_dtypes.bfloat16)
+    assert as_torch(rows).dtype == torch.bfloat16
+    assert as_torch(rows).float().tolist() == [[0, 1, 2], [3, 4, 5]]
+    frozen = np.ones(3, np.float32)
+    frozen.flags.writeable = False
+    assert as_torch(frozen).tolist() == [1, 1, 1]
+    assert as_torch(np.ones((2, 3), np.float32).T).is_contiguous()
+
+
+def test_tensors_that_tensorrt_would_misread_are_refused():
+    whole = torch.zeros(256, 2)[:, 0]
+    with pytest.raises(EngineError, match="must be contiguous"):
+        check_tensors({"image": whole}, {"image": torch.float32})
+    room = torch.zeros(300)
+    shifted = room[1:] if room.data_ptr() % 256 == 0 else room
+    with pytest.raises(EngineError, match="multiple of 256 bytes"):
+        check_tensors({"image": shifted}, {"image": torch.float32})
+    with pytest.raises(EngineError, match=r"task_index is torch\.int32, the engine takes torch\.int64"):
+        check_tensors({"task_index": torch.zeros(1, dtype=torch.int32)}, {"task_index": torch.int64})
+
+
+class FakeEngine:
+    """An opened plan with image, task_index and logits."""
+
+    def __init__(self, context, **dtypes):
+        self.context = context
+        self.dtypes = {"image": DataType.FLOAT, "task_index": DataType.INT64, "logits": DataType.FLOAT, **dtypes}
+        self.num_io_tensors = len(self.dtypes)
+
+    def get_tensor_name(self, index):
+        return list(self.dtypes)[index]
+
+    def get_tensor_mode(self, name):
+        return "output" if name == "logits" else "input"
+
+    def get_tensor_dtype(self, name):
+        return self.dtypes[name]
+
+    def create_execution_context(self):
+        return self.context
+
+
+OUTPUTS = [TensorSpec("logits", "float32", ("batch", "classes"))]
+STREAM = types.SimpleNamespace(cuda_stream=5, device=torch.device("cpu"), synchronize=lambda: None)
+
+
+def opened(monkeypatch, tmp_path, engine, version_compatible=False):
+    fake = install(monkeypatch, fake_tensorrt(engine=engine))
+    from prompttune.export.trt.execution import Plan
+
+    (tmp_path / "model.plan").write_bytes(b"plan")
+    return fake, Plan(tmp_path / "model.plan", INPUTS, OUTPUTS, version_compatible)
+
+
+@pytest.mark.parametrize(
+    ("refuses", "message"),
+    [
+        ("", None),
+        ("profile", "cannot make an execution context"),
+        ("shape", r"refuses the shape \[2, 3, 8, 8\] of image"),
+        ("address of task_index", "refuses the address of task_index"),
+        ("address of logits", "refuses the address of logits"),
+        ("inference", "TensorRT lacks image"),
+        ("run", "failed to run"),
+    ],
+)
+def test_every_refusal_is_noticed(monkeypatch, tmp_path, refuses, message):
+    context = Context((2, 7), refuses)
+    fake, plan = opened(monkeypatch, tmp_path, FakeEngine(context), version_compatible=True)
+    assert fake.runtime.engine_host_code_allowed
+    from prompttune.export.trt import execution
+
+    monkeypatch.setattr(execution, "check_tensors", lambda *_: None)  # host memory is aligned to less
+    inputs = {"image": torch.zeros(2, 3, 8, 8), "task_index": torch.zeros(2, dtype=torch.int64)}
+    with contextlib.nullcontext() if message is None else pytest.raises(EngineError, match=message):
+        session = execution.Session(plan, STREAM)
+        logits = session.bind(inputs)
+        session.enqueue()
+        assert context.shapes == {"image": (2, 3, 8, 8), "task_index": (2,)}
+        assert context.addresses == {name: one.data_ptr() for name, one in (*inputs.items(), ("logits", logits))}
+        assert (logits.shape, logits.dtype, context.runs) == ((2, 7), torch.float32, 1)
+
+
+def test_plans_that_do_not_open_or_fit_are_refused(monkeypatch, tmp_path):
+    with pytest.raises(EngineError, match=r"TensorRT cannot open .*model\.plan: TensorRT gave no reason"):
+        opened(monkeypatch, tmp_path, None)
+    with pytest.raises(EngineError, match=r"image is DataType\.HALF, declared was torch\.float32"):
+        opened(monkeypatch, tmp_path, FakeEngine(None, image=DataType.HALF))
+    with pytest.raises(EngineError, match="not the declared ones"):
+        opened(monkeypatch, tmp_path, FakeEngine(None, more=DataType.HALF))
+
+
+# ----------------------------------------------------------------------------------------------------- torch-trt
+
+
+def test_program_is_captured_with_bounds():
+    model = model_of("sa2vp", 0)
+    traced = trace(model)
+    ranges = widened(axis_ranges(traced.inputs, {"tasks": 1, "rank": 1, "classes": 1}, {"batch": (2, 2, 2)}))
+    assert ranges["rank"] == (1, 2, 32)
+    program = bounded(traced.program, traced.inputs, ranges, "cpu")
+    bounds = sorted((int(one.lower), int(one.upper)) for one in program.range_constraints.values())
+    assert bounds == [(1, 32), (1, 64), (1, 256)]
+    names = [node.name for node in program.graph.nodes if node.op == "placeholder" and node.name.startswith("inputs")]
+    assert len(names) == len(traced.inputs)
+    state = {f"bank.{key}": value for key, value in folded_state(model).items()}
+    images = np.random.default_rng(0).standard_normal((2, 3, 64, 64), dtype=np.float32)
+    given = {"image": images, "task_index": np.zeros(2, np.int64), **state}
+    with torch.no_grad():
+        found = program.module()(*(torch.from_numpy(given[spec.name]) for spec in traced.inputs))
+        assert torch.allclose(found, model(torch.from_numpy(images)).logits, atol=1e-5)
+
+
+def test_compile_settings_follow_the_version():
+    options = TensorRTOptions.parse({"workspace": 9, "timing_cache": "cache", "hardware_compatibility": "ampere_plus"})
+    found = compile_settings(options, "fp32", {"use_explicit_typing": None})
+    assert found["use_explicit_typing"]
+    assert found["disable_tf32"]
+    assert found["hardware_compatible"]
+    assert (found["workspace_size"], found["timing_cache_path"]) == (9, "cache")
+    newer = compile_settings(TensorRTOptions(), "bf16", {})
+    assert not {"use_explicit_typing", "workspace_size", "timing_cache_path"} & newer.keys()
+    assert not newer["disable_tf32"]
+
+
+def torch_tensorrt(error=None):
+    """A Torch-TensorRT that keeps what it is given, in ``given``, and writes an empty program."""
+    library = types.SimpleNamespace(given=None)
+
+    def compile_(program, arg_inputs=None, optimization_level=None, use_explicit_typing=False, **settings):
+        if error is not None:
+            raise error
+        library.given = arg_inputs
+        return "compiled"
+
+    def save(module, path, output_format="", retrace=True):
+        assert (module, output_format, retrace) == ("compiled", "exported_program", False)
+        Path(path).touch()
+
+    library.Input, library.save = types.SimpleNamespace, save
+    library.dynamo = types.SimpleNamespace(compile=compile_)
+    return library
+
+
+def test_inputs_are_declared_to_torch_tensorrt(tmp_path):
+    ranges = {"batch": (1, 2, 4)}
+    fixed = TensorSpec("bank.a", "bfloat16", (3, 4))
+    library, path = torch_tensorrt(), tmp_path / "model.ep"
+    compile_program(library, None, [*INPUTS, fixed], ranges, TensorRTOptions(), "bf16", path)
+    image, index, bank = library.given
+    assert (image.min_shape, image.opt_shape, image.max_shape) == SHAPES["image"]
+    assert (index.name, index.dtype, index.max_shape) == ("task_index", torch.int64, (4,))
+    assert (bank.shape, bank.dtype) == ((3, 4), torch.bfloat16)
+    assert path.exists()
+    failing = torch_tensorrt(RuntimeError("no converter\nfor this"))
+    with pytest.raises(EngineError, match=r"^Torch-TensorRT failed: no converter$"):
+        compile_program(failing, None, INPUTS, ranges, TensorRTOptions(), "fp32", path)
+
+
+def test_programs_of_other_versions_are_refused():
+    here = {"torch_tensorrt": "2.14.0", "torch": "2.14.1"}
+    check_versions(here, here)
+    with pytest.raises(EngineError, match=r"compiled with torch-tensorrt 2\.13\.0, here is 2\.14\.0: install torch-t"):
+        check_versions({**here, "torch_tensorrt": "2.13.0"}, here)
