@@ -14,6 +14,7 @@ import click
 import torch
 
 import prompttune as pt
+from prompttune.export.runtimes import RuntimeOptions
 from prompttune.serve.bench import BenchReport, Latency, Ratio, Rounds, bench_engine, interleaved
 from prompttune.serve.bench.machine import machine_columns, write_csv
 
@@ -71,8 +72,7 @@ class Run:
         return bench_engine(
             engine,
             batch_sizes=batches,
-            threads=self.threads,
-            device=self.device,
+            options=RuntimeOptions(self.device, self.threads),
             rounds=self.timed,
             task_costs=False,
             **arguments,

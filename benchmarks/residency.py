@@ -22,7 +22,7 @@ from prompttune.export.runtimes import RuntimeOptions, StateRunner, open_runtime
 from prompttune.serve.bench import Latency
 from prompttune.serve.bench.memory import memory_growth, resident_bytes
 from prompttune.serve.bench.subjects import noise
-from prompttune.serve.bench.task_costs import measure_switching, resident_bank, resident_task_bytes
+from prompttune.serve.bench.task_costs import measure_switching, resident_task_bytes
 
 MIXED = 16
 """Rows, and tasks, of a mixed call that is compared with single ones."""
@@ -30,7 +30,7 @@ MIXED = 16
 
 def fill(engine: pt.Engine, like: Task, tasks: int) -> list[float]:
     """Put tasks into an open engine until it has so many; seconds of each."""
-    bank, seconds = resident_bank(engine), []
+    bank, seconds = engine.bank, []
     for number in range(len(engine.tasks), tasks):
         task = draw_task(like, number)
         began = time.perf_counter()

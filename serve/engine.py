@@ -59,6 +59,9 @@ class Engine:
         path: the engine folder.
         device: ``cpu``, ``cuda`` or ``cuda:INDEX``.
         threads: CPU threads of one operator; None takes one for each core.
+        cuda_graph: on a GPU, capture one CUDA graph for each batch size and replay it.
+        provider: ``tensorrt`` runs an ONNX engine in ONNX Runtime's TensorRT provider; None takes the device's own.
+        cache: folder for what that provider compiles, kept between runs.
         verify: check the model's digests first.
 
     Raises:
@@ -72,12 +75,21 @@ class Engine:
     """
 
     def __init__(
-        self, path: str | Path, device: str = "cpu", *, threads: int | None = None, verify: bool = True
+        self,
+        path: str | Path,
+        device: str = "cpu",
+        *,
+        threads: int | None = None,
+        cuda_graph: bool = False,
+        provider: str | None = None,
+        cache: str | Path | None = None,
+        verify: bool = True,
     ) -> None:
         self.folder = EngineFolder(path, verify=verify)
         self.device = device
         manifest = self.folder.manifest
-        self._runtime = open_runtime(self.folder.path, manifest, RuntimeOptions(device, threads))
+        options = RuntimeOptions(device, threads, cuda_graph, provider, None if cache is None else Path(cache))
+        self._runtime = open_runtime(self.folder.path, manifest, options)
         self._dtype = bank_dtype(manifest.bank_precision)
         tasks = {name: self.folder.read_task(name) for name in self.folder.tasks()}
         self._bank: Bank | BakedBank
@@ -92,6 +104,11 @@ class Engine:
     def description(self) -> str:
         """Runtime, version and device, in words."""
         return self._runtime.description
+
+    @property
+    def bank(self) -> Bank | BakedBank:
+        """The resident task states."""
+        return self._bank
 
     @property
     def image_size(self) -> int:

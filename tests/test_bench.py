@@ -23,7 +23,7 @@ from prompttune.serve.bench import Latency, Ratio, Rounds, bench_engine, interle
 from prompttune.serve.bench.memory import memory_growth
 from prompttune.serve.bench.plain import PlainBackbone, export_plain, plain_settings
 from prompttune.serve.bench.subjects import EngineSubject, TorchSubject, assignments
-from prompttune.serve.bench.task_costs import ADDED_CHECKPOINTS, measure_adding, resident_bank, resident_task_bytes
+from prompttune.serve.bench.task_costs import ADDED_CHECKPOINTS, measure_adding, resident_task_bytes
 from tests.engines import backbone, checkpoint, copied, exported, noise
 from tests.test_cli_export import refused
 
@@ -41,7 +41,7 @@ def report():
         exported("sa2vp"),
         against=["backbone", "torch", str(exported("linear"))],
         batch_sizes=(1, 3),
-        threads=1,
+        options=RuntimeOptions(threads=1),
         rounds=QUICK,
         checkpoint=checkpoint("sa2vp", 4),
     )
@@ -131,7 +131,7 @@ def test_report_holds_every_subject_batch_size_and_mix(report):
 
 def test_task_costs(report):
     engine = pt.Engine(exported("sa2vp"))
-    row = sum(rows[0].nbytes for rows in resident_bank(engine)._rows.values())
+    row = sum(rows[0].nbytes for rows in engine.bank._rows.values())
     assert report.bytes_per_task == resident_task_bytes(engine) == row
     assert report.switching.tasks == ("task0", "task1")
     assert report.switching.same.rounds == report.switching.alternating.rounds == 3
@@ -164,7 +164,7 @@ def test_half_a_bank_takes_half_the_bytes(tmp_path):
 def test_tasks_in_the_model_cannot_be_added(tmp_path):
     settings, baked = ExportSettings(baked=True), tmp_path / "baked"
     pt.export_engine([checkpoint("linear", number) for number in (0, 1)], baked, format=settings, parity=False)
-    report = bench_engine(baked, batch_sizes=(1,), rounds=QUICK, threads=1)
+    report = bench_engine(baked, batch_sizes=(1,), rounds=QUICK, options=RuntimeOptions(threads=1))
     assert (report.adding, report.bytes_per_task, report.resident_tasks) == (None, 0, 2)
     assert report.switching.tasks == ("task0", "task1")
     with pytest.raises(UsageError, match="as constants"):
@@ -341,7 +341,7 @@ def test_benchmark_writes_its_figures(name, tmp_path):
 def test_residency_notices_a_row_that_is_another_task():
     engine = pt.Engine(exported("sa2vp"))
     like = engine.folder.read_task("task1")
-    bank = resident_bank(engine)
+    bank = engine.bank
     for number in range(2, 5):
         bank.put(f"task{number}", draw_task(like, number if number < 4 else 77))
     right, _ = check_answers(engine, like, [2, 3], OPTIONS)

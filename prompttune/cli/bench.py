@@ -7,14 +7,14 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from prompttune.cli.engine_options import _sizes, make_table, wide_console
+from prompttune.cli.engine_options import make_table, runtime_options, sizes, wide_console
 from prompttune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def _words(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     "engine. May be repeated.",
 )
 @click.option(
-    "--batch-sizes", default="1,8", show_default=True, callback=_sizes, metavar="N,N,...", help="Images of one call."
+    "--batch-sizes", default="1,8", show_default=True, callback=sizes, metavar="N,N,...", help="Images of one call."
 )
 @click.option(
     "--mix",
@@ -48,7 +48,7 @@ def _words(_context: click.Context, _parameter: click.Parameter, value: str) -> 
 )
 @click.option("--tasks", type=click.IntRange(1), help="Go round so many tasks at most.  [default: all]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of every side.  [default: PyTorch's own number]")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:INDEX.")
+@runtime_options
 @click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Rounds before those that count.")
 @click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Rounds that count.")
 @click.option("--seconds", type=float, help="Rounds for so long at each batch size, instead of --repeats.")
@@ -58,16 +58,13 @@ def _words(_context: click.Context, _parameter: click.Parameter, value: str) -> 
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write the measurements to this CSV file.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw latency and ratios into this PNG file.")
-@click.pass_context
 def bench(
-    context: click.Context,
     engine: Path,
     against: tuple[str, ...],
     batch_sizes: tuple[int, ...],
     mixes: tuple[str, ...],
     tasks: int | None,
     threads: int | None,
-    device: str,
     warmup: int,
     repeats: int,
     seconds: float | None,
@@ -77,6 +74,7 @@ def bench(
     as_json: bool,
     csv_file: Path | None,
     plot: Path | None,
+    **runtime: Any,
 ) -> None:
     """Measure ENGINE: latency, throughput, memory, adding and switching tasks.
 
@@ -88,10 +86,14 @@ def bench(
     prompttune bench engine --against backbone --against torch --threads 2 --json
     prompttune bench engine --batch-sizes 1,4,16 --mix all --seconds 20 --csv bench.csv --plot bench.png
     """
-    if seconds is not None and context.get_parameter_source("repeats") is not ParameterSource.DEFAULT:
+    if (
+        seconds is not None
+        and click.get_current_context().get_parameter_source("repeats") is not ParameterSource.DEFAULT
+    ):
         raise UsageError("give either --repeats or --seconds")
     if plot is not None and plot.suffix.lower() != ".png":
         raise UsageError(f"--plot writes a PNG file: name it {plot.with_suffix('.png')}")
+    from prompttune.export.runtimes import RuntimeOptions
     from prompttune.serve.bench import Rounds, bench_engine, plot_report
     from prompttune.serve.bench.machine import machine_columns, write_csv
 
@@ -102,8 +104,7 @@ def bench(
             batch_sizes=batch_sizes,
             mixes=mixes,
             tasks=tasks,
-            threads=threads,
-            device=device,
+            options=RuntimeOptions(threads=threads, **runtime),
             rounds=Rounds(warmup, repeats, seconds),
             checkpoint=checkpoint,
             weights=weights,
@@ -112,7 +113,7 @@ def bench(
         )
     if csv_file is not None:
         command = " ".join(["prompttune", *sys.argv[1:]])
-        write_csv(csv_file, list(report.rows()), machine_columns(device, report.threads, command))
+        write_csv(csv_file, list(report.rows()), machine_columns(report.device, report.threads, command))
     if plot is not None:
         plot_report(report, plot)
     if as_json:

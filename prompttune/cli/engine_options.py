@@ -51,7 +51,7 @@ def gate_options(command: Command) -> Command:
             "--batch-sizes",
             default="1,2,8",
             show_default=True,
-            callback=_sizes,
+            callback=sizes,
             metavar="N,N,...",
             help="Batch sizes to compare at.",
         ),
@@ -68,6 +68,28 @@ def gate_options(command: Command) -> Command:
     return command
 
 
+def runtime_options(command: Command) -> Command:
+    """``--device``, ``--cuda-graph``, ``--provider`` and ``--provider-cache``, named as ``Engine`` takes them."""
+    options = [
+        click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:INDEX."),
+        click.option("--cuda-graph", is_flag=True, help="Capture one CUDA graph for each batch size and replay it."),
+        click.option(
+            "--provider",
+            type=click.Choice(["tensorrt"]),
+            help="Run an ONNX engine in ONNX Runtime's TensorRT provider.  [default: the device's own]",
+        ),
+        click.option(
+            "--provider-cache",
+            "cache",
+            type=click.Path(file_okay=False, path_type=Path),
+            help="Folder for what the provider compiles, kept between runs.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 no_parity_option = click.option("--no-parity", is_flag=True, help="Do not compare with PyTorch.")
 
 weights_option = click.option(
@@ -75,14 +97,15 @@ weights_option = click.option(
 )
 
 
-def _sizes(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
+def sizes(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    """A list of batch sizes such as ``1,2,8``."""
     try:
-        sizes = tuple(int(one) for one in value.split(","))
+        found = tuple(int(one) for one in value.split(","))
     except ValueError:
-        sizes = ()
-    if not sizes or min(sizes) < 1:
+        found = ()
+    if not found or min(found) < 1:
         raise click.BadParameter(f"{value!r} is not a list of batch sizes such as 1,2,8")
-    return sizes
+    return found
 
 
 def named_checkpoints(runs: Iterable[str]) -> dict[str, Path]:

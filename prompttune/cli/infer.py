@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from prompttune.cli.engine_options import runtime_options
 from prompttune.errors import UsageError
 
 STDOUT = "-"
@@ -30,7 +31,7 @@ STDOUT = "-"
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Rows of one call.")
 @click.option("--workers", type=click.IntRange(1), help="Threads that decode.  [default: one a core, at most 4]")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the model.  [default: one a core]")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:INDEX.")
+@runtime_options
 def infer(
     engine: Path,
     images: tuple[str, ...],
@@ -41,7 +42,7 @@ def infer(
     batch_size: int,
     workers: int | None,
     threads: int | None,
-    device: str,
+    **runtime: Any,
 ) -> None:
     """Classify IMAGES (files, folders, quoted globs) with tasks of ENGINE.
 
@@ -57,7 +58,7 @@ def infer(
 
     _check_output(output, overwrite)
     paths = find_images(images)
-    opened = Engine(engine, device, threads=threads)
+    opened = Engine(engine, threads=threads, **runtime)
     chosen = list(dict.fromkeys(tasks)) or opened.tasks
     if not tasks and len(chosen) != 1:
         raise UsageError(f"name a task with --task; the engine has: {', '.join(chosen) or 'none'}")

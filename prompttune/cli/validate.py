@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 
-from prompttune.cli.engine_options import gate_options, named_data, parity_tables, weights_option, wide_console
+from prompttune.cli.engine_options import (
+    gate_options,
+    named_data,
+    parity_tables,
+    runtime_options,
+    weights_option,
+    wide_console,
+)
 from prompttune.errors import ParityError
 
 
@@ -22,7 +30,7 @@ from prompttune.errors import ParityError
 @click.option("--task", "tasks", multiple=True, help="Validate this task alone. May be repeated.")
 @gate_options
 @click.option("--limit", type=click.IntRange(1), help="At most so many validation images of each task.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:INDEX.")
+@runtime_options
 @weights_option
 @click.option("--debug", is_flag=True, help="Compare block by block and name the first result that diverges (ONNX).")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the report to this JSON file.")
@@ -39,12 +47,12 @@ def validate(
     batch_sizes: tuple[int, ...],
     images: int,
     limit: int | None,
-    device: str,
     weights: str | None,
     debug: bool,
     output: Path | None,
     html: Path | None,
     as_json: bool,
+    **runtime: Any,
 ) -> None:
     """Compare ENGINE with PyTorch, or with another engine: every task, mixed batches, swaps, several batch sizes.
 
@@ -65,7 +73,7 @@ def validate(
     from prompttune.serve import Engine
 
     with Console(stderr=True).status("opening the engine") as status:
-        opened = Engine(engine, device)
+        opened = Engine(engine, **runtime)
         report = validate_engine(
             engine,
             named_data(data, opened.tasks),
@@ -80,7 +88,7 @@ def validate(
             weights=weights,
             debug=debug,
             runner=opened,
-            options=RuntimeOptions(device),
+            options=RuntimeOptions(**runtime),
             on_stage=status.update,
         )
     values = report.to_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -57,8 +58,7 @@ def bench_engine(
     batch_sizes: Sequence[int] = (1, 8),
     mixes: Sequence[str] = MIXES,
     tasks: int | None = None,
-    threads: int | None = None,
-    device: str = "cpu",
+    options: RuntimeOptions | None = None,
     rounds: Rounds | None = None,
     task_costs: bool = True,
     checkpoint: str | Path | None = None,
@@ -75,8 +75,7 @@ def bench_engine(
         batch_sizes: images of one call.
         mixes: ``one`` (all rows for one task), ``all`` (rows go round the tasks).
         tasks: mixed rows go round so many tasks at most; None goes round all that the folder holds.
-        threads: CPU threads of every side; None takes PyTorch's own number.
-        device: ``cpu``, ``cuda`` or ``cuda:INDEX``.
+        options: device, CPU threads of every side (None takes PyTorch's own number) and the rest.
         rounds: how often everything is timed.
         task_costs: also time adding tasks and switching between them.
         checkpoint: with ``task_costs``, also time adding this checkpoint.
@@ -91,8 +90,9 @@ def bench_engine(
     rounds = rounds or Rounds()
     _check(batch_sizes, mixes, against, tasks)
     folder = EngineFolder(engine, verify=False)
-    threads = threads or torch.get_num_threads()
-    options = RuntimeOptions(device, threads)
+    options = options or RuntimeOptions()
+    threads, device = options.threads or torch.get_num_threads(), options.device
+    options = dataclasses.replace(options, threads=threads)
     with ExitStack() as stack, _torch_threads(threads):
         measured = EngineSubject(ENGINE, engine, options, tasks)
         subjects: list[Subject] = [measured]

@@ -103,7 +103,7 @@ class EngineSubject(Subject):
 
     def open(self) -> None:
         """Open the folder, its digests checked."""
-        self.engine = Engine(self.folder.path, self._options.device, threads=self._options.threads)
+        self.engine = Engine(self.folder.path, **vars(self._options))
 
     @property
     def description(self) -> str:

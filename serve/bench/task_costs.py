@@ -10,7 +10,6 @@ from pathlib import Path
 
 from prompttune.errors import UsageError
 from prompttune.export.layout import bank_dtype, bind_axes, empty_bank, largest_axes
-from prompttune.serve.bank import BakedBank, Bank
 from prompttune.serve.bench.report import Adding, Switching
 from prompttune.serve.bench.subjects import noise
 from prompttune.serve.bench.timing import Latency, Ratio, Rounds, interleaved
@@ -72,7 +71,7 @@ def measure_adding(
         if checkpoint is not None:
             raise UsageError(f"{engine.folder.path} holds its tasks as constants: no checkpoint can be added")
         return None
-    bank = resident_bank(engine)
+    bank = engine.bank
     task = engine.folder.read_task(engine.folder.tasks()[0])
     name = next(one for one in map("bench-{}".format, itertools.count()) if one not in bank.entries)
 
@@ -95,17 +94,12 @@ def measure_adding(
     return Adding(folded, Latency.of(others), first)
 
 
-def resident_bank(engine: Engine) -> Bank | BakedBank:
-    """The bank of an open engine: figures about it alone need what :class:`Engine` does not show."""
-    return engine._bank
-
-
 def resident_task_bytes(engine: Engine) -> int:
     """Bytes of one row of an open engine's bank, padded to its largest task; 0 where tasks are part of the model."""
     manifest = engine.folder.manifest
     if manifest.baked is not None:
         return 0
-    entries = resident_bank(engine).entries
+    entries = engine.bank.entries
     axes = largest_axes(bind_axes(manifest.layout, entry.task.shapes(), name) for name, entry in entries.items())
     row = empty_bank(manifest.layout, 1, axes, bank_dtype(manifest.bank_precision))
     return sum(value.nbytes for value in row.values())
