@@ -37,9 +37,12 @@ class Reference(Protocol):
 
 
 def state_reference(model: PromptModel, tasks: Mapping[str, Task]) -> Reference:
-    """PyTorch on the stored states: ``model.forward_state``, one task at a time, nothing padded."""
+    """PyTorch on the stored states: ``model.forward_state``, one task at a time, nothing padded.
+
+    In float32, whatever the precision of a bank that a state is a view of.
+    """
     states = {
-        name: {key: torch.from_numpy(np.array(value)) for key, value in task.state.items()}
+        name: {key: torch.from_numpy(np.array(value, dtype=np.float32)) for key, value in task.state.items()}
         for name, task in tasks.items()
     }
 

@@ -1,28 +1,38 @@
 """int8: the backbone's matrix products, quantised by ONNX Runtime's own tools.
 
 Weights are int8 with one scale a channel. Activations get their scale in each call (``dynamic``) or from calibration
-images (``static``, as QuantizeLinear and DequantizeLinear pairs).
-Norms, softmax, GELU, residual sums and whatever a task brings stay in float.
+images (``static``, as QuantizeLinear and DequantizeLinear pairs). Either way the channels are balanced on calibration
+images first (:mod:`prompttune.export.smooth`). Norms, softmax, GELU, residual sums and whatever a task brings stay in
+float, and so does the last product of the first blocks' MLPs: what follows GELU has the longest tails, and errors made
+early pass through every later block.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
 from prompttune.errors import EngineError, first_line
 from prompttune.export.formats.base import BuildRequest, Feeds
 from prompttune.export.layout import IMAGE, TASK_INDEX, bank_dtype, bank_input, stack_states
 from prompttune.export.onnx import MODEL_FILE, WEIGHTS_FILE
+from prompttune.export.runtimes.base import Array
+from prompttune.export.smooth import smoothed
 
 _BATCH = 8
+_FLOAT_BLOCKS = 3
+"""One block in so many, from the first on, keeps its MLP's last product in float."""
 
 
 def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> None:
@@ -40,9 +50,11 @@ def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> No
     static = request.settings.quantization == "static"
     common: dict[str, Any] = {
         "op_types_to_quantize": ["MatMul"],
+        "nodes_to_quantize": backbone_products(folder / MODEL_FILE),
         "per_channel": True,
         "weight_type": QuantType.QInt8,
         "use_external_data_format": True,
+        "nodes_to_exclude": _float_products(folder / MODEL_FILE, request.model.backbone.depth),
     }
     with tempfile.TemporaryDirectory(dir=folder) as name, _quiet():
         made = Path(name) / MODEL_FILE
@@ -55,12 +67,15 @@ def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> No
                     _Calibration(request),
                     quant_format=QuantFormat.QDQ,
                     activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
-                    extra_options={"MatMulConstBOnly": True, "ActivationSymmetric": symmetric},
+                    extra_options={
+                        "ActivationSymmetric": symmetric,
+                        "OpTypesToExcludeOutputQuantization": ["MatMul"],
+                    },
                     **common,
                 )
             else:
                 request.on_stage("quantising to int8")
-                quantize_dynamic(folder / MODEL_FILE, made, extra_options={"MatMulConstBOnly": True}, **common)
+                quantize_dynamic(folder / MODEL_FILE, made, **common)
         except Exception as problem:  # the tools raise whatever they meet
             raise EngineError(f"ONNX Runtime cannot quantise the graph: {first_line(problem)}") from problem
         (folder / MODEL_FILE).unlink()
@@ -68,6 +83,40 @@ def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> No
         for file in Path(name).iterdir():
             file.chmod(0o644)  # the tools write through a private temporary file
             file.replace(folder / file.name)
+
+
+def backbone_products(path: Path) -> list[str]:
+    """Names of an ONNX file's products with a constant matrix: the backbone's.
+
+    Products of two activations, and those with what a task brings, stay in float: a scale that was calibrated on some
+    tasks need not fit the next one. ONNX Runtime's own ``MatMulConstBOnly`` does nothing in the static form.
+    """
+    graph = onnx.load(str(path), load_external_data=False).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    return [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in constants]
+
+
+def calibrated(request: BuildRequest) -> BuildRequest:
+    """The request with a model whose channels are balanced on the calibration images."""
+    request.on_stage("balancing channels for int8")
+    states = {
+        name: {key: torch.from_numpy(np.array(value, dtype=np.float32)) for key, value in state.items()}
+        for name, state in request.states.items()
+    }
+    calls = ((images, states[task]) for task, images in _batches(request))
+    return dataclasses.replace(request, model=smoothed(request.model, calls))
+
+
+def _float_products(path: Path, depth: int) -> list[str]:
+    """Names of the nodes that stay in float. The exporter notes for each node the module that it comes from."""
+    early = [f"blocks.{index}.mlp.fc2'" for index in range(math.ceil(depth / _FLOAT_BLOCKS))]
+    graph = onnx.load(str(path), load_external_data=False).graph
+    scopes = {
+        node.name: "".join(one.value for one in node.metadata_props if one.key.endswith("name_scopes"))
+        for node in graph.node
+        if node.op_type == "MatMul"
+    }
+    return [name for name, scope in scopes.items() if any(module in scope for module in early)]
 
 
 @contextlib.contextmanager
@@ -98,8 +147,16 @@ def _feeds(request: BuildRequest) -> Iterator[Feeds]:
     if not settings.baked:
         stacked = stack_states(request.model.state_layout(), states.values(), bank_dtype(str(settings.bank_precision)))
         bank = {bank_input(key): rows for key, rows in stacked.items()}
-    for row, task in enumerate(states):
-        images = request.images(task, settings.calibration_images)
+    rows = {task: row for row, task in enumerate(states)}
+    for task, batch in _batches(request):
+        yield {IMAGE: batch, TASK_INDEX: np.full(len(batch), rows[task], dtype=np.int64), **bank}
+
+
+def _batches(request: BuildRequest) -> Iterator[tuple[str, Array]]:
+    """Calibration images by task, a batch at a time; of many tasks the first ones give an image each."""
+    wanted = request.settings.calibration_images
+    tasks = list(request.states)[:wanted]
+    for task in tasks:
+        images = request.images(task, math.ceil(wanted / len(tasks)))
         for start in range(0, len(images), _BATCH):
-            batch = images[start : start + _BATCH]
-            yield {IMAGE: batch, TASK_INDEX: np.full(len(batch), row, dtype=np.int64), **bank}
+            yield task, images[start : start + _BATCH]

@@ -7,7 +7,7 @@ from pathlib import Path
 from prompttune.errors import UsageError
 from prompttune.export.formats.base import BuildRequest, Built, Format, Settings
 from prompttune.export.onnx import FUSED_OPSET, MODEL_FILE, OPSET, WEIGHTS_FILE, export_onnx
-from prompttune.export.quantise import quantise
+from prompttune.export.quantise import calibrated, quantise
 
 
 class OnnxFormat(Format):
@@ -41,6 +41,8 @@ def write_onnx(request: BuildRequest, folder: Path, symmetric: bool = False) -> 
         folder: where to.
         symmetric: zero-point 0 for the activations of static int8, as TensorRT wants it.
     """
+    if request.settings.precision == "int8":
+        request = calibrated(request)
     request.on_stage("tracing and writing the graph")
     traced = request.trace(probes=True)
     opset = FUSED_OPSET if request.settings.attention == "fused" else OPSET

@@ -83,7 +83,7 @@ def model_options(command: Command) -> Command:
             type=click.IntRange(1),
             default=64,
             show_default=True,
-            help="Images of each task's --data that static int8 is calibrated on.",
+            help="Images of --data that int8 is calibrated on, spread over the tasks; noise without it.",
         ),
         click.option(
             "--baked",

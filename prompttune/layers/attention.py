@@ -48,9 +48,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The fused kernels take four axes of equal sizes; any other shape falls back to a slow path."""
+    """The fused kernels take four axes of equal sizes; any other shape falls back to a slow path.
+
+    TensorRT takes a mask of four axes alone.
+    """
     q = q.expand(*k.shape[:-2], *q.shape[-2:])
-    mask = None if mask is None else mask.to(q.dtype)
+    mask = None if mask is None else mask.to(q.dtype)[(None,) * (4 - mask.ndim)]
     if q.ndim == 4:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     q, k, v, leading = q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4), q.shape[:-3]

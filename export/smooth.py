@@ -1,0 +1,80 @@
+"""Easier int8: the large channels of normed activations, moved into the weights that read them.
+
+One scale for a whole activation tensor is spoilt by a few large channels. Dividing a norm's affine part by s and
+multiplying the columns of the matrices behind it by s changes nothing but the balance: SmoothQuant,
+https://arxiv.org/abs/2211.10438, section 4.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from prompttune.backbones.vit import VitBackbone
+from prompttune.export.runtimes.base import Array
+from prompttune.methods.base import State
+from prompttune.model import PromptModel
+
+STRENGTH = 0.7
+"""How much of the imbalance moves, from 0 to 1; of 0.3 to 0.8 the best on a DINOv2 ViT-S with two tasks."""
+_SMALLEST = 1e-5
+_READERS = ("fc1", "fc1_g", "fc1_x")
+"""timm's names of what an MLP does first, of all its kinds."""
+
+
+def smoothed(model: PromptModel, calls: Iterable[tuple[Array, State]]) -> PromptModel:
+    """A copy that computes the same and quantises better.
+
+    Args:
+        model: in fp32, over a ViT; it is not changed.
+        calls: normalised images [B, 3, S, S] and the state to run each batch under.
+    """
+    smooth = copy.deepcopy(model)
+    if not isinstance(smooth.backbone, VitBackbone):
+        return smooth
+    pairs = [pair for index in range(smooth.backbone.depth) for pair in _pairs(smooth.backbone, index)]
+    largest = _largest(smooth, [norm for norm, _ in pairs], calls)
+    with torch.no_grad():
+        for (norm, readers), activation in zip(pairs, largest, strict=True):
+            weight = torch.stack([reader.weight.abs().amax(dim=0) for reader in readers]).amax(dim=0)
+            scale = activation.clamp(min=_SMALLEST) ** STRENGTH / weight.clamp(min=_SMALLEST) ** (1 - STRENGTH)
+            for part in (norm.weight, norm.bias):
+                if part is not None:
+                    part.div_(scale)
+            for reader in readers:
+                reader.weight.mul_(scale)
+    return smooth
+
+
+def _pairs(backbone: VitBackbone, index: int) -> Iterator[tuple[nn.LayerNorm, list[nn.Linear]]]:
+    """Each norm of a block with the matrices that read it and nothing else does."""
+    block = backbone.block(index)
+    behind = [(block.norm1, [block.attn.qkv]), (block.norm2, [getattr(block.mlp, name, None) for name in _READERS])]
+    for norm, readers in behind:
+        linear = [reader for reader in readers if isinstance(reader, nn.Linear)]
+        if isinstance(norm, nn.LayerNorm) and norm.elementwise_affine and linear:
+            yield norm, linear
+
+
+def _largest(model: PromptModel, norms: list[nn.LayerNorm], calls: Iterable[tuple[Array, State]]) -> list[Tensor]:
+    """Largest absolute output of each norm by channel, [D] each."""
+    found = [torch.zeros_like(norm.weight) for norm in norms]
+
+    def keep(place: int, output: Tensor) -> None:
+        found[place] = torch.maximum(found[place], output.abs().flatten(0, -2).amax(dim=0))
+
+    handles = [
+        norm.register_forward_hook(lambda _module, _inputs, output, place=place: keep(place, output))
+        for place, norm in enumerate(norms)
+    ]
+    try:
+        with torch.no_grad():
+            for images, state in calls:
+                model.forward_state(torch.from_numpy(images), state)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
