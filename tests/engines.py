@@ -9,8 +9,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import prompttune as pt
+from prompttune.export.formats import BuildRequest, Settings
 from prompttune.methods import METHODS, MethodConfig
 from tests.drawing import default_configs, drawn_backbone, drawn_model
 
@@ -83,3 +85,11 @@ def copied(method: str, folder: Path, name: str = "test_vit") -> Path:
 def noise(rows: int, seed: int = 0) -> np.ndarray:
     """Normalised images [rows, 3, S, S]."""
     return np.random.default_rng(seed).standard_normal((rows, 3, SIZE, SIZE), dtype=np.float32)
+
+
+def build_request(method: str, settings: Settings, name: str = "test_vit") -> BuildRequest:
+    """What a format would be given to build an engine of ``task0`` and ``task1``."""
+    with torch.no_grad():
+        models = {f"task{number}": model_of(method, number, name) for number in (0, 1)}
+        states = {task: {key: row.numpy() for key, row in one.task_state().items()} for task, one in models.items()}
+    return BuildRequest(models["task0"], settings.resolved(), states, lambda task, count: noise(min(count, 16)))
