@@ -270,7 +270,7 @@ def test_command_prints_tables_and_writes_files(tmp_path):
     assert {(row["subject"], row["batch"], row["mix"]) for row in rows} == {
         (subject, size, mix) for subject in ("engine", "backbone") for size in "12" for mix in ("one", "all")
     }
-    assert all(row["hardware"] and row["onnxruntime"] and row["command"].startswith("prompttune ") for row in rows)
+    assert all(row["hardware"] and row["onnxruntime"] and row["command"].startswith("prompttune") for row in rows)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
