@@ -58,7 +58,7 @@ class Settings:
     None takes the format's default."""
     quantization: str | None = None
     """How int8 finds its scales: ``dynamic`` at run time, ``static`` from calibration images."""
-    calibration_images: int = 64
+    calibration_images: int = 256
     """Images that int8 is calibrated on, spread over the tasks."""
     axes: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     """Dynamic axis (batch, tasks, rank, classes) → smallest, likeliest and largest size, where a format needs them."""

@@ -81,7 +81,7 @@ def model_options(command: Command) -> Command:
         click.option(
             "--calibration-images",
             type=click.IntRange(1),
-            default=64,
+            default=256,
             show_default=True,
             help="Images of --data that int8 is calibrated on, spread over the tasks; noise without it.",
         ),

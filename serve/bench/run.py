@@ -152,7 +152,7 @@ def _check(batch_sizes: Sequence[int], mixes: Sequence[str], against: Sequence[s
         raise UsageError(f"give at least one mix of {', '.join(MIXES)}")
     for mix in mixes:
         choose("mix", mix, MIXES)
-    for what, values in (("batch size", batch_sizes), ("mix", mixes), ("comparison", [ENGINE, *against])):
+    for what, values in (("batch size", batch_sizes), ("mix", mixes), ("comparison", against)):
         twice = [value for value in values if list(values).count(value) > 1]
         if twice:
             raise UsageError(f"the {what} {twice[0]!r} is given twice")
