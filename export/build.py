@@ -111,9 +111,10 @@ def export_engine(
     backbone = load_backbone(config["name"], config["image_size"], weights or config["weights"])
     on_stage(f"folding {len(named)} task{'s' if len(named) > 1 else ''}")
     folded = {name: fold_checkpoint(path, backbone) for name, path in named.items()}
+    samples = Samples(data)
     with replacing_folder(target) as temporary:
         on_stage("tracing and writing the graph")
-        manifest = _write_model(folded, settings, Samples(data), temporary, on_stage)
+        manifest = _write_model(folded, settings, samples, temporary, on_stage)
         if parity:
             on_stage("comparing with PyTorch")
             runner = open_runner(
@@ -122,7 +123,7 @@ def export_engine(
                 {name: one.task for name, one in folded.items()},
                 RuntimeOptions(settings.target),
             )
-            report = prove(runner, folded, {}, manifest, Samples(data), gate)
+            report = prove(runner, folded, {}, manifest, samples, gate)
             require_passed(report, "the engine was not put in place")
             manifest = dataclasses.replace(manifest, parity=report.to_dict())
         for name, one in folded.items():

@@ -14,7 +14,7 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
-from prompttune.errors import EngineError, UsageError
+from prompttune.errors import EngineError, UsageError, first_line
 from prompttune.export.figures import Array
 from prompttune.export.folder import Manifest, Task
 from prompttune.export.layout import IMAGE, TASK_INDEX, bank_dtype, bank_input, stack_states
@@ -163,23 +163,20 @@ def _onnx_results(
     folder: Path, manifest: Manifest, name: str, task: Task, images: Array, options: RuntimeOptions
 ) -> dict[str, Array]:
     """Intermediate results of the engine's file, those that it still holds, as float32."""
-    from prompttune.export.runtimes.onnxruntime import providers
+    from prompttune.export.runtimes.onnxruntime import providers, session_options
 
     model = onnx.load(str(folder / MODEL_FILE), load_external_data=False)
     probes = _add_outputs(model, check_probes(manifest))
-    wanted, settings = providers(options), ort.SessionOptions()
-    settings.log_severity_level = 4
+    wanted, settings = providers(options), session_options(options)
     settings.add_session_config_entry(_WEIGHTS_FOLDER, str(folder.resolve()))
-    if options.threads is not None:
-        settings.intra_op_num_threads = options.threads
     try:
         session = ort.InferenceSession(model.SerializeToString(), settings, providers=wanted)
         values = session.run_with_ort_values(
             [_PREFIX + probe for probe in probes], _feeds(manifest, name, task, images)
         )
     except Exception as problem:  # ONNX Runtime's errors share no base class below Exception
-        line = str(problem).strip().splitlines()[0]
-        raise EngineError(f"ONNX Runtime cannot show the intermediate results of {folder}: {line}") from None
+        words = f"ONNX Runtime cannot show the intermediate results of {folder}"
+        raise EngineError(f"{words}: {first_line(problem)}") from None
     return {probe: value.numpy() for probe, value in zip(probes, values, strict=True)}
 
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,7 @@ from numpy.typing import NDArray
 from prompttune.errors import EngineError, first_line
 from prompttune.export.graph import Traced
 from prompttune.export.layout import TensorSpec
+from prompttune.export.quiet import quiet
 
 OPSET = 20
 """Native Gelu and LayerNormalization, and no operator that TensorRT 10.13 lacks."""
@@ -35,22 +32,6 @@ _DTYPES = {
     "bfloat16": onnx.TensorProto.BFLOAT16,
     "int64": onnx.TensorProto.INT64,
 }
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back what the exporter prints, warns and logs; its errors still arrive as exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def export_onnx(
@@ -73,7 +54,7 @@ def export_onnx(
     """
     path = folder / MODEL_FILE
     probes = {name: PROBE + name for name in traced.probes}
-    with _quiet():
+    with quiet("torch.onnx", "onnxscript", "onnx_ir"):
         try:
             exported = torch.onnx.export(
                 traced.program,

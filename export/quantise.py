@@ -9,9 +9,7 @@ early pass through every later block.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
 import math
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +25,7 @@ from prompttune.errors import EngineError, first_line
 from prompttune.export.formats.base import BuildRequest, Feeds
 from prompttune.export.layout import IMAGE, TASK_INDEX, bank_dtype, bank_input, stack_states
 from prompttune.export.onnx import MODEL_FILE, WEIGHTS_FILE
+from prompttune.export.quiet import quiet
 from prompttune.export.runtimes.base import Array
 from prompttune.export.smooth import smoothed
 
@@ -50,13 +49,12 @@ def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> No
     static = request.settings.quantization == "static"
     common: dict[str, Any] = {
         "op_types_to_quantize": ["MatMul"],
-        "nodes_to_quantize": backbone_products(folder / MODEL_FILE),
+        "nodes_to_quantize": _products(folder / MODEL_FILE, request.model.backbone.depth),
         "per_channel": True,
         "weight_type": QuantType.QInt8,
         "use_external_data_format": True,
-        "nodes_to_exclude": _float_products(folder / MODEL_FILE, request.model.backbone.depth),
     }
-    with tempfile.TemporaryDirectory(dir=folder) as name, _quiet():
+    with tempfile.TemporaryDirectory(dir=folder) as name, quiet(""):
         made = Path(name) / MODEL_FILE
         try:
             if static:
@@ -85,17 +83,6 @@ def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> No
             file.replace(folder / file.name)
 
 
-def backbone_products(path: Path) -> list[str]:
-    """Names of an ONNX file's products with a constant matrix: the backbone's.
-
-    Products of two activations, and those with what a task brings, stay in float: a scale that was calibrated on some
-    tasks need not fit the next one. ONNX Runtime's own ``MatMulConstBOnly`` does nothing in the static form.
-    """
-    graph = onnx.load(str(path), load_external_data=False).graph
-    constants = {tensor.name for tensor in graph.initializer}
-    return [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in constants]
-
-
 def calibrated(request: BuildRequest) -> BuildRequest:
     """The request with a model whose channels are balanced on the calibration images."""
     request.on_stage("balancing channels for int8")
@@ -107,27 +94,22 @@ def calibrated(request: BuildRequest) -> BuildRequest:
     return dataclasses.replace(request, model=smoothed(request.model, calls))
 
 
-def _float_products(path: Path, depth: int) -> list[str]:
-    """Names of the nodes that stay in float. The exporter notes for each node the module that it comes from."""
+def _products(path: Path, depth: int) -> list[str]:
+    """Names of the nodes that become int8: products with a constant matrix, less those that stay in float.
+
+    Products of two activations, and those with what a task brings, have none: a scale that was calibrated on some
+    tasks need not fit the next one. ONNX Runtime's own ``MatMulConstBOnly`` does nothing in the static form. The
+    exporter notes for each node the module that it comes from.
+    """
     early = [f"blocks.{index}.mlp.fc2'" for index in range(math.ceil(depth / _FLOAT_BLOCKS))]
     graph = onnx.load(str(path), load_external_data=False).graph
+    constants = {tensor.name for tensor in graph.initializer}
     scopes = {
         node.name: "".join(one.value for one in node.metadata_props if one.key.endswith("name_scopes"))
         for node in graph.node
-        if node.op_type == "MatMul"
+        if node.op_type == "MatMul" and node.input[1] in constants
     }
-    return [name for name, scope in scopes.items() if any(module in scope for module in early)]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back the tools' advice on the root logger; their errors still arrive as exceptions."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+    return [name for name, scope in scopes.items() if not any(module in scope for module in early)]
 
 
 class _Calibration(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime ships no types

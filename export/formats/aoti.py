@@ -5,18 +5,15 @@ https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch._inductor import aoti_compile_and_package
 from torch._inductor.cpp_builder import get_cpp_compiler
 
-from prompttune.errors import EngineError, UsageError, first_line
+from prompttune.errors import EngineError, first_line
 from prompttune.export.formats.base import BuildRequest, Built, Format, Settings
+from prompttune.export.quiet import quiet
 from prompttune.export.runtimes.aoti import MODEL_FILE
 from prompttune.export.runtimes.base import RuntimeOptions
 
@@ -35,8 +32,7 @@ class AotiFormat(Format):
             UsageError: a setting that AOTInductor does not know.
             EngineError: there is no C++ compiler, or no CUDA device to compile for.
         """
-        if settings.axes or settings.options:
-            raise UsageError("the format aoti needs no sizes of axes and has no options of its own")
+        super().check(settings)
         if RuntimeOptions(settings.target).cuda_index is not None and not torch.cuda.is_available():
             raise EngineError(
                 f"no CUDA device here to compile for {settings.target}: compile on a GPU host, or for cpu"
@@ -55,7 +51,7 @@ class AotiFormat(Format):
         traced = request.trace(device=device)
         request.on_stage(f"compiling for {device}")
         try:
-            with _quiet():
+            with quiet("torch._inductor", stderr=True):
                 aoti_compile_and_package(traced.program, package_path=str(folder / MODEL_FILE))
         except Exception as problem:  # Inductor's errors share no base class below Exception
             raise EngineError(f"AOTInductor failed: {first_line(problem)}") from problem
@@ -68,16 +64,3 @@ def _made_for(device: str) -> dict[str, str]:
         return {"device": "cpu", "cpu": torch.backends.cpu.get_cpu_capability()}
     major, minor = torch.cuda.get_device_capability(index)
     return {"device": "cuda", "compute_capability": f"{major}.{minor}", "gpu": torch.cuda.get_device_name(index)}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back what the compiler prints and logs; its errors still arrive as exceptions."""
-    logger = logging.getLogger("torch._inductor")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)

@@ -160,14 +160,17 @@ class Format(ABC):
     default_quantization: ClassVar[str] = "dynamic"
     default_device: ClassVar[str] = "cpu"
 
-    @abstractmethod
     def check(self, settings: Settings) -> None:
         """Raise at once, before anything is loaded, if this format cannot be built here.
+
+        Most formats take every size and have no options; one that does otherwise checks its own.
 
         Raises:
             MissingExtraError: a library is missing; names the extra and what would run instead.
             UsageError: a setting that this format does not know.
         """
+        if settings.axes or settings.options:
+            raise UsageError(f"the format {self.name} needs no sizes of axes and has no options of its own")
 
     def check_proof(self, settings: Settings) -> None:  # noqa: B027  # most formats have nothing to refuse
         """Raise at once if what would be built could not be compared with PyTorch on ``settings.device``.

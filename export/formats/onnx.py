@@ -15,11 +15,6 @@ class OnnxFormat(Format):
 
     name = "onnx"
 
-    def check(self, settings: Settings) -> None:
-        """See :meth:`Format.check`."""
-        if settings.axes or settings.options:
-            raise UsageError("the format onnx needs no sizes of axes and has no options of its own")
-
     def check_proof(self, settings: Settings) -> None:
         """See :meth:`Format.check_proof`."""
         if "bf16" in (settings.precision, settings.bank_precision) and settings.target == "cpu":

@@ -31,8 +31,7 @@ class OnnxAdapterFormat(Format):
 
     def check(self, settings: Settings) -> None:
         """See :meth:`Format.check`."""
-        if settings.axes or settings.options:
-            raise UsageError("the format onnx-adapter needs no sizes of axes and has no options of its own")
+        super().check(settings)
         if settings.baked:
             raise UsageError("an adapter is what is not baked in: choose --format onnx with --baked")
         if settings.bank_precision == "bf16":

@@ -108,9 +108,10 @@ class StateRunner:
     def __init__(self, runtime: Runtime, manifest: Manifest, states: Mapping[str, State]) -> None:
         self._runtime = runtime
         self._row = {name: row for row, name in enumerate(states if manifest.baked is None else manifest.baked)}
-        stacked = stack_states(manifest.layout, states.values(), bank_dtype(manifest.bank_precision))
-        baked = manifest.baked is not None
-        self._bank = {} if baked else {key: runtime.place(rows) for key, rows in stacked.items()}
+        self._bank: dict[str, Any] = {}
+        if manifest.baked is None:
+            stacked = stack_states(manifest.layout, states.values(), bank_dtype(manifest.bank_precision))
+            self._bank = {key: runtime.place(rows) for key, rows in stacked.items()}
         self.description = runtime.description
 
     def logits(self, images: Array, tasks: Sequence[str]) -> Array:

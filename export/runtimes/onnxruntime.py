@@ -70,6 +70,15 @@ def providers(options: RuntimeOptions) -> list[Any]:
     return [("TensorrtExecutionProvider", tensorrt), ("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
 
 
+def session_options(options: RuntimeOptions) -> Any:
+    """What ONNX Runtime's sessions have in common."""
+    settings = ort.SessionOptions()
+    settings.log_severity_level = _QUIET
+    if options.threads is not None:
+        settings.intra_op_num_threads = options.threads
+    return settings
+
+
 class OnnxRuntime(Runtime):
     """An ONNX file in ONNX Runtime.
 
@@ -85,13 +94,9 @@ class OnnxRuntime(Runtime):
             )
         if options.cuda_index is not None:
             ort.preload_dlls()  # torch brings the CUDA libraries
-        settings = ort.SessionOptions()
-        settings.log_severity_level = _QUIET
-        if options.threads is not None:
-            settings.intra_op_num_threads = options.threads
         path = folder / MODEL_FILE
         try:
-            self._session = ort.InferenceSession(str(path), settings, providers=wanted)
+            self._session = ort.InferenceSession(str(path), session_options(options), providers=wanted)
         except Exception as problem:  # ONNX Runtime's errors share no base class below Exception
             raise EngineError(f"ONNX Runtime cannot open {path}: {first_line(problem)}") from None
         self.provider: str = self._session.get_providers()[0]

@@ -22,7 +22,38 @@ from prompttune.export.trt.profile import check_call, ranges_from
 PLAN_FILE = "model.plan"
 
 
-class TensorRTRuntime(Runtime):
+class ProfiledRuntime(Runtime):
+    """What both of TensorRT's runtimes share: a bank on a GPU, and the sizes that an engine was built for."""
+
+    def __init__(self, manifest: Manifest, index: int, library: str) -> None:
+        """``index`` is the GPU's, ``library`` the name and version of what runs."""
+        self._inputs = manifest.inputs
+        self._ranges = ranges_from(manifest.details)
+        self._device = torch.device("cuda", index)
+        self._description = f"{library}, {torch.cuda.get_device_name(index)}"
+
+    @property
+    def description(self) -> str:
+        """See :attr:`Runtime.description`."""
+        return self._description
+
+    def place(self, rows: BankArray) -> Any:
+        """See :meth:`Runtime.place`."""
+        return place_rows(rows, self._device)
+
+    def update(self, placed: Any, rows: BankArray, row: int) -> None:
+        """See :meth:`Runtime.update`."""
+        update_row(placed, rows, row)
+
+    def _resident(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> dict[str, Any]:
+        """The bank by input name; a call outside the engine's sizes raises :class:`EngineError`."""
+        resident = {bank_input(key): placed for key, placed in bank.items()}
+        shapes = {name: tuple(placed.shape) for name, placed in resident.items()}
+        check_call(self._inputs, self._ranges, {IMAGE: images.shape, TASK_INDEX: task_index.shape, **shapes})
+        return resident
+
+
+class TensorRTRuntime(ProfiledRuntime):
     """A plan on a GPU. The bank lives there too, and a changed task is one row copied over: the plan is never refitted.
 
     Raises:
@@ -41,26 +72,10 @@ class TensorRTRuntime(Runtime):
         # Imports TensorRT, which must be known to be there.
         from prompttune.export.trt.execution import Plan, Pool
 
-        self._inputs = manifest.inputs
-        self._ranges = ranges_from(details)
-        self._device = torch.device("cuda", index)
-        self._description = f"TensorRT {version}, {torch.cuda.get_device_name(index)}"
+        super().__init__(manifest, index, f"TensorRT {version}")
         with torch.cuda.device(self._device):
             plan = Plan(folder / PLAN_FILE, manifest.inputs, manifest.outputs, details["version_compatible"])
         self._pool = Pool(plan, self._device, options.cuda_graph)
-
-    @property
-    def description(self) -> str:
-        """See :attr:`Runtime.description`."""
-        return self._description
-
-    def place(self, rows: BankArray) -> Any:
-        """See :meth:`Runtime.place`."""
-        return place_rows(rows, self._device)
-
-    def update(self, placed: Any, rows: BankArray, row: int) -> None:
-        """See :meth:`Runtime.update`."""
-        update_row(placed, rows, row)
 
     def run(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
         """See :meth:`Runtime.run`.
@@ -68,9 +83,7 @@ class TensorRTRuntime(Runtime):
         Raises:
             EngineError: the call is outside what the plan was built for, or TensorRT failed.
         """
-        resident = {bank_input(key): placed for key, placed in bank.items()}
-        shapes = {name: tuple(placed.shape) for name, placed in resident.items()}
-        check_call(self._inputs, self._ranges, {IMAGE: images.shape, TASK_INDEX: task_index.shape, **shapes})
+        resident = self._resident(images, task_index, bank)
         logits: Array = self._pool.run(as_torch(images), as_torch(task_index), resident).numpy()
         return logits
 

@@ -16,13 +16,12 @@ from numpy.typing import NDArray
 
 from prompttune.errors import EngineError, UsageError, first_line
 from prompttune.export.folder import Manifest
-from prompttune.export.layout import IMAGE, TASK_INDEX, bank_input
-from prompttune.export.runtimes.base import Array, BankArray, Runtime, RuntimeOptions
-from prompttune.export.runtimes.tensorrt import refuse_options
-from prompttune.export.runtimes.tensors import as_torch, place_rows, update_row
+from prompttune.export.layout import IMAGE, TASK_INDEX
+from prompttune.export.runtimes.base import Array, RuntimeOptions
+from prompttune.export.runtimes.tensorrt import ProfiledRuntime, refuse_options
+from prompttune.export.runtimes.tensors import as_torch
 from prompttune.export.trt.compatibility import check_capability
 from prompttune.export.trt.library import require_cuda, require_torch_tensorrt
-from prompttune.export.trt.profile import check_call, ranges_from
 
 MODEL_FILE = "model.ep"
 
@@ -32,7 +31,7 @@ def versions(library: ModuleType) -> dict[str, str]:
     return {"torch_tensorrt": str(library.__version__), "torch": str(torch.__version__)}
 
 
-class TorchTensorRTRuntime(Runtime):
+class TorchTensorRTRuntime(ProfiledRuntime):
     """A compiled program on a GPU, without the model's own code. One call runs at a time.
 
     Raises:
@@ -49,10 +48,7 @@ class TorchTensorRTRuntime(Runtime):
         index = require_cuda(options.device, "a Torch-TensorRT engine")
         check_versions(manifest.details, versions(library))
         check_capability(manifest.details, torch.cuda.get_device_capability(index))
-        self._inputs = manifest.inputs
-        self._ranges = ranges_from(manifest.details)
-        self._device = torch.device("cuda", index)
-        self._description = f"Torch-TensorRT {library.__version__}, {torch.cuda.get_device_name(index)}"
+        super().__init__(manifest, index, f"Torch-TensorRT {library.__version__}")
         self._lock = threading.Lock()
         path = folder / MODEL_FILE
         try:
@@ -63,28 +59,13 @@ class TorchTensorRTRuntime(Runtime):
         except Exception as problem:  # Torch-TensorRT's errors share no base class below Exception
             raise EngineError(f"Torch-TensorRT cannot open {path}: {first_line(problem)}") from None
 
-    @property
-    def description(self) -> str:
-        """See :attr:`Runtime.description`."""
-        return self._description
-
-    def place(self, rows: BankArray) -> Any:
-        """See :meth:`Runtime.place`."""
-        return place_rows(rows, self._device)
-
-    def update(self, placed: Any, rows: BankArray, row: int) -> None:
-        """See :meth:`Runtime.update`."""
-        update_row(placed, rows, row)
-
     def run(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
         """See :meth:`Runtime.run`.
 
         Raises:
             EngineError: the call is outside what the program was compiled for, or it failed.
         """
-        resident = {bank_input(key): placed for key, placed in bank.items()}
-        shapes = {name: tuple(placed.shape) for name, placed in resident.items()}
-        check_call(self._inputs, self._ranges, {IMAGE: images.shape, TASK_INDEX: task_index.shape, **shapes})
+        resident = self._resident(images, task_index, bank)
         # An engine inside the program has one execution context, so calls take turns.
         with self._lock, torch.cuda.device(self._device), torch.cuda.stream(self._stream), torch.no_grad():
             try:

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from prompttune.cli.engine_options import make_table, runtime_options, sizes, wide_console
+from prompttune.cli.engine_options import make_table, runtime_options, sizes, weights_option, wide_console
 from prompttune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _words(_context: click.Context, _parameter: click.Parameter, value: str) -> 
 @click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Rounds that count.")
 @click.option("--seconds", type=float, help="Rounds for so long at each batch size, instead of --repeats.")
 @click.option("--add", "checkpoint", type=click.Path(path_type=Path), help="Also time adding this checkpoint.")
-@click.option("--weights", help="Where to take the backbone's weights from, if not from where the export took them.")
+@weights_option
 @click.option("--seed", default=0, show_default=True, help="Of the images, which are noise.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write the measurements to this CSV file.")
