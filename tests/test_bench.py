@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import math
+import mmap
 
 import numpy as np
 import pytest
@@ -95,17 +96,19 @@ def test_rows_go_round_the_tasks():
     assert assignments([], 4, "all") == []
 
 
-def test_memory_growth_sees_an_array_come_and_go():
+def test_memory_growth_sees_memory_come_and_go():
+    mebi = 2**20
     with memory_growth() as growth:
-        large = np.ones(8 * 2**20)  # 64 MiB
-        del large
-        kept = np.ones(4 * 2**20)  # 32 MiB
-    assert kept.size
+        # Pages of their own: an allocator might give out memory again that was resident before.
+        with mmap.mmap(-1, 64 * mebi) as passing:
+            passing.write(b"1" * len(passing))
+        kept = mmap.mmap(-1, 32 * mebi)
+        kept.write(b"1" * len(kept))
+    kept.close()
     if growth.resident is None:
         pytest.skip("no /proc here")
-    mebi = 2**20
     assert 24 * mebi < growth.resident < 48 * mebi
-    assert growth.peak is None or 56 * mebi < growth.peak < 96 * mebi
+    assert growth.peak is None or 56 * mebi < growth.peak < 160 * mebi
     assert growth.device is None
 
 
