@@ -117,11 +117,15 @@ def largest_axes(every: Iterable[Mapping[str, int]]) -> dict[str, int]:
 def empty_bank(
     layout: Layout, rows: int, axes: Mapping[str, int], dtype: np.dtype[Any] = FLOAT32
 ) -> dict[str, NDArray[Any]]:
-    """A bank of ``rows`` padding rows, key → [rows, ...]."""
-    bank = {}
-    for key, shape in layout.items():
-        sizes = tuple(axes[axis] if isinstance(axis, str) else axis for axis in shape)
-        bank[key] = np.full((rows, *sizes), -np.inf if key == HEAD_BIAS else 0.0, dtype=dtype)
+    """A bank of ``rows`` padding rows, key → [rows, ...].
+
+    Zeros come from the operating system as pages that take no memory until somebody writes to them, so rows that are
+    never used cost nothing.
+    """
+    shapes = {key: (axes[axis] if isinstance(axis, str) else axis for axis in shape) for key, shape in layout.items()}
+    bank: dict[str, NDArray[Any]] = {key: np.zeros((rows, *shape), dtype=dtype) for key, shape in shapes.items()}
+    if HEAD_BIAS in bank:
+        bank[HEAD_BIAS].fill(-np.inf)
     return bank
 
 

@@ -2,6 +2,9 @@
 
 A call works on a snapshot, taken under a lock and then read without one. A task that is replaced gets a new row, and
 its old row is used again only when no call is left that may read it. So every answer comes wholly from one version.
+
+Whoever changes the bank holds a second lock, for as long as copying takes. What it copies to is named by no snapshot
+yet, so calls need not wait for it: the lock that they take is held for some instructions alone.
 """
 
 from __future__ import annotations
@@ -10,14 +13,14 @@ import contextlib
 import dataclasses
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prompttune.errors import UsageError, choose
+from prompttune.errors import EngineError, UsageError, choose
 from prompttune.export.folder import Task
 from prompttune.export.layout import FLOAT32, Layout, bind_axes, empty_bank, largest_axes, write_row
 from prompttune.export.runtimes import Runtime
@@ -53,25 +56,40 @@ class Bank:
         layout: the engine's.
         tasks: the tasks to begin with.
         dtype: of the rows.
+        capacity: rows to allocate at once and to keep to; None begins with those of ``tasks`` and grows.
+        axes: sizes of the layout's named axes to allocate for; a task that needs more makes the bank grow.
     """
 
     def __init__(
-        self, runtime: Runtime, layout: Layout, tasks: Mapping[str, Task], dtype: np.dtype[Any] = FLOAT32
+        self,
+        runtime: Runtime,
+        layout: Layout,
+        tasks: Mapping[str, Task],
+        dtype: np.dtype[Any] = FLOAT32,
+        capacity: int | None = None,
+        axes: Mapping[str, int] | None = None,
     ) -> None:
         self._runtime = runtime
         self._layout = layout
         self._dtype = dtype
-        self._lock = threading.RLock()
+        self._capacity = capacity
+        self._writing = threading.Lock()
+        """Of whoever changes the bank; taken before the other one."""
+        self._lock = threading.Condition(threading.Lock())
+        """Of the snapshot, the leases and the lists of rows; told when a lease ends."""
         self._leases: Counter[int] = Counter()
+        """Calls that may read every row of a generation."""
+        self._readers: Counter[int] = Counter()
+        """Calls that may read a row, by row."""
         self._retired: list[tuple[int, int]] = []
         """Rows no longer named, each with the last generation that names it."""
         self._rows: dict[str, NDArray[Any]] = {}
         self._axes: dict[str, int] = {}
         self._free: list[int] = []
         self._snapshot = Snapshot(0, {}, {})
-        if tasks:
-            axes = largest_axes(self._axes_of(name, task) for name, task in tasks.items())
-            self._grow(len(tasks), axes)
+        if tasks or capacity:
+            needed = largest_axes([axes or {}, *(self._axes_of(name, task) for name, task in tasks.items())])
+            self._grow(capacity or len(tasks), needed)
         for name, task in tasks.items():
             self.put(name, task)
 
@@ -83,48 +101,66 @@ class Bank:
         """The resident tasks."""
         return self._snapshot.entries
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the rows, used or not, in bytes."""
+        return sum(rows.nbytes for rows in self._rows.values())
+
     @contextlib.contextmanager
-    def lease(self) -> Iterator[Snapshot]:
-        """A snapshot whose rows stay as they are until the block ends."""
+    def lease(self, names: Collection[str] | None = None) -> Iterator[Snapshot]:
+        """A snapshot whose rows stay as they are until the block ends: those of ``names``, or all of them."""
         with self._lock:
             snapshot = self._snapshot
-            self._leases[snapshot.generation] += 1
+            counter, held = self._leases, [snapshot.generation]
+            if names is not None:
+                counter = self._readers
+                held = [snapshot.entries[name].row for name in names if name in snapshot.entries]
+            counter.update(held)
         try:
             yield snapshot
         finally:
             with self._lock:
-                self._leases[snapshot.generation] -= 1
-                self._leases += Counter()  # drops the zeros
+                counter.subtract(held)
+                counter += Counter()  # drops the zeros
                 self._recycle()
+                self._lock.notify_all()
 
     def _recycle(self) -> None:
         oldest = min(self._leases, default=self._snapshot.generation)
-        self._free += [row for row, last in self._retired if last < oldest]
-        self._retired = [(row, last) for row, last in self._retired if last >= oldest]
+        read = [(row, last) for row, last in self._retired if last >= oldest or row in self._readers]
+        self._free += [row for row, last in self._retired if (row, last) not in read]
+        self._retired = read
 
-    def put(self, name: str, task: Task, replace: bool = False) -> None:
+    def put(self, name: str, task: Task, replace: bool = False, version: str | None = None) -> None:
         """Make a task resident; calls see it wholly or not at all.
+
+        A bank that may not grow waits for the calls that read a row which is about to be free.
+
+        Args:
+            name: what to call it.
+            task: the task; its state is copied.
+            replace: replace a task of that name.
+            version: the task's version where it is known already: computing it takes a digest of the state.
 
         Raises:
             UsageError: the name is taken and ``replace`` is not set.
-            EngineError: the state does not fit the layout.
+            EngineError: the state does not fit the layout, or no row is free and the bank may not grow.
         """
         axes = self._axes_of(name, task)
-        with self._lock:
+        version = version or task.version
+        with self._writing:
             if name in self.entries and not replace:
                 raise UsageError(f"there is already a task {name!r}: choose another name or replace it")
-            self._recycle()
-            needed = largest_axes([self._axes, axes])
-            if not self._free or needed != self._axes:
-                capacity = len(self.entries) + 1
-                self._grow(capacity if self._free else max(2 * capacity, _CAPACITY), needed)
-            row = self._free.pop(0)
-            entry = _write(self._rows, row, task, task.version)
-            for key, placed in self._snapshot.placed.items():
-                self._runtime.update(placed, self._rows[key], row)
-            old = self.entries.get(name)
-            self._publish({**self.entries, name: entry})
-            self._retire(old)
+            row = self._row_for(largest_axes([self._axes, axes]))
+            try:
+                entry = _write(self._rows, row, task, version)
+                for key, placed in self._snapshot.placed.items():
+                    self._runtime.update(placed, self._rows[key], row)
+            except BaseException:
+                with self._lock:
+                    self._free.append(row)
+                raise
+            self._publish({**self.entries, name: entry}, self.entries.get(name))
 
     def remove(self, name: str) -> None:
         """Take a task out; calls that already run still answer for it.
@@ -132,19 +168,33 @@ class Bank:
         Raises:
             UsageError: there is no such task.
         """
-        with self._lock:
+        with self._writing:
             choose("task", name, self.entries)
             left = dict(self.entries)
             old = left.pop(name)
-            self._publish(left)
-            self._retire(old)
+            self._publish(left, old)
 
-    def _publish(self, entries: Mapping[str, Entry]) -> None:
-        self._snapshot = Snapshot(self._snapshot.generation + 1, entries, self._snapshot.placed)
+    def _publish(self, entries: Mapping[str, Entry], old: Entry | None) -> None:
+        """Name these tasks from now on, ``old`` no longer."""
+        with self._lock:
+            if old is not None:
+                self._retired.append((old.row, self._snapshot.generation))
+            self._snapshot = Snapshot(self._snapshot.generation + 1, entries, self._snapshot.placed)
+            self._recycle()
 
-    def _retire(self, entry: Entry | None) -> None:
-        if entry is not None:
-            self._retired.append((entry.row, self._snapshot.generation - 1))
+    def _row_for(self, axes: dict[str, int]) -> int:
+        """A row that no call reads, in tensors of these sizes."""
+        named = len(self.entries)
+        if self._capacity is not None and named >= self._capacity:
+            raise EngineError(f"no row is free: all {self._capacity} hold tasks; take one out first")
+        if self._capacity is None and not self._free:
+            self._grow(max(2 * (named + 1), _CAPACITY), axes)
+        elif axes != self._axes:
+            self._grow(self._capacity or named + 1, axes)
+        with self._lock:
+            while not self._free:
+                self._lock.wait()
+            return self._free.pop(0)
 
     def _grow(self, capacity: int, axes: dict[str, int]) -> None:
         """Move to larger tensors; calls that already run keep the old ones."""
@@ -152,10 +202,11 @@ class Bank:
         entries = {
             name: _write(rows, row, entry.task, entry.version) for row, (name, entry) in enumerate(self.entries.items())
         }
-        self._rows, self._axes = rows, axes
-        self._free, self._retired = list(range(len(entries), capacity)), []
         placed = {key: self._runtime.place(value) for key, value in rows.items()}
-        self._snapshot = Snapshot(self._snapshot.generation + 1, entries, placed)
+        with self._lock:
+            self._rows, self._axes = rows, axes
+            self._free, self._retired = list(range(len(entries), capacity)), []
+            self._snapshot = Snapshot(self._snapshot.generation + 1, entries, placed)
 
 
 class BakedBank:

@@ -12,10 +12,7 @@ from PIL import Image
 import prompttune as pt
 from prompttune.errors import DataError, EngineError, MissingExtraError, ParityError, UsageError
 from prompttune.export import EngineFolder
-from prompttune.export.runtimes import Runtime
-from prompttune.export.tasks import fold_checkpoint
-from prompttune.serve.bank import Bank
-from tests.engines import SIZE, backbone, checkpoint, copied, exported, model_of, noise
+from tests.engines import SIZE, checkpoint, copied, exported, model_of, noise
 
 
 @pytest.fixture(scope="module")
@@ -194,69 +191,3 @@ def test_every_answer_is_of_the_version_that_it_names(tmp_path):
         expected = right[one.task_version]
         assert one.label == expected.label
         assert one.probability == pytest.approx(expected.probability, abs=1e-5)
-
-
-class Recorder(Runtime):
-    """A runtime that keeps the host's tensors and counts what it is asked."""
-
-    description = "recorder"
-
-    def __init__(self):
-        self.placed = 0
-        self.updated = []
-
-    def place(self, rows):
-        self.placed += 1
-        return rows
-
-    def update(self, placed, rows, row):
-        assert placed is rows
-        self.updated.append(row)
-
-    def run(self, images, task_index, bank):
-        raise NotImplementedError
-
-
-def folded(method):
-    """A layout and two tasks of it, without an engine."""
-    tasks = {f"task{number}": fold_checkpoint(checkpoint(method, number), backbone()).task for number in (0, 1)}
-    return model_of(method, 0).state_layout(), tasks
-
-
-def test_bank_writes_a_row_and_not_the_rest():
-    layout, tasks = folded("sa2vp")
-    runtime = Recorder()
-    bank = Bank(runtime, layout, {"a": tasks["task1"]})
-    assert runtime.placed == len(layout)
-    bank.put("b", tasks["task0"])  # grows
-    assert runtime.placed == 2 * len(layout)
-    runtime.updated.clear()
-    bank.put("c", tasks["task0"])  # one of the rows that growing left free
-    assert runtime.placed == 2 * len(layout)
-    assert set(runtime.updated) == {bank.entries["c"].row}
-    with bank.lease() as snapshot:
-        for name in "bc":
-            row = snapshot.entries[name].row
-            assert np.isneginf(snapshot.placed["head.bias"][row, 2:]).all()
-            assert (snapshot.placed["adapters.down"][row, :, :, 2:] == 0).all()
-        for key, value in tasks["task1"].state.items():
-            assert np.array_equal(snapshot.placed[key][snapshot.entries["a"].row], value[0])
-
-
-def test_bank_keeps_a_row_while_a_call_may_read_it():
-    layout, tasks = folded("linear")
-    bank = Bank(Recorder(), layout, {"a": tasks["task1"]})
-    bank.put("b", tasks["task0"])
-    with bank.lease() as snapshot:
-        row = snapshot.entries["b"].row
-        held = snapshot.placed["head.weight"][row].copy()
-        for _ in range(20):
-            bank.put("b", tasks["task1"], replace=True)
-        assert np.array_equal(snapshot.placed["head.weight"][row], held)
-    for _ in range(20):
-        bank.put("b", tasks["task1"], replace=True)
-    assert len(bank._rows["head.weight"]) <= 64  # rows are used again
-    rows = len(bank._rows["head.weight"])
-    for _ in range(200):
-        bank.put("b", tasks["task1"], replace=True)
-    assert len(bank._rows["head.weight"]) == rows

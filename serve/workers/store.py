@@ -1,0 +1,236 @@
+"""What a worker works with: an open engine, the states that hold its rows, and those in the host's memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prompttune.errors import EngineError, UsageError
+from prompttune.export.folder import TASK_RECORD, TASKS, EngineFolder, Manifest, Task, load_task, read_record
+from prompttune.export.layout import bank_dtype
+from prompttune.export.runtimes import Array, Runtime, open_runtime
+from prompttune.serve.bank import Bank
+from prompttune.serve.workers.base import Answer, Key, VersionGoneError, WorkerSettings, WorkerStats
+from prompttune.serve.workers.host_cache import HostCache
+
+Reading = tuple[list[int], Mapping[str, Any]]
+"""The row of each image, and the bank: state key → placed tensor."""
+
+
+class Store(ABC):
+    """An engine and its rows. One thread runs batches while another one loads, evicts and asks for statistics."""
+
+    def __init__(self, manifest: Manifest, runtime: Runtime, settings: WorkerSettings) -> None:
+        self._runtime = runtime
+        self._max_batch = settings.max_batch
+        self._image_size = manifest.image_size
+
+    @property
+    def description(self) -> str:
+        """Runtime, version and device, in words."""
+        return self._runtime.description
+
+    @abstractmethod
+    def reading(self, keys: Sequence[Key]) -> contextlib.AbstractContextManager[Reading]:
+        """The rows of ``keys``, which stay as they are until the block ends.
+
+        Raises:
+            EngineError: a key holds no row.
+        """
+
+    @abstractmethod
+    def load(self, key: Key, folder: Path) -> None:
+        """See :meth:`prompttune.serve.workers.base.Worker.load`."""
+
+    @abstractmethod
+    def evict(self, key: Key, keep: bool = True) -> None:
+        """See :meth:`prompttune.serve.workers.base.Worker.evict`."""
+
+    @abstractmethod
+    def stats(self) -> WorkerStats:
+        """What is held."""
+
+    def warm_up(self) -> None:
+        """Answer batches of 1 and of the largest size from the first row, whatever it holds."""
+        for rows in sorted({1, self._max_batch}):
+            images = np.zeros((rows, 3, self._image_size, self._image_size), np.float32)
+            with self.reading([]) as (_, bank):
+                self._runtime.run(images, np.zeros(rows, np.int64), bank)
+
+    def run(self, images: Array, keys: Sequence[Key]) -> Answer:
+        """Answer contiguous images [B, 3, S, S], row i for ``keys[i]``.
+
+        Raises:
+            EngineError: a key holds no row, or the runtime failed.
+        """
+        with self.reading(keys) as (rows, bank):
+            # Rows come from the bank itself, so none can be out of range: on a GPU that would be undefined.
+            index = np.array(rows, dtype=np.int64)
+            started = time.perf_counter()
+            logits = self._runtime.run(images, index, bank)
+            return Answer(logits, time.perf_counter() - started)
+
+
+class ResidentStore(Store):
+    """Rows that states come to and leave."""
+
+    def __init__(self, manifest: Manifest, runtime: Runtime, settings: WorkerSettings) -> None:
+        super().__init__(manifest, runtime, settings)
+        named = {axis for shape in manifest.layout.values() for axis in shape if isinstance(axis, str)}
+        axes = dict.fromkeys(named, 1) | dict(settings.axes)  # an engine without tasks knows no sizes
+        dtype = bank_dtype(manifest.bank_precision)
+        self._bank = Bank(runtime, manifest.layout, {}, dtype, settings.rows, axes)
+        self._host = HostCache(settings.host_bytes)
+
+    @contextlib.contextmanager
+    def reading(self, keys: Sequence[Key]) -> Iterator[Reading]:
+        """See :meth:`Store.reading`."""
+        names = [_name(key) for key in keys]
+        with self._bank.lease(names) as snapshot:
+            missing = [name for name in names if name not in snapshot.entries]
+            if missing:
+                raise _no_row(missing[0])
+            yield [snapshot.entries[name].row for name in names], snapshot.placed
+
+    def load(self, key: Key, folder: Path) -> None:
+        """Give a state a row, from the host's memory or from ``folder``; one that has a row stays as it is."""
+        name = _name(key)
+        if name in self._bank.entries:
+            return
+        kept = self._host.take(key)
+        task = _read_version(key, folder) if kept is None else kept
+        try:
+            self._bank.put(name, task, version=key.version)
+        except EngineError:
+            if kept is not None:
+                self._host.keep(key, kept)
+            raise
+
+    def evict(self, key: Key, keep: bool = True) -> None:
+        """Free a state's row; without ``keep`` the host's memory forgets it as well."""
+        name = _name(key)
+        with self._bank.lease([name]) as snapshot:
+            entry = snapshot.entries.get(name)
+            if keep and entry is not None:
+                self._host.keep(key, entry.task)
+        if not keep:
+            self._host.take(key)
+        if entry is not None:
+            self._bank.remove(name)
+
+    def stats(self) -> WorkerStats:
+        """See :meth:`Store.stats`."""
+        return WorkerStats(
+            rows=len(self._bank.entries),
+            row_bytes=self._bank.nbytes,
+            host_tasks=len(self._host),
+            host_bytes=self._host.nbytes,
+            resident_bytes=_resident_bytes(),
+        )
+
+
+class BakedStore(Store):
+    """Rows that are constants of the model: each task is there from the beginning, in one version."""
+
+    def __init__(self, folder: EngineFolder, runtime: Runtime, settings: WorkerSettings) -> None:
+        super().__init__(folder.manifest, runtime, settings)
+        order = folder.manifest.baked or ()
+        held = set(folder.tasks())
+        self._rows = {
+            Key(name, read_record(folder.path / TASKS / name).version): row
+            for row, name in enumerate(order)
+            if name in held
+        }
+
+    @contextlib.contextmanager
+    def reading(self, keys: Sequence[Key]) -> Iterator[Reading]:
+        """See :meth:`Store.reading`."""
+        missing = [key for key in keys if key not in self._rows]
+        if missing:
+            raise _no_row(_name(missing[0]))
+        yield [self._rows[key] for key in keys], {}
+
+    def load(self, key: Key, folder: Path) -> None:  # noqa: ARG002
+        """Check that the model holds this version."""
+        if key not in self._rows:
+            raise VersionGoneError(f"the model holds no task {key.task!r} of version {key.version}")
+
+    def evict(self, key: Key, keep: bool = True) -> None:
+        """Do nothing: a constant stays."""
+
+    def stats(self) -> WorkerStats:
+        """See :meth:`Store.stats`; the rows' bytes are the model's."""
+        return WorkerStats(len(self._rows), 0, 0, 0, _resident_bytes())
+
+
+def open_store(settings: WorkerSettings) -> Store:
+    """Open an engine with nothing loaded.
+
+    Raises:
+        UsageError: there is no row to load to, or a batch of no image.
+        PrompttuneError: the engine cannot be opened.
+    """
+    if min(settings.rows, settings.max_batch, settings.slots) < 1:
+        raise UsageError("a worker needs at least one row, one slot and one image in a batch")
+    folder = EngineFolder(settings.engine)
+    runtime = open_runtime(folder.path, folder.manifest, settings.runtime)
+    if folder.manifest.baked is None:
+        return ResidentStore(folder.manifest, runtime, settings)
+    return BakedStore(folder, runtime, settings)
+
+
+def _name(key: Key) -> str:
+    """What the bank calls a state."""
+    return f"{key.task}@{key.version}"
+
+
+def _no_row(name: str) -> EngineError:
+    return EngineError(f"{name} holds no row: load it first")
+
+
+def _read_version(key: Key, folder: Path) -> Task:
+    """Read a state, without what a worker has no use for.
+
+    The version is computed from what was read, so a folder that is replaced meanwhile cannot give a mixture.
+    """
+    try:
+        task = load_task(folder)
+        version = task.version
+    except (EngineError, OSError) as problem:
+        if not _is_recorded(key, folder):
+            raise _gone(key, folder) from None
+        raise EngineError(str(problem)) from None
+    if version != key.version:
+        raise _gone(key, folder)
+    return replace(task, labels=(), settings={}, source={}, parity=None)
+
+
+def _is_recorded(key: Key, folder: Path) -> bool:
+    """Whether a folder that cannot be read claims to hold a version, or might."""
+    if not (folder / TASK_RECORD).exists():
+        return False
+    try:
+        return read_record(folder).version == key.version
+    except EngineError:
+        return True
+
+
+def _gone(key: Key, folder: Path) -> VersionGoneError:
+    return VersionGoneError(f"{folder} no longer holds version {key.version} of the task {key.task!r}")
+
+
+def _resident_bytes() -> int | None:
+    """Resident set of this process."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
