@@ -16,9 +16,9 @@ import numpy as np
 
 from prompttune.errors import DataError, UsageError
 from prompttune.export.runtimes import Array
+from prompttune.images import is_image, read_image
 from prompttune.preprocess import Preprocess
 from prompttune.serve.engine import TOP_K, Engine, Prediction
-from prompttune.training.data.images import is_image, read_image
 
 BATCH_SIZE = 32
 WORKERS = min(4, os.cpu_count() or 1)

@@ -22,9 +22,9 @@ from prompttune.export.proof import fold_proven
 from prompttune.export.runtimes import Array, Runtime, RuntimeOptions, open_runtime
 from prompttune.export.samples import Samples
 from prompttune.export.tasks import Fit, check_fit, engine_backbone
+from prompttune.images import read_image, to_rgb
 from prompttune.preprocess import Preprocess
 from prompttune.serve.bank import BakedBank, Bank, Entry, Snapshot
-from prompttune.training.data.images import read_image, to_rgb
 
 ImageLike = str | Path | Image.Image
 Images = Tensor | NDArray[np.float32] | ImageLike | Sequence[ImageLike]

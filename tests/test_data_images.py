@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 from skimage.data import astronaut
 
-from prompttune.training.data import read_image
-from prompttune.training.data.images import is_image, to_rgb
+from prompttune.images import TooManyPixelsError, is_image, read_image, to_rgb
 from tests.data_helpers import picture
 
 
@@ -108,3 +107,25 @@ def test_every_damaged_byte_is_read_or_refused(tmp_path: Path) -> None:
         # anything but an OSError, which the loader takes for a corrupt image, fails the test
         with contextlib.suppress(OSError):
             assert read_image(io.BytesIO(bytes(damaged))).mode == "RGB"
+
+
+def test_only_the_formats_asked_for_are_read() -> None:
+    assert read_image(io.BytesIO(png(picture(0))), formats=("PNG",)).size == (12, 12)
+    with pytest.raises(OSError, match="not an image, or of an unknown format"):
+        read_image(io.BytesIO(png(picture(0))), formats=("JPEG", "WEBP"))
+
+
+def test_pixels_are_counted_before_they_are_decoded() -> None:
+    whole = png(picture(0))
+    cut = whole[: whole.index(b"IDAT") + 6]  # there is nothing to decode
+    with pytest.raises(TooManyPixelsError, match="12 x 12 pixels, more than 143"):
+        read_image(io.BytesIO(cut), max_pixels=143)
+    with pytest.raises(OSError, match="truncated"):
+        read_image(io.BytesIO(cut), max_pixels=144)
+    assert read_image(io.BytesIO(png(picture(0))), max_pixels=144).size == (12, 12)
+
+
+def test_more_pixels_than_pillow_takes_are_an_error_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(TooManyPixelsError, match="exceeds limit"):
+        read_image(io.BytesIO(png(picture(0))))

@@ -10,7 +10,7 @@ from typing import Protocol
 from PIL import Image
 
 from prompttune.errors import DataError
-from prompttune.training.data.images import read_image
+from prompttune.images import read_image
 
 VALIDATION_NAMES = ("val", "validation", "valid", "test")
 """Names of a split to validate on; the first that a data set has is taken."""

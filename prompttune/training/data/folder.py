@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from prompttune.errors import DataError
+from prompttune.images import is_image
 from prompttune.training.data.base import (
     VALIDATION_NAMES,
     DataSplits,
@@ -13,7 +14,6 @@ from prompttune.training.data.base import (
     check_class_count,
     check_same_classes,
 )
-from prompttune.training.data.images import is_image
 from prompttune.training.data.splitting import hold_out
 
 

@@ -18,8 +18,8 @@ from typing import Any
 from PIL import Image
 
 from prompttune.errors import DataError, MissingExtraError
+from prompttune.images import EXTENSIONS, read_image
 from prompttune.training.data.base import VALIDATION_NAMES, DataSplits, ImageSource, check_class_count
-from prompttune.training.data.images import EXTENSIONS, read_image
 from prompttune.training.data.splitting import hold_out
 from prompttune.training.data.timm_factory import numbered
 

@@ -10,6 +10,7 @@ from PIL import Image
 from timm.data.dataset_factory import create_dataset
 
 from prompttune.errors import DataError, MissingExtraError, UsageError
+from prompttune.images import read_image, to_rgb
 from prompttune.training.data.base import (
     VALIDATION_NAMES,
     DataSplits,
@@ -18,7 +19,6 @@ from prompttune.training.data.base import (
     check_same_classes,
     shortened,
 )
-from prompttune.training.data.images import read_image, to_rgb
 from prompttune.training.data.splitting import hold_out
 
 FOLDER_NAMES = ("image_folder", "folder")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,16 +28,36 @@ def is_image(name: str) -> bool:
     return not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS
 
 
-def read_image(file: str | Path | BinaryIO) -> Image.Image:
+class TooManyPixelsError(OSError):
+    """An image is larger than the caller takes, or than Pillow does."""
+
+
+def read_image(
+    file: str | Path | BinaryIO, *, formats: Sequence[str] | None = None, max_pixels: int | None = None
+) -> Image.Image:
     """Decode an image file, turn it upright after its EXIF orientation and convert it with :func:`to_rgb`.
 
+    Of an animated image this is the first frame.
+
+    Args:
+        file: what to read.
+        formats: Pillow's names of the formats to read, such as ``JPEG``; None reads all that Pillow knows.
+        max_pixels: width times height at most, looked up in the header before any pixel is decoded.
+
     Raises:
+        TooManyPixelsError: it has more pixels.
         OSError: it cannot be read; the message is the reason, without the file's name.
     """
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=None if formats is None else tuple(formats)) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise TooManyPixelsError(f"{image.width} x {image.height} pixels, more than {max_pixels}")
             image.load()
             return to_rgb(_upright(image))
+    except TooManyPixelsError:
+        raise
+    except Image.DecompressionBombError as problem:
+        raise TooManyPixelsError(_reason(problem)) from problem
     except Exception as problem:  # a damaged file makes Pillow's many decoders raise whatever their code raises
         raise OSError(_reason(problem)) from problem
 
@@ -70,11 +91,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_to_8_bit(values: NDArray[np.generic], mode: str) -> NDArray[np.uint8]:
-    grey = values.astype(np.float64)
+    grey = values.astype(np.float64)  # eight bytes a pixel: nothing below makes another copy
     low, high = 0.0, float(SIXTEEN_BIT)
     # older versions of Pillow open 16-bit PNG files in mode I
     if mode == "F" or grey.min() < low or grey.max() > high:
-        grey = np.nan_to_num(grey, posinf=0.0, neginf=0.0)
+        np.nan_to_num(grey, copy=False, posinf=0.0, neginf=0.0)
         low, high = float(grey.min()), float(grey.max())
     span = (high - low) or 1.0
-    return np.rint((grey - low) / span * 255.0).astype(np.uint8)
+    grey -= low
+    grey /= span
+    grey *= 255.0
+    return np.rint(grey, out=grey).astype(np.uint8)
