@@ -1,6 +1,6 @@
 # docker build -t prompttune .                             runs on the CPU
 # docker build -t prompttune:cuda --build-arg VARIANT=cuda .   runs on the GPU too
-# docker run --rm -v "$PWD:/work" prompttune doctor
+# docker run --rm -p 8000:8000 -p 8001:8001 -v "$PWD/engine:/mnt/models:ro" prompttune
 # docker run --rm --gpus all -v "$PWD:/work" prompttune:cuda doctor
 #
 # Both variants start from the same base: torch and onnxruntime-gpu bring CUDA as Python packages, and the driver
@@ -37,10 +37,18 @@ RUN useradd --uid "$UID" --create-home prompttune && install --directory --owner
 COPY --from=environment /opt/prompttune /opt/prompttune
 ENV PATH=/opt/prompttune/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    PROMPTTUNE_HOST=0.0.0.0 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 # By number, so that a cluster can verify that it is not root. The folder holds no sources: Python would find
 # ./prompttune there before the installed package.
 USER ${UID}
 WORKDIR /work
+# HTTP and gRPC
+EXPOSE 8000 8001
+# Serving drains on it.
+STOPSIGNAL SIGTERM
+# Clusters have probes of their own. A container that runs another command than serve is never healthy.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --start-interval=2s \
+    CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/v2/health/ready', timeout=4)"]
 ENTRYPOINT ["prompttune"]
-CMD ["--help"]
+CMD ["serve", "/mnt/models"]

@@ -20,10 +20,11 @@ def main() -> None:
         sys.exit(f"unknown variant {variant!r}; known: {', '.join(VARIANTS)}")
     text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text(encoding="utf-8")
     project = tomllib.loads(text)["project"]
-    requirements = project["dependencies"]
+    extras = project["optional-dependencies"]
+    requirements = project["dependencies"] + extras["serve"]
     if variant == "cuda":
         plain = [line for line in requirements if not line.startswith("onnxruntime>")]
-        requirements = plain + project["optional-dependencies"]["gpu"]
+        requirements = plain + extras["gpu"]
     print("\n".join(requirements))
 
 

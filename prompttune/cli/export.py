@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +21,16 @@ from prompttune.cli.engine_options import (
     weights_option,
     wide_console,
 )
+from prompttune.errors import UsageError
 
 if TYPE_CHECKING:
-    from prompttune.export import ExportSettings
+    from prompttune.export import EngineFolder, ExportSettings
+    from prompttune.export.triton import TritonSettings
 
 
 FORMATS = ("onnx", "trt", "torch-trt", "aoti", "onnx-adapter")
+REPOSITORIES = {"triton": "onnx", "triton-trt": "trt"}
+"""Name of a kind of Triton repository → format of the engine in it."""
 AXES = ("batch", "tasks", "rank", "classes")
 
 
@@ -48,11 +54,12 @@ def model_options(command: Command) -> Command:
         click.option(
             "--format",
             "format_",
-            type=click.Choice(FORMATS),
+            type=click.Choice([*FORMATS, *REPOSITORIES]),
             default="onnx",
             show_default=True,
             help="onnx: ONNX Runtime; trt: TensorRT plan; torch-trt: Torch-TensorRT; aoti: AOTInductor, no library "
-            "beside PyTorch; onnx-adapter: ONNX with one of ONNX Runtime's adapter files a task.",
+            "beside PyTorch; onnx-adapter: ONNX with one of ONNX Runtime's adapter files a task; triton, triton-trt: a "
+            "model repository of Triton with ONNX or a TensorRT plan in it.",
         ),
         click.option(
             "--precision",
@@ -122,6 +129,52 @@ def model_options(command: Command) -> Command:
     return command
 
 
+def triton_options(command: Command) -> Command:
+    """What Triton does with the model; named as ``TritonSettings`` has them."""
+    options = [
+        click.option("--model-name", "name", metavar="NAME", help="Triton: name of the model.  [default: prompttune]"),
+        click.option(
+            "--bank-inputs",
+            is_flag=True,
+            default=None,
+            help="Triton: each request carries the tasks that it asks for, and none are batched.  "
+            "[default: the tasks are baked into the model]",
+        ),
+        click.option(
+            "--max-batch-size",
+            type=click.IntRange(1),
+            help="Triton: most images of one call.  [default: 64; of a plan, the largest of its axis batch]",
+        ),
+        click.option(
+            "--max-delay-ms",
+            type=click.FloatRange(0),
+            help="Triton: how long a request may wait for others to join its batch.  [default: 1]",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _triton(given: dict[str, Any]) -> TritonSettings | None:
+    """The settings of :func:`triton_options`, taken out of ``given``; None for an engine by itself.
+
+    Raises:
+        UsageError: such a setting for a format that has nothing to do with Triton.
+    """
+    names = ("name", "bank_inputs", "max_batch_size", "max_delay_ms")
+    own = {name: value for name in names if (value := given.pop(name)) is not None}
+    if given["format_"] in REPOSITORIES:
+        from prompttune.export.triton import TritonSettings
+
+        given["format_"] = REPOSITORIES[given["format_"]]
+        return TritonSettings(**own)
+    if own:
+        options = "--model-name, --bank-inputs, --max-batch-size and --max-delay-ms"
+        raise UsageError(f"{options} belong to a Triton repository: give --format triton")
+    return None
+
+
 def _settings(given: dict[str, Any]) -> ExportSettings:
     """The export settings of :func:`model_options`; a format's own options only where they were given."""
     from prompttune.export import ExportSettings
@@ -134,12 +187,19 @@ def _settings(given: dict[str, Any]) -> ExportSettings:
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Engine folder to make.")
+@click.option(
+    "--output",
+    "-o",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Engine folder to make; for Triton, the repository.",
+)
 @model_options
+@triton_options
 @gate_options
 @no_parity_option
 @weights_option
-@click.option("--overwrite", is_flag=True, help="Replace an engine that is already there.")
+@click.option("--overwrite", is_flag=True, help="Replace an engine, or a model of a repository, that is already there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest and the parity report as JSON.")
 def export(
     runs: tuple[str, ...],
@@ -166,13 +226,20 @@ def export(
     prompttune export digits=runs/a shapes=runs/b --output engine --data demo/digits
     prompttune export runs/* --output engine-int8 --precision int8 --data digits=demo/digits
     prompttune export runs/* --output engine-trt --format trt --precision fp16 --axis batch=1:8:64
+    prompttune export runs/* --output models --format triton --model-name vision
     """
     from prompttune.export import export_engine
 
+    triton = _triton(model)
+    make: Callable[..., EngineFolder] = export_engine
+    if triton is not None:
+        from prompttune.export.triton import export_triton
+
+        make = partial(export_triton, triton=triton)
     console = Console(stderr=True)
     checkpoints = named_checkpoints(runs)
     with console.status("starting") as status:
-        folder = export_engine(
+        folder = make(
             checkpoints,
             output,
             format=_settings(model),

@@ -1,0 +1,152 @@
+"""A model repository of NVIDIA's Triton Inference Server around an engine.
+
+::
+
+    models/
+      prompttune/
+        config.pbtxt       written through Triton's own protobuf class
+        labels.txt         class names, where all tasks share them
+        README.md          how to start the server and how a client asks for a task
+        1/                 the engine folder: Triton finds its model.onnx or model.plan under the names it expects
+
+https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/user_guide/model_repository.html
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prompttune.errors import MissingExtraError, UsageError, choose
+from prompttune.export.build import export_engine
+from prompttune.export.folder import MANIFEST, EngineFolder
+from prompttune.export.formats import Settings
+from prompttune.export.runtimes import RuntimeOptions
+from prompttune.export.tasks import Checkpoints
+from prompttune.files import replacing_folder, write_text
+
+FORMATS = ("onnx", "trt")
+"""Formats of engines whose model file a backend of Triton runs."""
+CONFIG_FILE, LABELS_FILE, README_FILE = "config.pbtxt", "labels.txt", "README.md"
+VERSION = "1"
+"""Name of the folder that holds the engine; Triton counts a model's versions."""
+MAX_BATCH_SIZE = 64
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonSettings:
+    """How Triton presents and batches the model."""
+
+    name: str = "prompttune"
+    """Of the model, and of its folder in the repository."""
+    bank_inputs: bool = False
+    """Leave the tasks out of the model: every request carries the states that it asks for, and none are batched."""
+    max_batch_size: int | None = None
+    """Most images of one call; None takes :data:`MAX_BATCH_SIZE`, or for a plan the largest of its profile."""
+    max_delay_ms: float = 1.0
+    """How long a request may wait for others to join its batch, in milliseconds."""
+
+    def check(self, model: Settings) -> None:
+        """Raise at once, before anything is loaded, if Triton could not serve such a model.
+
+        Raises:
+            UsageError: says what to choose instead.
+            MissingExtraError: Triton's protobuf classes are not installed.
+        """
+        if not _NAME.fullmatch(self.name):
+            raise UsageError(
+                f"bad model name {self.name!r}: use letters, digits, '.', '_' and '-', first a letter or a digit"
+            )
+        if self.max_delay_ms < 0 or (self.max_batch_size is not None and self.max_batch_size < 1):
+            raise UsageError("a batch holds at least 1 image, and its delay is at least 0")
+        choose("format of a Triton model", model.format, FORMATS)
+        if self.max_batch_size is not None and model.format == "trt":
+            raise UsageError("a plan's largest batch is its profile's: give --axis batch=1:8:64 instead")
+        if self.bank_inputs:
+            self._check_bank_inputs(model)
+        if importlib.util.find_spec("tritonclient") is None:
+            raise MissingExtraError("tritonclient", "serve", "or export with --format onnx")
+
+    def _check_bank_inputs(self, model: Settings) -> None:
+        if model.baked:
+            raise UsageError("the tasks are either baked into the model or its inputs: leave one of the two out")
+        if self.max_batch_size is not None:
+            raise UsageError("requests that carry their own tasks are never batched: leave out the largest batch size")
+        if model.format == "onnx" and model.bank_precision == "bf16":
+            raise UsageError("Triton hands ONNX Runtime no bf16 tensors: choose the bank precision fp16 or fp32")
+
+
+def export_triton(
+    checkpoints: Checkpoints,
+    repository: str | Path,
+    triton: TritonSettings | None = None,
+    *,
+    format: str | Settings = "onnx",  # noqa: A002
+    overwrite: bool = False,
+    on_stage: Callable[[str], None] = lambda _: None,
+    **options: Any,
+) -> EngineFolder:
+    """Export some checkpoints as a model of a Triton repository; other models of the repository are left alone.
+
+    The tasks are baked into the model unless ``triton`` says otherwise. The model appears only when it is complete and
+    proven.
+
+    Args:
+        checkpoints: as in :func:`export_engine`.
+        repository: the folder that Triton is given; made if it is missing.
+        triton: how Triton presents and batches the model.
+        format: ``onnx`` or ``trt``, or settings with one of them.
+        overwrite: replace a model of that name.
+        on_stage: told what is being done.
+        **options: further arguments of :func:`export_engine`.
+
+    Returns:
+        The engine folder within the repository.
+
+    Raises:
+        MissingExtraError: Triton's protobuf classes are not installed.
+        UsageError: Triton cannot serve such a model, or there is one of that name.
+        PrompttuneError: everything that :func:`export_engine` raises.
+    """
+    triton = triton or TritonSettings()
+    given = format if isinstance(format, Settings) else Settings(format)
+    settings = given.resolved()
+    triton.check(settings)
+    settings = dataclasses.replace(settings, baked=not triton.bank_inputs)
+    folder = Path(repository) / triton.name
+    _check_output(folder, overwrite)
+    with replacing_folder(folder) as temporary:
+        engine = export_engine(checkpoints, temporary / VERSION, format=settings, on_stage=on_stage, **options)
+        on_stage("writing Triton's configuration")
+        _describe(engine, settings, triton, temporary)
+    return EngineFolder(folder / VERSION, verify=False)
+
+
+def _check_output(folder: Path, overwrite: bool) -> None:
+    if not folder.exists():
+        return
+    if not (folder / VERSION / MANIFEST).is_file():
+        raise UsageError(f"{folder} exists and is not a model of prompttune: choose another model name")
+    if not overwrite:
+        raise UsageError(f"{folder} exists: choose another model name or give --overwrite")
+
+
+def _describe(engine: EngineFolder, settings: Settings, triton: TritonSettings, folder: Path) -> None:
+    """Write what stands beside the engine."""
+    # Imports the protobuf classes, which must be known to be there.
+    from prompttune.export.triton.config import as_text, make_config, shared_labels
+    from prompttune.export.triton.readme import make_readme
+
+    tasks = {name: engine.read_task(name) for name in engine.manifest.baked or engine.tasks()}
+    gpu = RuntimeOptions(settings.target).cuda_index is not None
+    labels = shared_labels(tasks)
+    config = make_config(engine.manifest, tasks, triton, gpu, None if labels is None else LABELS_FILE)
+    write_text(folder / CONFIG_FILE, as_text(config))
+    if labels is not None:
+        write_text(folder / LABELS_FILE, "\n".join(labels) + "\n")
+    write_text(folder / README_FILE, make_readme(engine.manifest, tasks, triton, gpu))
