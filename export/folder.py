@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
@@ -179,6 +180,41 @@ def load_task(folder: Path) -> Task:
             parity=record["parity"],
         )
     except (KeyError, TypeError, safetensors.SafetensorError) as problem:
+        raise EngineError(f"the task in {folder} is damaged: {problem}; add it again") from None
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """What a task's folder says of it without its state being read: some kilobytes instead of some megabytes."""
+
+    name: str
+    folder: Path
+    version: str
+    labels: tuple[str, ...]
+    preprocess: Preprocess
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+    """Key → shape of its tensor in the state file, leading dimension 1 included."""
+
+
+def read_record(folder: Path) -> TaskRecord:
+    """Read a task's record and the header of its state, which stays unchecked until :func:`load_task`.
+
+    Raises:
+        EngineError: one of them is missing, damaged or of a newer format.
+    """
+    record = _read_sealed(folder / TASK_RECORD, "task record")
+    try:
+        with safetensors.safe_open(folder / STATE_FILE, "numpy") as state:
+            shapes = {key: tuple(state.get_slice(key).get_shape()) for key in state.keys()}  # noqa: SIM118  # no mapping
+        return TaskRecord(
+            folder.name,
+            folder,
+            str(record["version"]),
+            tuple(record["labels"]),
+            Preprocess.from_dict(record["preprocess"]),
+            shapes,
+        )
+    except (KeyError, TypeError, OSError, safetensors.SafetensorError) as problem:
         raise EngineError(f"the task in {folder} is damaged: {problem}; add it again") from None
 
 

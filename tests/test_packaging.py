@@ -28,9 +28,10 @@ UNPINNED = {"tensorrt", "torch-tensorrt"}  # never part of the environments that
 
 
 def requirements() -> list[Requirement]:
-    """Every direct dependency, those of the extras included."""
+    """Every direct dependency, those of the extras included, but not the package itself, which extras name."""
     groups = [PROJECT["project"]["dependencies"], *EXTRAS.values()]
-    return [Requirement(line) for group in groups for line in group]
+    every = [Requirement(line) for group in groups for line in group]
+    return [requirement for requirement in every if requirement.name != PROJECT["project"]["name"]]
 
 
 def pinned() -> list[Requirement]:

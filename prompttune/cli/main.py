@@ -18,6 +18,7 @@ COMMANDS = {
     "tasks": ("prompttune.cli.tasks", "Add, remove or list the tasks of an engine."),
     "validate": ("prompttune.cli.validate", "Prove that an engine answers as PyTorch does."),
     "infer": ("prompttune.cli.infer", "Classify images with a task of an engine."),
+    "serve": ("prompttune.cli.serve", "Serve an engine's tasks over HTTP and gRPC."),
     "bench": ("prompttune.cli.bench", "Time an engine beside its plain backbone, PyTorch or other engines."),
     "demo": ("prompttune.cli.demo", "Run the main job end to end on real images."),
     "doctor": ("prompttune.cli.doctor", "Show versions, devices, providers and weights found."),

@@ -1,0 +1,172 @@
+"""``prompttune serve``."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from prompttune.errors import MissingExtraError, UsageError
+
+if TYPE_CHECKING:
+    from prompttune.serve.protocol.security import Tokens
+    from prompttune.serve.server import ServerSettings
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+OWN_TASKS = ""
+"""``--watch`` without a folder."""
+_NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "tritonclient": "tritonclient", "grpcio": "grpc"}
+"""Packages of the extra and the modules that they carry."""
+
+
+def size(_context: click.Context, _parameter: click.Parameter, value: str) -> int:
+    """Bytes of a size such as ``512MiB`` or ``4GB``."""
+    found = _SIZE.fullmatch(value.strip())
+    if found is None or found[2].upper() not in _UNITS:
+        raise click.BadParameter(f"{value!r} is not a size such as 512MiB or 4GB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+@click.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, envvar="PROMPTTUNE_HOST", show_envvar=True,
+    help="Address to listen on; 0.0.0.0 for all.",
+)  # fmt: skip
+@click.option("--http-port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--grpc-port", type=click.IntRange(0, 65535), default=8001, show_default=True, help="0 takes a free one.")
+@click.option("--no-grpc", is_flag=True, help="Serve HTTP alone.")
+@click.option(
+    "--device", "devices", multiple=True, default=("cpu",), show_default=True,
+    help="cpu, cuda or cuda:INDEX; may be repeated, one worker each.",
+)  # fmt: skip
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of one worker.  [default: one a core]")
+@click.option("--max-batch", type=click.IntRange(1), default=16, show_default=True, help="Images of one batch at most.")
+@click.option(
+    "--max-delay-ms", type=click.FloatRange(0), default=0.0, show_default=True,
+    help="How long an image may wait for others while its device is free.",
+)  # fmt: skip
+@click.option("--max-queue", type=click.IntRange(1), default=1024, show_default=True, help="Images inside at most.")
+@click.option("--timeout", type=click.FloatRange(0.001), default=60.0, show_default=True, help="Seconds for a request.")
+@click.option(
+    "--resident-tasks", type=click.IntRange(1), default=64, show_default=True,
+    help="Tasks that each device keeps ready; the least recently used make room.",
+)  # fmt: skip
+@click.option(
+    "--host-memory", default="1GiB", show_default=True, callback=size, metavar="SIZE",
+    help="Memory of each worker for tasks that are not resident, so that they need not be read from disk.",
+)  # fmt: skip
+@click.option(
+    "--watch", is_flag=False, flag_value=OWN_TASKS, metavar="[FOLDER]",
+    help="Follow tasks that come, change and go in the engine's folder, and in FOLDER as well if it is given.",
+)  # fmt: skip
+@click.option(
+    "--watch-seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="Between two looks at them."
+)
+@click.option("--decode-workers", type=click.IntRange(1), help="Threads that decode images.  [default: one a core]")
+@click.option(
+    "--token-file", type=click.Path(dir_okay=False, path_type=Path),
+    help="Bearer tokens that inference needs, one a line.  [default: inference is open]",
+)  # fmt: skip
+@click.option("--allow-control", is_flag=True, help="Let clients load and unload tasks.")
+@click.option(
+    "--control-token-file", type=click.Path(dir_okay=False, path_type=Path), help="Bearer tokens that control needs."
+)
+@click.option("--tls-certificate", type=click.Path(dir_okay=False, path_type=Path), help="Certificate chain, PEM.")
+@click.option("--tls-key", type=click.Path(dir_okay=False, path_type=Path), help="Its private key, PEM.")
+@click.option(
+    "--tls-client-ca", type=click.Path(dir_okay=False, path_type=Path), help="Ask clients for a certificate of it."
+)
+@click.option("--max-body", default="64MiB", show_default=True, callback=size, metavar="SIZE", help="Of one request.")
+@click.option("--max-images", type=click.IntRange(1), default=256, show_default=True, help="Of one request.")
+@click.option("--max-pixels", type=click.IntRange(1), default=50_000_000, show_default=True, help="Of one image.")
+@click.option(
+    "--drain-seconds", type=click.FloatRange(0), default=30.0, show_default=True,
+    help="For requests inside to be answered after SIGTERM.",
+)  # fmt: skip
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True,
+    help="Of the JSON lines on standard error.",
+)  # fmt: skip
+def serve(engine: Path, log_level: str, **options: Any) -> None:
+    """Serve the tasks of ENGINE with the Open Inference Protocol v2, over HTTP and gRPC.
+
+    Every task is a model; the model "mixed" takes a task for each image. All share one backbone, and requests for
+    different tasks run in one batch. A page at / shows them. SIGTERM drains.
+
+    \b
+    prompttune serve engine
+    prompttune serve engine --device cuda --max-batch 64 --resident-tasks 256 --watch
+    prompttune serve engine --host 0.0.0.0 --token-file tokens --tls-certificate cert.pem --tls-key key.pem
+    """
+    missing = [package for package, module in _NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise MissingExtraError(missing[0], "serve", "prompttune infer classifies files without a server")
+    from prompttune.serve.protocol.logs import configure_logs
+    from prompttune.serve.server import Addresses, Server
+
+    configure_logs(log_level.upper())
+
+    def tell(addresses: Addresses) -> None:
+        where = f"{addresses.http}, gRPC {addresses.grpc}" if addresses.grpc else addresses.http
+        click.echo(f"Listening on {where}; opening {engine}")
+
+    async def run() -> None:
+        await Server(_settings(engine, options), tell, lambda: click.echo("Ready")).run()
+
+    asyncio.run(run())
+
+
+def _settings(engine: Path, options: dict[str, Any]) -> ServerSettings:
+    from prompttune.export.runtimes import RuntimeOptions
+    from prompttune.serve.assembly import EngineSettings
+    from prompttune.serve.limits import Limits
+    from prompttune.serve.protocol.security import Guard, Tls, read_tokens
+    from prompttune.serve.protocol.settings import TransportSettings
+    from prompttune.serve.server import ServerSettings
+    from prompttune.serve.service import ServiceSettings
+
+    def tokens(option: str) -> Tokens | None:
+        return read_tokens(options[option]) if options[option] else None
+
+    if (options["tls_certificate"] is None) != (options["tls_key"] is None):
+        raise UsageError("--tls-certificate and --tls-key go together")
+    watch: str | None = options["watch"]
+    limits = Limits(body_bytes=options["max_body"], rows=options["max_images"], pixels=options["max_pixels"])
+    cores = os.cpu_count() or 1
+    return ServerSettings(
+        engine=EngineSettings(
+            engine=engine,
+            devices=options["devices"],
+            runtime=RuntimeOptions(threads=options["threads"]),
+            max_batch=options["max_batch"],
+            max_delay_s=options["max_delay_ms"] / 1000,
+            resident_tasks=options["resident_tasks"],
+            host_bytes=options["host_memory"],
+            watch=(Path(watch),) if watch else (),
+        ),
+        service=ServiceSettings(
+            limits=limits,
+            max_queue=options["max_queue"],
+            timeout_s=options["timeout"],
+            decode_workers=options["decode_workers"] or cores,
+            watch_interval_s=None if watch is None else options["watch_seconds"],
+        ),
+        transport=TransportSettings(
+            limits=limits,
+            guard=Guard(tokens("token_file"), tokens("control_token_file"), options["allow_control"]),
+            tls=None
+            if options["tls_certificate"] is None
+            else Tls(options["tls_certificate"], options["tls_key"], options["tls_client_ca"]),
+        ),
+        host=options["host"],
+        http_port=options["http_port"],
+        grpc_port=None if options["no_grpc"] else options["grpc_port"],
+        drain_s=options["drain_seconds"],
+    )

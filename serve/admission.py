@@ -1,0 +1,76 @@
+"""Who may come in: a bounded number of images inside the server, and room for every task among them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from prompttune.serve.protocol.types import UnavailableError
+from prompttune.serve.traffic import Traffic
+
+_SHORTEST_RETRY_S = 0.1
+
+
+class Admission:
+    """Counts the rows inside.
+
+    Args:
+        most: rows inside at most, waiting or running.
+        traffic: how fast rows are answered, which tells when to come again.
+    """
+
+    def __init__(self, most: int, traffic: Traffic) -> None:
+        self.most = most
+        self._traffic = traffic
+        self._inside: Counter[str] = Counter()
+        self._closed = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def rows(self) -> int:
+        """Rows inside."""
+        return self._inside.total()
+
+    @contextlib.contextmanager
+    def inside(self, tasks: Sequence[str]) -> Iterator[None]:
+        """One row for each of ``tasks`` is inside until the block ends.
+
+        Raises:
+            UnavailableError: there is no room, or the server is leaving.
+        """
+        coming = Counter(tasks)
+        self._check(coming)
+        self._inside += coming
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._inside -= coming  # drops the tasks that have no row left
+            if not self._inside:
+                self._idle.set()
+
+    def _check(self, coming: Counter[str]) -> None:
+        if self._closed:
+            raise UnavailableError("the server is shutting down: ask another one")
+        after = self.rows + coming.total()
+        retry_after_s = max(_SHORTEST_RETRY_S, self.rows / max(self._traffic.rows_per_s(), 1.0))
+        if after > self.most:
+            raise UnavailableError(f"the queue is full ({self.rows} of {self.most} images): try again", retry_after_s)
+        # One task alone may fill a queue that is otherwise empty up to its half: the others find room.
+        crowded = [task for task in coming if self._inside[task] + coming[task] > self.most // 2]
+        if self._inside and crowded:
+            raise UnavailableError(f"the task {crowded[0]!r} fills its share of the queue: try again", retry_after_s)
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        self._closed = True
+
+    async def empty(self, seconds: float) -> bool:
+        """Wait until nothing is inside, ``seconds`` at most; whether it is so."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        return self._idle.is_set()

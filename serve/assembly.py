@@ -1,0 +1,89 @@
+"""From an engine folder to a service: workers, lanes, catalogue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from prompttune.errors import EngineError, UsageError
+from prompttune.export.folder import EngineFolder
+from prompttune.export.runtimes import RuntimeOptions
+from prompttune.serve.catalogue import Catalogue
+from prompttune.serve.lane import Lane
+from prompttune.serve.limits import MEBI
+from prompttune.serve.metrics import Metrics
+from prompttune.serve.service import Service, ServiceSettings
+from prompttune.serve.traffic import Traffic
+from prompttune.serve.workers import WorkerSettings, open_worker
+
+_ROW_FOR_NONE = {"rank": 1, "classes": 1}
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Which engine is served, where, and how much memory its tasks may take."""
+
+    engine: Path
+    devices: Sequence[str] = ("cpu",)
+    """One worker for each."""
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+    """Its device is overridden by each of ``devices``."""
+    max_batch: int = 16
+    max_delay_s: float = 0.0
+    resident_tasks: int = 64
+    """Rows of each device."""
+    host_bytes: int = 1024 * MEBI
+    """Memory of each worker for states that hold no row."""
+    watch: Sequence[Path] = ()
+    """Further folders of tasks."""
+    in_process: bool = False
+    """Run the engines in this process, where a fault of one is a fault of all; for a process that is supervised."""
+
+    def __post_init__(self) -> None:
+        if not self.devices or len(set(self.devices)) != len(self.devices):
+            raise UsageError("name each device once, and one at least")
+        for device in self.devices:
+            _ = RuntimeOptions(device).cuda_index  # refuses what is no device
+        if self.max_batch < 1 or self.resident_tasks < 1:
+            raise UsageError("the largest batch and the number of resident tasks must be at least 1")
+        if self.max_delay_s < 0 or self.host_bytes < 0:
+            raise UsageError("delay and host memory cannot be negative")
+
+
+def make_service(engine: EngineSettings, settings: ServiceSettings | None = None) -> Service:
+    """A service over an engine folder, to be started. Call it within a running event loop.
+
+    Raises:
+        EngineError: the folder is no engine, damaged, or of fixed rows that are more than the largest batch.
+    """
+    folder = EngineFolder(engine.engine)
+    manifest = folder.manifest
+    catalogue = Catalogue(folder, engine.watch)
+    scan = catalogue.scan()
+    capacity = None if manifest.baked is not None else engine.resident_tasks
+    if manifest.baked is not None and engine.watch:
+        raise EngineError(f"the tasks of {engine.engine} are baked into its model: it cannot take others from a folder")
+    axes = catalogue.axes(scan.records) or _ROW_FOR_NONE
+    traffic = Traffic()
+    lanes: list[Lane] = []
+    metrics = Metrics(lanes)
+
+    def count(rows: int, seconds: float) -> None:
+        traffic.batch(rows)
+        metrics.batch_rows.observe(rows)
+        metrics.batch_seconds.observe(seconds)
+
+    for device in engine.devices:
+        worker = WorkerSettings(
+            engine=engine.engine,
+            runtime=replace(engine.runtime, device=device),
+            rows=engine.resident_tasks,
+            axes=axes,
+            max_batch=engine.max_batch,
+            host_bytes=engine.host_bytes,
+        )
+        lanes.append(
+            Lane(worker, lambda one: open_worker(one, not engine.in_process), capacity, engine.max_delay_s, count)
+        )
+    return Service(folder, catalogue, lanes, metrics, traffic, settings or ServiceSettings())

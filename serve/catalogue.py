@@ -1,0 +1,119 @@
+"""Where tasks lie on disk: the engine's own folder and those that are watched, read without their states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prompttune.errors import EngineError, PrompttuneError
+from prompttune.export.folder import (
+    STATE_FILE,
+    TASK_RECORD,
+    TASKS,
+    EngineFolder,
+    TaskRecord,
+    check_task_name,
+    read_record,
+)
+from prompttune.export.layout import bind_axes, largest_axes
+from prompttune.serve.protocol.types import MIXED
+
+_Stamp = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What was found at one look."""
+
+    records: Mapping[str, TaskRecord]
+    problems: Mapping[str, str] = field(default_factory=dict)
+    """Task → why its folder cannot be used, in one line."""
+
+
+class Catalogue:
+    """The tasks of an engine on disk. Its methods block and may be called from one thread at a time.
+
+    Args:
+        engine: the engine folder, whose own tasks count.
+        folders: further folders of task folders; a task there hides one of the same name in those before.
+
+    Raises:
+        EngineError: a folder is missing.
+    """
+
+    def __init__(self, engine: EngineFolder, folders: Sequence[Path] = ()) -> None:
+        missing = [folder for folder in folders if not folder.is_dir()]
+        if missing:
+            raise EngineError(f"there is no folder {missing[0]} to watch for tasks")
+        self._layout = engine.manifest.layout
+        self._baked = engine.manifest.baked
+        self._folders = [engine.path / TASKS, *folders] if self._baked is None else [engine.path / TASKS]
+        self._read: dict[Path, tuple[_Stamp, TaskRecord | str]] = {}
+
+    def scan(self) -> Scan:
+        """Look at every task; one whose files are as they were is not read again."""
+        found = {folder.name: folder for parent in self._folders for folder in _task_folders(parent)}
+        if self._baked is not None:
+            found = {name: folder for name, folder in found.items() if name in self._baked}
+        self._read = {folder: seen for folder, seen in self._read.items() if folder in set(found.values())}
+        outcomes = {name: self._look(found[name]) for name in sorted(found)}
+        return Scan(
+            {name: one for name, one in outcomes.items() if isinstance(one, TaskRecord)},
+            {name: one for name, one in outcomes.items() if isinstance(one, str)},
+        )
+
+    def find(self, name: str) -> TaskRecord | None:
+        """Read one task anew; None if there is no such folder.
+
+        Raises:
+            EngineError: it is damaged or does not fit the engine.
+        """
+        names = {folder.name: folder for parent in self._folders for folder in _task_folders(parent)}
+        return self._checked(names[name]) if name in names else None
+
+    def axes(self, records: Mapping[str, TaskRecord]) -> dict[str, int]:
+        """Sizes of the layout's named axes that hold all of ``records``."""
+        return largest_axes(bind_axes(self._layout, record.shapes, name) for name, record in records.items())
+
+    def _look(self, folder: Path) -> TaskRecord | str:
+        stamp = _stamp(folder)
+        seen = self._read.get(folder)
+        if seen is not None and seen[0] == stamp:
+            return seen[1]
+        try:
+            outcome: TaskRecord | str = self._checked(folder)
+        except PrompttuneError as problem:
+            outcome = str(problem)
+        self._read[folder] = (stamp, outcome)
+        return outcome
+
+    def _checked(self, folder: Path) -> TaskRecord:
+        if folder.name == MIXED:
+            raise EngineError(
+                f"a task cannot be served as {MIXED!r}, the model that takes a task for each row: rename {folder}"
+            )
+        check_task_name(folder.name)
+        record = read_record(folder)
+        bind_axes(self._layout, record.shapes, f"task {folder.name!r}")
+        return record
+
+
+def _task_folders(parent: Path) -> list[Path]:
+    """Folders that hold a task or are about to; hidden ones are somebody's temporary ones."""
+    if not parent.is_dir():
+        return []
+    return [one for one in parent.iterdir() if not one.name.startswith(".") and one.is_dir()]
+
+
+def _stamp(folder: Path) -> _Stamp:
+    """Changes when a file of the task does, also where a bucket's mount keeps no inodes."""
+    found = []
+    for name in (TASK_RECORD, STATE_FILE):
+        try:
+            status = (folder / name).stat()
+        except OSError:
+            found.append((0, 0, 0))
+        else:
+            found.append((status.st_mtime_ns, status.st_size, status.st_ino))
+    return tuple(found)

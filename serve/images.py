@@ -1,0 +1,116 @@
+"""Images of requests: decoded and brought to an engine's size in threads, by the transform that evaluation uses."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import torch
+from PIL import Image
+
+from prompttune.export.runtimes import Array
+from prompttune.images import TooManyPixelsError, read_image
+from prompttune.preprocess import Preprocess
+from prompttune.serve.limits import Limits
+from prompttune.serve.protocol.types import BadRequestError, TooLargeError
+from prompttune.serve.tensors import Payload
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+"""Pillow's names of what is decoded: each further decoder is one more that strangers can reach."""
+
+TRANSFORMS = 64
+"""Different transforms that are kept; a server rarely sees more than a few."""
+
+
+class Decoder:
+    """A pool of threads that turn what a request sends into what an engine reads.
+
+    The warnings that Pillow gives about damaged or large files are switched off for the process: what a stranger
+    sends says nothing about the server, and would fill its log.
+
+    Args:
+        workers: threads, each of which holds one decoded image at a time.
+        limits: of these, ``pixels`` counts for an image and for what it becomes while it is resized.
+    """
+
+    def __init__(self, workers: int, limits: Limits) -> None:
+        self._limits = limits
+        self._transform = lru_cache(TRANSFORMS)(Preprocess.transform)
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        self._pool = _single_threaded_pool(workers)
+
+    async def prepare(self, preprocess: Preprocess, payload: Payload) -> Array:
+        """Decode and transform one image. A caller that is cancelled takes its image out of the queue.
+
+        Args:
+            preprocess: the evaluation transform of the row's task.
+            payload: the image; a normalised one is returned as it is.
+
+        Returns:
+            Normalised float32 [3, S, S].
+
+        Raises:
+            TooLargeError: more pixels than allowed, or sides that resizing would turn into that.
+            BadRequestError: not an image that can be read.
+        """
+        if payload.normalised:
+            return payload.data  # type: ignore[return-value]
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._prepare, preprocess, payload)
+
+    def close(self) -> None:
+        """Drop what waits and end the threads once their images are done."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _prepare(self, preprocess: Preprocess, payload: Payload) -> Array:
+        row, data = payload.row, payload.data
+        try:
+            if isinstance(data, bytes):
+                image = read_image(io.BytesIO(data), formats=FORMATS, max_pixels=self._limits.pixels)
+            else:
+                image = Image.fromarray(data)
+            self._check_sides(preprocess, image)
+            prepared: Array = self._transform(preprocess)(image).numpy()
+        except TooManyPixelsError as problem:
+            raise TooLargeError(f"image of row {row}: {problem}") from None
+        except OSError as problem:
+            raise BadRequestError(f"image of row {row} cannot be read: {problem}") from None
+        except ValueError as problem:  # sides that round to nothing when the longer one is made to fit
+            raise BadRequestError(f"image of row {row} cannot be resized: {problem}") from None
+        return prepared
+
+    def _check_sides(self, preprocess: Preprocess, image: Image.Image) -> None:
+        """A transform that fits the short side makes a strip of a few kilobytes into one of gigabytes."""
+        short, long = sorted(image.size)
+        side = preprocess.image_size / preprocess.crop_pct
+        if side * side * long > self._limits.pixels * short:
+            raise TooManyPixelsError(
+                f"its sides of {image.width} x {image.height} pixels differ too much; resized it could have more than "
+                f"{self._limits.pixels} pixels"
+            )
+
+
+def _single_threaded_pool(workers: int) -> ThreadPoolExecutor:
+    """Threads in which torch's operators use no further threads: one image each keeps the cores busy.
+
+    The number is a thread's own, but setting it also sets what later threads of the process start with. So all threads
+    are started here, and what the process had is put back.
+    """
+    threads = torch.get_num_threads()
+    started = threading.Barrier(workers + 1)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode", initializer=_hold_to_one_thread)
+    waiting: list[Any] = [pool.submit(started.wait) for _ in range(workers)]
+    started.wait()
+    for one in waiting:
+        one.result()
+    torch.set_num_threads(threads)
+    return pool
+
+
+def _hold_to_one_thread() -> None:
+    torch.get_num_threads()  # a thread that never asked would forget the number at its first operator
+    torch.set_num_threads(1)

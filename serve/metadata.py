@@ -1,0 +1,56 @@
+"""What the protocol tells of a task: its tensors, its labels, how an image becomes its input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from prompttune.export.folder import Manifest, TaskRecord
+from prompttune.serve.protocol.types import MIXED, ModelMetadata, TensorMetadata
+
+PLATFORM = "prompttune"
+
+
+def task_metadata(manifest: Manifest, record: TaskRecord, max_rows: int) -> ModelMetadata:
+    """Of one task; ``max_rows`` is the largest number of images of a request."""
+    return ModelMetadata(
+        record.name,
+        [record.version],
+        PLATFORM,
+        [_image(manifest)],
+        _outputs(len(record.labels)),
+        record.labels,
+        max_rows,
+        {**_parameters(manifest), "preprocess": json.dumps(record.preprocess.to_dict())},
+    )
+
+
+def mixed_metadata(manifest: Manifest, max_rows: int) -> ModelMetadata:
+    """Of the model that takes a task for each row."""
+    inputs = [_image(manifest), TensorMetadata("task", "BYTES", (-1,))]
+    return ModelMetadata(MIXED, [], PLATFORM, inputs, _outputs(-1), [], max_rows, _parameters(manifest))
+
+
+def _image(manifest: Manifest) -> TensorMetadata:
+    size = manifest.image_size
+    return TensorMetadata("image", "FP32", (-1, 3, size, size))
+
+
+def _outputs(classes: int) -> Sequence[TensorMetadata]:
+    return (
+        TensorMetadata("logits", "FP32", (-1, classes)),
+        TensorMetadata("probabilities", "FP32", (-1, classes)),
+        TensorMetadata("label", "BYTES", (-1, -1)),
+        TensorMetadata("score", "FP32", (-1, -1)),
+        TensorMetadata("task", "BYTES", (-1,)),
+        TensorMetadata("task_version", "BYTES", (-1,)),
+    )
+
+
+def _parameters(manifest: Manifest) -> dict[str, str]:
+    return {
+        "image.UINT8": "[N, H, W, 3]: RGB of any size, resized as the task asks for",
+        "image.BYTES": "[N]: JPEG, PNG or WebP files; base64 in JSON",
+        "method": str(manifest.method["name"]),
+        "backbone": str(manifest.backbone["name"]),
+    }

@@ -1,0 +1,113 @@
+"""What the server knows of each task: its record, whether it answers, and what it has done so far."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from prompttune.export.folder import TaskRecord
+from prompttune.serve.batcher import Outcome
+from prompttune.serve.protocol.types import Duration, IndexEntry, ModelStatistics, NotFoundError
+from prompttune.serve.traffic import LATENCIES_KEPT, percentiles_ms
+from prompttune.serve.workers import Key
+
+READY, LOADING, UNAVAILABLE = "READY", "LOADING", "UNAVAILABLE"
+LABELS_SHOWN = 20
+
+
+@dataclass(eq=False)
+class Model:
+    """A task that is served, or could be."""
+
+    name: str
+    record: TaskRecord | None = None
+    """The version that answers; None while there is none."""
+    state: str = UNAVAILABLE
+    reason: str = ""
+    unloaded: bool = False
+    """Taken out on request: it stays out until it is loaded on request."""
+    refused: str = ""
+    """The version on disk that could not be brought in, so that it is not tried again and again."""
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    statistics: ModelStatistics = field(init=False)
+    latencies: deque[float] = field(default_factory=lambda: deque(maxlen=LATENCIES_KEPT))
+    """Seconds of the last requests."""
+
+    def __post_init__(self) -> None:
+        self.statistics = ModelStatistics(self.name, "")
+
+    @property
+    def version(self) -> str:
+        """Of the record, empty without one."""
+        return self.record.version if self.record else ""
+
+    @property
+    def key(self) -> Key | None:
+        """What a worker calls the version that answers."""
+        return Key(self.name, self.record.version) if self.record else None
+
+    def current(self, version: str = "") -> TaskRecord:
+        """The record that answers.
+
+        Raises:
+            NotFoundError: none does, or ``version`` names another one.
+        """
+        if self.state != READY or self.record is None:
+            raise NotFoundError(f"the task {self.name!r} is not available: {self.reason or self.state.lower()}")
+        if version and version != self.record.version:
+            raise NotFoundError(f"the task {self.name!r} has the version {self.record.version}, not {version!r}")
+        return self.record
+
+    def replace(self, record: TaskRecord) -> Key | None:
+        """Answer with ``record`` from now on; the key of the version before, if that is another one."""
+        old = self.key
+        self.record, self.state, self.reason, self.unloaded, self.refused = record, READY, "", False, ""
+        self.statistics.version = record.version
+        return old if old != self.key else None
+
+    def retire(self, reason: str) -> Key | None:
+        """Answer no more; the key of the version before."""
+        old = self.key
+        self.record, self.state, self.reason = None, UNAVAILABLE, reason
+        return old
+
+    def entry(self) -> IndexEntry:
+        """The line of the repository index."""
+        return IndexEntry(self.name, self.version, self.state, self.reason)
+
+    def count(self, outcome: Outcome, rows: int) -> None:
+        """An answer of ``rows`` rows, without what its whole request counts."""
+        statistics = self.statistics
+        statistics.last_inference_ms = int(time.time() * 1000)
+        statistics.inference_count += rows
+        statistics.execution_count += len(outcome.batches)
+        statistics.queue.add(outcome.queue_s)
+        statistics.compute_infer.add(outcome.infer_s)
+        for size, seconds in outcome.batches:
+            statistics.batches.setdefault(size, Duration()).add(seconds)
+
+    def count_request(self, seconds: float, failed: bool) -> None:
+        """A request has ended."""
+        (self.statistics.fail if failed else self.statistics.success).add(seconds)
+        self.latencies.append(seconds)
+
+    def status(self, resident: bool) -> dict[str, Any]:
+        """What the page shows."""
+        statistics = self.statistics
+        labels = self.record.labels if self.record else ()
+        return {
+            "name": self.name,
+            "version": self.version,
+            "state": self.state,
+            "reason": self.reason,
+            "resident": resident,
+            "labels": list(labels[:LABELS_SHOWN]),
+            "num_classes": len(labels),
+            "requests": statistics.success.count + statistics.fail.count,
+            "errors": statistics.fail.count,
+            **percentiles_ms(list(self.latencies)),
+            "last_used": statistics.last_inference_ms / 1000 or None,
+        }

@@ -1,0 +1,140 @@
+"""From logits to the tensors of an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prompttune.export.runtimes import Array
+from prompttune.serve.protocol.types import OutputTensor, RequestedOutput, bytes_array
+
+PADDING = float(np.finfo(np.float32).min)
+"""Logits past a row's own classes: JSON has no word for -inf."""
+
+
+class Record(Protocol):
+    """What an answer needs to know of a row's task."""
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """Class names, in the order of the logits."""
+
+    @property
+    def version(self) -> str:
+        """The task's version that answered."""
+
+
+class Answers:
+    """The answers of some rows; each output is worked out only if it is asked for.
+
+    Args:
+        logits: for each row float32 [C], C the task's own classes.
+        tasks: for each row the name of its task.
+        records: for each row its task.
+        top_k: how many of the best classes ``label`` and ``score`` tell at most.
+    """
+
+    def __init__(self, logits: Sequence[Array], tasks: Sequence[str], records: Sequence[Record], top_k: int) -> None:
+        self._rows = logits
+        self._tasks = tasks
+        self._records = records
+        self._top_k = top_k
+        self._counts = [len(row) for row in logits]
+
+    @property
+    def finite(self) -> Sequence[bool]:
+        """For each row whether its logits are."""
+        return [bool(np.isfinite(row).all()) for row in self._rows]
+
+    @cached_property
+    def logits(self) -> Array:
+        """float32 [N, C], C the largest class count of the rows."""
+        return self._padded(self._rows, PADDING)
+
+    @cached_property
+    def probabilities(self) -> Array:
+        """float32 [N, C], each row among its own classes."""
+        return self._padded(self._exact, 0.0)
+
+    @cached_property
+    def _exact(self) -> Sequence[NDArray[np.float64]]:
+        """Probabilities of each row, as :meth:`prompttune.serve.engine.Engine.predict` reckons them."""
+        exact: list[Any] = [None] * len(self._rows)
+        for count in set(self._counts):
+            places = [place for place, own in enumerate(self._counts) if own == count]
+            same = np.stack([self._rows[place] for place in places]).astype(np.float64)
+            for place, row in zip(places, torch.from_numpy(same).softmax(dim=1).numpy(), strict=True):
+                exact[place] = row
+        return exact
+
+    def _padded(self, rows: Sequence[NDArray[Any]], padding: float) -> Array:
+        filled = np.full((len(rows), max(self._counts)), padding, dtype=np.float32)
+        for target, row in zip(filled, rows, strict=True):
+            target[: len(row)] = row
+        return filled
+
+    def best(self, count: int) -> NDArray[np.int64]:
+        """Indices [N, K] of the likeliest classes, best first, K at most ``count`` and the smallest class count."""
+        count = min(count, *self._counts)
+        return np.stack([torch.from_numpy(row).topk(count).indices.numpy() for row in self._exact])
+
+    @cached_property
+    def _top(self) -> NDArray[np.int64]:
+        return self.best(self._top_k)
+
+    @property
+    def label(self) -> NDArray[np.object_]:
+        """Names of the likeliest classes, BYTES [N, K]."""
+        pairs = zip(self._records, self._top, strict=True)
+        return bytes_array([record.labels[index] for record, row in pairs for index in row], self._top.shape)
+
+    @property
+    def score(self) -> Array:
+        """Their probabilities, float32 [N, K]."""
+        return np.take_along_axis(self.probabilities, self._top, axis=1)
+
+    @property
+    def task(self) -> NDArray[np.object_]:
+        """Name of each row's task, BYTES [N]."""
+        return bytes_array(self._tasks)
+
+    @property
+    def task_version(self) -> NDArray[np.object_]:
+        """Version that answered each row, BYTES [N]."""
+        return bytes_array([record.version for record in self._records])
+
+    def classification(self, values: Array, count: int) -> NDArray[np.object_]:
+        """``score:index:label`` of the likeliest classes, BYTES [N, K]; ``values`` [N, C] are the scores."""
+        best = self.best(count)
+        texts = [
+            f"{value[index]:f}:{index}:{record.labels[index]}"
+            for record, value, row in zip(self._records, values, best, strict=True)
+            for index in row
+        ]
+        return bytes_array(texts, best.shape)
+
+    def tensor(self, output: RequestedOutput) -> OutputTensor:
+        """One output."""
+        datatype, read = OUTPUTS[output.name]
+        if output.classification:
+            return OutputTensor(output.name, "BYTES", self.classification(read(self), output.classification))
+        return OutputTensor(output.name, datatype, read(self))
+
+
+RANKED = ("logits", "probabilities")
+"""Outputs that Triton's classification extension goes with."""
+
+OUTPUTS: Mapping[str, tuple[str, Callable[[Answers], Any]]] = {
+    "logits": ("FP32", lambda answers: answers.logits),
+    "probabilities": ("FP32", lambda answers: answers.probabilities),
+    "label": ("BYTES", lambda answers: answers.label),
+    "score": ("FP32", lambda answers: answers.score),
+    "task": ("BYTES", lambda answers: answers.task),
+    "task_version": ("BYTES", lambda answers: answers.task_version),
+}
+"""Every output → its datatype and its values, in the order in which a request that names none gets them."""

@@ -1,0 +1,302 @@
+"""Requests and answers over HTTP: the protocol's JSON, with tensors inside it or as raw bytes behind it.
+
+The binary tensor extension: ``Inference-Header-Content-Length`` says where the JSON ends, each ``binary_data_size``
+how many of the bytes behind it are a tensor's.
+https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from prompttune.serve.limits import Limits
+from prompttune.serve.protocol import elements
+from prompttune.serve.protocol.elements import BYTES, shown
+from prompttune.serve.protocol.types import (
+    BadRequestError,
+    InferRequest,
+    InferResponse,
+    InputTensor,
+    OutputTensor,
+    Parameters,
+    RequestedOutput,
+    UnsupportedError,
+    bytes_array,
+)
+
+HARMLESS = frozenset({"unload_dependents"})
+"""Parameters of load and unload that clients always send; a task has no dependents."""
+BINARY_SIZE, BINARY_DATA, BINARY_OUTPUT = "binary_data_size", "binary_data", "binary_data_output"
+
+
+class Target(NamedTuple):
+    """What a request says outside its body."""
+
+    model: str
+    version: str = ""
+    request_id: str = ""
+    """Taken where the body names none."""
+
+
+@dataclass(frozen=True)
+class OutputForm:
+    """Which outputs are answered as raw bytes."""
+
+    default: bool = False
+    named: Mapping[str, bool] = field(default_factory=dict)
+
+    def binary(self, name: str) -> bool:
+        """Whether the output is."""
+        return self.named.get(name, self.default)
+
+
+class Encoded(NamedTuple):
+    """An answer's body."""
+
+    body: bytes
+    header_length: int | None
+    """Bytes of JSON where raw tensors follow, None where all is JSON."""
+
+
+class _RawBytes:
+    """The bytes behind the JSON, taken tensor by tensor."""
+
+    def __init__(self, raw: memoryview) -> None:
+        self._raw = raw
+        self._taken = 0
+
+    def take(self, name: str, size: object) -> memoryview:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            raise BadRequestError(
+                f"input {shown(name)} has the {BINARY_SIZE} {shown(size)}: it must be a size in bytes"
+            )
+        if size > len(self._raw) - self._taken:
+            raise BadRequestError(
+                f"input {shown(name)} has a {BINARY_SIZE} of {size}, {len(self._raw) - self._taken} bytes are left"
+            )
+        self._taken += size
+        return self._raw[self._taken - size : self._taken]
+
+    def check_empty(self) -> None:
+        if self._taken != len(self._raw):
+            raise BadRequestError(f"{len(self._raw) - self._taken} bytes behind the JSON belong to no input")
+
+
+def header_length(value: str | None, size: int) -> int | None:
+    """``Inference-Header-Content-Length`` as a number, None without one; it cannot exceed the body's ``size``."""
+    if value is None:
+        return None
+    if not (value.isascii() and value.isdecimal() and len(value) < 20) or int(value) > size:
+        raise BadRequestError(
+            f"Inference-Header-Content-Length is {shown(value)}: it must be the JSON's size, at most {size} bytes here"
+        )
+    return int(value)
+
+
+def parse_object(body: bytes | bytearray | memoryview) -> dict[str, Any]:
+    """A JSON object; :class:`BadRequestError` for anything else."""
+    try:
+        found = orjson.loads(body)
+    except orjson.JSONDecodeError as problem:
+        raise BadRequestError(f"the request is not valid JSON: {problem}") from None
+    if not isinstance(found, dict):
+        raise BadRequestError("the request must be a JSON object")
+    return found
+
+
+def decode_request(
+    body: bytes | bytearray, json_bytes: int | None, target: Target, limits: Limits
+) -> tuple[InferRequest, OutputForm]:
+    """A request from its body, of which the first ``json_bytes`` are JSON (None for all of it).
+
+    Binary tensors are views of ``body``.
+
+    Raises:
+        BadRequestError: it is malformed.
+        TooLargeError: a tensor would be larger than a request may be.
+        UnsupportedError: it asks for shared memory.
+    """
+    whole = memoryview(body)
+    raw = _RawBytes(whole[json_bytes:] if json_bytes is not None else whole[:0])
+    message = parse_object(whole[:json_bytes])
+    parameters = _parameters(message, "the request")
+    inputs = [_input(one, raw, limits) for one in _records(message, "inputs")]
+    raw.check_empty()
+    if not inputs:
+        raise BadRequestError("the request has no inputs")
+    refuse_duplicates("input", [one.name for one in inputs])
+    outputs = [_output(one) for one in _records(message, "outputs")]
+    refuse_duplicates("output", [one.name for one, _ in outputs])
+    form = OutputForm(
+        _flag(parameters.pop(BINARY_OUTPUT, False), BINARY_OUTPUT),
+        {one.name: binary for one, binary in outputs if binary is not None},
+    )
+    request = InferRequest(
+        model=target.model,
+        version=target.version,
+        id=check_id(message.get("id"), limits) or target.request_id,
+        inputs=inputs,
+        outputs=[one for one, _ in outputs],
+        parameters=parameters,
+    )
+    return request, form
+
+
+def refuse_duplicates(what: str, names: list[str]) -> None:
+    """Raise :class:`BadRequestError` if a name is given twice."""
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadRequestError(f"the {what} {shown(twice)} is given twice")
+
+
+def check_id(value: object, limits: Limits) -> str:
+    """A request's id, empty for none."""
+    if value is None:
+        return ""
+    if not isinstance(value, str) or len(value) > limits.id_length:
+        raise BadRequestError(f"the request's id must be a string of at most {limits.id_length} characters")
+    return value
+
+
+def _records(message: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    found = message.get(key)
+    if found is None:
+        return []
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise BadRequestError(f"{key!r} must be a list of objects")
+    return found
+
+
+def _name(record: dict[str, Any], what: str) -> str:
+    name = record.get("name")
+    if not isinstance(name, str) or not name:
+        raise BadRequestError(f"an {what} has no name: give it the string 'name'")
+    return name
+
+
+def _parameters(record: dict[str, Any], where: str) -> dict[str, bool | int | float | str]:
+    found = record.get("parameters")
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise BadRequestError(f"the parameters of {where} must be an object")
+    for key, value in found.items():
+        if not isinstance(value, bool | int | float | str):
+            raise BadRequestError(f"the parameter {shown(key)} of {where} must be a boolean, a number or a string")
+    refuse_shared_memory(found, where)
+    return dict(found)
+
+
+def refuse_shared_memory(parameters: Parameters, where: str) -> None:
+    """Raise :class:`UnsupportedError` if the parameters of a tensor point into shared memory."""
+    if any(key.startswith("shared_memory") for key in parameters):
+        raise UnsupportedError(f"{where} points into shared memory, which the server does not take: send the bytes")
+
+
+def _flag(value: object, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise BadRequestError(f"the parameter {name!r} must be true or false, it is {shown(value)}")
+    return value
+
+
+def _input(record: dict[str, Any], raw: _RawBytes, limits: Limits) -> InputTensor:
+    name = _name(record, "input")
+    dtype = elements.numpy_type(name, record.get("datatype"))
+    datatype = str(record["datatype"])
+    shape = record.get("shape")
+    if not isinstance(shape, list):
+        raise BadRequestError(f"input {shown(name)} has no shape: give it a list of integers")
+    dims = elements.check_shape(name, shape, dtype, limits)
+    parameters = _parameters(record, f"input {shown(name)}")
+    if BINARY_SIZE in parameters:
+        if "data" in record:
+            raise BadRequestError(f"input {shown(name)} has both data and a {BINARY_SIZE}: send one of them")
+        return InputTensor(
+            name, datatype, elements.from_raw(name, dtype, dims, raw.take(name, parameters[BINARY_SIZE]))
+        )
+    values = record.get("data")
+    if not isinstance(values, list):
+        raise BadRequestError(f"input {shown(name)} has no data: give it a list, or raw bytes with a {BINARY_SIZE}")
+    flat = elements.flatten(name, values, dims)
+    if datatype == BYTES:
+        return _strings(name, flat, dims)
+    return InputTensor(name, datatype, elements.numbers(name, datatype, dtype, flat).reshape(dims))
+
+
+def _strings(name: str, flat: list[Any], dims: tuple[int, ...]) -> InputTensor:
+    """Text, or objects ``{"b64": …}`` that say that the text stands for raw bytes."""
+    if all(isinstance(one, str) for one in flat):
+        return InputTensor(name, BYTES, bytes_array(flat, dims), text=True)
+    if not all(isinstance(one, dict) and isinstance(one.get("b64"), str) for one in flat):
+        raise BadRequestError(f"input {shown(name)} must hold strings alone, or objects with the string 'b64' alone")
+    try:
+        decoded = [base64.b64decode(one["b64"], validate=True) for one in flat]
+    except (binascii.Error, ValueError) as problem:
+        raise BadRequestError(f"input {shown(name)} holds 'b64' that is no base64: {problem}") from None
+    return InputTensor(name, BYTES, bytes_array(decoded, dims))
+
+
+def _output(record: dict[str, Any]) -> tuple[RequestedOutput, bool | None]:
+    """A requested output, and whether it is wanted as raw bytes (None where it does not say)."""
+    name = _name(record, "output")
+    parameters = _parameters(record, f"output {shown(name)}")
+    binary = _flag(parameters[BINARY_DATA], BINARY_DATA) if BINARY_DATA in parameters else None
+    return RequestedOutput(name, check_classification(name, parameters.get("classification", 0))), binary
+
+
+def check_classification(name: str, count: object) -> int:
+    """The classification extension's count, 0 for off."""
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < 2**31:
+        raise BadRequestError(f"output {shown(name)} has the classification {shown(count)}: it must be a count")
+    return count
+
+
+def encode_response(response: InferResponse, form: OutputForm) -> Encoded:
+    """An answer as JSON, its binary outputs behind it in the order in which it names them."""
+    raw: list[bytes] = []
+    outputs = []
+    for tensor in response.outputs:
+        values: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.data.shape)}
+        if form.binary(tensor.name):
+            raw.append(elements.to_raw(tensor))
+            values["parameters"] = {BINARY_SIZE: len(raw[-1])}
+        else:
+            values["data"] = _json_values(tensor)
+        outputs.append(values)
+    message: dict[str, Any] = {"model_name": response.model, "model_version": response.version}
+    if response.id:
+        message["id"] = response.id
+    if response.parameters:
+        message["parameters"] = dict(response.parameters)
+    message["outputs"] = outputs
+    header = orjson.dumps(message, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Encoded(b"".join([header, *raw]), len(header)) if raw else Encoded(header, None)
+
+
+def _json_values(tensor: OutputTensor) -> NDArray[Any] | list[str]:
+    """Row-major values that orjson can write."""
+    if tensor.datatype == BYTES:
+        return [value.decode() for value in tensor.data.ravel()]
+    data = tensor.data.astype(np.float32) if tensor.datatype == "BF16" else tensor.data
+    return np.ascontiguousarray(data.ravel())
+
+
+def refuse_overrides(names: Iterable[str]) -> None:
+    """Raise :class:`BadRequestError` if load or unload is told more than a name.
+
+    Triton would take a configuration and files from the client; here models come from the engine's folder alone.
+    """
+    unknown = sorted(set(names) - HARMLESS)
+    if unknown:
+        raise BadRequestError(
+            f"the parameter {shown(unknown[0])} is not taken: a model comes from the server's own folder, "
+            "with its own configuration"
+        )

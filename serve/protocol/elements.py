@@ -1,0 +1,141 @@
+"""Tensors as they travel: raw bytes, or lists of values, and the checks that both need."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor, triton_to_np_dtype
+
+from prompttune.serve.limits import Limits
+from prompttune.serve.protocol.types import BadRequestError, OutputTensor, TooLargeError, bytes_array
+
+BYTES = "BYTES"
+MAX_DIMENSIONS = 8
+_SHOWN = 60
+
+
+def shown(value: object) -> str:
+    """A value of a request for an error message, cut short."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def numpy_type(name: str, datatype: object) -> np.dtype[Any]:
+    """NumPy's type of a protocol datatype; :class:`BadRequestError` for an unknown one."""
+    found = triton_to_np_dtype(datatype)
+    if found is None:
+        raise BadRequestError(f"input {shown(name)} has the unknown datatype {shown(datatype)}")
+    dtype: np.dtype[Any] = np.dtype(found)
+    return dtype
+
+
+def check_shape(name: str, shape: Sequence[object], dtype: np.dtype[Any], limits: Limits) -> tuple[int, ...]:
+    """The shape as integers whose tensor a request may hold.
+
+    Raises:
+        BadRequestError: a dimension is no integer or negative, or there are too many.
+        TooLargeError: the tensor would be larger than a whole request may be.
+    """
+    where = f"input {shown(name)}"
+    if len(shape) > MAX_DIMENSIONS:
+        raise BadRequestError(f"{where} has {len(shape)} dimensions, at most {MAX_DIMENSIONS} are taken")
+    dims: list[int] = []
+    for size in shape:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            raise BadRequestError(f"{where} has the dimension {shown(size)}: it must be an integer of at least 0")
+        dims.append(size)
+    # An empty dimension must not hide a huge one, which NumPy cannot shape.
+    elements = math.prod(max(size, 1) for size in dims)
+    if dtype.hasobject and elements > limits.rows:
+        raise TooLargeError(f"{where} has {elements} elements, at most {limits.rows} strings are taken")
+    if elements * dtype.itemsize > limits.body_bytes:
+        raise TooLargeError(f"{where} would hold {elements * dtype.itemsize} bytes, over {limits.body_bytes}")
+    return tuple(dims)
+
+
+def from_raw(name: str, dtype: np.dtype[Any], shape: tuple[int, ...], raw: bytes | memoryview) -> NDArray[Any]:
+    """A tensor from its little-endian bytes: a view of ``raw``, but copies for strings.
+
+    Raises:
+        BadRequestError: the size does not fit the shape, or strings run past the end.
+    """
+    where = f"input {shown(name)}"
+    elements = math.prod(shape)
+    if dtype.hasobject:
+        return _strings_from_raw(where, shape, raw)
+    if len(raw) != elements * dtype.itemsize:
+        raise BadRequestError(
+            f"{where} has {len(raw)} bytes, its shape {list(shape)} needs {elements * dtype.itemsize}"
+        )
+    return np.frombuffer(raw, dtype=dtype).reshape(shape)
+
+
+def _strings_from_raw(where: str, shape: tuple[int, ...], raw: bytes | memoryview) -> NDArray[Any]:
+    try:
+        found = deserialize_bytes_tensor(raw)
+    except struct.error:
+        raise BadRequestError(f"{where} is cut off: a string's length runs past the end of its bytes") from None
+    if len(found) != math.prod(shape):
+        raise BadRequestError(f"{where} holds {len(found)} strings, its shape {list(shape)} needs {math.prod(shape)}")
+    return bytes_array(found, shape)
+
+
+def flatten(name: str, values: list[Any], shape: tuple[int, ...]) -> list[Any]:
+    """Values in row-major order from a flat list, or from one nested as the shape says.
+
+    Raises:
+        BadRequestError: it is nested in another way, or has another number of values.
+    """
+    where = f"input {shown(name)}"
+    nested: list[int] = []
+    flat = values
+    while flat and isinstance(flat[0], list):
+        lengths = {len(one) if isinstance(one, list) else -1 for one in flat}
+        if len(lengths) > 1 or len(nested) >= MAX_DIMENSIONS:
+            raise BadRequestError(f"{where} has uneven data: every list of one depth must be of one length")
+        nested.append(lengths.pop())
+        flat = list(chain.from_iterable(flat))
+    if nested and (len(values), *nested) != shape:
+        raise BadRequestError(f"{where} has data of shape {[len(values), *nested]}, it says {list(shape)}")
+    if len(flat) != math.prod(shape):
+        raise BadRequestError(f"{where} has {len(flat)} values, its shape {list(shape)} needs {math.prod(shape)}")
+    return flat
+
+
+def numbers(name: str, datatype: str, dtype: np.dtype[Any], flat: Sequence[Any]) -> NDArray[Any]:
+    """A flat tensor from Python numbers, each of which must be of the datatype.
+
+    Raises:
+        BadRequestError: a value is of another kind, or out of the datatype's range.
+    """
+    where = f"input {shown(name)}"
+    allowed = _PYTHON_TYPES.get(dtype.kind, _REAL)
+    for other in set(map(type, flat)) - allowed:
+        raise BadRequestError(f"{where} holds a {_JSON_NAMES.get(other, other.__name__)}, which is no {datatype}")
+    if dtype.kind in "iu" and flat:
+        range_ = np.iinfo(dtype)
+        if min(flat) < range_.min or max(flat) > range_.max:
+            raise BadRequestError(f"{where} holds a number outside {datatype}: {range_.min} to {range_.max}")
+    with np.errstate(over="ignore"):
+        array = np.array(flat, dtype=dtype)
+    if allowed is _REAL and not np.isfinite(array).all():
+        raise BadRequestError(f"{where} holds a number that {datatype} cannot hold, or that is not finite")
+    return array
+
+
+_REAL: set[type] = {int, float}
+_PYTHON_TYPES: dict[str, set[type]] = {"b": {bool}, "i": {int}, "u": {int}}
+_JSON_NAMES = {type(None): "null", dict: "JSON object", list: "list", str: "string", bool: "boolean"}
+
+
+def to_raw(tensor: OutputTensor) -> bytes:
+    """The bytes of an output; strings each behind their length."""
+    if tensor.datatype == BYTES:
+        return b"" if tensor.data.size == 0 else bytes(serialize_byte_tensor(tensor.data).item())
+    return tensor.data.tobytes()

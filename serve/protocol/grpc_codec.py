@@ -1,0 +1,159 @@
+"""gRPC's messages to and from those of the service; raw tensors are views of the message's bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from google.protobuf.json_format import ParseDict
+from tritonclient.grpc import service_pb2
+
+from prompttune.serve.limits import Limits
+from prompttune.serve.protocol import codec, elements
+from prompttune.serve.protocol.describe import LOG_SETTINGS, TRACE_SETTINGS
+from prompttune.serve.protocol.elements import BYTES, shown
+from prompttune.serve.protocol.types import (
+    BadRequestError,
+    InferRequest,
+    InferResponse,
+    InputTensor,
+    RequestedOutput,
+    bytes_array,
+)
+
+FINAL_RESPONSE, EMPTY_FINAL_RESPONSE = "triton_final_response", "triton_enable_empty_final_response"
+INLINE_BYTES, INLINE_VALUES = 2**20, 4096
+"""What is decoded on the event loop, in well under a millisecond; more goes to a thread."""
+_CONTENTS = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    BYTES: "bytes_contents",
+}
+"""Datatype → the field of typed contents; FP16 and BF16 have none."""
+
+
+def parse_values(values: dict[str, Any], message: Any) -> Any:
+    """``message`` filled from the JSON values of :mod:`prompttune.serve.protocol.describe`."""
+    return ParseDict(values, message)
+
+
+def is_small(message: Any) -> bool:
+    """Whether decoding the message is too little work for a thread."""
+    if message.raw_input_contents:
+        return all(math.prod(one.shape) <= INLINE_BYTES for one in message.inputs)
+    return all(math.prod(one.shape) <= INLINE_VALUES for one in message.inputs)
+
+
+def decode_request(message: Any, limits: Limits, timeout_s: float | None) -> InferRequest:
+    """A ``ModelInferRequest``.
+
+    Raises:
+        BadRequestError: it is malformed.
+        TooLargeError: a tensor would be larger than a request may be.
+        UnsupportedError: it asks for shared memory.
+    """
+    raw = message.raw_input_contents
+    if not message.inputs:
+        raise BadRequestError("the request has no inputs")
+    codec.refuse_duplicates("input", [one.name for one in message.inputs])
+    codec.refuse_duplicates("output", [one.name for one in message.outputs])
+    for one in message.inputs:
+        if not one.name:
+            raise BadRequestError("an input has no name")
+        codec.refuse_shared_memory(one.parameters, f"input {shown(one.name)}")
+    if raw and len(raw) != len(message.inputs):
+        raise BadRequestError(f"the request has {len(message.inputs)} inputs and {len(raw)} raw_input_contents")
+    parameters = decode_parameters(message.parameters)
+    parameters.pop(EMPTY_FINAL_RESPONSE, None)
+    return InferRequest(
+        model=message.model_name,
+        version=message.model_version,
+        id=codec.check_id(message.id, limits),
+        inputs=[_input(one, raw[i] if raw else None, limits) for i, one in enumerate(message.inputs)],
+        outputs=[_output(one) for one in message.outputs],
+        parameters=parameters,
+        timeout_s=timeout_s,
+    )
+
+
+def decode_parameters(parameters: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """Name → the value that is set; one with no value is refused."""
+    found: dict[str, bool | int | float | str] = {}
+    for name, parameter in parameters.items():
+        kind = parameter.WhichOneof("parameter_choice")
+        if kind is None:
+            raise BadRequestError(f"the parameter {shown(name)} has no value")
+        found[name] = getattr(parameter, kind)
+    return found
+
+
+def _input(message: Any, raw: bytes | None, limits: Limits) -> InputTensor:
+    name, datatype = message.name, message.datatype
+    dtype = elements.numpy_type(name, datatype)
+    dims = elements.check_shape(name, message.shape, dtype, limits)
+    typed = message.contents.ListFields()
+    if raw is not None:
+        if typed:
+            raise BadRequestError(f"input {shown(name)} has contents beside raw_input_contents: send one of them")
+        return InputTensor(name, datatype, elements.from_raw(name, dtype, dims, raw))
+    expected = _CONTENTS.get(datatype)
+    if expected is None:
+        raise BadRequestError(f"input {shown(name)} is {datatype}, which only raw_input_contents can hold")
+    if any(field.name != expected for field, _ in typed):
+        raise BadRequestError(f"input {shown(name)} is {datatype}: put its values into {expected} alone")
+    flat = elements.flatten(name, list(getattr(message.contents, expected)), dims)
+    if datatype == BYTES:
+        return InputTensor(name, BYTES, bytes_array(flat, dims))
+    return InputTensor(name, datatype, elements.numbers(name, datatype, dtype, flat).reshape(dims))
+
+
+def _output(message: Any) -> RequestedOutput:
+    if not message.name:
+        raise BadRequestError("an output has no name")
+    codec.refuse_shared_memory(message.parameters, f"output {shown(message.name)}")
+    count = decode_parameters(message.parameters).get("classification", 0)
+    return RequestedOutput(message.name, codec.check_classification(message.name, count))
+
+
+def encode_response(response: InferResponse) -> Any:
+    """A ``ModelInferResponse`` with raw outputs."""
+    message = service_pb2.ModelInferResponse(model_name=response.model, model_version=response.version, id=response.id)
+    encode_parameters(response.parameters, message.parameters)
+    for tensor in response.outputs:
+        message.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.data.shape)
+        message.raw_output_contents.append(elements.to_raw(tensor))
+    return message
+
+
+def encode_parameters(values: Mapping[str, bool | int | float | str], parameters: Any) -> None:
+    """Write values into a message's map of parameters."""
+    fields: dict[type, str] = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
+    for name, value in values.items():
+        setattr(parameters[name], fields[type(value)], value)
+
+
+def log_settings() -> Any:
+    """A ``LogSettingsResponse``."""
+    fields: dict[type, str] = {bool: "bool_param", int: "uint32_param", str: "string_param"}
+    message = service_pb2.LogSettingsResponse()
+    for name, value in LOG_SETTINGS.items():
+        setattr(message.settings[name], fields[type(value)], value)
+    return message
+
+
+def trace_settings() -> Any:
+    """A ``TraceSettingResponse``."""
+    message = service_pb2.TraceSettingResponse()
+    for name, value in TRACE_SETTINGS.items():
+        message.settings[name].value.extend([value] if isinstance(value, str) else value)
+    return message

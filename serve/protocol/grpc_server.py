@@ -1,0 +1,162 @@
+"""The gRPC server: tokens, errors and log lines around :class:`Servicer`, limits, TLS."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from prompttune.errors import EngineError
+from prompttune.serve.protocol.grpc_infer import Inference
+from prompttune.serve.protocol.grpc_servicer import Servicer
+from prompttune.serve.protocol.logs import RequestRecord, new_request_id, usable_id
+from prompttune.serve.protocol.security import Access, Tls
+from prompttune.serve.protocol.service import InferenceService
+from prompttune.serve.protocol.settings import TransportSettings
+from prompttune.serve.protocol.types import ServeError, UnavailableError
+
+logger = logging.getLogger(__name__)
+
+SERVICE = "GRPCInferenceService"
+PROTOCOL_OVERHEAD = 64 * 1024
+"""Bytes of a message beside its tensors."""
+_OPEN_CALLS = frozenset({"ServerLive", "ServerReady"})
+_CONTROL_CALLS = frozenset({"RepositoryModelLoad", "RepositoryModelUnload"})
+_KEEPALIVE_MS, _KEEPALIVE_ANSWER_MS = 60_000, 20_000
+Call = Callable[[Any, Any, RequestRecord], Awaitable[Any]]
+"""Message, context, log record → message."""
+StreamCall = Callable[[AsyncIterator[Any], Any], AsyncGenerator[Any, None]]
+
+
+def grpc_server(service: InferenceService, settings: TransportSettings) -> grpc.aio.Server:
+    """A server without a port; call it on the loop that runs ``service``, then :func:`add_port` and ``start``."""
+    largest = settings.limits.body_bytes + PROTOCOL_OVERHEAD
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", largest),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_metadata_size", settings.head_bytes),
+            ("grpc.so_reuseport", 0),
+            # A client whose machine is gone is noticed, and its requests leave the queue.
+            ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+            ("grpc.keepalive_timeout_ms", _KEEPALIVE_ANSWER_MS),
+            ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 6),
+        ]
+    )
+    guarded = _guarded(Servicer(service), Inference(service, settings), settings)
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(guarded, server)
+    return server
+
+
+def add_port(server: grpc.aio.Server, address: str, tls: Tls | None) -> int:
+    """Listen on ``host:port``, port 0 for a free one; return the port.
+
+    Raises:
+        EngineError: the address is taken, or is none.
+    """
+    try:
+        if tls is None:
+            return int(server.add_insecure_port(address))
+        return int(server.add_secure_port(address, _credentials(tls)))
+    except RuntimeError as problem:
+        raise EngineError(f"cannot listen on {address} for gRPC: {problem}") from None
+
+
+def _credentials(tls: Tls) -> Any:
+    return grpc.ssl_server_credentials(
+        [(tls.key.read_bytes(), tls.certificate.read_bytes())],
+        root_certificates=tls.client_ca.read_bytes() if tls.client_ca else None,
+        require_client_auth=tls.client_ca is not None,
+    )
+
+
+def _guarded(servicer: Servicer, inference: Inference, settings: TransportSettings) -> SimpleNamespace:
+    """Every call of the protocol, wrapped; one that nobody answers fails here."""
+    calls: dict[str, Any] = {
+        "ModelInfer": _wrapped("ModelInfer", inference.answer, settings),
+        "ModelStreamInfer": _wrapped_stream("ModelStreamInfer", inference.answer_stream, settings),
+    }
+    for method in service_pb2.DESCRIPTOR.services_by_name[SERVICE].methods:
+        if method.name not in calls:
+            calls[method.name] = _wrapped(method.name, _described(getattr(servicer, method.name)), settings)
+    return SimpleNamespace(**calls)
+
+
+def _described(call: Callable[[Any], Awaitable[Any]]) -> Call:
+    """A call that needs its message alone; the log learns which model it is about."""
+
+    async def answer(message: Any, _: Any, record: RequestRecord) -> Any:
+        record.model = getattr(message, "model_name", getattr(message, "name", ""))
+        return await call(message)
+
+    return answer
+
+
+def access_of(call: str) -> Access:
+    """What a call needs; inference's token unless it is named otherwise."""
+    if call in _CONTROL_CALLS:
+        return Access.CONTROL
+    return Access.OPEN if call in _OPEN_CALLS else Access.INFERENCE
+
+
+def _wrapped(name: str, call: Call, settings: TransportSettings) -> Callable[[Any, Any], Awaitable[Any]]:
+    async def answer(message: Any, context: Any) -> Any:
+        record, status = _record(name, context, settings), "CANCELLED"
+        try:
+            settings.guard.check(access_of(name), _metadata(context, "authorization"))
+            response = await call(message, context, record)
+            status = "OK"
+            return response
+        except ServeError as problem:
+            status = problem.grpc_status
+            return await _abort(context, problem)
+        except Exception:
+            status = "INTERNAL"
+            return await _abort_unexpected(context, record)
+        finally:
+            record.finish(status)
+
+    return answer
+
+
+def _wrapped_stream(name: str, call: StreamCall, settings: TransportSettings) -> StreamCall:
+    async def answer(messages: AsyncIterator[Any], context: Any) -> AsyncGenerator[Any, None]:
+        record = _record(name, context, settings)
+        try:
+            settings.guard.check(access_of(name), _metadata(context, "authorization"))
+        except ServeError as problem:
+            record.finish(problem.grpc_status)
+            await _abort(context, problem)
+        async with contextlib.aclosing(call(messages, context)) as responses:
+            async for response in responses:
+                yield response
+
+    return answer
+
+
+def _record(name: str, context: Any, settings: TransportSettings) -> RequestRecord:
+    sent = usable_id(_metadata(context, "x-request-id"), settings.limits.id_length)
+    return RequestRecord("grpc", name, request_id=sent or new_request_id(), routine=name in _OPEN_CALLS)
+
+
+def _metadata(context: Any, key: str) -> str:
+    return next((str(value) for name, value in context.invocation_metadata() or () if name == key), "")
+
+
+async def _abort(context: Any, problem: ServeError) -> None:
+    trailing: tuple[tuple[str, str], ...] = ()
+    if isinstance(problem, UnavailableError):
+        trailing = (("retry-after", f"{problem.retry_after_s:g}"),)
+    await context.abort(grpc.StatusCode[problem.grpc_status], str(problem), trailing)
+
+
+async def _abort_unexpected(context: Any, record: RequestRecord) -> None:
+    logger.exception("request %s failed", record.request_id)
+    message = f"internal error; the log has it under request {record.request_id}"
+    await context.abort(grpc.StatusCode.INTERNAL, message)

@@ -1,0 +1,128 @@
+"""The calls of the Open Inference Protocol v2 over gRPC.
+
+https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_grpc.md
+"""
+
+# ruff: noqa: N802, ARG002
+# The methods bear the protocol's names, and take a message even where it says nothing.
+
+from __future__ import annotations
+
+from typing import Any
+
+from tritonclient.grpc import service_pb2
+
+from prompttune.serve.protocol import grpc_codec
+from prompttune.serve.protocol.codec import refuse_overrides
+from prompttune.serve.protocol.describe import (
+    NO_LOG_CHANGES,
+    NO_SHARED_MEMORY,
+    NO_TRACE_CHANGES,
+    config_values,
+    index_values,
+    metadata_values,
+    server_values,
+    statistics_values,
+)
+from prompttune.serve.protocol.elements import shown
+from prompttune.serve.protocol.service import InferenceService
+from prompttune.serve.protocol.types import NotFoundError, UnsupportedError
+
+
+class Servicer:
+    """One method for each call but inference: a message in, a message out or a ``ServeError``."""
+
+    def __init__(self, service: InferenceService) -> None:
+        self._service = service
+
+    async def ServerLive(self, message: Any) -> Any:
+        """Whether the process is well."""
+        return service_pb2.ServerLiveResponse(live=self._service.live())
+
+    async def ServerReady(self, message: Any) -> Any:
+        """Whether the server answers."""
+        return service_pb2.ServerReadyResponse(ready=self._service.ready())
+
+    async def ModelReady(self, message: Any) -> Any:
+        """Whether a model answers."""
+        return service_pb2.ModelReadyResponse(ready=self._service.model_ready(message.name, message.version))
+
+    async def ServerMetadata(self, message: Any) -> Any:
+        """Name, version, extensions."""
+        values = server_values(self._service.server_metadata())
+        return grpc_codec.parse_values(values, service_pb2.ServerMetadataResponse())
+
+    async def ModelMetadata(self, message: Any) -> Any:
+        """Inputs and outputs of a model."""
+        values = metadata_values(self._service.model_metadata(message.name, message.version))
+        return grpc_codec.parse_values(values, service_pb2.ModelMetadataResponse())
+
+    async def ModelConfig(self, message: Any) -> Any:
+        """A model's configuration, its labels among the parameters."""
+        values = {"config": config_values(self._service.model_metadata(message.name, message.version))}
+        return grpc_codec.parse_values(values, service_pb2.ModelConfigResponse())
+
+    async def ModelStatistics(self, message: Any) -> Any:
+        """Statistics of one model, or of all."""
+        values = statistics_values(self._service.statistics(message.name, message.version))
+        return grpc_codec.parse_values(values, service_pb2.ModelStatisticsResponse())
+
+    async def RepositoryIndex(self, message: Any) -> Any:
+        """Every model there is."""
+        values = {"models": index_values(self._service.index(message.ready))}
+        return grpc_codec.parse_values(values, service_pb2.RepositoryIndexResponse())
+
+    async def RepositoryModelLoad(self, message: Any) -> Any:
+        """Load a model, or its new version."""
+        refuse_overrides(message.parameters)
+        await self._service.load(message.model_name)
+        return service_pb2.RepositoryModelLoadResponse()
+
+    async def RepositoryModelUnload(self, message: Any) -> Any:
+        """Take a model out."""
+        refuse_overrides(message.parameters)
+        await self._service.unload(message.model_name)
+        return service_pb2.RepositoryModelUnloadResponse()
+
+    async def SystemSharedMemoryStatus(self, message: Any) -> Any:
+        """No region, ever."""
+        _refuse_region(message.name)
+        return service_pb2.SystemSharedMemoryStatusResponse()
+
+    async def CudaSharedMemoryStatus(self, message: Any) -> Any:
+        """No region, ever."""
+        _refuse_region(message.name)
+        return service_pb2.CudaSharedMemoryStatusResponse()
+
+    async def SystemSharedMemoryRegister(self, message: Any) -> Any:
+        """Refused."""
+        raise UnsupportedError(NO_SHARED_MEMORY)
+
+    CudaSharedMemoryRegister = SystemSharedMemoryRegister
+
+    async def SystemSharedMemoryUnregister(self, message: Any) -> Any:
+        """Nothing is registered, so there is nothing to do."""
+        return service_pb2.SystemSharedMemoryUnregisterResponse()
+
+    async def CudaSharedMemoryUnregister(self, message: Any) -> Any:
+        """Nothing is registered, so there is nothing to do."""
+        return service_pb2.CudaSharedMemoryUnregisterResponse()
+
+    async def TraceSetting(self, message: Any) -> Any:
+        """Tracing is off; changing it is refused."""
+        if message.settings:
+            raise UnsupportedError(NO_TRACE_CHANGES)
+        if message.model_name:
+            self._service.model_metadata(message.model_name)
+        return grpc_codec.trace_settings()
+
+    async def LogSettings(self, message: Any) -> Any:
+        """What is logged; changing it is refused."""
+        if message.settings:
+            raise UnsupportedError(NO_LOG_CHANGES)
+        return grpc_codec.log_settings()
+
+
+def _refuse_region(name: str) -> None:
+    if name:
+        raise NotFoundError(f"no shared memory region {shown(name)} is registered")

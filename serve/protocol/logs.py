@@ -1,0 +1,96 @@
+"""Structured logs: a JSON object a line, and one line for each request.
+
+A line never holds a token, a query string or anything of a request's body but its id, model, version and row count.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import IO
+
+from pythonjsonlogger.orjson import OrjsonFormatter
+
+from prompttune.serve.protocol.types import InferRequest
+
+ACCESS = "prompttune.access"
+_access = logging.getLogger(ACCESS)
+_ID = re.compile(r"[!-~]+")
+
+
+def configure_logs(level: int | str = logging.INFO, stream: IO[str] | None = None) -> None:
+    """Write every log record of the process as a line of JSON to ``stream``, standard error by default."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(
+        OrjsonFormatter(
+            "{asctime}{levelname}{name}{message}",
+            style="{",
+            rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
+            datefmt="%Y-%m-%dT%H:%M:%S%z",
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    for name in ("uvicorn", "uvicorn.error"):
+        library = logging.getLogger(name)
+        library.handlers.clear()
+        library.propagate = True
+    # Its lines hold query strings; ours take their place.
+    logging.getLogger("uvicorn.access").disabled = True
+
+
+def new_request_id() -> str:
+    """An id for a request that came without one."""
+    return uuid.uuid4().hex
+
+
+def usable_id(value: str, longest: int) -> str:
+    """``value`` if it may stand in a header and a log as a request's id, else an empty string."""
+    return value if len(value) <= longest and _ID.fullmatch(value) else ""
+
+
+@dataclass
+class RequestRecord:
+    """What the log says of one request; filled while it is answered."""
+
+    transport: str
+    """``http`` or ``grpc``."""
+    operation: str
+    """Method and path without the query, or the name of the call."""
+    request_id: str = field(default_factory=new_request_id)
+    model: str = ""
+    version: str = ""
+    rows: int | None = None
+    routine: bool = False
+    """A probe, logged for debugging only."""
+    started: float = field(default_factory=time.perf_counter)
+
+    def describe(self, request: InferRequest) -> None:
+        """Take the id and the row count of a decoded request."""
+        first = request.inputs[0].data
+        self.request_id = request.id or self.request_id
+        self.rows = first.shape[0] if first.ndim else None
+
+    def finish(self, status: int | str) -> None:
+        """Write the line; ``status`` is HTTP's number or gRPC's name."""
+        level = logging.DEBUG if self.routine else logging.INFO
+        if _access.isEnabledFor(level):
+            _access.log(
+                level,
+                "request",
+                extra={
+                    "transport": self.transport,
+                    "operation": self.operation,
+                    "request_id": self.request_id,
+                    "model": self.model,
+                    "version": self.version,
+                    "rows": self.rows,
+                    "status": status,
+                    "ms": round((time.perf_counter() - self.started) * 1000, 3),
+                },
+            )

@@ -1,0 +1,130 @@
+"""``POST /v2/models/{model}/infer``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from prompttune.serve.limits import Limits
+from prompttune.serve.protocol import body as bodies
+from prompttune.serve.protocol import codec, schemas
+from prompttune.serve.protocol.codec import OutputForm, Target
+from prompttune.serve.protocol.decoding import Decoders
+from prompttune.serve.protocol.rest_middleware import sent_id
+from prompttune.serve.protocol.rest_shared import errors, record_of, require
+from prompttune.serve.protocol.security import Access
+from prompttune.serve.protocol.service import InferenceService
+from prompttune.serve.protocol.settings import TransportSettings
+from prompttune.serve.protocol.types import InferRequest
+
+INLINE_JSON, INLINE_BODY = 32 * 1024, 2**20
+"""Bytes that are decoded on the event loop, in well under a millisecond; more go to a thread."""
+HEADER_LENGTH = "Inference-Header-Content-Length"
+T = TypeVar("T")
+
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "JSON, or JSON followed by raw tensors (then the header Inference-Header-Content-Length says "
+        "how long the JSON is), either of them also as gzip or deflate.",
+        "content": {
+            "application/json": {
+                "schema": {"$ref": "#/components/schemas/InferenceRequest"},
+                "example": schemas.INFERENCE_EXAMPLE,
+            }
+        },
+    }
+}
+_DOCUMENTED: dict[str, Any] = {
+    "responses": {200: {"model": schemas.InferenceResponse}, **errors(400, 401, 404, 408, 413, 415, 501, 503, 504)},
+    "openapi_extra": _BODY,
+    "tags": ["inference"],
+}
+
+
+def inference_routes(service: InferenceService, settings: TransportSettings) -> APIRouter:
+    """The two paths of inference."""
+    router = APIRouter(dependencies=require(Access.INFERENCE, settings))
+    decoder = _Decoder(settings.limits)
+
+    @router.post("/v2/models/{model}/infer", summary="Classify images", **_DOCUMENTED)
+    @router.post("/v2/models/{model}/versions/{version}/infer", summary="Classify by one version", **_DOCUMENTED)
+    async def infer(model: str, request: Request, version: str = "") -> Response:
+        record = record_of(request)
+        record.model, record.version = model, version
+        body = await bodies.read_body(request, settings.limits, settings.body_seconds)
+        target = Target(model, version, sent_id(request.headers, settings.limits.id_length))
+        decoded, form = await decoder.decode(body, request, target)
+        record.describe(decoded)
+        response = await unless_gone(request, service.infer(decoded))
+        record.version = response.version
+        return await _respond(codec.encode_response(response, form), request.headers.get("accept-encoding", ""))
+
+    return router
+
+
+class _Decoder:
+    """Decodes small bodies at once and large ones in a few threads."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._threads = Decoders()
+
+    async def decode(self, body: bytearray, request: Request, target: Target) -> tuple[InferRequest, OutputForm]:
+        length = request.headers.get(HEADER_LENGTH)
+        compressed = bodies.check_encoding(request.headers.get("content-encoding", ""))
+        json_bytes = None if compressed else codec.header_length(length, len(body))
+        small = (len(body) if json_bytes is None else json_bytes) <= INLINE_JSON and len(body) <= INLINE_BODY
+        if small and not compressed:
+            return codec.decode_request(body, json_bytes, target, self._limits)
+        return await self._threads.run(self._decode, body, length, compressed, target)
+
+    def _decode(
+        self, body: bytes | bytearray, length: str | None, compressed: bool, target: Target
+    ) -> tuple[InferRequest, OutputForm]:
+        plain = bodies.decompress(body, self._limits) if compressed else body
+        return codec.decode_request(plain, codec.header_length(length, len(plain)), target, self._limits)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``, which is cancelled when the client leaves first.
+
+    Raises:
+        starlette.requests.ClientDisconnect: it left.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        leaving.cancel()
+        if not working.done():
+            working.cancel()
+            await asyncio.wait((working,))
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _respond(encoded: codec.Encoded, accept: str) -> Response:
+    headers = {"Vary": "Accept-Encoding"}
+    media_type = "application/json"
+    if encoded.header_length is not None:
+        media_type = "application/octet-stream"
+        headers[HEADER_LENGTH] = str(encoded.header_length)
+    content = encoded.body
+    encoding = bodies.accepted_encoding(accept) if len(content) >= bodies.COMPRESS_FROM else None
+    if encoding is not None:
+        headers["Content-Encoding"] = encoding
+        content = await asyncio.to_thread(bodies.compress, content, encoding)
+    return Response(content, 200, headers, media_type=media_type)

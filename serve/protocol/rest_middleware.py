@@ -1,0 +1,68 @@
+"""Around every HTTP request: its id, its log line, and an answer for what nobody caught."""
+
+from __future__ import annotations
+
+import logging
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from prompttune.serve.protocol.logs import RequestRecord, new_request_id, usable_id
+from prompttune.serve.protocol.rest_shared import RECORD, error_answer
+
+logger = logging.getLogger(__name__)
+
+_CLIENT_LEFT = 499
+_ROUTINE = ("/v2/health/", "/metrics", "/status")
+
+
+class ObserveRequests:
+    """ASGI middleware; no request data but ids, names and counts reaches the log."""
+
+    def __init__(self, app: ASGIApp, id_length: int) -> None:
+        self._app = app
+        self._id_length = id_length
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application, and log."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = scope[RECORD] = self._record(scope)
+        status = 0
+        # The one in the record may be replaced by the body's, which need not fit a header.
+        header_id = record.request_id
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = header_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, observed)
+        except ClientDisconnect:
+            status = _CLIENT_LEFT
+        except Exception:
+            logger.exception("request %s failed", record.request_id)
+            if status == 0:
+                answer = error_answer(f"internal error; the log has it under request {record.request_id}", 500)
+                await answer(scope, receive, observed)
+        finally:
+            record.finish(status or _CLIENT_LEFT)
+
+    def _record(self, scope: Scope) -> RequestRecord:
+        path: str = scope["path"]
+        return RequestRecord(
+            "http",
+            f"{scope['method']} {path}",
+            request_id=sent_id(Headers(scope=scope), self._id_length) or new_request_id(),
+            routine=path.startswith(_ROUTINE),
+        )
+
+
+def sent_id(headers: Headers, longest: int) -> str:
+    """``X-Request-Id``, empty where there is none that may stand in a header again."""
+    return usable_id(headers.get("x-request-id", ""), longest)

@@ -1,0 +1,87 @@
+"""What every group of HTTP routes uses: answers, documented errors, tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import orjson
+from fastapi import Request
+from fastapi.params import Security
+from fastapi.security import HTTPBearer
+from starlette.responses import Response
+
+from prompttune.serve.protocol.logs import RequestRecord
+from prompttune.serve.protocol.schemas import ErrorMessage
+from prompttune.serve.protocol.security import Access
+from prompttune.serve.protocol.settings import TransportSettings
+from prompttune.serve.protocol.types import ForbiddenError, ServeError, UnauthorizedError, UnavailableError
+
+RECORD = "prompttune.record"
+"""Key of the request's log record in its ASGI scope."""
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+_bearer = HTTPBearer(auto_error=False, description="A token of the server's token file, where it has one")
+
+_MEANINGS = {
+    400: "The request is malformed or does not fit the model",
+    401: "No token, or a wrong one",
+    403: "Not allowed, or switched off",
+    404: "No such model or version",
+    408: "The body came too slowly",
+    413: "Too many bytes, pixels or rows",
+    415: "The body is compressed in an unknown way",
+    501: "A part of the protocol that makes no sense here",
+    503: "It may succeed after Retry-After seconds",
+    504: "The request's time is over",
+}
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI responses of a route that may answer with these errors."""
+    return {status: {"model": ErrorMessage, "description": _MEANINGS[status]} for status in statuses}
+
+
+def json_answer(values: object, status: int = 200) -> Response:
+    """``values`` as JSON."""
+    return Response(orjson.dumps(values), status, media_type="application/json")
+
+
+def error_answer(message: str, status: int, headers: dict[str, str] | None = None) -> Response:
+    """An error in the protocol's form."""
+    return Response(orjson.dumps({"error": message}), status, headers, media_type="application/json")
+
+
+def serve_error_answer(problem: ServeError) -> Response:
+    """The answer for an error, with the headers that its status asks for."""
+    headers = {}
+    if isinstance(problem, UnavailableError):
+        headers["Retry-After"] = str(max(1, math.ceil(problem.retry_after_s)))
+    if isinstance(problem, UnauthorizedError):
+        headers["WWW-Authenticate"] = "Bearer"
+    return error_answer(str(problem), problem.http_status, headers)
+
+
+def record_of(request: Request) -> RequestRecord:
+    """The request's log record."""
+    record: RequestRecord = request.scope[RECORD]
+    return record
+
+
+def require(access: Access, settings: TransportSettings) -> Any:
+    """A dependency that lets a request through, or raises as :meth:`Guard.check` does.
+
+    A browser that calls for a page of another site is refused too: no token would stop it where none is set.
+    """
+
+    async def check(request: Request) -> None:
+        if request.method not in SAFE_METHODS and request.headers.get("sec-fetch-site") == "cross-site":
+            raise ForbiddenError("pages of other sites may not call this server")
+        settings.guard.check(access, request.headers.get("authorization", ""))
+
+    return _documented(check)
+
+
+def _documented(check: Callable[[Request], Coroutine[Any, Any, None]]) -> list[Any]:
+    """``check`` first, then the scheme that makes OpenAPI show where a token goes; it refuses nothing itself."""
+    return [Security(check), Security(_bearer)]

@@ -1,0 +1,135 @@
+"""Who may ask for what: bearer tokens, the two levels that they open, and TLS."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import ssl
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from prompttune.errors import UsageError
+from prompttune.serve.protocol.types import ForbiddenError, UnauthorizedError
+
+logger = logging.getLogger(__name__)
+
+
+class Access(Enum):
+    """What a call needs."""
+
+    OPEN = "open"
+    """Nothing: health, and the page's files, which hold no data."""
+    INFERENCE = "inference"
+    """A token of the inference set, where there is one."""
+    CONTROL = "control"
+    """Repository control switched on, and a token of the control set, where there is one."""
+
+
+class Tokens:
+    """A set of bearer tokens, kept as digests so that neither a log nor a debugger shows one."""
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        self._digests = tuple(_digest(token) for token in tokens)
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def __contains__(self, token: str) -> bool:
+        """Whether ``token`` is in the set; takes as long for a right as for a wrong one."""
+        digest = _digest(token)
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        return any(matches)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} tokens>"
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
+def read_tokens(path: Path) -> Tokens:
+    """Tokens of a file, one a line; blank lines and lines that start with ``#`` are skipped.
+
+    Raises:
+        UsageError: the file cannot be read, or holds no token, or a line holds a space.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        mode = path.stat().st_mode
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UsageError(f"cannot read the token file {path}: {problem}") from None
+    tokens = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not tokens:
+        raise UsageError(f"the token file {path} holds no token: write one a line")
+    if any(len(token.split()) > 1 for token in tokens):
+        raise UsageError(f"the token file {path} has a space inside a line: write one token a line")
+    if mode & (stat.S_IRGRP | stat.S_IROTH):
+        logger.warning("other users can read the token file %s: chmod 600 it", path)
+    return Tokens(tokens)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Checks the ``Authorization`` of a call; the same for both transports."""
+
+    tokens: Tokens | None = None
+    control_tokens: Tokens | None = None
+    control: bool = False
+
+    def __post_init__(self) -> None:
+        if self.control and self.tokens is not None and self.control_tokens is None:
+            raise UsageError(
+                "repository control is on and inference needs a token, but control has none of its own: "
+                "give control a token file too"
+            )
+
+    def check(self, access: Access, authorization: str) -> None:
+        """Return if a call with this ``Authorization`` value, empty for none, may go on.
+
+        Raises:
+            UnauthorizedError: a token is needed, and there is none or a wrong one.
+            ForbiddenError: repository control is switched off.
+        """
+        if access is Access.OPEN:
+            return
+        if access is Access.CONTROL and not self.control:
+            raise ForbiddenError("repository control is off: start the server with --allow-control")
+        known = self.control_tokens if access is Access.CONTROL else self.tokens
+        if known is None:
+            return
+        scheme, _, token = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not token.strip():
+            raise UnauthorizedError(f"{access.value} needs a token: send 'Authorization: Bearer TOKEN'")
+        if token.strip() not in known:
+            raise UnauthorizedError(f"the token is not one for {access.value}")
+
+
+@dataclass(frozen=True)
+class Tls:
+    """A certificate chain and its key, PEM; with ``client_ca`` a client must show a certificate of that authority.
+
+    Raises:
+        UsageError: a file cannot be read, or the key does not belong to the certificate.
+    """
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            self._check()
+        except (OSError, ssl.SSLError) as problem:
+            raise UsageError(f"the TLS certificate {self.certificate} or its key does not work: {problem}") from None
+
+    def _check(self) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        # Without this an encrypted key asks for its password on the terminal.
+        context.load_cert_chain(self.certificate, self.key, password=lambda: b"")
+        if self.client_ca is not None:
+            context.load_verify_locations(self.client_ca)

@@ -1,0 +1,170 @@
+"""The model repository: tasks come in and go while the server runs, each change whole or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+
+from prompttune.errors import PrompttuneError
+from prompttune.export.folder import TaskRecord
+from prompttune.serve.catalogue import Catalogue
+from prompttune.serve.lane import Lane
+from prompttune.serve.models import LOADING, READY, Model
+from prompttune.serve.protocol.types import BadRequestError, NotFoundError, UnavailableError
+from prompttune.serve.workers import Key, VersionGoneError, WorkerDiedError
+
+LOG = logging.getLogger("prompttune.serve")
+
+
+class Repository:
+    """The served tasks. Everything but the catalogue's reading happens on the event loop.
+
+    Args:
+        catalogue: the tasks on disk.
+        lanes: where a task is tried before it answers.
+    """
+
+    def __init__(self, catalogue: Catalogue, lanes: Sequence[Lane]) -> None:
+        self._catalogue = catalogue
+        self._lanes = lanes
+        self._reading = asyncio.Lock()
+        self._models: dict[str, Model] = {}
+
+    @property
+    def models(self) -> Mapping[str, Model]:
+        """Every task that is or was known, by name."""
+        return self._models
+
+    def model(self, name: str) -> Model:
+        """A task by its name.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        if name not in self._models:
+            raise NotFoundError(f"there is no task {name!r}: the repository index lists them")
+        return self._models[name]
+
+    def begin(self, records: Mapping[str, TaskRecord], problems: Mapping[str, str]) -> None:
+        """Take in what the first look at the disk found; states are read when they are asked for."""
+        for name, record in records.items():
+            self._models.setdefault(name, Model(name)).replace(record)
+        for name, problem in problems.items():
+            LOG.warning("a task cannot be served: %s", problem, extra={"task": name})
+            self._models.setdefault(name, Model(name)).retire(problem)
+
+    # ------------------------------------------------------------------ control
+
+    async def load(self, name: str) -> None:
+        """Read a task from disk and answer with it, once a worker holds it; until then the old version answers.
+
+        Raises:
+            NotFoundError: there is no such task on disk.
+            BadRequestError: it is damaged or does not fit; an old version stays.
+            UnavailableError: no worker could take it just now.
+        """
+        model = self._models.get(name) or Model(name)
+        async with model.changing:
+            try:
+                record = await self._find(name)
+                if record is None:
+                    raise NotFoundError(f"there is no task {name!r} on disk")
+                self._models.setdefault(name, model)
+                await self._bring_in(model, record)
+            except (WorkerDiedError, VersionGoneError):
+                raise UnavailableError(f"the task {name!r} could not be loaded just now: try again") from None
+            except (NotFoundError, UnavailableError):
+                raise
+            except PrompttuneError as problem:
+                raise BadRequestError(f"the task {name!r} cannot be loaded: {problem}") from None
+
+    async def unload(self, name: str) -> None:
+        """Take a task out; requests that run are answered.
+
+        Raises:
+            NotFoundError: there is no such task.
+        """
+        model = self.model(name)
+        async with model.changing:
+            model.unloaded = True
+            await self._drop(model.retire("unloaded"))
+        LOG.info("task unloaded", extra={"task": name})
+
+    async def look_again(self, name: str) -> None:
+        """The version that answered has gone from disk: answer with what lies there now.
+
+        Raises:
+            NotFoundError: nothing lies there any more.
+            UnavailableError: it cannot be brought in.
+        """
+        model = self.model(name)
+        async with model.changing:
+            if model.unloaded:
+                return
+            try:
+                record = await self._find(name)
+                if record is not None:
+                    await self._bring_in(model, record)
+                    return
+            except PrompttuneError as problem:
+                raise UnavailableError(f"the task {name!r} is changing: {problem}") from None
+            await self._drop(model.retire("its folder is gone"))
+            raise NotFoundError(f"the task {name!r} is gone")
+
+    async def follow(self) -> None:
+        """Look at the disk once and take over what is new, changed or gone. Never raises for a bad task."""
+        async with self._reading:
+            scan = await asyncio.to_thread(self._catalogue.scan)
+        for name, record in scan.records.items():
+            model = self._models.setdefault(name, Model(name))
+            if record.version not in (model.version, model.refused) and not model.unloaded:
+                await self._follow_change(model, record)
+        for name, problem in scan.problems.items():
+            model = self._models.setdefault(name, Model(name))
+            if model.reason != problem:
+                LOG.warning("a task on disk cannot be served: %s", problem, extra={"task": name})
+                model.reason = problem
+        for name in self._models.keys() - scan.records.keys() - scan.problems.keys():
+            model = self._models[name]
+            if model.state == READY:
+                async with model.changing:
+                    await self._drop(model.retire("its folder is gone"))
+                LOG.info("task gone", extra={"task": name})
+
+    async def _follow_change(self, model: Model, record: TaskRecord) -> None:
+        async with model.changing:
+            try:
+                await self._bring_in(model, record)
+            except (WorkerDiedError, VersionGoneError):
+                return  # the next look tries again
+            except PrompttuneError as problem:
+                model.refused, model.reason = record.version, f"the version {record.version} was refused: {problem}"
+                LOG.warning("a task's new version was refused: %s", problem, extra={"task": model.name})
+
+    # ------------------------------------------------------------------- pieces
+
+    async def _find(self, name: str) -> TaskRecord | None:
+        async with self._reading:
+            return await asyncio.to_thread(self._catalogue.find, name)
+
+    async def _bring_in(self, model: Model, record: TaskRecord) -> None:
+        """Load before unload: every worker that held the old version, one at least, holds the new one first."""
+        old = model.key
+        if model.state != READY:
+            model.state = LOADING
+        holders = [lane for lane in self._lanes if old is not None and lane.holds(old)]
+        try:
+            for lane in holders or self._lanes[:1]:
+                await lane.hold(Key(record.name, record.version), record.folder)
+        except PrompttuneError:
+            if model.state == LOADING:
+                model.retire("it could not be loaded")
+            raise
+        await self._drop(model.replace(record))
+        LOG.info("task ready", extra={"task": record.name, "version": record.version})
+
+    async def _drop(self, key: Key | None) -> None:
+        if key is not None:
+            for lane in self._lanes:
+                await lane.drop(key)

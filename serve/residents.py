@@ -1,0 +1,172 @@
+"""Which task states hold a row of a worker: the most recently used ones, loaded as they are asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prompttune.serve.workers import Key, Worker, WorkerDiedError
+
+
+@dataclass
+class CacheCounts:
+    """How often a state was found in a row; they outlive a worker."""
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+
+
+@dataclass
+class _Held:
+    """A state in a row, or on its way there."""
+
+    loaded: asyncio.Task[None]
+    users: int = 0
+    leaving: bool = False
+    """Somebody waits for a row and this is the oldest: it takes no new users and goes when it has none."""
+    stays_or_went: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when ``leaving`` has come to its end."""
+
+
+class Residents:
+    """A cache of rows over a worker. Everything is called on the event loop.
+
+    Args:
+        worker: what holds the rows.
+        capacity: rows; None where the model itself holds every task.
+        counts: where to count.
+    """
+
+    def __init__(self, worker: Worker, capacity: int | None, counts: CacheCounts) -> None:
+        self._worker = worker
+        self._capacity = capacity
+        self._counts = counts
+        self._free = capacity or 0
+        self._held: OrderedDict[Key, _Held] = OrderedDict()
+        """Least recently used first."""
+        self._waiting: deque[asyncio.Future[Key | None]] = deque()
+        """Loads that wait for a row; each is given the state to evict, or None with a row that is free."""
+
+    def __contains__(self, key: Key) -> bool:
+        held = self._held.get(key)
+        return held is not None and not held.leaving
+
+    def __len__(self) -> int:
+        return sum(_is_loaded(held) for held in self._held.values())
+
+    @contextlib.asynccontextmanager
+    async def using(self, key: Key, folder: Path) -> AsyncIterator[None]:
+        """The state of ``key`` stays in its row until the block ends; it is loaded from ``folder`` if it has none.
+
+        Raises:
+            VersionGoneError: the folder holds another version by now.
+            PrompttuneError: it cannot be loaded.
+            WorkerDiedError: the worker ended.
+        """
+        held = await self._find(key, folder)
+        held.users += 1
+        self._held.move_to_end(key)
+        try:
+            await asyncio.shield(held.loaded)  # whoever gives up leaves the load to the others
+            yield
+        finally:
+            held.users -= 1
+            self._settle(key, held)
+
+    async def _find(self, key: Key, folder: Path) -> _Held:
+        while (held := self._held.get(key)) is not None and held.leaving:
+            await held.stays_or_went.wait()
+        if held is not None:
+            self._counts.hits += 1
+            return held
+        self._counts.misses += 1
+        held = self._held[key] = _Held(asyncio.create_task(self._load(key, folder)))
+        held.loaded.add_done_callback(lambda done: self._loaded(key, held, done))
+        return held
+
+    async def _load(self, key: Key, folder: Path) -> None:
+        victim = await self._row()
+        try:
+            if victim is not None:
+                self._counts.evictions += 1
+                await self._worker.evict(victim)
+            await self._worker.load(key, folder)
+        except BaseException:
+            self._pass_on(None)
+            raise
+
+    def _loaded(self, key: Key, held: _Held, done: asyncio.Task[None]) -> None:
+        if done.cancelled() or done.exception() is not None:  # the failure is its users' to tell
+            if self._held.get(key) is held:
+                del self._held[key]
+        else:
+            self._settle(key, held)
+
+    async def _row(self) -> Key | None:
+        """A row of one's own, and the state to evict from it."""
+        if self._capacity is None:
+            return None
+        if self._free:
+            self._free -= 1
+            return None
+        idle = next((key for key, held in self._held.items() if not held.users and _is_loaded(held)), None)
+        if idle is not None:
+            del self._held[idle]
+            return idle
+        oldest = next((held for held in self._held.values() if _is_loaded(held) and not held.leaving), None)
+        if oldest is not None:  # else a busy state would never go, and its row never come to others
+            oldest.leaving = True
+            oldest.stays_or_went.clear()
+        turn: asyncio.Future[Key | None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        return await turn
+
+    def _settle(self, key: Key, held: _Held) -> None:
+        """A state without users goes if somebody waits for its row."""
+        if held.users or not _is_loaded(held) or self._held.get(key) is not held:
+            return
+        if self._waiting:
+            del self._held[key]
+            self._pass_on(key)
+        held.leaving = False
+        held.stays_or_went.set()
+
+    def _pass_on(self, victim: Key | None) -> None:
+        """Give a row, with ``victim`` still in it, to the first that waits."""
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(victim)
+                return
+        if self._capacity is not None:
+            self._free += 1
+
+    async def drop(self, key: Key) -> None:
+        """Forget a state that nobody will ask for again. One in use stays, grows old and goes as every other."""
+        held = self._held.get(key)
+        if held is None or held.users or not _is_loaded(held):
+            return
+        del self._held[key]
+        self._counts.evictions += 1
+        await self._worker.evict(key, keep=False)
+        self._pass_on(None)
+
+    def close(self) -> None:
+        """The worker ended and its rows with it."""
+        for turn in self._waiting:
+            if not turn.done():
+                turn.set_exception(WorkerDiedError("the engine's worker ended"))
+        for held in self._held.values():
+            held.stays_or_went.set()
+        self._waiting.clear()
+        self._held.clear()
+
+
+def _is_loaded(held: _Held) -> bool:
+    done = held.loaded
+    return done.done() and not done.cancelled() and done.exception() is None

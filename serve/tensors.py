@@ -1,0 +1,251 @@
+"""Between the protocol's tensors and rows: what a request asks for, checked, and the outputs that answer it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prompttune.export.runtimes import Array
+from prompttune.serve.engine import TOP_K
+from prompttune.serve.limits import Limits
+from prompttune.serve.outputs import OUTPUTS, RANKED, Answers, Record
+from prompttune.serve.protocol.types import (
+    MIXED,
+    BadRequestError,
+    InferRequest,
+    InputTensor,
+    OutputTensor,
+    Parameters,
+    RequestedOutput,
+    ServeError,
+    TooLargeError,
+)
+
+IMAGE, TASK = "image", "task"
+LARGEST_NUMBER = 2**63 - 1
+"""Of a parameter; the widest that JSON and gRPC both carry."""
+LONGEST_NAME = 255
+"""Bytes of a task name; a folder cannot have a longer one."""
+
+
+@dataclass(frozen=True)
+class Payload:
+    """The image of one row as its request sent it."""
+
+    row: int
+    """Which row of the request."""
+    data: bytes | NDArray[np.uint8] | Array
+    """A JPEG, PNG or WebP file, raw RGB uint8 [H, W, 3], or normalised float32 [3, S, S]."""
+
+    @property
+    def normalised(self) -> bool:
+        """Whether it needs no decoding."""
+        return isinstance(self.data, np.ndarray) and self.data.dtype == np.float32
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A request that fits its model, row by row."""
+
+    payloads: Sequence[Payload]
+    """Views of the request's own memory."""
+    tasks: Sequence[str]
+    """A task name for each row, which may not exist."""
+    top_k: int
+    priority: int
+    """0 is the default; among others, smaller ones go first."""
+    timeout_s: float | None
+    """The ``timeout`` parameter; None without one."""
+    outputs: Sequence[RequestedOutput]
+    """What to answer, in order."""
+
+
+def read_rows(request: InferRequest, limits: Limits, image_size: int) -> Rows:
+    """Check a request and take it apart. Task names are not looked up.
+
+    Args:
+        request: a request of one task, or of :data:`MIXED`.
+        limits: what it may ask for.
+        image_size: side S of the engine's square input, in pixels.
+
+    Raises:
+        BadRequestError: a name, datatype, shape, value or parameter does not fit; the message says which.
+        TooLargeError: too many rows, bytes of an image, or pixels of one.
+    """
+    inputs = _inputs(request)
+    payloads = _payloads(inputs[IMAGE], limits, image_size)
+    tasks = _tasks(inputs[TASK], len(payloads)) if TASK in inputs else [request.model] * len(payloads)
+    timeout = _integer(request.parameters, "timeout", default=0, least=0)
+    return Rows(
+        payloads,
+        tasks,
+        top_k=_integer(request.parameters, "top_k", default=TOP_K, least=1),
+        priority=_integer(request.parameters, "priority", default=0, least=0),
+        timeout_s=timeout / 1e6 if timeout else None,
+        outputs=_outputs(request.outputs),
+    )
+
+
+def write_outputs(rows: Rows, logits: Sequence[Array], records: Sequence[Record]) -> list[OutputTensor]:
+    """Turn logits into the outputs that a request asks for.
+
+    Args:
+        rows: the request.
+        logits: for each row float32 [C], C its task's own classes.
+        records: for each row its task, of the version that answered.
+
+    Raises:
+        BadRequestError: a normalised image made the engine overflow.
+        ServeError: another row's logits are not finite.
+    """
+    answers = Answers(logits, rows.tasks, records, rows.top_k)
+    for payload, finite in zip(rows.payloads, answers.finite, strict=True):
+        if not finite and payload.normalised:
+            raise BadRequestError(f"image of row {payload.row} is out of range: it needs a normalised image")
+        if not finite:
+            raise ServeError(f"the task {rows.tasks[payload.row]!r} gave logits that are not finite")
+    return [answers.tensor(output) for output in rows.outputs]
+
+
+def _inputs(request: InferRequest) -> Mapping[str, InputTensor]:
+    wanted = (IMAGE, TASK) if request.model == MIXED else (IMAGE,)
+    needs = f"model {_short(request.model)} takes {' and '.join(wanted)}"
+    found: dict[str, InputTensor] = {}
+    for tensor in request.inputs:
+        if tensor.name not in wanted:
+            raise BadRequestError(f"there is no input {_short(tensor.name)}; {needs}")
+        if tensor.name in found:
+            raise BadRequestError(f"the input {tensor.name} comes twice")
+        found[tensor.name] = tensor
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise BadRequestError(f"the input {missing[0]} is missing; {needs}")
+    return found
+
+
+def _payloads(tensor: InputTensor, limits: Limits, image_size: int) -> list[Payload]:
+    if tensor.datatype not in _FORMS:
+        raise BadRequestError(f"image must be {', '.join(_FORMS)}, not {_short(tensor.datatype)}")
+    shape, read = _FORMS[tensor.datatype]
+    _check_shape(tensor, [image_size if size == "S" else size for size in shape])
+    if not len(tensor.data):
+        raise BadRequestError("the request holds no image")
+    if len(tensor.data) > limits.rows:
+        raise TooLargeError(f"{len(tensor.data)} images in one request, the limit is {limits.rows}")
+    return [Payload(row, data) for row, data in enumerate(read(tensor, limits))]
+
+
+def _normalised(tensor: InputTensor) -> Sequence[Array]:
+    with np.errstate(over="ignore", invalid="ignore"):
+        # A sum is not finite if a value is not, and takes no second array; only a large sum asks for another look.
+        finite = np.isfinite(tensor.data.sum()) or np.isfinite(tensor.data).all()
+    if not finite:
+        raise BadRequestError("image holds values that are not finite")
+    return list(tensor.data)
+
+
+def _raw(tensor: InputTensor, limits: Limits) -> Sequence[NDArray[np.uint8]]:
+    height, width = tensor.data.shape[1:3]
+    if not height or not width:
+        raise BadRequestError(f"images of {height} x {width} pixels have nothing to see")
+    if height * width > limits.pixels:
+        raise TooLargeError(f"images of {width} x {height} pixels, the limit is {limits.pixels}")
+    return list(tensor.data)
+
+
+def _encoded(tensor: InputTensor, limits: Limits) -> Sequence[bytes]:
+    files = [_from_base64(text, row) for row, text in enumerate(tensor.data)] if tensor.text else list(tensor.data)
+    for row, file in enumerate(files):
+        if len(file) > limits.image_bytes:
+            raise TooLargeError(f"image of row {row} has {len(file)} bytes, the limit is {limits.image_bytes}")
+    return files
+
+
+_Shape = Sequence[str | int]
+
+_FORMS: Mapping[str, tuple[_Shape, Callable[[InputTensor, Limits], Sequence[Any]]]] = {
+    "FP32": (("N", 3, "S", "S"), lambda tensor, _: _normalised(tensor)),
+    "UINT8": (("N", "H", "W", 3), _raw),
+    "BYTES": (("N",), _encoded),
+}
+"""Datatype of ``image`` → its shape, S the side of the engine's input, and how its rows are read."""
+
+
+def _from_base64(text: bytes, row: int) -> bytes:
+    if text[:5].lower() == b"data:":
+        header, comma, text = text.partition(b",")
+        if not comma or not header.lower().endswith(b";base64"):
+            raise BadRequestError(f"image of row {row} is a data: URL without ;base64,")
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error as problem:
+        raise BadRequestError(f"image of row {row} is not base64: {problem}") from None
+
+
+def _tasks(tensor: InputTensor, rows: int) -> list[str]:
+    if tensor.datatype != "BYTES":
+        raise BadRequestError(f"task must be BYTES, not {_short(tensor.datatype)}")
+    _check_shape(tensor, ("N",))
+    if len(tensor.data) != rows:
+        raise BadRequestError(f"{rows} images but {len(tensor.data)} tasks: name one for each image")
+    return [_task(name, row) for row, name in enumerate(tensor.data)]
+
+
+def _task(name: bytes, row: int) -> str:
+    if len(name) > LONGEST_NAME:
+        raise BadRequestError(f"task of row {row} has {len(name)} bytes; names have at most {LONGEST_NAME}")
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        raise BadRequestError(f"task of row {row} is not UTF-8") from None
+
+
+def _check_shape(tensor: InputTensor, wanted: _Shape) -> None:
+    """A letter in ``wanted`` stands for any size."""
+    shape = tensor.data.shape
+    fits = len(shape) == len(wanted) and all(
+        isinstance(one, str) or size == one for size, one in zip(shape, wanted, strict=True)
+    )
+    if not fits:
+        must = ", ".join(map(str, wanted))
+        raise BadRequestError(f"{tensor.name} of {tensor.datatype} must be [{must}], not {list(shape)}")
+
+
+def _integer(parameters: Parameters, name: str, *, default: int, least: int) -> int:
+    value = parameters.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise BadRequestError(f"the parameter {name} must be a whole number, not {_short(value)}")
+    if not least <= value <= LARGEST_NUMBER:
+        raise BadRequestError(f"the parameter {name} must be at least {least} and below 2^63")
+    return value
+
+
+def _outputs(requested: Sequence[RequestedOutput]) -> Sequence[RequestedOutput]:
+    seen: set[str] = set()
+    for output in requested:
+        if output.name not in OUTPUTS:
+            raise BadRequestError(f"there is no output {_short(output.name)}; known: {_listed(OUTPUTS)}")
+        if output.name in seen:
+            raise BadRequestError(f"the output {output.name} is asked for twice")
+        if output.classification < 0:
+            raise BadRequestError(f"classification of {output.name} must be at least 1, not {output.classification}")
+        if output.classification and output.name not in RANKED:
+            raise BadRequestError(f"classification goes with {_listed(RANKED)}, not with {output.name}")
+        seen.add(output.name)
+    return requested or [RequestedOutput(name) for name in OUTPUTS]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def _short(value: object) -> str:
+    """What a stranger sent, fit for a message of one line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
