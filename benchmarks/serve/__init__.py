@@ -1,0 +1,1 @@
+"""Benchmarks of the server: real processes, real clients, on one machine."""
