@@ -40,6 +40,7 @@ from prompttune.serve.protocol.types import (
 )
 from prompttune.serve.repository import Repository
 from prompttune.serve.tensors import Payload, Rows, read_rows, write_outputs
+from prompttune.serve.tracing import span
 from prompttune.serve.traffic import Traffic
 from prompttune.serve.workers import Key, VersionGoneError, WorkerDiedError
 
@@ -248,7 +249,7 @@ class Service:
             tasks, count = set(rows.tasks), len(rows.tasks)
             timeouts = (self._settings.timeout_s, request.timeout_s, rows.timeout_s)
             async with asyncio.timeout(min(one for one in timeouts if one is not None)):
-                with self._admission.inside(rows.tasks):
+                with self._admission.inside(rows.tasks), span("infer", model=request.model, rows=count):
                     return await self._answer(request, rows)
         except TimeoutError:
             status = "deadline"
@@ -321,11 +322,13 @@ class Service:
         for _ in range(ATTEMPTS):
             record = self._repository.model(name).current(version)
             began = time.monotonic()
-            images = await self._prepare(record.preprocess, payloads)
+            with span("decode", task=name, rows=len(payloads)):
+                images = await self._prepare(record.preprocess, payloads)
             decode_s = time.monotonic() - began
             key = Key(name, record.version)
             try:
-                outcome = await self._lane(key).answer(key, record.folder, images, priority or LEAST_URGENT)
+                with span("batch", task=name, version=record.version):
+                    outcome = await self._lane(key).answer(key, record.folder, images, priority or LEAST_URGENT)
             except VersionGoneError:
                 await self._repository.look_again(name)
             except WorkerDiedError:

@@ -20,6 +20,7 @@ from prompttune.serve.protocol.security import Access, Tls
 from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.settings import TransportSettings
 from prompttune.serve.protocol.types import ServeError, UnavailableError
+from prompttune.serve.tracing import continued
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,8 @@ def _wrapped(name: str, call: Call, settings: TransportSettings) -> Callable[[An
         record, status = _record(name, context, settings), "CANCELLED"
         try:
             settings.guard.check(access_of(name), _metadata(context, "authorization"))
-            response = await call(message, context, record)
+            with continued(_strings(context)):
+                response = await call(message, context, record)
             status = "OK"
             return response
         except ServeError as problem:
@@ -146,7 +148,13 @@ def _record(name: str, context: Any, settings: TransportSettings) -> RequestReco
 
 
 def _metadata(context: Any, key: str) -> str:
-    return next((str(value) for name, value in context.invocation_metadata() or () if name == key), "")
+    return _strings(context).get(key, "")
+
+
+def _strings(context: Any) -> dict[str, str]:
+    """The metadata of a call, binary values aside; of a key that comes twice the first value."""
+    pairs = [(name, value) for name, value in context.invocation_metadata() or () if isinstance(value, str)]
+    return dict(reversed(pairs))
 
 
 async def _abort(context: Any, problem: ServeError) -> None:

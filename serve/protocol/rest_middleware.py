@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prompttune.serve.protocol.logs import RequestRecord, new_request_id, usable_id
 from prompttune.serve.protocol.rest_shared import RECORD, error_answer
+from prompttune.serve.tracing import continued
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ class ObserveRequests:
             await send(message)
 
         try:
-            await self._app(scope, receive, observed)
+            with continued(Headers(scope=scope)):
+                await self._app(scope, receive, observed)
         except ClientDisconnect:
             status = _CLIENT_LEFT
         except Exception:

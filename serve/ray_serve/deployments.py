@@ -1,0 +1,193 @@
+"""From settings to a Ray Serve application."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from ray import serve
+
+from prompttune.errors import UsageError
+from prompttune.export.runtimes import RuntimeOptions
+from prompttune.serve.assembly import EngineSettings
+from prompttune.serve.limits import MEBI
+from prompttune.serve.protocol.security import Guard, read_tokens
+from prompttune.serve.protocol.settings import TransportSettings
+from prompttune.serve.ray_serve.ingress import Ingress
+from prompttune.serve.ray_serve.replica import Replica
+from prompttune.serve.service import ServiceSettings
+
+ENGINE, INGRESS = "engine", "ingress"
+"""Names of the deployments."""
+
+INGRESS_CPUS = 0.5
+INGRESS_REQUESTS = 1024
+HEALTH_PERIOD_S = 2.0
+HEALTH_TIMEOUT_S = 10.0
+LEAVING_LOOP_S = 0.5
+START_ATTEMPTS = 3
+WATCH_S = 2.0
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How many replicas of the engine run, and what each of them takes of its node."""
+
+    min_replicas: int = 1
+    max_replicas: int = 1
+    target_requests: float = 16.0
+    """Inside a replica, on average; above it replicas are added, below it they leave."""
+    max_requests: int = 64
+    """Inside a replica at most; the next go to another one, whether it holds their task or not."""
+    max_waiting: int = 1024
+    """That wait in an ingress replica while all replicas of the engine are full; the next get 503."""
+    cpus: float = 1.0
+    gpus: float = 0.0
+    ingress_replicas: int = 1
+    affinity: bool = True
+    """Prefer replicas that hold a request's task; of no use where every replica holds every task."""
+    upscale_delay_s: float = 10.0
+    downscale_delay_s: float = 300.0
+    drain_s: float = 30.0
+    """For the requests of a replica that is to leave."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_replicas <= self.max_replicas or self.ingress_replicas < 1:
+            raise UsageError("there must be one replica at least, and no more of them at least than at most")
+        if self.max_requests < 1 or self.max_waiting < 1 or not 0 < self.target_requests <= self.max_requests:
+            raise UsageError("the target of requests in a replica must be above 0 and no more than there may be")
+
+
+def application(
+    engine: EngineSettings,
+    service: ServiceSettings | None = None,
+    transport: TransportSettings | None = None,
+    scaling: Scaling | None = None,
+) -> serve.Application:
+    """An application for ``serve.run``: replicas of one engine behind an ingress. Its folder must be on every node.
+
+    Raises:
+        UsageError: a setting that has no meaning on a cluster.
+    """
+    service, transport, scaling = service or ServiceSettings(), transport or TransportSettings(), scaling or Scaling()
+    if transport.guard.control:
+        raise UsageError("a load or unload would reach one replica of many: let them watch the folder of tasks instead")
+    if transport.tls is not None:
+        raise UsageError("TLS ends at Ray's proxies: set ssl_certfile and ssl_keyfile in their http_options")
+    if len(engine.devices) != 1:
+        raise UsageError("a replica has one device; Ray places the replicas")
+    if engine.devices[0] != "cpu" and not scaling.gpus:
+        raise UsageError("Ray hides the GPUs from a replica that books none: say how many one takes (gpus)")
+    if engine.runtime.threads is None:
+        # Ray books processors for a replica, but a runtime would take all that it sees.
+        engine = replace(engine, runtime=replace(engine.runtime, threads=max(1, math.floor(scaling.cpus))))
+    replicas = _engine_deployment(scaling).bind(engine, service, transport)
+    bound: serve.Application = _ingress_deployment(scaling).bind(
+        replicas, transport, service.timeout_s, scaling.affinity
+    )
+    return bound
+
+
+def _engine_deployment(scaling: Scaling) -> serve.Deployment:
+    return serve.deployment(
+        Replica,
+        name=ENGINE,
+        autoscaling_config={
+            "min_replicas": scaling.min_replicas,
+            "max_replicas": scaling.max_replicas,
+            "target_ongoing_requests": scaling.target_requests,
+            "upscale_delay_s": scaling.upscale_delay_s,
+            "downscale_delay_s": scaling.downscale_delay_s,
+        },
+        ray_actor_options={"num_cpus": scaling.cpus, "num_gpus": scaling.gpus},
+        max_ongoing_requests=scaling.max_requests,
+        max_queued_requests=scaling.max_waiting,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_wait_loop_s=LEAVING_LOOP_S,
+        graceful_shutdown_timeout_s=scaling.drain_s,
+        max_constructor_retry_count=START_ATTEMPTS,
+    )
+
+
+def _ingress_deployment(scaling: Scaling) -> serve.Deployment:
+    return serve.deployment(
+        serve.ingress()(Ingress),
+        name=INGRESS,
+        num_replicas=scaling.ingress_replicas,
+        ray_actor_options={"num_cpus": INGRESS_CPUS},
+        max_ongoing_requests=INGRESS_REQUESTS,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_wait_loop_s=LEAVING_LOOP_S,
+        graceful_shutdown_timeout_s=scaling.drain_s,
+    )
+
+
+class Arguments(BaseModel):
+    """What ``serve run`` and a configuration file may say, named as in ``prompttune serve`` and :class:`Scaling`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    engine: Path
+    device: str = "cpu"
+    threads: int | None = None
+    max_batch: int = 16
+    max_delay_ms: float = 0.0
+    resident_tasks: int = 64
+    host_memory_mib: int = 1024
+    watch: bool = False
+    """Follow the tasks of the engine's folder."""
+    max_queue: int = 1024
+    timeout: float = 60.0
+    token_file: Path | None = None
+    min_replicas: int = 1
+    max_replicas: int = 1
+    target_requests: float = 16.0
+    max_requests: int = 64
+    cpus: float = 1.0
+    gpus: float = 0.0
+    ingress_replicas: int = 1
+    affinity: bool = True
+
+
+def build(values: dict[str, Any]) -> serve.Application:
+    """:func:`application` from the arguments of ``serve run prompttune.serve.ray_serve:build``, see :class:`Arguments`.
+
+    Raises:
+        UsageError: an argument is unknown, missing or wrong, or the token file cannot be read.
+    """
+    try:
+        arguments = Arguments.model_validate(values)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        raise UsageError(f"argument {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    engine = EngineSettings(
+        engine=arguments.engine,
+        devices=(arguments.device,),
+        runtime=RuntimeOptions(threads=arguments.threads),
+        max_batch=arguments.max_batch,
+        max_delay_s=arguments.max_delay_ms / 1000,
+        resident_tasks=arguments.resident_tasks,
+        host_bytes=arguments.host_memory_mib * MEBI,
+    )
+    service = ServiceSettings(
+        max_queue=arguments.max_queue,
+        timeout_s=arguments.timeout,
+        watch_interval_s=WATCH_S if arguments.watch else None,
+    )
+    tokens = None if arguments.token_file is None else read_tokens(arguments.token_file)
+    scaling = Scaling(
+        min_replicas=arguments.min_replicas,
+        max_replicas=arguments.max_replicas,
+        target_requests=arguments.target_requests,
+        max_requests=arguments.max_requests,
+        cpus=arguments.cpus,
+        gpus=arguments.gpus,
+        ingress_replicas=arguments.ingress_replicas,
+        affinity=arguments.affinity,
+    )
+    return application(engine, service, TransportSettings(guard=Guard(tokens)), scaling)

@@ -1,0 +1,100 @@
+"""A replica: one engine with the whole server around it, less the sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import replace
+
+from ray import serve
+from starlette.types import ASGIApp, Message, Scope
+
+from prompttune.errors import EngineError
+from prompttune.serve.assembly import EngineSettings, make_service
+from prompttune.serve.protocol.rest import rest_application
+from prompttune.serve.protocol.settings import TransportSettings
+from prompttune.serve.ray_serve.messages import Answer, Head, Headers
+from prompttune.serve.service import ServiceSettings
+
+DRAIN_S = 5.0
+"""Ray has already waited for the requests of a replica when it ends it; this is for what was cancelled."""
+
+
+class Replica:
+    """An engine in this process, which Ray watches and replaces as a whole.
+
+    Args:
+        engine: which engine, and how.
+        service: how to treat requests.
+        transport: limits and tokens; TLS is the business of Ray's proxies.
+    """
+
+    # Ray awaits it, on the event loop that the service needs to be made on.
+    async def __init__(  # type: ignore[misc]
+        self, engine: EngineSettings, service: ServiceSettings, transport: TransportSettings
+    ) -> None:
+        self._service = make_service(replace(engine, in_process=True), service)
+        await self._service.start()
+        self._application = rest_application(self._service, transport)
+
+        async def hold(task: str) -> str:
+            return task
+
+        # Only keeps the names that Ray routes by: the engine's own cache, of the same size, keeps the states.
+        self._hold = serve.multiplexed(hold, max_num_models_per_replica=engine.resident_tasks)
+
+    async def answer(self, head: Head, body: bytes, task: str) -> Answer:
+        """Answer an HTTP request; its task, empty for none, counts as held here from now on."""
+        if task and self._service.model_ready(task):
+            await self._hold(task)
+        return await _call(self._application, head, body)
+
+    async def check_health(self) -> None:
+        """Raise if Ray should replace this replica."""
+        if not (self._service.live() and self._service.ready()):
+            raise EngineError("the engine does not answer")
+
+    async def __del__(self) -> None:
+        """Ray awaits this when it ends a replica; one whose engine did not open has no service."""
+        with contextlib.suppress(AttributeError):
+            await self._service.drain(DRAIN_S)
+            await self._service.close()
+
+
+async def _call(application: ASGIApp, head: Head, body: bytes) -> Answer:
+    """Run an ASGI application on a request that is there as a whole."""
+    scope: Scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": head.method,
+        "scheme": "http",
+        "path": head.path,
+        "raw_path": None,
+        "root_path": "",
+        "query_string": head.query,
+        "headers": head.headers,
+        "client": None,
+        "server": None,
+    }
+    unread = [body]
+    status = 500
+    headers: Headers = []
+    parts: list[bytes] = []
+
+    async def receive() -> Message:
+        if unread:
+            return {"type": "http.request", "body": unread.pop(), "more_body": False}
+        # A client that leaves cancels the call, so that there is no message to wait for.
+        await asyncio.Event().wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        nonlocal status, headers
+        if message["type"] == "http.response.start":
+            status, headers = message["status"], list(message["headers"])
+        elif message["type"] == "http.response.body":
+            parts.append(message.get("body", b""))
+
+    await application(scope, receive, send)
+    return Answer(status, headers, parts[0] if len(parts) == 1 else b"".join(parts))

@@ -1,0 +1,48 @@
+"""OpenTelemetry spans, where its API is installed: https://opentelemetry.io/docs/languages/python/
+
+Nothing is exported unless a program sets up a provider, as ``opentelemetry-instrument prompttune serve`` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+@functools.cache
+def _api() -> Any:
+    """The packages ``trace``, ``context`` and ``propagate``; None where they are not installed."""
+    if importlib.util.find_spec("opentelemetry") is None:
+        return None
+    from opentelemetry import context, propagate, trace
+
+    return trace, context, propagate
+
+
+@contextlib.contextmanager
+def span(name: str, **attributes: str | int) -> Iterator[None]:
+    """The block as a span, below the one that is current; an error in it is recorded there."""
+    if _api() is None:
+        yield
+        return
+    trace, _, _ = _api()
+    named = {f"prompttune.{key}": value for key, value in attributes.items()}
+    with trace.get_tracer("prompttune.serve").start_as_current_span(name, attributes=named):
+        yield
+
+
+@contextlib.contextmanager
+def continued(headers: Mapping[str, str]) -> Iterator[None]:
+    """Spans of the block belong to the trace that a caller's ``traceparent`` names, if there is one."""
+    if _api() is None:
+        yield
+        return
+    _, context, propagate = _api()
+    token = context.attach(propagate.extract(headers))
+    try:
+        yield
+    finally:
+        context.detach(token)
