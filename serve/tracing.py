@@ -13,8 +13,8 @@ from typing import Any
 
 
 @functools.cache
-def _api() -> Any:
-    """The packages ``trace``, ``context`` and ``propagate``; None where they are not installed."""
+def _packages() -> Any:
+    """``trace``, ``context`` and ``propagate``; None where they are not installed."""
     if importlib.util.find_spec("opentelemetry") is None:
         return None
     from opentelemetry import context, propagate, trace
@@ -22,13 +22,22 @@ def _api() -> Any:
     return trace, context, propagate
 
 
+def _api() -> Any:
+    """The packages, where a provider is set up: without one a span would only cost time."""
+    packages = _packages()
+    if packages is None or isinstance(packages[0].get_tracer_provider(), packages[0].ProxyTracerProvider):
+        return None
+    return packages
+
+
 @contextlib.contextmanager
 def span(name: str, **attributes: str | int) -> Iterator[None]:
     """The block as a span, below the one that is current; an error in it is recorded there."""
-    if _api() is None:
+    api = _api()
+    if api is None:
         yield
         return
-    trace, _, _ = _api()
+    trace, _, _ = api
     named = {f"prompttune.{key}": value for key, value in attributes.items()}
     with trace.get_tracer("prompttune.serve").start_as_current_span(name, attributes=named):
         yield
@@ -37,10 +46,11 @@ def span(name: str, **attributes: str | int) -> Iterator[None]:
 @contextlib.contextmanager
 def continued(headers: Mapping[str, str]) -> Iterator[None]:
     """Spans of the block belong to the trace that a caller's ``traceparent`` names, if there is one."""
-    if _api() is None:
+    api = _api()
+    if api is None:
         yield
         return
-    _, context, propagate = _api()
+    _, context, propagate = api
     token = context.attach(propagate.extract(headers))
     try:
         yield
