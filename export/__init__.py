@@ -1,14 +1,40 @@
 """Export: one graph over a frozen backbone, tasks as inputs, engine folders, parity with PyTorch."""
 
-from prompttune.export.build import add_task, export_engine, list_tasks, remove_task
-from prompttune.export.figures import Comparison
-from prompttune.export.folder import EngineFolder, Manifest, Task, load_task
-from prompttune.export.formats import FORMATS
-from prompttune.export.formats import Settings as ExportSettings
-from prompttune.export.gate import Gate
-from prompttune.export.graph import MultiTaskGraph, trace
-from prompttune.export.parity import ParityReport
-from prompttune.export.validate import validate_engine
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prompttune.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from prompttune.export.build import add_task, export_engine, list_tasks, remove_task
+    from prompttune.export.figures import Comparison
+    from prompttune.export.folder import EngineFolder, Manifest, Task, load_task
+    from prompttune.export.formats import FORMATS
+    from prompttune.export.formats import Settings as ExportSettings
+    from prompttune.export.gate import Gate
+    from prompttune.export.graph import MultiTaskGraph, trace
+    from prompttune.export.parity import ParityReport
+    from prompttune.export.validate import validate_engine
+
+_LAZY = {
+    "FORMATS": "prompttune.export.formats",
+    "Comparison": "prompttune.export.figures",
+    "EngineFolder": "prompttune.export.folder",
+    "ExportSettings": "prompttune.export.formats:Settings",
+    "Gate": "prompttune.export.gate",
+    "Manifest": "prompttune.export.folder",
+    "MultiTaskGraph": "prompttune.export.graph",
+    "ParityReport": "prompttune.export.parity",
+    "Task": "prompttune.export.folder",
+    "add_task": "prompttune.export.build",
+    "export_engine": "prompttune.export.build",
+    "list_tasks": "prompttune.export.build",
+    "load_task": "prompttune.export.folder",
+    "remove_task": "prompttune.export.build",
+    "trace": "prompttune.export.graph",
+    "validate_engine": "prompttune.export.validate",
+}
 
 __all__ = [
     "FORMATS",
@@ -28,3 +54,5 @@ __all__ = [
     "trace",
     "validate_engine",
 ]
+
+__getattr__ = lazy_names(__name__, _LAZY)

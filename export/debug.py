@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 
 from prompttune.errors import EngineError, UsageError, first_line
 from prompttune.export.figures import Array
-from prompttune.export.folder import Manifest, Task
+from prompttune.export.folder import ONNX_FILE, Manifest, Task
 from prompttune.export.layout import IMAGE, TASK_INDEX, bank_dtype, bank_input, stack_states
-from prompttune.export.onnx import MODEL_FILE
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.layers.probe import recording
 from prompttune.model import PromptModel
@@ -165,7 +164,7 @@ def _onnx_results(
     """Intermediate results of the engine's file, those that it still holds, as float32."""
     from prompttune.export.runtimes.onnxruntime import providers, session_options
 
-    model = onnx.load(str(folder / MODEL_FILE), load_external_data=False)
+    model = onnx.load(str(folder / ONNX_FILE), load_external_data=False)
     probes = _add_outputs(model, check_probes(manifest))
     wanted, settings = providers(options), session_options(options)
     settings.add_session_config_entry(_WEIGHTS_FOLDER, str(folder.resolve()))

@@ -33,6 +33,7 @@ from prompttune.preprocess import Preprocess
 
 FORMAT_VERSION = 1
 MANIFEST, TASKS = "engine.json", "tasks"
+ONNX_FILE, ONNX_WEIGHTS_FILE = "model.onnx", "model.onnx.data"
 TASK_RECORD, STATE_FILE = "task.json", "state.safetensors"
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VERSION_DIGITS = 12

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from prompttune.errors import EngineError, first_line
+from prompttune.export.folder import ONNX_FILE
 from prompttune.export.graph import Traced
 from prompttune.export.layout import TensorSpec
 from prompttune.export.quiet import quiet
@@ -24,7 +25,6 @@ FUSED_OPSET = 23
 """The first one with an Attention operator."""
 PROBE = "probe."
 """In front of the names of values that hold an intermediate result of the forward."""
-MODEL_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
 _STACK_TRACE = "pkg.torch.onnx.stack_trace"
 _DTYPES = {
     "float32": onnx.TensorProto.FLOAT,
@@ -52,7 +52,7 @@ def export_onnx(
     Raises:
         EngineError: the graph cannot be exported, or the file does not keep what was declared.
     """
-    path = folder / MODEL_FILE
+    path = folder / ONNX_FILE
     probes = {name: PROBE + name for name in traced.probes}
     with quiet("torch.onnx", "onnxscript", "onnx_ir"):
         try:

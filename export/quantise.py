@@ -22,9 +22,9 @@ import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
 from prompttune.errors import EngineError, first_line
+from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE
 from prompttune.export.formats.base import BuildRequest, Feeds
 from prompttune.export.layout import IMAGE, TASK_INDEX, bank_dtype, bank_input, stack_states
-from prompttune.export.onnx import MODEL_FILE, WEIGHTS_FILE
 from prompttune.export.quiet import quiet
 from prompttune.export.runtimes.base import Array
 from prompttune.export.smooth import smoothed
@@ -49,18 +49,18 @@ def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> No
     static = request.settings.quantization == "static"
     common: dict[str, Any] = {
         "op_types_to_quantize": ["MatMul"],
-        "nodes_to_quantize": _products(folder / MODEL_FILE, request.model.backbone.depth),
+        "nodes_to_quantize": _products(folder / ONNX_FILE, request.model.backbone.depth),
         "per_channel": True,
         "weight_type": QuantType.QInt8,
         "use_external_data_format": True,
     }
     with tempfile.TemporaryDirectory(dir=folder) as name, quiet(""):
-        made = Path(name) / MODEL_FILE
+        made = Path(name) / ONNX_FILE
         try:
             if static:
                 request.on_stage("calibrating int8")
                 quantize_static(
-                    folder / MODEL_FILE,
+                    folder / ONNX_FILE,
                     made,
                     _Calibration(request),
                     quant_format=QuantFormat.QDQ,
@@ -73,11 +73,11 @@ def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> No
                 )
             else:
                 request.on_stage("quantising to int8")
-                quantize_dynamic(folder / MODEL_FILE, made, **common)
+                quantize_dynamic(folder / ONNX_FILE, made, **common)
         except Exception as problem:  # the tools raise whatever they meet
             raise EngineError(f"ONNX Runtime cannot quantise the graph: {first_line(problem)}") from problem
-        (folder / MODEL_FILE).unlink()
-        (folder / WEIGHTS_FILE).unlink(missing_ok=True)
+        (folder / ONNX_FILE).unlink()
+        (folder / ONNX_WEIGHTS_FILE).unlink(missing_ok=True)
         for file in Path(name).iterdir():
             file.chmod(0o644)  # the tools write through a private temporary file
             file.replace(folder / file.name)

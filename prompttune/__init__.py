@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from prompttune.lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -61,10 +62,4 @@ if TYPE_CHECKING:
     from prompttune.training import TrainConfig, evaluate, train
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used, so that the core never imports export or serve."""
-    if name not in _LAZY:
-        raise AttributeError(f"module 'prompttune' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _LAZY)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import torch
-from PIL import Image
-from timm.data.transforms_factory import create_transform
+from typing import TYPE_CHECKING, Any
 
 from prompttune.errors import UsageError, choose
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
 
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
 CROP_MODES = ("squash", "center", "border")
@@ -45,6 +45,8 @@ class Preprocess:
 
     def transform(self) -> Callable[[Image.Image], torch.Tensor]:
         """Return a function from an RGB PIL image to a normalised float32 tensor [3, image_size, image_size]."""
+        from timm.data.transforms_factory import create_transform  # seconds, and engines read settings without it
+
         made: Callable[[Image.Image], torch.Tensor] = create_transform(
             input_size=(3, self.image_size, self.image_size),
             is_training=False,

@@ -1,5 +1,24 @@
 """Serving: open an engine, answer for any mix of its tasks."""
 
-from prompttune.serve.engine import Engine, Prediction, Score
+from __future__ import annotations
 
-__all__ = ["Engine", "Prediction", "Score"]
+from typing import TYPE_CHECKING
+
+from prompttune.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from prompttune.serve.engine import Engine, Prediction, Score
+
+_LAZY = {
+    "Engine": "prompttune.serve.engine",
+    "Prediction": "prompttune.serve.engine",
+    "Score": "prompttune.serve.engine",
+}
+
+__all__ = [
+    "Engine",
+    "Prediction",
+    "Score",
+]
+
+__getattr__ = lazy_names(__name__, _LAZY)

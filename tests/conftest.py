@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib import import_module, metadata
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -16,6 +17,10 @@ import torch
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# The same examples on every run and machine: a failure is one that can be looked at again.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1", "", None}
 

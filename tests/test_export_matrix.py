@@ -10,7 +10,8 @@ import torch
 
 import prompttune as pt
 from prompttune.export import EngineFolder
-from prompttune.export.onnx import MODEL_FILE, operators
+from prompttune.export.folder import ONNX_FILE
+from prompttune.export.onnx import operators
 from prompttune.methods import METHODS
 from tests.engines import BATCH_SIZES, checkpoint, copied, exported, model_of, noise, workshop
 
@@ -55,7 +56,7 @@ def test_export_is_proven(method, backbone):
 
 
 def test_graph_is_clean(method, backbone):
-    path = exported(method, backbone) / MODEL_FILE
+    path = exported(method, backbone) / ONNX_FILE
     assert set(operators(path)) <= set(SUPPORTED.split())
     graph = onnx.load(str(path), load_external_data=False).graph
     stored = {tensor.name.removeprefix("model.") for tensor in graph.initializer}

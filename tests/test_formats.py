@@ -15,11 +15,10 @@ from prompttune.cli.export import FORMATS as OFFERED
 from prompttune.cli.main import cli
 from prompttune.errors import EngineError, UsageError
 from prompttune.export import FORMATS, EngineFolder, add_task, remove_task
-from prompttune.export.folder import MANIFEST, write_manifest
+from prompttune.export.folder import MANIFEST, ONNX_FILE, write_manifest
 from prompttune.export.formats import Settings, aoti, find_format
 from prompttune.export.formats.onnx_adapter import ADAPTER_FILE
 from prompttune.export.gate import NOISE
-from prompttune.export.onnx import MODEL_FILE
 from tests.engines import checkpoint, copied, exported, model_of, noise, workshop
 
 KINDS = {
@@ -145,7 +144,7 @@ def test_manifest_keeps_the_settings(method, kind):
     assert manifest.baked == (("task0", "task1") if settings.baked else None)
     assert (manifest.opset is None) == (settings.format == "aoti")
     assert manifest.opset in (None, 23 if settings.attention == "fused" else 20)
-    assert set(manifest.files) == ({"model.pt2"} if settings.format == "aoti" else {MODEL_FILE, f"{MODEL_FILE}.data"})
+    assert set(manifest.files) == ({"model.pt2"} if settings.format == "aoti" else {ONNX_FILE, f"{ONNX_FILE}.data"})
     dtypes = {spec.dtype for spec in manifest.inputs} - {"int64"}
     rows = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[settings.bank_precision]
     assert dtypes == {"float32"} | (set() if settings.baked else {rows})
@@ -217,7 +216,7 @@ def test_baked_rows_follow_the_order_of_the_export(tmp_path):
 def test_adapter_files_work_in_plain_onnx_runtime():
     """A user of ONNX Runtime needs nothing of this package: a model, adapter files, a run option."""
     folder, images = engine_of("sa2vp", "adapter").folder.path, noise(ROWS)
-    session = onnxruntime.InferenceSession(str(folder / MODEL_FILE), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(folder / ONNX_FILE), providers=["CPUExecutionProvider"])
     assert [one.name for one in session.get_inputs()] == ["image"]
     for number in (0, 1, 4):
         adapter = onnxruntime.LoraAdapter()
@@ -237,7 +236,7 @@ def test_adapter_files_in_half_precision(tmp_path):
     images, adapter, options = noise(2), onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
     adapter.Load(str(tmp_path / "engine" / "tasks" / "task0" / ADAPTER_FILE))
     options.add_active_adapter(adapter)
-    session = onnxruntime.InferenceSession(str(tmp_path / "engine" / MODEL_FILE), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(tmp_path / "engine" / ONNX_FILE), providers=["CPUExecutionProvider"])
     (found,) = session.run(["logits"], {"image": images}, options)
     assert close("fp16", found, expected("linear", 0, images))
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from prompttune.export.folder import ONNX_FILE
 from prompttune.export.formats import Settings
 from prompttune.export.formats.onnx import write_onnx
 from prompttune.export.graph import Traced, capture
 from prompttune.export.layout import TensorSpec, declare_inputs, declare_outputs
-from prompttune.export.onnx import MODEL_FILE, export_onnx
+from prompttune.export.onnx import export_onnx
 from prompttune.export.precision import TORCH_DTYPES
 from prompttune.export.quantise import quantise
 from prompttune.layers.aligned_attention import AlignedAttention
@@ -87,7 +88,7 @@ def written(method, backbone, kind):
         return exported(method, backbone)
     folder = Path(tempfile.mkdtemp(dir=workshop()))
     if kind in ("dynamic", "static"):
-        for file in exported(method, backbone).glob(f"{MODEL_FILE}*"):
+        for file in exported(method, backbone).glob(f"{ONNX_FILE}*"):
             shutil.copy(file, folder)
         quantise(build_request(method, Settings("onnx", "int8", quantization=kind), backbone), folder, symmetric=True)
     else:
@@ -100,7 +101,7 @@ def written(method, backbone, kind):
 @functools.cache
 def inferred(method, backbone, kind):
     """The model with its weights and the inferred types and shapes of all values."""
-    return onnx.shape_inference.infer_shapes(onnx.load(str(written(method, backbone, kind) / MODEL_FILE)))
+    return onnx.shape_inference.infer_shapes(onnx.load(str(written(method, backbone, kind) / ONNX_FILE)))
 
 
 def value_types(graph):
@@ -322,10 +323,10 @@ def test_symmetric_int8_has_no_zero_points(method, backbone):
 
 def test_static_int8_for_onnx_runtime_is_unsigned(tmp_path):
     write_onnx(build_request("linear", Settings("onnx", "int8", quantization="static")), tmp_path)
-    graph = onnx.load(str(tmp_path / MODEL_FILE)).graph
+    graph = onnx.load(str(tmp_path / ONNX_FILE)).graph
     points = {constants(graph)[node.input[2]].data_type for node in of_kind(graph, "QuantizeLinear")}
     assert points == {TensorProto.UINT8}
-    assert [file.name for file in sorted(tmp_path.iterdir())] == [MODEL_FILE, f"{MODEL_FILE}.data"]
+    assert [file.name for file in sorted(tmp_path.iterdir())] == [ONNX_FILE, f"{ONNX_FILE}.data"]
 
 
 @pytest.mark.parametrize("method", ["sa2vp", "lspt"])
@@ -350,7 +351,7 @@ def exported_module(module, shape, folder):
     program = capture(module, [torch.zeros(3, *shape)] * 3, dynamic, "explicit", "cpu", "attention")
     outputs = [TensorSpec("attended", "float32", ("batch", *shape))]
     export_onnx(Traced(program, specs, outputs, dynamic, []), folder)
-    model = onnx.load(str(folder / MODEL_FILE), load_external_data=False)
+    model = onnx.load(str(folder / ONNX_FILE), load_external_data=False)
     return onnx.shape_inference.infer_shapes(model).graph
 
 

@@ -18,7 +18,7 @@ from prompttune.errors import EngineError, MissingExtraError, UsageError
 from prompttune.export import EngineFolder
 from prompttune.export.formats import Settings
 from prompttune.export.layout import TensorSpec
-from prompttune.export.runtimes import RuntimeOptions, onnxruntime
+from prompttune.export.runtimes import RuntimeOptions, onnxruntime_cuda
 from prompttune.export.runtimes.onnxruntime import OnnxRuntime, providers
 from prompttune.methods import METHODS
 from tests.engines import checkpoint, exported, model_of, noise
@@ -164,6 +164,7 @@ def opened(monkeypatch):
     def open_engine(session=None, classes="classes", **options):
         session = session or Session()
         session.opened = []
+        folder = exported("linear")  # before torch is changed
 
         def open_session(*arguments, **named):
             session.opened.append((arguments, named))
@@ -171,13 +172,13 @@ def opened(monkeypatch):
 
         monkeypatch.setattr(ort, "InferenceSession", open_session)
         # torch writes to the host where it would write to the device.
-        monkeypatch.setattr(onnxruntime.torch, "device", lambda kind, index: real_device("cpu", index))
+        monkeypatch.setattr(onnxruntime_cuda.torch, "device", lambda kind, index: real_device("cpu", index))
         manifest = types.SimpleNamespace(
             precision="fp32",
             bank_precision="fp32",
             outputs=(TensorSpec("logits", "float32", ("batch", classes)),),
         )
-        runtime = OnnxRuntime(exported("linear"), manifest, RuntimeOptions("cuda", **options))
+        runtime = OnnxRuntime(folder, manifest, RuntimeOptions("cuda", **options))
         return runtime, session
 
     return open_engine

@@ -12,12 +12,12 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from prompttune.backbones.vit import merge_heads
+from prompttune.export.folder import ONNX_FILE
 from prompttune.export.formats import Settings
 from prompttune.export.formats.onnx import write_onnx
 from prompttune.export.gate import NOISE
 from prompttune.export.graph import MultiTaskGraph
 from prompttune.export.layout import bank_input, stack_states
-from prompttune.export.onnx import MODEL_FILE
 from prompttune.export.precision import TORCH_DTYPES, typed_model
 from prompttune.export.smooth import smoothed
 from prompttune.layers.attention import attend, explicit_attention
@@ -138,7 +138,7 @@ def test_the_bf16_graph_computes_the_right_thing(method, tmp_path):
     model, images = model_of(method, 0), noise(2)
     request = build_request(method, Settings("onnx", "bf16"))
     write_onnx(request, tmp_path)
-    evaluator = ReferenceEvaluator(onnx.load(str(tmp_path / MODEL_FILE)))
+    evaluator = ReferenceEvaluator(onnx.load(str(tmp_path / ONNX_FILE)))
     bank = stack_states(model.state_layout(), request.states.values(), np.dtype(ml_dtypes.bfloat16))
     feeds = {"image": images, "task_index": np.array([0, 1]), **{bank_input(key): rows for key, rows in bank.items()}}
     (found,) = evaluator.run(["logits"], feeds)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from prompttune.errors import UsageError
+from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE
 from prompttune.export.formats.base import BuildRequest, Built, Format, Settings
-from prompttune.export.onnx import FUSED_OPSET, MODEL_FILE, OPSET, WEIGHTS_FILE, export_onnx
+from prompttune.export.onnx import FUSED_OPSET, OPSET, export_onnx
 from prompttune.export.quantise import calibrated, quantise
 
 
@@ -44,5 +45,5 @@ def write_onnx(request: BuildRequest, folder: Path, symmetric: bool = False) -> 
     probes = export_onnx(traced, folder, opset)
     if request.settings.precision == "int8":
         quantise(request, folder, symmetric)
-    files = [name for name in (MODEL_FILE, WEIGHTS_FILE) if (folder / name).is_file()]
+    files = [name for name in (ONNX_FILE, ONNX_WEIGHTS_FILE) if (folder / name).is_file()]
     return Built(traced.inputs, traced.outputs, files, opset, {"probes": probes})

@@ -13,11 +13,11 @@ import numpy as np
 from onnxruntime import AdapterFormat, OrtValue
 
 from prompttune.errors import UsageError
-from prompttune.export.folder import Manifest, Task
+from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE, Manifest, Task
 from prompttune.export.formats.base import BuildRequest, Built, Format, Settings
 from prompttune.export.graph import trace_adapter
 from prompttune.export.layout import bank_dtype
-from prompttune.export.onnx import FUSED_OPSET, MODEL_FILE, OPSET, WEIGHTS_FILE, export_onnx
+from prompttune.export.onnx import FUSED_OPSET, OPSET, export_onnx
 
 ADAPTER_FILE = "adapter.onnx_adapter"
 _VERSION = 1
@@ -51,7 +51,7 @@ class OnnxAdapterFormat(Format):
         first = next(iter(request.states.values()))
         dtype = bank_dtype(str(settings.bank_precision))
         export_onnx(traced, folder, opset, {key: np.asarray(value, dtype) for key, value in first.items()})
-        files = [name for name in (MODEL_FILE, WEIGHTS_FILE) if (folder / name).is_file()]
+        files = [name for name in (ONNX_FILE, ONNX_WEIGHTS_FILE) if (folder / name).is_file()]
         return Built(traced.inputs, traced.outputs, files, opset)
 
     def write_task(self, manifest: Manifest, task: Task, folder: Path) -> None:

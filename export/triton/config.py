@@ -10,9 +10,8 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as triton_config
 
-from prompttune.export.folder import Manifest, Task
+from prompttune.export.folder import ONNX_FILE, Manifest, Task
 from prompttune.export.layout import BATCH, LOGITS, TASKS, TensorSpec
-from prompttune.export.onnx import MODEL_FILE
 from prompttune.export.runtimes.tensorrt import PLAN_FILE
 from prompttune.export.triton import MAX_BATCH_SIZE, TritonSettings
 
@@ -27,7 +26,7 @@ class Backend:
 
 
 BACKENDS = {
-    "onnx": Backend("onnxruntime_onnx", "onnxruntime", MODEL_FILE),
+    "onnx": Backend("onnxruntime_onnx", "onnxruntime", ONNX_FILE),
     "trt": Backend("tensorrt_plan", "tensorrt", PLAN_FILE),
 }
 """Format of an engine → its backend."""

@@ -13,6 +13,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import IO
 
+from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.orjson import OrjsonFormatter
 
 from prompttune.serve.protocol.types import InferRequest
@@ -31,6 +32,7 @@ def configure_logs(level: int | str = logging.INFO, stream: IO[str] | None = Non
             style="{",
             rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
             datefmt="%Y-%m-%dT%H:%M:%S%z",
+            reserved_attrs=[*RESERVED_ATTRS, "color_message"],  # uvicorn's, for terminals
         )
     )
     root = logging.getLogger()

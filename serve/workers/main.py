@@ -18,8 +18,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-
 from prompttune.errors import PrompttuneError
 from prompttune.export.runtimes import Array
 from prompttune.serve.workers.base import Key, WorkerSettings
@@ -52,8 +50,6 @@ def main() -> NoReturn:
 
 
 def _open(settings: WorkerSettings) -> Store:
-    if settings.runtime.threads is not None:
-        torch.set_num_threads(settings.runtime.threads)
     store = open_store(settings)
     store.warm_up()
     return store

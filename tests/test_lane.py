@@ -1,0 +1,141 @@
+"""A device whose worker dies: another one takes its place, and nobody waits for ever."""
+
+import asyncio
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from prompttune.errors import EngineError
+from prompttune.export.runtimes import RuntimeOptions
+from prompttune.serve import lane as lane_module
+from prompttune.serve.lane import Lane
+from prompttune.serve.protocol.types import UnavailableError
+from prompttune.serve.service import Service
+from prompttune.serve.workers import Key, WorkerDiedError
+from tests.fake_worker import SETTINGS, FakeWorker, image
+
+A, B = Key("a", "1"), Key("b", "2")
+FOLDER = Path("tasks/x")
+
+
+def scenario(test, **behaviour):
+    async def run():
+        workers = []
+
+        def make(settings):
+            worker = behaviour.get("make", FakeWorker)(settings)
+            workers.append(worker)
+            return worker
+
+        lane = Lane(SETTINGS, make, 2, 0.0, lambda *_: None)
+        await lane.start()
+        try:
+            async with asyncio.timeout(10):
+                await test(lane, workers)
+        finally:
+            await lane.close()
+
+    asyncio.run(run())
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0)
+
+
+def test_what_the_worker_had_fails_and_what_waited_may_be_asked_again():
+    async def test(lane, workers):
+        workers[0].may_run.clear()
+        inside = asyncio.create_task(lane.answer(A, FOLDER, [image(1)], 0))
+        await workers[0].running.wait()
+        waiting = asyncio.create_task(lane.answer(B, FOLDER, [image(2)], 0))
+        await until(lambda: lane.queued_rows == 1)
+        workers[0].die()
+        assert not lane.ready
+        with pytest.raises(UnavailableError, match="try again"):
+            await inside
+        with pytest.raises(WorkerDiedError):
+            await waiting
+        outcome = await lane.answer(B, FOLDER, [image(2)], 0)
+        assert list(outcome.logits[0]) == [2, 2]
+        assert (len(workers), lane.restarts, lane.ready) == (2, 1, True)
+
+    scenario(test)
+
+
+def test_requests_that_come_while_it_starts_wait_for_it():
+    async def test(lane, workers):
+        workers[0].die()
+        outcome = await lane.answer(A, FOLDER, [image(3)], 0)
+        assert list(outcome.logits[0]) == [1, 3]
+
+    scenario(test)
+
+
+def test_a_worker_that_does_not_start_is_tried_again(monkeypatch):
+    monkeypatch.setattr(lane_module, "FIRST_PAUSE_S", 0.001)
+    made = []
+
+    class Stubborn(FakeWorker):
+        async def start(self):
+            made.append(self)
+            if 2 <= len(made) <= 4:
+                raise EngineError("no memory")
+            return "fake"
+
+    async def test(lane, workers):
+        workers[0].die()
+        await lane.answer(A, FOLDER, [image(1)], 0)
+        assert (len(made), lane.restarts) == (5, 4)
+
+    scenario(test, make=Stubborn)
+
+
+def test_a_lane_that_is_closed_while_it_starts_again_ends():
+    class Slow(FakeWorker):
+        async def start(self):
+            if slow.is_set():
+                await asyncio.Event().wait()
+            slow.set()
+            return "fake"
+
+    slow = asyncio.Event()
+
+    async def test(lane, workers):
+        workers[0].die()
+        await until(lambda: len(workers) == 2)
+        await lane.close()
+        assert lane.state == "closed"
+
+    scenario(test, make=Slow)
+
+
+def test_the_first_start_tells_its_error():
+    class Broken(FakeWorker):
+        async def start(self):
+            raise EngineError("no engine here")
+
+    with pytest.raises(EngineError, match="no engine here"):
+        scenario(None, make=Broken)
+
+
+def test_a_request_goes_where_its_state_is_unless_others_have_much_less_to_do():
+    async def test(first, _):
+        settings = dataclasses.replace(SETTINGS, runtime=RuntimeOptions("cuda:1"))
+        second = Lane(settings, FakeWorker, 2, 0.0, lambda *_: None)
+        await second.start()
+        await second.hold(A, FOLDER)
+        service = Service.__new__(Service)
+        service._lanes = [first, second]
+        assert service._lane(A) is second
+        assert service._lane(B) is first
+        second._worker.may_run.clear()
+        busy = asyncio.create_task(second.answer(A, FOLDER, [image(1)] * 12, 0))
+        await until(lambda: second.running_rows + second.queued_rows == 12)
+        assert service._lane(A) is first
+        second._worker.may_run.set()
+        await busy
+        await second.close()
+
+    scenario(test)
