@@ -9,13 +9,14 @@ from pathlib import Path
 from prompttune.errors import EngineError, UsageError
 from prompttune.export.folder import EngineFolder
 from prompttune.export.runtimes import RuntimeOptions
+from prompttune.serve.batcher import STALL_S
 from prompttune.serve.catalogue import Catalogue
 from prompttune.serve.lane import Lane
 from prompttune.serve.limits import MEBI
 from prompttune.serve.metrics import Metrics
 from prompttune.serve.service import Service, ServiceSettings
 from prompttune.serve.traffic import Traffic
-from prompttune.serve.workers import WorkerSettings, open_worker
+from prompttune.serve.workers import Worker, WorkerSettings, open_worker
 
 _ROW_FOR_NONE = {"rank": 1, "classes": 1}
 
@@ -31,6 +32,8 @@ class EngineSettings:
     """Its device is overridden by each of ``devices``."""
     max_batch: int = 16
     max_delay_s: float = 0.0
+    stall_s: float = STALL_S
+    """A batch that takes longer ends its worker, which then starts again."""
     resident_tasks: int = 64
     """Rows of each device."""
     host_bytes: int = 1024 * MEBI
@@ -47,8 +50,8 @@ class EngineSettings:
             _ = RuntimeOptions(device).cuda_index  # refuses what is no device
         if self.max_batch < 1 or self.resident_tasks < 1:
             raise UsageError("the largest batch and the number of resident tasks must be at least 1")
-        if self.max_delay_s < 0 or self.host_bytes < 0:
-            raise UsageError("delay and host memory cannot be negative")
+        if self.max_delay_s < 0 or self.host_bytes < 0 or self.stall_s <= 0:
+            raise UsageError("delay and host memory cannot be negative, and a batch needs time")
 
 
 def make_service(engine: EngineSettings, settings: ServiceSettings | None = None) -> Service:
@@ -74,6 +77,9 @@ def make_service(engine: EngineSettings, settings: ServiceSettings | None = None
         metrics.batch_rows.observe(rows)
         metrics.batch_seconds.observe(seconds)
 
+    def make(worker: WorkerSettings) -> Worker:
+        return open_worker(worker, process=not engine.in_process)
+
     for device in engine.devices:
         worker = WorkerSettings(
             engine=engine.engine,
@@ -83,7 +89,5 @@ def make_service(engine: EngineSettings, settings: ServiceSettings | None = None
             max_batch=engine.max_batch,
             host_bytes=engine.host_bytes,
         )
-        lanes.append(
-            Lane(worker, lambda one: open_worker(one, not engine.in_process), capacity, engine.max_delay_s, count)
-        )
+        lanes.append(Lane(worker, make, capacity, engine.max_delay_s, count, engine.stall_s))
     return Service(folder, catalogue, lanes, metrics, traffic, settings or ServiceSettings())

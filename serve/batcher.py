@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +14,9 @@ from prompttune.export.runtimes import Array
 from prompttune.serve.protocol.types import UnavailableError
 from prompttune.serve.workers import Answer, Key, Worker, WorkerDiedError
 
+LOG = logging.getLogger("prompttune.serve")
+
+STALL_S = 120.0
 COPY_INLINE_BYTES = 2**20
 """A batch up to this size is copied on the event loop; a thread costs more."""
 
@@ -139,13 +143,19 @@ class Batcher:
         worker: started; the batcher does not close it.
         max_delay_s: how long a row may wait for company while the device is free.
         on_batch: told rows and seconds of each batch.
+        stall_s: a batch that takes longer hangs, and ends its worker.
     """
 
     def __init__(
-        self, worker: Worker, max_delay_s: float = 0.0, on_batch: Callable[[int, float], None] | None = None
+        self,
+        worker: Worker,
+        max_delay_s: float = 0.0,
+        on_batch: Callable[[int, float], None] | None = None,
+        stall_s: float = STALL_S,
     ) -> None:
         self._worker = worker
         self._max_delay_s = max_delay_s
+        self._stall_s = stall_s
         self._on_batch = on_batch
         self._queues = _Queues()
         self._slots = deque(range(worker.settings.slots))
@@ -223,6 +233,7 @@ class Batcher:
         self.running_rows += len(rows)
         for part in parts:
             part.job.begun = part.job.begun or began
+        watch = asyncio.get_running_loop().call_later(self._stall_s, self._stalled)
         try:
             await self._fill(slot, [job.images[row] for job, row in rows])
             answer = await self._worker.run(slot, [job.key for job, _ in rows])
@@ -235,10 +246,15 @@ class Batcher:
         else:
             self._deliver(parts, rows, answer)
         finally:
+            watch.cancel()
             self.running_rows -= len(rows)
             for part in parts:
                 part.job.ended += part.stop - part.start
             self._slots.append(slot)
+
+    def _stalled(self) -> None:
+        LOG.error("a batch takes longer than %g s: its worker is ended", self._stall_s)
+        self._worker.abort()
 
     async def _fill(self, slot: int, images: Sequence[Array]) -> None:
         place = self._worker.images(slot)

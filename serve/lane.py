@@ -12,7 +12,7 @@ from typing import Any
 
 from prompttune.errors import PrompttuneError
 from prompttune.export.runtimes import Array
-from prompttune.serve.batcher import Batcher, Outcome
+from prompttune.serve.batcher import STALL_S, Batcher, Outcome
 from prompttune.serve.residents import CacheCounts, Residents
 from prompttune.serve.workers import Key, Worker, WorkerDiedError, WorkerSettings, WorkerStats
 
@@ -31,6 +31,7 @@ class Lane:
         capacity: rows to keep states in; None where the model itself holds every task.
         max_delay_s: see :class:`Batcher`.
         on_batch: told rows and seconds of each batch.
+        stall_s: see :class:`Batcher`.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Lane:
         capacity: int | None,
         max_delay_s: float,
         on_batch: Callable[[int, float], None],
+        stall_s: float = STALL_S,
     ) -> None:
         self.settings = settings
         self.capacity = capacity
@@ -49,6 +51,7 @@ class Lane:
         self._make = make
         self._max_delay_s = max_delay_s
         self._on_batch = on_batch
+        self._stall_s = stall_s
         self._stats: WorkerStats | None = None
         self._up = asyncio.Event()
         self._worker: Worker | None = None
@@ -106,7 +109,7 @@ class Lane:
         worker.on_death = self._died
         self._worker = worker
         self._residents = Residents(worker, self.capacity, self.counts)
-        self._batcher = Batcher(worker, self._max_delay_s, self._on_batch)
+        self._batcher = Batcher(worker, self._max_delay_s, self._on_batch, self._stall_s)
         self._up.set()
 
     async def answer(self, key: Key, folder: Path, images: Sequence[Array], priority: int) -> Outcome:

@@ -2,7 +2,9 @@
 
 import asyncio
 import dataclasses
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -271,5 +273,19 @@ def test_a_task_that_overflows_does_not_fail_its_neighbours(engine, tmp_path):
             await asyncio.wait([broken, good])
             assert broken.exception() is not None
             assert np.isfinite(outputs(good.result())["logits"]).all()
+
+    within(60, test())
+
+
+def test_a_worker_that_hangs_is_started_again(engine):
+    async def test():
+        async with running(exported("sa2vp"), in_process=False, stall_s=0.5) as service:
+            [lane] = service._lanes
+            os.kill(lane._worker.details["process"], signal.SIGSTOP)
+            with pytest.raises(UnavailableError, match="try again"):
+                await service.infer(request("task0", noise(2)))
+            found = outputs(await service.infer(request("task0", noise(2))))
+            np.testing.assert_allclose(found["logits"], engine.logits(noise(2), "task0")[:, :2], atol=1e-5)
+            assert lane.restarts == 1
 
     within(60, test())

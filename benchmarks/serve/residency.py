@@ -1,7 +1,7 @@
 """Thousands of tasks on disk, few of them resident: memory, hit rate and latency under Zipf traffic, and what the first
 answer of a cold task costs.
 
-The engine is DINOv2 ViT-S/14 at 56 pixels with SA²VP tasks drawn at random, 2.1 MB each.
+The engine is DINOv2 ViT-S/14 at 56 pixels with SA²VP tasks drawn at random, 0.7 MiB each.
 
 python -m benchmarks.serve.residency                       # 2,000 tasks, 64 resident
 python -m benchmarks.serve.residency --tasks 200 --seconds 20

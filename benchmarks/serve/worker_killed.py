@@ -1,4 +1,4 @@
-"""SIGKILL of the engine's worker under load: how long until answers come again, and what the clients saw.
+"""SIGKILL of the engine's worker under load: how long no client gets an answer, and what they see.
 
 python -m benchmarks.serve.worker_killed
 """
@@ -24,7 +24,7 @@ from prompttune.serve.bench.machine import machine_columns, write_csv
 from prompttune.serve.bench.subjects import noise
 
 TASKS, CLIENTS = 8, 32
-BEFORE_S, AFTER_S = 5.0, 5.0
+BEFORE_S, AFTER_S = 5.0, 15.0
 REQUEST_S = 60
 
 
@@ -60,10 +60,9 @@ async def run(server: Running, images: np.ndarray, expected: np.ndarray, kills: 
         await asyncio.sleep(BEFORE_S)
         killed = time.monotonic()
         os.kill(server.worker_pids()[0], signal.SIGKILL)
-        while not any(moment > killed + 0.5 for moment in answered[-1:]):
-            await asyncio.sleep(0.01)
-        gaps.append(answered[-1] - killed)
         await asyncio.sleep(AFTER_S)
+        after = [killed, *(moment for moment in answered if moment > killed), time.monotonic()]
+        gaps.append(max(np.diff(after)))
     over.set()
     await asyncio.gather(*clients)
     return {
@@ -73,7 +72,7 @@ async def run(server: Running, images: np.ndarray, expected: np.ndarray, kills: 
         "hung": hung,
         "unavailable": statuses.pop("StatusCode.UNAVAILABLE", 0),
         "other_errors": sum(statuses.values()),
-        "back_after_s": f"{max(gaps):.1f}",
+        "longest_silence_s": f"{max(gaps):.2f}",
     }
 
 

@@ -52,6 +52,10 @@ def size(_context: click.Context, _parameter: click.Parameter, value: str) -> in
     "--max-delay-ms", type=click.FloatRange(0), default=0.0, show_default=True,
     help="How long an image may wait for others while its device is free.",
 )  # fmt: skip
+@click.option(
+    "--stall-seconds", type=click.FloatRange(0.01), default=120.0, show_default=True,
+    help="A batch that takes longer hangs: its worker is started again.",
+)  # fmt: skip
 @click.option("--max-queue", type=click.IntRange(1), default=1024, show_default=True, help="Images inside at most.")
 @click.option("--timeout", type=click.FloatRange(0.001), default=60.0, show_default=True, help="Seconds for a request.")
 @click.option(
@@ -147,6 +151,7 @@ def _settings(engine: Path, options: dict[str, Any]) -> ServerSettings:
             runtime=RuntimeOptions(threads=options["threads"]),
             max_batch=options["max_batch"],
             max_delay_s=options["max_delay_ms"] / 1000,
+            stall_s=options["stall_seconds"],
             resident_tasks=options["resident_tasks"],
             host_bytes=options["host_memory"],
             watch=(Path(watch),) if watch else (),

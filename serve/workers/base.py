@@ -118,6 +118,9 @@ class Worker(ABC):
     async def stats(self) -> WorkerStats:
         """What it holds."""
 
+    def abort(self) -> None:  # noqa: B027  # an engine in this very process cannot be ended alone
+        """End at once, because it hangs: what waits gets :class:`WorkerDiedError`. Does nothing where it cannot."""
+
     @abstractmethod
     async def close(self) -> None:
         """End, after the batches that run. More than one call does no harm."""

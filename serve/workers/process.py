@@ -215,6 +215,11 @@ class ProcessWorker(Worker):
         for channel in (self._batches, self._loads):
             channel.abort()
 
+    def abort(self) -> None:
+        """See :meth:`Worker.abort`."""
+        if self._process is not None:
+            self._process.kill()  # the channels then end, and say so
+
     async def close(self) -> None:
         """See :meth:`Worker.close`; batches that take longer than half a minute get :class:`WorkerDiedError`."""
         self._closed = True
