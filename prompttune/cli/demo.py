@@ -161,6 +161,7 @@ def demo(output: Path) -> None:
     began = time.perf_counter()
     run(output, console)
     console.print(f"done in {time.perf_counter() - began:.0f} s; everything is in {output}/")
+    console.print(f"serve both tasks, with a page to try them: prompttune serve {output / 'engine'}")
 
 
 def run(output: Path, console: Console) -> None:
