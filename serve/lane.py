@@ -130,7 +130,7 @@ class Lane:
         """Bring a state into a row; raises as :meth:`answer`."""
         await self._up.wait()
         residents, _ = self._parts()
-        async with residents.using(key, folder):
+        async with residents.using(key, folder, counted=False):
             pass
 
     async def drop(self, key: Key) -> None:

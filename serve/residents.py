@@ -60,15 +60,17 @@ class Residents:
         return sum(_is_loaded(held) for held in self._held.values())
 
     @contextlib.asynccontextmanager
-    async def using(self, key: Key, folder: Path) -> AsyncIterator[None]:
+    async def using(self, key: Key, folder: Path, counted: bool = True) -> AsyncIterator[None]:
         """The state of ``key`` stays in its row until the block ends; it is loaded from ``folder`` if it has none.
+
+        Whether it had one is ``counted`` where a request wants to know.
 
         Raises:
             VersionGoneError: the folder holds another version by now.
             PrompttuneError: it cannot be loaded.
             WorkerDiedError: the worker ended.
         """
-        held = await self._find(key, folder)
+        held = await self._find(key, folder, self._counts if counted else CacheCounts())
         held.users += 1
         self._held.move_to_end(key)
         try:
@@ -78,13 +80,13 @@ class Residents:
             held.users -= 1
             self._settle(key, held)
 
-    async def _find(self, key: Key, folder: Path) -> _Held:
+    async def _find(self, key: Key, folder: Path, counts: CacheCounts) -> _Held:
         while (held := self._held.get(key)) is not None and held.leaving:
             await held.stays_or_went.wait()
         if held is not None:
-            self._counts.hits += 1
+            counts.hits += 1
             return held
-        self._counts.misses += 1
+        counts.misses += 1
         held = self._held[key] = _Held(asyncio.create_task(self._load(key, folder)))
         held.loaded.add_done_callback(lambda done: self._loaded(key, held, done))
         return held

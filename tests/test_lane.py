@@ -111,6 +111,16 @@ def test_a_lane_that_is_closed_while_it_starts_again_ends():
     scenario(test, make=Slow)
 
 
+def test_only_requests_count_as_look_ups():
+    async def test(lane, workers):
+        await lane.hold(A, FOLDER)
+        await lane.answer(A, FOLDER, [image(1)], 0)
+        await lane.answer(B, FOLDER, [image(1)], 0)
+        assert (lane.counts.hits, lane.counts.misses) == (1, 1)
+
+    scenario(test)
+
+
 def test_the_first_start_tells_its_error():
     class Broken(FakeWorker):
         async def start(self):
