@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
-
-from numpy.typing import NDArray
+from typing import Any
 
 import prompttune
 from prompttune.errors import PrompttuneError
-from prompttune.export.folder import EngineFolder, TaskRecord
-from prompttune.export.runtimes import Array
-from prompttune.preprocess import Preprocess
+from prompttune.export.folder import EngineFolder
 from prompttune.serve.admission import Admission
-from prompttune.serve.batcher import Outcome
 from prompttune.serve.catalogue import Catalogue
 from prompttune.serve.images import Decoder
+from prompttune.serve.inference import Inference
 from prompttune.serve.lane import Lane
 from prompttune.serve.limits import Limits
 from prompttune.serve.metadata import mixed_metadata, task_metadata
@@ -28,21 +23,16 @@ from prompttune.serve.metrics import Metrics
 from prompttune.serve.models import READY
 from prompttune.serve.protocol.types import (
     MIXED,
-    DeadlineError,
     IndexEntry,
     InferRequest,
     InferResponse,
     ModelMetadata,
     ModelStatistics,
-    ServeError,
     ServerMetadata,
-    UnavailableError,
 )
 from prompttune.serve.repository import Repository
-from prompttune.serve.tensors import Payload, Rows, read_rows, write_outputs
-from prompttune.serve.tracing import span
 from prompttune.serve.traffic import Traffic
-from prompttune.serve.workers import Key, VersionGoneError, WorkerDiedError
+from prompttune.serve.waiting import gathered
 
 LOG = logging.getLogger("prompttune.serve")
 
@@ -55,13 +45,7 @@ EXTENSIONS = (
     "schedule_policy",
     "statistics",
 )
-LEAST_URGENT = sys.maxsize
-"""The priority 0, which is that of a request that names none."""
-READ_INLINE_BYTES = 2**20
-"""A request up to this size is checked on the event loop; a thread costs more."""
 OBSERVE_EVERY_S = 1.0
-ATTEMPTS = 5
-"""Of a request whose task changes, or whose worker ends before it had any of its rows."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +60,6 @@ class ServiceSettings:
     decode_workers: int = 2
     watch_interval_s: float | None = None
     """Between two looks at the folders; None looks only when a load is asked for."""
-
-
-@dataclass(frozen=True)
-class _Answered:
-    """The rows of one task in a request."""
-
-    record: TaskRecord
-    outcome: Outcome
-    decode_s: float
 
 
 class Service:
@@ -117,6 +92,16 @@ class Service:
         self._repository = Repository(catalogue, lanes)
         self._catalogue = catalogue
         self._decoder = Decoder(settings.decode_workers, settings.limits)
+        self._inference = Inference(
+            self._repository,
+            lanes,
+            self._decoder,
+            self._admission,
+            settings.limits,
+            folder.manifest.image_size,
+            metrics,
+            traffic,
+        )
         self._started = time.monotonic()
         self._warm = self._draining = False
         self._background: list[asyncio.Task[None]] = []
@@ -131,7 +116,7 @@ class Service:
         """
         scan = await asyncio.to_thread(self._catalogue.scan)
         self._repository.begin(scan.records, scan.problems)
-        await _all(lane.start() for lane in self._lanes)
+        await gathered(lane.start() for lane in self._lanes)
         for lane in self._lanes:
             await self._fill(lane)
         self._warm = True
@@ -240,116 +225,7 @@ class Service:
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """See the interface."""
-        began = time.monotonic()
-        status = "ok"
-        tasks = {request.model}
-        count = 0
-        try:
-            rows = await self._read(request)
-            tasks, count = set(rows.tasks), len(rows.tasks)
-            timeouts = (self._settings.timeout_s, request.timeout_s, rows.timeout_s)
-            async with asyncio.timeout(min(one for one in timeouts if one is not None)):
-                with self._admission.inside(rows.tasks), span("infer", model=request.model, rows=count):
-                    return await self._answer(request, rows)
-        except TimeoutError:
-            status = "deadline"
-            raise DeadlineError("the request's time is over") from None
-        except ServeError as problem:
-            status = problem.grpc_status.lower()
-            raise
-        except asyncio.CancelledError:
-            status = "cancelled"
-            raise
-        except PrompttuneError as problem:
-            status = "internal"
-            raise ServeError(str(problem)) from None
-        finally:
-            self._count_request(tasks, count, time.monotonic() - began, status)
-
-    def _count_request(self, tasks: Iterable[str], rows: int, seconds: float, status: str) -> None:
-        failed = status != "ok"
-        self._traffic.request(seconds, rows, failed)
-        self._metrics.seconds.observe(seconds)
-        for name in tasks:
-            model = self._repository.models.get(name)
-            if model is not None:  # a made-up name gets no counter of its own
-                self._metrics.requests.labels(name, status).inc()
-                model.count_request(seconds, failed)
-
-    async def _read(self, request: InferRequest) -> Rows:
-        """Check a request; a large one in a thread, as its base64 and its sums take a while."""
-        arguments = (request, self._settings.limits, self._folder.manifest.image_size)
-        if sum(_bytes(tensor.data) for tensor in request.inputs) <= READ_INLINE_BYTES:
-            return read_rows(*arguments)
-        return await asyncio.to_thread(read_rows, *arguments)
-
-    async def _answer(self, request: InferRequest, rows: Rows) -> InferResponse:
-        places: dict[str, list[int]] = {}
-        for place, task in enumerate(rows.tasks):
-            places.setdefault(task, []).append(place)
-        version = "" if request.model == MIXED else request.version
-        for task in places:
-            self._repository.model(task).current(version)
-        answered = dict(
-            zip(
-                places,
-                await _all(
-                    self._answer_task(task, version, [rows.payloads[place] for place in places[task]], rows.priority)
-                    for task in places
-                ),
-                strict=True,
-            )
-        )
-        logits: list[Array] = [None] * len(rows.tasks)  # type: ignore[list-item]
-        for task, one in answered.items():
-            for place, row in zip(places[task], one.outcome.logits, strict=True):
-                logits[place] = row[: len(one.record.labels)]
-        began = time.monotonic()
-        outputs = write_outputs(rows, logits, [answered[task].record for task in rows.tasks])
-        for task, one in answered.items():
-            model = self._repository.models[task]
-            model.count(one.outcome, len(places[task]))
-            model.statistics.compute_input.add(one.decode_s)
-            model.statistics.compute_output.add(time.monotonic() - began)
-            self._metrics.rows.labels(task).inc(len(places[task]))
-            self._metrics.decode_seconds.observe(one.decode_s)
-            self._metrics.queue_seconds.observe(one.outcome.queue_s)
-        told = "" if request.model == MIXED else answered[request.model].record.version
-        return InferResponse(request.model, told, request.id, outputs)
-
-    async def _answer_task(self, name: str, version: str, payloads: Sequence[Payload], priority: int) -> _Answered:
-        """Answer the rows of one task, all with one version of it."""
-        for _ in range(ATTEMPTS):
-            record = self._repository.model(name).current(version)
-            began = time.monotonic()
-            with span("decode", task=name, rows=len(payloads)):
-                images = await self._prepare(record.preprocess, payloads)
-            decode_s = time.monotonic() - began
-            key = Key(name, record.version)
-            try:
-                with span("batch", task=name, version=record.version):
-                    outcome = await self._lane(key).answer(key, record.folder, images, priority or LEAST_URGENT)
-            except VersionGoneError:
-                await self._repository.look_again(name)
-            except WorkerDiedError:
-                continue
-            else:
-                return _Answered(record, outcome, decode_s)
-        raise UnavailableError(f"the task {name!r} is changing, or its worker does not stay up: try again")
-
-    async def _prepare(self, preprocess: Preprocess, payloads: Sequence[Payload]) -> Sequence[Array]:
-        if all(payload.normalised for payload in payloads):  # what busy clients send: spare them a task for each row
-            return [cast(Array, payload.data) for payload in payloads]
-        return await _all(self._decoder.prepare(preprocess, payload) for payload in payloads)
-
-    def _lane(self, key: Key) -> Lane:
-        """The device with the least to do; one where the state must be loaded counts as a batch further away."""
-
-        def load(lane: Lane) -> tuple[bool, int]:
-            waits = lane.queued_rows + lane.running_rows
-            return (not lane.ready, waits + (0 if lane.holds(key) else lane.settings.max_batch))
-
-        return min(self._lanes, key=load)
+        return await self._inference.infer(request, self._settings.timeout_s)
 
     # ------------------------------------------------------------------- status
 
@@ -386,22 +262,3 @@ class Service:
     def metrics(self) -> bytes:
         """See the interface."""
         return self._metrics.render()
-
-
-def _bytes(data: NDArray[Any]) -> int:
-    return sum(map(len, data.flat)) if data.dtype == object else data.nbytes
-
-
-async def _all(calls: Iterable[Any]) -> list[Any]:
-    """The results of all calls; the first failure cancels the others and is raised as it is."""
-    first, *others = calls
-    if not others:
-        return [await first]
-    tasks = [asyncio.ensure_future(call) for call in (first, *others)]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise

@@ -9,9 +9,9 @@ import pytest
 from prompttune.errors import EngineError
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.serve import lane as lane_module
+from prompttune.serve.inference import least_busy
 from prompttune.serve.lane import Lane
 from prompttune.serve.protocol.types import UnavailableError
-from prompttune.serve.service import Service
 from prompttune.serve.workers import Key, WorkerDiedError
 from tests.fake_worker import SETTINGS, FakeWorker, image
 
@@ -136,14 +136,13 @@ def test_a_request_goes_where_its_state_is_unless_others_have_much_less_to_do():
         second = Lane(settings, FakeWorker, 2, 0.0, lambda *_: None)
         await second.start()
         await second.hold(A, FOLDER)
-        service = Service.__new__(Service)
-        service._lanes = [first, second]
-        assert service._lane(A) is second
-        assert service._lane(B) is first
+        lanes = [first, second]
+        assert least_busy(lanes, A) is second
+        assert least_busy(lanes, B) is first
         second._worker.may_run.clear()
         busy = asyncio.create_task(second.answer(A, FOLDER, [image(1)] * 12, 0))
         await until(lambda: second.running_rows + second.queued_rows == 12)
-        assert service._lane(A) is first
+        assert least_busy(lanes, A) is first
         second._worker.may_run.set()
         await busy
         await second.close()
