@@ -20,7 +20,7 @@ import prompttune as pt
 from benchmarks.serve.serving import launched, wait_ready
 from prompttune.cli.main import cli
 from prompttune.export.folder import EngineFolder
-from tests.engines import SIZE, copied, exported
+from tests.engines import copied, exported
 from tests.serving import noise
 
 
@@ -136,7 +136,7 @@ def test_the_log_is_json_and_says_what_happened(server):
 
 def test_sigterm_answers_what_is_inside_and_leaves_with_zero(engine):
     images = noise(1)
-    with launched(exported("sa2vp"), "--max-delay-ms", "1500", "--max-batch", "64") as running:
+    with launched(exported("sa2vp"), "--max-delay-ms", "3000", "--max-batch", "64") as running:
         found = []
 
         def load():
@@ -162,17 +162,21 @@ def _alive(pid):
 
 
 def test_not_ready_while_it_drains():
-    with launched(exported("sa2vp"), "--max-delay-ms", "2000", "--max-batch", "64", "--no-grpc") as running:
-        client = triton_http.InferenceServerClient(running.http.removeprefix("http://"), concurrency=2)
-        image = triton_http.InferInput("image", [1, 3, SIZE, SIZE], "FP32")
-        image.set_data_from_numpy(noise(1))
-        inside = client.async_infer("task0", [image])
+    with launched(exported("sa2vp"), "--max-delay-ms", "3000", "--max-batch", "64", "--no-grpc") as running:
+        found = []
+
+        def load():
+            with triton_http.InferenceServerClient(running.http.removeprefix("http://")) as client:
+                found.append(ask(triton_http, client, "task0", noise(1)).as_numpy("logits"))
+
+        inside = threading.Thread(target=load)
+        inside.start()
         _until(lambda: running.status()["load"]["queued_rows"] == 1)
         running.process.send_signal(signal.SIGTERM)
         _until(lambda: not _ready(running))
-        assert inside.get_result().as_numpy("logits").shape == (1, 2)
+        inside.join(30)
+        assert found[0].shape == (1, 2)
         assert running.process.wait(30) == 0
-        client.close()
 
 
 def _ready(running):
