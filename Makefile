@@ -29,8 +29,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install ## train, export, validate and classify with a real backbone, some minutes on two cores
 	$(BIN)/prompttune demo --output demo-out
 
+# In the order of their names: by default files of few tests come last, and the slowest are such files.
 test: install ## run all tests, WORKERS processes at once
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 quality: install ## ruff, the formatter and strict mypy
 	$(BIN)/ruff check .
