@@ -20,9 +20,10 @@ from prompttune.export import Task
 from prompttune.export.formats.base import BANK_PRECISIONS
 from prompttune.export.runtimes import RuntimeOptions, StateRunner, open_runtime
 from prompttune.serve.bench import Latency
-from prompttune.serve.bench.memory import memory_growth, resident_bytes
+from prompttune.serve.bench.memory import memory_growth
 from prompttune.serve.bench.subjects import noise
 from prompttune.serve.bench.task_costs import measure_switching, resident_task_bytes
+from prompttune.serve.memory import resident_bytes
 
 MIXED = 16
 """Rows, and tasks, of a mixed call that is compared with single ones."""

@@ -25,7 +25,8 @@ class Admission:
         self.most = most
         self._traffic = traffic
         self._inside: Counter[str] = Counter()
-        self._closed = False
+        self.closed = False
+        """Whether nobody comes in any more."""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -53,7 +54,7 @@ class Admission:
                 self._idle.set()
 
     def _check(self, coming: Counter[str]) -> None:
-        if self._closed:
+        if self.closed:
             raise UnavailableError("the server is shutting down: ask another one")
         after = self.rows + coming.total()
         retry_after_s = max(_SHORTEST_RETRY_S, self.rows / max(self._traffic.rows_per_s(), 1.0))
@@ -66,7 +67,7 @@ class Admission:
 
     def close(self) -> None:
         """Let nobody in any more."""
-        self._closed = True
+        self.closed = True
 
     async def empty(self, seconds: float) -> bool:
         """Wait until nothing is inside, ``seconds`` at most; whether it is so."""

@@ -18,8 +18,6 @@ from prompttune.serve.service import Service, ServiceSettings
 from prompttune.serve.traffic import Traffic
 from prompttune.serve.workers import Worker, WorkerSettings, open_worker
 
-_ROW_FOR_NONE = {"rank": 1, "classes": 1}
-
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -58,16 +56,15 @@ def make_service(engine: EngineSettings, settings: ServiceSettings | None = None
     """A service over an engine folder, to be started. Call it within a running event loop.
 
     Raises:
-        EngineError: the folder is no engine, damaged, or of fixed rows that are more than the largest batch.
+        EngineError: the folder is no engine, or damaged, or its tasks are baked in and others are to be followed.
     """
     folder = EngineFolder(engine.engine)
     manifest = folder.manifest
     catalogue = Catalogue(folder, engine.watch)
-    scan = catalogue.scan()
     capacity = None if manifest.baked is not None else engine.resident_tasks
     if manifest.baked is not None and engine.watch:
         raise EngineError(f"the tasks of {engine.engine} are baked into its model: it cannot take others from a folder")
-    axes = catalogue.axes(scan.records) or _ROW_FOR_NONE
+    axes = catalogue.axes(catalogue.scan().records)
     traffic = Traffic()
     lanes: list[Lane] = []
     metrics = Metrics(lanes)

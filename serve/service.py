@@ -103,7 +103,7 @@ class Service:
             traffic,
         )
         self._started = time.monotonic()
-        self._warm = self._draining = False
+        self._warm = False
         self._background: list[asyncio.Task[None]] = []
 
     # ---------------------------------------------------------------- lifecycle
@@ -153,13 +153,12 @@ class Service:
 
     async def drain(self, seconds: float) -> bool:
         """Take no more requests and wait for those inside; whether all were answered in time."""
-        self._draining = True
         self._admission.close()
         return await self._admission.empty(seconds)
 
     async def close(self) -> None:
         """End the workers and whatever still waits for them."""
-        self._draining = True
+        self._admission.close()
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -175,7 +174,7 @@ class Service:
 
     def ready(self) -> bool:
         """See the interface."""
-        return self._warm and not self._draining and any(lane.ready for lane in self._lanes)
+        return self._warm and not self._admission.closed and any(lane.ready for lane in self._lanes)
 
     def model_ready(self, name: str, version: str = "") -> bool:
         """See the interface."""

@@ -2,7 +2,6 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from prompttune.export.layout import HEAD_BIAS, bank_dtype, empty_bank
 from prompttune.export.runtimes import Runtime
 from prompttune.export.tasks import fold_checkpoint
 from prompttune.serve.bank import Bank
+from prompttune.serve.memory import resident_bytes
 from tests.engines import backbone, checkpoint, model_of
 
 WAIT_S = 30
@@ -196,11 +196,6 @@ def test_a_row_that_could_not_be_written_is_free_again():
     runtime.fails = False
     bank.put("a", tasks["task1"], version="known")
     assert bank.entries["a"].version == "known"
-
-
-def resident_bytes():
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) * 1024
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])

@@ -25,6 +25,7 @@ import prompttune as pt
 from benchmarks.common import Model
 from benchmarks.engines import draw_task
 from prompttune.methods import METHODS
+from prompttune.serve.memory import resident_bytes
 
 RESULTS = Path(__file__).parent / "results"
 READY_S, LEAVE_S = 120, 60
@@ -74,7 +75,7 @@ class Running:
 
     def resident_bytes(self) -> int:
         """Resident set of the server and its workers; pages that they share count twice."""
-        return sum(_resident(pid) for pid in (self.process.pid, *_children(self.process.pid)))
+        return sum(resident_bytes(pid) or 0 for pid in (self.process.pid, *_children(self.process.pid)))
 
 
 def _children(pid: int) -> list[int]:
@@ -89,13 +90,6 @@ def _command(pid: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     return ""
-
-
-def _resident(pid: int) -> int:
-    with suppress(OSError):
-        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-        return int(found[1]) * 1024 if found else 0
-    return 0
 
 
 @contextmanager

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+from prompttune.serve.memory import process_bytes, resident_bytes
+
+_CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
 """Written to ``clear_refs`` it sets the kernel's peak back to what is resident now (man 5 proc)."""
-
-
-def _status(field: str) -> int | None:
-    """A field of ``/proc/self/status`` in bytes, None off Linux."""
-    found = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE) if _STATUS.exists() else None
-    return None if found is None else int(found[1]) * 1024
-
-
-def resident_bytes() -> int | None:
-    """Resident set of this process, None off Linux."""
-    return _status("VmRSS")
 
 
 def _reset_peak() -> bool:
@@ -70,7 +60,7 @@ def memory_growth(device: str = "cpu") -> Iterator[Growth]:
     growth = Growth()
     yield growth
     growth.resident = _difference(resident_bytes(), resident)
-    growth.peak = _difference(_status("VmHWM"), resident) if resettable else None
+    growth.peak = _difference(process_bytes("VmHWM"), resident) if resettable else None
     growth.device = _difference(device_bytes(device), used)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from prompttune.export.folder import TASK_RECORD, TASKS, EngineFolder, Manifest,
 from prompttune.export.layout import bank_dtype
 from prompttune.export.runtimes import Array, Runtime, open_runtime
 from prompttune.serve.bank import Bank
+from prompttune.serve.memory import resident_bytes
 from prompttune.serve.workers.base import Answer, Key, VersionGoneError, WorkerSettings, WorkerStats
 from prompttune.serve.workers.host_cache import HostCache
 
@@ -133,7 +133,7 @@ class ResidentStore(Store):
             row_bytes=self._bank.nbytes,
             host_tasks=len(self._host),
             host_bytes=self._host.nbytes,
-            resident_bytes=_resident_bytes(),
+            resident_bytes=resident_bytes(),
         )
 
 
@@ -168,7 +168,7 @@ class BakedStore(Store):
 
     def stats(self) -> WorkerStats:
         """See :meth:`Store.stats`; the rows' bytes are the model's."""
-        return WorkerStats(len(self._rows), 0, 0, 0, _resident_bytes())
+        return WorkerStats(len(self._rows), 0, 0, 0, resident_bytes())
 
 
 def open_store(settings: WorkerSettings) -> Store:
@@ -225,12 +225,3 @@ def _is_recorded(key: Key, folder: Path) -> bool:
 
 def _gone(key: Key, folder: Path) -> VersionGoneError:
     return VersionGoneError(f"{folder} no longer holds version {key.version} of the task {key.task!r}")
-
-
-def _resident_bytes() -> int | None:
-    """Resident set of this process."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
