@@ -30,7 +30,12 @@ def softmax(logits: Array) -> Probabilities:
     return shares
 
 
+def ranked(probabilities: Probabilities, count: int) -> NDArray[np.int64]:
+    """Indices of the ``count`` likeliest of a row's classes [C], best first; of equal ones the first."""
+    return np.argsort(-probabilities, kind="stable")[:count]
+
+
 def likeliest(probabilities: Probabilities, labels: Sequence[str], top_k: int) -> tuple[Score, ...]:
     """The ``top_k`` likeliest of a row's classes [C], best first; of equal ones the first in the task's order."""
-    best = np.argsort(-probabilities, kind="stable")[:top_k].tolist()
+    best = ranked(probabilities, top_k).tolist()
     return tuple(Score(labels[index], float(probabilities[index])) for index in best)

@@ -7,10 +7,10 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from prompttune.export.runtimes import Array
+from prompttune.serve.answers import ranked, softmax
 from prompttune.serve.protocol.types import OutputTensor, RequestedOutput, bytes_array
 
 PADDING = float(np.finfo(np.float32).min)
@@ -67,8 +67,7 @@ class Answers:
         exact: list[Any] = [None] * len(self._rows)
         for count in set(self._counts):
             places = [place for place, own in enumerate(self._counts) if own == count]
-            same = np.stack([self._rows[place] for place in places]).astype(np.float64)
-            for place, row in zip(places, torch.from_numpy(same).softmax(dim=1).numpy(), strict=True):
+            for place, row in zip(places, softmax(np.stack([self._rows[place] for place in places])), strict=True):
                 exact[place] = row
         return exact
 
@@ -81,7 +80,7 @@ class Answers:
     def best(self, count: int) -> NDArray[np.int64]:
         """Indices [N, K] of the likeliest classes, best first, K at most ``count`` and the smallest class count."""
         count = min(count, *self._counts)
-        return np.stack([torch.from_numpy(row).topk(count).indices.numpy() for row in self._exact])
+        return np.stack([ranked(row, count) for row in self._exact])
 
     @cached_property
     def _top(self) -> NDArray[np.int64]:

@@ -39,7 +39,7 @@ def test_a_stage_is_no_further_ahead_than_it_may():
     stage = Ahead(numbers(), 2, "test")
     assert next(stage) == 0
     assert blocked.wait(10)  # 1 and 2 wait, 3 is made and finds no place
-    assert not stage._closed
+    assert not stage._results.closed
     time.sleep(0.05)
     assert made == [0, 1, 2, 3]
     assert list(stage) == list(range(1, 100))

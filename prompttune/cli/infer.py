@@ -17,6 +17,7 @@ import click
 from prompttune.cli.engine_options import runtime_options
 from prompttune.cli.sections import SectionedCommand, SectionOption
 from prompttune.errors import UsageError
+from prompttune.serve.infer.sources.names import INPUT_FORMATS, STDIN_FORMS
 
 if TYPE_CHECKING:
     from prompttune.serve.infer.cluster import RaySettings
@@ -68,11 +69,11 @@ def _tasks(command: Any) -> Any:
 
 def _inputs(command: Any) -> Any:
     for option in reversed([
-        _option("Inputs", "--input-format", type=click.Choice(_choices("INPUT_FORMATS")), default="auto",
+        _option("Inputs", "--input-format", type=click.Choice(INPUT_FORMATS), default="auto",
                 show_default=True, help="What the inputs are, where their names do not say."),
         _option("Inputs", "--image-column",
                 help="Column of paths, bytes or structs of them.  [default: the one that looks like it]"),
-        _option("Inputs", "--stdin", type=click.Choice(_choices("STDIN_FORMS")), default="list", show_default=True,
+        _option("Inputs", "--stdin", type=click.Choice(STDIN_FORMS), default="list", show_default=True,
                 help="What - reads: a path a line, JSON lines, or raw frames."),
         _option("Inputs", "--frame-size", metavar="WIDTHxHEIGHT", callback=_size, help="Of raw frames."),
         _option("Inputs", "--watch", is_flag=True, help="Follow a folder: go on with the images that come."),
@@ -131,12 +132,6 @@ def _cluster(command: Any) -> Any:
     ]):  # fmt: skip
         command = option(command)
     return command
-
-
-def _choices(name: str) -> list[str]:
-    from prompttune.serve.infer.sources import names
-
-    return list(getattr(names, name))
 
 
 def _size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:

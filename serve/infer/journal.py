@@ -63,7 +63,7 @@ class Progress:
     chunks: int = 0
     rows: int = 0
     errors: int = 0
-    """Rows that are errors."""
+    """Inputs with an error in one of their rows."""
     digest: str = ""
     """:class:`InputsDigest` of those inputs."""
     sinks: tuple[Mapping[str, Any], ...] = ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -11,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 from prompttune.errors import DataError, UsageError, choose
-from prompttune.serve.decode_threads import hold_to_one_thread, single_threaded_pool
+from prompttune.serve.decode_threads import hold_to_one_thread, single_threaded_pool, usable_cores
 from prompttune.serve.engine import Engine
 from prompttune.serve.infer.answering import Assembled, Buffers, Scored, assemble, score
 from prompttune.serve.infer.decoding import Decoded, decode
@@ -45,14 +44,14 @@ class Decoding:
     @property
     def count(self) -> int:
         """Threads or processes."""
-        return self.workers or len(os.sched_getaffinity(0))
+        return self.workers or usable_cores()
 
 
 def run_locally(chunks: Chunks, engine: Engine, work: Work, decoding: Decoding, calls: int = 1) -> Ahead[list[Scored]]:
     """Answer chunk after chunk, in order.
 
     Four things go on at once: images are decoded by a pool, a thread lays them into batches, threads run the engine,
-    and whoever iterates writes. Each is at most a chunk or two ahead of the next, so memory does not depend on the
+    and whoever iterates writes. Each is at most some chunks ahead of the next, so memory does not depend on the
     number of inputs. Iterating raises what ``chunks`` and the engine raise.
 
     Args:

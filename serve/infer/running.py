@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +16,7 @@ from prompttune.evaluation import RowScores
 from prompttune.export.folder import EngineFolder
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.serve.answers import TOP_K
+from prompttune.serve.decode_threads import usable_cores
 from prompttune.serve.engine import Engine
 from prompttune.serve.infer.executors import Executor, Here, OnRay
 from prompttune.serve.infer.job import Job, Summary
@@ -147,7 +147,7 @@ def prepared(
             stack.callback(sink.close)
         if journal is not None and record is None:
             journal.begin(values)
-        if not opened.source.bounded:
+        if settings.source.watch:
             answered.update(row.source for row in _earlier_rows(sinks, before))
         work = replace(work, picture_side=_picture_side(sinks))
         plan = Plan(
@@ -207,7 +207,7 @@ def calls_at_once(options: RuntimeOptions, folder: EngineFolder) -> tuple[int, i
     """
     if options.cuda_index is not None or folder.manifest.format != "onnx":
         return 1, options.threads
-    threads = options.threads or len(os.sched_getaffinity(0))
+    threads = options.threads or usable_cores()
     calls = min(MOST_CALLS, threads)
     return calls, threads // calls
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
+
+from prompttune.serve.infer.sources.waiting import Waiting
 
 T = TypeVar("T")
 
@@ -27,67 +28,50 @@ class Ahead(Generic[T]):
 
     def __init__(self, inner: Iterator[T], depth: int, name: str, upstream: Ahead[Any] | None = None) -> None:
         self._inner = inner
-        self._depth = depth
         self._upstream = upstream
-        self._changed = threading.Condition()
-        self._waiting: deque[T] = deque()
-        self._ended = self._closed = False
-        self._error: BaseException | None = None
+        self._results: Waiting[T] = Waiting(depth, "none")
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def _work(self) -> None:
         try:
             for result in self._inner:
-                with self._changed:
-                    self._changed.wait_for(lambda: len(self._waiting) < self._depth or self._closed)
-                    if self._closed:
-                        break
-                    self._waiting.append(result)
-                    self._changed.notify_all()
+                if self._results.put(result):
+                    break  # nobody takes it any more
         except BaseException as problem:
-            self._error = problem
+            self._results.fail(problem)
         finally:
             close = getattr(self._inner, "close", None)
             if close is not None:
                 close()
-            with self._changed:
-                self._ended = True
-                self._changed.notify_all()
+            self._results.close()
 
     def __iter__(self) -> Iterator[T]:
         return self
 
     def __next__(self) -> T:
-        self.wait()
-        with self._changed:
-            if self._waiting:
-                result = self._waiting.popleft()
-                self._changed.notify_all()
-                return result
-            if self._error is not None and not self._closed:
-                error, self._error = self._error, None
-                raise error
+        try:
+            taken = self._results.take(1)
+        except BaseException:
+            self._results.discard()  # once is enough
+            raise
+        if not taken:
             raise StopIteration
+        return taken[0]
 
-    def wait(self, seconds: float | None = None) -> bool:
+    def wait(self, seconds: float) -> bool:
         """Wait for the next result or the end; false if neither came within ``seconds``."""
-        with self._changed:
-            return self._changed.wait_for(lambda: bool(self._waiting) or self._ended or self._closed, seconds)
+        return self._results.wait(seconds)
 
     def close(self) -> None:
         """Drop what waits, let the thread end after the result that it is at, and wait for that a while.
 
         A process that ends while a thread is inside a native library is aborted by it.
         """
-        stage: Ahead[Any] | None = self
-        stages = []
-        while stage is not None:
-            stages.append(stage)
-            with stage._changed:
-                stage._closed = True
-                stage._waiting.clear()
-                stage._changed.notify_all()
-            stage = stage._upstream
+        stages: list[Ahead[Any]] = [self]
+        while (before := stages[-1]._upstream) is not None:
+            stages.append(before)
+        for stage in stages:
+            stage._results.discard()
         for stage in stages:
             stage._thread.join(LEAVE_S)

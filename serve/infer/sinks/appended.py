@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prompttune.errors import DataError
+from prompttune.files import sync_folder
 
 BUFFER_BYTES = 2**20
 """Held in memory at most between two writes."""
@@ -88,9 +89,7 @@ def _cut(path: Path, kept: int) -> None:
                 stream.truncate(kept)
                 return
     except FileNotFoundError:
-        raise DataError(
-            f"{path} is gone, so that there is nothing to go on from: begin again with --overwrite"
-        ) from None
+        raise gone(path) from None
     raise DataError(
         f"{path} was changed after the interrupted run wrote {kept} bytes of it, so that it cannot go on: "
         "begin again with --overwrite"
@@ -139,15 +138,6 @@ def committed_lines(path: Path, size: int) -> Iterator[bytes]:
         while left > 0 and (line := stream.readline()):
             left -= len(line)
             yield line
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's list of names to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def state_number(state: Mapping[str, Any], name: str) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from prompttune.errors import MissingExtraError
-from prompttune.serve.infer.sinks.appended import sync_folder
+from prompttune.files import sync_folder
+from prompttune.serve.infer import libraries
 
 SPOOL = ".spool"
 """Folder of the rows that fill no file yet; hidden, so that readers of the folder pass over it."""
@@ -19,18 +19,8 @@ _OURS = re.compile(
 )
 
 
-def pyarrow() -> Any:
-    """The library, with its Parquet part.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingExtraError("pyarrow", "tables", "or write a .jsonl or .csv file") from None
-    return pyarrow
+pyarrow = partial(libraries.pyarrow, "or write a .jsonl or .csv file")
+"""The module ``pyarrow``, with its Parquet part."""
 
 
 def part_file(folder: Path, name: str, number: int) -> Path:

@@ -6,14 +6,18 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from prompttune.errors import DataError, MissingExtraError, UsageError
+from prompttune.errors import DataError, UsageError
+from prompttune.serve.infer import libraries
 from prompttune.serve.infer.rows import Answer, Row
 from prompttune.serve.infer.sinks.drawing import annotate, centred, contained
+
+_pyav = partial(libraries.pyav, "or write rows alone")
 
 RATE = Fraction(25)
 """Pictures in a second where nothing tells their time."""
@@ -261,14 +265,6 @@ def _frame(picture: Image.Image | None, rows: Sequence[Row]) -> Any:
     )
     frame.colorspace, frame.color_range = _BT_709, _LIMITED_RANGE
     return frame
-
-
-def _pyav() -> Any:
-    try:
-        import av
-    except ImportError:
-        raise MissingExtraError("av", "stream", "or write rows alone") from None
-    return av
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from prompttune.errors import DataError, MissingExtraError, first_line
+from prompttune.errors import DataError, first_line
+from prompttune.serve.infer import libraries
 
 ARROW_SUFFIXES = frozenset({".parquet", ".arrow", ".feather"})
 LIGHT_ROWS = 1024
@@ -60,10 +61,7 @@ def open_table(path: Path) -> ArrowTable:
         DataError: it is damaged, or of another format than its suffix says.
         MissingExtraError: pyarrow is not installed.
     """
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("pyarrow", "tables", "or write the table as CSV") from None
+    libraries.pyarrow("or write the table as CSV")
     with reading(path):
         if path.suffix.lower() == ".parquet":
             return _Parquet(path)

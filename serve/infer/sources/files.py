@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from prompttune.errors import DataError, UsageError, first_line
@@ -29,7 +29,7 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
     for one in inputs:
         path = Path(one)
         if path.is_dir():
-            below = list(_images_below(path))
+            below = list(images_below(path, _refuse))
             if not below:
                 raise DataError(f"no images below {path}")
             found += below
@@ -48,8 +48,9 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
     return found
 
 
-def _images_below(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder, onerror=_refuse):
+def images_below(folder: Path, refuse: Callable[[OSError], None] | None = None) -> Iterator[Path]:
+    """Images of a folder and of those below it, sorted; ``refuse`` is told of a folder that may not be entered."""
+    for parent, folders, files in os.walk(folder, onerror=refuse):
         folders.sort()
         yield from (Path(parent) / name for name in sorted(files) if is_image(name))
 

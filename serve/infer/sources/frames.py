@@ -5,30 +5,23 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from prompttune.errors import MissingExtraError, UsageError, first_line
+from prompttune.errors import UsageError, first_line
+from prompttune.serve.infer import libraries
 from prompttune.serve.infer.items import ArrayPayload
 
 ROUNDING = 1e-6
 """Of a tick: times are sums of floating point numbers, and a frame at 0.3 s belongs to the tick at 0.3 s."""
 
 
-def pyav() -> Any:
-    """The module ``av``.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    try:
-        import av
-    except ImportError:
-        raise MissingExtraError("av", "stream", "or write the frames to image files first") from None
-    return av
+pyav = partial(libraries.pyav, "or write the frames to image files first")
+"""The module ``av``."""
 
 
 def reason(problem: BaseException) -> str:

@@ -86,6 +86,16 @@ class Waiting(Generic[T]):
             self._changed.notify_all()
             return taken
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more is put."""
+        return self._closed
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for an item or the end; false if neither came within ``seconds``."""
+        with self._changed:
+            return self._changed.wait_for(lambda: bool(self._items) or self._closed, seconds)
+
     def close(self) -> None:
         """Nothing more is put; what waits can still be taken."""
         with self._changed:

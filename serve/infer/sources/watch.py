@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from prompttune.errors import DataError, MissingExtraError, first_line
+from prompttune.errors import DataError, first_line
 from prompttune.images import is_image
+from prompttune.serve.infer import libraries
 from prompttune.serve.infer.items import FilePayload, Item
 from prompttune.serve.infer.sources.common import printable
+from prompttune.serve.infer.sources.files import images_below
 from prompttune.serve.infer.sources.waiting import Unbounded
 
 SETTLE_S = 0.5
@@ -130,7 +132,7 @@ class WatchedFolder(Unbounded):
         patience_s: float = PATIENCE_S,
     ) -> None:
         super().__init__(buffer, "none", limit)
-        self._watch = _watchfiles().watch
+        self._watch = libraries.watchfiles("or give the folder without watching it").watch
         self._folder = Path(folder)
         self._root = Path(os.path.realpath(folder))
         if not self._root.is_dir():
@@ -154,7 +156,7 @@ class WatchedFolder(Unbounded):
 
     def _first_look(self) -> None:
         now = time.time()
-        for path in _images(self._root):
+        for path in images_below(self._root):
             if self._stopping.is_set():
                 return
             done = self._existing and self._done(self._source(path))
@@ -182,7 +184,7 @@ class WatchedFolder(Unbounded):
             found = [path for _, path in changed] if watching else [self._root]
             watching = True
             for path in map(Path, found):
-                for image in _images(path) if path.is_dir() else (path,) if is_image(path.name) else ():
+                for image in images_below(path) if path.is_dir() else (path,) if is_image(path.name) else ():
                     self._arrivals.note(image)
             self._give()
 
@@ -231,17 +233,3 @@ def _signature(path: Path) -> Signature | None:
         if stat.S_ISREG(found.st_mode):
             return Signature(found.st_mtime_ns, found.st_size)
     return None
-
-
-def _images(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
-        folders.sort()
-        yield from (Path(parent) / name for name in sorted(files) if is_image(name))
-
-
-def _watchfiles() -> Any:
-    try:
-        import watchfiles
-    except ImportError:
-        raise MissingExtraError("watchfiles", "stream", "or give the folder without watching it") from None
-    return watchfiles

@@ -1,0 +1,47 @@
+"""Libraries of the extras, imported where they are used; whoever asks says what can be done without one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prompttune.errors import MissingExtraError
+
+
+def pyav(instead: str) -> Any:
+    """The module ``av``.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import av
+    except ImportError:
+        raise MissingExtraError("av", "stream", instead) from None
+    return av
+
+
+def pyarrow(instead: str) -> Any:
+    """The module ``pyarrow``, with its Parquet part.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingExtraError("pyarrow", "tables", instead) from None
+    return pyarrow
+
+
+def watchfiles(instead: str) -> Any:
+    """The module ``watchfiles``.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import watchfiles
+    except ImportError:
+        raise MissingExtraError("watchfiles", "stream", instead) from None
+    return watchfiles
