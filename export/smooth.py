@@ -8,7 +8,7 @@ https://arxiv.org/abs/2211.10438, section 4.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,8 @@ def smoothed(model: PromptModel, calls: Iterable[tuple[Array, State]]) -> Prompt
     smooth = copy.deepcopy(model)
     if not isinstance(smooth.backbone, VitBackbone):
         return smooth
-    pairs = [pair for index in range(smooth.backbone.depth) for pair in _pairs(smooth.backbone, index)]
+    own = model.method.own_norms
+    pairs = [pair for index in range(smooth.backbone.depth) for pair in _pairs(smooth.backbone, index, own)]
     largest = _largest(smooth, [norm for norm, _ in pairs], calls)
     with torch.no_grad():
         for (norm, readers), activation in zip(pairs, largest, strict=True):
@@ -49,13 +50,13 @@ def smoothed(model: PromptModel, calls: Iterable[tuple[Array, State]]) -> Prompt
     return smooth
 
 
-def _pairs(backbone: VitBackbone, index: int) -> Iterator[tuple[nn.LayerNorm, list[nn.Linear]]]:
-    """Each norm of a block with the matrices that read it and nothing else does."""
+def _pairs(backbone: VitBackbone, index: int, own: Sequence[str]) -> Iterator[tuple[nn.LayerNorm, list[nn.Linear]]]:
+    """Each norm of a block, less a method's own, with the matrices that read it and nothing else does."""
     block = backbone.block(index)
-    behind = [(block.norm1, [block.attn.qkv]), (block.norm2, [getattr(block.mlp, name, None) for name in _READERS])]
-    for norm, readers in behind:
-        linear = [reader for reader in readers if isinstance(reader, nn.Linear)]
-        if isinstance(norm, nn.LayerNorm) and norm.elementwise_affine and linear:
+    behind = {"norm1": [block.attn.qkv], "norm2": [getattr(block.mlp, name, None) for name in _READERS]}
+    for name, readers in behind.items():
+        norm, linear = getattr(block, name), [reader for reader in readers if isinstance(reader, nn.Linear)]
+        if name not in own and isinstance(norm, nn.LayerNorm) and norm.elementwise_affine and linear:
             yield norm, linear
 
 

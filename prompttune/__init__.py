@@ -16,8 +16,13 @@ _LAZY = {
     "Preprocess": "prompttune.preprocess",
     "SA2VPConfig": "prompttune.methods",
     "LSPTConfig": "prompttune.methods",
+    "GaPTConfig": "prompttune.methods",
     "VPTShallowConfig": "prompttune.methods",
     "VPTDeepConfig": "prompttune.methods",
+    "AdaptFormerConfig": "prompttune.methods",
+    "AdapterConfig": "prompttune.methods",
+    "LoRAConfig": "prompttune.methods",
+    "SSFConfig": "prompttune.methods",
     "LinearConfig": "prompttune.methods",
     "TrainConfig": "prompttune.training",
     "train": "prompttune.training",
@@ -30,16 +35,21 @@ _LAZY = {
 }
 
 __all__ = [
+    "AdaptFormerConfig",
+    "AdapterConfig",
     "Backbone",
     "Engine",
     "ExportSettings",
+    "GaPTConfig",
     "LSPTConfig",
     "LinearConfig",
+    "LoRAConfig",
     "Output",
     "Preprocess",
     "PromptModel",
     "PrompttuneError",
     "SA2VPConfig",
+    "SSFConfig",
     "TrainConfig",
     "VPTDeepConfig",
     "VPTShallowConfig",
@@ -55,7 +65,18 @@ if TYPE_CHECKING:
     from prompttune.backbones import Backbone, load_backbone
     from prompttune.errors import PrompttuneError
     from prompttune.export import ExportSettings, export_engine, validate_engine
-    from prompttune.methods import LinearConfig, LSPTConfig, SA2VPConfig, VPTDeepConfig, VPTShallowConfig
+    from prompttune.methods import (
+        AdapterConfig,
+        AdaptFormerConfig,
+        GaPTConfig,
+        LinearConfig,
+        LoRAConfig,
+        LSPTConfig,
+        SA2VPConfig,
+        SSFConfig,
+        VPTDeepConfig,
+        VPTShallowConfig,
+    )
     from prompttune.model import Output, PromptModel
     from prompttune.preprocess import Preprocess
     from prompttune.serve import Engine

@@ -12,7 +12,11 @@ from safetensors.torch import save_file
 
 import prompttune as pt
 from prompttune.methods import METHODS, MethodConfig
+from tests import swins  # noqa: F401  # load_backbone then knows test_swin
 from tests.reference.draw import draw
+
+FACTORS = ("method.scale.", "method.temperatures")
+"""Parameters that multiply what the backbone computes: they are drawn around 1."""
 
 
 def drawn_weights(name: str, folder: Path, seed: int = 0) -> Path:
@@ -44,6 +48,8 @@ def drawn_model(backbone: pt.Backbone, config: MethodConfig, num_classes: int = 
     for name, parameter in model.task_parameters().items():
         drawn = draw(name, tuple(parameter.shape), seed + 1)
         parameter.data.copy_(torch.from_numpy(drawn) * (1.0 if "norm" in name else 5.0))
+        if name.startswith(FACTORS):
+            parameter.data.add_(1.0)
     return model.eval()
 
 
@@ -52,8 +58,13 @@ def default_configs() -> list[MethodConfig]:
     small = {
         "sa2vp": {"rank": 4},
         "lspt": {"num_prompts": 3},
+        "gapt": {"num_prompts": 3},
         "vpt-shallow": {"num_prompts": 3},
         "vpt-deep": {"num_prompts": 3},
+        "adaptformer": {"rank": 4},
+        "adapter": {"rank": 4},
+        "lora": {"rank": 4},
+        "ssf": {},
         "linear": {},
     }
     missing = METHODS.keys() - small.keys()

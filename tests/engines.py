@@ -59,7 +59,8 @@ def _backbone(name: str, seed: int, size: int) -> pt.Backbone:
 
 @functools.cache
 def _model(method: str, number: int, name: str) -> pt.PromptModel:
-    settings = {"rank": 2 + number, "gamma": 0.2 * (1 + number)} if method == "sa2vp" else {}
+    own = {"rank": 2 + number, "gamma": 0.2 * (1 + number)}
+    settings = {name: value for name, value in own.items() if name in config_of(method).to_dict()}
     return drawn_model(backbone(name), config_of(method, **settings), number + 2, seed=number)
 
 

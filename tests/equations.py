@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import prompttune as pt
-from prompttune.backbones import VitBackbone
+from prompttune.backbones import SwinBackbone, VitBackbone
 from prompttune.layers.aligned_attention import aligned_attention_reference
-from prompttune.methods.sa2vp import SA2VP, SA2VPConfig
+from prompttune.methods.sa2vp import SA2VP, SA2VPConfig, SwinSA2VP
+from prompttune.methods.vpt import SwinVPT
 
 
 def cross(backbone: VitBackbone, config: SA2VPConfig, index: int, x: Tensor, y: Tensor) -> Tensor:
@@ -89,3 +90,95 @@ def lspt_features(model: pt.PromptModel, images: Tensor) -> Tensor:
             prompts = hidden.reshape(rows, count, width)
     whole = backbone.model.norm(torch.cat((head, patches), dim=1))
     return backbone.model.forward_head(whole, pre_logits=True)
+
+
+def swin_cross(config: SA2VPConfig, block: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """x + proj(attend(W^q norm1(x), W^k norm1(y), W^v norm1(y))) over whole maps [B, R, C, D]."""
+    attention, grid = block.attn, (x.shape[1], x.shape[2])
+
+    def parts(tokens: Tensor) -> Tensor:
+        flat = attention.qkv(block.norm1(tokens.flatten(1, 2)))
+        return flat.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, N, d]
+
+    window = config.window if config.attention == "aligned" else None
+    seen = aligned_attention_reference(parts(x)[0], parts(y)[1], parts(y)[2], grid, 0, window)
+    return x + attention.proj(seen.transpose(1, 2).flatten(2)).unflatten(1, grid)
+
+
+def swin_features(model: pt.PromptModel, images: Tensor) -> tuple[Tensor, Tensor]:
+    """SA²VP on a Swin, with timm's own stages and blocks; pooled features of both pathways, [B, D] each."""
+    backbone, method = model.backbone, model.method
+    assert isinstance(backbone, SwinBackbone)
+    assert isinstance(method, SwinSA2VP)
+    config, timms = method.config, backbone.model
+    h = timms.patch_embed(images)  # [B, R, C, D]
+    p = timms.patch_embed.norm(method.prompts["0"]()).unflatten(1, backbone.grid).expand_as(h)
+    for number, stage in enumerate(timms.layers):
+        h, p = stage.downsample(h), stage.downsample(p)
+        for index, block in enumerate(stage.blocks):
+            if number != 2:
+                h, p = block(h), block(p)
+                continue
+            prompt_layer = index in method.prompt_layers
+            given = swin_cross(config, block, p, h) if prompt_layer else swin_cross(config, block, h, p)
+            if config.adapter:
+                adapter = method.adapters[index]
+                act = F.gelu if config.activation == "gelu" else F.relu
+                given = adapter.up(act(adapter.down(adapter.norm(given))))
+            h, p = block(h), block(p)
+            if prompt_layer:
+                p = p + config.gamma * given
+            else:
+                h = h + config.gamma * given
+    return timms.norm(h).mean((1, 2)), timms.norm(p).mean((1, 2))
+
+
+def swin_vpt_block(block: nn.Module, tokens: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+    """A block of a map [B, R, C, D] and prompts [B, P, D], one window of one image after the other."""
+    attention, (height, width), shift = block.attn, block.window_size, block.shift_size
+    rows, columns = tokens.shape[1:3]
+    normed = block.norm1(tokens).roll((-shift[0], -shift[1]), dims=(1, 2))
+    normed = F.pad(normed, (0, 0, 0, -columns % width, 0, -rows % height))
+    seen, out = [], torch.zeros_like(normed)
+    for image in range(tokens.shape[0]):
+        before, heard = block.norm1(prompts[image]), []
+        count, places = (
+            before.shape[0],
+            [(r, c) for r in range(0, normed.shape[1], height) for c in range(0, normed.shape[2], width)],
+        )
+        for number, (r, c) in enumerate(places):
+            window = normed[image, r : r + height, c : c + width].reshape(-1, normed.shape[-1])
+            mask = attention._get_rel_pos_bias()[0]
+            if block.attn_mask is not None:
+                mask = mask + block.attn_mask[number]
+            together = torch.cat((before, window))
+            q, k, v = attention.qkv(together).unflatten(-1, (3, attention.num_heads, -1)).permute(1, 2, 0, 3)
+            scores = q @ k.transpose(-2, -1) * attention.scale
+            scores[:, count:, count:] += mask
+            attended = attention.proj((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
+            heard.append(attended[:count])
+            out[image, r : r + height, c : c + width] = attended[count:].reshape(height, width, -1)
+        seen.append(torch.stack(heard).mean(0))
+    tokens = tokens + out[:, :rows, :columns].roll(shift, dims=(1, 2))
+    prompts = prompts + torch.stack(seen)
+    return tokens + block.mlp(block.norm2(tokens)), prompts + block.mlp(block.norm2(prompts))
+
+
+def swin_vpt_features(model: pt.PromptModel, images: Tensor) -> Tensor:
+    """VPT on a Swin, shallow and deep, [B, D]."""
+    backbone, method = model.backbone, model.method
+    assert isinstance(backbone, SwinBackbone)
+    assert isinstance(method, SwinVPT)
+    timms, rows = backbone.model, images.shape[0]
+    tokens = timms.patch_embed(images)
+    prompts = method.prompts[0][0].expand(rows, -1, -1)
+    for number, stage in enumerate(timms.layers):
+        tokens = stage.downsample(tokens)
+        if number > 0 and not method.config.deep:
+            merging = stage.downsample
+            prompts = merging.reduction(merging.norm(prompts.repeat(1, 1, 4)))
+        for place, block in enumerate(stage.blocks):
+            if method.config.deep:
+                prompts = method.prompts[number][place].expand(rows, -1, -1)
+            tokens, prompts = swin_vpt_block(block, tokens, prompts)
+    return timms.norm(tokens).mean((1, 2))

@@ -18,8 +18,8 @@ def save_tasks(backbone, config, folder):
     models, paths = {}, []
     for number in range(TASKS):
         settings = config.to_dict()
-        if "rank" in settings:
-            settings |= {"rank": 4 + number, "gamma": 0.1 * (1 + number)}
+        own = {"rank": 4 + number, "gamma": 0.1 * (1 + number)}
+        settings |= {name: value for name, value in own.items() if name in settings}
         model = drawn_model(backbone, type(config)(**settings), num_classes=5 + number, seed=number)
         # Features of the last norm are of order 1: keep the logits so as well, as a trained head does.
         model.head.weight.data.mul_(0.1)

@@ -307,7 +307,9 @@ def test_static_int8_quantises_nothing_but_the_backbones_products(method, backbo
         assert made_by[node.input[0]].op_type == "QuantizeLinear"
         for reader in readers[node.output[0]]:
             assert reader.op_type in ("MatMul", "Slice")  # of the last block's tokens, those that are pooled
-            assert reader.op_type == "Slice" or made_by[reader.input[1]].input[0] in known
+            beside = method == "lora" and made_by[reader.input[1]].op_type != "DequantizeLinear"
+            # A task's low-rank matrices stay in float, but read the tokens that its frozen neighbours read.
+            assert beside or reader.op_type == "Slice" or made_by[reader.input[1]].input[0] in known
     for node in of_kind(graph, "MatMul"):
         assert "QuantizeLinear" not in {reader.op_type for reader in readers[node.output[0]]}
 

@@ -11,10 +11,17 @@ from prompttune.methods import METHODS, config_from_dict, register
 from prompttune.methods.base import MethodConfig
 from tests import equations
 from tests.drawing import default_configs, drawn_backbone, drawn_model
+from tests.swins import ON_SWIN, SWINS
 
 BACKBONES = ["test_vit", "test_vit2", "test_vit3", "test_vit4"]
 """Class token; register, average pooling and LayerScale; attention pooling; RMS norms."""
 IMAGE_SIZE = 64
+MATRIX = [
+    pytest.param(name, config, id=f"{config.method}-{name}")
+    for name in (*BACKBONES, *SWINS)
+    for config in default_configs()
+    if name in BACKBONES or config.method in ON_SWIN
+]
 
 
 @pytest.fixture(scope="module", params=BACKBONES)
@@ -32,7 +39,7 @@ def images():
     return torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("config", default_configs(), ids=lambda config: config.method)
+@pytest.mark.parametrize(("backbone", "config"), MATRIX, indirect=["backbone"])
 class TestMatrix:
     def test_state_has_the_declared_layout(self, backbone, config):
         model = drawn_model(backbone, config)
@@ -222,5 +229,5 @@ def test_a_name_cannot_be_registered_twice():
 def test_a_method_refuses_a_foreign_backbone(vit):
     foreign = pt.Backbone(torch.nn.Identity())
     foreign.depth, foreign.name = vit.depth, "other"
-    with pytest.raises(BackboneError, match="sa2vp runs on VitBackbone"):
+    with pytest.raises(BackboneError, match="sa2vp runs on VitBackbone, SwinBackbone, not on Backbone"):
         pt.SA2VPConfig().build(foreign)

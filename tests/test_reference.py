@@ -11,26 +11,26 @@ from safetensors.torch import save_file
 import prompttune as pt
 from tests.reference.draw import draw, images
 
-CASE = Path(__file__).parent / "reference" / "sa2vp_vit_b16.npz"
+CASES = Path(__file__).parent / "reference"
 
 
 def draw_like(shapes: dict[str, torch.Size], seed: int) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(draw(name, tuple(shape), seed)) for name, shape in shapes.items()}
 
 
-@pytest.fixture(scope="module")
-def case() -> dict[str, np.ndarray]:
-    with np.load(CASE) as loaded:
+def read_case(name: str) -> dict[str, np.ndarray]:
+    with np.load(CASES / f"{name}.npz") as loaded:
         return dict(loaded)
 
 
-@pytest.fixture(scope="module")
-def model(case: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> pt.PromptModel:
+def build(case: dict[str, np.ndarray], folder: Path) -> pt.PromptModel:
+    """The case's backbone and task, every tensor drawn from its name."""
     meta = json.loads(str(case["meta"]))
     skeleton = pt.load_backbone(meta["backbone"], weights="random").model.state_dict()
-    path = tmp_path_factory.mktemp("weights") / "drawn.safetensors"
-    save_file(draw_like({name: value.shape for name, value in skeleton.items()}, meta["seed"]), path)
-    backbone = pt.load_backbone(meta["backbone"], meta["image_size"], weights=path)
+    save_file(
+        draw_like({name: value.shape for name, value in skeleton.items()}, meta["seed"]), folder / "drawn.safetensors"
+    )
+    backbone = pt.load_backbone(meta["backbone"], meta["image_size"], weights=folder / "drawn.safetensors")
     config = pt.SA2VPConfig(rank=meta["rank"], gamma=meta["gamma"], window=meta["window"])
     model = pt.PromptModel(backbone, config, num_classes=10)
     shapes = {name: value.shape for name, value in model.method.state_dict().items()}
@@ -38,8 +38,17 @@ def model(case: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory)
     return model.eval()
 
 
-@pytest.mark.slow
-def test_features_of_both_pathways(case, model):
+@pytest.fixture(scope="module")
+def case() -> dict[str, np.ndarray]:
+    return read_case("sa2vp_vit_b16")
+
+
+@pytest.fixture(scope="module")
+def model(case: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> pt.PromptModel:
+    return build(case, tmp_path_factory.mktemp("weights"))
+
+
+def compare(case: dict[str, np.ndarray], model: pt.PromptModel) -> None:
     meta = json.loads(str(case["meta"]))
     batch = torch.from_numpy(images(meta["count"], meta["image_size"], meta["seed"]))
     with torch.no_grad():
@@ -49,6 +58,22 @@ def test_features_of_both_pathways(case, model):
     assert np.abs(both.aux_features.numpy() - case["prompt"]).max() <= 2e-5
     assert torch.equal(both.features, base.features) or (both.features - base.features).abs().max() < 1e-5
     assert base.aux_features is None
+
+
+@pytest.mark.slow
+def test_features_of_both_pathways(case, model):
+    compare(case, model)
+
+
+@pytest.mark.slow
+def test_features_of_both_pathways_on_a_swin(tmp_path):
+    case = read_case("sa2vp_swin_b")
+    model = build(case, tmp_path)
+    compare(case, model)
+    names = set(model.method.state_dict())
+    assert {"prompts.0.tokens", "prompts.0.proj.weight", "adapters.17.up.bias"} <= names
+    assert not [name for name in names if name.startswith("prompts.") and not name.startswith("prompts.0.")]
+    assert sum(parameter.numel() for parameter in model.method.parameters()) == 201_488
 
 
 @pytest.mark.slow

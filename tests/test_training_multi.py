@@ -55,7 +55,7 @@ def test_own_settings_go_before_defaults_and_overrides_before_both(bars: Path, t
         ([{"name": "a"}, {"name": "a"}], {}, "two tasks .* have the name a"),
         ([{"name": "a", "output": "o"}, {"name": "b", "output": "o"}], {}, "two tasks .* have the output o"),
         ([{"name": "a", "epoch": 3}], {}, "task a: unknown setting 'epoch'; did you mean epochs"),
-        ([{"name": "a", "method": "linear", "rank": 3}], {}, "task a: rank is a setting of sa2vp, not of linear"),
+        ([{"name": "a", "method": "linear", "rank": 3}], {}, "task a: rank is a setting of sa2vp, .*, not of linear"),
         ([{"name": "a"}], {"default": {}}, "did you mean defaults"),
         ([{"name": "a"}], {"defaults": {"epoch": 3}}, "unknown setting 'epoch'"),
         ([{"name": "a"}], {"defaults": [1]}, "defaults of .* must be settings"),
@@ -71,7 +71,9 @@ def test_a_wrong_file_is_refused_before_anything_is_trained(
 
 def test_an_override_that_suits_no_task_is_refused(bars: Path, tmp_path: Path) -> None:
     file = write_tasks(tmp_path, [{"name": "a", "method": "linear"}], {"data": str(bars)})
-    with pytest.raises(UsageError, match="num_prompts is a setting of lspt, vpt-shallow, vpt-deep, not of linear"):
+    with pytest.raises(
+        UsageError, match="num_prompts is a setting of lspt, gapt, vpt-shallow, vpt-deep, not of linear"
+    ):
         load_tasks(file, {"num_prompts": 3})
 
 

@@ -2,6 +2,7 @@
 
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.loading import load_backbone
+from prompttune.backbones.swin import SwinBackbone
 from prompttune.backbones.vit import VitBackbone
 
-__all__ = ["Backbone", "VitBackbone", "load_backbone"]
+__all__ = ["Backbone", "SwinBackbone", "VitBackbone", "load_backbone"]

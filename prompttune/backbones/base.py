@@ -25,6 +25,22 @@ def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+ALLOCATOR_KEEPS = 32 * 2**20
+"""Bytes above which glibc maps every allocation anew (the ceiling of its dynamic ``M_MMAP_THRESHOLD``)."""
+
+
+def one_batch(tokens: Tensor, hidden_width: int) -> bool:
+    """Whether the pathways in ``tokens`` [2, B, N, D] go through an MLP of ``hidden_width`` quicker as one batch.
+
+    They do, except in eager mode on a CPU once the hidden activations outgrow what the C allocator keeps for reuse:
+    from there on each call would fault fresh pages in, and one pathway after the other is quicker.
+    """
+    # A traced graph has no size to decide on: comparing it would bind the graph to batches on one side.
+    if torch.compiler.is_compiling() or tokens.device.type != "cpu":
+        return True
+    return tokens[..., 0].numel() * hidden_width * tokens.element_size() <= ALLOCATOR_KEEPS
+
+
 class Backbone(nn.Module):
     """A frozen timm model. Its parameters never train and it never leaves evaluation mode.
 

@@ -11,16 +11,20 @@ import argparse
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models import swin_transformer, vision_transformer
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prompttune.errors import BackboneError
 
+TimmModel: TypeAlias = VisionTransformer | SwinTransformer
+"""What a backbone may be in timm."""
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 SUFFIXES = (".safetensors", *PICKLED, ".npz")
 _WRAPPERS = ("state_dict", "model", "teacher", "target_encoder", "model_state")
@@ -38,8 +42,8 @@ _NOT_BACKBONE = (
 """Starts of names, after unwrapping, that belong to pre-training or to a classifier and are left out."""
 
 
-def load_file_into(model: VisionTransformer, path: Path) -> None:
-    """Copy the weights in ``path`` into ``model``, position embeddings resampled by timm where the grid differs.
+def load_file_into(model: TimmModel, path: Path) -> None:
+    """Copy the weights in ``path`` into ``model``; timm resamples position embeddings and biases of another size.
 
     Raises:
         BackboneError: the file is missing, damaged, of an unknown kind or of another architecture.
@@ -49,11 +53,14 @@ def load_file_into(model: VisionTransformer, path: Path) -> None:
     if path.suffix not in SUFFIXES:
         raise BackboneError(f"{path.name}: unknown kind of weights file; known: {', '.join(SUFFIXES)}")
     if path.suffix == ".npz":
+        if not isinstance(model, VisionTransformer):
+            raise BackboneError(f"{path.name}: Google's npz files hold ViTs, this backbone is a {type(model).__name__}")
         _load_npz(model, path)
         return
     tensors = _unwrap(_read(path), path)
     try:
-        state = checkpoint_filter_fn(tensors, model)
+        architecture = swin_transformer if isinstance(model, SwinTransformer) else vision_transformer
+        state = architecture.checkpoint_filter_fn(tensors, model)
         result = model.load_state_dict(state, strict=False)
     except (RuntimeError, KeyError, AssertionError) as problem:
         raise BackboneError(f"{path} does not fit the backbone: {_first_line(problem)}") from None

@@ -9,20 +9,21 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import constants, get_session, try_to_load_from_cache
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from timm.models.swin_transformer import SwinTransformer
 
+from prompttune.backbones import swin, vit
 from prompttune.backbones.base import Backbone, fingerprint_of
-from prompttune.backbones.files import load_file_into
-from prompttune.backbones.vit import SUPPORTED, VitBackbone, check_supported
+from prompttune.backbones.files import TimmModel, load_file_into
 from prompttune.backbones.wheel import MODEL as WHEEL_MODEL
 from prompttune.backbones.wheel import PACKAGE as WHEEL_PACKAGE
 from prompttune.backbones.wheel import find_wheel, read_wheel
 from prompttune.errors import BackboneError, UsageError, choose
 
 HUB_TIMEOUT_S = 5.0
-_MODULES = ["vision_transformer", "deit"]
-"""timm modules whose models may be plain VisionTransformers; each model is checked again once it is built."""
+SUPPORTED = f"{vit.SUPPORTED}; {swin.SUPPORTED}"
+_SWIN_MODULE = "swin_transformer"
+_MODULES = ["vision_transformer", "deit", _SWIN_MODULE]
+"""timm modules whose models may be supported; each model is checked again once it is built."""
 
 logger = logging.getLogger("prompttune")
 
@@ -58,7 +59,7 @@ def load_backbone(name: str, image_size: int | None = None, weights: str | Path 
     fingerprint = fingerprint_of(model.state_dict())
     config = model.pretrained_cfg
     _resize(model, name, image_size)
-    backbone = VitBackbone(model)
+    backbone = swin.SwinBackbone(model) if isinstance(model, SwinTransformer) else vit.VitBackbone(model)
     backbone.name = name
     backbone.image_size = int(model.patch_embed.img_size[0])
     backbone.mean = tuple(config["mean"])
@@ -72,24 +73,28 @@ def load_backbone(name: str, image_size: int | None = None, weights: str | Path 
 def _check_name(name: str) -> None:
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
-        choose("backbone", architecture, timm.list_models(module=_MODULES[0]))
+        choose("backbone", architecture, timm.list_models(module=_MODULES))
     if not timm.models.is_model_in_modules(architecture, _MODULES):
         raise BackboneError(f"{name} is not supported; supported: {SUPPORTED}")
 
 
-def _build(name: str, **settings: Any) -> VisionTransformer:
+def _build(name: str, **settings: Any) -> TimmModel:
+    # A Swin takes one image size unless it is asked otherwise, and older timm knows no such argument for it.
+    fixed = {} if timm.models.is_model_in_modules(name.split(".")[0], [_SWIN_MODULE]) else {"dynamic_img_size": False}
     try:
-        model: nn.Module = timm.create_model(name, num_classes=0, dynamic_img_size=False, **settings)
+        model: TimmModel = timm.create_model(name, num_classes=0, **fixed, **settings)
     except TypeError as problem:
         raise BackboneError(f"{name} is not supported ({problem}); supported: {SUPPORTED}") from None
     except (RuntimeError, ValueError) as problem:
         raise BackboneError(f"timm cannot build {name}: {problem}") from None
-    check_supported(model, name)
-    assert isinstance(model, VisionTransformer)
+    if isinstance(model, SwinTransformer):
+        swin.check_supported(model, name)
+    else:
+        vit.check_supported(model, name)
     return model
 
 
-def _resize(model: VisionTransformer, name: str, image_size: int | None) -> None:
+def _resize(model: TimmModel, name: str, image_size: int | None) -> None:
     patch = model.patch_embed.patch_size[0]
     if image_size is None:
         return
@@ -101,7 +106,7 @@ def _resize(model: VisionTransformer, name: str, image_size: int | None) -> None
     model.set_input_size((image_size, image_size))
 
 
-def _random(name: str, spec: str) -> tuple[VisionTransformer, str, str]:
+def _random(name: str, spec: str) -> tuple[TimmModel, str, str]:
     _, _, seed = spec.partition(":")
     if seed and not seed.isdigit():
         raise UsageError(f"weights {spec!r}: the seed must be a whole number, as in random:0")
@@ -111,7 +116,7 @@ def _random(name: str, spec: str) -> tuple[VisionTransformer, str, str]:
     return model, f"random:{int(seed or 0)}", f"random initialisation, seed {int(seed or 0)}"
 
 
-def _auto(name: str) -> tuple[VisionTransformer, str, str]:
+def _auto(name: str) -> tuple[TimmModel, str, str]:
     """Hub, then its cache, then the wheel."""
     if _hub_answers():
         try:
@@ -150,7 +155,7 @@ def _hub_answers() -> bool:
     return True
 
 
-def _cached(model: VisionTransformer) -> Path | None:
+def _cached(model: TimmModel) -> Path | None:
     config = model.pretrained_cfg
     repository = config.get("hf_hub_id")
     if not repository:

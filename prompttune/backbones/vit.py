@@ -11,18 +11,15 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
+from timm.layers import Attention, Mlp
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from prompttune.backbones.base import Backbone
+from prompttune.backbones.base import Backbone, one_batch
 from prompttune.errors import BackboneError
 from prompttune.layers.attention import attend
 from prompttune.layers.probe import probe
-
-ALLOCATOR_KEEPS = 32 * 2**20
-"""Bytes above which glibc maps every allocation anew (the ceiling of its dynamic ``M_MMAP_THRESHOLD``)."""
 
 SUPPORTED = "timm VisionTransformer models with pre-norm blocks and absolute (or no) position embeddings"
 
@@ -93,9 +90,16 @@ class VitBackbone(Backbone):
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S] to the tokens [B, N, D] that enter block 0."""
+        return self.place(self.embed_patches(images))
+
+    def embed_patches(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] to patch tokens [B, R C, D], without prefix tokens and position embedding."""
         # The patches' convolution may be of a higher precision than the blocks.
-        patches = self.model.patch_embed(images.to(self.model.patch_embed.proj.weight.dtype))
-        patches = patches.to(self.attention(0).proj.weight.dtype)
+        patches: Tensor = self.model.patch_embed(images.to(self.model.patch_embed.proj.weight.dtype))
+        return patches.to(self.attention(0).proj.weight.dtype)
+
+    def place(self, patches: Tensor) -> Tensor:
+        """Patch tokens [B, R C, D] to the tokens [B, N, D] that enter block 0."""
         tokens = cast(Tensor, self.model.norm_pre(self.model._pos_embed(patches)))
         probe("embed", tokens)
         return tokens
@@ -116,29 +120,45 @@ class VitBackbone(Backbone):
         """The norm in front of block ``index``'s attention."""
         return cast(Tensor, self.block(index).norm1(tokens))
 
+    def norm2(self, index: int, tokens: Tensor) -> Tensor:
+        """The norm in front of block ``index``'s MLP."""
+        return cast(Tensor, self.block(index).norm2(tokens))
+
     def qkv(self, index: int, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [..., H, N, d] of normed tokens [..., N, D]."""
         return self.query(index, normed), *self.key_value(index, normed)
 
     def query(self, index: int, normed: Tensor) -> Tensor:
         """Queries alone, [..., H, N, d]."""
-        return cast(Tensor, self.attention(index).q_norm(self._heads(index, normed, 0)))
+        return self.query_heads(index, self.linear_qkv(index, normed, 0))
 
     def key_value(self, index: int, normed: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values alone, [..., H, N, d] each."""
-        return self.attention(index).k_norm(self._heads(index, normed, 1)), self._heads(index, normed, 2)
+        key, value = (self.linear_qkv(index, normed, part) for part in (1, 2))
+        return self.key_heads(index, key), self.heads(value)
 
-    def _heads(self, index: int, normed: Tensor, part: int) -> Tensor:
-        """Queries (part 0), keys (1) or values (2) before their norm, [..., H, N, d].
+    def linear_qkv(self, index: int, normed: Tensor, part: int) -> Tensor:
+        """What makes queries (part 0), keys (1) or values (2) of normed tokens: [..., N, D] to [..., N, H d].
 
         Each from its own rows of the weight: splitting one large product would copy it.
         """
         attention = self.attention(index)
         rows = slice(part * attention.attn_dim, (part + 1) * attention.attn_dim)
         bias = attention.qkv.bias
-        projected = F.linear(normed, attention.qkv.weight[rows], None if bias is None else bias[rows])
-        heads: Tensor = projected.unflatten(-1, (attention.num_heads, attention.head_dim))  # [..., N, H, d]
-        return heads.transpose(-3, -2)
+        return F.linear(normed, attention.qkv.weight[rows], None if bias is None else bias[rows])
+
+    def heads(self, projected: Tensor) -> Tensor:
+        """[..., N, H d] to [..., H, N, d]."""
+        split: Tensor = projected.unflatten(-1, (self.num_heads, self.head_dim))  # [..., N, H, d]
+        return split.transpose(-3, -2)
+
+    def query_heads(self, index: int, projected: Tensor) -> Tensor:
+        """Queries of :meth:`linear_qkv`, [..., N, H d], split and through their norm: [..., H, N, d]."""
+        return cast(Tensor, self.attention(index).q_norm(self.heads(projected)))
+
+    def key_heads(self, index: int, projected: Tensor) -> Tensor:
+        """Keys of :meth:`linear_qkv`, [..., N, H d], split and through their norm: [..., H, N, d]."""
+        return cast(Tensor, self.attention(index).k_norm(self.heads(projected)))
 
     def project(self, index: int, attended: Tensor) -> Tensor:
         """Attention output with merged heads [..., N, H d] through the block's projection and LayerScale."""
@@ -147,20 +167,34 @@ class VitBackbone(Backbone):
 
     def feed_forward(self, index: int, tokens: Tensor) -> Tensor:
         """The second half of block ``index`` with its residual, [..., N, D]."""
+        return tokens + self.mlp(index, tokens)
+
+    def mlp(self, index: int, tokens: Tensor) -> Tensor:
+        """What the MLP of block ``index`` adds to tokens [..., N, D]: norm, MLP, LayerScale."""
         block = self.block(index)
-        return cast(Tensor, tokens + block.ls2(block.mlp(block.norm2(tokens))))
+        return cast(Tensor, block.ls2(block.mlp(block.norm2(tokens))))
+
+    def check_plain_mlp(self, what: str) -> None:
+        """Raise :class:`BackboneError` unless every MLP is two linear layers, so that ``what`` can open it up."""
+        for index in range(self.depth):
+            kind = type(self.block(index).mlp)
+            if kind is not Mlp:
+                raise BackboneError(f"{what} needs blocks with a plain MLP; {self.name} has {kind.__name__}")
+
+    def expand_mlp(self, index: int, normed: Tensor) -> Tensor:
+        """The first linear layer of block ``index``'s MLP, [..., N, D] to [..., N, M]."""
+        return cast(Tensor, cast(Mlp, self.block(index).mlp).fc1(normed))
+
+    def contract_mlp(self, index: int, hidden: Tensor) -> Tensor:
+        """The rest of the MLP, with its activation and LayerScale: [..., N, M] to [..., N, D]."""
+        block = self.block(index)
+        mlp = cast(Mlp, block.mlp)
+        return cast(Tensor, block.ls2(mlp.fc2(mlp.norm(mlp.act(hidden)))))
 
     def feed_forward_both(self, index: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The second half of block ``index`` for two pathways, [2, B, N, D] to twice [B, N, D].
-
-        One batch, except in eager mode on a CPU once the hidden activations outgrow what the C allocator keeps for
-        reuse: from there on each call would fault fresh pages in, and one pathway after the other is quicker.
-        """
-        # A traced graph has no size to decide on: comparing it would bind the graph to batches on one side.
-        if not torch.compiler.is_compiling() and tokens.device.type == "cpu":
-            hidden = tokens[..., 0].numel() * self.hidden_width * tokens.element_size()
-            if hidden > ALLOCATOR_KEEPS:
-                return self.feed_forward(index, tokens[0]), self.feed_forward(index, tokens[1])
+        """The second half of block ``index`` for two pathways, [2, B, N, D] to twice [B, N, D]."""
+        if not one_batch(tokens, self.hidden_width):
+            return self.feed_forward(index, tokens[0]), self.feed_forward(index, tokens[1])
         first, second = self.feed_forward(index, tokens).unbind(0)
         return first, second
 
@@ -169,22 +203,44 @@ class VitBackbone(Backbone):
         attended = attend(*self.qkv(index, self.norm1(index, tokens)))
         return self.feed_forward(index, tokens + self.project(index, merge_heads(attended)))
 
+    def read(self, index: int, tokens: Tensor) -> Tensor:
+        """Those of tokens [B, N, D] whose output of block ``index`` is needed: all, or token 0 in the last block."""
+        return tokens[:, :1] if index == self.depth - 1 and self.pools_class_token else tokens
+
+    def self_attention(self, index: int, tokens: Tensor) -> Tensor:
+        """What the attention of block ``index`` adds to the tokens that are :meth:`read`: norm to LayerScale.
+
+        Args:
+            tokens: [B, N, D].
+
+        Returns:
+            [B, 1 or N, D].
+        """
+        normed = self.norm1(index, tokens)
+        attended = attend(self.query(index, self.read(index, normed)), *self.key_value(index, normed))
+        return self.project(index, merge_heads(attended))
+
     def run_last_block(self, tokens: Tensor) -> Tensor:
         """The last block, for the tokens that are pooled alone: [B, N, D] to [B, 1 or N, D]."""
         index = self.depth - 1
-        if not self.pools_class_token:
-            return self.run_block(index, tokens)
-        normed = self.norm1(index, tokens)
-        attended = attend(self.query(index, normed[:, :1]), *self.key_value(index, normed))
-        return self.feed_forward(index, tokens[:, :1] + self.project(index, merge_heads(attended)))
+        return self.feed_forward(index, self.read(index, tokens) + self.self_attention(index, tokens))
 
     def pool(self, tokens: Tensor) -> Tensor:
         """Final norm, the model's own pooling and head norm: [B, N, D] to [B, D].
 
         With :attr:`pools_class_token`, token 0 alone ([B, 1, D]) is enough.
         """
-        if self.pools_class_token:
-            pooled = self.model.norm(tokens[:, 0])
-        else:
-            pooled = self.model.pool(self.model.norm(tokens))
+        return self.pool_normed(self.final_norm(tokens))
+
+    def final_norm(self, tokens: Tensor) -> Tensor:
+        """The norm behind the last block, of the tokens that are pooled: [B, N, D] to [B, 1 or N, D]."""
+        return cast(Tensor, self.model.norm(tokens[:, :1] if self.pools_class_token else tokens))
+
+    def pool_normed(self, tokens: Tensor) -> Tensor:
+        """The model's own pooling and head norm of normed tokens: [B, 1 or N, D] to [B, D]."""
+        pooled = tokens[:, 0] if self.pools_class_token else self.model.pool(tokens)
         return cast(Tensor, self.model.fc_norm(pooled))
+
+    def pool_mean(self, tokens: Tensor) -> Tensor:
+        """The mean of tokens, then the final norm and head norm, whatever the model's own pooling: to [B, D]."""
+        return cast(Tensor, self.model.fc_norm(self.model.norm(tokens.mean(dim=1))))

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from prompttune.layers.bottleneck import bottleneck
 
 ADAPTER_NORM_EPS = 1e-6
 ACTIVATIONS = ("gelu", "relu")
@@ -64,7 +65,5 @@ def apply_adapter(
     """
     # In float32 whatever z is: squares overflow float16.
     normed = F.layer_norm(z.float(), z.shape[-1:], eps=ADAPTER_NORM_EPS).to(z.dtype)
-    hidden = normed @ down + down_bias.unsqueeze(1)
-    hidden = F.relu(hidden) if activation == "relu" else F.gelu(hidden)
-    hidden = F.dropout(hidden, dropout, training)
-    return F.dropout(torch.add(hidden @ up, up_bias.unsqueeze(1)), dropout, training)
+    given = bottleneck(normed, down, down_bias, up, up_bias, activation, dropout, training)
+    return F.dropout(given, dropout, training)

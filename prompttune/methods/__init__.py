@@ -7,10 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from prompttune.errors import UsageError, choose
+from prompttune.methods.adapter import AdapterConfig
+from prompttune.methods.adaptformer import AdaptFormerConfig
 from prompttune.methods.base import Features, Layout, Method, MethodConfig, State
+from prompttune.methods.gapt import GaPTConfig
 from prompttune.methods.linear import LinearConfig
+from prompttune.methods.lora import LoRAConfig
 from prompttune.methods.lspt import LSPTConfig
 from prompttune.methods.sa2vp import SA2VPConfig
+from prompttune.methods.ssf import SSFConfig
 from prompttune.methods.vpt import VPTDeepConfig, VPTShallowConfig
 
 METHODS: dict[str, type[MethodConfig]] = {}
@@ -23,7 +28,18 @@ def register(config: type[MethodConfig]) -> None:
     METHODS[config.method] = config
 
 
-for _config in (SA2VPConfig, LSPTConfig, VPTShallowConfig, VPTDeepConfig, LinearConfig):
+for _config in (
+    SA2VPConfig,
+    LSPTConfig,
+    GaPTConfig,
+    VPTShallowConfig,
+    VPTDeepConfig,
+    AdaptFormerConfig,
+    AdapterConfig,
+    LoRAConfig,
+    SSFConfig,
+    LinearConfig,
+):
     register(_config)
 
 
@@ -44,13 +60,18 @@ def config_from_dict(method: str, settings: Mapping[str, Any]) -> MethodConfig:
 
 __all__ = [
     "METHODS",
+    "AdaptFormerConfig",
+    "AdapterConfig",
     "Features",
+    "GaPTConfig",
     "LSPTConfig",
     "Layout",
     "LinearConfig",
+    "LoRAConfig",
     "Method",
     "MethodConfig",
     "SA2VPConfig",
+    "SSFConfig",
     "State",
     "VPTDeepConfig",
     "VPTShallowConfig",

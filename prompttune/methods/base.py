@@ -121,6 +121,9 @@ class Method(nn.Module):
 
     backbones: ClassVar[tuple[type[Backbone], ...]]
     """Backbone classes that the method can drive."""
+    own_norms: ClassVar[tuple[str, ...]] = ()
+    """Norms of a block whose output the method reads or changes itself. All others are read by the block's own
+    matrices alone, so export may shift the scale of channels between the two."""
 
     def __init__(self, config: MethodConfig, backbone: Backbone) -> None:
         super().__init__()
@@ -140,3 +143,16 @@ class Method(nn.Module):
     def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:
         """Features of ``images`` [B, 3, S, S] under ``state``; ``aux`` asks for the prompt pathway's too."""
         raise NotImplementedError
+
+
+def build_for(config: MethodConfig, backbone: Backbone, methods: tuple[type[Method], ...]) -> Method:
+    """Make the first of ``methods``, one for each kind of backbone, that drives ``backbone``.
+
+    Raises:
+        BackboneError: none does.
+    """
+    for method in methods:
+        if isinstance(backbone, method.backbones):
+            return method(config, backbone)
+    known = ", ".join(kind.__name__ for method in methods for kind in method.backbones)
+    raise BackboneError(f"{config.method} runs on {known}, not on {type(backbone).__name__}")

@@ -2,6 +2,13 @@
 
 P learnable prompts stand between the prefix tokens and the patches. Shallow: they enter at block 0 and are carried
 through. Deep: every block gets fresh ones in place of those that left the block before it.
+
+On a Swin the prompts stand in front of every window of a block and are ignored by patch merging: section 4.2 of the
+paper, whose released code settles the rest (``src/models/vit_prompt/swin_transformer.py`` of KMnP/vpt). Between a
+prompt and a token there is no position bias and no shift mask. What shallow prompts see is averaged over the windows;
+to reach the next stage's width they pass through the merging's weights as four equal neighbours. Deviations from that
+code: it pairs windows with the prompts of other images in the batch, here they are the image's own; it pools prompts
+and patches, here patches alone, as the backbone does; deep prompts' drop-out is drawn once a step for block 0 too.
 """
 
 from __future__ import annotations
@@ -13,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
+from prompttune.backbones.swin import SwinBackbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, Method, MethodConfig, State, setting
+from prompttune.methods.base import Features, Layout, Method, MethodConfig, State, build_for, setting
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class VPTShallowConfig(MethodConfig):
 
     def build(self, backbone: Backbone) -> Method:
         """See :meth:`MethodConfig.build`."""
-        return VPT(self, backbone)
+        return build_for(self, backbone, (VPT, SwinVPT))
 
 
 @dataclass(frozen=True)
@@ -47,9 +55,10 @@ class VPTDeepConfig(VPTShallowConfig):
     deep = True
 
 
-def prompt_bound(backbone: VitBackbone) -> float:
-    """VPT's bound v of uniform(-v, v): sqrt(6 / (3 patch² + D))."""
-    return float((6.0 / (3 * backbone.patch_size**2 + backbone.width)) ** 0.5)
+def prompt_bound(backbone: VitBackbone | SwinBackbone) -> float:
+    """VPT's bound v of uniform(-v, v): sqrt(6 / (3 patch² + D)), D the channels of an embedded patch."""
+    width = backbone.stages[0].width if isinstance(backbone, SwinBackbone) else backbone.width
+    return float((6.0 / (3 * backbone.patch_size**2 + width)) ** 0.5)
 
 
 def without_prompts(backbone: VitBackbone, tokens: Tensor, count: int) -> Tensor:
@@ -97,3 +106,103 @@ class VPT(Method):
                 tokens = backbone.run_block(index, tokens)
                 probe(f"block{index}", tokens)
         return Features(backbone.pool(without_prompts(backbone, backbone.run_last_block(tokens), count)))
+
+
+class SwinVPT(Method):
+    """VPT over a Swin: ``prompts.{i}`` [blocks, P, D] for each stage i, or ``prompts.0`` [1, P, D] alone if shallow."""
+
+    backbones = (SwinBackbone,)
+
+    def __init__(self, config: VPTShallowConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        assert isinstance(backbone, SwinBackbone)
+        self.config = config
+        bound, count = prompt_bound(backbone), config.num_prompts
+        sizes = [(len(stage.blocks), count, stage.width) for stage in backbone.stages]
+        if not config.deep:
+            sizes = [(1, count, backbone.stages[0].width)]
+        self.prompts = nn.ParameterList(torch.empty(size).uniform_(-bound, bound) for size in sizes)
+
+    @property
+    def backbone(self) -> SwinBackbone:
+        """The frozen backbone, typed."""
+        backbone = self._backbone[0]
+        assert isinstance(backbone, SwinBackbone)
+        return backbone
+
+    def task_state(self) -> State:
+        """Shallow: ``prompts`` [1, P, D]. Deep: a block's prompts are only seen there, so their keys and values fold.
+
+        ``keys.{i}`` and ``values.{i}`` [1, blocks, H, P, d] for stage i. While training, drop-out of deep prompts is
+        drawn here, once for all images.
+        """
+        if not self.config.deep:
+            return {"prompts": self.prompts[0]}
+        backbone = self.backbone
+        state: State = {}
+        for number, (stage, prompts) in enumerate(zip(backbone.stages, self.prompts, strict=True)):
+            seen = F.dropout(prompts, self.config.dropout, self.training)  # [blocks, P, D]
+            pairs = [
+                backbone.key_value(index, backbone.norm1(index, one))
+                for index, one in zip(stage.blocks, seen.unbind(0), strict=True)
+            ]
+            state[f"keys.{number}"] = torch.stack([key for key, _ in pairs]).unsqueeze(0)
+            state[f"values.{number}"] = torch.stack([value for _, value in pairs]).unsqueeze(0)
+        return state
+
+    def state_layout(self) -> Layout:
+        """See :meth:`Method.state_layout`."""
+        count = self.config.num_prompts
+        if not self.config.deep:
+            return {"prompts": (count, self.backbone.stages[0].width)}
+        layout: Layout = {}
+        for number, stage in enumerate(self.backbone.stages):
+            for part in ("keys", "values"):
+                layout[f"{part}.{number}"] = (len(stage.blocks), stage.num_heads, count, stage.head_dim)
+        return layout
+
+    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
+        """See :meth:`Method.forward`; there is no prompt pathway."""
+        tokens = self.backbone.embed(images)  # [B, N, D]
+        tokens = self._deep(tokens, state) if self.config.deep else self._shallow(tokens, state)
+        return Features(self.backbone.pool(tokens))
+
+    def _deep(self, tokens: Tensor, state: State) -> Tensor:
+        """All stages, every block with prompts of its own, [B, N, D] to [B, N', D']."""
+        backbone, rows = self.backbone, tokens.shape[0]
+        for number, stage in enumerate(backbone.stages):
+            tokens = backbone.merge(number, tokens)
+            keys, values = (state[f"{part}.{number}"].expand(rows, -1, -1, -1, -1) for part in ("keys", "values"))
+            for place, index in enumerate(stage.blocks):
+                parts = backbone.qkv(index, backbone.norm1(index, tokens))  # [B, H, N, d]
+                attended, _ = backbone.attend_prompted(index, parts, (None, keys[:, place], values[:, place]))
+                tokens = backbone.feed_forward(index, tokens + backbone.project(index, attended))
+                probe(f"block{index}", tokens)
+        return tokens
+
+    def _shallow(self, tokens: Tensor, state: State) -> Tensor:
+        """All stages with the same prompts carried through, [B, N, D] to [B, N', D']."""
+        backbone, count = self.backbone, self.config.num_prompts
+        prompts = state["prompts"].expand(tokens.shape[0], -1, -1)  # [B, P, D]
+        prompts = F.dropout(prompts, self.config.dropout, self.training)
+        for number, stage in enumerate(backbone.stages):
+            tokens = backbone.merge(number, tokens)
+            if number > 0:
+                prompts = backbone.widen(number, prompts)
+            both = torch.cat((prompts, tokens), dim=1)  # [B, P + N, D]
+            for index in stage.blocks:
+                both = self._shallow_block(index, both)
+                probe(f"block{index}", both)
+            prompts, tokens = both[:, :count], both[:, count:]
+        return tokens
+
+    def _shallow_block(self, index: int, both: Tensor) -> Tensor:
+        """A block of prompts and tokens, [B, P + N, D]."""
+        backbone, count = self.backbone, self.config.num_prompts
+        q, k, v = backbone.qkv(index, backbone.norm1(index, both))  # [B, H, P + N, d]
+        prompts = (q[:, :, :count], k[:, :, :count], v[:, :, :count])
+        tokens = (q[:, :, count:], k[:, :, count:], v[:, :, count:])
+        attended, seen = backbone.attend_prompted(index, tokens, prompts)
+        assert seen is not None
+        attended = torch.cat((seen, attended), dim=1)
+        return backbone.feed_forward(index, both + backbone.project(index, attended))

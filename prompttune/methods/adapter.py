@@ -1,0 +1,90 @@
+"""Serial bottleneck adapters, Houlsby et al.: https://arxiv.org/abs/1902.00751 (ICML 2019).
+
+Each block has two: one behind the projection of the attention, one behind the MLP, both in front of the residual
+addition and with a skip connection of their own: ``x + A(attention(norm1(x)))``, ``A(z) = z + up(GELU(down(z)))``.
+
+The weights start as a normal distribution of standard deviation 1e-3, cut off at two of these, as released: close to
+the identity. Deviations: the paper's BERT norms behind the addition, a ViT in front of it, and the places are kept;
+GELU is the exact one, the released code has the tanh approximation; the paper also trains the backbone's norms,
+here the backbone stays frozen. LayerScale counts as part of the projection, so the adapter stands behind it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from prompttune.backbones.base import Backbone
+from prompttune.backbones.vit import VitBackbone
+from prompttune.layers.bottleneck import Bottleneck, bottleneck, of_block, stacked, stacked_layout
+from prompttune.layers.probe import probe
+from prompttune.methods.base import RANK, Features, Layout, Method, MethodConfig, State, setting
+
+INIT_STD = 1e-3
+
+
+@dataclass(frozen=True)
+class AdapterConfig(MethodConfig):
+    """Settings of the serial adapters."""
+
+    method = "adapter"
+
+    rank: int = setting(64, "width of the adapters' bottleneck")
+    dropout: float = setting(0.0, "drop-out inside the adapters, while training")
+
+    def check(self) -> None:
+        """See :meth:`MethodConfig.check`."""
+        self.require(self.rank > 0, f"rank must be above 0, not {self.rank}")
+        self.require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
+
+    def build(self, backbone: Backbone) -> Method:
+        """See :meth:`MethodConfig.build`."""
+        return SerialAdapter(self, backbone)
+
+
+class SerialAdapter(Method):
+    """``attention.{i}`` and ``mlp.{i}`` with ``down`` D to r and ``up`` r to D, for every block."""
+
+    backbones = (VitBackbone,)
+
+    def __init__(self, config: AdapterConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        assert isinstance(backbone, VitBackbone)
+        self.config = config
+        self.attention = nn.ModuleList(_adapter(backbone.width, config.rank) for _ in range(backbone.depth))
+        self.mlp = nn.ModuleList(_adapter(backbone.width, config.rank) for _ in range(backbone.depth))
+
+    def task_state(self) -> State:
+        """``attention.*`` and ``mlp.*``, stacked over blocks."""
+        return stacked("attention", self.attention) | stacked("mlp", self.mlp)
+
+    def state_layout(self) -> Layout:
+        """See :meth:`Method.state_layout`."""
+        depth, width = self._backbone[0].depth, self._backbone[0].width
+        return stacked_layout("attention", depth, width, RANK) | stacked_layout("mlp", depth, width, RANK)
+
+    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
+        """See :meth:`Method.forward`; there is no prompt pathway."""
+        backbone = self._backbone[0]
+        assert isinstance(backbone, VitBackbone)
+        tokens = backbone.embed(images)  # [B, N, D]
+        for index in range(backbone.depth):
+            attended = backbone.self_attention(index, tokens)  # [B, 1 or N, D]
+            tokens = backbone.read(index, tokens) + self._adapt("attention", index, attended, state)
+            tokens = tokens + self._adapt("mlp", index, backbone.mlp(index, tokens), state)
+            probe(f"block{index}", tokens)
+        return Features(backbone.pool(tokens))
+
+    def _adapt(self, name: str, index: int, z: Tensor, state: State) -> Tensor:
+        """z + up(GELU(down(z))), [B, N, D]."""
+        tensors, dropout = of_block(state, name, index), self.config.dropout
+        return z + bottleneck(z, **tensors, activation="gelu", dropout=dropout, training=self.training)
+
+
+def _adapter(width: int, rank: int) -> Bottleneck:
+    made = Bottleneck(width, rank)
+    for layer in (made.down, made.up):
+        nn.init.trunc_normal_(layer.weight, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD)
+        nn.init.zeros_(layer.bias)
+    return made

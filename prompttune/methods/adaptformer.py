@@ -1,0 +1,87 @@
+"""AdaptFormer: https://arxiv.org/abs/2205.13535 (NeurIPS 2022).
+
+A bottleneck with ReLU runs parallel to the MLP of every block. It reads the tokens that enter the second half of the
+block, before their norm; what it makes of them is scaled and added to what the MLP adds:
+``x + MLP(norm2(x)) + s up(ReLU(down(x)))``. This is the released code's default form; the paper's Eq. 3 has a norm
+in front of ``down``, which that default leaves out.
+
+The scale folds into ``up``. On a backbone with LayerScale, which the released code does not know, the block's scale
+acts on the MLP alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from prompttune.backbones.base import Backbone
+from prompttune.backbones.vit import VitBackbone
+from prompttune.layers.bottleneck import Bottleneck, bottleneck, of_block, stacked, stacked_layout
+from prompttune.layers.probe import probe
+from prompttune.methods.base import RANK, Features, Layout, Method, MethodConfig, State, setting
+
+
+@dataclass(frozen=True)
+class AdaptFormerConfig(MethodConfig):
+    """Settings of AdaptFormer; the defaults are the paper's."""
+
+    method = "adaptformer"
+
+    rank: int = setting(64, "width of the adapters' bottleneck")
+    adapter_scale: float = setting(0.1, "s, weight of what the adapters add")
+    dropout: float = setting(0.1, "drop-out inside the adapters, while training")
+
+    def check(self) -> None:
+        """See :meth:`MethodConfig.check`."""
+        self.require(self.rank > 0, f"rank must be above 0, not {self.rank}")
+        self.require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
+
+    def build(self, backbone: Backbone) -> Method:
+        """See :meth:`MethodConfig.build`."""
+        return AdaptFormer(self, backbone)
+
+
+class AdaptFormer(Method):
+    """``adapters.{i}`` with ``down`` D to r and ``up`` r to D, for every block."""
+
+    backbones = (VitBackbone,)
+
+    def __init__(self, config: AdaptFormerConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        assert isinstance(backbone, VitBackbone)
+        self.config = config
+        self.adapters = nn.ModuleList(_adapter(backbone.width, config.rank) for _ in range(backbone.depth))
+
+    def task_state(self) -> State:
+        """``adapters.*``, stacked over blocks, ``up`` and its bias scaled by s."""
+        return stacked("adapters", self.adapters, self.config.adapter_scale)
+
+    def state_layout(self) -> Layout:
+        """See :meth:`Method.state_layout`."""
+        backbone = self._backbone[0]
+        return stacked_layout("adapters", backbone.depth, backbone.width, RANK)
+
+    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
+        """See :meth:`Method.forward`; there is no prompt pathway."""
+        backbone = self._backbone[0]
+        assert isinstance(backbone, VitBackbone)
+        tokens = backbone.embed(images)  # [B, N, D]
+        for index in range(backbone.depth):
+            tokens = backbone.read(index, tokens) + backbone.self_attention(index, tokens)
+            adapted = bottleneck(
+                tokens, **of_block(state, "adapters", index), activation="relu",
+                dropout=self.config.dropout, training=self.training,
+            )  # fmt: skip
+            tokens = backbone.feed_forward(index, tokens) + adapted
+            probe(f"block{index}", tokens)
+        return Features(backbone.pool(tokens))
+
+
+def _adapter(width: int, rank: int) -> Bottleneck:
+    made = Bottleneck(width, rank)
+    nn.init.kaiming_uniform_(made.down.weight, a=math.sqrt(5))
+    for zero in (made.down.bias, made.up.weight, made.up.bias):
+        nn.init.zeros_(zero)
+    return made

@@ -1,0 +1,117 @@
+"""GaPT, gated prompt tuning for self-supervised ViTs: https://arxiv.org/abs/2306.05067 (ICML 2023).
+
+Prompts enter block 0 as in VPT-shallow. Behind every block but the last a gate g in (0, 1), one learnable value a
+block, mixes the prompts that leave the block with those that entered it: ``g out + (1 - g) in``; gates near 0 carry
+the prompts past a block. Every block's attention has a learnable temperature t, ``softmax(q k^T / (t sqrt(d)))``.
+
+Follows the released code (https://github.com/ryongithub/GatedPromptTuning): g = sigmoid(logit), all logits at
+``-gate_init``; temperatures at 1, held within [0.01, 10]. g and 1 / t fold into the state. Deviations: the released
+code writes the bounded temperature back into its parameter in each step; here the bound acts on the value alone and
+gradients pass it unchanged, so a temperature comes back from outside as it does there. The released code pools MoCo's
+class token, and for MAE the mean of prompts and patches, with the norm behind it: ``pool`` ``backbone`` and
+``mean``. A backbone that pools its patches pools them without the prompts under ``backbone``, as VPT does here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prompttune.backbones.base import Backbone
+from prompttune.backbones.vit import VitBackbone, merge_heads
+from prompttune.layers.attention import attend
+from prompttune.layers.probe import probe
+from prompttune.methods.base import Features, Layout, Method, MethodConfig, State, setting
+from prompttune.methods.vpt import prompt_bound, without_prompts
+
+COLDEST, HOTTEST = 0.01, 10.0
+"""Bounds of the temperatures."""
+
+
+@dataclass(frozen=True)
+class GaPTConfig(MethodConfig):
+    """Settings of GaPT."""
+
+    method = "gapt"
+    shapes_graph = ("num_prompts", "pool")
+
+    num_prompts: int = setting(100, "prompt tokens")
+    gate_init: float = setting(10.0, "gates start at sigmoid(-gate_init)")
+    pool: str = setting(
+        "backbone",
+        "what the head reads: the backbone's own pooling, or the mean of prompts and patches (released for MAE)",
+        ("backbone", "mean"),
+    )
+    dropout: float = setting(0.1, "drop-out on the prompts while training")
+
+    def check(self) -> None:
+        """See :meth:`MethodConfig.check`."""
+        self.require(self.num_prompts > 0, f"num_prompts must be above 0, not {self.num_prompts}")
+        self.require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
+
+    def build(self, backbone: Backbone) -> Method:
+        """See :meth:`MethodConfig.build`."""
+        return GaPT(self, backbone)
+
+
+class GaPT(Method):
+    """``prompts`` [P, D], ``gates`` [L - 1] before their sigmoid, ``temperatures`` [L]."""
+
+    backbones = (VitBackbone,)
+
+    def __init__(self, config: GaPTConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        assert isinstance(backbone, VitBackbone)
+        self.config = config
+        bound = prompt_bound(backbone)
+        self.prompts = nn.Parameter(torch.empty(config.num_prompts, backbone.width).uniform_(-bound, bound))
+        self.gates = nn.Parameter(torch.full((backbone.depth - 1,), -config.gate_init))
+        self.temperatures = nn.Parameter(torch.ones(backbone.depth))
+
+    def task_state(self) -> State:
+        """``prompts`` [1, P, D]; ``gates`` [1, L - 1], g; ``sharpness`` [1, L], 1 / t."""
+        bounded = self.temperatures.clamp(COLDEST, HOTTEST)
+        # The value is the bounded one, the gradient that of the temperature itself.
+        temperatures = bounded.detach() + (self.temperatures - self.temperatures.detach())
+        return {
+            "prompts": self.prompts.unsqueeze(0),
+            "gates": self.gates.sigmoid().unsqueeze(0),
+            "sharpness": temperatures.reciprocal().unsqueeze(0),
+        }
+
+    def state_layout(self) -> Layout:
+        """See :meth:`Method.state_layout`."""
+        depth = self._backbone[0].depth
+        return {"prompts": tuple(self.prompts.shape), "gates": (depth - 1,), "sharpness": (depth,)}
+
+    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
+        """See :meth:`Method.forward`; there is no prompt pathway."""
+        backbone = self._backbone[0]
+        assert isinstance(backbone, VitBackbone)
+        prefix, count = backbone.num_prefix_tokens, self.config.num_prompts
+        tokens = backbone.embed(images)  # [B, N, D]
+        prompts = state["prompts"].expand(tokens.shape[0], -1, -1)  # [B, P, D]
+        prompts = F.dropout(prompts, self.config.dropout, self.training)
+        tokens = torch.cat((tokens[:, :prefix], prompts, tokens[:, prefix:]), dim=1)  # [B, N + P, D]
+        for index in range(backbone.depth - 1):
+            tokens = self._block(backbone, index, tokens, state)
+            gate = state["gates"][:, index, None, None]  # [1 or B, 1, 1]
+            prompts = prompts + gate * (tokens[:, prefix : prefix + count] - prompts)
+            tokens = torch.cat((tokens[:, :prefix], prompts, tokens[:, prefix + count :]), dim=1)
+            probe(f"block{index}", tokens)
+        tokens = self._block(backbone, backbone.depth - 1, tokens, state)
+        if self.config.pool == "mean":
+            return Features(backbone.pool_mean(tokens[:, prefix:]))
+        return Features(backbone.pool(without_prompts(backbone, tokens, count)))
+
+    def _block(self, backbone: VitBackbone, index: int, tokens: Tensor, state: State) -> Tensor:
+        """A block with its temperature, [B, N + P, D] to the tokens that are read."""
+        whole = self.config.pool == "mean"
+        normed = backbone.norm1(index, tokens)
+        asking = normed if whole else backbone.read(index, normed)
+        query = backbone.query(index, asking) * state["sharpness"][:, index, None, None, None]  # [B, H, 1 or N + P, d]
+        attended = backbone.project(index, merge_heads(attend(query, *backbone.key_value(index, normed))))
+        return backbone.feed_forward(index, (tokens if whole else backbone.read(index, tokens)) + attended)

@@ -1,0 +1,123 @@
+"""LoRA, low-rank adaptation of the attention's queries and values: https://arxiv.org/abs/2106.09685 (ICLR 2022).
+
+In every block ``W_q`` and ``W_v`` become ``W + (α / r) up down``. The products are never merged into the frozen
+weights: each row of a batch may belong to another task, so a row runs through its own ``down`` and ``up``. The
+factor α / r folds into ``up``.
+
+As in the paper q and v are adapted, ``down`` starts Kaiming-uniform (as released; the paper says Gaussian) and ``up``
+at zero. A backbone that norms its queries norms the sum, as with merged weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prompttune.backbones.base import Backbone
+from prompttune.backbones.vit import VitBackbone, merge_heads
+from prompttune.layers.attention import attend
+from prompttune.layers.probe import probe
+from prompttune.methods.base import RANK, Features, Layout, Method, MethodConfig, State, setting
+
+QUERY, KEY, VALUE = range(3)
+"""Parts of a block's joint projection."""
+
+
+@dataclass(frozen=True)
+class LoRAConfig(MethodConfig):
+    """Settings of LoRA."""
+
+    method = "lora"
+
+    rank: int = setting(4, "rank r of what is added to the weights of queries and values")
+    alpha: float = setting(4.0, "α; what is added is weighed by α / r")
+    dropout: float = setting(0.0, "drop-out on the input of the low-rank products, while training")
+
+    def check(self) -> None:
+        """See :meth:`MethodConfig.check`."""
+        self.require(self.rank > 0, f"rank must be above 0, not {self.rank}")
+        self.require(self.alpha > 0, f"alpha must be above 0, not {self.alpha}")
+        self.require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
+
+    def build(self, backbone: Backbone) -> Method:
+        """See :meth:`MethodConfig.build`."""
+        return LoRA(self, backbone)
+
+
+class LowRank(nn.Module):
+    """What is added to one weight in each of L blocks: ``down`` [L, r, D], ``up`` [L, H d, r]."""
+
+    def __init__(self, depth: int, rank: int, width: int, out: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(depth, rank, width))
+        self.up = nn.Parameter(torch.zeros(depth, out, rank))
+        for down in self.down:
+            nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+
+
+class LoRA(Method):
+    """``query`` and ``value``, a :class:`LowRank` each."""
+
+    backbones = (VitBackbone,)
+    own_norms = ("norm1",)
+
+    def __init__(self, config: LoRAConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        assert isinstance(backbone, VitBackbone)
+        self.config = config
+        out = backbone.num_heads * backbone.head_dim
+        self.query = LowRank(backbone.depth, config.rank, backbone.width, out)
+        self.value = LowRank(backbone.depth, config.rank, backbone.width, out)
+
+    def task_state(self) -> State:
+        """``query.down`` [1, L, D, r], ``query.up`` [1, L, r, H d] times α / r, and the same of ``value``."""
+        scale = self.config.alpha / self.config.rank
+        state = {}
+        for name, added in (("query", self.query), ("value", self.value)):
+            state[f"{name}.down"] = added.down.transpose(1, 2).unsqueeze(0)
+            state[f"{name}.up"] = scale * added.up.transpose(1, 2).unsqueeze(0)
+        return state
+
+    def state_layout(self) -> Layout:
+        """See :meth:`Method.state_layout`."""
+        backbone = self._backbone[0]
+        assert isinstance(backbone, VitBackbone)
+        depth, width, out = backbone.depth, backbone.width, backbone.num_heads * backbone.head_dim
+        return {
+            "query.down": (depth, width, RANK),
+            "query.up": (depth, RANK, out),
+            "value.down": (depth, width, RANK),
+            "value.up": (depth, RANK, out),
+        }
+
+    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
+        """See :meth:`Method.forward`; there is no prompt pathway."""
+        backbone = self._backbone[0]
+        assert isinstance(backbone, VitBackbone)
+        tokens = backbone.embed(images)  # [B, N, D]
+        for index in range(backbone.depth):
+            tokens = backbone.read(index, tokens) + self._attention(backbone, index, tokens, state)
+            tokens = backbone.feed_forward(index, tokens)
+            probe(f"block{index}", tokens)
+        return Features(backbone.pool(tokens))
+
+    def _attention(self, backbone: VitBackbone, index: int, tokens: Tensor, state: State) -> Tensor:
+        """What the attention adds, [B, N, D] to [B, 1 or N, D]."""
+        normed = backbone.norm1(index, tokens)
+        asking = backbone.read(index, normed)
+        query = backbone.linear_qkv(index, asking, QUERY) + self._added("query", index, asking, state)
+        key = backbone.linear_qkv(index, normed, KEY)
+        value = backbone.linear_qkv(index, normed, VALUE) + self._added("value", index, normed, state)
+        attended = attend(
+            backbone.query_heads(index, query), backbone.key_heads(index, key), backbone.heads(value)
+        )  # [B, H, 1 or N, d]
+        return backbone.project(index, merge_heads(attended))
+
+    def _added(self, name: str, index: int, normed: Tensor, state: State) -> Tensor:
+        """The low-rank product of normed tokens, [B, N, D] to [B, N, H d]."""
+        dropped = F.dropout(normed, self.config.dropout, self.training)
+        return dropped @ state[f"{name}.down"][:, index] @ state[f"{name}.up"][:, index]

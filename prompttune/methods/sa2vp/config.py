@@ -1,0 +1,80 @@
+"""Settings of SA²VP, the same over every backbone."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+
+from prompttune.backbones.base import Backbone
+from prompttune.backbones.swin import SwinBackbone
+from prompttune.layers.adapter import ACTIVATIONS
+from prompttune.methods.base import Method, MethodConfig, build_for, setting
+
+PROMPT_LAYER_STRIDE = 4
+"""The paper's prompt layers of a 12-block ViT are 0, 4 and 8."""
+SWIN_STAGE, SWIN_PROMPT_LAYER_STRIDE = 2, 6
+"""On a Swin the pathways meet in this stage; of its 18 blocks 0, 6 and 12 are prompt layers."""
+
+
+@dataclass(frozen=True)
+class SA2VPConfig(MethodConfig):
+    """Settings of SA²VP. ``prompt_layers=None`` takes every fourth block; ``(0,)`` is the shallow mode."""
+
+    method = "sa2vp"
+    shapes_graph = ("window", "prompt_layers", "attention", "adapter", "activation")
+
+    rank: int = setting(16, "rank r of the prompt maps and adapters")
+    gamma: float = setting(0.5, "γ, weight of what one pathway gives the other")
+    window: int = setting(3, "odd side c of the aligned window, in patches")
+    prompt_layers: tuple[int, ...] | None = setting(
+        None, "blocks that take a prompt map, 0 first; 0 alone is the shallow mode; by default every fourth"
+    )
+    attention: str = setting("aligned", "what a patch query sees of the other map", ("aligned", "global"))
+    adapter: bool = setting(True, "bottleneck adapter on what the pathways exchange")
+    base_weight: float = setting(0.8, "λ, weight of the base pathway's loss; 1 leaves the prompts unsupervised")
+    activation: str = setting("gelu", "adapter activation: gelu as released, relu as in the paper", ACTIVATIONS)
+    fusion: str = setting(
+        "released",
+        "a new prompt map goes through the block (released) or is added (paper)",
+        ("released", "paper"),
+    )
+    init: str = setting("zero", "the adapters' last layer: zero, or random as released", ("zero", "released"))
+    dropout: float = setting(0.1, "drop-out on the cross attention and in the adapters, while training")
+
+    def check(self) -> None:
+        """See :meth:`MethodConfig.check`."""
+        self.require(self.rank > 0, f"rank must be above 0, not {self.rank}")
+        self.require(self.window > 0 and self.window % 2 == 1, f"window must be odd, not {self.window}")
+        self.require(0 <= self.base_weight <= 1, f"base_weight must be from 0 to 1, not {self.base_weight}")
+        self.require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
+        layers = self.prompt_layers
+        if layers is not None:
+            rising = all(a < b for a, b in itertools.pairwise(layers))
+            self.require(len(layers) > 0 and layers[0] == 0 and rising, f"prompt_layers {layers} must rise from 0")
+
+    def resolved(self, backbone: Backbone) -> SA2VPConfig:
+        """Prompt layers filled in for the backbone's depth, on a Swin for that of the stage where pathways meet."""
+        depth, stride = backbone.depth, PROMPT_LAYER_STRIDE
+        if isinstance(backbone, SwinBackbone):
+            self.require(len(backbone.stages) > SWIN_STAGE, f"{backbone.name} has no stage {SWIN_STAGE}")
+            self.require(self.fusion == "released", "fusion has no meaning on a Swin: no new prompt map joins there")
+            depth, stride = len(backbone.stages[SWIN_STAGE].blocks), SWIN_PROMPT_LAYER_STRIDE
+        layers = self.prompt_layers
+        if layers is None:
+            layers = tuple(range(0, depth, stride))
+        fits = layers[-1] < depth and len(layers) < depth
+        self.require(fits, f"prompt_layers {layers} do not fit {depth} blocks of {backbone.name}")
+        return dataclasses.replace(self, prompt_layers=layers)
+
+    def build(self, backbone: Backbone) -> Method:
+        """See :meth:`MethodConfig.build`."""
+        from prompttune.methods.sa2vp.swin import SwinSA2VP
+        from prompttune.methods.sa2vp.vit import SA2VP
+
+        return build_for(self.resolved(backbone), backbone, (SA2VP, SwinSA2VP))
+
+    @property
+    def base_loss_weight(self) -> float:
+        """λ."""
+        return self.base_weight

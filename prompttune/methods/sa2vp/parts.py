@@ -1,0 +1,114 @@
+"""What SA²VP is made of, whatever the backbone: prompt maps, adapters, and what one pathway gives the other."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prompttune.backbones.base import Backbone
+from prompttune.layers.adapter import Adapter, apply_adapter
+from prompttune.layers.aligned_attention import AlignedAttention
+from prompttune.layers.probe import probe
+from prompttune.methods.base import RANK, Layout, Method, State
+from prompttune.methods.sa2vp.config import SA2VPConfig
+
+
+def probe_pathways(index: int, h: Tensor, p: Tensor) -> None:
+    """Offer what leaves block ``index`` to whoever records."""
+    probe(f"block{index}", h)
+    probe(f"block{index}.prompts", p)
+
+
+class PromptMap(nn.Module):
+    """A learnable map of rank r: ``tokens`` [1, N, r], ``proj`` r to D, and ``scale`` [D] where it joins late."""
+
+    def __init__(self, num_tokens: int, rank: int, width: int, scaled: bool) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.empty(1, num_tokens, rank))
+        self.proj = nn.Linear(rank, width)
+        nn.init.trunc_normal_(self.tokens, std=0.02)
+        nn.init.xavier_uniform_(self.proj.weight)
+        nn.init.normal_(self.proj.bias, std=1e-6)
+        if scaled:
+            self.scale = nn.Parameter(torch.empty(width))
+            nn.init.normal_(self.scale, std=0.02)
+
+    def forward(self) -> Tensor:
+        """The map at full width, [1, N, D]."""
+        projected: Tensor = self.proj(self.tokens)
+        return projected
+
+
+class Pathways(Method):
+    """Base of SA²VP over a backbone: adapters for the blocks where the pathways meet, and the aligned attention.
+
+    Args:
+        config: with its prompt layers filled in.
+        backbone: any that a subclass drives.
+        depth: blocks in which the pathways meet; prompt layers and adapters count them from 0.
+        width: channels D in these blocks.
+        grid: rows and columns of the patch map there.
+        num_prefix_tokens: tokens in front of the patches.
+    """
+
+    def __init__(
+        self,
+        config: SA2VPConfig,
+        backbone: Backbone,
+        *,
+        depth: int,
+        width: int,
+        grid: tuple[int, int],
+        num_prefix_tokens: int,
+    ) -> None:
+        super().__init__(config, backbone)
+        assert config.prompt_layers is not None
+        self.config = config
+        self.prompt_layers = config.prompt_layers
+        self.depth = depth
+        self.width = width
+        # The last block in which the base reads the prompts: behind it the prompt pathway matters to itself alone.
+        self.last_read = max(index for index in range(depth) if index not in self.prompt_layers)
+        self.prompts = nn.ModuleDict()
+        self.adapters = nn.ModuleList(
+            Adapter(width, config.rank, zero_up=config.init == "zero") for _ in range(depth if config.adapter else 0)
+        )
+        window = config.window if config.attention == "aligned" else None
+        self.aligned = AlignedAttention(grid, num_prefix_tokens, window)
+
+    def given_state(self) -> State:
+        """``adapters.*`` stacked over blocks and scaled by γ, or ``gamma`` [1, 1] without adapters."""
+        if not self.config.adapter:
+            return {"gamma": next(self.prompts.parameters()).new_full((1, 1), self.config.gamma)}
+        folded = [adapter.folded(self.config.gamma) for adapter in self.adapters if isinstance(adapter, Adapter)]
+        names = ("down", "down_bias", "up", "up_bias")
+        return {
+            f"adapters.{name}": torch.stack(parts).unsqueeze(0)
+            for name, parts in zip(names, zip(*folded, strict=True), strict=True)
+        }
+
+    def given_layout(self) -> Layout:
+        """Layout of :meth:`given_state`."""
+        if not self.config.adapter:
+            return {"gamma": (1,)}
+        return {
+            "adapters.down": (self.depth, self.width, RANK),
+            "adapters.down_bias": (self.depth, RANK),
+            "adapters.up": (self.depth, RANK, self.width),
+            "adapters.up_bias": (self.depth, self.width),
+        }
+
+    def give(self, index: int, z: Tensor, state: State) -> Tensor:
+        """γ adapter(z), [B, N, D]; γ is in the state."""
+        if not self.config.adapter:
+            return state["gamma"].unsqueeze(-1) * z
+        down, down_bias, up, up_bias = (
+            state[f"adapters.{name}"][:, index] for name in ("down", "down_bias", "up", "up_bias")
+        )
+        config = self.config
+        return apply_adapter(z, down, down_bias, up, up_bias, config.activation, config.dropout, self.training)
+
+    def drop(self, attended: Tensor) -> Tensor:
+        """Drop-out on the cross attention's output, in training."""
+        return F.dropout(attended, self.config.dropout, self.training)

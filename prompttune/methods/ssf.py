@@ -1,0 +1,130 @@
+"""SSF, scaling and shifting of features: https://arxiv.org/abs/2210.08823 (NeurIPS 2022).
+
+A scale and a shift a channel behind every linear operation and norm, at the places of the released code: the patch
+embedding, then in each block ``norm1``, ``qkv``, ``proj``, ``norm2``, ``fc1``, ``fc2``, and the final norm. For
+ViT-B/16 these are 205,824 values.
+
+The paper merges them into the weights, which would make a task a copy of the backbone; here they stay per-row
+tensors, so tasks mix in a batch. The released code scales ``proj`` and ``fc2`` in front of LayerScale; LayerScale is a
+factor a channel, so what it makes of the shift folds into the state. Deviation: a backbone with a norm in its patch
+embedding has one place there, behind the norm, where the released code has two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prompttune.backbones.base import Backbone
+from prompttune.backbones.vit import VitBackbone, merge_heads
+from prompttune.layers.attention import attend
+from prompttune.layers.probe import probe
+from prompttune.methods.base import Features, Layout, Method, MethodConfig, State
+
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class SSFConfig(MethodConfig):
+    """SSF has no settings of its own."""
+
+    method = "ssf"
+
+    def build(self, backbone: Backbone) -> Method:
+        """See :meth:`MethodConfig.build`."""
+        return SSF(self, backbone)
+
+
+class SSF(Method):
+    """``scale.{place}`` and ``shift.{place}`` for the places of :func:`places`, blocks stacked."""
+
+    backbones = (VitBackbone,)
+    own_norms = ("norm1", "norm2")
+
+    def __init__(self, config: SSFConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        assert isinstance(backbone, VitBackbone)
+        backbone.check_plain_mlp(config.method)
+        shapes = places(backbone)
+        self.scale = nn.ParameterDict({place: torch.empty(shape) for place, shape in shapes.items()})
+        self.shift = nn.ParameterDict({place: torch.empty(shape) for place, shape in shapes.items()})
+        for place in shapes:
+            nn.init.normal_(self.scale[place], 1.0, INIT_STD)
+            nn.init.normal_(self.shift[place], 0.0, INIT_STD)
+
+    def task_state(self) -> State:
+        """``scale.*`` and ``shift.*``; the shifts of ``proj`` and ``fc2`` as LayerScale leaves them."""
+        backbone = self._backbone[0]
+        assert isinstance(backbone, VitBackbone)
+        shapes = places(backbone)
+        state = {f"scale.{place}": self.scale[place].unsqueeze(0) for place in shapes}
+        state |= {f"shift.{place}": self.shift[place].unsqueeze(0) for place in shapes}
+        shifts: dict[str, list[Tensor]] = {"proj": [], "fc2": []}
+        for index in range(backbone.depth):
+            block = backbone.block(index)
+            shifts["proj"].append(block.ls1(self.shift["proj"][index]))
+            shifts["fc2"].append(block.ls2(self.shift["fc2"][index]))
+        state |= {f"shift.{place}": torch.stack(rows).unsqueeze(0) for place, rows in shifts.items()}
+        return state
+
+    def state_layout(self) -> Layout:
+        """See :meth:`Method.state_layout`."""
+        backbone = self._backbone[0]
+        assert isinstance(backbone, VitBackbone)
+        return {f"{kind}.{place}": shape for kind in ("scale", "shift") for place, shape in places(backbone).items()}
+
+    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
+        """See :meth:`Method.forward`; there is no prompt pathway."""
+        backbone = self._backbone[0]
+        assert isinstance(backbone, VitBackbone)
+        tokens = backbone.place(_adapt(backbone.embed_patches(images), state, "patches"))  # [B, N, D]
+        for index in range(backbone.depth):
+            tokens = backbone.read(index, tokens) + _attention(backbone, index, tokens, state)
+            tokens = tokens + _mlp(backbone, index, tokens, state)
+            probe(f"block{index}", tokens)
+        return Features(backbone.pool_normed(_adapt(backbone.final_norm(tokens), state, "norm")))
+
+
+def places(backbone: VitBackbone) -> dict[str, tuple[int, ...]]:
+    """Where features are scaled and shifted, and the shape of each scale: L blocks, D channels, M hidden ones."""
+    depth, width, heads = backbone.depth, backbone.width, backbone.num_heads * backbone.head_dim
+    hidden = int(backbone.block(0).mlp.fc1.out_features)
+    return {
+        "patches": (width,),
+        "norm1": (depth, width),
+        "qkv": (depth, 3, heads),
+        "proj": (depth, width),
+        "norm2": (depth, width),
+        "fc1": (depth, hidden),
+        "fc2": (depth, width),
+        "norm": (width,),
+    }
+
+
+def _adapt(features: Tensor, state: State, place: str, *at: int) -> Tensor:
+    """Features [B, N, C] scaled and shifted by the tensors of ``place``, of which ``at`` picks the block and part."""
+    scale, shift = state[f"scale.{place}"], state[f"shift.{place}"]  # [1 or B, (L, (3,)) C]
+    for index in at:
+        scale, shift = scale[:, index], shift[:, index]
+    return torch.add(features * scale.unsqueeze(1), shift.unsqueeze(1))
+
+
+def _attention(backbone: VitBackbone, index: int, tokens: Tensor, state: State) -> Tensor:
+    """What the attention of a block adds, [B, N, D] to [B, 1 or N, D]."""
+    normed = _adapt(backbone.norm1(index, tokens), state, "norm1", index)
+    asking = backbone.read(index, normed)
+    query, key, value = (
+        _adapt(backbone.linear_qkv(index, source, part), state, "qkv", index, part)
+        for part, source in enumerate((asking, normed, normed))
+    )
+    attended = attend(backbone.query_heads(index, query), backbone.key_heads(index, key), backbone.heads(value))
+    return _adapt(backbone.project(index, merge_heads(attended)), state, "proj", index)
+
+
+def _mlp(backbone: VitBackbone, index: int, tokens: Tensor, state: State) -> Tensor:
+    """What the MLP of a block adds, [B, N, D]."""
+    normed = _adapt(backbone.norm2(index, tokens), state, "norm2", index)
+    hidden = _adapt(backbone.expand_mlp(index, normed), state, "fc1", index)
+    return _adapt(backbone.contract_mlp(index, hidden), state, "fc2", index)

@@ -1,0 +1,238 @@
+"""AdaptFormer, serial adapters, LoRA, SSF and GaPT: equations, counts, starting points, ranks, refusals."""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import prompttune as pt
+from prompttune.errors import BackboneError, UsageError
+from prompttune.export.smooth import smoothed
+from prompttune.methods import METHODS, config_from_dict
+from tests import equations_weights
+from tests.drawing import drawn_backbone, drawn_model
+from tests.engines import config_of, noise
+
+IMAGE_SIZE = 64
+BACKBONES = ["test_vit", "test_vit2", "test_vit3", "test_vit4"]
+"""Class token; register, average pooling and LayerScale; attention pooling; RMS norms."""
+CASES = [
+    ("adaptformer", {"rank": 4}),
+    ("adaptformer", {"rank": 3, "adapter_scale": 0.7}),
+    ("adapter", {"rank": 4}),
+    ("lora", {"rank": 4}),
+    ("lora", {"rank": 2, "alpha": 8}),
+    ("ssf", {}),
+    ("gapt", {"num_prompts": 3}),
+    ("gapt", {"num_prompts": 3, "pool": "mean"}),
+]
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def backbone(request, tmp_path_factory):
+    return drawn_backbone(request.param, tmp_path_factory.mktemp("weights"), IMAGE_SIZE)
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    return drawn_backbone("test_vit", tmp_path_factory.mktemp("weights"), IMAGE_SIZE)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("method", "settings"), CASES, ids=str)
+def test_features_equal_the_equations(backbone, method, settings, images):
+    model = drawn_model(backbone, METHODS[method](**settings))
+    wanted = equations_weights.features(model, images)
+    with torch.no_grad():
+        found, plain = model(images).features, backbone(images)
+    assert (found - wanted).abs().max() <= 2e-5 * max(1, wanted.abs().max().item())
+    assert (found - plain).abs().max() > 1e-3, "the task must matter"
+
+
+# The published counts of ViT-B/16 at 224, the head aside.
+COUNTS = [
+    ("adaptformer", {"rank": 64}, 1_189_632),
+    ("lora", {"rank": 4}, 147_456),
+    ("ssf", {}, 205_824),
+    ("gapt", {"num_prompts": 100}, 76_823),
+    ("vpt-deep", {"num_prompts": 1}, 9_216),
+    ("adapter", {"rank": 64}, 2 * 1_189_632),
+]
+
+
+@pytest.fixture(scope="module")
+def vit_b():
+    return pt.load_backbone("vit_base_patch16_224", 224, weights="random")
+
+
+@pytest.mark.parametrize(("method", "settings", "count"), COUNTS, ids=lambda value: str(value))
+def test_trainable_parameters_of_vit_b(vit_b, method, settings, count):
+    built = METHODS[method](**settings).build(vit_b)
+    assert sum(parameter.numel() for parameter in built.parameters()) == count
+
+
+@pytest.mark.parametrize("method", ["adaptformer", "lora"])
+def test_a_new_task_is_the_plain_backbone(backbone, method, images):
+    fresh = pt.PromptModel(backbone, METHODS[method](), num_classes=3).eval()
+    torch.testing.assert_close(fresh(images).features, backbone(images), atol=2e-5, rtol=1e-4)
+
+
+def test_new_serial_adapters_are_close_to_the_plain_backbone(vit, images):
+    fresh = pt.PromptModel(vit, pt.AdapterConfig(), num_classes=3).eval()
+    off = (fresh(images).features - vit(images)).abs().max()
+    assert 0 < off < 1e-2
+    assert max(parameter.abs().max() for parameter in fresh.method.parameters()) <= 2e-3
+
+
+def test_ssf_starts_near_one_and_zero_and_is_the_plain_backbone_there(backbone, images):
+    fresh = pt.PromptModel(backbone, pt.SSFConfig(), num_classes=3).eval()
+    for place, scale in fresh.method.scale.items():
+        assert abs(scale.mean() - 1) < 0.02
+        assert 0.01 < scale.std() < 0.03
+        assert 0.01 < fresh.method.shift[place].std() < 0.03
+    for parameter in fresh.method.scale.values():
+        parameter.data.fill_(1)
+    for parameter in fresh.method.shift.values():
+        parameter.data.zero_()
+    torch.testing.assert_close(fresh(images).features, backbone(images), atol=2e-5, rtol=1e-4)
+
+
+def test_gapt_starts_with_closed_gates_and_plain_attention(vit):
+    state = pt.GaPTConfig(num_prompts=3, gate_init=5).build(vit).task_state()
+    torch.testing.assert_close(state["gates"], torch.full((1, vit.depth - 1), 1 / (1 + np.exp(5))).float())
+    assert torch.equal(state["sharpness"], torch.ones(1, vit.depth))
+
+
+def test_gapt_with_open_gates_is_vpt_shallow(vit, images):
+    gapt, vpt = (drawn_model(vit, config(num_prompts=3)) for config in (pt.GaPTConfig, pt.VPTShallowConfig))
+    vpt.method.prompts.data.copy_(gapt.method.prompts.data.unsqueeze(0))
+    gapt.method.gates.data.fill_(100.0)
+    gapt.method.temperatures.data.fill_(1.0)
+    torch.testing.assert_close(gapt(images).features, vpt(images).features, atol=2e-5, rtol=1e-4)
+
+
+def test_gapt_temperatures_are_bounded_and_come_back(vit):
+    method = pt.GaPTConfig(num_prompts=3).build(vit)
+    method.temperatures.data[:3] = torch.tensor([-3.0, 0.5, 50.0])
+    state = method.task_state()
+    torch.testing.assert_close(state["sharpness"][0, :3], torch.tensor([100.0, 2.0, 0.1]))
+    state["sharpness"].sum().backward()
+    assert (method.temperatures.grad != 0).all()  # plain clamping would cut off those outside for good
+
+
+def test_a_task_of_lower_rank_is_padded_with_zeros(vit, images):
+    for method, key in (("adaptformer", "adapters"), ("adapter", "mlp"), ("lora", "query")):
+        model = drawn_model(vit, METHODS[method](rank=2))
+        layout, state = model.state_layout(), model.task_state()
+        assert layout[f"{key}.down"] == (vit.depth, vit.width, "rank")
+        wide = {}
+        for name, tensor in state.items():
+            shape = [5 if axis == "rank" else size for axis, size in zip(layout[name], tensor.shape[1:], strict=True)]
+            wide[name] = torch.zeros(1, *shape)
+            wide[name][tuple(slice(size) for size in tensor.shape)] = tensor
+        with torch.no_grad():
+            padded = model.forward_state(images, wide).features
+            torch.testing.assert_close(padded, model(images).features, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "name"),
+    [(method, {}, "test_vit2") for method in ("adaptformer", "adapter", "lora", "ssf", "gapt")]
+    + [("gapt", {"pool": "mean"}, "test_vit")],
+    ids=str,
+)
+def test_an_engine_on_layer_scale_or_pooled_means_answers_as_pytorch(method, settings, name, tmp_path):
+    vit = drawn_backbone(name, tmp_path, IMAGE_SIZE)
+    models = {}
+    for number in range(3):
+        own = {"rank": 2 + number} if "rank" in config_of(method).to_dict() else {}
+        models[f"task{number}"] = drawn_model(vit, config_of(method, **settings, **own), number + 2, seed=number)
+        models[f"task{number}"].save(tmp_path / f"task{number}")
+    pt.export_engine([tmp_path / "task0", tmp_path / "task1"], tmp_path / "engine", batch_sizes=(1, 3))
+    engine = pt.Engine(tmp_path / "engine")
+    engine.add_task("task2", tmp_path / "task2")  # of a rank above those that were exported
+    batch = noise(len(models))
+    mixed = engine.logits(batch, list(models))
+    for row, (task, model) in enumerate(models.items()):
+        with torch.no_grad():
+            wanted = model(torch.from_numpy(batch[row : row + 1])).logits.numpy()[0]
+        assert np.abs(mixed[row, : len(wanted)] - wanted).max() <= 1e-4
+        single = engine.logits(batch[row : row + 1], task)[0, : len(wanted)]
+        assert np.abs(mixed[row, : len(wanted)] - single).max() <= 1e-5
+
+
+@pytest.mark.parametrize("method", ["adaptformer", "adapter", "lora", "gapt"])
+def test_dropout_acts_in_training_alone(vit, images, method):
+    model = drawn_model(vit, METHODS[method](dropout=0.5))
+    assert torch.equal(model(images).logits, model(images).logits)
+    model.train()
+    assert not torch.equal(model(images).logits, model(images).logits)
+
+
+def test_the_last_block_is_computed_for_the_class_token_alone(vit, images, monkeypatch):
+    rows, project = [], vit.project
+
+    def counted(index, attended):
+        rows.append(attended.shape[1])
+        return project(index, attended)
+
+    monkeypatch.setattr(vit, "project", counted)
+    for method, settings in CASES[:-1]:
+        rows.clear()
+        drawn_model(vit, METHODS[method](**settings))(images)
+        assert len(rows) == vit.depth
+        assert rows[-1] == 1
+        assert min(rows[:-1]) >= vit.num_tokens
+
+
+def test_parts_of_the_mlp_are_timms_own(backbone, images):
+    tokens = backbone.embed(images)
+    with torch.no_grad():
+        hidden = backbone.expand_mlp(1, backbone.norm2(1, tokens))
+        assert torch.equal(backbone.contract_mlp(1, hidden), backbone.mlp(1, tokens))
+        plain = backbone.model.blocks[1](tokens)
+        ours = tokens + backbone.self_attention(1, tokens)
+        torch.testing.assert_close(ours + backbone.mlp(1, ours), plain, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["adaptformer", "adapter", "lora", "ssf", "gapt"])
+def test_balancing_channels_for_int8_changes_no_answer(vit, images, method):
+    model = drawn_model(vit, config_of(method))
+    with torch.no_grad():
+        balanced = smoothed(model, [(images.numpy(), model.task_state())])
+        torch.testing.assert_close(balanced(images).logits, model(images).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_ssf_refuses_a_gated_mlp(vit, monkeypatch):
+    gated = SimpleNamespace(mlp=torch.nn.Identity())
+    monkeypatch.setattr(vit, "block", lambda index: gated)
+    with pytest.raises(BackboneError, match=re.escape("ssf needs blocks with a plain MLP; test_vit has Identity")):
+        pt.SSFConfig().build(vit)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("adaptformer", {"rank": 0}, "adaptformer: rank must be above 0"),
+        ("adaptformer", {"dropout": 1.0}, "dropout must be"),
+        ("adapter", {"rank": -1}, "adapter: rank must be above 0"),
+        ("adapter", {"alpha": 1}, "no setting 'alpha'"),
+        ("lora", {"rank": 0}, "lora: rank must be above 0"),
+        ("lora", {"alpha": 0}, "alpha must be above 0"),
+        ("lora", {"rank": 2.5}, "must be of type int"),
+        ("ssf", {"rank": 4}, "its settings: none"),
+        ("gapt", {"num_prompts": 0}, "num_prompts must be above 0"),
+        ("gapt", {"pool": "means"}, "did you mean mean"),
+        ("gapt", {"dropout": -0.1}, "dropout must be"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(method, settings, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        config_from_dict(method, settings)
+    assert "\n" not in str(caught.value)
