@@ -73,12 +73,16 @@ class PromptModel(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def task_parameters(self) -> dict[str, nn.Parameter]:
-        """All that trains and all that a checkpoint stores, by name: ``method.*`` and ``head.*``."""
+        """All that a checkpoint stores, by name: ``method.*`` and ``head.*``; see :meth:`trained_parameters`."""
         return {
             f"{part}.{name}": parameter
             for part, module in (("method", self.method), ("head", self.head))
             for name, parameter in module.named_parameters()
         }
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of :meth:`task_parameters` that gradients train; a method sets the others itself."""
+        return {name: parameter for name, parameter in self.task_parameters().items() if parameter.requires_grad}
 
     def task_state(self) -> State:
         """All that can be computed without an image, leading dimension 1; differentiable."""

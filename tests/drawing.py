@@ -18,6 +18,9 @@ from tests.reference.draw import draw
 FACTORS = ("method.scale.", "method.temperatures")
 """Parameters that multiply what the backbone computes: they are drawn around 1."""
 
+SWITCHES = ("method.masks.",)
+"""Parameters that are 0 or 1."""
+
 
 def drawn_weights(name: str, folder: Path, seed: int = 0) -> Path:
     """Write a weights file for timm model ``name`` at its native size; returns its path."""
@@ -48,6 +51,8 @@ def drawn_model(backbone: pt.Backbone, config: MethodConfig, num_classes: int = 
     for name, parameter in model.task_parameters().items():
         drawn = draw(name, tuple(parameter.shape), seed + 1)
         parameter.data.copy_(torch.from_numpy(drawn) * (1.0 if "norm" in name else 5.0))
+        if name.startswith(SWITCHES):
+            parameter.data.copy_((parameter > -0.1).float())
         if name.startswith(FACTORS):
             parameter.data.add_(1.0)
     return model.eval()
@@ -61,6 +66,8 @@ def default_configs() -> list[MethodConfig]:
         "gapt": {"num_prompts": 3},
         "vpt-shallow": {"num_prompts": 3},
         "vpt-deep": {"num_prompts": 3},
+        "e2vpt": {"num_prompts": 3, "num_kv": 2, "segments": 4},
+        "expres": {"num_prompts": 3},
         "adaptformer": {"rank": 4},
         "adapter": {"rank": 4},
         "lora": {"rank": 4},

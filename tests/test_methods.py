@@ -79,9 +79,11 @@ class TestMatrix:
         if out.aux_logits is not None:
             loss = loss + out.aux_logits.square().mean()
         loss.backward()
-        for name, parameter in model.task_parameters().items():
+        for name, parameter in model.trained_parameters().items():
             assert parameter.grad is not None, name
             assert parameter.grad.abs().max() > 0, name
+        fixed = model.task_parameters().keys() - model.trained_parameters().keys()
+        assert all(model.task_parameters()[name].grad is None for name in fixed)
         assert all(parameter.grad is None for parameter in backbone.parameters())
         assert not any(parameter.requires_grad for parameter in backbone.parameters())
 

@@ -49,9 +49,15 @@ def kill_in_epoch(process: subprocess.Popen[str], folder: RunFolder, epoch: int)
     assert process.returncode == -signal.SIGKILL
 
 
-def test_killed_and_resumed_run_ends_bit_identical(tmp_path: Path) -> None:
+# e2vpt prunes and rewinds after epoch 2, and is killed in the epoch behind it
+@pytest.mark.parametrize(
+    "method",
+    [{"method": "sa2vp", "rank": 4}, {"method": "e2vpt", "num_prompts": 4, "segments": 4, "prune_at": 0.4}],
+    ids=lambda method: method["method"],
+)
+def test_killed_and_resumed_run_ends_bit_identical(tmp_path: Path, method: dict[str, Any]) -> None:
     data = write_folder(tmp_path / "data", train=24, val=4)
-    changes = {"method": "sa2vp", "rank": 4, "epochs": 5, "batch_size": 8, "augment": "light"}
+    changes = {**method, "epochs": 5, "batch_size": 8, "augment": "light"}
     killed = RunFolder(tmp_path / "killed")
     kill_in_epoch(start(tmp_path, settings(data, killed.path, **changes)), killed, epoch=3)
     state = load(killed.last).progression

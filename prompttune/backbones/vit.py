@@ -147,6 +147,11 @@ class VitBackbone(Backbone):
         bias = attention.qkv.bias
         return F.linear(normed, attention.qkv.weight[rows], None if bias is None else bias[rows])
 
+    def weigh_qkv(self, index: int, difference: Tensor) -> Tensor:
+        """What a difference [..., D] of normed tokens makes of queries, keys and values: [3, ..., H d], no bias."""
+        weights = self.attention(index).qkv.weight.unflatten(0, (3, -1)).unbind(0)  # 3 of [H d, D]
+        return torch.stack([F.linear(difference, weight) for weight in weights])
+
     def heads(self, projected: Tensor) -> Tensor:
         """[..., N, H d] to [..., H, N, d]."""
         split: Tensor = projected.unflatten(-1, (self.num_heads, self.head_dim))  # [..., N, H, d]
@@ -164,6 +169,10 @@ class VitBackbone(Backbone):
         """Attention output with merged heads [..., N, H d] through the block's projection and LayerScale."""
         block, attention = self.block(index), self.attention(index)
         return cast(Tensor, block.ls1(attention.proj(attention.norm(attended))))
+
+    def scale_attention(self, index: int, difference: Tensor) -> Tensor:
+        """What a difference [..., D] of the projection's output is worth behind the LayerScale."""
+        return cast(Tensor, self.block(index).ls1(difference))
 
     def feed_forward(self, index: int, tokens: Tensor) -> Tensor:
         """The second half of block ``index`` with its residual, [..., N, D]."""
@@ -240,6 +249,10 @@ class VitBackbone(Backbone):
         """The model's own pooling and head norm of normed tokens: [B, 1 or N, D] to [B, D]."""
         pooled = tokens[:, 0] if self.pools_class_token else self.model.pool(tokens)
         return cast(Tensor, self.model.fc_norm(pooled))
+
+    def pool_each(self, tokens: Tensor) -> Tensor:
+        """The final norm of each token, their mean, then the head norm, whatever the model's pooling: to [B, D]."""
+        return cast(Tensor, self.model.fc_norm(self.model.norm(tokens).mean(dim=1)))
 
     def pool_mean(self, tokens: Tensor) -> Tensor:
         """The mean of tokens, then the final norm and head norm, whatever the model's own pooling: to [B, D]."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 
-def model_card(config: dict[str, Any], parameters: int, size: int) -> str:
+def model_card(config: dict[str, Any], parameters: int, left: int, size: int) -> str:
     """Markdown text for people who find the folder.
 
     Args:
         config: content of ``prompt_config.json``.
         parameters: trainable parameters, the head aside.
+        left: those of them that pruning has left.
         size: bytes of the tensors' file.
     """
     backbone, labels = config["backbone"], config["labels"]
@@ -18,11 +19,12 @@ def model_card(config: dict[str, Any], parameters: int, size: int) -> str:
     settings = "\n".join(f"| {name} | {value} |" for name, value in config["settings"].items())
     numbers = {name: value for name, value in config["metrics"].items() if isinstance(value, (int, float))}
     metrics = "\n".join(f"| {name} | {value:.4g} |" for name, value in numbers.items())
+    pruned = f", of which pruning has left {left:,}" if left != parameters else ""
     parts = [
         "---\nlibrary_name: prompttune\ntags: [visual-prompt-tuning, "
         f"{config['method']}]\nbase_model: timm/{backbone['name']}\n---\n",
         f"# {config['method']} over {backbone['name']}\n",
-        f"A prompt checkpoint of {parameters:,} parameters beside its head ({size / 1024:.0f} KiB). "
+        f"A prompt checkpoint of {parameters:,} parameters beside its head{pruned} ({size / 1024:.0f} KiB). "
         "The frozen backbone is not part of it.\n",
         f"- Backbone: `{backbone['name']}` at {backbone['image_size']} pixels, {backbone['weights_source']}, "
         f"fingerprint `{backbone['fingerprint'][:16]}`",

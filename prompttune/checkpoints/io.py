@@ -62,8 +62,10 @@ def save_checkpoint(model: PromptModel, folder: Path) -> None:
         digest = sha256_file(temporary)
     config = checkpoint_config(model, digest)
     write_json(folder / CONFIG_FILE, config)
-    count = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("method."))
-    write_text(folder / CARD_FILE, model_card(config, count, (folder / MODEL_FILE).stat().st_size))
+    trained = model.trained_parameters()
+    count = sum(parameter.numel() for name, parameter in trained.items() if name.startswith("method."))
+    size = (folder / MODEL_FILE).stat().st_size
+    write_text(folder / CARD_FILE, model_card(config, count, model.method.parameters_left(), size))
 
 
 def load_checkpoint(folder: Path, backbone: Backbone | None = None, weights: str | Path | None = None) -> PromptModel:

@@ -64,7 +64,7 @@ def train_all(output: Path, backbone: pt.Backbone, console: Console) -> list[dic
                 "method": method,
                 "data": data,
                 "top1": scores.top1,
-                "parameters": sum(parameter.numel() for parameter in model.method.parameters()),
+                "parameters": model.method.parameters_left(),
                 "kib": (result.path / "prompt_model.safetensors").stat().st_size / 1024,
                 "seconds": result.metrics["wall_seconds"],
             }

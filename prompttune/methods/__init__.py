@@ -10,6 +10,8 @@ from prompttune.errors import UsageError, choose
 from prompttune.methods.adapter import AdapterConfig
 from prompttune.methods.adaptformer import AdaptFormerConfig
 from prompttune.methods.base import Features, Layout, Method, MethodConfig, State
+from prompttune.methods.e2vpt import E2VPTConfig
+from prompttune.methods.expres import EXPRESConfig
 from prompttune.methods.gapt import GaPTConfig
 from prompttune.methods.linear import LinearConfig
 from prompttune.methods.lora import LoRAConfig
@@ -34,6 +36,8 @@ for _config in (
     GaPTConfig,
     VPTShallowConfig,
     VPTDeepConfig,
+    E2VPTConfig,
+    EXPRESConfig,
     AdaptFormerConfig,
     AdapterConfig,
     LoRAConfig,
@@ -62,6 +66,8 @@ __all__ = [
     "METHODS",
     "AdaptFormerConfig",
     "AdapterConfig",
+    "E2VPTConfig",
+    "EXPRESConfig",
     "Features",
     "GaPTConfig",
     "LSPTConfig",

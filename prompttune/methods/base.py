@@ -66,6 +66,9 @@ class MethodConfig:
         """The same settings with those that were left to the backbone filled in."""
         return self
 
+    def check_epochs(self, epochs: int) -> None:
+        """Raise :class:`UsageError` if a run of ``epochs`` epochs cannot train the method."""
+
     def build(self, backbone: Backbone) -> Method:
         """Make the module that holds one task's parameters over ``backbone``."""
         raise NotImplementedError
@@ -143,6 +146,23 @@ class Method(nn.Module):
     def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:
         """Features of ``images`` [B, 3, S, S] under ``state``; ``aux`` asks for the prompt pathway's too."""
         raise NotImplementedError
+
+    def end_epoch(self, epoch: int, epochs: int) -> bool:  # noqa: ARG002
+        """Called after each training epoch, before validation; may change the method's parameters in place.
+
+        Args:
+            epoch: counted from 0.
+            epochs: of the whole run.
+
+        Returns:
+            Whether the parameters were rewound: optimiser, schedule and the search for the best checkpoint then begin
+            anew.
+        """
+        return False
+
+    def parameters_left(self) -> int:
+        """How many trained parameters the task still needs: all, unless the method has pruned some."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
 
 def build_for(config: MethodConfig, backbone: Backbone, methods: tuple[type[Method], ...]) -> Method:

@@ -95,6 +95,7 @@ class TrainConfig:
             _check_range(known, value)
             object.__setattr__(self, name, value)
         self._settle_method()
+        self.method_config().check_epochs(self.epochs)
         object.__setattr__(
             self, "augment_settings", coerce_all(self.augment_settings, augment_fields(), "augmentation setting")
         )

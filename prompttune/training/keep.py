@@ -36,7 +36,7 @@ class Keeper:
         self.optimizer, self.identity = optimizer, identity
         self.folder = RunFolder.of(config.output)
         self.settings = config.to_flat()
-        self.parameters = model.task_parameters()
+        self.parameters, self.trained = model.task_parameters(), list(model.trained_parameters())
         self.progression = Progression()
         self.best: dict[str, Tensor] = {}
         self._tensorboard: TensorBoard | None = None
@@ -57,7 +57,7 @@ class Keeper:
                 self.load_best()
                 self._save_best()
             self._load(saved.task)
-            restore_optimizer(self.optimizer, list(self.parameters), saved.optimizer)
+            restore_optimizer(self.optimizer, self.trained, saved.optimizer)
             self.fabric.strategy.precision.load_state_dict(saved.scaler)
         if not self.fabric.is_global_zero:
             return
@@ -85,13 +85,19 @@ class Keeper:
             self._tensorboard.add(record)
         return is_best
 
+    def rewind(self) -> None:
+        """Forget the optimiser's state and the best parameters; the method has gone back to its beginning."""
+        self.optimizer.state.clear()
+        self.progression.rewind()
+        self.best = {}
+
     def load_best(self) -> None:
         """Put the best parameters into the model."""
         self._load(self.best)
 
     def snapshot(self) -> Saved:
         """All that it takes to go on from here; the progression by reference, tensors copied."""
-        tensors, scalars = optimizer_tensors(self.optimizer, list(self.parameters))
+        tensors, scalars = optimizer_tensors(self.optimizer, self.trained)
         return Saved(
             progression=self.progression,
             settings=self.settings,
@@ -132,8 +138,14 @@ class Keeper:
         states.save(self.folder.last, saved)
 
     def _write_metrics(self, final: dict[str, Any] | None = None) -> None:
-        document = metrics_document(self.progression, self.settings, self.identity, self.fabric.device, final)
+        run = self.identity | {"parameters_left": self._parameters_left()}
+        document = metrics_document(self.progression, self.settings, run, self.fabric.device, final)
         self.folder.write_metrics(document)
+
+    def _parameters_left(self) -> int:
+        """Those of the identity's ``task_parameters`` that pruning has left."""
+        head = sum(parameter.numel() for parameter in self.model.head.parameters())
+        return head + self.model.method.parameters_left()
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}

@@ -63,7 +63,7 @@ def balanced_weights(labels: Sequence[int] | None, classes: int) -> Tensor:
 
 
 def make_optimizer(config: TrainConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser over the task parameters, in their order, one group.
+    """The optimiser over a task's trained parameters, in their order, one group.
 
     Weight decay falls on every tensor, biases and norms too, as in the papers' code.
     """
@@ -73,17 +73,18 @@ def make_optimizer(config: TrainConfig, parameters: Mapping[str, nn.Parameter]) 
     return torch.optim.AdamW(values, lr=config.lr, weight_decay=config.weight_decay)
 
 
-def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of ``step``, counted from 0 over the whole run.
+def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int, epochs: int | None = None) -> float:
+    """Learning rate of ``step``, counted from 0 over the whole run, or over its last ``epochs`` epochs.
 
     A pure function of the settings, so there is no scheduler state to keep: ``cosine`` climbs in a line for the
     warm-up, then falls to ``min_lr`` at the last step; ``onecycle`` climbs along a cosine and falls along another;
     ``constant`` stays after the warm-up.
     """
-    total = config.epochs * steps_per_epoch
+    epochs = config.epochs if epochs is None else epochs
+    total = epochs * steps_per_epoch
     share = ONECYCLE_WARMUP_SHARE if config.schedule == "onecycle" else WARMUP_SHARE
-    epochs = config.epochs * share if config.warmup_epochs is None else config.warmup_epochs
-    warmup = min(round(epochs * steps_per_epoch), total)
+    warmup_epochs = epochs * share if config.warmup_epochs is None else config.warmup_epochs
+    warmup = min(round(warmup_epochs * steps_per_epoch), total)
     if step < warmup:
         done = (step + 1) / warmup
         if config.schedule == "onecycle":

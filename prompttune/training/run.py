@@ -47,7 +47,7 @@ class Run:
         self.model = PromptModel(
             backbone, config.method_config(), labels=self.data.classes, preprocess=config.preprocess(backbone)
         ).to(fabric.device)
-        optimizer = make_optimizer(config, self.model.task_parameters())
+        optimizer = make_optimizer(config, self.model.trained_parameters())
         self.keeper = Keeper(config, fabric, self.model, optimizer, self._identity())
         self._make_loaders()
         self._set_up(optimizer)
@@ -61,7 +61,7 @@ class Run:
         return {
             "backbone": backbone.name,
             "fingerprint": backbone.fingerprint,
-            "task_parameters": sum(parameter.numel() for parameter in self.model.task_parameters().values()),
+            "task_parameters": sum(parameter.numel() for parameter in self.model.trained_parameters().values()),
             "train_images": len(self.data.train),
             "val_images": len(self.data.val),
             "classes": list(self.data.classes),
@@ -114,6 +114,8 @@ class Run:
     def _epoch(self) -> None:
         began, epoch = time.perf_counter(), self.progression.epoch
         record = self._train_epoch(epoch)
+        if self.model.method.end_epoch(epoch, self.config.epochs):
+            self._rewind(epoch)
         is_last = epoch + 1 == self.config.epochs
         result = self._validate() if is_last or (epoch + 1) % self.config.eval_every == 0 else None
         self._check_state(epoch, result)
@@ -125,6 +127,15 @@ class Run:
         best = self.keeper.end_epoch(record, result)
         self._tell("epoch", epoch, record=record, best=best)
 
+    def _rewind(self, epoch: int) -> None:
+        self.keeper.rewind()
+        left, trained = self.model.method.parameters_left(), self.model.trained_parameters()
+        count = sum(parameter.numel() for name, parameter in trained.items() if name.startswith("method."))
+        self._note(
+            f"after epoch {epoch + 1} {self.config.method} went back to its initial values, {left:,} of {count:,} "
+            "parameters are left; optimiser, schedule and the best checkpoint begin anew"
+        )
+
     def _train_epoch(self, epoch: int) -> dict[str, Any]:
         """One pass over the training images; the epoch's record."""
         # drop-out draws from here, so any epoch can start without the ones before it
@@ -132,10 +143,11 @@ class Run:
         self.train_batches.set_epoch(epoch)
         self.objective.train()
         loss = correct = images = 0.0
-        lr, began = self.config.lr, time.perf_counter()
+        lr, began, begun = self.config.lr, time.perf_counter(), self.progression.rewound
         self.clock.start()
         for index, batch in enumerate(self.train_batches):
-            lr = learning_rate(self.config, epoch * self.steps + index, self.steps)
+            step = (epoch - begun) * self.steps + index
+            lr = learning_rate(self.config, step, self.steps, self.config.epochs - begun)
             set_learning_rate(self.optimizer, lr)
             self._note_corrupt(batch)
             batch_loss, batch_correct, batch_images = self._step(batch)

@@ -35,6 +35,8 @@ class Progression:
     best_loss: float = float("inf")
     stale: int = 0
     """Validations since top-1 last rose."""
+    rewound: int = 0
+    """Epochs done when the method last rewound its parameters, where the schedule begins; 0 for never."""
     status: str = "running"
     """``running``, ``finished`` or ``stopped early``."""
     seconds: float = 0.0
@@ -50,6 +52,11 @@ class Progression:
             return False
         self.best_epoch, self.best_top1, self.best_top5, self.best_loss = self.epoch, top1, top5, loss
         return True
+
+    def rewind(self) -> None:
+        """Begin anew after the epoch that is ending: what was best belongs to a model that is gone."""
+        self.rewound, self.stale = self.epoch + 1, 0
+        self.best_epoch, self.best_top1, self.best_top5, self.best_loss = 0, -1.0, -1.0, float("inf")
 
     def best_metrics(self) -> dict[str, Any]:
         """Figures of the best validation, as its checkpoint names them."""

@@ -1,0 +1,229 @@
+"""E²VPT, input prompts, key-value prompts and pruning: https://arxiv.org/abs/2307.13770 (ICCV 2023).
+
+P prompts stand between the prefix tokens and the patches, fresh ones before every block as in VPT-deep. Beside them
+every block's attention has n learnable keys and values in each head, in front of its own; by default one tensor is
+both. Part way through training the least important input prompts are pruned, at two levels: whole tokens, and the R
+segments of each token's channels. Then all that trains is rewound to its initial values and trains again.
+
+Follows the released code (https://github.com/ChengHan111/E2VPT, ``src/models/vit_prompt/vit_prompt_VK.py``,
+``src/engine/trainer.py``): masks multiply the prompts and are the same in every block; channel c belongs to segment
+c mod R; key-value prompts start Kaiming-uniform. A pruned token is zero where it enters a block. It is still a token:
+the block's norm makes its bias of it, and the attention sees that.
+
+Deviations. Importance is the paper's |dL/dmask|, summed over the steps of the epoch in front of the pruning; the
+released code sums it with its sign over an epoch more, and gives every segment of a token the token's own. Masks stay
+1 until then, where the released first stage trains them. Shares are given, where the released code tries 10 to 90 %
+of each and keeps the best on validation images. Both stages are one run (``prune_at``), so the rewound values are
+those this run began with, and the head, which belongs to no method, is not rewound.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prompttune.backbones.base import Backbone
+from prompttune.backbones.vit import VitBackbone, merge_heads
+from prompttune.errors import BackboneError, TrainingError
+from prompttune.layers.attention import attend
+from prompttune.layers.probe import probe
+from prompttune.methods.base import Features, Layout, Method, MethodConfig, State, setting
+from prompttune.methods.vpt import prompt_bound, without_prompts
+
+ROUNDING = 1e-9
+"""Keeps a share such as 0.29 of 100 at 29."""
+
+
+@dataclass(frozen=True)
+class E2VPTConfig(MethodConfig):
+    """Settings of E²VPT."""
+
+    method = "e2vpt"
+    shapes_graph = ("num_prompts", "deep", "num_kv", "share_kv")
+
+    num_prompts: int = setting(10, "prompt tokens")
+    deep: bool = setting(True, "fresh prompt tokens before every block")
+    num_kv: int = setting(5, "key-value prompts of each head in each block")
+    share_kv: bool = setting(True, "key prompts serve as value prompts too")
+    prune_tokens: float = setting(0.5, "share of the prompt tokens that is pruned")
+    prune_segments: float = setting(0.5, "share of each prompt token's segments that is pruned")
+    segments: int = setting(16, "segments of a prompt token's channels")
+    prune_at: float = setting(0.5, "share of the epochs after which prompts are pruned and training begins again")
+    dropout: float = setting(0.0, "drop-out on input prompts and key-value prompts while training")
+
+    def check(self) -> None:
+        """See :meth:`MethodConfig.check`."""
+        for name in ("num_prompts", "num_kv", "segments"):
+            self.require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
+        for name in ("prune_tokens", "prune_segments", "dropout"):
+            value = getattr(self, name)
+            self.require(0 <= value < 1, f"{name} must be at least 0 and below 1, not {value}")
+        self.require(0 < self.prune_at < 1, f"prune_at must be above 0 and below 1, not {self.prune_at}")
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything is pruned."""
+        return self.prune_tokens > 0 or self.prune_segments > 0
+
+    def epochs_before_pruning(self, epochs: int) -> int:
+        """How many of a run's epochs come before the pruning; at least one, and at least one follows."""
+        return min(max(round(self.prune_at * epochs), 1), epochs - 1)
+
+    def check_epochs(self, epochs: int) -> None:
+        """See :meth:`MethodConfig.check_epochs`."""
+        self.require(
+            not self.prunes or epochs > 1,
+            f"pruning needs at least 2 epochs, not {epochs}; or set prune_tokens and prune_segments to 0",
+        )
+
+    def build(self, backbone: Backbone) -> Method:
+        """See :meth:`MethodConfig.build`."""
+        return E2VPT(self, backbone)
+
+
+class E2VPT(Method):
+    """``prompts`` [L, P, D] (or [1, P, D]), ``key`` [L, H, n, d], ``value`` likewise unless shared.
+
+    With pruning also, not trained by gradient: ``masks.token`` [P], ``masks.segment`` [P, R], and ``initial.*``, what
+    the three began with.
+    """
+
+    backbones = (VitBackbone,)
+
+    def __init__(self, config: E2VPTConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        assert isinstance(backbone, VitBackbone)
+        self.config = config
+        layers, bound = backbone.depth if config.deep else 1, prompt_bound(backbone)
+        self.prompts = nn.Parameter(torch.empty(layers, config.num_prompts, backbone.width).uniform_(-bound, bound))
+        size = (backbone.depth, backbone.num_heads, config.num_kv, backbone.head_dim)
+        bound = math.sqrt(6 / (config.num_kv * backbone.head_dim))
+        self.key = nn.Parameter(torch.empty(size).uniform_(-bound, bound))
+        self.value = None if config.share_kv else nn.Parameter(torch.empty(size).uniform_(-bound, bound))
+        self.masks, self.initial = nn.ParameterDict(), nn.ParameterDict()
+        self._importance: Tensor | None = None
+        self._token_importance: Tensor | None = None
+        if config.prunes:
+            self._prepare_pruning(backbone)
+
+    def _prepare_pruning(self, backbone: VitBackbone) -> None:
+        count, segments = self.config.num_prompts, self.config.segments
+        if backbone.width % segments:
+            raise BackboneError(
+                f"e2vpt: {segments} segments do not divide the {backbone.width} channels of {backbone.name}; "
+                "set segments to a number that does"
+            )
+        self.initial.update({name: _fixed(one.detach().clone()) for name, one in self.named_parameters()})
+        self.masks.update({"token": _fixed(torch.ones(count)), "segment": _fixed(torch.ones(count, segments))})
+        # A hook on the parameter itself sees each step's gradient, and leaves the forward as it is.
+        self.prompts.register_hook(self._observe)
+
+    def mask(self) -> Tensor:
+        """1 where a prompt's channel is left, 0 where it is pruned: [P, D]."""
+        repeated = self.masks["segment"].repeat(1, self.prompts.shape[-1] // self.config.segments)  # [P, D]
+        return self.masks["token"].unsqueeze(1) * repeated
+
+    def task_state(self) -> State:
+        """``prompts`` [1, L, P, D] with the masks multiplied in, ``keys`` [1, L, H, n, d], ``values`` unless shared."""
+        prompts = self.prompts * self.mask() if self.config.prunes else self.prompts
+        state = {"prompts": prompts.unsqueeze(0), "keys": self.key.unsqueeze(0)}
+        if self.value is not None:
+            state["values"] = self.value.unsqueeze(0)
+        return state
+
+    def state_layout(self) -> Layout:
+        """See :meth:`Method.state_layout`."""
+        layout: Layout = {"prompts": tuple(self.prompts.shape), "keys": tuple(self.key.shape)}
+        if self.value is not None:
+            layout["values"] = tuple(self.value.shape)
+        return layout
+
+    def parameters_left(self) -> int:
+        """See :meth:`Method.parameters_left`; pruned channels do not count."""
+        pruned = 0 if not self.config.prunes else int((self.mask() == 0).sum()) * len(self.prompts)
+        return super().parameters_left() - pruned
+
+    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
+        """See :meth:`Method.forward`; there is no prompt pathway."""
+        backbone = self._backbone[0]
+        assert isinstance(backbone, VitBackbone)
+        prefix, count = backbone.num_prefix_tokens, self.config.num_prompts
+        tokens = backbone.embed(images)  # [B, N, D]
+        prompts, keys = self._rows(state["prompts"], tokens), self._rows(state["keys"], tokens)
+        # drop-out draws for keys and values apart, as released
+        values = self._rows(state["keys" if self.config.share_kv else "values"], tokens)
+        tokens = torch.cat((tokens[:, :prefix], prompts[:, 0], tokens[:, prefix:]), dim=1)  # [B, N + P, D]
+        for index in range(backbone.depth):
+            if index > 0 and self.config.deep:
+                tokens = torch.cat((tokens[:, :prefix], prompts[:, index], tokens[:, prefix + count :]), dim=1)
+            normed = backbone.norm1(index, tokens)
+            key, value = backbone.key_value(index, normed)  # [B, H, N + P, d]
+            key, value = torch.cat((keys[:, index], key), dim=2), torch.cat((values[:, index], value), dim=2)
+            attended = attend(backbone.query(index, backbone.read(index, normed)), key, value)
+            attended = backbone.project(index, merge_heads(attended))
+            tokens = backbone.feed_forward(index, backbone.read(index, tokens) + attended)
+            probe(f"block{index}", tokens)
+        return Features(backbone.pool(without_prompts(backbone, tokens, count)))
+
+    def _rows(self, tensor: Tensor, tokens: Tensor) -> Tensor:
+        """A state tensor [1 or B, ...] for every image of tokens [B, N, D], dropped out."""
+        rows = tensor.expand(tokens.shape[0], *tensor.shape[1:])
+        return F.dropout(rows, self.config.dropout, self.training)
+
+    def end_epoch(self, epoch: int, epochs: int) -> bool:
+        """See :meth:`Method.end_epoch`: prune and rewind, once.
+
+        Raises:
+            TrainingError: it is time, but no gradient has been seen in this epoch.
+        """
+        seen, seen_of_tokens = self._importance, self._token_importance
+        self._importance = self._token_importance = None  # the last epoch before the pruning decides alone
+        if not self.config.prunes or epoch + 1 != self.config.epochs_before_pruning(epochs):
+            return False
+        if seen is None or seen_of_tokens is None:
+            raise TrainingError("e2vpt: no gradient of the prompts was seen in the epoch in front of the pruning")
+        with torch.no_grad():
+            self._prune(_summed(seen_of_tokens), _summed(seen))
+            for name, value in self.initial.items():
+                self.get_parameter(name).copy_(value)
+        return True
+
+    @torch.no_grad()
+    def _observe(self, gradient: Tensor) -> None:
+        """Add one step's |dL/dmask|, all masks being 1: the sum of gradient times prompt over what a mask covers.
+
+        In fp16 the gradient carries the step's loss scale, so steps behind a change of scale weigh otherwise; steps
+        that overflow do not count.
+        """
+        by_channel = (gradient * self.prompts).sum(dim=0)  # [P, D]
+        by_segment = by_channel.unflatten(1, (-1, self.config.segments)).sum(dim=1)  # [P, R]
+        by_segment = torch.where(by_segment.isfinite().all(), by_segment, 0.0)
+        by_token = by_segment.sum(dim=1).abs()  # [P]
+        by_segment = by_segment.abs()
+        self._importance = by_segment if self._importance is None else self._importance + by_segment
+        self._token_importance = by_token if self._token_importance is None else self._token_importance + by_token
+
+    def _prune(self, tokens: Tensor, segments: Tensor) -> None:
+        """Set to 0 the masks of the least important tokens [P], and of each token's least important segments [P, R]."""
+        for mask, importance, share in (
+            (self.masks["token"], tokens, self.config.prune_tokens),
+            (self.masks["segment"], segments, self.config.prune_segments),
+        ):
+            pruned = int(share * importance.shape[-1] + ROUNDING)
+            least = importance.argsort(dim=-1, stable=True)[..., :pruned]
+            mask.fill_(1.0).scatter_(-1, least, 0.0)
+
+
+def _fixed(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    """The sum over all processes of a data parallel run: they must prune alike."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor

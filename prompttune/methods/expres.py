@@ -1,0 +1,141 @@
+"""EXPRES, expressive prompts with residuals: https://arxiv.org/abs/2303.15591 (CVPR 2023).
+
+P learnable output tokens enter block 0 beside the image's tokens, and the head reads what leaves the last block in
+their place. In every block a learnable vector for each of them is added to the output of the norm in front of the
+attention, of the query, key and value projections, and of the projection behind the attention (Figure 2 of the
+paper). The three can be switched off for the ablation.
+
+There is no released code. Choices of ours where the paper leaves room: the head reads the mean of the tokens, each
+behind the final norm; the norm's vector acts on the attention's norm alone; with LayerScale the projection's vector
+passes it too; vectors start at zero, tokens as in VPT; output tokens have no position embedding.
+
+The norm's vector reaches nothing but the three projections, so what they make of it folds: the state holds one shift
+a token for queries, keys and values, and one for the projection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prompttune.backbones.base import Backbone
+from prompttune.backbones.vit import VitBackbone, merge_heads
+from prompttune.layers.attention import attend
+from prompttune.layers.probe import probe
+from prompttune.methods.base import Features, Layout, Method, MethodConfig, State, setting
+from prompttune.methods.vpt import prompt_bound
+
+QUERY, KEY, VALUE = range(3)
+"""Parts of a block's joint projection."""
+
+
+@dataclass(frozen=True)
+class EXPRESConfig(MethodConfig):
+    """Settings of EXPRES."""
+
+    method = "expres"
+    shapes_graph = ("num_prompts",)
+
+    num_prompts: int = setting(10, "prompt tokens")
+    norm_residual: bool = setting(True, "vectors behind the norm in front of each attention")
+    qkv_residual: bool = setting(True, "vectors behind each query, key and value projection")
+    proj_residual: bool = setting(True, "vectors behind each projection of the attention's output")
+    dropout: float = setting(0.1, "drop-out on the prompts while training")
+
+    def check(self) -> None:
+        """See :meth:`MethodConfig.check`."""
+        self.require(self.num_prompts > 0, f"num_prompts must be above 0, not {self.num_prompts}")
+        self.require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
+
+    def build(self, backbone: Backbone) -> Method:
+        """See :meth:`MethodConfig.build`."""
+        return EXPRES(self, backbone)
+
+
+class EXPRES(Method):
+    """``prompts`` [P, D]; ``norm`` [L, P, D], ``qkv`` [L, 3, P, H d] and ``proj`` [L, P, D], those switched on."""
+
+    backbones = (VitBackbone,)
+    own_norms = ("norm1",)
+
+    def __init__(self, config: EXPRESConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        assert isinstance(backbone, VitBackbone)
+        self.config = config
+        count, depth, width = config.num_prompts, backbone.depth, backbone.width
+        bound, heads = prompt_bound(backbone), backbone.num_heads * backbone.head_dim
+        self.prompts = nn.Parameter(torch.empty(count, width).uniform_(-bound, bound))
+        self.norm = _zeros(depth, count, width) if config.norm_residual else None
+        self.qkv = _zeros(depth, 3, count, heads) if config.qkv_residual else None
+        self.proj = _zeros(depth, count, width) if config.proj_residual else None
+
+    @property
+    def backbone(self) -> VitBackbone:
+        """The frozen backbone, typed."""
+        backbone = self._backbone[0]
+        assert isinstance(backbone, VitBackbone)
+        return backbone
+
+    def task_state(self) -> State:
+        """``prompts`` [1, P, D]; ``qkv`` [1, L, 3, P, H d] and ``proj`` [1, L, P, D], shifts behind the projections."""
+        backbone, count = self.backbone, self.config.num_prompts
+        blocks = range(backbone.depth)
+        qkv = self.prompts.new_zeros(backbone.depth, 3, count, backbone.num_heads * backbone.head_dim)
+        proj = self.prompts.new_zeros(backbone.depth, count, backbone.width)
+        if self.norm is not None:
+            qkv = torch.stack([backbone.weigh_qkv(index, self.norm[index]) for index in blocks])
+        if self.qkv is not None:
+            qkv = qkv + self.qkv
+        if self.proj is not None:
+            proj = torch.stack([backbone.scale_attention(index, self.proj[index]) for index in blocks])
+        return {"prompts": self.prompts.unsqueeze(0), "qkv": qkv.unsqueeze(0), "proj": proj.unsqueeze(0)}
+
+    def state_layout(self) -> Layout:
+        """See :meth:`Method.state_layout`."""
+        backbone, count = self.backbone, self.config.num_prompts
+        return {
+            "prompts": (count, backbone.width),
+            "qkv": (backbone.depth, 3, count, backbone.num_heads * backbone.head_dim),
+            "proj": (backbone.depth, count, backbone.width),
+        }
+
+    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
+        """See :meth:`Method.forward`; there is no prompt pathway."""
+        backbone, count = self.backbone, self.config.num_prompts
+        tokens = backbone.embed(images)  # [B, N, D]
+        prompts = state["prompts"].expand(tokens.shape[0], -1, -1)  # [B, P, D]
+        tokens = torch.cat((F.dropout(prompts, self.config.dropout, self.training), tokens), dim=1)  # [B, P + N, D]
+        for index in range(backbone.depth):
+            # behind the last block nobody reads the image's tokens
+            read = tokens[:, :count] if index == backbone.depth - 1 else tokens
+            attended = self._attention(index, backbone.norm1(index, tokens), read.shape[1], state["qkv"][:, index])
+            attended = self._shifted(attended, state["proj"][:, index])
+            tokens = backbone.feed_forward(index, read + attended)
+            probe(f"block{index}", tokens)
+        return Features(backbone.pool_each(tokens))
+
+    def _attention(self, index: int, normed: Tensor, asking: int, shift: Tensor) -> Tensor:
+        """What the attention adds to the first ``asking`` of normed tokens [B, P + N, D].
+
+        Args:
+            shift: [1 or B, 3, P, H d].
+        """
+        backbone = self.backbone
+        query = self._shifted(backbone.linear_qkv(index, normed[:, :asking], QUERY), shift[:, QUERY])
+        key = self._shifted(backbone.linear_qkv(index, normed, KEY), shift[:, KEY])
+        value = self._shifted(backbone.linear_qkv(index, normed, VALUE), shift[:, VALUE])
+        attended = attend(backbone.query_heads(index, query), backbone.key_heads(index, key), backbone.heads(value))
+        return backbone.project(index, merge_heads(attended))
+
+    def _shifted(self, tokens: Tensor, shift: Tensor) -> Tensor:
+        """Tokens [B, P or P + N, D] with ``shift`` [1 or B, P, D] added to the first P."""
+        count = self.config.num_prompts
+        shifted = tokens[:, :count] + shift
+        return shifted if tokens.shape[1] == count else torch.cat((shifted, tokens[:, count:]), dim=1)
+
+
+def _zeros(*size: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(size))

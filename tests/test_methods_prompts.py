@@ -1,0 +1,372 @@
+"""E²VPT and EXPRES: equations, counts, pruning and rewinding, tasks of different pruning in one engine, refusals."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import prompttune as pt
+from prompttune.backbones import VitBackbone
+from prompttune.errors import BackboneError, TrainingError, UsageError
+from prompttune.export.smooth import smoothed
+from prompttune.methods import METHODS, config_from_dict
+from prompttune.training import train
+from prompttune.training.optim import learning_rate
+from prompttune.training.state import RunFolder, load
+from tests import equations_prompts
+from tests.drawing import drawn_backbone, drawn_model
+from tests.engines import config_of, noise
+from tests.swins import SWINS
+from tests.training_helpers import config, no_pictures, one_thread, write_folder  # noqa: F401
+
+IMAGE_SIZE = 64
+BACKBONES = ["test_vit", "test_vit2", "test_vit3", "test_vit4"]
+"""Class token; register, average pooling and LayerScale; attention pooling; RMS norms."""
+E2VPT = {"num_prompts": 3, "num_kv": 2, "segments": 4}
+CASES = [
+    ("e2vpt", E2VPT),
+    ("e2vpt", E2VPT | {"deep": False}),
+    ("e2vpt", E2VPT | {"share_kv": False}),
+    ("e2vpt", E2VPT | {"prune_tokens": 0, "prune_segments": 0}),
+    ("expres", {"num_prompts": 3}),
+    ("expres", {"num_prompts": 3, "norm_residual": False}),
+    ("expres", {"num_prompts": 3, "qkv_residual": False}),
+    ("expres", {"num_prompts": 3, "proj_residual": False}),
+]
+MODEL = "prompt_model.safetensors"
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def backbone(request, tmp_path_factory):
+    return drawn_backbone(request.param, tmp_path_factory.mktemp("weights"), IMAGE_SIZE)
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    return drawn_backbone("test_vit", tmp_path_factory.mktemp("weights"), IMAGE_SIZE)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("method", "settings"), CASES, ids=str)
+def test_features_equal_the_equations(backbone, method, settings, images):
+    model = drawn_model(backbone, METHODS[method](**settings))
+    wanted = equations_prompts.features(model, images)
+    with torch.no_grad():
+        found, plain = model(images).features, backbone(images)
+    assert (found - wanted).abs().max() <= 2e-5 * max(1, wanted.abs().max().item())
+    assert (found - plain).abs().max() > 1e-3, "the task must matter"
+
+
+def test_every_switch_changes_the_answer(vit, images):
+    with torch.no_grad():
+        for method in ("e2vpt", "expres"):
+            answers = [drawn_model(vit, METHODS[name](**own))(images).features for name, own in CASES if name == method]
+            for first in range(len(answers)):
+                for second in range(first):
+                    assert (answers[first] - answers[second]).abs().max() > 1e-4, (method, first, second)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "count"),
+    [
+        # L P D input prompts and L n D key-value prompts, which are of all heads together
+        ("e2vpt", {"num_prompts": 10, "num_kv": 5}, 12 * (10 + 5) * 768),
+        ("e2vpt", {"num_prompts": 10, "num_kv": 5, "share_kv": False}, 12 * (10 + 2 * 5) * 768),
+        ("e2vpt", {"num_prompts": 10, "num_kv": 5, "deep": False}, (10 + 12 * 5) * 768),
+        # P tokens; in each block P vectors behind the norm, 3 P behind q, k and v, P behind the projection
+        ("expres", {"num_prompts": 1}, 46_848),
+        ("expres", {"num_prompts": 10, "norm_residual": False}, 10 * 768 * (1 + 12 * 4)),
+        ("expres", {"num_prompts": 10, "qkv_residual": False, "proj_residual": False}, 10 * 768 * (1 + 12)),
+    ],
+    ids=str,
+)
+def test_trained_parameters_of_vit_b(method, settings, count):
+    with torch.device("meta"):
+        built = METHODS[method](**settings).build(VitBackbone(timm.create_model("vit_base_patch16_224")))
+    assert sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad) == count
+
+
+def test_optimiser_and_counts_leave_out_what_gradients_do_not_train(vit, tmp_path):
+    model = pt.PromptModel(vit, METHODS["e2vpt"](**E2VPT), num_classes=3)
+    fixed = model.task_parameters().keys() - model.trained_parameters().keys()
+    assert fixed == {f"method.{name}" for name in ("masks.token", "masks.segment", "initial.prompts", "initial.key")}
+    width, depth = vit.width, vit.depth
+    assert model.method.parameters_left() == depth * 3 * width + depth * 2 * width
+    model.method.masks["token"].data[1] = 0
+    model.method.masks["segment"].data[0, :2] = 0
+    left = depth * (width + width // 2) + depth * 2 * width
+    assert model.method.parameters_left() == left
+    model.save(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert f"{depth * 5 * width:,} parameters beside its head, of which pruning has left {left:,}" in card
+    assert pt.PromptModel.load(tmp_path, vit).method.parameters_left() == left
+
+
+def test_importance_is_the_gradient_of_the_masks_summed_without_signs(vit, images):
+    model = drawn_model(vit, METHODS["e2vpt"](**E2VPT)).train()
+    method = model.method
+    for mask in method.masks.values():
+        mask.data.fill_(1.0)
+    wanted = {name: torch.zeros_like(mask) for name, mask in method.masks.items()}
+    for batch in (images, images.flip(-1) * 2):
+        model(batch).logits.square().mean().backward()
+        for mask in method.masks.values():
+            mask.requires_grad_(True)
+        gradients = torch.autograd.grad(model(batch).logits.square().mean(), list(method.masks.values()))
+        for (name, mask), gradient in zip(method.masks.items(), gradients, strict=True):
+            mask.requires_grad_(False)
+            wanted[name] += gradient.abs()
+    torch.testing.assert_close(method._token_importance, wanted["token"], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(method._importance, wanted["segment"], rtol=1e-4, atol=1e-7)
+
+
+def test_pruning_takes_the_least_important_and_rewinds_the_rest(vit, images):
+    method = METHODS["e2vpt"](num_prompts=4, num_kv=2, segments=8, prune_tokens=0.5, prune_segments=0.29).build(vit)
+    model = pt.PromptModel(vit, method.config, num_classes=3).train()
+    method = model.method
+    begun = {name: parameter.detach().clone() for name, parameter in method.named_parameters()}
+    with torch.no_grad():
+        method.prompts += 0.5
+        method.key *= 2
+    assert not method.end_epoch(0, 4)
+    model(images).logits.square().mean().backward()
+    tokens, segments = method._token_importance, method._importance
+    assert method.end_epoch(1, 4)
+    kept = method.masks["token"].bool()
+    assert kept.sum() == 2
+    assert tokens[kept].min() >= tokens[~kept].max()
+    for importance, mask in zip(segments, method.masks["segment"].bool(), strict=True):
+        assert mask.sum() == 8 - 2  # 0.29 of 8, rounded down
+        assert importance[mask].min() >= importance[~mask].max()
+    for name, parameter in method.named_parameters():
+        if not name.startswith("masks."):
+            assert torch.equal(parameter, begun[name]), name
+    assert not method.end_epoch(2, 4)
+    assert not method.end_epoch(3, 4)
+
+
+def test_processes_of_a_data_parallel_run_prune_by_the_importance_of_all(vit, images, monkeypatch):
+    model = pt.PromptModel(vit, METHODS["e2vpt"](num_prompts=4, segments=4), num_classes=3).train()
+    model(images).logits.square().mean().backward()
+    alone = model.method._token_importance.clone()
+
+    def add_those_of_others(tensor):
+        tensor.copy_(tensor.max() - tensor)  # others find the opposite
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", add_those_of_others)
+    assert model.method.end_epoch(1, 4)
+    kept = model.method.masks["token"].bool()
+    assert alone[kept].max() <= alone[~kept].min()
+
+
+def test_only_the_epoch_in_front_of_the_pruning_decides(vit, images):
+    model = pt.PromptModel(vit, METHODS["e2vpt"](**E2VPT), num_classes=3).train()
+    model(images).logits.square().mean().backward()
+    assert not model.method.end_epoch(0, 4)
+    with pytest.raises(TrainingError, match="no gradient of the prompts was seen"):
+        model.method.end_epoch(1, 4)
+
+
+def test_what_is_pruned_stays_zero_in_the_state_and_out_of_the_gradient(vit, images):
+    model = drawn_model(vit, METHODS["e2vpt"](**E2VPT)).train()
+    model.method.masks["token"].data.copy_(torch.tensor([1.0, 0.0, 1.0]))
+    model(images).logits.square().mean().backward()
+    gone = model.method.mask() == 0
+    assert gone[1].all()
+    assert not gone.all()
+    assert (model.task_state()["prompts"][0][:, gone] == 0).all()
+    assert (model.method.prompts.grad[:, gone] == 0).all()
+
+
+@pytest.fixture(scope="module")
+def bars(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("data") / "bars", train=8, val=4)
+
+
+PRUNED_RUN = {"method": "e2vpt", "epochs": 5, "prune_at": 0.4, "num_prompts": 4, "segments": 4, "prune_tokens": 0.5}
+
+
+@pytest.fixture(scope="module")
+def whole(bars, tmp_path_factory):
+    """A run that prunes after the second of five epochs, and its news."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    news = []
+    result = train(config(bars, tmp_path_factory.mktemp("runs") / "whole", **PRUNED_RUN), on_progress=news.append)
+    torch.set_num_threads(threads)
+    return result, news
+
+
+def test_training_prunes_rewinds_and_begins_anew(whole):
+    result, news = whole
+    model = pt.PromptModel.load(result.path)
+    method, state = model.method, load(RunFolder(result.path).last)
+    assert method.masks["token"].sum() == 2
+    assert (method.masks["segment"].sum(dim=1) == 2).all()
+    assert result.best_epoch >= 3, "the best checkpoint is a pruned one"
+    assert state.progression.rewound == 2
+    depth, width = model.backbone.depth, model.backbone.width
+    left, of = depth * (2 * width // 2 + 5 * width), depth * (4 + 5) * width
+    assert method.parameters_left() == left
+    head = sum(parameter.numel() for parameter in model.head.parameters())
+    metrics = json.loads((result.path / "metrics.json").read_text())
+    assert (metrics["run"]["task_parameters"], metrics["run"]["parameters_left"]) == (of + head, left + head)
+    assert [one.text for one in news if "went back" in (one.text or "")] == [
+        f"after epoch 2 e2vpt went back to its initial values, {left:,} of {of:,} parameters are left; "
+        "optimiser, schedule and the best checkpoint begin anew"
+    ]
+    # 2 steps an epoch; three of them since the rewinding
+    assert state.optimizer["step/method.prompts"] == 3 * 2
+    history = metrics["history"]
+    settings = config("-", "-", **PRUNED_RUN)
+    rates = [learning_rate(settings, step, 2) for step in (1, 3)]
+    rates += [learning_rate(settings, step, 2, epochs=3) for step in (1, 3, 5)]
+    assert [record["lr"] for record in history] == rates
+    assert rates[2] > rates[1]
+    assert history[-1]["train_loss"] < history[2]["train_loss"]
+
+
+@pytest.mark.usefixtures("one_thread", "no_pictures")
+@pytest.mark.parametrize("stopped_in", [2, 3], ids=["before-the-pruning", "after-the-pruning"])
+def test_a_stopped_run_goes_on_to_the_same_bits(bars, tmp_path, whole, stopped_in):
+    class StopError(Exception):
+        pass
+
+    def stop(news):
+        if (news.phase, news.epoch, news.step) == ("train", stopped_in, 1):
+            raise StopError
+
+    settings = config(bars, tmp_path / "run", **PRUNED_RUN)
+    with pytest.raises(StopError):
+        train(settings, on_progress=stop)
+    result, (expected, _) = train(settings, resume=True), whole
+    assert (result.path / MODEL).read_bytes() == (expected.path / MODEL).read_bytes()
+    ours, theirs = load(RunFolder(result.path).last), load(RunFolder(expected.path).last)
+    assert ours.task.keys() == theirs.task.keys()
+    assert all(torch.equal(ours.task[name], theirs.task[name]) for name in theirs.task)
+    assert ours.progression.rewound == theirs.progression.rewound
+
+
+def test_tasks_of_different_pruning_mix_in_one_engine(vit, tmp_path):
+    models = {}
+    for number, pruning in enumerate(({"prune_tokens": 0, "prune_segments": 0}, {}, {"segments": 8, "prune_at": 0.3})):
+        settings = E2VPT | pruning
+        models[f"task{number}"] = drawn_model(vit, METHODS["e2vpt"](**settings), number + 2, seed=number)
+        models[f"task{number}"].save(tmp_path / f"task{number}")
+    pt.export_engine([tmp_path / "task0", tmp_path / "task1"], tmp_path / "engine", batch_sizes=(1, 3))
+    engine = pt.Engine(tmp_path / "engine")
+    engine.add_task("task2", tmp_path / "task2")
+    batch = noise(len(models))
+    mixed = engine.logits(batch, list(models))
+    for row, (task, model) in enumerate(models.items()):
+        with torch.no_grad():
+            wanted = model(torch.from_numpy(batch[row : row + 1])).logits.numpy()[0]
+        assert np.abs(mixed[row, : len(wanted)] - wanted).max() <= 1e-4
+        single = engine.logits(batch[row : row + 1], task)[0, : len(wanted)]
+        assert np.abs(mixed[row, : len(wanted)] - single).max() <= 1e-5
+
+
+def test_expres_tasks_of_different_vectors_mix_in_one_engine(tmp_path):
+    vit = drawn_backbone("test_vit2", tmp_path, IMAGE_SIZE)  # LayerScale, no class token
+    models = {}
+    for number, switches in enumerate(({}, {"norm_residual": False}, {"qkv_residual": False, "proj_residual": False})):
+        models[f"task{number}"] = drawn_model(vit, config_of("expres", **switches), number + 2, seed=number)
+        models[f"task{number}"].save(tmp_path / f"task{number}")
+    pt.export_engine([tmp_path / f"task{number}" for number in range(3)], tmp_path / "engine", batch_sizes=(1, 3))
+    batch = noise(len(models))
+    mixed = pt.Engine(tmp_path / "engine").logits(batch, list(models))
+    for row, model in enumerate(models.values()):
+        with torch.no_grad():
+            wanted = model(torch.from_numpy(batch[row : row + 1])).logits.numpy()[0]
+        assert np.abs(mixed[row, : len(wanted)] - wanted).max() <= 1e-4
+
+
+def test_new_tasks_start_as_the_papers_say(vit, images):
+    fresh = METHODS["e2vpt"](num_prompts=50, num_kv=5).build(vit)
+    bound = math.sqrt(6 / (5 * vit.head_dim))
+    assert 0.9 * bound < fresh.key.abs().max() <= bound
+    assert (fresh.mask() == 1).all()
+    expres = pt.PromptModel(vit, METHODS["expres"](num_prompts=3), num_classes=3).eval()
+    assert all((one == 0).all() for name, one in expres.method.named_parameters() if name != "prompts")
+
+
+@pytest.mark.parametrize("method", ["e2vpt", "expres"])
+def test_dropout_acts_in_training_alone(vit, images, method):
+    model = drawn_model(vit, config_of(method, dropout=0.5))
+    assert torch.equal(model(images).logits, model(images).logits)
+    model.train()
+    assert not torch.equal(model(images).logits, model(images).logits)
+
+
+@pytest.mark.parametrize("method", ["e2vpt", "expres"])
+def test_balancing_channels_for_int8_changes_no_answer(vit, images, method):
+    model = drawn_model(vit, config_of(method))
+    with torch.no_grad():
+        balanced = smoothed(model, [(images.numpy(), model.task_state())])
+        torch.testing.assert_close(balanced(images).logits, model(images).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_last_block_computes_what_the_head_reads(vit, images, monkeypatch):
+    rows, project = [], vit.project
+
+    def counted(index, attended):
+        rows.append(attended.shape[1])
+        return project(index, attended)
+
+    monkeypatch.setattr(vit, "project", counted)
+    for method, last in (("e2vpt", 1), ("expres", 3)):
+        rows.clear()
+        drawn_model(vit, config_of(method))(images)
+        assert rows == [vit.num_tokens + 3] * (vit.depth - 1) + [last]
+
+
+def test_segments_that_do_not_divide_the_width_are_refused_by_name(vit):
+    with pytest.raises(BackboneError, match="7 segments do not divide the 64 channels of test_vit") as caught:
+        METHODS["e2vpt"](segments=7).build(vit)
+    assert "\n" not in str(caught.value)
+    METHODS["e2vpt"](segments=7, prune_tokens=0, prune_segments=0).build(vit)
+
+
+@pytest.mark.parametrize("method", ["e2vpt", "expres"])
+def test_other_backbones_are_refused(method):
+    swin = pt.load_backbone(SWINS[0], weights="random:0")
+    with pytest.raises(BackboneError, match=f"{method} runs on VitBackbone, not on SwinBackbone"):
+        METHODS[method]().build(swin)
+
+
+def test_pruning_needs_epochs_on_both_sides():
+    with pytest.raises(UsageError, match="e2vpt: pruning needs at least 2 epochs, not 1"):
+        config("-", "-", method="e2vpt", epochs=1)
+    config("-", "-", method="e2vpt", epochs=1, prune_tokens=0, prune_segments=0)
+    settings = METHODS["e2vpt"](prune_at=0.01)
+    assert [settings.epochs_before_pruning(epochs) for epochs in (2, 3, 100, 250)] == [1, 1, 1, 2]
+    assert METHODS["e2vpt"](prune_at=0.99).epochs_before_pruning(3) == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("e2vpt", {"num_prompts": 0}, "num_prompts must be above 0"),
+        ("e2vpt", {"num_kv": 0}, "num_kv must be above 0"),
+        ("e2vpt", {"segments": 0}, "segments must be above 0"),
+        ("e2vpt", {"prune_tokens": 1.0}, "prune_tokens must be at least 0 and below 1"),
+        ("e2vpt", {"prune_segments": -0.1}, "prune_segments must be"),
+        ("e2vpt", {"prune_at": 1}, "prune_at must be above 0 and below 1"),
+        ("e2vpt", {"deep": 1}, "must be of type bool"),
+        ("expres", {"num_prompts": 0}, "num_prompts must be above 0"),
+        ("expres", {"dropout": 1.0}, "dropout must be"),
+        ("expres", {"residuals": True}, "no setting 'residuals'"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(method, settings, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        config_from_dict(method, settings)
+    assert "\n" not in str(caught.value)
