@@ -1,8 +1,9 @@
 """Shapes of task states and of a bank of them: checking, padding, stacking.
 
 A layout maps each state key to the shape of its tensor without the leading dimension. Integer entries are the same
-for every task of an engine; named entries (``"rank"``, ``"classes"``) differ between tasks and are padded in a bank to
-the largest resident task: with zeros, and with -inf for the bias of a padding class, so that it never wins.
+for every task of an engine; named entries (``"rank"``, ``"classes"``, ``"clusters"``) differ between tasks and are
+padded in a bank to the largest resident task: with zeros, and with -inf for what is added to the score of a class or
+cluster, so that padding never wins (:data:`prompttune.methods.base.CHOICES`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prompttune.errors import EngineError
+from prompttune.methods.base import CHOICES
 
 Layout = Mapping[str, tuple[int | str, ...]]
 State = Mapping[str, NDArray[np.float32]]
@@ -124,16 +126,21 @@ def empty_bank(
     """
     shapes = {key: (axes[axis] if isinstance(axis, str) else axis for axis in shape) for key, shape in layout.items()}
     bank: dict[str, NDArray[Any]] = {key: np.zeros((rows, *shape), dtype=dtype) for key, shape in shapes.items()}
-    if HEAD_BIAS in bank:
-        bank[HEAD_BIAS].fill(-np.inf)
+    for key, rows in bank.items():
+        if padding := _padding(layout[key]):
+            rows.fill(padding)
     return bank
 
 
-def write_row(bank: Mapping[str, NDArray[Any]], row: int, state: State) -> None:
+def _padding(shape: tuple[int | str, ...]) -> float:
+    return -np.inf if len(shape) == 1 and shape[0] in CHOICES else 0.0
+
+
+def write_row(layout: Layout, bank: Mapping[str, NDArray[Any]], row: int, state: State) -> None:
     """Write one task's state, key → [1, ...], into a bank's row; what it does not fill becomes padding."""
     for key, rows in bank.items():
         value = state[key][0]
-        rows[row] = -np.inf if key == HEAD_BIAS else 0.0
+        rows[row] = _padding(layout[key])
         rows[row][tuple(slice(size) for size in value.shape)] = value
 
 
@@ -143,5 +150,5 @@ def stack_states(layout: Layout, states: Iterable[State], dtype: np.dtype[Any] =
     axes = [bind_axes(layout, {key: value.shape for key, value in state.items()}, "a state") for state in held]
     bank = empty_bank(layout, len(held), largest_axes(axes), dtype)
     for row, state in enumerate(held):
-        write_row(bank, row, state)
+        write_row(layout, bank, row, state)
     return bank

@@ -12,9 +12,9 @@ import torch
 
 from prompttune.backbones import Backbone, load_backbone
 from prompttune.checkpoints import read_config
-from prompttune.errors import CheckpointError, EngineError, UsageError
+from prompttune.errors import CheckpointError, EngineError, UsageError, choose
 from prompttune.export.folder import Manifest, Task, check_task_name
-from prompttune.methods import config_from_dict
+from prompttune.methods import METHODS, config_from_dict
 from prompttune.model import PromptModel
 
 Checkpoints = Mapping[str, str | Path] | Iterable[str | Path]
@@ -30,6 +30,7 @@ class Fit:
     image_size: int
     method: str
     graph_settings: dict[str, Any]
+    shares_backbone: bool
 
     @classmethod
     def of_checkpoint(cls, folder: Path, config: Mapping[str, Any]) -> Fit:
@@ -46,6 +47,7 @@ class Fit:
             backbone["image_size"],
             settings.method,
             settings.graph_settings(),
+            settings.shares_backbone,
         )
 
     @classmethod
@@ -59,10 +61,17 @@ class Fit:
             backbone["image_size"],
             method["name"],
             method["graph_settings"],
+            _shares_backbone(manifest),
         )
 
     def require(self, other: Fit, this: str, that: str) -> None:
         """Raise :class:`EngineError` that names both sides unless ``other`` fits into what ``self`` describes."""
+        if not (self.shares_backbone and other.shares_backbone):
+            method = self.method if other.shares_backbone else other.method
+            raise EngineError(
+                f"{that} cannot join {this}: {method} fine-tuning changes the backbone's own weights, "
+                "which takes one engine a task; export it by itself"
+            )
         if other.fingerprint != self.fingerprint:
             mine = f"{self.backbone} with fingerprint {self.fingerprint[:12]} ({self.weights_source})"
             theirs = f"{other.backbone} with fingerprint {other.fingerprint[:12]} ({other.weights_source})"
@@ -103,7 +112,7 @@ class Folded:
     """A checkpoint read for an engine."""
 
     model: PromptModel
-    """The unfolded model, in evaluation mode."""
+    """The unfolded model, in evaluation mode; over its own backbone where the task has one."""
     task: Task
 
 
@@ -119,7 +128,8 @@ def check_fit(named: Mapping[str, Path], fit: Fit | None = None, engine: str = "
         found = Fit.of_checkpoint(path, read_config(path))
         if fit is None:
             fit, engine = found, f"task {name!r}"
-        fit.require(found, engine, f"task {name!r}")
+        else:
+            fit.require(found, engine, f"task {name!r}")
     assert fit is not None
     return fit
 
@@ -130,7 +140,7 @@ def fold_checkpoint(path: Path, backbone: Backbone) -> Folded:
     Raises:
         CheckpointError: the checkpoint is damaged or belongs to another backbone.
     """
-    model = PromptModel.load(path, backbone=backbone)
+    model = _over_own_backbone(PromptModel.load(path, backbone=backbone), path)
     config = read_config(path)
     with torch.no_grad():
         # Copies: some of the state are the model's own parameters.
@@ -151,24 +161,55 @@ def fold_checkpoint(path: Path, backbone: Backbone) -> Folded:
     return Folded(model, task)
 
 
+def _over_own_backbone(model: PromptModel, path: Path) -> PromptModel:
+    """``model``, or the same over the backbone that it trained itself, so that a graph's weights are that one's."""
+    own = model.method.own_backbone()
+    if own is None:
+        return model
+    own.weights, own.weights_source = str(path.absolute()), f"tuned in {path.resolve().name}"
+    alone = PromptModel(own, model.config, labels=model.labels, preprocess=model.preprocess)
+    alone.head.load_state_dict(model.head.state_dict())
+    return alone.eval()
+
+
 def engine_backbone(manifest: Manifest, weights: str | Path | None = None) -> Backbone:
     """Load the backbone that an engine was exported with.
 
     Args:
         manifest: the engine's.
-        weights: where to take the weights from, if not from where the export took them.
+        weights: where to take the weights from, if not from where the export took them; of a task that trained them
+            itself, the checkpoint folder.
 
     Raises:
         EngineError: the weights found are not the engine's.
     """
     wanted = manifest.backbone
-    backbone = load_backbone(wanted["name"], wanted["image_size"], weights or wanted["weights"])
+    source = weights or wanted["weights"]
+    if _shares_backbone(manifest):
+        backbone = load_backbone(wanted["name"], wanted["image_size"], source)
+    else:
+        backbone = _checkpoint_backbone(Path(source))
     if backbone.fingerprint != wanted["fingerprint"]:
         raise EngineError(
             f"the engine's backbone is {wanted['name']} with fingerprint {wanted['fingerprint'][:12]} "
             f"({wanted['weights_source']}), found was {backbone.fingerprint[:12]} ({backbone.weights_source}); "
             "give the right file with --weights"
         )
+    return backbone
+
+
+def _shares_backbone(manifest: Manifest) -> bool:
+    return METHODS[choose("method", manifest.method["name"], METHODS)].shares_backbone
+
+
+def _checkpoint_backbone(path: Path) -> Backbone:
+    """The backbone that the checkpoint at ``path`` trained."""
+    try:
+        backbone = PromptModel.load(path).method.own_backbone()
+    except CheckpointError as problem:
+        raise EngineError(f"{problem}; give the checkpoint folder of the engine's task with --weights") from None
+    if backbone is None:
+        raise EngineError(f"{path} trained no backbone: give the checkpoint folder of the engine's task with --weights")
     return backbone
 
 

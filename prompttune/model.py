@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,10 @@ class PromptModel(nn.Module):
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Those of :meth:`task_parameters` that gradients train; a method sets the others itself."""
         return {name: parameter for name, parameter in self.task_parameters().items() if parameter.requires_grad}
+
+    def take_sizes(self, stored: Mapping[str, Tensor]) -> None:
+        """Make room for stored task parameters whose size a run's begin chose; see :meth:`Method.take_sizes`."""
+        self.method.take_sizes({name.removeprefix("method."): tensor for name, tensor in stored.items()})
 
     def task_state(self) -> State:
         """All that can be computed without an image, leading dimension 1; differentiable."""

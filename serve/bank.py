@@ -153,7 +153,7 @@ class Bank:
                 raise UsageError(f"there is already a task {name!r}: choose another name or replace it")
             row = self._row_for(largest_axes([self._axes, axes]))
             try:
-                entry = _write(self._rows, row, task, version)
+                entry = _write(self._layout, self._rows, row, task, version)
                 for key, placed in self._snapshot.placed.items():
                     self._runtime.update(placed, self._rows[key], row)
             except BaseException:
@@ -200,7 +200,8 @@ class Bank:
         """Move to larger tensors; calls that already run keep the old ones."""
         rows = empty_bank(self._layout, capacity, axes, self._dtype)
         entries = {
-            name: _write(rows, row, entry.task, entry.version) for row, (name, entry) in enumerate(self.entries.items())
+            name: _write(self._layout, rows, row, entry.task, entry.version)
+            for row, (name, entry) in enumerate(self.entries.items())
         }
         placed = {key: self._runtime.place(value) for key, value in rows.items()}
         with self._lock:
@@ -236,9 +237,9 @@ class BakedBank:
         raise UsageError(f"the task {name!r} cannot be removed: the tasks of this engine are baked into its model")
 
 
-def _write(rows: Mapping[str, NDArray[Any]], row: int, task: Task, version: str) -> Entry:
+def _write(layout: Layout, rows: Mapping[str, NDArray[Any]], row: int, task: Task, version: str) -> Entry:
     """Write a task's state into a row; the entry's state is what was written."""
-    write_row(rows, row, task.state)
+    write_row(layout, rows, row, task.state)
     state = {
         key: rows[key][(slice(row, row + 1), *(slice(size) for size in value.shape[1:]))]
         for key, value in task.state.items()

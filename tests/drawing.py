@@ -73,6 +73,8 @@ def default_configs() -> list[MethodConfig]:
         "lora": {"rank": 4},
         "ssf": {},
         "linear": {},
+        "full": {},
+        "dam-vp": {"clusters": 3},
     }
     missing = METHODS.keys() - small.keys()
     if missing:

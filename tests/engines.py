@@ -17,6 +17,8 @@ from prompttune.methods import METHODS, MethodConfig
 from tests.drawing import default_configs, drawn_backbone, drawn_model
 
 SIZE = 64
+SHARING = [name for name, config in METHODS.items() if config.shares_backbone]
+"""Methods of which one engine holds many tasks; ``test_full.py`` has the other."""
 BATCH_SIZES = (1, 3, 8)
 
 
@@ -38,7 +40,7 @@ def config_of(method: str, **settings: object) -> MethodConfig:
 
 
 def model_of(method: str, number: int, name: str = "test_vit") -> pt.PromptModel:
-    """Task ``number``: its own parameters, ``number + 2`` classes, and its own rank and γ where there are such."""
+    """Task ``number``: own parameters, ``number + 2`` classes, own rank, γ and clusters where there are such."""
     return _model(method, number, name)
 
 
@@ -59,7 +61,7 @@ def _backbone(name: str, seed: int, size: int) -> pt.Backbone:
 
 @functools.cache
 def _model(method: str, number: int, name: str) -> pt.PromptModel:
-    own = {"rank": 2 + number, "gamma": 0.2 * (1 + number)}
+    own = {"rank": 2 + number, "gamma": 0.2 * (1 + number), "clusters": 1 + number % 4}
     settings = {name: value for name, value in own.items() if name in config_of(method).to_dict()}
     return drawn_model(backbone(name), config_of(method, **settings), number + 2, seed=number)
 

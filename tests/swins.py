@@ -9,7 +9,7 @@ from timm.models.swin_transformer import SwinTransformer, _create_swin_transform
 
 SWINS = ("test_swin", "test_swin2")
 """Windows that divide every map; windows of which none does, so that padding, shift and mask meet."""
-ON_SWIN = ("sa2vp", "vpt-shallow", "vpt-deep", "linear")
+ON_SWIN = ("sa2vp", "vpt-shallow", "vpt-deep", "linear", "full", "dam-vp")
 """Methods that drive a Swin; a test holds all others to a refusal by name."""
 
 _TINY = {"img_size": 64, "embed_dim": 16, "num_heads": (1, 2, 4, 8), "depths": (2, 1, 3, 1)}

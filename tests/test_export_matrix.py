@@ -12,19 +12,19 @@ import prompttune as pt
 from prompttune.export import EngineFolder
 from prompttune.export.folder import ONNX_FILE
 from prompttune.export.onnx import operators
-from prompttune.methods import METHODS
-from tests.engines import BATCH_SIZES, checkpoint, copied, exported, model_of, noise, workshop
+from tests.engines import BATCH_SIZES, SHARING, checkpoint, copied, exported, model_of, noise, workshop
 from tests.swins import ON_SWIN
 
 TASKS = 8
 # test_vit2 has register tokens and LayerScale, no class token, and pools the mean.
 # test_swin2 has windows that do not divide its maps, so that shift, padding and mask meet.
-CASES = [(method, "test_vit") for method in METHODS] + [("sa2vp", "test_vit2")]
-CASES += [(method, "test_swin2") for method in ON_SWIN] + [("sa2vp", "test_swin")]
+CASES = [(method, "test_vit") for method in SHARING] + [("sa2vp", "test_vit2")]
+CASES += [(method, "test_swin2") for method in ON_SWIN if method in SHARING]
+CASES += [("sa2vp", "test_swin")]
 # Of TensorRT's published support table, what a graph of ours may need. No IsNaN, Where, Loop, If, Scatter, NonZero.
 SUPPORTED = """
-    Add Concat Constant Conv Div Einsum Expand Gather Gelu Gemm LayerNormalization MatMul Mul ReduceMean Relu Reshape
-    Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze
+    Add ArgMax Concat Constant Conv Div Einsum Expand Gather Gelu Gemm LayerNormalization MatMul Mul Range ReduceMean
+    ReduceSum Relu Reshape Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze
 """
 
 pytestmark = pytest.mark.parametrize(("method", "backbone"), CASES, ids=lambda value: value)

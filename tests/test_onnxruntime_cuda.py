@@ -20,8 +20,7 @@ from prompttune.export.formats import Settings
 from prompttune.export.layout import TensorSpec
 from prompttune.export.runtimes import RuntimeOptions, onnxruntime_cuda
 from prompttune.export.runtimes.onnxruntime import OnnxRuntime, providers
-from prompttune.methods import METHODS
-from tests.engines import checkpoint, exported, model_of, noise
+from tests.engines import SHARING, checkpoint, exported, model_of, noise
 
 CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
 NUMPY = {1: np.float32, 10: np.float16, 16: ml_dtypes.bfloat16, 7: np.int64}
@@ -341,7 +340,7 @@ def needs_cuda_provider():
 
 @on_a_gpu
 @BOTH
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SHARING)
 @pytest.mark.usefixtures("needs_cuda_provider")
 def test_cuda_answers_as_pytorch_alone_and_mixed(method, graph):
     engine, images = pt.Engine(exported(method), device="cuda", cuda_graph=graph), noise(8)

@@ -21,8 +21,7 @@ from prompttune.export.layout import bank_input, stack_states
 from prompttune.export.precision import TORCH_DTYPES, typed_model
 from prompttune.export.smooth import smoothed
 from prompttune.layers.attention import attend, explicit_attention
-from prompttune.methods import METHODS
-from tests.engines import backbone, build_request, model_of, noise
+from tests.engines import SHARING, backbone, build_request, model_of, noise
 
 BACKBONES = ("test_vit", "test_vit2")
 lower = pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -119,7 +118,7 @@ def graph_logits(method, name, precision, images, explicit):
 @pytest.mark.parametrize("explicit", [False, True], ids=["fused", "explicit"])
 @lower
 @pytest.mark.parametrize(
-    ("method", "name"), [*((method, "test_vit") for method in METHODS), ("sa2vp", "test_vit2")], ids=str
+    ("method", "name"), [*((method, "test_vit") for method in SHARING), ("sa2vp", "test_vit2")], ids=str
 )
 def test_eager_logits_are_within_rounding(method, name, precision, explicit):
     images = noise(4)

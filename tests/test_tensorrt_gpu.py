@@ -16,8 +16,7 @@ from prompttune.export.folder import MANIFEST, write_manifest
 from prompttune.export.formats import Settings
 from prompttune.export.proof import open_runner
 from prompttune.export.runtimes import RuntimeOptions, StateRunner, open_runtime
-from prompttune.methods import METHODS
-from tests.engines import checkpoint, model_of, noise, workshop
+from tests.engines import SHARING, checkpoint, model_of, noise, workshop
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt]
 
@@ -47,7 +46,7 @@ def expected(method, number, images):
 
 
 @pytest.mark.parametrize("precision", TOLERANCES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SHARING)
 def test_plan_answers_as_pytorch(method, precision):
     engine, images = runner(built(method, precision)), noise(8)
     assert engine.description.startswith("TensorRT")
@@ -59,7 +58,7 @@ def test_plan_answers_as_pytorch(method, precision):
             assert np.isneginf(found[:, number + 2 :]).all()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SHARING)
 def test_mixed_batch_equals_single_runs(method):
     engine, images = runner(built(method)), noise(8)
     tasks = ["task0", "task1"] * 4

@@ -17,7 +17,7 @@ Shapes = tuple[Shape, Shape, Shape]
 _BATCH: Range = (1, 8, 32)
 _ROOM = 2
 """An axis without a range gets this many times what the exported tasks need, so that larger tasks fit later ..."""
-_LEAST = {TASKS: 64, "rank": 32, "classes": 256}
+_LEAST = {TASKS: 64, "rank": 32, "classes": 256, "clusters": 16}
 """... and at least room for this."""
 
 
@@ -27,7 +27,7 @@ def dynamic_axes(inputs: Sequence[TensorSpec]) -> list[str]:
 
 
 def needed_sizes(layout: Layout, states: Mapping[str, State]) -> dict[str, int]:
-    """The sizes of the axes tasks, rank and classes that hold all of the given tasks."""
+    """The sizes of the axis tasks and of the layout's named axes that hold all of the given tasks."""
     bound = [bind_axes(layout, {key: v.shape for key, v in state.items()}, name) for name, state in states.items()]
     return {TASKS: len(states), **largest_axes(bound)}
 

@@ -68,6 +68,8 @@ class Backbone(nn.Module):
     """Where the weights came from, in words."""
     fingerprint: str
     """See :func:`fingerprint_of`."""
+    is_tuned: bool = False
+    """Whether these are the weights of one task, made by a method that trains the backbone itself."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

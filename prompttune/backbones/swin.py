@@ -109,6 +109,13 @@ class SwinBackbone(Backbone):
         self.windows = nn.ModuleList(windows)
         self.depth = len(windows)
 
+    def requires_grad_(self, requires_grad: bool = True) -> SwinBackbone:
+        """Let the weights train, or freeze them as they are now: the windows' position bias with them."""
+        super().requires_grad_(requires_grad)
+        for windows in self.windows:
+            cast(Windows, windows).freeze(not requires_grad)
+        return self
+
     def stage_of(self, index: int) -> int:
         """The number of the stage that holds block ``index``."""
         return next(number for number, stage in enumerate(self.stages) if index in stage.blocks)

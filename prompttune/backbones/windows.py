@@ -54,7 +54,7 @@ class Windows(nn.Module):
     """What a frozen block's attention does between its projections, for one size of the map.
 
     Args:
-        block: the frozen block; its relative position bias and shift mask are taken as constants.
+        block: the frozen block; its relative position bias and shift mask are taken as constants, see :meth:`freeze`.
         grid: rows and columns of the map.
     """
 
@@ -71,11 +71,21 @@ class Windows(nn.Module):
         self.moves = self.padded or not torch.equal(order, torch.arange(order.numel()))
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("places", places, persistent=False)
-        with torch.no_grad():
-            bias = block.attn._get_rel_pos_bias().detach()[0].float().contiguous()  # [H, A, A]
+        self._attention = (block.attn,)  # a tuple hides it: the block is the backbone's
+        self.register_buffer("bias", self._compute_bias().detach(), persistent=False)
+        self.frozen = True
         shift_mask = None if block.attn_mask is None else block.attn_mask.float().clone()  # [W, A, A]
-        self.register_buffer("bias", bias, persistent=False)
         self.register_buffer("shift_mask", shift_mask, persistent=False)
+
+    def freeze(self, frozen: bool) -> None:
+        """Take the position bias as it is now for a constant, or compute it in every call from a table that trains."""
+        self.frozen = frozen
+        if frozen:
+            self.bias = self._compute_bias().detach()
+
+    def _compute_bias(self) -> Tensor:
+        bias: Tensor = self._attention[0]._get_rel_pos_bias()[0].float().contiguous()  # [H, A, A]
+        return bias
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, padding: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Self attention in the windows.
@@ -121,9 +131,10 @@ class Windows(nn.Module):
 
     def mask(self) -> Tensor:
         """Relative position bias and shift mask, float32 [H W, A, A], added to the scores."""
+        bias = self.bias if self.frozen else self._compute_bias()
         if self.shift_mask is None:
-            return self.bias.unsqueeze(1).expand(-1, self.count, -1, -1).flatten(0, 1)
-        return (self.bias.unsqueeze(1) + self.shift_mask).flatten(0, 1)
+            return bias.unsqueeze(1).expand(-1, self.count, -1, -1).flatten(0, 1)
+        return (bias.unsqueeze(1) + self.shift_mask).flatten(0, 1)
 
     def partition(self, tokens: Tensor, padding: Tensor) -> Tensor:
         """[..., H, N, d] to [..., H W, A, d]; padded places take ``padding`` [H, 1, d]."""

@@ -105,6 +105,7 @@ def _check_backbone(folder: Path, wanted: dict[str, Any], backbone: Backbone) ->
 
 
 def _load_tensors(model: PromptModel, tensors: dict[str, Tensor], folder: Path) -> None:
+    model.take_sizes(tensors)
     parameters = model.task_parameters()
     missing = sorted(parameters.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - parameters.keys())

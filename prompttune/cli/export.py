@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 FORMATS = ("onnx", "trt", "torch-trt", "aoti", "onnx-adapter")
 REPOSITORIES = {"triton": "onnx", "triton-trt": "trt"}
 """Name of a kind of Triton repository → format of the engine in it."""
-AXES = ("batch", "tasks", "rank", "classes")
+AXES = ("batch", "tasks", "rank", "classes", "clusters")
 
 
 def _axes(

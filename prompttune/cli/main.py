@@ -13,6 +13,7 @@ from prompttune.errors import PrompttuneError
 
 COMMANDS = {
     "train": ("prompttune.cli.train", "Train one task, or several, over a frozen backbone."),
+    "meta": ("prompttune.cli.meta", "Meta-learn the prompt that dam-vp starts from."),
     "evaluate": ("prompttune.cli.evaluate", "Report the accuracy of a prompt checkpoint."),
     "export": ("prompttune.cli.export", "Export backbone and method once; tasks become inputs."),
     "tasks": ("prompttune.cli.tasks", "Add, remove or list the tasks of an engine."),

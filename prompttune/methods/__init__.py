@@ -10,8 +10,10 @@ from prompttune.errors import UsageError, choose
 from prompttune.methods.adapter import AdapterConfig
 from prompttune.methods.adaptformer import AdaptFormerConfig
 from prompttune.methods.base import Features, Layout, Method, MethodConfig, State
+from prompttune.methods.damvp import DAMVPConfig
 from prompttune.methods.e2vpt import E2VPTConfig
 from prompttune.methods.expres import EXPRESConfig
+from prompttune.methods.full import FullConfig
 from prompttune.methods.gapt import GaPTConfig
 from prompttune.methods.linear import LinearConfig
 from prompttune.methods.lora import LoRAConfig
@@ -43,6 +45,8 @@ for _config in (
     LoRAConfig,
     SSFConfig,
     LinearConfig,
+    FullConfig,
+    DAMVPConfig,
 ):
     register(_config)
 
@@ -66,9 +70,11 @@ __all__ = [
     "METHODS",
     "AdaptFormerConfig",
     "AdapterConfig",
+    "DAMVPConfig",
     "E2VPTConfig",
     "EXPRESConfig",
     "Features",
+    "FullConfig",
     "GaPTConfig",
     "LSPTConfig",
     "Layout",

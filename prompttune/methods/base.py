@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,7 +24,10 @@ Layout = dict[str, tuple[int | str, ...]]
 """Shape of each state tensor without its leading dimension; a string names an axis that differs between tasks
 of one engine and is padded to the largest."""
 
-RANK, CLASSES = "rank", "classes"
+RANK, CLASSES, CLUSTERS = "rank", "classes", "clusters"
+CHOICES = (CLASSES, CLUSTERS)
+"""Axes of which a forward chooses one entry. A state tensor of the shape ``(axis,)`` is added to the scores of the
+choice, and padded with -inf instead of zeros, so that padding is never chosen."""
 
 
 class Features(NamedTuple):
@@ -48,6 +52,8 @@ class MethodConfig:
     """The method's name on the command line."""
     shapes_graph: ClassVar[tuple[str, ...]] = ()
     """Settings that change the traced graph; tasks of one engine must agree on them."""
+    shares_backbone: ClassVar[bool] = True
+    """Whether the backbone's weights stay as they are, so that the tasks of one engine can share them."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -146,6 +152,27 @@ class Method(nn.Module):
     def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:
         """Features of ``images`` [B, 3, S, S] under ``state``; ``aux`` asks for the prompt pathway's too."""
         raise NotImplementedError
+
+    def begin_training(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Set up what depends on the training images; called once, before the first step of a run that is not resumed.
+
+        Parameters may be replaced by others of another size here, see :meth:`take_sizes`.
+
+        Args:
+            batches: the training images in evaluation transform, normalised [B, 3, S, S], and their class indices
+                [B], on the device of the parameters, shuffled; they are read as far as they are iterated.
+        """
+
+    def take_sizes(self, stored: Mapping[str, Tensor]) -> None:
+        """Give parameters whose size :meth:`begin_training` chose the size of ``stored`` ones, before these are loaded.
+
+        Args:
+            stored: tensors by the names of this module's parameters; what does not fit is refused afterwards.
+        """
+
+    def own_backbone(self) -> Backbone | None:
+        """The backbone with this task's own weights in it, where the method trains them: see ``shares_backbone``."""
+        return None
 
     def end_epoch(self, epoch: int, epochs: int) -> bool:  # noqa: ARG002
         """Called after each training epoch, before validation; may change the method's parameters in place.

@@ -75,7 +75,7 @@ def train(
             return _result(folder, saved.progression, was_over=True)
     backbone = backbone or _load_backbone(config)
     _check_backbone(config, backbone)
-    run = Run(config, backbone, fabric, on_progress)
+    run = Run(config, backbone, fabric, on_progress, saved)
     return _result(folder, run.go(saved))
 
 

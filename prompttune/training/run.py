@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from prompttune.errors import DataError, TrainingError
 from prompttune.model import PromptModel
 from prompttune.training.data import Batch, CorruptImages, DataSplits, load_data, make_loader
 from prompttune.training.data.rng import derive_seed
 from prompttune.training.keep import Keeper
-from prompttune.training.launch import gather_lines, loader_workers, sum_over
+from prompttune.training.launch import gather_lines, loader_workers, on_rank_zero, sum_over
 from prompttune.training.optim import (
     Objective,
     balanced_weights,
@@ -37,7 +38,12 @@ class Run:
     """Data, model, optimiser and loop of one task; :meth:`go` does it all."""
 
     def __init__(
-        self, config: TrainConfig, backbone: Backbone, fabric: Fabric, on_progress: OnProgress | None = None
+        self,
+        config: TrainConfig,
+        backbone: Backbone,
+        fabric: Fabric,
+        on_progress: OnProgress | None = None,
+        saved: Saved | None = None,
     ) -> None:
         self.config, self.fabric = config, fabric
         self.on_progress = on_progress if fabric.is_global_zero else None
@@ -47,9 +53,13 @@ class Run:
         self.model = PromptModel(
             backbone, config.method_config(), labels=self.data.classes, preprocess=config.preprocess(backbone)
         ).to(fabric.device)
+        self._make_loaders()
+        if saved is None:
+            self._begin_training()
+        else:
+            self.model.take_sizes(saved.task)
         optimizer = make_optimizer(config, self.model.trained_parameters())
         self.keeper = Keeper(config, fabric, self.model, optimizer, self._identity())
-        self._make_loaders()
         self._set_up(optimizer)
         self.corrupt = CorruptImages(config.max_corrupt)
         self._unsettled: list[str] = []
@@ -81,6 +91,36 @@ class Run:
         self.train_batches = make_loader(self.data.train, augment, shuffle=True, **shared)
         self.val_batches = make_loader(self.data.val, preprocess.transform(), shuffle=False, **shared)
         self.steps = len(self.train_batches)
+
+    def _begin_training(self) -> None:
+        """Let the method set itself up from the training images, in the first process; all others take the result."""
+
+        def begin() -> dict[str, Tensor]:
+            torch.manual_seed(derive_seed("begin", self.config.seed))
+            self.model.method.begin_training(self._plain_batches())
+            return {name: tensor.cpu() for name, tensor in self.model.method.state_dict().items()}
+
+        if self.fabric.world_size == 1:
+            begin()
+            return
+        stored = on_rank_zero(self.fabric, begin)
+        self.model.method.take_sizes(stored)
+        self.model.method.load_state_dict(stored)
+
+    def _plain_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All training images in evaluation transform, shuffled by the seed, and their targets."""
+        device = self.fabric.device
+        # a reader may stop early: no processes that would read ahead
+        loader = make_loader(
+            self.data.train,
+            self.model.preprocess.transform(),
+            batch_size=self.config.batch_size,
+            shuffle=True,
+            seed=derive_seed("begin", self.config.seed),
+        )
+        for batch in loader:
+            if len(batch.targets):
+                yield batch.images.to(device), batch.targets.to(device)
 
     def _set_up(self, optimizer: torch.optim.Optimizer) -> None:
         weights = None

@@ -1,0 +1,77 @@
+"""``prompttune meta``: a common start for dam-vp's prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+
+
+@click.command()
+@click.option("--data", required=True, multiple=True, help="Data set, as train takes it. Repeat it for each.")
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="File to write, .safetensors.")
+@click.option("--backbone", default="vit_small_patch14_dinov2", show_default=True, help="timm name of the backbone.")
+@click.option(
+    "--image-size", type=click.IntRange(1), help="Side of the input in pixels; the backbone's own if not given."
+)
+@click.option("--weights", default="auto", show_default=True, help="As of train.")
+@click.option(
+    "--prompt-size", type=click.IntRange(1), help="Width of the border in pixels; as of train --method dam-vp."
+)
+@click.option("--steps", type=click.IntRange(1), default=200, show_default=True, help="Moves of the prompt.")
+@click.option("--inner-steps", type=click.IntRange(1), default=8, show_default=True, help="SGD steps in each of them.")
+@click.option("--lr", type=float, default=1.0, show_default=True, help="Highest learning rate of the prompts.")
+@click.option("--head-lr", type=float, default=0.1, show_default=True, help="Learning rate of the heads.")
+@click.option("--step-size", type=float, default=1.0, show_default=True, help="How far the common prompt follows.")
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images of a data set a step."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of order and initialisation.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:INDEX.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def meta(
+    data: tuple[str, ...],
+    output: Path,
+    backbone: str,
+    image_size: int | None,
+    weights: str,
+    prompt_size: int | None,
+    device: str,
+    quiet: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Meta-learn the prompt that dam-vp starts from, over several data sets.
+
+    \b
+    prompttune meta --data demo/digits --data demo/location --output meta.safetensors
+    prompttune train --method dam-vp --meta-init meta.safetensors --data photos/ --output runs/photos
+    """
+    from prompttune.backbones import load_backbone
+    from prompttune.methods.damvp.config import DAMVPConfig
+    from prompttune.methods.damvp.learning import MetaSettings, learn_prompt
+    from prompttune.training.scoring import resolve_device
+
+    chosen, place = MetaSettings(**settings), resolve_device(device)
+    with Progress(console=Console(stderr=True, quiet=quiet), transient=True) as bar:
+        task = bar.add_task("steps", total=chosen.steps)
+        losses = learn_prompt(
+            load_backbone(backbone, image_size, weights),
+            data,
+            output,
+            config=DAMVPConfig(prompt_size=prompt_size),
+            settings=chosen,
+            device=place,
+            on_step=lambda done, _loss: bar.update(task, completed=done),
+        )
+    if as_json:
+        click.echo(json.dumps({"path": str(output), "data": list(data), "losses": losses}, indent=2))
+    else:
+        click.echo(
+            f"{output}: {chosen.steps} steps over {len(data)} data sets, loss {losses[0]:.3f} to {losses[-1]:.3f}"
+        )

@@ -1,0 +1,62 @@
+"""The clusters of a task's images, as DAM-VP's released code finds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from prompttune.backbones.base import Backbone
+from prompttune.errors import TrainingError
+from prompttune.methods.damvp.config import DAMVPConfig
+
+
+def gather_features(backbone: Backbone, batches: Iterable[tuple[Tensor, Tensor]], most: int) -> Tensor:
+    """Pooled features of the plain backbone of at most ``most`` images, float32 [N, D] on the CPU."""
+    gathered: list[Tensor] = []
+    count = 0
+    with torch.no_grad():
+        for images, _ in batches:
+            gathered.append(backbone(images[: most - count]).float().cpu())
+            count += len(gathered[-1])
+            if count >= most:
+                break
+    if not count:
+        raise TrainingError("dam-vp found no image to cluster")
+    return torch.cat(gathered)
+
+
+def find_centres(features: Tensor, config: DAMVPConfig) -> Tensor:
+    """Mean features of each cluster, [K, D].
+
+    Agglomerative clustering with average linkage over Euclidean distances: clusters merge until the nearest two are
+    ``config.cluster_distance`` apart on average, or ``config.clusters`` are left. More than ``config.max_clusters``
+    go on merging.
+
+    Args:
+        features: [N, D].
+        config: what ends the merging.
+
+    Raises:
+        TrainingError: there are fewer images than clusters were asked for.
+    """
+    from sklearn.cluster import AgglomerativeClustering
+
+    count = len(features)
+    if config.clusters is not None and config.clusters > count:
+        raise TrainingError(f"dam-vp cannot make {config.clusters} clusters of {count} images: lower --clusters")
+    if count == 1:
+        return features
+
+    def label(**stop: object) -> Tensor:
+        return torch.from_numpy(AgglomerativeClustering(linkage="average", **stop).fit(features.numpy()).labels_)
+
+    if config.clusters is not None:
+        labels = label(n_clusters=config.clusters)
+    else:
+        distance = config.cluster_distance or float(torch.pdist(features.double()).mean())
+        labels = label(n_clusters=None, distance_threshold=distance)
+        if labels.max() >= config.max_clusters:
+            labels = label(n_clusters=config.max_clusters)
+    return torch.stack([features[labels == cluster].mean(dim=0) for cluster in range(int(labels.max()) + 1)])

@@ -1,0 +1,54 @@
+"""Settings of DAM-VP."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from prompttune.backbones.base import Backbone
+from prompttune.methods.base import Method, MethodConfig, setting
+
+RELEASED_SIZE, RELEASED_IMAGE = 30, 224
+INITS = ("zero", "released")
+
+
+@dataclass(frozen=True)
+class DAMVPConfig(MethodConfig):
+    """Settings of DAM-VP; the defaults follow the paper and its code where they name a value for every backbone."""
+
+    method = "dam-vp"
+    shapes_graph = ("prompt_size",)
+
+    prompt_size: int | None = setting(
+        None, f"width of the border in pixels; by default {RELEASED_SIZE} of {RELEASED_IMAGE}, scaled to the image"
+    )
+    clusters: int | None = setting(None, "number of clusters; by default as many as lie cluster_distance apart")
+    cluster_distance: float | None = setting(
+        None, "distance of features from which clusters stay apart; by default the mean between two images"
+    )
+    max_clusters: int = setting(16, "at most so many clusters")
+    cluster_images: int = setting(1000, "training images that are clustered")
+    init: str = setting("zero", "start of the prompts: zero, or the released code's normal draw", choices=INITS)
+    meta_init: str | None = setting(None, "file of prompttune meta, or dam-vp checkpoint, that all prompts start from")
+
+    def check(self) -> None:
+        """See :meth:`MethodConfig.check`."""
+        for name in ("prompt_size", "clusters", "max_clusters", "cluster_images"):
+            value = getattr(self, name)
+            self.require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
+        distance = self.cluster_distance
+        self.require(distance is None or distance > 0, f"cluster_distance must be above 0, not {distance}")
+        self.require(self.clusters is None or distance is None, "give clusters or cluster_distance, not both")
+
+    def resolved(self, backbone: Backbone) -> DAMVPConfig:
+        """The border's width for this backbone's image."""
+        side = backbone.image_size
+        size = self.prompt_size or max(1, round(side * RELEASED_SIZE / RELEASED_IMAGE))
+        self.require(2 * size < side, f"a border of {size} pixels leaves nothing of an image of {side}")
+        return dataclasses.replace(self, prompt_size=size)
+
+    def build(self, backbone: Backbone) -> Method:
+        """See :meth:`MethodConfig.build`."""
+        from prompttune.methods.damvp.method import DAMVP
+
+        return DAMVP(self.resolved(backbone), backbone)

@@ -1,0 +1,67 @@
+"""Full fine-tuning: every weight of the backbone trains. The reference that prompts are measured against.
+
+A task is a whole backbone, so nothing is shared: the checkpoint holds all tuned tensors, and an engine has the tuned
+weights in its graph and one task. The copy stays in evaluation mode as the frozen backbone does: no drop-out, no
+stochastic depth, and a batch norm keeps its statistics.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from prompttune.backbones.base import Backbone, fingerprint_of
+from prompttune.methods.base import Features, Layout, Method, MethodConfig, State
+
+
+@dataclass(frozen=True)
+class FullConfig(MethodConfig):
+    """Full fine-tuning has no settings of its own."""
+
+    method = "full"
+    shares_backbone = False
+
+    def build(self, backbone: Backbone) -> Method:
+        """See :meth:`MethodConfig.build`."""
+        return Full(self, backbone)
+
+
+class Full(Method):
+    """``backbone.model.*``: the backbone's tensors by timm's names, a copy that trains.
+
+    Over a backbone that is tuned already, as an engine has it, there is no copy and nothing trains.
+    """
+
+    backbones = (Backbone,)
+
+    def __init__(self, config: FullConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        if not backbone.is_tuned:
+            self.backbone = copy.deepcopy(backbone)  # a backbone stays in evaluation mode by itself
+            self.backbone.requires_grad_(True)
+
+    def task_state(self) -> State:
+        """Empty: the weights are the graph's own."""
+        return {}
+
+    def state_layout(self) -> Layout:
+        """Empty."""
+        return {}
+
+    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
+        """Pooled features of the tuned backbone, [B, D]."""
+        features: Tensor = self._tuned()(images)
+        return Features(features)
+
+    def _tuned(self) -> Backbone:
+        return self._backbone[0] if self._backbone[0].is_tuned else self.backbone
+
+    def own_backbone(self) -> Backbone:
+        """A frozen copy of the tuned backbone, with the fingerprint of the tuned weights."""
+        tuned = copy.deepcopy(self._tuned())
+        tuned.requires_grad_(False)
+        tuned.is_tuned = True
+        tuned.fingerprint = fingerprint_of(tuned.model.state_dict())
+        return tuned
