@@ -125,7 +125,8 @@ class E2VPT(Method):
     def mask(self) -> Tensor:
         """1 where a prompt's channel is left, 0 where it is pruned: [P, D]."""
         repeated = self.masks["segment"].repeat(1, self.prompts.shape[-1] // self.config.segments)  # [P, D]
-        return self.masks["token"].unsqueeze(1) * repeated
+        mask: Tensor = self.masks["token"].unsqueeze(1) * repeated
+        return mask
 
     def task_state(self) -> State:
         """``prompts`` [1, L, P, D] with the masks multiplied in, ``keys`` [1, L, H, n, d], ``values`` unless shared."""
