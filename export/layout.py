@@ -126,9 +126,9 @@ def empty_bank(
     """
     shapes = {key: (axes[axis] if isinstance(axis, str) else axis for axis in shape) for key, shape in layout.items()}
     bank: dict[str, NDArray[Any]] = {key: np.zeros((rows, *shape), dtype=dtype) for key, shape in shapes.items()}
-    for key, rows in bank.items():
+    for key, values in bank.items():
         if padding := _padding(layout[key]):
-            rows.fill(padding)
+            values.fill(padding)
     return bank
 
 
