@@ -28,6 +28,7 @@ _LAZY = {
     "LinearConfig": "prompttune.methods",
     "FullConfig": "prompttune.methods",
     "DAMVPConfig": "prompttune.methods",
+    "import_checkpoint": "prompttune.checkpoints.importing",
     "TrainConfig": "prompttune.training",
     "train": "prompttune.training",
     "evaluate": "prompttune.training",
@@ -64,6 +65,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "export_engine",
+    "import_checkpoint",
     "load_backbone",
     "train",
     "validate_engine",
@@ -71,6 +73,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from prompttune.backbones import Backbone, load_backbone
+    from prompttune.checkpoints.importing import import_checkpoint
     from prompttune.errors import PrompttuneError
     from prompttune.export import ExportSettings, export_engine, validate_engine
     from prompttune.methods import (

@@ -62,8 +62,11 @@ def adapter_features(timm: VisionTransformer, method: SerialAdapter, images: Ten
 def lora_features(timm: VisionTransformer, method: LoRA, images: Tensor) -> Tensor:
     """W + (α / r) up down merged into the weights."""
     for index, block in enumerate(timm.blocks):
-        query, _, value = block.attn.qkv.weight.data.chunk(3)  # views, changed in place
-        for weight, added in ((query, method.query), (value, method.value)):
+        query, key, value = block.attn.qkv.weight.data.chunk(3)  # views, changed in place
+        pairs = [(query, method.query), (value, method.value)]
+        if method.config.targets == "qkv":
+            pairs.append((key, method.key))
+        for weight, added in pairs:
             weight += method.config.alpha / method.config.rank * added.up[index] @ added.down[index]
     return pooled(timm, images)
 

@@ -24,6 +24,7 @@ CASES = [
     ("adapter", {"rank": 4}),
     ("lora", {"rank": 4}),
     ("lora", {"rank": 2, "alpha": 8}),
+    ("lora", {"rank": 3, "targets": "qkv"}),
     ("ssf", {}),
     ("gapt", {"num_prompts": 3}),
     ("gapt", {"num_prompts": 3, "pool": "mean"}),
@@ -59,6 +60,7 @@ def test_features_equal_the_equations(backbone, method, settings, images):
 COUNTS = [
     ("adaptformer", {"rank": 64}, 1_189_632),
     ("lora", {"rank": 4}, 147_456),
+    ("lora", {"rank": 4, "targets": "qkv"}, 147_456 * 3 // 2),
     ("ssf", {}, 205_824),
     ("gapt", {"num_prompts": 100}, 76_823),
     ("vpt-deep", {"num_prompts": 1}, 9_216),
@@ -144,7 +146,7 @@ def test_a_task_of_lower_rank_is_padded_with_zeros(vit, images):
 @pytest.mark.parametrize(
     ("method", "settings", "name"),
     [(method, {}, "test_vit2") for method in ("adaptformer", "adapter", "lora", "ssf", "gapt")]
-    + [("gapt", {"pool": "mean"}, "test_vit")],
+    + [("gapt", {"pool": "mean"}, "test_vit"), ("lora", {"targets": "qkv"}, "test_vit")],
     ids=str,
 )
 def test_an_engine_on_layer_scale_or_pooled_means_answers_as_pytorch(method, settings, name, tmp_path):

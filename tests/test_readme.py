@@ -24,7 +24,7 @@ def commands_in(text: str) -> list[str]:
 def documented() -> list[tuple[str, str]]:
     pages = [(page.name, "\n".join(re.findall(r"```.*?```", page.read_text(), flags=re.DOTALL))) for page in PAGES]
     for name, (module, _) in COMMANDS.items():
-        command = getattr(importlib.import_module(module), name)
+        command = getattr(importlib.import_module(module), name.replace("-", "_"))
         pages.append((f"{name} --help", command.help or ""))
         if isinstance(command, click.Group):
             pages += [(f"{name} {sub} --help", inner.help or "") for sub, inner in command.commands.items()]

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import prompttune as pt
+from tests import released
 from tests.reference.draw import draw, images
 
 CASES = Path(__file__).parent / "reference"
@@ -74,6 +75,23 @@ def test_features_of_both_pathways_on_a_swin(tmp_path):
     assert {"prompts.0.tokens", "prompts.0.proj.weight", "adapters.17.up.bias"} <= names
     assert not [name for name in names if name.startswith("prompts.") and not name.startswith("prompts.0.")]
     assert sum(parameter.numel() for parameter in model.method.parameters()) == 201_488
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "write"), [("sa2vp_vit_b16", released.sa2vp_vit), ("sa2vp_swin_b", released.sa2vp_swin)]
+)
+def test_a_released_file_is_imported_with_its_numbers(name, write, tmp_path):
+    """The drawn parameters under the released code's names, imported, give what that code was recorded to give."""
+    case = read_case(name)
+    meta, task = json.loads(str(case["meta"])), build(case, tmp_path)
+    file = released.save_sa2vp(write(task), tmp_path / "checkpoint-99.pth")
+    settings = {"gamma": meta["gamma"], "window": meta["window"]}
+    made = pt.import_checkpoint("sa2vp", file, tmp_path / "task", backbone=task.backbone, settings=settings)
+    assert made.assumed == {}
+    imported = pt.PromptModel.load(tmp_path / "task", task.backbone)
+    assert imported.config.rank == meta["rank"]
+    compare(case, imported)
 
 
 @pytest.mark.slow

@@ -14,6 +14,10 @@ from prompttune.errors import PrompttuneError
 COMMANDS = {
     "train": ("prompttune.cli.train", "Train one task, or several, over a frozen backbone."),
     "meta": ("prompttune.cli.meta", "Meta-learn the prompt that dam-vp starts from."),
+    "import-checkpoint": (
+        "prompttune.cli.import_checkpoint",
+        "Make a released SA²VP, VPT, GaPT or PEFT LoRA file a checkpoint.",
+    ),
     "evaluate": ("prompttune.cli.evaluate", "Report the accuracy of a prompt checkpoint."),
     "export": ("prompttune.cli.export", "Export backbone and method once; tasks become inputs."),
     "tasks": ("prompttune.cli.tasks", "Add, remove or list the tasks of an engine."),
@@ -37,7 +41,7 @@ class LazyGroup(click.Group):
         """Import one command."""
         if cmd_name not in COMMANDS:
             return None
-        command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
+        command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name.replace("-", "_"))
         if not isinstance(command, click.Command):
             raise TypeError(f"{COMMANDS[cmd_name][0]}.{cmd_name} is not a click command")
         return command

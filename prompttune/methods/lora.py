@@ -1,11 +1,13 @@
-"""LoRA, low-rank adaptation of the attention's queries and values: https://arxiv.org/abs/2106.09685 (ICLR 2022).
+"""LoRA, low-rank adaptation of the attention's projections: https://arxiv.org/abs/2106.09685 (ICLR 2022).
 
-In every block ``W_q`` and ``W_v`` become ``W + (α / r) up down``. The products are never merged into the frozen
-weights: each row of a batch may belong to another task, so a row runs through its own ``down`` and ``up``. The
-factor α / r folds into ``up``.
+In every block ``W_q`` and ``W_v``, with ``targets qkv`` ``W_k`` too, become ``W + (α / r) up down``. The products are
+never merged into the frozen weights: each row of a batch may belong to another task, so a row runs through its own
+``down`` and ``up``. The factor α / r folds into ``up``.
 
-As in the paper q and v are adapted, ``down`` starts Kaiming-uniform (as released; the paper says Gaussian) and ``up``
-at zero. A backbone that norms its queries norms the sum, as with merged weights.
+As in the paper q and v are adapted by default, ``down`` starts Kaiming-uniform (as released; the paper says Gaussian)
+and ``up`` at zero. A backbone that norms its queries and keys norms the sums, as with merged weights. timm
+keeps q, k and v in one matrix, so a library that adapts it as a whole (PEFT's ``target_modules="qkv"``) shares one
+``down`` between the three: ``targets qkv`` with equal ``down``, see ``checkpoints/importing/peft.py``.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from prompttune.methods.base import RANK, Features, Layout, Method, MethodConfig
 
 QUERY, KEY, VALUE = range(3)
 """Parts of a block's joint projection."""
+TARGETS = {"qv": ("query", "value"), "qkv": ("query", "key", "value")}
+"""What each choice of targets adapts."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,11 @@ class LoRAConfig(MethodConfig):
     """Settings of LoRA."""
 
     method = "lora"
+    shapes_graph = ("targets",)
 
-    rank: int = setting(4, "rank r of what is added to the weights of queries and values")
+    rank: int = setting(4, "rank r of what is added to the weights")
     alpha: float = setting(4.0, "α; what is added is weighed by α / r")
+    targets: str = setting("qv", "projections that are adapted: queries and values, or keys too", tuple(TARGETS))
     dropout: float = setting(0.0, "drop-out on the input of the low-rank products, while training")
 
     def check(self) -> None:
@@ -60,7 +66,7 @@ class LowRank(nn.Module):
 
 
 class LoRA(Method):
-    """``query`` and ``value``, a :class:`LowRank` each."""
+    """``query`` and ``value``, with ``targets qkv`` also ``key``, a :class:`LowRank` each."""
 
     backbones = (VitBackbone,)
     own_norms = ("norm1",)
@@ -69,15 +75,18 @@ class LoRA(Method):
         super().__init__(config, backbone)
         assert isinstance(backbone, VitBackbone)
         self.config = config
+        self.targets = TARGETS[config.targets]
         out = backbone.num_heads * backbone.head_dim
-        self.query = LowRank(backbone.depth, config.rank, backbone.width, out)
-        self.value = LowRank(backbone.depth, config.rank, backbone.width, out)
+        for name in self.targets:
+            self.add_module(name, LowRank(backbone.depth, config.rank, backbone.width, out))
 
     def task_state(self) -> State:
-        """``query.down`` [1, L, D, r], ``query.up`` [1, L, r, H d] times α / r, and the same of ``value``."""
+        """``query.down`` [1, L, D, r], ``query.up`` [1, L, r, H d] times α / r, and the same of the other targets."""
         scale = self.config.alpha / self.config.rank
         state = {}
-        for name, added in (("query", self.query), ("value", self.value)):
+        for name in self.targets:
+            added = self.get_submodule(name)
+            assert isinstance(added, LowRank)
             state[f"{name}.down"] = added.down.transpose(1, 2).unsqueeze(0)
             state[f"{name}.up"] = scale * added.up.transpose(1, 2).unsqueeze(0)
         return state
@@ -87,12 +96,11 @@ class LoRA(Method):
         backbone = self._backbone[0]
         assert isinstance(backbone, VitBackbone)
         depth, width, out = backbone.depth, backbone.width, backbone.num_heads * backbone.head_dim
-        return {
-            "query.down": (depth, width, RANK),
-            "query.up": (depth, RANK, out),
-            "value.down": (depth, width, RANK),
-            "value.up": (depth, RANK, out),
-        }
+        layout: Layout = {}
+        for name in self.targets:
+            layout[f"{name}.down"] = (depth, width, RANK)
+            layout[f"{name}.up"] = (depth, RANK, out)
+        return layout
 
     def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; there is no prompt pathway."""
@@ -111,6 +119,8 @@ class LoRA(Method):
         asking = backbone.read(index, normed)
         query = backbone.linear_qkv(index, asking, QUERY) + self._added("query", index, asking, state)
         key = backbone.linear_qkv(index, normed, KEY)
+        if "key" in self.targets:
+            key = key + self._added("key", index, normed, state)
         value = backbone.linear_qkv(index, normed, VALUE) + self._added("value", index, normed, state)
         attended = attend(
             backbone.query_heads(index, query), backbone.key_heads(index, key), backbone.heads(value)

@@ -1,0 +1,177 @@
+"""LoRA folders of Hugging Face PEFT over a timm ViT: https://github.com/huggingface/peft, ``tuners/lora/``.
+
+``adapter_config.json`` beside ``adapter_model.safetensors`` with ``base_model.model.blocks.{i}.attn.qkv.lora_A.weight``
+[r, D] and ``.lora_B.weight`` [3 H d, r]. timm keeps q, k and v in one matrix, so one A serves all three: it becomes the
+``down`` of each target, and B's rows the ``up`` of each. Where no block changes its keys the task has ``targets qv``,
+else ``qkv``; both exact.
+
+The weight is α / r, or α / sqrt(r) with ``use_rslora``. Blocks of their own rank (``rank_pattern``) are padded with
+zeros to the largest, their own α (``alpha_pattern``) goes into ``up``, blocks without an adapter get zeros.
+``modules_to_save`` may hold the head. Whatever changes the arithmetic otherwise (DoRA, biases, other modules, initial
+weights that change the base model) is refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prompttune.backbones import Backbone
+from prompttune.backbones.vit import VitBackbone
+from prompttune.checkpoints.importing.layout import Foreign, Layout, Names, refuse_given, take_head
+from prompttune.checkpoints.importing.source import Source, listed, read_file
+from prompttune.errors import CheckpointError, UsageError
+from prompttune.files import read_json
+from prompttune.methods.lora import TARGETS
+
+CONFIG, MODELS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."
+PLAIN = {
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "lora_bias": (False,),
+    "layer_replication": (),
+    "target_parameters": (),
+    "trainable_token_indices": (),
+    "alora_invocation_tokens": (),
+    "arrow_config": (),
+    "kasa_config": (),
+    "monteclora_config": (),
+    "velora_config": (),
+    "init_lora_weights": (True, False, "gaussian", "eva"),
+}
+"""Values of PEFT's config, besides none at all, that leave the arithmetic and the base model as they are."""
+VARIANT = "use_"
+"""Switches of PEFT's variants of LoRA."""
+RSLORA = "use_rslora"
+
+
+class PeftSource(Source):
+    """An adapter's tensors and its config."""
+
+    config: dict[str, Any]
+
+
+class PeftLayout(Layout):
+    """LoRA on timm's fused ``qkv``."""
+
+    name = "lora"
+    code = "https://github.com/huggingface/peft"
+    normalisation = "backbone"
+    interpolation = None
+    usual_backbone = "vit_base_patch16_224"
+    settings = ("targets", "dropout")
+
+    def open(self, path: Path) -> Source:
+        """See :meth:`Layout.open`; ``path`` is the adapter's folder."""
+        if not path.is_dir():
+            raise CheckpointError(f"no PEFT folder at {path}: give the folder that holds {CONFIG}")
+        config = read_json(path / CONFIG, CheckpointError, "adapter config")
+        _check_config(config, path)
+        file = next((path / name for name in MODELS if (path / name).is_file()), None)
+        if file is None:
+            raise CheckpointError(f"no {' or '.join(MODELS)} in {path}")
+        tensors = {_plain_name(name): value for name, value in read_file(file).items()}
+        source = PeftSource(tensors, str(path))
+        source.config = config
+        return source
+
+    def backbone_names(self, source: Source) -> Names | None:  # noqa: ARG002
+        """See :meth:`Layout.backbone_names`; an adapter holds none."""
+        return None
+
+    def convert(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
+        """See :meth:`Layout.convert`."""
+        assert isinstance(source, PeftSource)
+        if not isinstance(backbone, VitBackbone):
+            raise CheckpointError(f"LoRA runs on a ViT, {backbone.name} is none")
+        out = backbone.num_heads * backbone.head_dim
+        adapted = [index for index in range(backbone.depth) if f"{_stem(index)}.lora_A.weight" in source]
+        ranks = {index: source.size(f"{_stem(index)}.lora_A.weight", 0, 2) for index in adapted}
+        if not adapted:
+            other = listed(source.names()) or "nothing"
+            raise CheckpointError(f"{source.where} adapts no attn.qkv of {backbone.name}'s blocks; it holds {other}")
+        rank = max(ranks.values())
+        alpha = _alpha(source.config, rank)
+        down = torch.zeros(backbone.depth, rank, backbone.width)
+        up = torch.zeros(3, backbone.depth, out, rank)
+        for index, own in ranks.items():
+            down[index, :own] = source.take(f"{_stem(index)}.lora_A.weight", (own, backbone.width))
+            joint = source.take(f"{_stem(index)}.lora_B.weight", (3 * out, own))
+            factor = _scale(source.config, index, own) / (alpha / rank)
+            up[:, index, :, :own] = (joint if factor == 1 else joint * factor).unflatten(0, (3, out))
+        head = take_head(source, "head", backbone)
+        source.check(f"lora over {backbone.name}")
+        targets = _targets(up[1], given, source.where)
+        parts = {"query": up[0], "key": up[1], "value": up[2]}
+        tensors = {}
+        for name in TARGETS[targets]:
+            tensors[f"{name}.down"], tensors[f"{name}.up"] = down.clone(), parts[name].clone()
+        settings = {"rank": rank, "alpha": alpha, "targets": targets}
+        refuse_given(given, settings)
+        settings["dropout"] = given.get("dropout", float(source.config.get("lora_dropout") or 0.0))
+        return Foreign("lora", settings, {}, tensors, head)
+
+
+def _targets(keys: Tensor, given: Mapping[str, Any], where: str) -> str:
+    """The user's, or what the file needs; ``keys`` [L, H d, r] is what it adds to the keys."""
+    needed = "qkv" if keys.abs().max() > 0 else "qv"
+    if needed == "qkv" and given.get("targets") == "qv":
+        raise UsageError(f"{where} changes keys too: it needs targets qkv")
+    return str(given.get("targets", needed))
+
+
+def _check_config(config: Mapping[str, Any], path: Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path} is a PEFT adapter of type {config.get('peft_type')!r}, not LORA")
+    wrong = [
+        f"{name} {value!r}"
+        for name, value in config.items()
+        if value and ((name in PLAIN and value not in PLAIN[name]) or (name.startswith(VARIANT) and name != RSLORA))
+    ]
+    if wrong:
+        raise CheckpointError(f"{path} is not plain LoRA: {', '.join(wrong)}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, Mapping):
+            raise CheckpointError(f"{path / CONFIG}: {name} is no table")
+    for name in ("r", "lora_alpha"):
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise CheckpointError(f"{path / CONFIG}: {name} must be a number above 0, not {value!r}")
+
+
+def _plain_name(name: str) -> str:
+    """PEFT's name without its prefix and the adapter's, which older versions keep."""
+    return name.removeprefix(PREFIX).replace("modules_to_save.", "").replace(".default.", ".")
+
+
+def _stem(index: int) -> str:
+    return f"blocks.{index}.attn.qkv"
+
+
+def _weight(config: Mapping[str, Any], alpha: float, rank: int) -> float:
+    return alpha / (rank**0.5 if config.get(RSLORA) else rank)
+
+
+def _alpha(config: Mapping[str, Any], rank: int) -> float:
+    """The α whose α / rank is the weight of a block of the adapter's largest rank."""
+    alpha = float(config["lora_alpha"])
+    return alpha * rank**0.5 if config.get(RSLORA) else alpha
+
+
+def _scale(config: Mapping[str, Any], index: int, rank: int) -> float:
+    """The weight of one block's product; patterns are matched as PEFT does."""
+    alpha = float(config["lora_alpha"])
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", _stem(index)):
+                alpha = float(value)
+                break
+        except (re.error, TypeError, ValueError):
+            raise CheckpointError(f"{CONFIG}: alpha_pattern {pattern!r}: {value!r} cannot be read") from None
+    return _weight(config, alpha, rank)

@@ -1,0 +1,228 @@
+"""``import_checkpoint``: a released file to a checkpoint folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from timm.data.constants import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
+
+from prompttune.backbones import Backbone, load_backbone
+from prompttune.checkpoints.format import CONFIG_FILE
+from prompttune.checkpoints.importing.gapt import GaPTLayout
+from prompttune.checkpoints.importing.layout import Foreign, Layout, take_backbone
+from prompttune.checkpoints.importing.peft import PeftLayout
+from prompttune.checkpoints.importing.sa2vp import SA2VPLayout
+from prompttune.checkpoints.importing.source import Source
+from prompttune.checkpoints.importing.vpt import VPTLayout
+from prompttune.errors import CheckpointError, UsageError, choose
+from prompttune.files import replacing, replacing_folder
+from prompttune.methods import config_from_dict
+from prompttune.model import PromptModel
+from prompttune.preprocess import Preprocess
+
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout for layout in (SA2VPLayout(), VPTLayout(), GaPTLayout(), PeftLayout())
+}
+"""By the name that ``--from`` takes."""
+NORMALISATIONS = {
+    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "inception": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
+    "backbone": None,
+}
+"""Mean and standard deviation of each RGB channel; None takes the backbone's own."""
+
+
+@dataclass
+class Imported:
+    """What became of a released checkpoint."""
+
+    model: PromptModel
+    path: Path
+    """The checkpoint folder."""
+    layout: str
+    assumed: dict[str, Any]
+    """Settings that stood neither in the file nor among those given: the released code's values."""
+    ignored: list[str]
+    """Tensors of the file that were left out."""
+    backbone: str
+    """What became of the backbone's weights in the file."""
+    has_head: bool
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the task's tensors, the head aside."""
+        return sum(parameter.numel() for parameter in self.model.method.parameters())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        model = self.model
+        return {
+            "path": str(self.path),
+            "from": self.layout,
+            "method": model.config.method,
+            "settings": model.config.to_dict(),
+            "assumed": self.assumed,
+            "parameters": self.parameters,
+            "classes": len(model.labels),
+            "has_head": self.has_head,
+            "backbone": {
+                "name": model.backbone.name,
+                "image_size": model.backbone.image_size,
+                "fingerprint": model.backbone.fingerprint,
+                "in_file": self.backbone,
+            },
+            "preprocess": model.preprocess.to_dict(),
+            "ignored": self.ignored,
+            "notes": self.notes,
+        }
+
+
+def import_checkpoint(
+    layout: str,
+    file: str | Path,
+    output: str | Path,
+    *,
+    backbone: str | Backbone | None = None,
+    image_size: int | None = None,
+    weights: str | Path = "auto",
+    save_backbone: str | Path | None = None,
+    labels: Sequence[str] | None = None,
+    normalisation: str | None = None,
+    crop_pct: float = 1.0,
+    crop_mode: str = "squash",
+    interpolation: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Imported:
+    """Write the task in a released checkpoint as a checkpoint folder.
+
+    Args:
+        layout: whose code wrote ``file``, one of :data:`LAYOUTS`.
+        file: ``.pth`` or ``.safetensors``; the adapter's folder for ``lora``.
+        output: the checkpoint folder to write.
+        backbone: what it was trained over: timm's name, or one that is loaded already.
+        image_size: side of the images in pixels; by default what the file says, else the backbone's own.
+        weights: the backbone's, as :func:`load_backbone` takes them. Those in the file, if it holds any, must be equal.
+        save_backbone: a ``.safetensors`` file to write the checkpoint's own backbone to, and to take as ``weights``.
+        labels: class names in the order of the logits; by default ``"0" .. "C-1"``. A file without a head needs them.
+        normalisation: one of :data:`NORMALISATIONS`; by default what the released code uses.
+        crop_pct, crop_mode, interpolation: of the evaluation transform, see :class:`Preprocess`.
+        settings: of the method, where the file does not hold them; those it does hold must agree.
+        overwrite: replace a checkpoint in ``output``.
+
+    Raises:
+        UsageError: an unknown layout or setting, or something that the file does not say is not given.
+        CheckpointError: the file cannot be read or does not fit the backbone or the method.
+        BackboneError: the backbone's weights cannot be found.
+    """
+    kind = LAYOUTS[choose("layout", layout, LAYOUTS)]
+    mean_std = NORMALISATIONS[choose("normalisation", normalisation or kind.normalisation, NORMALISATIONS)]
+    folder, given = Path(output), dict(settings or {})
+    for name in given:
+        if name not in kind.settings:
+            raise UsageError(
+                f"{layout} takes no setting {name!r}; what its files do not hold: {', '.join(kind.settings)}"
+            )
+    _check_output(folder, overwrite)
+    if backbone is None:
+        raise UsageError(
+            f"give the backbone that the task was trained over; the released code takes {kind.usual_backbone}"
+        )
+    source = kind.open(Path(file))
+    frozen = _backbone(kind, source, backbone, image_size, weights, save_backbone, overwrite)
+    found = kind.convert(source, frozen, given)
+    preprocess = frozen.default_preprocess()
+    if mean_std is not None:
+        preprocess = replace(preprocess, mean=mean_std[0], std=mean_std[1])
+    chosen = interpolation or kind.interpolation or preprocess.interpolation
+    preprocess = replace(preprocess, crop_pct=crop_pct, crop_mode=crop_mode, interpolation=chosen)
+    model = _model(found, frozen, given, list(labels) if labels is not None else None, preprocess, source.where)
+    model.metrics = {"imported": {"from": layout, "code": kind.code, "file": Path(file).name}}
+    with replacing_folder(folder) as temporary:
+        model.save(temporary)
+    assumed = {name: value for name, value in found.assumed.items() if name not in given}
+    return Imported(model, folder, layout, assumed, source.ignored, found.backbone, found.head is not None, found.notes)
+
+
+def _check_output(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"the output {folder} is a file, not a folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(f"the output {folder} is not empty; give --overwrite, or another folder")
+    if not (folder / CONFIG_FILE).exists():
+        raise UsageError(f"{folder} holds files but no checkpoint that could be overwritten; give another folder")
+
+
+def _backbone(
+    kind: Layout,
+    source: Source,
+    backbone: str | Backbone,
+    image_size: int | None,
+    weights: str | Path,
+    save_backbone: str | Path | None,
+    overwrite: bool,
+) -> Backbone:
+    """The backbone that the task belongs to."""
+    if isinstance(backbone, Backbone):
+        if save_backbone is not None:
+            raise UsageError("save_backbone needs the backbone's name, not a backbone that is loaded already")
+        return backbone
+    size = image_size or kind.image_size(source)
+    if save_backbone is None:
+        return load_backbone(backbone, size, weights)
+    names, target = kind.backbone_names(source), Path(save_backbone)
+    if names is None:
+        raise UsageError(f"{source.where} holds no backbone to save")
+    if target.suffix != ".safetensors":
+        raise UsageError(f"the backbone is saved as .safetensors, not as {target.name}")
+    if target.exists() and not overwrite:
+        raise UsageError(f"{target} exists; give --overwrite, or another file")
+    look = source.fork()
+    skeleton = load_backbone(backbone, size, "random")
+    tensors = take_backbone(look, names, skeleton)
+    look.check(f"{backbone} at {skeleton.image_size} pixels", all_taken=False)
+    with replacing(target) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    return load_backbone(backbone, size, target)
+
+
+def _model(
+    found: Foreign,
+    backbone: Backbone,
+    given: Mapping[str, Any],
+    labels: list[str] | None,
+    preprocess: Preprocess,
+    where: str,
+) -> PromptModel:
+    config = config_from_dict(found.method, {**found.assumed, **given, **found.settings})
+    if labels is None and found.head is None:
+        raise UsageError(f"{where} holds no head: give --labels to make one of zeros for them, to be trained")
+    classes = None if found.head is None else len(found.head["weight"])
+    model = PromptModel(backbone, config, classes, labels, preprocess)
+    head = found.head or {name: value.new_zeros(value.shape) for name, value in model.head.state_dict().items()}
+    tensors = {f"method.{name}": value for name, value in found.tensors.items()}
+    tensors |= {f"head.{name}": value for name, value in head.items()}
+    parameters = model.task_parameters()
+    if parameters.keys() != tensors.keys():
+        apart = sorted(parameters.keys() ^ tensors.keys())
+        raise CheckpointError(f"{where} does not fit {found.method}: {', '.join(apart[:4])} on one side alone")
+    for name, parameter in parameters.items():
+        if parameter.shape != tensors[name].shape:
+            raise CheckpointError(
+                f"{where} does not fit {found.method}: {name} is {tuple(tensors[name].shape)}, "
+                f"expected {tuple(parameter.shape)}"
+            )
+        parameter.data.copy_(tensors[name])
+    return model.eval()
