@@ -32,6 +32,7 @@ _LAZY = {
     "TrainConfig": "prompttune.training",
     "train": "prompttune.training",
     "evaluate": "prompttune.training",
+    "explain": "prompttune.explanation",
     "ExportSettings": "prompttune.export",
     "export_engine": "prompttune.export",
     "validate_engine": "prompttune.export",
@@ -64,6 +65,7 @@ __all__ = [
     "VPTShallowConfig",
     "__version__",
     "evaluate",
+    "explain",
     "export_engine",
     "import_checkpoint",
     "load_backbone",
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
     from prompttune.backbones import Backbone, load_backbone
     from prompttune.checkpoints.importing import import_checkpoint
     from prompttune.errors import PrompttuneError
+    from prompttune.explanation import explain
     from prompttune.export import ExportSettings, export_engine, validate_engine
     from prompttune.methods import (
         AdapterConfig,

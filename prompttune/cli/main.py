@@ -19,6 +19,7 @@ COMMANDS = {
         "Make a released SA²VP, VPT, GaPT or PEFT LoRA file a checkpoint.",
     ),
     "evaluate": ("prompttune.cli.evaluate", "Report the accuracy of a prompt checkpoint."),
+    "explain": ("prompttune.cli.explain", "Draw what runs look at: attention, Grad-CAM, similarity, t-SNE."),
     "export": ("prompttune.cli.export", "Export backbone and method once; tasks become inputs."),
     "tasks": ("prompttune.cli.tasks", "Add, remove or list the tasks of an engine."),
     "validate": ("prompttune.cli.validate", "Prove that an engine answers as PyTorch does."),

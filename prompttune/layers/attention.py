@@ -13,6 +13,8 @@ from contextvars import ContextVar
 import torch.nn.functional as F
 from torch import Tensor
 
+from prompttune.layers.probe import probe_attention
+
 _explicit: ContextVar[bool] = ContextVar("explicit", default=False)
 
 
@@ -38,6 +40,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
         [..., Nq, d]. The explicit form scales q before the product, which keeps float16 scores in range, and takes
         the softmax in float32.
     """
+    probe_attention(q, k, mask)
     if not _explicit.get():
         return _fused(q, k, v, mask)
     scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).float()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 from torch import Tensor
 
 _recorded: ContextVar[dict[str, Tensor] | None] = ContextVar("recorded", default=None)
+
+AttentionWatcher = Callable[[Tensor, Tensor, Tensor | None], None]
+"""Takes the queries, keys and mask of one attention, as :func:`prompttune.layers.attention.attend` does."""
+_watcher: ContextVar[AttentionWatcher | None] = ContextVar("watcher", default=None)
 
 
 def probe(name: str, tensor: Tensor) -> None:
@@ -27,3 +31,20 @@ def recording() -> Iterator[dict[str, Tensor]]:
         yield recorded
     finally:
         _recorded.reset(token)
+
+
+def probe_attention(q: Tensor, k: Tensor, mask: Tensor | None) -> None:
+    """Show queries, keys and mask of an attention to whoever watches; otherwise do nothing."""
+    watcher = _watcher.get()
+    if watcher is not None:
+        watcher(q, k, mask)
+
+
+@contextlib.contextmanager
+def watching_attention(watcher: AttentionWatcher) -> Iterator[None]:
+    """Call ``watcher`` at every attention in the block, in the order of the computation."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)

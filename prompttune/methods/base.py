@@ -149,6 +149,13 @@ class Method(nn.Module):
         """Shape of each tensor of :meth:`task_state`, see :data:`Layout`."""
         raise NotImplementedError
 
+    def values_by_block(self) -> dict[str, Tensor]:
+        """Learned quantities of one value a block that say something by themselves: name to [blocks]; mostly none.
+
+        ``prompttune explain`` draws them as bars.
+        """
+        return {}
+
     def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:
         """Features of ``images`` [B, 3, S, S] under ``state``; ``aux`` asks for the prompt pathway's too."""
         raise NotImplementedError

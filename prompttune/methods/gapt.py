@@ -87,6 +87,13 @@ class GaPT(Method):
         depth = self._backbone[0].depth
         return {"prompts": tuple(self.prompts.shape), "gates": (depth - 1,), "sharpness": (depth,)}
 
+    def values_by_block(self) -> dict[str, Tensor]:
+        """``gate`` [L - 1], g; ``temperature`` [L], t within its bounds."""
+        return {
+            "gate": self.gates.detach().sigmoid(),
+            "temperature": self.temperatures.detach().clamp(COLDEST, HOTTEST),
+        }
+
     def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; there is no prompt pathway."""
         backbone = self._backbone[0]

@@ -1,0 +1,99 @@
+"""Grad-CAM on the last layer, by Captum's ``LayerGradCam``.
+
+Grad-CAM, https://arxiv.org/abs/1610.02391. Captum, https://captum.ai, wants a module of a network whose output has
+channels in front of rows and columns; no module of a transformer has that, and the forward takes a state beside the
+images. So the network is wrapped, and the tokens of the chosen layer pass through an identity in that shape.
+
+The layer is, on a ViT, the norm in front of the last block's attention: behind it the patches no longer reach a class
+token (the choice of https://github.com/jacobgil/pytorch-grad-cam). On a Swin it is the norm in front of the pooling.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from prompttune.backbones.base import Backbone
+from prompttune.backbones.swin import SwinBackbone
+from prompttune.backbones.vit import VitBackbone
+from prompttune.errors import MissingExtraError, UsageError
+from prompttune.methods import State
+from prompttune.model import PromptModel
+
+
+def last_layer(backbone: Backbone) -> tuple[nn.Module, tuple[int, int]]:
+    """The module whose output Grad-CAM weighs, and rows and columns of the map in it.
+
+    Raises:
+        UsageError: it is not known of this kind of backbone.
+    """
+    if isinstance(backbone, VitBackbone):
+        return backbone.block(backbone.depth - 1).norm1, backbone.grid
+    if isinstance(backbone, SwinBackbone):
+        return cast(nn.Module, backbone.model.norm), backbone.stages[-1].grid
+    raise UsageError(f"Grad-CAM knows no last layer of a {type(backbone).__name__}; leave grad-cam out of --show")
+
+
+class MappedModel(nn.Module):
+    """Logits of images under one state; the last layer's patches pass through :attr:`maps` as [B, D, R, C]."""
+
+    def __init__(self, model: PromptModel, state: State) -> None:
+        super().__init__()
+        self.model = model
+        self.state = state
+        self.layer, self.grid = last_layer(model.backbone)
+        self.maps = nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] to logits [B, classes], the same bits as without the detour."""
+        with self._detour():
+            return self.model.forward_state(images, self.state).logits
+
+    @contextlib.contextmanager
+    def _detour(self) -> Iterator[None]:
+        handle = self.layer.register_forward_hook(self._through_maps)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _through_maps(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        """Tokens [B, N, D], or [pathways, B, N, D] with the image's first; the patches are the last of them."""
+        pathways = output if output.ndim == 4 else output.unsqueeze(0)
+        tokens = pathways[0]
+        front = tokens.shape[1] - self.grid[0] * self.grid[1]
+        maps = tokens[:, front:].transpose(1, 2).unflatten(2, self.grid)  # [B, D, R, C]
+        patches = self.maps(maps).flatten(2).transpose(1, 2)  # [B, R C, D]
+        tokens = torch.cat((tokens[:, :front], patches), dim=1)
+        return torch.cat((tokens.unsqueeze(0), pathways[1:])) if output.ndim == 4 else tokens
+
+
+def grad_cam(model: PromptModel, state: State, images: Tensor, target: int) -> Tensor:
+    """Grad-CAM of one class: channels of the last layer weighed by the mean gradient of the class's logit, then ReLU.
+
+    Args:
+        model: in evaluation mode.
+        state: of the model.
+        images: normalised [B, 3, S, S].
+        target: number of the class.
+
+    Returns:
+        float32 [B, R, C], at least 0, in units of the logit's gradient times the layer's output.
+
+    Raises:
+        MissingExtraError: Captum is not installed.
+        UsageError: the backbone is of another kind.
+    """
+    try:
+        from captum.attr import LayerGradCam
+    except ImportError:
+        raise MissingExtraError("captum", "explain", "or leave grad-cam out of --show") from None
+    mapped = MappedModel(model, state)
+    weighed = LayerGradCam(mapped, mapped.maps).attribute(
+        images.clone().requires_grad_(), target=target, relu_attributions=True
+    )
+    return cast(Tensor, weighed).detach().float().squeeze(1).cpu()

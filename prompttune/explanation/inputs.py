@@ -1,0 +1,136 @@
+"""Images to explain: found, read, as the model sees them and as a person wants to see them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from prompttune.errors import DataError, UsageError
+from prompttune.images import is_image, read_image
+from prompttune.preprocess import Preprocess
+
+VIEW_SIDE = 336
+"""Pixels of the side, at least, of the picture that a map is laid over."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image that could be read."""
+
+    source: str
+    """Its path."""
+    image: Image.Image
+    """Upright RGB."""
+
+
+def find_images(paths: Sequence[str | Path]) -> list[Path]:
+    """Image files, and those in folders at any depth, in the order given and within a folder of their paths.
+
+    Raises:
+        DataError: a path does not exist, or a folder holds no image.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = _images_in(path)
+            if not inside:
+                raise DataError(f"{path} is neither a checkpoint folder nor a folder with images")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise DataError(f"no image or folder at {path}")
+    return list(dict.fromkeys(found))
+
+
+def _images_in(folder: Path) -> list[Path]:
+    images: list[Path] = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        images += [Path(parent, name) for name in files if is_image(name)]
+    return sorted(images)
+
+
+def read_pictures(paths: Sequence[Path], limit: int) -> tuple[list[Picture], list[str]]:
+    """Read images until there are ``limit``.
+
+    Returns:
+        The images, and one line for each that could not be read.
+
+    Raises:
+        DataError: none could be read.
+    """
+    pictures: list[Picture] = []
+    corrupt: list[str] = []
+    for path in paths:
+        if len(pictures) == limit:
+            break
+        try:
+            pictures.append(Picture(str(path), read_image(path)))
+        except OSError as problem:
+            corrupt.append(f"{path}: {' '.join(str(problem).split())}")
+    if paths and not pictures:
+        raise DataError(f"none of the {len(corrupt)} images can be read, first: {corrupt[0]}")
+    return pictures, corrupt
+
+
+def model_input(preprocess: Preprocess, image: Image.Image, device: torch.device) -> Tensor:
+    """The image as a model takes it: normalised, [1, 3, S, S]."""
+    return preprocess.transform()(image).unsqueeze(0).to(device)
+
+
+def view(preprocess: Preprocess, image: Image.Image) -> NDArray[np.float32]:
+    """What the model sees of the image, as a person wants to see it.
+
+    The same transform at a multiple of its size, at least :data:`VIEW_SIDE`, without the normalisation.
+
+    Returns:
+        RGB in [0, 1], [side, side, 3].
+    """
+    times = math.ceil(VIEW_SIDE / preprocess.image_size)
+    larger = dataclasses.replace(preprocess, image_size=times * preprocess.image_size)
+    seen = larger.transform()(image).permute(1, 2, 0)  # [side, side, 3]
+    pixels = seen * torch.tensor(preprocess.std) + torch.tensor(preprocess.mean)
+    clipped: NDArray[np.float32] = pixels.clamp(0, 1).numpy()
+    return clipped
+
+
+def token_of(preprocess: Preprocess, size: tuple[int, int], point: tuple[float, float], grid: tuple[int, int]) -> int:
+    """The number of the token that a pixel of an image falls into.
+
+    Args:
+        preprocess: the transform between the image and the model.
+        size: width and height of the image.
+        point: x and y of the pixel.
+        grid: rows and columns of the map.
+
+    Raises:
+        UsageError: the pixel lies outside the image, or in what the transform cuts off.
+    """
+    side = preprocess.image_size
+    scaled = math.floor(side / preprocess.crop_pct)
+    width, height = size
+    if preprocess.crop_mode == "squash":
+        resized = (scaled, scaled)
+    else:
+        fitted = min(size) if preprocess.crop_mode == "center" else max(size)
+        resized = (round(width * scaled / fitted), round(height * scaled / fitted))
+    place = []
+    for value, full, now in zip(point, size, resized, strict=True):
+        if not 0 <= value < full:
+            raise UsageError(f"point {point[0]:g},{point[1]:g} lies outside an image of {width} x {height} pixels")
+        place.append((value + 0.5) * now / full - (now - side) / 2)  # the centre of the pixel
+    if not all(0 <= value < side for value in place):
+        raise UsageError(f"point {point[0]:g},{point[1]:g} lies in what the transform cuts off")
+    rows, columns = grid
+    return int(place[1] * rows / side) * columns + int(place[0] * columns / side)

@@ -1,0 +1,206 @@
+"""Explain runs: draw what was asked for, write it, and say what was written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prompttune.errors import UsageError
+from prompttune.explanation import drawing
+from prompttune.explanation.embedding import embed, features_of, sources_of
+from prompttune.explanation.inputs import find_images, read_pictures
+from prompttune.explanation.page import write_page
+from prompttune.explanation.pictures import PictureExplainer
+from prompttune.explanation.settings import ExplainSettings
+from prompttune.explanation.subjects import Subject, load_subjects
+from prompttune.files import replacing, write_json
+from prompttune.model import PromptModel
+from prompttune.training.data import ImageSource
+from prompttune.training.scoring import resolve_device
+
+PAGE_FILE, VALUES_FILE = "explanation.html", "explanation.json"
+Progress = Callable[[str, int, int], None]
+"""Takes what is being done, the steps done and the steps to do."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One picture."""
+
+    section: str
+    """Headline that it stands under."""
+    title: str
+    file: str
+    """Its name in the folder."""
+    png: bytes
+
+
+@dataclass
+class Explanation:
+    """What was written, and the figures behind it."""
+
+    folder: Path
+    pictures: list[Drawn] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
+    """Figures, ready for JSON."""
+    corrupt: list[str] = field(default_factory=list)
+    """One line for each image that could not be read."""
+    notes: list[str] = field(default_factory=list)
+    """What was left out, and why."""
+
+    @property
+    def files(self) -> list[Path]:
+        """All files written: the page first."""
+        return [self.folder / name for name in (PAGE_FILE, VALUES_FILE, *(one.file for one in self.pictures))]
+
+    def draw(self, section: str, title: str, name: str, figure: drawing.Figure) -> None:
+        """Add a figure and write its PNG file."""
+        file = f"{name}.png"
+        png = drawing.compact_png(figure)
+        with replacing(self.folder / file) as temporary:
+            temporary.write_bytes(png)
+        self.pictures.append(Drawn(section, title, file, png))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "output": str(self.folder),
+            "files": [str(file) for file in self.files],
+            **self.values,
+            "corrupt": self.corrupt,
+            "notes": self.notes,
+        }
+
+
+def explain(
+    runs: Sequence[PromptModel | str | Path] | PromptModel | str | Path,
+    images: Sequence[str | Path] | str | Path = (),
+    *,
+    output: str | Path,
+    data: str | ImageSource | None = None,
+    weights: str | None = None,
+    on_step: Progress | None = None,
+    **settings: Any,
+) -> Explanation:
+    """Draw what runs look at beside their plain backbone: PNG files, one page and a JSON file.
+
+    Args:
+        runs: models or checkpoint folders, one or several.
+        images: image files and folders; for attention, Grad-CAM and similarity.
+        output: folder, made if need be; other files in it stay.
+        data: labelled images for t-SNE: a data set as ``train`` takes it, or an image source.
+        weights: where to take the backbones' weights from, if not from where training took them.
+        on_step: told of every step.
+        settings: fields of :class:`ExplainSettings`.
+
+    Raises:
+        UsageError: a setting is wrong, or a part that was asked for by name cannot be drawn of these runs.
+        CheckpointError, BackboneError: a run cannot be loaded.
+        DataError: no image can be read.
+        MissingExtraError: Grad-CAM without Captum.
+    """
+    chosen = ExplainSettings(**settings)
+    runs = [runs] if isinstance(runs, PromptModel | str | Path) else list(runs)
+    images = [images] if isinstance(images, str | Path) else list(images)
+    if not images and data is None:
+        raise UsageError("nothing to look at: give images, labelled data (--data), or both")
+    if data is None and chosen.insists("tsne"):
+        raise UsageError("t-SNE needs labelled images: give --data")
+    found = find_images(images)
+    pictures, corrupt = read_pictures(found, chosen.limit)
+    subjects = load_subjects(runs, resolve_device(chosen.device), weights)
+    result = Explanation(Path(output), corrupt=corrupt)
+    if len(found) > len(pictures) + len(corrupt):
+        result.notes.append(f"the first {len(pictures)} of {len(found)} images; --limit takes more")
+    tell = on_step or (lambda *_: None)
+    explainer = PictureExplainer(subjects, chosen, result.notes)
+    result.folder.mkdir(parents=True, exist_ok=True)
+    result.values = {"subjects": [_about(one) for one in subjects], "images": []}
+    for number, picture in enumerate(pictures):
+        tell("images", number, len(pictures))
+        explained = explainer.explain(picture)
+        name = f"{number:03d}-{_file_part(Path(picture.source).stem)}"
+        for part, figure in explained.figures.items():
+            result.draw(picture.source, f"{part} of {picture.source}", f"{name}-{part}", figure)
+        result.values["images"].append({"image": picture.source, **explained.values})
+    if pictures:
+        tell("images", len(pictures), len(pictures))
+    _summarise(result, explainer)
+    _values(result, subjects, chosen)
+    if data is not None and chosen.wants("tsne"):
+        _embed(result, subjects, data, chosen, tell)
+    write_json(result.folder / VALUES_FILE, result.to_dict())
+    write_page(result, result.folder / PAGE_FILE)
+    return result
+
+
+def _about(subject: Subject) -> dict[str, Any]:
+    model = subject.model
+    return {
+        "name": subject.name,
+        "method": None if model is None else model.config.method,
+        "backbone": subject.backbone.name,
+        "image_size": subject.backbone.image_size,
+    }
+
+
+def _summarise(result: Explanation, explainer: PictureExplainer) -> None:
+    shares = explainer.prompt_shares()
+    if shares:
+        title = "part of the attention that lies on prompts, mean over the images"
+        result.draw("All images", title, "attention-on-prompts", drawing.shares_figure(shares))
+
+
+def _values(result: Explanation, subjects: Sequence[Subject], settings: ExplainSettings) -> None:
+    """Gates, temperatures and the like, of the runs that have them."""
+    if not settings.wants("values"):
+        return
+    found: dict[str, dict[str, Any]] = {}
+    for subject in subjects:
+        for quantity, blocks in ({} if subject.model is None else subject.model.method.values_by_block()).items():
+            found.setdefault(quantity, {})[subject.name] = blocks.float().cpu().numpy()
+    if found:
+        result.draw("Learned values by block", ", ".join(found), "values", drawing.values_figure(found))
+        result.values["values_by_block"] = {
+            quantity: {name: blocks.tolist() for name, blocks in runs.items()} for quantity, runs in found.items()
+        }
+    elif settings.insists("values"):
+        raise UsageError("none of the runs' methods has learned values of one a block, such as GaPT's gates")
+
+
+def _embed(
+    result: Explanation,
+    subjects: Sequence[Subject],
+    data: str | ImageSource,
+    settings: ExplainSettings,
+    tell: Progress,
+) -> None:
+    sources = sources_of(data, settings)
+    each = sum(-(-len(source) // settings.batch_size) for source in sources)
+    done, embeddings = 0, []
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        tell("labelled images", done, each * len(subjects))
+
+    for subject in subjects:
+        features, targets, corrupt = features_of(subject, sources, settings, step)
+        result.corrupt += [line for line in corrupt if line not in result.corrupt]
+        embeddings.append(embed(subject.name, features, targets, sources[0].classes, settings.seed))
+    title = f"t-SNE of {len(embeddings[0].targets)} images" + (f" of {data}" if isinstance(data, str) else "")
+    result.draw("t-SNE", title, "tsne", drawing.embedding_figure(embeddings))
+    result.values["tsne"] = {
+        "data": data if isinstance(data, str) else None,
+        "images": len(embeddings[0].targets),
+        "seed": settings.seed,
+        "nearest_neighbour_accuracy": {one.name: one.nearest_accuracy for one in embeddings},
+    }
+
+
+def _file_part(name: str) -> str:
+    """A file's name without what a shell or a page could stumble over."""
+    return re.sub(r"[^\w.-]+", "_", name)[:60] or "image"

@@ -1,0 +1,78 @@
+"""How like an image token the tokens of the prompt map are, by block: SA²VP's figure 5.
+
+SA²VP, https://arxiv.org/abs/2312.10376. Compared is what leaves a block: the chosen token of the image's pathway with
+every patch of the prompt pathway, by cosine.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prompttune.backbones.base import Backbone
+from prompttune.backbones.swin import SwinBackbone
+from prompttune.errors import UsageError
+from prompttune.layers.probe import recording
+from prompttune.methods import State
+from prompttune.model import PromptModel
+
+Maps = dict[int, Tensor]
+"""Block to tokens [N, D] of one image, the patches last."""
+
+
+@torch.no_grad()
+def record_maps(model: PromptModel, state: State, images: Tensor) -> tuple[Maps, Maps]:
+    """Run one image and keep both pathways of each block that has a prompt map.
+
+    Args:
+        model: any; one without a prompt map gives nothing.
+        state: of the model.
+        images: normalised [1, 3, S, S].
+
+    Returns:
+        Tokens of the image's pathway and of the prompt pathway.
+    """
+    with recording() as recorded:
+        model.forward_state(images, state, aux=True)
+    pairs = {index: (f"block{index}", f"block{index}.prompts") for index in range(model.backbone.depth)}
+    both = {index: names for index, names in pairs.items() if all(name in recorded for name in names)}
+    return (
+        {index: recorded[image][0] for index, (image, _) in both.items()},
+        {index: recorded[prompts][0] for index, (_, prompts) in both.items()},
+    )
+
+
+def grid_of(backbone: Backbone, layer: int) -> tuple[int, int]:
+    """Rows and columns of the patch map in a block."""
+    return backbone.stages[backbone.stage_of(layer)].grid if isinstance(backbone, SwinBackbone) else backbone.grid
+
+
+def number_of(token: tuple[int, int] | None, grid: tuple[int, int]) -> int:
+    """The number of a token among the patches; None is the centre.
+
+    Raises:
+        UsageError: it is outside the map.
+    """
+    rows, columns = grid
+    row, column = (rows // 2, columns // 2) if token is None else token
+    if not (0 <= row < rows and 0 <= column < columns):
+        raise UsageError(f"token {row},{column} is outside the map of {rows} x {columns} tokens, counted from 0,0")
+    return row * columns + column
+
+
+def cosine_map(image: Tensor, prompts: Tensor, token: int, grid: tuple[int, int]) -> Tensor:
+    """Cosine similarity of one patch of the image with every patch of the prompt map.
+
+    Args:
+        image, prompts: [N, D], the patches last.
+        token: number of the patch.
+        grid: rows R and columns C.
+
+    Returns:
+        float32 [R, C], from -1 to 1.
+    """
+    patches = grid[0] * grid[1]
+    chosen = image[image.shape[0] - patches + token].float()
+    found = F.cosine_similarity(chosen.unsqueeze(0), prompts[-patches:].float(), dim=-1)
+    return found.unflatten(0, grid).cpu()
