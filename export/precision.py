@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from timm.layers import LayerNormFp32
+from timm.layers import LayerNorm2d, LayerNorm2dFp32, LayerNormFp32
 from torch import nn
 
+from prompttune.backbones import ConvBackbone
 from prompttune.model import PromptModel
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -17,8 +18,8 @@ TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 def typed_model(model: PromptModel, precision: str) -> PromptModel:
     """``model`` with its backbone in ``precision``, a copy unless nothing changes.
 
-    Norms keep float32 weights and run in float32, because their sums overflow float16. The task's own parameters
-    stay as they are: a graph takes them as state.
+    Norms keep float32 weights and run in float32, because their sums overflow float16; a batch norm, which sums nothing
+    here, becomes its scale and shift. The task's own parameters stay as they are: a graph takes them as state.
     """
     dtype = TORCH_DTYPES[precision]
     if dtype == torch.float32:
@@ -26,16 +27,31 @@ def typed_model(model: PromptModel, precision: str) -> PromptModel:
     typed = copy.deepcopy(model)
     backbone = typed.backbone.model
     norms = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.LayerNorm)}
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            _reduce(module)
     backbone.to(dtype)
-    if dtype == torch.bfloat16:
+    if dtype == torch.bfloat16 and not isinstance(typed.backbone, ConvBackbone):
         typed.backbone.model.patch_embed.float()  # ONNX has no bfloat16 convolution before operator set 22
     for name, module in norms.items():
         backbone.set_submodule(name, _float32(module, model.backbone.model.get_submodule(name)))
     return typed.eval()
 
 
+@torch.no_grad()
+def _reduce(norm: nn.BatchNorm2d) -> None:
+    """Put all of a frozen batch norm into its weight and bias: a variance may lie outside of float16."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = (norm.running_var + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight)
+    shift = (0.0 if norm.bias is None else norm.bias) - norm.running_mean * scale
+    norm.weight, norm.bias = nn.Parameter(scale, requires_grad=False), nn.Parameter(shift, requires_grad=False)
+    norm.running_mean, norm.running_var, norm.eps = torch.zeros_like(scale), torch.ones_like(scale), 0.0
+
+
 def _float32(norm: nn.LayerNorm, original: nn.Module) -> nn.LayerNorm:
-    made = LayerNormFp32(norm.normalized_shape, norm.eps, norm.elementwise_affine)
+    kind = LayerNorm2dFp32 if isinstance(norm, LayerNorm2d) else LayerNormFp32
+    made = kind(norm.normalized_shape, norm.eps, norm.elementwise_affine)
     made.load_state_dict(original.state_dict())
     made.requires_grad_(False)
     assert isinstance(made, nn.LayerNorm)

@@ -21,6 +21,7 @@ import onnx
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
+from prompttune.backbones import Backbone
 from prompttune.errors import EngineError, first_line
 from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE
 from prompttune.export.formats.base import BuildRequest, Feeds
@@ -44,12 +45,12 @@ def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> No
             are quicker with unsigned ones.
 
     Raises:
-        EngineError: ONNX Runtime cannot quantise the graph.
+        EngineError: there is nothing to quantise, or ONNX Runtime cannot quantise the graph.
     """
     static = request.settings.quantization == "static"
     common: dict[str, Any] = {
         "op_types_to_quantize": ["MatMul"],
-        "nodes_to_quantize": _products(folder / ONNX_FILE, request.model.backbone.depth),
+        "nodes_to_quantize": _products(folder / ONNX_FILE, request.model.backbone),
         "per_channel": True,
         "weight_type": QuantType.QInt8,
         "use_external_data_format": True,
@@ -94,14 +95,17 @@ def calibrated(request: BuildRequest) -> BuildRequest:
     return dataclasses.replace(request, model=smoothed(request.model, calls))
 
 
-def _products(path: Path, depth: int) -> list[str]:
+def _products(path: Path, backbone: Backbone) -> list[str]:
     """Names of the nodes that become int8: products with a constant matrix, less those that stay in float.
 
     Products of two activations, and those with what a task brings, have none: a scale that was calibrated on some
     tasks need not fit the next one. ONNX Runtime's own ``MatMulConstBOnly`` does nothing in the static form. The
     exporter notes for each node the module that it comes from.
+
+    Raises:
+        EngineError: there are none.
     """
-    early = [f"blocks.{index}.mlp.fc2'" for index in range(math.ceil(depth / _FLOAT_BLOCKS))]
+    early = [f"{name}.mlp.fc2'" for name in _block_names(backbone)[: math.ceil(backbone.depth / _FLOAT_BLOCKS)]]
     graph = onnx.load(str(path), load_external_data=False).graph
     constants = {tensor.name for tensor in graph.initializer}
     scopes = {
@@ -109,7 +113,17 @@ def _products(path: Path, depth: int) -> list[str]:
         for node in graph.node
         if node.op_type == "MatMul" and node.input[1] in constants
     }
-    return [name for name, scope in scopes.items() if not any(module in scope for module in early)]
+    products = [name for name, scope in scopes.items() if not any(module in scope for module in early)]
+    if not products:  # ONNX Runtime takes an empty list for all of them, those of tasks included
+        raise EngineError(f"int8 quantises products with frozen matrices, and {backbone.name} has none: choose fp16")
+    return products
+
+
+def _block_names(backbone: Backbone) -> list[str]:
+    """timm's name of each block, as the exporter notes it."""
+    blocks = {id(block): number for number, block in enumerate(map(backbone.block, range(backbone.depth)))}
+    names = {blocks[id(module)]: name for name, module in backbone.named_modules() if id(module) in blocks}
+    return [f"backbone.{names[number]}" for number in range(backbone.depth)]
 
 
 class _Calibration(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime ships no types

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 import prompttune as pt
 from prompttune.methods import METHODS, MethodConfig
-from tests import swins  # noqa: F401  # load_backbone then knows test_swin
+from tests import convs, swins  # noqa: F401  # load_backbone then knows their models
 from tests.reference.draw import draw
 
 FACTORS = ("method.scale.", "method.temperatures")
@@ -28,7 +29,11 @@ def drawn_weights(name: str, folder: Path, seed: int = 0) -> Path:
     if not path.exists():
         plain = pt.load_backbone(name, weights="random")
         tensors = {}
+        unnamed = _unnamed_norms(plain.model)
         for key, value in plain.model.state_dict().items():
+            if key.rpartition(".")[0] in unnamed:
+                tensors[key] = _of_norm(key, value, seed)
+                continue
             tensor = torch.from_numpy(draw(key, tuple(value.shape), seed))
             # draw() knows norms; LayerScale is 1 and matrices keep the size of their input.
             if key.endswith("gamma"):
@@ -38,6 +43,24 @@ def drawn_weights(name: str, folder: Path, seed: int = 0) -> Path:
             tensors[key] = tensor
         save_file(tensors, path)
     return path
+
+
+def _unnamed_norms(model: nn.Module) -> set[str]:
+    """Norms whose names do not say so, which draw() would take for something else."""
+    norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+    return {
+        name for name, one in model.named_modules() if isinstance(one, norms) and "norm" not in name.rpartition(".")[2]
+    }
+
+
+def _of_norm(key: str, value: Tensor, seed: int) -> Tensor:
+    """Weights and variances around 1, biases and means around 0; a count of batches as it is."""
+    if not value.is_floating_point():
+        return value
+    tensor = torch.from_numpy(draw(key, tuple(value.shape), seed)) * 2.5  # 0.1 z, as draw() has it for norms
+    if key.endswith("var"):
+        return 1 + tensor.abs()
+    return 1 + tensor if key.endswith("weight") else tensor
 
 
 def drawn_backbone(name: str, folder: Path, image_size: int, seed: int = 0) -> pt.Backbone:

@@ -40,7 +40,7 @@ def config_of(method: str, **settings: object) -> MethodConfig:
 
 
 def model_of(method: str, number: int, name: str = "test_vit") -> pt.PromptModel:
-    """Task ``number``: own parameters, ``number + 2`` classes, own rank, γ and clusters where there are such."""
+    """Task ``number``: own parameters, ``number + 2`` classes, own rank, γ, clusters, map scale if there are such."""
     return _model(method, number, name)
 
 
@@ -61,7 +61,12 @@ def _backbone(name: str, seed: int, size: int) -> pt.Backbone:
 
 @functools.cache
 def _model(method: str, number: int, name: str) -> pt.PromptModel:
-    own = {"rank": 2 + number, "gamma": 0.2 * (1 + number), "clusters": 1 + number % 4}
+    own = {
+        "rank": 2 + number,
+        "gamma": 0.2 * (1 + number),
+        "clusters": 1 + number % 4,
+        "map_scale": (1.0, 1.0, 0.5, 0.25)[number % 4],
+    }
     settings = {name: value for name, value in own.items() if name in config_of(method).to_dict()}
     return drawn_model(backbone(name), config_of(method, **settings), number + 2, seed=number)
 

@@ -12,6 +12,7 @@ import prompttune as pt
 from prompttune.export import EngineFolder
 from prompttune.export.folder import ONNX_FILE
 from prompttune.export.onnx import operators
+from tests.convs import CONVS, ON_CONV
 from tests.engines import BATCH_SIZES, SHARING, checkpoint, copied, exported, model_of, noise, workshop
 from tests.swins import ON_SWIN
 
@@ -21,10 +22,11 @@ TASKS = 8
 CASES = [(method, "test_vit") for method in SHARING] + [("sa2vp", "test_vit2")]
 CASES += [(method, "test_swin2") for method in ON_SWIN if method in SHARING]
 CASES += [("sa2vp", "test_swin")]
+CASES += [(method, name) for name in CONVS for method in ON_CONV if method in SHARING]
 # Of TensorRT's published support table, what a graph of ours may need. No IsNaN, Where, Loop, If, Scatter, NonZero.
 SUPPORTED = """
-    Add ArgMax Concat Constant Conv Div Einsum Expand Gather Gelu Gemm LayerNormalization MatMul Mul Range ReduceMean
-    ReduceSum Relu Reshape Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze
+    Add ArgMax AveragePool Concat Constant Conv Div Einsum Expand Gather Gelu Gemm LayerNormalization MatMul MaxPool Mul
+    Range ReduceMean ReduceSum Relu Reshape Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze
 """
 
 pytestmark = pytest.mark.parametrize(("method", "backbone"), CASES, ids=lambda value: value)

@@ -10,6 +10,7 @@ from prompttune.errors import BackboneError, UsageError
 from prompttune.methods import METHODS, config_from_dict, register
 from prompttune.methods.base import MethodConfig
 from tests import equations
+from tests.convs import CONVS, ON_CONV
 from tests.drawing import default_configs, drawn_backbone, drawn_model
 from tests.swins import ON_SWIN, SWINS
 
@@ -18,9 +19,9 @@ BACKBONES = ["test_vit", "test_vit2", "test_vit3", "test_vit4"]
 IMAGE_SIZE = 64
 MATRIX = [
     pytest.param(name, config, id=f"{config.method}-{name}")
-    for name in (*BACKBONES, *SWINS)
+    for name in (*BACKBONES, *SWINS, *CONVS)
     for config in default_configs()
-    if name in BACKBONES or config.method in ON_SWIN
+    if name in BACKBONES or config.method in (ON_SWIN if name in SWINS else ON_CONV)
 ]
 SHARED = [case for case in MATRIX if case.values[1].shares_backbone]
 """Those whose tasks mix in a batch; ``test_full.py`` holds the others to a refusal."""
@@ -116,6 +117,7 @@ SA2VP_VARIANTS = [
     {"adapter": False},
     {"activation": "relu"},
     {"fusion": "paper"},
+    {"map_scale": 0.5},
 ]
 
 
@@ -235,5 +237,5 @@ def test_a_name_cannot_be_registered_twice():
 def test_a_method_refuses_a_foreign_backbone(vit):
     foreign = pt.Backbone(torch.nn.Identity())
     foreign.depth, foreign.name = vit.depth, "other"
-    with pytest.raises(BackboneError, match="sa2vp runs on VitBackbone, SwinBackbone, not on Backbone"):
+    with pytest.raises(BackboneError, match="sa2vp runs on VitBackbone, SwinBackbone, ConvBackbone, not on Backbone"):
         pt.SA2VPConfig().build(foreign)

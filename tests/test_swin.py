@@ -163,6 +163,7 @@ SA2VP_VARIANTS = [
     {"attention": "global"},
     {"adapter": False},
     {"activation": "relu"},
+    {"map_scale": 0.5},
 ]
 
 

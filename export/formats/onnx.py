@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prompttune.errors import UsageError
+from prompttune.backbones import ConvBackbone
+from prompttune.errors import EngineError, UsageError
 from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE
 from prompttune.export.formats.base import BuildRequest, Built, Format, Settings
 from prompttune.export.onnx import FUSED_OPSET, OPSET, export_onnx
@@ -36,7 +37,15 @@ def write_onnx(request: BuildRequest, folder: Path, symmetric: bool = False) -> 
         request: what to build from.
         folder: where to.
         symmetric: zero-point 0 for the activations of static int8, as TensorRT wants it.
+
+    Raises:
+        EngineError: the graph cannot be exported, or not in this precision.
     """
+    if request.settings.precision == "bf16" and isinstance(request.model.backbone, ConvBackbone):
+        raise EngineError(
+            f"ONNX has no bfloat16 convolution at this operator set and {request.model.backbone.name} is made of them: "
+            "choose fp16, or the format aoti"
+        )
     if request.settings.precision == "int8":
         request = calibrated(request)
     request.on_stage("tracing and writing the graph")

@@ -55,9 +55,9 @@ class Backbone(nn.Module):
     width: int
     """Channels D of the pooled features."""
     depth: int
-    """Number of transformer blocks."""
+    """Number of blocks."""
     grid: tuple[int, int]
-    """Rows and columns of the patch map."""
+    """Rows and columns of the patch map, or of the map that leaves a stem of convolutions."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: str
@@ -79,6 +79,10 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Backbone:  # noqa: ARG002
         """Stay in evaluation mode: drop-out and the like belong to the methods."""
         return super().train(False)
+
+    def block(self, index: int) -> nn.Module:
+        """The frozen timm block ``index``."""
+        raise NotImplementedError
 
     def default_preprocess(self) -> Preprocess:
         """The evaluation transform of these weights: squash to ``image_size``, the weights' own mean and std."""

@@ -16,14 +16,16 @@ from typing import Any, TypeAlias
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models import swin_transformer, vision_transformer
+from timm.models import convnext, swin_transformer, vision_transformer
+from timm.models.convnext import ConvNeXt
+from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prompttune.errors import BackboneError
 
-TimmModel: TypeAlias = VisionTransformer | SwinTransformer
+TimmModel: TypeAlias = VisionTransformer | SwinTransformer | ResNet | ConvNeXt
 """What a backbone may be in timm."""
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 SUFFIXES = (".safetensors", *PICKLED, ".npz")
@@ -57,11 +59,9 @@ def load_file_into(model: TimmModel, path: Path) -> None:
             raise BackboneError(f"{path.name}: Google's npz files hold ViTs, this backbone is a {type(model).__name__}")
         _load_npz(model, path)
         return
-    tensors = _unwrap(_read(path), path)
+    tensors = _unwrap(_read(path), path, model)
     try:
-        architecture = swin_transformer if isinstance(model, SwinTransformer) else vision_transformer
-        state = architecture.checkpoint_filter_fn(tensors, model)
-        result = model.load_state_dict(state, strict=False)
+        result = model.load_state_dict(_renamed(tensors, model), strict=False)
     except (RuntimeError, KeyError, AssertionError) as problem:
         raise BackboneError(f"{path} does not fit the backbone: {_first_line(problem)}") from None
     unknown = [name for name in result.unexpected_keys if not name.startswith(_NOT_BACKBONE)]
@@ -70,6 +70,16 @@ def load_file_into(model: TimmModel, path: Path) -> None:
             f"{path} does not fit the backbone: {_some('missing', result.missing_keys)}"
             f"{' and ' if result.missing_keys and unknown else ''}{_some('unknown', unknown)}"
         )
+
+
+def _renamed(tensors: dict[str, Tensor], model: TimmModel) -> dict[str, Tensor]:
+    """An author's names and shapes as timm has them."""
+    if isinstance(model, ResNet):
+        return tensors
+    architectures = {SwinTransformer: swin_transformer, ConvNeXt: convnext}
+    architecture = architectures.get(type(model), vision_transformer)
+    renamed: dict[str, Tensor] = architecture.checkpoint_filter_fn(tensors, model)
+    return renamed
 
 
 def _first_line(problem: Exception) -> str:
@@ -110,11 +120,12 @@ def _read(path: Path) -> Mapping[str, Any]:
     return loaded
 
 
-def _unwrap(loaded: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+def _unwrap(loaded: Mapping[str, Any], path: Path, model: TimmModel) -> dict[str, Tensor]:
     for wrapper in _WRAPPERS:
         inner = loaded.get(wrapper)
         if isinstance(inner, Mapping):
             loaded = inner
+    own = model.state_dict().keys()  # a ConvNeXt's head ends in a norm of the backbone
     tensors: dict[str, Tensor] = {}
     for name, value in loaded.items():
         if not isinstance(value, Tensor) or "momentum_encoder." in name:
@@ -122,7 +133,9 @@ def _unwrap(loaded: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
         short = name
         while short.startswith(_PREFIXES):
             short = short.split(".", 1)[1]
-        if not short.startswith(_NOT_BACKBONE) or short == "mask_token":  # timm knows DINOv2 by its mask token
+        if (
+            not short.startswith(_NOT_BACKBONE) or short == "mask_token" or short in own
+        ):  # timm knows DINOv2 by its mask token
             tensors[short] = value
     if not tensors:
         raise BackboneError(f"{path} holds no backbone weights")

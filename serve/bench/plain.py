@@ -33,11 +33,14 @@ _WITHOUT_TASKS = {"onnx-adapter": "onnx"}
 class _PlainGraph(nn.Module):
     """timm's model with the inputs that every runtime feeds; it has no use for the second."""
 
-    def __init__(self, backbone: VitBackbone) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
 
     def forward(self, image: Tensor, task_index: Tensor) -> Tensor:  # noqa: ARG002
+        if not isinstance(self.backbone, VitBackbone):
+            plain: Tensor = self.backbone(image).float()
+            return plain
         model = self.backbone.model
         tokens = model.norm(model.blocks(self.backbone.embed(image)))  # whole blocks, as timm runs them
         features: Tensor = model.forward_head(tokens, pre_logits=True).float()  # [B, D]
@@ -58,7 +61,6 @@ class _PlainRequest(BuildRequest):
         # Three rows: sizes of one and two occur elsewhere in a model.
         sample = [torch.zeros(3, 3, size, size), torch.zeros(3, dtype=torch.int64)]
         dynamic = {IMAGE: {0: BATCH}, TASK_INDEX: {0: BATCH}}
-        assert isinstance(typed, VitBackbone)
         program = capture(_PlainGraph(typed), sample, dynamic, "fused", device, typed.name)
         outputs = [TensorSpec(LOGITS, "float32", (BATCH, typed.width))]
         return Traced(program, declare_inputs({}, size), outputs, dynamic, [])

@@ -4,7 +4,7 @@ Two pathways run through the same frozen blocks: the base pathway h over the ima
 over a learnable map with one token for each token of h. In the prompt layers the base adapts the prompts, in all
 other blocks the prompts adapt the base, through spatially aligned cross attention and a bottleneck adapter.
 
-``vit.py`` and ``swin.py`` drive one kind of backbone each, ``parts.py`` is what they share.
+``vit.py``, ``swin.py`` and ``conv.py`` drive one kind of backbone each, ``parts.py`` is what they share.
 
 What does not depend on the image is folded into the task's state, exactly: the prompt pathway's block 0 with its
 queries, the deep prompt maps' blocks, γ and the adapter norm's affine part. A block's self and cross attention share
@@ -19,7 +19,8 @@ learns in a few epochs; ``released`` draws ``up`` at random.
 from __future__ import annotations
 
 from prompttune.methods.sa2vp.config import SA2VPConfig
+from prompttune.methods.sa2vp.conv import ConvSA2VP
 from prompttune.methods.sa2vp.swin import SwinSA2VP
 from prompttune.methods.sa2vp.vit import SA2VP
 
-__all__ = ["SA2VP", "SA2VPConfig", "SwinSA2VP"]
+__all__ = ["SA2VP", "ConvSA2VP", "SA2VPConfig", "SwinSA2VP"]

@@ -7,6 +7,7 @@ import itertools
 from dataclasses import dataclass
 
 from prompttune.backbones.base import Backbone
+from prompttune.backbones.conv import ConvBackbone
 from prompttune.backbones.swin import SwinBackbone
 from prompttune.layers.adapter import ACTIVATIONS
 from prompttune.methods.base import Method, MethodConfig, build_for, setting
@@ -15,6 +16,8 @@ PROMPT_LAYER_STRIDE = 4
 """The paper's prompt layers of a 12-block ViT are 0, 4 and 8."""
 SWIN_STAGE, SWIN_PROMPT_LAYER_STRIDE = 2, 6
 """On a Swin the pathways meet in this stage; of its 18 blocks 0, 6 and 12 are prompt layers."""
+CONV_STAGE, CONV_PROMPT_LAYER_STRIDE = 2, 6
+"""The same for convolutions: the stage with most of the blocks."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class SA2VPConfig(MethodConfig):
     prompt_layers: tuple[int, ...] | None = setting(
         None, "blocks that take a prompt map, 0 first; 0 alone is the shallow mode; by default every fourth"
     )
+    map_scale: float = setting(1.0, "side of the learnable prompt maps over the token map's, above 0 to 1")
     attention: str = setting("aligned", "what a patch query sees of the other map", ("aligned", "global"))
     adapter: bool = setting(True, "bottleneck adapter on what the pathways exchange")
     base_weight: float = setting(0.8, "λ, weight of the base pathway's loss; 1 leaves the prompts unsupervised")
@@ -46,6 +50,7 @@ class SA2VPConfig(MethodConfig):
         """See :meth:`MethodConfig.check`."""
         self.require(self.rank > 0, f"rank must be above 0, not {self.rank}")
         self.require(self.window > 0 and self.window % 2 == 1, f"window must be odd, not {self.window}")
+        self.require(0 < self.map_scale <= 1, f"map_scale must be above 0 and at most 1, not {self.map_scale}")
         self.require(0 <= self.base_weight <= 1, f"base_weight must be from 0 to 1, not {self.base_weight}")
         self.require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
         layers = self.prompt_layers
@@ -54,12 +59,8 @@ class SA2VPConfig(MethodConfig):
             self.require(len(layers) > 0 and layers[0] == 0 and rising, f"prompt_layers {layers} must rise from 0")
 
     def resolved(self, backbone: Backbone) -> SA2VPConfig:
-        """Prompt layers filled in for the backbone's depth, on a Swin for that of the stage where pathways meet."""
-        depth, stride = backbone.depth, PROMPT_LAYER_STRIDE
-        if isinstance(backbone, SwinBackbone):
-            self.require(len(backbone.stages) > SWIN_STAGE, f"{backbone.name} has no stage {SWIN_STAGE}")
-            self.require(self.fusion == "released", "fusion has no meaning on a Swin: no new prompt map joins there")
-            depth, stride = len(backbone.stages[SWIN_STAGE].blocks), SWIN_PROMPT_LAYER_STRIDE
+        """Prompt layers filled in for the blocks in which the pathways meet: all of a ViT's, one stage's elsewhere."""
+        depth, stride = self._meeting_blocks(backbone)
         layers = self.prompt_layers
         if layers is None:
             layers = tuple(range(0, depth, stride))
@@ -67,12 +68,30 @@ class SA2VPConfig(MethodConfig):
         self.require(fits, f"prompt_layers {layers} do not fit {depth} blocks of {backbone.name}")
         return dataclasses.replace(self, prompt_layers=layers)
 
+    def _meeting_blocks(self, backbone: Backbone) -> tuple[int, int]:
+        """How many blocks the pathways meet in, and one in how many of them is a prompt layer."""
+        if isinstance(backbone, SwinBackbone):
+            self.require(len(backbone.stages) > SWIN_STAGE, f"{backbone.name} has no stage {SWIN_STAGE}")
+            self.require(self.fusion == "released", "fusion has no meaning on a Swin: no new prompt map joins there")
+            return len(backbone.stages[SWIN_STAGE].blocks), SWIN_PROMPT_LAYER_STRIDE
+        if isinstance(backbone, ConvBackbone):
+            self.require(
+                self.fusion == "released", "fusion has no meaning on convolutions: no new prompt map joins there"
+            )
+            depth = len(backbone.stages[CONV_STAGE].blocks)
+            self.require(
+                depth > 1, f"{backbone.name} has one block in stage {CONV_STAGE}; the pathways need two to meet"
+            )
+            return depth, CONV_PROMPT_LAYER_STRIDE
+        return backbone.depth, PROMPT_LAYER_STRIDE
+
     def build(self, backbone: Backbone) -> Method:
         """See :meth:`MethodConfig.build`."""
+        from prompttune.methods.sa2vp.conv import ConvSA2VP
         from prompttune.methods.sa2vp.swin import SwinSA2VP
         from prompttune.methods.sa2vp.vit import SA2VP
 
-        return build_for(self.resolved(backbone), backbone, (SA2VP, SwinSA2VP))
+        return build_for(self.resolved(backbone), backbone, (SA2VP, SwinSA2VP, ConvSA2VP))
 
     @property
     def base_loss_weight(self) -> float:

@@ -21,12 +21,34 @@ def probe_pathways(index: int, h: Tensor, p: Tensor) -> None:
 
 
 class PromptMap(nn.Module):
-    """A learnable map of rank r: ``tokens`` [1, N, r], ``proj`` r to D, and ``scale`` [D] where it joins late."""
+    """A learnable map of rank r: ``tokens`` [1, N', r], ``proj`` r to D, and ``scale`` [D] where it joins late.
 
-    def __init__(self, num_tokens: int, rank: int, width: int, scaled: bool) -> None:
+    The map may have fewer rows and columns than the patches; it is then resized to theirs, prefix tokens aside, before
+    anything reads it. Resizing and projecting commute, so it is done at rank r.
+
+    Args:
+        grid: rows and columns of the patch map.
+        num_prefix_tokens: tokens in front of the patches.
+        width: channels D.
+        config: its ``rank`` is r and its ``map_scale`` the side of the learnable map over that of the patch map.
+        scaled: whether the map joins in a later block.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        num_prefix_tokens: int,
+        width: int,
+        config: SA2VPConfig,
+        scaled: bool = False,
+    ) -> None:
         super().__init__()
-        self.tokens = nn.Parameter(torch.empty(1, num_tokens, rank))
-        self.proj = nn.Linear(rank, width)
+        self.grid = grid
+        self.num_prefix_tokens = num_prefix_tokens
+        self.own_grid = scaled_grid(grid, config.map_scale)
+        num_tokens = num_prefix_tokens + self.own_grid[0] * self.own_grid[1]
+        self.tokens = nn.Parameter(torch.empty(1, num_tokens, config.rank))
+        self.proj = nn.Linear(config.rank, width)
         nn.init.trunc_normal_(self.tokens, std=0.02)
         nn.init.xavier_uniform_(self.proj.weight)
         nn.init.normal_(self.proj.bias, std=1e-6)
@@ -35,9 +57,23 @@ class PromptMap(nn.Module):
             nn.init.normal_(self.scale, std=0.02)
 
     def forward(self) -> Tensor:
-        """The map at full width, [1, N, D]."""
-        projected: Tensor = self.proj(self.tokens)
+        """The map at full size and width, [1, N, D]."""
+        projected: Tensor = self.proj(self._resized())
         return projected
+
+    def _resized(self) -> Tensor:
+        """The tokens on the patches' grid, [1, N, r]."""
+        if self.own_grid == self.grid:
+            return self.tokens
+        prefix = self.num_prefix_tokens
+        patches = self.tokens[:, prefix:].transpose(1, 2).unflatten(2, self.own_grid)  # [1, r, R', C']
+        patches = F.interpolate(patches, self.grid, mode="bilinear", align_corners=False)
+        return torch.cat((self.tokens[:, :prefix], patches.flatten(2).transpose(1, 2)), dim=1)
+
+
+def scaled_grid(grid: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Rows and columns of a map ``scale`` times as large a side, rounded, at least 1."""
+    return max(1, round(scale * grid[0])), max(1, round(scale * grid[1]))
 
 
 class Pathways(Method):

@@ -37,7 +37,7 @@ class SwinSA2VP(Pathways):
             config, backbone, depth=len(stage.blocks), width=stage.width, grid=stage.grid, num_prefix_tokens=0
         )
         embedded = backbone.stages[0]
-        self.prompts["0"] = PromptMap(embedded.num_tokens, config.rank, embedded.width, scaled=False)
+        self.prompts["0"] = PromptMap(embedded.grid, 0, embedded.width, config)
 
     @property
     def backbone(self) -> SwinBackbone:

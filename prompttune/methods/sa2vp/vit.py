@@ -29,7 +29,9 @@ class SA2VP(Pathways):
             num_prefix_tokens=backbone.num_prefix_tokens,
         )
         for index in self.prompt_layers:
-            self.prompts[str(index)] = PromptMap(backbone.num_tokens, config.rank, backbone.width, scaled=index > 0)
+            self.prompts[str(index)] = PromptMap(
+                backbone.grid, backbone.num_prefix_tokens, backbone.width, config, scaled=index > 0
+            )
 
     @property
     def backbone(self) -> VitBackbone:

@@ -1,0 +1,182 @@
+"""timm's ResNet and ConvNeXt, opened up stage by stage and block by block: the parts that prompt methods drive.
+
+The tensors and the arithmetic are timm's (https://github.com/huggingface/pytorch-image-models,
+``timm/models/resnet.py`` and ``convnext.py``); the models are https://arxiv.org/abs/1512.03385,
+https://arxiv.org/abs/2201.03545 (ConvNeXt) and https://arxiv.org/abs/2301.00808 (ConvNeXt V2). Maps are [B, C, R, C']
+as convolutions take them; B images, C channels, R rows and C' columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeAlias, cast
+
+import torch
+from timm.models.convnext import ConvNeXt, ConvNeXtBlock
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import Tensor, nn
+
+from prompttune.backbones.base import Backbone
+from prompttune.errors import BackboneError, UsageError
+from prompttune.layers.probe import probe
+
+SUPPORTED = "timm ResNet and ConvNeXt models"
+ConvModel: TypeAlias = ResNet | ConvNeXt
+CONV_MODELS = (ResNet, ConvNeXt)
+_BLOCKS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
+    ResNet: (BasicBlock, Bottleneck),
+    ConvNeXt: (ConvNeXtBlock,),
+}
+
+
+@dataclass(frozen=True)
+class ConvStage:
+    """Blocks that end on one grid; on a ResNet the first of them brings the map there."""
+
+    blocks: range
+    """Numbers of the stage's blocks, counted over the whole model."""
+    grid: tuple[int, int]
+    """Rows and columns of the map that leaves each of these blocks."""
+    width: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Places of the map."""
+        return self.grid[0] * self.grid[1]
+
+
+def check_supported(model: ConvModel, name: str) -> None:
+    """Raise :class:`BackboneError` that says why ``model`` cannot be driven block by block."""
+    problem = ""
+    if type(model) not in CONV_MODELS:
+        problem = f"it is a {type(model).__name__}"
+    elif _pooling(model) == "":
+        problem = "it has no pooling"
+    else:
+        for stage in _stages(model):
+            for block in _blocks(stage):
+                if type(block) not in _BLOCKS[type(model)]:
+                    problem = f"its blocks are {type(block).__name__}"
+    if problem:
+        raise BackboneError(f"{name} is not supported: {problem}; supported: {SUPPORTED}")
+
+
+def _pooling(model: ConvModel) -> str:
+    pool = model.global_pool if isinstance(model, ResNet) else model.head.global_pool
+    return str(pool.pool_type)
+
+
+def _stages(model: ConvModel) -> list[nn.Module]:
+    if isinstance(model, ResNet):
+        return [model.layer1, model.layer2, model.layer3, model.layer4]
+    return list(model.stages)
+
+
+def _blocks(stage: nn.Module) -> list[nn.Module]:
+    return list(cast(nn.Sequential, stage if isinstance(stage, nn.Sequential) else stage.blocks))
+
+
+def _stem(model: ConvModel) -> nn.Sequential:
+    return nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool) if isinstance(model, ResNet) else model.stem
+
+
+def _map_shapes(model: ConvModel, image_size: int) -> Iterator[tuple[int, int, int]]:
+    """Channels, rows and columns of the maps that leave the stem and each stage; nothing is computed."""
+    x = torch.empty(1, 3, image_size, image_size, device="meta")
+    for part in (_stem(model), *_stages(model)):
+        tensors = {**dict(part.named_parameters()), **dict(part.named_buffers())}
+        shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+        with torch.no_grad():
+            x = torch.func.functional_call(part, shapes, (x,))
+        yield int(x.shape[1]), int(x.shape[2]), int(x.shape[3])
+
+
+class ConvBackbone(Backbone):
+    """A frozen timm ResNet or ConvNeXt of any depth, width and image size; batch norms keep their running statistics.
+
+    Blocks are numbered over all stages; ``depth`` counts them all, ``grid`` is the map that leaves the stem and
+    ``width`` the channels of the pooled features.
+
+    Args:
+        model: timm's.
+        image_size: side of the square input, in pixels.
+
+    Raises:
+        UsageError: the image is too small for the model's strides.
+    """
+
+    model: ConvModel
+
+    def __init__(self, model: ConvModel, image_size: int) -> None:
+        super().__init__(model)
+        self.image_size = image_size
+        try:
+            shapes = list(_map_shapes(self.model, image_size))
+        except RuntimeError:  # a convolution or a pooling found fewer pixels than it spans
+            raise UsageError(
+                f"image size {image_size} is too small: nothing of it would be left in the last stage"
+            ) from None
+        self.stem_width, rows, columns = shapes[0]
+        self.grid = (rows, columns)
+        stages: list[ConvStage] = []
+        self.depth = 0
+        for stage, (width, *grid) in zip(_stages(self.model), shapes[1:], strict=True):
+            blocks = range(self.depth, self.depth + len(_blocks(stage)))
+            stages.append(ConvStage(blocks, (grid[0], grid[1]), width))
+            self.depth = blocks.stop
+        self.stages = tuple(stages)
+        self.width = int(self.model.head_hidden_size)
+
+    def block(self, index: int) -> nn.Module:
+        """The frozen timm block ``index``."""
+        number = next(number for number, stage in enumerate(self.stages) if index in stage.blocks)
+        return _blocks(_stages(self.model)[number])[index - self.stages[number].blocks.start]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See :meth:`Backbone.forward`."""
+        return self.pool(self.run_stages(self.embed(images), range(len(self.stages))))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] to the stem's output, [B, C, R, C']."""
+        stem = _stem(self.model)
+        first = next(module for module in stem.modules() if isinstance(module, nn.Conv2d))
+        x = cast(Tensor, stem(images.to(first.weight.dtype)))
+        probe("embed", x)
+        return x
+
+    def position(self, x: Tensor) -> Tensor:
+        """Give a prompt map [1, C, R, C'] the norm that ends a ConvNeXt's stem; a ResNet's ends in a pooling."""
+        return x if isinstance(self.model, ResNet) else cast(Tensor, self.model.stem[-1](x))
+
+    def enter(self, number: int, x: Tensor) -> Tensor:
+        """What stands between two stages, in front of stage ``number``; on a ResNet nothing does."""
+        if isinstance(self.model, ResNet):
+            return x
+        return cast(Tensor, self.model.stages[number].downsample(x))
+
+    def run_block(self, index: int, x: Tensor) -> Tensor:
+        """All of block ``index``, [B, C, R, C']; the first of a ResNet's stage changes the shape."""
+        return cast(Tensor, self.block(index)(x))
+
+    def run_block_both(self, index: int, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Block ``index`` for two pathways as one batch, [B, C, R, C'] each."""
+        both = self.run_block(index, torch.stack((first, second)).flatten(0, 1))
+        first, second = both.unflatten(0, (2, -1)).unbind(0)
+        return first, second
+
+    def run_stages(self, x: Tensor, numbers: range) -> Tensor:
+        """Whole stages, [B, C, R, C'] to a map of the last one."""
+        for number in numbers:
+            x = self.enter(number, x)
+            for index in self.stages[number].blocks:
+                x = self.run_block(index, x)
+                probe(f"block{index}", x)
+        return x
+
+    def pool(self, x: Tensor) -> Tensor:
+        """The model's own pooling with its norms: [B, C, R, C'] to [B, D]."""
+        if not isinstance(self.model, ResNet):
+            x = self.model.norm_pre(x)
+        # Of channels that lie last, the exporter would pool with a view of made-up strides.
+        return cast(Tensor, self.model.forward_head(x.contiguous(), pre_logits=True))

@@ -1,0 +1,129 @@
+"""SA²VP over convolutions, ResNet and ConvNeXt: the paper says that it carries over to them and gives no recipe.
+
+The design, by analogy with Swin's (``swin.py``): a prompt map of rank r at the resolution and width of the stem's
+output goes through the same frozen stages as the image, and the pathways meet in the stage with most of the blocks. A
+convolution has no queries, keys and values, so they meet *behind* a block, on what it made of both: the spatially
+aligned attention reads the maps themselves, each place normalised over its channels without parameters, in heads of at
+most 64 channels, scaled by 1/sqrt(d), and adds to the map that asks. A bottleneck adapter as elsewhere (its linear
+layers are 1 x 1 convolutions of a map) and γ make of it what one pathway gives the other. In a prompt layer the base
+adapts the prompts, behind all other blocks the prompts adapt the base. No new prompt map joins later. The head reads
+the model's own pooling.
+
+The prompt pathway up to and with the first block of that stage folds into the state: one map. Behind the last block in
+which the base reads the prompts, the prompt pathway is computed for its own loss alone.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from prompttune.backbones.base import Backbone
+from prompttune.backbones.conv import ConvBackbone, ConvStage
+from prompttune.backbones.vit import merge_heads
+from prompttune.layers.probe import probe
+from prompttune.methods.base import Features, Layout, State
+from prompttune.methods.sa2vp.config import CONV_STAGE, SA2VPConfig
+from prompttune.methods.sa2vp.parts import Pathways, PromptMap, probe_pathways
+
+LARGEST_HEAD = 64
+"""Channels of a head: the largest divisor of the width up to this."""
+NORM_EPS = 1e-6
+
+
+class ConvSA2VP(Pathways):
+    """One task of SA²VP over convolutions: ``prompts.0``, and ``adapters.{i}`` for every block of the stage."""
+
+    backbones = (ConvBackbone,)
+    meeting_stage: ClassVar[int] = CONV_STAGE
+    """The stage in which the pathways meet."""
+
+    def __init__(self, config: SA2VPConfig, backbone: Backbone) -> None:
+        assert isinstance(backbone, ConvBackbone)
+        stage = backbone.stages[self.meeting_stage]
+        super().__init__(
+            config, backbone, depth=len(stage.blocks), width=stage.width, grid=stage.grid, num_prefix_tokens=0
+        )
+        self.head_dim = max(size for size in range(1, LARGEST_HEAD + 1) if stage.width % size == 0)
+        self.prompts["0"] = PromptMap(backbone.grid, 0, backbone.stem_width, config)
+
+    @property
+    def backbone(self) -> ConvBackbone:
+        """The frozen backbone, typed."""
+        backbone = self._backbone[0]
+        assert isinstance(backbone, ConvBackbone)
+        return backbone
+
+    @property
+    def stage(self) -> ConvStage:
+        """The stage where the pathways meet."""
+        return self.backbone.stages[self.meeting_stage]
+
+    def task_state(self) -> State:
+        """Folded tensors of the task, N and D those of the stage where the pathways meet.
+
+        ``prompt.output`` [1, N, D], what that stage's first block makes of the prompt map; and :meth:`given_state`.
+        """
+        backbone = self.backbone
+        stem = self.prompts["0"]().transpose(1, 2).unflatten(2, backbone.grid)  # [1, C, R, C']
+        return {"prompt.output": tokens_of(self._enter(backbone.position(stem)))} | self.given_state()
+
+    def state_layout(self) -> Layout:
+        """See :meth:`Method.state_layout`."""
+        return {"prompt.output": (self.stage.num_tokens, self.stage.width)} | self.given_layout()
+
+    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:
+        """See :meth:`Method.forward`. Without ``aux`` nothing is computed for the prompt pathway's own sake."""
+        backbone, first = self.backbone, self.stage.blocks.start
+        h = self._enter(backbone.embed(images))
+        p = self._map(state["prompt.output"])
+        p = p + self._given(0, p, h, state)
+        probe_pathways(first, h, p)
+        for index in range(1, self.depth):
+            if not aux and index > self.last_read:
+                h = backbone.run_block(first + index, h)
+                probe(f"block{first + index}", h)
+                continue
+            h, p = backbone.run_block_both(first + index, h, p)
+            if index in self.prompt_layers:
+                p = p + self._given(index, p, h, state)
+            else:
+                h = h + self._given(index, h, p, state)
+            probe_pathways(first + index, h, p)
+        behind = range(self.meeting_stage + 1, len(backbone.stages))
+        features = backbone.pool(backbone.run_stages(h, behind))
+        return Features(features, backbone.pool(backbone.run_stages(p, behind)) if aux else None)
+
+    def _enter(self, x: Tensor) -> Tensor:
+        """A stem's output through the stages in front and the first block of the one where the pathways meet."""
+        backbone = self.backbone
+        x = backbone.enter(self.meeting_stage, backbone.run_stages(x, range(self.meeting_stage)))
+        return backbone.run_block(self.stage.blocks.start, x)
+
+    def _given(self, index: int, asking: Tensor, seen: Tensor, state: State) -> Tensor:
+        """What one pathway gives the other behind block ``index``: maps [B, D, R, C'] of both to such a map."""
+        tokens = tokens_of(asking)
+        keys = self._heads(tokens_of(seen))
+        attended = merge_heads(self.aligned(self._heads(tokens), keys, keys))
+        return self._map(self.give(index, tokens + self.drop(attended), state))
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, N, D], normalised over the channels, as [B, H, N, d]."""
+        heads: Tensor = self.normalised(tokens).unflatten(-1, (-1, self.head_dim))  # [B, N, H, d]
+        return heads.transpose(-3, -2)
+
+    def normalised(self, tokens: Tensor) -> Tensor:
+        """What the attention reads of tokens [B, N, D]: a layer norm without parameters."""
+        return F.layer_norm(tokens.float(), tokens.shape[-1:], eps=NORM_EPS).to(tokens.dtype)
+
+    def _map(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] to [B, D, R, C']."""
+        placed: Tensor = tokens.transpose(1, 2).unflatten(2, self.stage.grid)
+        return placed
+
+
+def tokens_of(x: Tensor) -> Tensor:
+    """[B, D, R, C'] to [B, R C', D]."""
+    return x.flatten(2).transpose(1, 2)
