@@ -26,6 +26,7 @@ COMMANDS = {
     "infer": ("prompttune.cli.infer", "Classify images with a task of an engine."),
     "serve": ("prompttune.cli.serve", "Serve an engine's tasks over HTTP and gRPC."),
     "bench": ("prompttune.cli.bench", "Time an engine beside its plain backbone, PyTorch or other engines."),
+    "benchmark": ("prompttune.cli.benchmark", "Train methods by a protocol and tabulate their accuracy."),
     "demo": ("prompttune.cli.demo", "Run the main job end to end on real images."),
     "doctor": ("prompttune.cli.doctor", "Show versions, devices, providers and weights found."),
 }

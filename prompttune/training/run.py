@@ -63,6 +63,7 @@ class Run:
         self._set_up(optimizer)
         self.corrupt = CorruptImages(config.max_corrupt)
         self._unsettled: list[str] = []
+        self._latest: EvaluationResult | None = None
         self.clock = Clock()
 
     def _identity(self) -> dict[str, Any]:
@@ -159,6 +160,7 @@ class Run:
         is_last = epoch + 1 == self.config.epochs
         result = self._validate() if is_last or (epoch + 1) % self.config.eval_every == 0 else None
         self._check_state(epoch, result)
+        self._latest = result
         self._settle_corrupt()
         record["val_loss"] = None if result is None else result.loss
         record["val_top1"] = None if result is None else result.top1
@@ -248,8 +250,9 @@ class Run:
     def _finish(self) -> None:
         status = "finished" if self.progression.epoch >= self.config.epochs else "stopped early"
         last = self.keeper.snapshot()
+        result = self._latest if self.progression.best_epoch == self.progression.epoch else None
         self.keeper.load_best()
-        self.keeper.finish(last, self._validate(), status)
+        self.keeper.finish(last, result or self._validate(), status)
 
     def _note_corrupt(self, batch: Batch) -> None:
         # several processes settle it together after the epoch: one that stops alone would leave the others waiting

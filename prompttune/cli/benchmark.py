@@ -1,0 +1,203 @@
+"""``prompttune benchmark``: accuracy of methods by a protocol. ``prompttune bench`` times engines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import yaml
+from rich.console import Console
+
+from prompttune.cli.benchmark_progress import Board
+from prompttune.errors import UsageError, choose
+from prompttune.protocols.recipe import Recipe, chosen, load_recipe
+from prompttune.training.config import known_names
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+INTERRUPTED = 130
+RESERVED = {"output": "--output", "seed": "--seeds", "method": "--methods", "data": "--tasks"}
+"""Settings that have an option of their own here."""
+
+
+def _words(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    return None if value is None else tuple(one.strip() for one in value.split(",") if one.strip())
+
+
+def _seeds(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    words = [one.strip() for one in value.split(",")]
+    if not all(one.isdecimal() for one in words) or len(set(words)) < len(words):
+        raise click.BadParameter("give different whole numbers, such as 0,1,2")
+    return tuple(int(one) for one in words)
+
+
+def _settings(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    """``name=value`` to settings; a value is read as YAML does."""
+    made = {}
+    for text in values:
+        name, equals, value = text.partition("=")
+        name = choose("setting", name.strip().replace("-", "_"), known_names())
+        if not equals:
+            raise UsageError(f"--set takes name=value, not {text!r}")
+        if name in RESERVED:
+            raise UsageError(f"--set {name}: use {RESERVED[name]}")
+        made[name] = yaml.safe_load(value)
+    return made
+
+
+_OPTIONS = [
+    click.option("--tasks", metavar="A,B,…", callback=_words, help="Tasks of the protocol.  [default: all]"),
+    click.option("--seeds", metavar="0,1,…", callback=_seeds, help="Seeds of the runs.  [default: the recipe's]"),
+    click.option("--output", "-o", type=click.Path(path_type=Path, file_okay=False), help="Folder of the benchmark."),
+    click.option("--jobs", type=click.IntRange(1), help="Runs at once, each with its share of the CPU cores.  "
+                 "[default: a core each, 4 at most; 1 on a GPU]"),
+    click.option("--backbone", metavar="NAME", help="timm name, in place of the recipe's."),
+    click.option("--image-size", type=click.IntRange(1), help="Side of the input in pixels, in place of the recipe's."),
+    click.option("--weights", metavar="SOURCE", help="auto, random, random:SEED or a file, in place of the recipe's."),
+    click.option("--device", help="auto, cpu, cuda or cuda:INDEX."),
+    click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", callback=_settings,
+                 help="A setting of `prompttune train` for every run whose method has it; may be repeated."),
+    click.option("--recipe", "recipe_file", type=click.Path(path_type=Path, dir_okay=False),
+                 help="YAML file in place of the package's recipe."),
+    click.option("--dry-run", is_flag=True, help="Print the runs and what is left of them; train nothing."),
+    click.option("--latency/--no-latency", default=True, show_default=True,
+                 help="Time each method's forward beside the plain backbone at the end."),
+    click.option("--json", "as_json", is_flag=True, help="Print the table and all runs as JSON."),
+    click.option("--quiet", is_flag=True, help="Show no progress."),
+]  # fmt: skip
+
+
+def _options(command: Command) -> Command:
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.group()
+def benchmark() -> None:
+    """Train methods by a protocol and tabulate their accuracy (`prompttune bench` times engines).
+
+    Every run has a folder of its own in the output. The same command goes on after an interruption: finished runs are
+    kept, a half one is resumed.
+    """
+
+
+@benchmark.command()
+@click.option("--methods", metavar="A,B,…", callback=_words, help="Methods to compare.  [default: all]")
+@_options
+@click.pass_context
+def demo(ctx: click.Context, methods: tuple[str, ...] | None, **options: Any) -> None:
+    """Compare methods on the built-in tasks: digits, location, orientation, count.
+
+    DINOv2 ViT-S at 56 pixels, 1,000 training images, 4 epochs, three seeds; about a minute a run on one CPU core.
+
+    \b
+    prompttune benchmark demo --output runs/demo
+    prompttune benchmark demo --methods sa2vp,vpt-deep,linear --tasks location --seeds 0 --jobs 2 --output runs/demo
+    prompttune benchmark demo --dry-run
+    """
+    _run(ctx, "demo", methods, **options)
+
+
+@benchmark.command("demo-ablation")
+@click.option("--variants", metavar="A,B,…", callback=_words, help="Variants to compare.  [default: all]")
+@_options
+@click.pass_context
+def demo_ablation(ctx: click.Context, variants: tuple[str, ...] | None, **options: Any) -> None:
+    """Compare SA²VP with and without each of its parts, as Table 5 of its paper does, on the built-in tasks.
+
+    \b
+    prompttune benchmark demo-ablation --output runs/demo-ablation
+    prompttune benchmark demo-ablation --variants "window 1,window 5" --seeds 0 --jobs 2 --output runs/windows
+    """
+    _run(ctx, "demo-ablation", variants, **options)
+
+
+def _run(
+    ctx: click.Context,
+    protocol: str,
+    labels: tuple[str, ...] | None,
+    *,
+    tasks: tuple[str, ...] | None,
+    seeds: tuple[int, ...] | None,
+    output: Path | None,
+    jobs: int | None,
+    changes: Mapping[str, Any],
+    recipe_file: Path | None,
+    dry_run: bool,
+    latency: bool,
+    as_json: bool,
+    quiet: bool,
+    **place: Any,
+) -> None:
+    from prompttune.protocols.plan import make_plan
+
+    recipe = load_recipe(protocol, recipe_file)
+    output = output or Path("runs") / f"benchmark-{recipe.protocol}"
+    overrides = {**{name: value for name, value in place.items() if value is not None}, **changes}
+    kind = "variant" if recipe.variants else "method"
+    plan = make_plan(
+        recipe,
+        chosen(kind, labels, recipe.labels),
+        chosen("task", tasks, list(recipe.tasks)),
+        seeds or recipe.seeds,
+        overrides,
+    )
+    if dry_run:
+        _print_plan(recipe, plan, output, as_json)
+        return
+    from prompttune.protocols.benchmark import run_benchmark
+    from prompttune.protocols.runner import default_jobs
+    from prompttune.protocols.tables import rich_table
+
+    jobs = jobs or default_jobs(plan[0].config(output).device)
+    console = Console(stderr=True, quiet=quiet)
+    try:
+        with Board(console) as board:
+            report = run_benchmark(recipe, plan, output, jobs, board, latency=latency)
+    except KeyboardInterrupt:
+        click.echo("Interrupted; the same command goes on", err=True)
+        ctx.exit(INTERRUPTED)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        wide = Console(width=None if Console().is_terminal else 400)
+        wide.print(rich_table(report.summary))
+        click.echo(f"top-1 in percent, mean ± sample deviation over seeds; runs and files: {output}")
+    for outcome in report.failures:
+        click.echo(f"{outcome.spec.name}: {outcome.error}", err=True)
+    if report.failures:
+        ctx.exit(1)
+
+
+def _print_plan(recipe: Recipe, plan: Any, output: Path, as_json: bool) -> None:
+    rows = [
+        {
+            "run": spec.name,
+            "group": spec.group,
+            "state": _state(spec, output),
+            "settings_digest": spec.digest,
+            "settings": {name: value for name, value in spec.settings.items() if name != "tensorboard"},
+        }
+        for spec in plan
+    ]
+    if as_json:
+        click.echo(json.dumps({"protocol": recipe.protocol, "output": str(output), "runs": rows}, indent=2))
+        return
+    for row in rows:
+        words = " ".join(f"{name}={value}" for name, value in row["settings"].items())
+        click.echo(f"{row['state']:8}  {row['run']}  {words}")
+    left = sum(row["state"] != "finished" for row in rows)
+    click.echo(f"{recipe.protocol}: {len(rows)} runs, {left} to train; output: {output}")
+
+
+def _state(spec: Any, output: Path) -> str:
+    from prompttune.training.state import RunFolder
+
+    if spec.record(output) is not None:
+        return "finished"
+    return "begun" if RunFolder(spec.folder(output)).last.exists() else "to do"

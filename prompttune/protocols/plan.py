@@ -1,0 +1,120 @@
+"""The runs of a protocol, before any of them starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prompttune.errors import CheckpointError, UsageError
+from prompttune.files import read_json
+from prompttune.methods import METHODS, MethodConfig
+from prompttune.protocols.recipe import Recipe
+from prompttune.training.config import TrainConfig, augment_fields
+from prompttune.training.fields import settings_of
+
+RECORD_FILE = "benchmark.json"
+"""Written last into the folder of a run, once it is finished."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunSpec:
+    """One run: a method, or a variant of one, on a task with a seed. Equal to itself alone."""
+
+    protocol: str
+    group: str
+    task: str
+    label: str
+    seed: int
+    settings: Mapping[str, Any]
+    """Flat settings of ``prompttune train`` without ``output``."""
+
+    @property
+    def name(self) -> str:
+        """Folder of the run below the benchmark's ``runs``."""
+        return "/".join((_slug(self.task), _slug(self.label), f"seed{self.seed}"))
+
+    def folder(self, output: Path) -> Path:
+        """Where the run is written."""
+        return output / "runs" / self.name
+
+    def config(self, output: Path) -> TrainConfig:
+        """The run's settings; raises :class:`UsageError` that names the run if one is wrong."""
+        try:
+            return TrainConfig.from_flat({**self.settings, "seed": self.seed, "output": str(self.folder(output))})
+        except UsageError as problem:
+            raise UsageError(f"{self.label} on {self.task}: {problem}") from None
+
+    def method_config(self) -> MethodConfig:
+        """The method with its settings."""
+        return self.config(Path()).method_config()
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits over every setting that could change the result.
+
+        Settings at their defaults are left out, so that one that a later version adds changes no digest.
+        """
+        flat = self.config(Path()).to_flat()
+        known = settings_of(TrainConfig) | augment_fields() | settings_of(METHODS[flat["method"]])
+        shown = {
+            name: value
+            for name, value in flat.items()
+            if name == "method" or not (known[name].metadata.get("free") or value == _plain(known[name].default))
+        }
+        return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:16]
+
+    def record(self, output: Path) -> dict[str, Any] | None:
+        """The row of a run that is finished; None if it is not.
+
+        Raises:
+            UsageError: it was trained with other settings.
+            CheckpointError: the record is damaged.
+        """
+        file = self.folder(output) / RECORD_FILE
+        if not file.exists():
+            return None
+        row = read_json(file, CheckpointError, "record of a run")
+        if row.get("settings_digest") != self.digest:
+            raise UsageError(
+                f"{file.parent} was trained with other settings ({row.get('settings_digest')}, now {self.digest}); "
+                "give another --output, or remove it"
+            )
+        return row
+
+
+def make_plan(
+    recipe: Recipe,
+    labels: Iterable[str],
+    tasks: Iterable[str],
+    seeds: Sequence[int],
+    overrides: Mapping[str, Any] | None = None,
+) -> list[RunSpec]:
+    """Every run, one seed after the other, so that a benchmark that is cut short has compared all methods.
+
+    Raises:
+        UsageError: a setting is wrong; the message names the run. Nothing has been started.
+    """
+    specs = [
+        RunSpec(
+            recipe.protocol, recipe.tasks[task].group, task, label, seed, recipe.settings(label, task, overrides or {})
+        )  # fmt: skip
+        for seed in seeds
+        for task in tasks
+        for label in labels
+    ]
+    for spec in specs:
+        spec.config(Path())
+    return specs
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", name).strip("-")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,194 @@
+"""A protocol as data: which tasks, in which groups, trained with which settings by which method.
+
+Recipes are YAML files of this package, or a user's own::
+
+    protocol: demo
+    title: built-in tasks
+    seeds: [0, 1, 2]
+    defaults: {epochs: 4, lr: 5e-3}          # settings of `prompttune train`, by name
+    tasks:
+      digits: {group: natural, data: demo/digits, settings: {}}
+    methods:                                 # settings of a method, over the defaults
+      linear: {lr: 5e-2}
+    variants:                                # instead of plain methods, where the recipe is an ablation
+      full: {method: sa2vp}
+
+A method without an entry takes the defaults. An entry of a method that is not registered is ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from prompttune.errors import UsageError, choose
+from prompttune.methods import METHODS
+from prompttune.training.config import check_belongs, known_names, method_fields, read_yaml
+
+BUILT_IN = ("demo", "demo-ablation")
+_PARTS = ("protocol", "title", "seeds", "defaults", "tasks", "methods", "variants")
+_TASK_PARTS = ("group", "data", "settings", "methods")
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """A data set of a protocol."""
+
+    name: str
+    group: str
+    data: str
+    """As ``prompttune train --data`` takes it."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of every run on it."""
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Settings of one method on it, which go before all others."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Content of a recipe file."""
+
+    protocol: str
+    title: str
+    seeds: tuple[int, ...]
+    defaults: Mapping[str, Any]
+    tasks: Mapping[str, TaskEntry]
+    methods: Mapping[str, Mapping[str, Any]]
+    variants: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def labels(self) -> list[str]:
+        """What can be compared: the variants of an ablation, else every registered method."""
+        return list(self.variants) if self.variants else list(METHODS)
+
+    def method_of(self, label: str) -> str:
+        """The method behind a label."""
+        return str(self.variants[label].get("method", "sa2vp")) if self.variants else label
+
+    def settings(self, label: str, task: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Flat settings of a run; ``overrides`` go before all, and reach the methods that have them."""
+        method, entry = self.method_of(label), self.tasks[task]
+        own = self.methods.get(method, {})
+        variant = {name: value for name, value in self.variants.get(label, {}).items() if name != "method"}
+        return {
+            "method": method,
+            "data": entry.data,
+            **suiting(self.defaults, method),
+            **suiting(entry.settings, method),
+            **own,
+            **entry.methods.get(method, {}),
+            **variant,
+            **suiting(overrides, method),
+        }
+
+
+def suiting(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """The settings without those of other methods."""
+    fields = method_fields()
+    return {name: value for name, value in settings.items() if name not in fields or method in fields[name]}
+
+
+def load_recipe(name: str, file: Path | None = None) -> Recipe:
+    """Read the package's recipe ``name``, or a file in its place.
+
+    Raises:
+        UsageError: the file is missing or wrong; one line that names it and what is wrong.
+    """
+    if file is not None:
+        return read_recipe(file)
+    choose("protocol", name, BUILT_IN)
+    with resources.as_file(resources.files("prompttune.protocols") / "recipes" / f"{name}.yaml") as path:
+        return read_recipe(path)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read and check a recipe file; see :func:`load_recipe`."""
+    document = read_yaml(path)
+    for key in document:
+        choose(f"part of {path.name}", key, _PARTS)
+    tasks = _mapping(path, document, "tasks")
+    if not tasks:
+        raise UsageError(f"{path} needs 'tasks', a mapping of names to group and data")
+    seeds = document.get("seeds", [0])
+    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+        raise UsageError(f"{path}: seeds must be a list of whole numbers from 0, not {seeds!r}")
+    defaults = _settings(path, "defaults", _mapping(path, document, "defaults"))
+    return Recipe(
+        protocol=str(document.get("protocol", path.stem)),
+        title=str(document.get("title", "")),
+        seeds=tuple(seeds),
+        defaults=defaults,
+        tasks={name: _task(path, name, _mapping(path, tasks, name)) for name in tasks},
+        methods=_by_method(path, "methods", _mapping(path, document, "methods")),
+        variants=_variants(path, _mapping(path, document, "variants")),
+    )
+
+
+def _mapping(path: Path, document: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = document.get(key) or {}
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: {key} must be a mapping, not {value!r}")
+    return {str(name): inner for name, inner in value.items()}
+
+
+def _settings(path: Path, where: str, values: Mapping[str, Any], method: str | None = None) -> dict[str, Any]:
+    """Names of settings with underscores, each known, and one of ``method`` where that is given."""
+    named = {name.replace("-", "_"): value for name, value in values.items()}
+    for name in named:
+        try:
+            choose("setting", name, known_names())
+            if method is not None and name in method_fields():
+                check_belongs(name, method)
+        except UsageError as problem:
+            raise UsageError(f"{path}: {where}: {problem}") from None
+    return named
+
+
+def _by_method(path: Path, where: str, entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        method: _settings(path, f"{where}.{method}", _mapping(path, entries, method), method)
+        for method in entries
+        if method in METHODS
+    }
+
+
+def _task(path: Path, name: str, entry: Mapping[str, Any]) -> TaskEntry:
+    for key in entry:
+        choose(f"part of the task {name} of {path.name}", key, _TASK_PARTS)
+    if not isinstance(entry.get("data"), str):
+        raise UsageError(f"{path}: the task {name} needs 'data'")
+    return TaskEntry(
+        name=name,
+        group=str(entry.get("group", "")),
+        data=entry["data"],
+        settings=_settings(path, f"tasks.{name}", _mapping(path, entry, "settings")),
+        methods=_by_method(path, f"tasks.{name}", _mapping(path, entry, "methods")),
+    )
+
+
+def _variants(path: Path, entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    made = {}
+    for label in entries:
+        values = _mapping(path, entries, label)
+        method = choose(f"method of the variant {label}", values.pop("method", "sa2vp"), METHODS)
+        made[label] = {"method": method, **_settings(path, f"variants.{label}", values, method)}
+    return made
+
+
+def chosen(kind: str, wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    """The names that were asked for, all if none were.
+
+    Raises:
+        UsageError: one is unknown, or stands there twice.
+    """
+    if wanted is None:
+        return list(known)
+    names = [choose(kind, name, known) for name in wanted]
+    if not names:
+        raise UsageError(f"no {kind} is named; known: {', '.join(known)}")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"the {kind} {twice} is named twice")
+    return names

@@ -1,0 +1,145 @@
+"""From rows of runs to the papers' tables: mean and deviation over seeds, over groups, over tasks."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An accuracy over seeds."""
+
+    mean: float
+    deviation: float | None
+    """Sample standard deviation over the seeds, with n - 1; None for one seed."""
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Cell:
+        """Mean and deviation of ``values``, of which there is at least one."""
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {"mean": self.mean, "deviation": self.deviation, "seeds": self.seeds}
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a method, or a variant, reached."""
+
+    label: str
+    cells: Mapping[str, Cell | None]
+    """By task; None where no run is finished."""
+    groups: Mapping[str, float | None]
+    """Mean over the tasks of each group; None where one is missing."""
+    mean: float | None
+    """Mean over all tasks; None where one is missing."""
+    mean_of_groups: float | None
+    """Mean of the groups' means, VTAB's habit."""
+    deviation: float | None
+    """Sample deviation over seeds of the mean over all tasks; None unless two seeds have every task."""
+    trainable: int
+    """Trained parameters with the head, mean over the tasks, whose heads differ."""
+    beside_head: int
+    share: float
+    """Trained parameters beside the head over those of the backbone."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "label": self.label,
+            "tasks": {task: None if cell is None else cell.to_dict() for task, cell in self.cells.items()},
+            "groups": dict(self.groups),
+            "mean": self.mean,
+            "mean_of_groups": self.mean_of_groups,
+            "deviation": self.deviation,
+            "trainable_parameters": self.trainable,
+            "parameters_beside_head": self.beside_head,
+            "share_of_backbone": self.share,
+        }
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A benchmark's table."""
+
+    title: str
+    tasks: Mapping[str, str]
+    """Group of each task, in the order of the columns."""
+    lines: Sequence[Line]
+    missing: int = 0
+    """Runs of the plan without a figure."""
+
+    @property
+    def groups(self) -> list[str]:
+        """Groups in their order."""
+        return list(dict.fromkeys(self.tasks.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "title": self.title,
+            "tasks": dict(self.tasks),
+            "lines": [line.to_dict() for line in self.lines],
+            "missing_runs": self.missing,
+        }
+
+
+def summarise(
+    title: str, tasks: Mapping[str, str], labels: Sequence[str], rows: Sequence[Mapping[str, Any]], missing: int = 0
+) -> Summary:
+    """Tabulate rows of finished runs.
+
+    Args:
+        title: headline of the table.
+        tasks: group of each task, in the order of the columns.
+        labels: methods or variants, in the order of the lines; one without a row is left out.
+        rows: as ``results.csv`` has them.
+        missing: runs that have no row.
+    """
+    lines = [_line(label, tasks, [row for row in rows if row["label"] == label]) for label in labels]
+    return Summary(title, dict(tasks), [line for line in lines if line is not None], missing)
+
+
+def _line(label: str, tasks: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> Line | None:
+    by_task = {task: [row for row in rows if row["task"] == task] for task in tasks}
+    rows = [row for found in by_task.values() for row in found]
+    if not rows:
+        return None
+    cells = {task: Cell.of([row["accuracy"] for row in found]) if found else None for task, found in by_task.items()}
+    means = {task: None if cell is None else cell.mean for task, cell in cells.items()}
+    groups = {
+        group: _mean([means[task] for task, of in tasks.items() if of == group])
+        for group in dict.fromkeys(tasks.values())
+    }
+    ones = [next(iter(found)) for found in by_task.values() if found]
+    return Line(
+        label=label,
+        cells=cells,
+        groups=groups,
+        mean=_mean(list(means.values())),
+        mean_of_groups=_mean(list(groups.values())),
+        deviation=_deviation_of_mean(by_task),
+        trainable=round(statistics.fmean(row["trainable_parameters"] for row in ones)),
+        beside_head=round(statistics.fmean(row["parameters_beside_head"] for row in ones)),
+        share=statistics.fmean(row["share_of_backbone"] for row in ones),
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None
+
+
+def _deviation_of_mean(by_task: Mapping[str, Sequence[Mapping[str, Any]]]) -> float | None:
+    """Sample deviation of the seeds' means over all tasks, of the seeds that have every task."""
+    by_seed: dict[int, list[float]] = {}
+    for found in by_task.values():
+        for row in found:
+            by_seed.setdefault(row["seed"], []).append(row["accuracy"])
+    means = [statistics.fmean(values) for values in by_seed.values() if len(values) == len(by_task)]
+    return statistics.stdev(means) if len(means) > 1 else None

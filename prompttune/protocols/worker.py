@@ -1,0 +1,141 @@
+"""One run of a plan, in this process or in a worker of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prompttune.errors import PrompttuneError
+from prompttune.files import write_json
+from prompttune.protocols.plan import RECORD_FILE, RunSpec
+from prompttune.training.progress import OnProgress, Progress
+
+if TYPE_CHECKING:
+    from prompttune.backbones import Backbone
+
+Backbones = dict[tuple[str, int | None, str], "Backbone"]
+"""What a process has loaded, by name, image size and weights; the last one alone is kept."""
+SHARE_STEP = 0.01
+"""A worker tells how far its run is in steps of this share."""
+
+
+def run_one(spec: RunSpec, output: Path, backbones: Backbones, on_progress: OnProgress | None = None) -> dict[str, Any]:
+    """Train a run, or go on with it, and write its record; the row of figures.
+
+    The checkpoint of the last epoch counts, whatever the epochs before it reached: the recipes validate after it
+    alone. The state that a run is resumed from is dropped once the record is there.
+    """
+    from prompttune.backbones import load_backbone
+    from prompttune.training.loop import train
+    from prompttune.training.state import RunFolder
+
+    config = spec.config(output)
+    key = (config.backbone, config.image_size, config.weights)
+    if key not in backbones:
+        backbones.clear()
+        backbones[key] = load_backbone(*key)
+    backbone = backbones[key]
+    result = train(config, backbone, resume=True, on_progress=on_progress)
+    row = _row(spec, backbone, result.metrics)
+    write_json(result.path / RECORD_FILE, row)
+    RunFolder(result.path).last.unlink(missing_ok=True)
+    return row
+
+
+def _row(spec: RunSpec, backbone: Backbone, metrics: dict[str, Any]) -> dict[str, Any]:
+    classes = len(metrics["run"]["classes"])
+    head = classes * (backbone.width + 1)
+    trained = metrics["run"]["task_parameters"]
+    frozen = sum(parameter.numel() for parameter in backbone.model.parameters())
+    versions = metrics["versions"]
+    return {
+        "protocol": spec.protocol,
+        "group": spec.group,
+        "task": spec.task,
+        "label": spec.label,
+        "method": metrics["settings"]["method"],
+        "seed": spec.seed,
+        "accuracy": metrics["final"]["top1"],
+        "test_images": metrics["final"]["n"],
+        "train_images": metrics["run"]["train_images"],
+        "classes": classes,
+        "trainable_parameters": trained,
+        "parameters_beside_head": trained - head,
+        "backbone_parameters": frozen,
+        "share_of_backbone": (trained - head) / frozen,
+        "epochs": len(metrics["history"]),
+        "seconds": metrics["wall_seconds"],
+        "settings_digest": spec.digest,
+        "backbone": backbone.name,
+        "image_size": backbone.image_size,
+        "fingerprint": backbone.fingerprint,
+        "prompttune": versions["prompttune"],
+        "torch": versions["torch"],
+        "timm": versions["timm"],
+        "device": versions["device"],
+    }
+
+
+def describe_failure(problem: BaseException) -> str:
+    """One line for a run that failed."""
+    text = " ".join(str(problem).split()) or type(problem).__name__
+    return text if isinstance(problem, PrompttuneError) else f"{type(problem).__name__}: {text}"
+
+
+def share_teller(tell: Callable[[float], None]) -> OnProgress:
+    """From a run's news to the share of its training that is done, told in steps."""
+    told = 0.0
+
+    def on_progress(news: Progress) -> None:
+        nonlocal told
+        if news.phase == "train" and news.epochs and news.steps:
+            share = (news.epoch - 1 + news.step / news.steps) / news.epochs
+            if share >= told + SHARE_STEP:
+                told = share
+                tell(share)
+
+    return on_progress
+
+
+def serve_runs(channel: Connection, output: Path, threads: int) -> None:
+    """Body of a worker process: runs come in through the channel, shares and rows go back, None ends it."""
+    import torch
+
+    torch.set_num_threads(threads)
+    backbones: Backbones = {}
+    while True:
+        try:
+            spec = channel.recv()
+        except (EOFError, ConnectionResetError):
+            return
+        if spec is None:
+            return
+        try:
+            row = run_one(spec, output, backbones, share_teller(lambda share: channel.send(("share", share))))
+            channel.send(("row", row))
+        except BrokenPipeError:
+            return
+        except (PrompttuneError, OSError, RuntimeError) as problem:  # torch reports exhausted memory as RuntimeError
+            channel.send(("error", describe_failure(problem)))
+
+
+def _follow(parent: int) -> None:
+    """A worker that outlived its parent would train into folders that the next call goes on with."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def main(descriptor: int, parent: int, threads: int, output: str) -> None:
+    """Body of ``python -m prompttune.protocols``; see :func:`prompttune.protocols.runner.execute`."""
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+    try:
+        serve_runs(Connection(descriptor), Path(output), threads)
+    except KeyboardInterrupt:
+        sys.exit(130)  # Ctrl-C reaches the workers too; the parent speaks
