@@ -24,6 +24,7 @@ from prompttune.export.samples import Samples, read_images
 
 if TYPE_CHECKING:
     from prompttune.training.data import ImageSource
+    from prompttune.training.data.masks import MaskSource
 
 NAMED = 10
 """Images whose logits are not finite that are named."""
@@ -53,6 +54,10 @@ class Accuracy:
     engine: float | None = None
     reference: float | None = None
     skipped: str = ""
+    metric: str = "top-1"
+    """What ``engine`` and ``reference`` are: of a segmentation the mean IoU."""
+    pixels: dict[str, dict[str, Any]] | None = field(default=None, compare=False)
+    """Of a segmentation: all figures of both sides."""
     not_finite: int = 0
     """Images for which the engine's logits are not finite; they count as wrong."""
     not_finite_images: tuple[str, ...] = ()
@@ -70,6 +75,8 @@ class Accuracy:
             "engine": self.engine,
             "reference": self.reference,
             "skipped": self.skipped,
+            "metric": self.metric,
+            "pixels": self.pixels,
             "not_finite": self.not_finite,
             "not_finite_images": list(self.not_finite_images),
             "evaluation": None
@@ -85,7 +92,7 @@ class _NotFinite:
         self.count = 0
         self.images: list[str] = []
 
-    def add(self, logits: Array, indices: Sequence[int], source: ImageSource) -> None:
+    def add(self, logits: Array, indices: Sequence[int], source: ImageSource | MaskSource) -> None:
         bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
         self.count += len(bad)
         self.images += [source.describe(indices[row]) for row in bad[: NAMED - len(self.images)]]
@@ -124,6 +131,10 @@ def measure_accuracy(
     task, spec, source = tasks[name], samples.spec(name), samples.source(name)
     if spec is None or source is None:
         return [], []
+    if samples.masks:
+        from prompttune.export.map_accuracy import measure_maps
+
+        return measure_maps(runner, reference, name, task, spec, source, gate, limit, against)
     labelled = set(source.classes) <= set(task.labels)
     columns = np.array([task.labels.index(one) if labelled else -1 for one in source.classes])
     total = len(source) if limit is None else min(limit, len(source))
@@ -157,17 +168,19 @@ def measure_accuracy(
     return [dataclasses.replace(accuracy, engine=ours.top1, reference=theirs.top1, evaluation=whole)], [comparison]
 
 
-def read_ahead(source: ImageSource, task: Task, indices: Sequence[int]) -> Generator[tuple[int, Array | None, int]]:
+def read_ahead(
+    source: ImageSource | MaskSource, task: Task, indices: Sequence[int]
+) -> Generator[tuple[int, Array | None, Any]]:
     """Images of a data set through a task's transform, in order, read in threads ahead of whoever takes them.
 
     At most :data:`AHEAD` pieces of :data:`PIECE` images are held. Close the iterator to end the threads early.
 
     Yields:
-        Index, image [3, S, S] or None where unreadable, class index.
+        Index, image [3, S, S] or None where unreadable, class index or mask.
     """
     pieces = iter([list(indices[start : start + PIECE]) for start in range(0, len(indices), PIECE)])
     pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
-    waiting: deque[tuple[list[int], Future[list[tuple[Array | None, int]]]]] = deque()
+    waiting: deque[tuple[list[int], Future[list[tuple[Array | None, Any]]]]] = deque()
     try:
         while True:
             for piece in islice(pieces, AHEAD - len(waiting)):

@@ -27,7 +27,7 @@ from prompttune.export.folder import (
     write_manifest,
 )
 from prompttune.export.formats import BuildRequest, Settings, find_format
-from prompttune.export.gate import Gate, engine_precision, loosest
+from prompttune.export.gate import Gate, engine_gate, loosest
 from prompttune.export.proof import fold_proven, open_runner, prove, require_passed
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.export.samples import Data, Samples
@@ -105,13 +105,16 @@ def export_engine(
     target = Path(output)
     named = name_checkpoints(checkpoints)
     _check_output(target, overwrite)
-    check_fit(named)
+    fit = check_fit(named)
+    if fit.segmentation is not None and settings.format != "onnx":
+        raise UsageError(f"segmentation: the format {settings.format} is not among those that are proven; use onnx")
+    gate = gate if fit.segmentation is None else gate.for_maps()
     on_stage("loading the backbone")
     config = read_config(next(iter(named.values())))["backbone"]
     backbone = load_backbone(config["name"], config["image_size"], weights or config["weights"])
     on_stage(f"folding {len(named)} task{'s' if len(named) > 1 else ''}")
     folded = {name: fold_checkpoint(path, backbone) for name, path in named.items()}
-    samples = Samples(data)
+    samples = Samples(data, masks=fit.segmentation is not None)
     with replacing_folder(target) as temporary:
         on_stage("tracing and writing the graph")
         manifest = _write_model(folded, settings, samples, temporary, on_stage)
@@ -184,6 +187,7 @@ def _write_model(
         baked=tuple(folded) if settings.baked else None,
         opset=built.opset,
         details=built.details,
+        segmentation=None if model.segmentation is None else model.segmentation.to_dict(),
     )
 
 
@@ -244,11 +248,17 @@ def add_task(
         backbone,
         {one: folder.read_task(one) for one in folder.tasks()} if parity else {},
         lambda tasks: open_runner(folder.path, folder.manifest, tasks, RuntimeOptions(own_device(folder.manifest))),
-        Samples(None if data is None else {name: data}),
-        (gate or Gate.for_precision(engine_precision(folder.manifest))) if parity else None,
+        Samples(None if data is None else {name: data}, masks=folder.manifest.segmentation is not None),
+        _gate_of(folder.manifest, gate) if parity else None,
     )
     folder.write_task(name, task, replace)
     return task
+
+
+def _gate_of(manifest: Manifest, gate: Gate | None) -> Gate:
+    if gate is None:
+        return engine_gate(manifest)
+    return gate if manifest.segmentation is None else gate.for_maps()
 
 
 def own_device(manifest: Manifest) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from prompttune.export.figures import Array, Comparison, Tally
 from prompttune.export.folder import Task
+from prompttune.export.map_figures import MapTally, is_map
 from prompttune.model import PromptModel
 
 MIXED = "mixed"
@@ -26,14 +27,14 @@ class Runner(Protocol):
         """What runs, in words."""
 
     def logits(self, images: Array, tasks: Sequence[str]) -> Array:
-        """Logits [B, C] of images [B, 3, S, S], row i for ``tasks[i]``; columns past a task's classes are padding."""
+        """Logits [B, C (, h, w)] of images [B, 3, S, S], row i for ``tasks[i]``; past a task's classes is padding."""
 
 
 class Reference(Protocol):
     """What an engine is held to, as parity sees it."""
 
     def __call__(self, images: Array, task: str) -> Array:
-        """Logits [B, classes of the task] of images [B, 3, S, S]."""
+        """Logits [B, classes of the task (, h, w)] of images [B, 3, S, S]."""
 
 
 def state_reference(model: PromptModel, tasks: Mapping[str, Task]) -> Reference:
@@ -76,6 +77,11 @@ def runner_reference(runner: Runner, tasks: Mapping[str, Task], batch_size: int)
     return logits
 
 
+def tally_for(logits: Array, noise: float) -> Tally | MapTally:
+    """What gathers figures of logits like these: [B, C], or maps [B, C, h, w]."""
+    return MapTally(noise) if is_map(logits) else Tally(noise)
+
+
 def batches(rows: int, size: int) -> Iterator[slice]:
     """Slices of ``size`` rows, the last one shorter."""
     return (slice(start, start + size) for start in range(0, rows, size))
@@ -101,7 +107,7 @@ def compare_tasks(
     for task, batch in images.items():
         expected = {name: reference(batch, task) for name, reference in references.items()}
         for size in batch_sizes:
-            tallies = {name: Tally(noise) for name in references}
+            tallies = {name: tally_for(expected[name], noise) for name in references}
             for rows in batches(len(batch), size):
                 found = runner.logits(batch[rows], [task] * len(batch[rows]))
                 for name, tally in tallies.items():
@@ -133,7 +139,7 @@ def compare_mixed(
     single = [np.array(runner.logits(batch[row : row + 1], [task])) for row, task in enumerate(tasks)]
     comparisons, apart = [], 0.0
     for size in sizes:
-        tally = Tally(noise)
+        tally = tally_for(expected[0], noise)
         for rows in batches(len(batch), size):
             found = runner.logits(batch[rows], tasks[rows])
             for row, logits in enumerate(found, rows.start):

@@ -15,7 +15,7 @@ Figures = NDArray[np.float64]
 TOP = 5
 _KEPT = 1 << 18
 """Logits of a comparison that are kept for its medians and plots."""
-_QUIET = np.errstate(invalid="ignore", divide="ignore", over="ignore")
+QUIET = np.errstate(invalid="ignore", divide="ignore", over="ignore")
 """What is not finite is a result here, not a mistake of ours."""
 
 
@@ -61,11 +61,13 @@ class Comparison:
     """Largest such lead among the disagreements that are no ties."""
     pairs: Array = field(repr=False, compare=False)
     """Reference and engine logits [2, n] for plots, of evenly spread images if there are very many; not in reports."""
+    pixels: int = 0
+    """Of maps: the places that were compared. What is told of an image then holds of a place; 0 otherwise."""
 
     @property
     def decided_agreement(self) -> float:
         """The agreement, ties counted as agreeing: what a gate looks at."""
-        return 1 - (self.disagreements - self.ties) / max(self.images, 1)
+        return 1 - (self.disagreements - self.ties) / max(self.pixels or self.images, 1)
 
 
 class _Rows:
@@ -90,15 +92,15 @@ class _Rows:
         """[2, n]."""
         return np.concatenate(self._rows, axis=1)
 
-    @_QUIET
+    @QUIET
     def medians(self) -> tuple[float, float]:
         """Of the absolute and of the relative differences."""
-        differences = [_differences(row[:1].astype(np.float64), row[1:].astype(np.float64)) for row in self._rows]
+        differences = [differences(row[:1].astype(np.float64), row[1:].astype(np.float64)) for row in self._rows]
         absolute, relative = (np.concatenate([one[kind][0] for one in differences]) for kind in (0, 1))
         return float(np.median(absolute)), float(np.median(relative))
 
 
-def _differences(expected: Figures, found: Figures) -> tuple[Figures, Figures]:
+def differences(expected: Figures, found: Figures) -> tuple[Figures, Figures]:
     """Absolute and relative difference of logits [B, C]; relative to the row's largest absolute expected logit."""
     absolute = np.abs(expected - found)
     relative = absolute / np.abs(expected).max(axis=1, keepdims=True)
@@ -120,13 +122,13 @@ class Tally:
         self._parts: list[dict[str, NDArray[Any]]] = []
         """Of each batch: figure → its value for each image [B]."""
 
-    @_QUIET
+    @QUIET
     def add(self, expected: Array, found: Array, task: str = "") -> None:
         """Count logits [B, C] of the reference and of the engine, all of one task."""
         self._rows.add(expected, found)
         reference, engine = expected.astype(np.float64), found.astype(np.float64)
         images, classes = reference.shape
-        absolute, relative = _differences(reference, engine)
+        absolute, relative = differences(reference, engine)
         finite = np.isfinite(absolute).all(axis=1)
         differs = (reference.argmax(axis=1) != engine.argmax(axis=1)) | ~finite
         ranked, best = classes > TOP, np.sort(reference, axis=1)[:, -2:]
@@ -139,8 +141,8 @@ class Tally:
                 "sum_abs": absolute.sum(axis=1),
                 "max_rel": relative.max(axis=1),
                 "sum_rel": relative.sum(axis=1),
-                "cosine": _cosines(reference, engine),
-                "kl": _divergence(reference, engine),
+                "cosine": cosines(reference, engine),
+                "kl": divergence(reference, engine),
                 "differs": differs,
                 "ranked": np.full(images, ranked),
                 "top5": _overlap(reference, engine) * finite if ranked else np.zeros(images),
@@ -148,7 +150,7 @@ class Tally:
             }
         )
 
-    @_QUIET
+    @QUIET
     def result(self, task: str, reference: str, batch_size: int) -> Comparison:
         """The comparison.
 
@@ -196,14 +198,14 @@ def _typical(scale: Figures, task: NDArray[Any]) -> Figures:
     return typical
 
 
-def _divergence(expected: Figures, found: Figures) -> Figures:
+def divergence(expected: Figures, found: Figures) -> Figures:
     """KL(softmax of the expected ‖ softmax of the found) of each row, in nats [B]."""
     reference, engine = (torch.from_numpy(side).log_softmax(dim=1) for side in (expected, found))
     divergence = torch.nn.functional.kl_div(engine, reference, reduction="none", log_target=True).sum(dim=1)
     return np.asarray(divergence.clamp(min=0))  # rounding gives tiny negative ones
 
 
-def _cosines(expected: Figures, found: Figures) -> Figures:
+def cosines(expected: Figures, found: Figures) -> Figures:
     """Cosine similarity of each row [B]; 1 where a side is all zeros."""
     products = (expected * found).sum(axis=1)
     norms = np.linalg.norm(expected, axis=1) * np.linalg.norm(found, axis=1)

@@ -32,6 +32,8 @@ from prompttune.files import read_json, replacing_folder, sha256_file, sync_file
 from prompttune.preprocess import Preprocess
 
 FORMAT_VERSION = 1
+SEGMENTATION_VERSION = 2
+"""Of the manifest of a segmentation's engine, which earlier readers must not take for less."""
 MANIFEST, TASKS = "engine.json", "tasks"
 ONNX_FILE, ONNX_WEIGHTS_FILE = "model.onnx", "model.onnx.data"
 TASK_RECORD, STATE_FILE = "task.json", "state.safetensors"
@@ -63,9 +65,9 @@ def _read_sealed(path: Path, what: str) -> dict[str, Any]:
     version = values.get("format_version")
     if not isinstance(version, int):
         raise EngineError(f"the {what} {path} names no format version")
-    if version > FORMAT_VERSION:
+    if version > SEGMENTATION_VERSION:
         raise EngineError(
-            f"the {what} {path} has format version {version}, this prompttune reads up to {FORMAT_VERSION}: "
+            f"the {what} {path} has format version {version}, this prompttune reads up to {SEGMENTATION_VERSION}: "
             "upgrade prompttune"
         )
     found = values.pop("digest", None)
@@ -244,11 +246,15 @@ class Manifest:
     details: dict[str, Any] = field(default_factory=dict)
     """What the format's runtime must know."""
     parity: dict[str, Any] | None = None
+    segmentation: dict[str, Any] | None = None
+    """The segmentation's head, whose tensors are state like the method's; None for a classification."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
+        extra = {} if self.segmentation is None else {"segmentation": self.segmentation}
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": SEGMENTATION_VERSION if extra else FORMAT_VERSION,
+            **extra,
             "kind": "prompttune-engine",
             "format": self.format,
             "precision": self.precision,
@@ -288,7 +294,16 @@ class Manifest:
             details=values["details"],
             tools=values["tools"],
             parity=values["parity"],
+            segmentation=values.get("segmentation"),
         )
+
+    def refuse_segmentation(self, what: str) -> None:
+        """Raise :class:`EngineError` if the engine answers for each place of an image, which ``what`` cannot."""
+        if self.segmentation is not None:
+            raise EngineError(
+                f"the engine's tasks are segmentations, which {what} does not answer; prompttune infer writes their "
+                "masks, Engine.segment returns them"
+            )
 
     @property
     def image_size(self) -> int:

@@ -109,6 +109,17 @@ class Gate:
         }
         return dataclasses.replace(default, **{name: value for name, value in given.items() if value is not None})
 
+    def for_maps(self) -> Gate:
+        """The same where places of maps are compared: there are so many that some lie on a border between two classes,
+        so that rounding makes ties of them in fp32 too."""
+        return dataclasses.replace(self, noise=self.noise or NOISE[self.precision])
+
+
+def engine_gate(manifest: Manifest, **given: Any) -> Gate:
+    """The thresholds that an engine is held to, where none are given; see :meth:`Gate.for_precision`."""
+    gate = Gate.for_precision(engine_precision(manifest), **given)
+    return gate if manifest.segmentation is None else gate.for_maps()
+
 
 def engine_precision(manifest: Manifest) -> str:
     """The precision whose thresholds an engine is held to: the looser of its model's and its bank's."""

@@ -56,7 +56,7 @@ class MultiTaskGraph(nn.Module):
         self.probes = probes
 
     def forward(self, image: Tensor, task_index: Tensor, bank: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
-        """Logits float32 [B, C] of images [B, 3, S, S].
+        """Logits float32 [B, C], of a segmentation [B, C, h, w], of images [B, 3, S, S].
 
         Args:
             image: normalised float32 images [B, 3, S, S].
@@ -171,12 +171,12 @@ def trace(
         graph = MultiTaskGraph(typed, dtype, told)
         sample.append(_sample_state(layout, _SAMPLE_TASKS, bank_dtype))
         dynamic["bank"] = {key: {0: TASKS} | axes for key, axes in _named_axes(layout).items()}
-        inputs, outputs = declare_inputs(layout, size, bank_precision), declare_outputs()
+        inputs, outputs = declare_inputs(layout, size, bank_precision), declare_outputs(size=model.output_size)
     else:
         stacked = stack_states(layout, baked.values())
         rows = {key: torch.from_numpy(value).to(bank_dtype) for key, value in stacked.items()}
         graph = BakedGraph(typed, rows, dtype, told)
-        inputs, outputs = declare_inputs({}, size), declare_outputs(stacked[HEAD_BIAS].shape[1])
+        inputs, outputs = declare_inputs({}, size), declare_outputs(stacked[HEAD_BIAS].shape[1], model.output_size)
     program = capture(graph, sample, dynamic, attention, device, model.config.method)
     return Traced(program, inputs, outputs, dynamic, list(names))
 
@@ -190,7 +190,13 @@ def trace_adapter(
     sample = [torch.zeros(_SAMPLE_BATCH, 3, size, size), _sample_state(layout, 1, TORCH_DTYPES[bank_precision])]
     dynamic = {IMAGE: {0: BATCH}, "state": _named_axes(layout)}
     program = capture(graph, sample, dynamic, attention, "cpu", model.config.method)
-    return Traced(program, declare_adapter_inputs(layout, size, bank_precision), declare_outputs(), dynamic, [])
+    return Traced(
+        program,
+        declare_adapter_inputs(layout, size, bank_precision),
+        declare_outputs(size=model.output_size),
+        dynamic,
+        [],
+    )
 
 
 def _prepared(model: PromptModel, precision: str, device: str) -> PromptModel:

@@ -78,9 +78,9 @@ def declare_adapter_inputs(layout: Layout, image_size: int, bank_precision: str 
     return [image, *(TensorSpec(key, dtype, (1, *shape)) for key, shape in layout.items())]
 
 
-def declare_outputs(classes: int | str = CLASSES) -> list[TensorSpec]:
-    """Every output of a graph; a baked one has a fixed number of classes."""
-    return [TensorSpec(LOGITS, "float32", (BATCH, classes))]
+def declare_outputs(classes: int | str = CLASSES, size: tuple[int, int] | None = None) -> list[TensorSpec]:
+    """Every output of a graph; a baked one has a fixed number of classes, a segmentation maps of a ``size``."""
+    return [TensorSpec(LOGITS, "float32", (BATCH, classes, *(size or ())))]
 
 
 def bind_axes(layout: Layout, shapes: Mapping[str, tuple[int, ...]], what: str) -> dict[str, int]:

@@ -71,7 +71,7 @@ class ParityReport:
             if one.unexplained > (worst[one.task].unexplained if one.task in worst else 0):
                 worst[one.task] = one
         unexplained = [
-            f"task {name!r}: {one.unexplained} of {one.images} images are off by more than the rounding of "
+            f"task {name!r}: {one.unexplained} of {_counted(one)} are off by more than the rounding of "
             f"{self.gate.precision} explains ({self.gate.noise:g} of the logits' scale); --debug shows where it begins"
             for name, one in worst.items()
         ]
@@ -101,9 +101,9 @@ class ParityReport:
                 near = "" if one.disagreement_margin is None else f"; leads there up to {one.disagreement_margin:.3g}"
                 ties = f", {one.ties} more are ties" if one.ties else ""
                 yield _Failure(
-                    counted / max((1 - required) * one.images, 1),
+                    counted / max((1 - required) * (one.pixels or one.images), 1),
                     f"{where}: top-1 agreement {one.decided_agreement:.4g} "
-                    f"({counted} of {one.images} differ{ties}{near}), required {required:g}",
+                    f"({counted} of {one.pixels or one.images} differ{ties}{near}), required {required:g}",
                 )
         apart = self.mixed_vs_single
         if apart is not None and not math.isfinite(apart):
@@ -123,8 +123,8 @@ class ParityReport:
             if not loss <= permitted + 1e-9:  # shares are quotients: 0.98 - 0.97 is a little more than 0.01
                 yield _Failure(
                     loss / permitted if permitted else math.inf,
-                    f"task {one.task!r}: top-1 on {one.data} falls from {one.reference:.2%} to {one.engine:.2%}, "
-                    f"allowed {permitted * 100:.3g} points",
+                    f"task {one.task!r}: {one.metric} on {one.data} falls from {one.reference:.2%} to "
+                    f"{one.engine:.2%}, allowed {permitted * 100:.3g} points",
                 )
 
     def _swap_failures(self) -> Iterator[_Failure]:
@@ -171,6 +171,10 @@ class ParityReport:
             }
         )
         return plain
+
+
+def _counted(one: Comparison) -> str:
+    return f"{one.pixels} pixels" if one.pixels else f"{one.images} images"
 
 
 def _figures(record: Comparison | Swap) -> dict[str, Any]:

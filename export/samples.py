@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from prompttune.export.folder import Task
 
 if TYPE_CHECKING:
     from prompttune.training.data import ImageSource
+    from prompttune.training.data.masks import MaskSource
 
 Data = str | Mapping[str, str] | None
 """One data set for every task, or one for each task by name, or none."""
@@ -26,11 +27,13 @@ class Samples:
     Args:
         data: see :data:`Data`.
         seed: of the noise for tasks without data.
+        masks: the data have a class for each pixel: the tasks are segmentations.
     """
 
     data: Data = None
     seed: int = 0
-    _sources: dict[str, ImageSource] = field(default_factory=dict, repr=False)
+    masks: bool = False
+    _sources: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def check(self, tasks: Mapping[str, Task]) -> None:
         """Raise :class:`UsageError` if data is named for a task that there is not."""
@@ -41,16 +44,18 @@ class Samples:
         """The data set that belongs to a task."""
         return self.data.get(task) if isinstance(self.data, Mapping) else self.data
 
-    def source(self, task: str) -> ImageSource | None:
+    def source(self, task: str) -> ImageSource | MaskSource | None:
         """The validation images that belong to a task, None without data."""
         from prompttune.training.data import load_data
+        from prompttune.training.data.masks import load_masks
 
         spec = self.spec(task)
         if spec is None:
             return None
         if spec not in self._sources:
-            self._sources[spec] = load_data(spec).val
-        return self._sources[spec]
+            self._sources[spec] = load_masks(spec).val if self.masks else load_data(spec).val
+        found: ImageSource | MaskSource = self._sources[spec]
+        return found
 
     def draw(self, name: str, task: Task, count: int) -> tuple[Array, str]:
         """Up to ``count`` normalised images [N, 3, S, S] for a task, and what they are, in words.
@@ -71,10 +76,10 @@ class Samples:
         return np.stack(images), f"{len(images)} images of {self.spec(name)}"
 
 
-def read_images(source: ImageSource, task: Task, indices: list[int]) -> list[tuple[Array | None, int]]:
-    """Images of a data set through a task's transform: [3, S, S] and class index each; None where unreadable."""
+def read_images(source: ImageSource | MaskSource, task: Task, indices: list[int]) -> list[tuple[Array | None, Any]]:
+    """Images of a data set through a task's transform: [3, S, S] and class index or mask; None where unreadable."""
     transform: Callable[..., object] = task.preprocess.transform()
-    read: list[tuple[Array | None, int]] = []
+    read: list[tuple[Array | None, Any]] = []
     for index in indices:
         try:
             image, target = source.load(index)

@@ -12,10 +12,12 @@ import torch
 
 from prompttune.backbones import Backbone, load_backbone
 from prompttune.checkpoints import read_config
+from prompttune.checkpoints.io import segmentation_of
 from prompttune.errors import CheckpointError, EngineError, UsageError, choose
 from prompttune.export.folder import Manifest, Task, check_task_name
 from prompttune.methods import METHODS, config_from_dict
 from prompttune.model import PromptModel
+from prompttune.segmentation.config import SegmentationConfig
 
 Checkpoints = Mapping[str, str | Path] | Iterable[str | Path]
 
@@ -31,6 +33,8 @@ class Fit:
     method: str
     graph_settings: dict[str, Any]
     shares_backbone: bool
+    segmentation: dict[str, Any] | None = None
+    """What the tasks' segmentation heads must share; None for classifications."""
 
     @classmethod
     def of_checkpoint(cls, folder: Path, config: Mapping[str, Any]) -> Fit:
@@ -38,7 +42,8 @@ class Fit:
         backbone = config["backbone"]
         try:
             settings = config_from_dict(config["method"], config["settings"])
-        except UsageError as problem:
+            segmentation = segmentation_of(config)
+        except (UsageError, TypeError) as problem:
             raise CheckpointError(f"{folder} does not fit this prompttune: {problem}") from None
         return cls(
             backbone["name"],
@@ -48,6 +53,7 @@ class Fit:
             settings.method,
             settings.graph_settings(),
             settings.shares_backbone,
+            None if segmentation is None else segmentation.graph_settings(),
         )
 
     @classmethod
@@ -62,6 +68,9 @@ class Fit:
             method["name"],
             method["graph_settings"],
             _shares_backbone(manifest),
+            None
+            if manifest.segmentation is None
+            else SegmentationConfig.from_dict(manifest.segmentation).graph_settings(),
         )
 
     def require(self, other: Fit, this: str, that: str) -> None:
@@ -77,6 +86,10 @@ class Fit:
             theirs = f"{other.backbone} with fingerprint {other.fingerprint[:12]} ({other.weights_source})"
             raise EngineError(f"{that} does not fit {this}: it was trained over {theirs}, {this} has {mine}")
         pairs = [("image size", other.image_size, self.image_size), ("method", other.method, self.method)]
+        kinds = ["classification" if one.segmentation is None else "segmentation" for one in (other, self)]
+        pairs.append(("task", kinds[0], kinds[1]))
+        if other.segmentation is not None and self.segmentation is not None:
+            pairs += [(name, other.segmentation.get(name), self.segmentation.get(name)) for name in self.segmentation]
         if other.method == self.method:
             names = sorted(self.graph_settings.keys() | other.graph_settings.keys())
             pairs += [(name, other.graph_settings.get(name), self.graph_settings.get(name)) for name in names]
@@ -216,4 +229,5 @@ def _checkpoint_backbone(path: Path) -> Backbone:
 def engine_model(manifest: Manifest, backbone: Backbone) -> PromptModel:
     """A model whose ``forward_state`` answers for every task of an engine; its own parameters do not matter."""
     config = config_from_dict(manifest.method["name"], manifest.method["settings"])
-    return PromptModel(backbone, config, num_classes=1).eval()
+    head = None if manifest.segmentation is None else SegmentationConfig.from_dict(manifest.segmentation)
+    return PromptModel(backbone, config, num_classes=1, segmentation=head).eval()

@@ -99,7 +99,9 @@ def validate_engine(
         batch_sizes=batch_sizes,
         images=images,
     )
-    samples = Samples(data)
+    if folder.manifest.segmentation is not None:
+        gate = gate.for_maps()
+    samples = Samples(data, masks=folder.manifest.segmentation is not None)
     samples.check(held)
     if other is None:
         on_stage("loading the backbone")

@@ -29,6 +29,7 @@ _LAZY = {
     "FullConfig": "prompttune.methods",
     "DAMVPConfig": "prompttune.methods",
     "import_checkpoint": "prompttune.checkpoints.importing",
+    "SegmentationConfig": "prompttune.segmentation",
     "TrainConfig": "prompttune.training",
     "train": "prompttune.training",
     "evaluate": "prompttune.training",
@@ -60,6 +61,7 @@ __all__ = [
     "PrompttuneError",
     "SA2VPConfig",
     "SSFConfig",
+    "SegmentationConfig",
     "TrainConfig",
     "VPTDeepConfig",
     "VPTShallowConfig",
@@ -97,6 +99,7 @@ if TYPE_CHECKING:
     )
     from prompttune.model import Output, PromptModel
     from prompttune.preprocess import Preprocess
+    from prompttune.segmentation import SegmentationConfig
     from prompttune.serve import Engine
     from prompttune.training import TrainConfig, evaluate, train
 

@@ -15,6 +15,8 @@ from prompttune.errors import UsageError
 from prompttune.layers.probe import probe
 from prompttune.methods.base import CLASSES, Layout, Method, MethodConfig, State
 from prompttune.preprocess import Preprocess
+from prompttune.segmentation.config import SegmentationConfig, check_maps
+from prompttune.segmentation.heads import SegmentationHead
 
 
 @dataclass
@@ -22,11 +24,11 @@ class Output:
     """What a forward returns; C classes, D channels."""
 
     logits: Tensor
-    """[B, C]."""
+    """[B, C]; of a segmentation [B, C, h, w], a map of a quarter of the input's height and width."""
     features: Tensor
     """Pooled features of the base pathway, [B, D]."""
     aux_logits: Tensor | None = None
-    """The shared head on the prompt pathway, [B, C]."""
+    """The shared head on the prompt pathway, of the shape of ``logits``."""
     aux_features: Tensor | None = None
     """Pooled features of the prompt pathway, [B, D]."""
 
@@ -40,6 +42,11 @@ class PromptModel(nn.Module):
         num_classes: needed unless ``labels`` are given.
         labels: class names in the order of the logits; by default ``"0" .. "C-1"``.
         preprocess: evaluation transform; by default the backbone's own, squashed to its image size.
+        segmentation: answer for each place of an image, with this head; None answers for the image.
+
+    Raises:
+        UsageError: bad labels, or a transform of another size.
+        BackboneError: the method does not run on the backbone, or gives no maps of patch tokens there.
 
     Example:
         >>> backbone = load_backbone("vit_small_patch14_dinov2", image_size=56)
@@ -55,6 +62,7 @@ class PromptModel(nn.Module):
         num_classes: int | None = None,
         labels: list[str] | None = None,
         preprocess: Preprocess | None = None,
+        segmentation: SegmentationConfig | None = None,
     ) -> None:
         super().__init__()
         labels = _labels(num_classes, labels)
@@ -69,9 +77,26 @@ class PromptModel(nn.Module):
         self.metrics: dict[str, Any] = {}
         self.backbone = backbone
         self.method: Method = self.config.build(backbone)
-        self.head = nn.Linear(backbone.width, len(labels))
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        self.segmentation = segmentation
+        self.levels: tuple[int, ...] = ()
+        """Blocks whose patch tokens the head reads; none for a classification."""
+        self.head: nn.Module
+        if segmentation is None:
+            self.head = _class_head(backbone.width, len(labels))
+        else:
+            check_maps(self.method, self.config.method, backbone)
+            self.levels = segmentation.levels(backbone.depth)
+            self.head = segmentation.build(backbone, len(labels))
+
+    @property
+    def task(self) -> str:
+        """``classification`` or ``segmentation``."""
+        return "classification" if self.segmentation is None else "segmentation"
+
+    @property
+    def output_size(self) -> tuple[int, int] | None:
+        """Height and width of a segmentation's logits, None for a classification."""
+        return self.head.size if isinstance(self.head, SegmentationHead) else None
 
     def task_parameters(self) -> dict[str, nn.Parameter]:
         """All that a checkpoint stores, by name: ``method.*`` and ``head.*``; see :meth:`trained_parameters`."""
@@ -91,11 +116,13 @@ class PromptModel(nn.Module):
 
     def task_state(self) -> State:
         """All that can be computed without an image, leading dimension 1; differentiable."""
-        head = {"head.weight": self.head.weight.unsqueeze(0), "head.bias": self.head.bias.unsqueeze(0)}
+        head = {f"head.{name}": parameter.unsqueeze(0) for name, parameter in self.head.named_parameters()}
         return self.method.task_state() | head
 
     def state_layout(self) -> Layout:
         """Shape of each state tensor without its leading dimension; ``"rank"`` and ``"classes"`` differ by task."""
+        if isinstance(self.head, SegmentationHead):
+            return self.method.state_layout() | self.head.state_layout()
         return self.method.state_layout() | {
             "head.weight": (CLASSES, self.backbone.width),
             "head.bias": (CLASSES,),
@@ -109,10 +136,19 @@ class PromptModel(nn.Module):
             state: tensors as :meth:`task_state` gives them, leading dimension 1, or B for a task a row.
             aux: compute the prompt pathway's output too, where the method has one.
         """
-        features, aux_features = self.method(images, state, aux)
+        if self.segmentation is not None:
+            return self._segment(images, state, aux)
+        found = self.method(images, state, aux)
+        features, aux_features = found.features, found.aux_features
         probe("features", features)
         aux_logits = None if aux_features is None else _classify(aux_features, state)
         return Output(_classify(features, state), features, aux_logits, aux_features)
+
+    def _segment(self, images: Tensor, state: State, aux: bool) -> Output:
+        """See :meth:`forward_state`: logits for each place."""
+        found = self.method(images, state, aux, self.levels)
+        aux_logits = self.head(found.aux_maps, state) if found.aux_maps else None
+        return Output(self.head(found.maps, state), found.features, aux_logits, found.aux_features)
 
     def forward(self, images: Tensor, aux: bool | None = None) -> Output:
         """Run one task.
@@ -145,6 +181,13 @@ class PromptModel(nn.Module):
         from prompttune.checkpoints import load_checkpoint
 
         return load_checkpoint(Path(path), backbone, weights)
+
+
+def _class_head(width: int, classes: int) -> nn.Linear:
+    head = nn.Linear(width, classes)
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 def _labels(num_classes: int | None, labels: list[str] | None) -> list[str]:

@@ -51,8 +51,22 @@ class EvaluationTransform:
         cropped: Tensor = F.center_crop_image(pixels, [settings.image_size, settings.image_size])
         return cropped
 
+    def resized(self, values: Tensor, interpolation: InterpolationMode) -> Tensor:
+        """What belongs to an image's pixels, [1, height, width], resized and cropped as the image is: [1, S, S]."""
+        settings = self.preprocess
+        scaled = math.floor(settings.image_size / settings.crop_pct)
+        height, width = values.shape[-2:]
+        size = [scaled, scaled] if settings.crop_mode == "squash" else _fitted_to(width, height, scaled)
+        resized = F.resize_image(values, size, interpolation, antialias=False)
+        cropped: Tensor = F.center_crop_image(resized, [settings.image_size, settings.image_size])
+        return cropped
+
 
 def _fitted(image: Image.Image, short: int) -> list[int]:
     """Height and width when the shorter side becomes ``short``, rounded down as torchvision does."""
-    long = int(short * max(image.size) / min(image.size))
-    return [short, long] if image.width >= image.height else [long, short]
+    return _fitted_to(*image.size, short)
+
+
+def _fitted_to(width: int, height: int, short: int) -> list[int]:
+    long = int(short * max(width, height) / min(width, height))
+    return [short, long] if width >= height else [long, short]

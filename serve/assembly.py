@@ -59,6 +59,7 @@ def make_service(engine: EngineSettings, settings: ServiceSettings | None = None
         EngineError: the folder is no engine, or damaged, or its tasks are baked in and others are to be followed.
     """
     folder = EngineFolder(engine.engine)
+    folder.manifest.refuse_segmentation("the server")
     manifest = folder.manifest
     catalogue = Catalogue(folder, engine.watch)
     capacity = None if manifest.baked is not None else engine.resident_tasks

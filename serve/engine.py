@@ -14,7 +14,7 @@ from torch import Tensor
 from prompttune.backbones import Backbone
 from prompttune.errors import DataError, EngineError, UsageError, choose
 from prompttune.export.folder import EngineFolder, check_task_name
-from prompttune.export.gate import Gate, engine_precision
+from prompttune.export.gate import engine_gate
 from prompttune.export.layout import bank_dtype
 from prompttune.export.proof import fold_proven
 from prompttune.export.runtimes import Array, Runtime, RuntimeOptions, open_runtime
@@ -24,6 +24,7 @@ from prompttune.images import read_image, to_rgb
 from prompttune.preprocess import Preprocess
 from prompttune.serve.answers import TOP_K, Score, likeliest, softmax
 from prompttune.serve.bank import BakedBank, Bank, Entry, Snapshot
+from prompttune.serve.masks import class_map
 
 ImageLike = str | Path | Image.Image
 Images = Tensor | NDArray[np.float32] | ImageLike | Sequence[ImageLike]
@@ -51,7 +52,20 @@ class TaskLogits:
     task_version: str
     """The version of the task that gave the answer."""
     logits: Array
-    """float32 [C], C the task's own classes."""
+    """float32 [C], C the task's own classes; of a segmentation [C, h, w]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmentation:
+    """The answer of a segmentation for one row."""
+
+    task: str
+    task_version: str
+    """The version of the task that gave the answer."""
+    labels: Sequence[str]
+    """Class names, by index."""
+    mask: NDArray[np.uint8]
+    """Class index of each pixel of the model's input, [S, S]."""
 
 
 class Engine:
@@ -158,7 +172,8 @@ class Engine:
             tasks: a task name for each row, or one for all.
 
         Returns:
-            float32 [B, C] with C the largest resident class count; columns past a row's own classes are -inf.
+            float32 [B, C], of a segmentation [B, C, h, w], with C the largest resident class count; what is past a
+            row's own classes is -inf.
 
         Raises:
             UsageError: the wrong shape, dtype, number of rows or task.
@@ -194,11 +209,35 @@ class Engine:
             top_k: how many classes to return at most.
 
         Raises:
-            UsageError: the wrong shape, dtype, number of rows or task.
+            UsageError: the wrong shape, dtype, number of rows or task; or the tasks are segmentations.
             DataError: an image file cannot be read.
         """
         if top_k < 1:
             raise UsageError(f"top_k must be at least 1, not {top_k}")
+        if self.folder.manifest.segmentation is not None:
+            raise UsageError("the engine's tasks are segmentations: call segment(), which gives a class to each pixel")
+        names, answers = self._answers(images, tasks)
+        return [_prediction(name, answer, top_k) for name, answer in zip(names, answers, strict=True)]
+
+    def segment(self, images: Images, tasks: str | Sequence[str]) -> list[Segmentation]:
+        """Give each pixel of images a class, each image for its own task, in one call.
+
+        Args:
+            images: as :meth:`predict` takes them.
+            tasks: a task name for each row, or one for all.
+
+        Raises:
+            UsageError: the wrong shape, dtype, number of rows or task; or the tasks are classifications.
+            DataError: an image file cannot be read.
+            EngineError: logits are not finite.
+        """
+        if self.folder.manifest.segmentation is None:
+            raise UsageError("the engine's tasks are classifications: call predict()")
+        names, answers = self._answers(images, tasks)
+        return [_segmentation(name, answer, self.image_size) for name, answer in zip(names, answers, strict=True)]
+
+    def _answers(self, images: Images, tasks: str | Sequence[str]) -> tuple[list[str], list[TaskLogits]]:
+        """The task of each row, and what it says."""
         single = isinstance(images, (str, Path, Image.Image))
         rows: Tensor | NDArray[np.float32] | Sequence[ImageLike] = [images] if single else images  # type: ignore[list-item,assignment]
         names = _per_row(tasks, len(rows))
@@ -208,8 +247,7 @@ class Engine:
                 batch = self._batch(rows)
             else:
                 batch = np.stack([self._prepare(row, entry) for row, entry in zip(rows, entries, strict=True)])
-            answers = _own(entries, self._run(batch, entries, snapshot))
-        return [_prediction(name, answer, top_k) for name, answer in zip(names, answers, strict=True)]
+            return names, _own(entries, self._run(batch, entries, snapshot))
 
     def transform(self, preprocess: Preprocess) -> Callable[[Image.Image], Tensor]:
         """The evaluation transform of ``preprocess``, made once: RGB PIL image to normalised [3, S, S]."""
@@ -296,7 +334,7 @@ class Engine:
                 {one: entry.task for one, entry in snapshot.entries.items()},
                 lambda tasks: _Trial(self._runtime, Bank(self._runtime, manifest.layout, tasks, self._dtype)),
                 Samples(),
-                Gate.for_precision(engine_precision(manifest)) if parity else None,
+                engine_gate(manifest) if parity else None,
             )
         if save:
             self.folder.write_task(name, task, replace)
@@ -349,6 +387,12 @@ def _own(entries: Sequence[Entry], logits: Array) -> list[TaskLogits]:
         TaskLogits(entry.task.labels, entry.version, row[: entry.task.num_classes])
         for entry, row in zip(entries, logits, strict=True)
     ]
+
+
+def _segmentation(name: str, answer: TaskLogits, side: int) -> Segmentation:
+    if not np.isfinite(answer.logits).all():
+        raise EngineError(f"task {name!r} gave logits that are not finite")
+    return Segmentation(name, answer.task_version, answer.labels, class_map(answer.logits, side))
 
 
 def _prediction(name: str, answer: TaskLogits, top_k: int) -> Prediction:

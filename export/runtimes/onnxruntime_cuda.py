@@ -39,6 +39,7 @@ class CudaCalls:
         self.device = torch.device("cuda", options.cuda_index or 0)
         self._session = session
         self._fixed_classes = manifest.outputs[0].shape[1]
+        self._map_size = tuple(int(side) for side in manifest.outputs[0].shape[2:])  # of a segmentation
         self._lock = threading.Lock() if options.cuda_graph else None
         self._graphs: dict[tuple[int, ...], tuple[str, dict[str, Tensor]]] = {}
         self._numbers = itertools.count(1)

@@ -26,7 +26,7 @@ from prompttune.export.build import export_engine
 from prompttune.export.folder import MANIFEST, EngineFolder
 from prompttune.export.formats import Settings
 from prompttune.export.runtimes import RuntimeOptions
-from prompttune.export.tasks import Checkpoints
+from prompttune.export.tasks import Checkpoints, check_fit, name_checkpoints
 from prompttune.files import replacing_folder, write_text
 
 FORMATS = ("onnx", "trt")
@@ -120,8 +120,11 @@ def export_triton(
     settings = dataclasses.replace(settings, baked=not triton.bank_inputs)
     folder = Path(repository) / triton.name
     _check_output(folder, overwrite)
+    named = name_checkpoints(checkpoints)
+    if check_fit(named).segmentation is not None:
+        raise UsageError("segmentation: a Triton repository answers classifications; export an engine instead")
     with replacing_folder(folder) as temporary:
-        engine = export_engine(checkpoints, temporary / VERSION, format=settings, on_stage=on_stage, **options)
+        engine = export_engine(named, temporary / VERSION, format=settings, on_stage=on_stage, **options)
         on_stage("writing Triton's configuration")
         _describe(engine, settings, triton, temporary)
     return EngineFolder(folder / VERSION, verify=False)

@@ -212,27 +212,44 @@ class VitBackbone(Backbone):
         attended = attend(*self.qkv(index, self.norm1(index, tokens)))
         return self.feed_forward(index, tokens + self.project(index, merge_heads(attended)))
 
-    def read(self, index: int, tokens: Tensor) -> Tensor:
-        """Those of tokens [B, N, D] whose output of block ``index`` is needed: all, or token 0 in the last block."""
-        return tokens[:, :1] if index == self.depth - 1 and self.pools_class_token else tokens
+    def read(self, index: int, tokens: Tensor, whole: bool = False) -> Tensor:
+        """Those of tokens [B, N, D] whose output of block ``index`` is needed: all, or token 0 in the last block.
 
-    def self_attention(self, index: int, tokens: Tensor) -> Tensor:
+        With ``whole`` all are, there too.
+        """
+        alone = index == self.depth - 1 and self.pools_class_token and not whole
+        return tokens[:, :1] if alone else tokens
+
+    def self_attention(self, index: int, tokens: Tensor, whole: bool = False) -> Tensor:
         """What the attention of block ``index`` adds to the tokens that are :meth:`read`: norm to LayerScale.
 
         Args:
+            index: the block.
             tokens: [B, N, D].
+            whole: see :meth:`read`.
 
         Returns:
             [B, 1 or N, D].
         """
         normed = self.norm1(index, tokens)
-        attended = attend(self.query(index, self.read(index, normed)), *self.key_value(index, normed))
+        attended = attend(self.query(index, self.read(index, normed, whole)), *self.key_value(index, normed))
         return self.project(index, merge_heads(attended))
 
-    def run_last_block(self, tokens: Tensor) -> Tensor:
-        """The last block, for the tokens that are pooled alone: [B, N, D] to [B, 1 or N, D]."""
+    def run_last_block(self, tokens: Tensor, whole: bool = False) -> Tensor:
+        """The last block, for the tokens that are pooled alone or for all: [B, N, D] to [B, 1 or N, D]."""
         index = self.depth - 1
-        return self.feed_forward(index, self.read(index, tokens) + self.self_attention(index, tokens))
+        return self.feed_forward(index, self.read(index, tokens, whole) + self.self_attention(index, tokens, whole))
+
+    def patch_map(self, tokens: Tensor, inserted: int = 0) -> Tensor:
+        """Patch tokens of any block through the model's final norm, wherever that stands: to [B, R C, D].
+
+        Args:
+            tokens: [B, N + inserted, D], prefix tokens first.
+            inserted: prompt tokens between the prefix tokens and the patches.
+        """
+        patches = tokens[:, self.num_prefix_tokens + inserted :]
+        # timm has one of the two norms, behind the blocks or behind the pooling; the other is the identity.
+        return cast(Tensor, self.model.fc_norm(self.model.norm(patches)))
 
     def pool(self, tokens: Tensor) -> Tensor:
         """Final norm, the model's own pooling and head norm: [B, N, D] to [B, D].

@@ -1,8 +1,8 @@
-"""The format of a checkpoint folder, version 1.
+"""The format of a checkpoint folder, version 1; 2 for a segmentation, which earlier readers must not take for less.
 
 ``prompt_config.json`` names the method and every setting, the backbone and its fingerprint, preprocessing, labels,
 metrics and the digest of ``prompt_model.safetensors``, which holds the tensors ``method.*`` and ``head.*``.
-``README.md`` is the model card.
+``README.md`` is the model card. ``segmentation`` has the settings of a segmentation's head.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from prompttune.errors import CheckpointError
 from prompttune.files import read_json, sha256_file
 
 FORMAT_VERSION = 1
+SEGMENTATION_VERSION = 2
+"""Of a checkpoint whose head answers for each place."""
 CONFIG_FILE = "prompt_config.json"
 MODEL_FILE = "prompt_model.safetensors"
 CARD_FILE = "README.md"
@@ -44,12 +46,15 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"no checkpoint folder at {folder}")
     config = read_json(folder / CONFIG_FILE, CheckpointError, "checkpoint config")
     version = config.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, SEGMENTATION_VERSION):
         raise CheckpointError(
-            f"{folder} has checkpoint format {version!r}, this prompttune reads {FORMAT_VERSION}; "
+            f"{folder} has checkpoint format {version!r}, this prompttune reads {FORMAT_VERSION} and "
+            f"{SEGMENTATION_VERSION}; "
             "use the version that wrote it, or a newer one"
         )
     wrong = [name for name, kind in _REQUIRED.items() if not isinstance(config.get(name), kind)]
+    if version == SEGMENTATION_VERSION and not isinstance(config.get("segmentation"), dict):
+        wrong.append("segmentation")
     wrong += [f"backbone.{name}" for name in _BACKBONE if name not in (config.get("backbone") or {})]
     if wrong:
         raise CheckpointError(f"{folder / CONFIG_FILE} lacks {', '.join(wrong)}, or holds it in the wrong type")

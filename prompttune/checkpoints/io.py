@@ -16,6 +16,7 @@ from prompttune.checkpoints.format import (
     CONFIG_FILE,
     FORMAT_VERSION,
     MODEL_FILE,
+    SEGMENTATION_VERSION,
     read_config,
     read_tensors,
 )
@@ -24,13 +25,15 @@ from prompttune.files import replacing, sha256_file, write_json, write_text
 from prompttune.methods import config_from_dict
 from prompttune.model import PromptModel
 from prompttune.preprocess import Preprocess
+from prompttune.segmentation.config import SegmentationConfig
 
 
 def checkpoint_config(model: PromptModel, model_sha256: str) -> dict[str, Any]:
     """The content of ``prompt_config.json``."""
     backbone = model.backbone
+    extra = {} if model.segmentation is None else {"segmentation": model.segmentation.to_dict()}
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": SEGMENTATION_VERSION if extra else FORMAT_VERSION,
         "prompttune_version": __version__,
         "method": model.config.method,
         "settings": model.config.to_dict(),
@@ -45,6 +48,7 @@ def checkpoint_config(model: PromptModel, model_sha256: str) -> dict[str, Any]:
         "labels": model.labels,
         "metrics": model.metrics,
         "model_sha256": model_sha256,
+        **extra,
     }
 
 
@@ -83,12 +87,28 @@ def load_checkpoint(folder: Path, backbone: Backbone | None = None, weights: str
     try:
         settings = config_from_dict(config["method"], config["settings"])
         preprocess = Preprocess.from_dict(config["preprocess"])
-        model = PromptModel(backbone, settings, labels=config["labels"], preprocess=preprocess)
+        model = PromptModel(
+            backbone,
+            settings,
+            labels=config["labels"],
+            preprocess=preprocess,
+            segmentation=segmentation_of(config),
+        )
     except (UsageError, TypeError, KeyError) as problem:
         raise CheckpointError(f"{folder / CONFIG_FILE} does not fit this prompttune: {problem}") from None
     _load_tensors(model, read_tensors(folder, config), folder)
     model.metrics = config["metrics"]
     return model.eval()
+
+
+def segmentation_of(config: dict[str, Any]) -> SegmentationConfig | None:
+    """The segmentation that a checkpoint's config names, None for a classification.
+
+    Raises:
+        UsageError, TypeError: settings that this version does not know.
+    """
+    found = config.get("segmentation")
+    return None if found is None else SegmentationConfig.from_dict(found)
 
 
 def _check_backbone(folder: Path, wanted: dict[str, Any], backbone: Backbone) -> None:

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from prompttune.checkpoints import read_config
 from prompttune.cli.options import DATA_SETTINGS, setting_options
 from prompttune.cli.sections import SectionedCommand
 from prompttune.errors import CheckpointError, UsageError
@@ -26,11 +27,12 @@ from prompttune.training.state import RunFolder
 
 EXAMPLES = """
 prompttune evaluate runs/digits
+prompttune evaluate runs/shapes-seg --json
 prompttune evaluate runs/photos --data other-photos/ --split all --json
 """
 SHOWN_CLASSES = 40
 SETTINGS = (*DATA_SETTINGS, "seed", "batch_size", "device")
-REMEMBERED = ("data", "data_root", "val_fraction", "limit", "seed", "max_corrupt")
+REMEMBERED = ("data", "data_root", "val_fraction", "reduce_zero_label", "limit", "seed", "max_corrupt")
 """Settings that are taken from the run where no other data is named."""
 
 
@@ -61,9 +63,17 @@ def evaluate(
 ) -> None:
     """Report accuracy, calibration error (ECE), and precision and recall of each class of a prompt checkpoint.
 
+    Of a segmentation: IoU of each class, their mean, and the share of right pixels.
+
     Without --data, the validation images that the run itself held out are scored.
     """
     chosen = _settings(ctx, checkpoint, settings)
+    if read_config(checkpoint).get("segmentation") is not None:
+        if report is not None:
+            raise UsageError("--report shows a classification: give --output, which takes a segmentation's figures")
+        _evaluate_segmentation(checkpoint, split, weights, output, quiet, as_json, chosen)
+        return
+    chosen.pop("reduce_zero_label")
     with Progress(console=Console(stderr=True, quiet=quiet), transient=True) as bar:
         task = bar.add_task("images", total=None)
         result = evaluate_model(
@@ -87,6 +97,50 @@ def evaluate(
 evaluate.params.extend(
     setting_options([known for name, known in settings_of(TrainConfig).items() if name in SETTINGS], "Data")
 )
+
+
+def _evaluate_segmentation(
+    checkpoint: Path,
+    split: str,
+    weights: str | None,
+    output: Path | None,
+    quiet: bool,
+    as_json: bool,
+    chosen: dict[str, Any],
+) -> None:
+    from prompttune.evaluation.plots import draw_confusion, save_png
+    from prompttune.training.segmenting import evaluate_segmentation
+
+    chosen.pop("val_fraction")  # masks bring their own validation split
+    with Progress(console=Console(stderr=True, quiet=quiet), transient=True) as bar:
+        task = bar.add_task("images", total=None)
+        result = evaluate_segmentation(
+            checkpoint,
+            split=split,
+            weights=weights,
+            on_batch=lambda done, total: bar.update(task, completed=done, total=total),
+            **chosen,
+        )
+    document = {"checkpoint": str(checkpoint), "data": chosen["data"], "split": split, **result.to_dict()}
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "evaluation.json", document)
+        figure = draw_confusion(result.confusion, result.labels, unit="pixels")
+        save_png(figure, output / "confusion_matrix.png")
+    if as_json:
+        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        return
+    console = Console()
+    figures = Table("mIoU", "pixel accuracy", "loss", "images", "unreadable")
+    shares = (percent(result.miou), percent(result.pixel_accuracy), f"{result.loss or 0.0:.4f}")
+    figures.add_row(*shares, str(result.n), str(len(result.corrupt)))
+    console.print(figures)
+    table = Table("class", "IoU", "pixels")
+    for label, iou in result.iou.items():
+        table.add_row(escape(label), percent(iou), str(document["class_pixels"][label]))
+    console.print(table)
+    for line in result.corrupt:
+        click.echo(f"unreadable image: {line}", err=True)
 
 
 def _settings(ctx: click.Context, checkpoint: Path, given: dict[str, Any]) -> dict[str, Any]:

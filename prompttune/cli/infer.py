@@ -32,6 +32,7 @@ prompttune infer engine 'shards/train-{0000..0099}.tar' --task digits -o part-3.
 prompttune infer engine match.mp4 --task players --fps 5 --smooth 0.5 -o rows.jsonl -o annotated.mp4
 prompttune infer engine rtsp://camera/stream --task parts --drop oldest -o parts.csv
 prompttune infer engine inbox/ --watch --task digits -o rows.jsonl
+prompttune infer engine-seg photos/ --task streets -o rows.jsonl -o overlays/
 find photos -name '*.png' | prompttune infer engine - --task digits | jq .label
 prompttune infer engine list.txt --task digits --engine ray --ray-address auto -o rows.jsonl
 """
@@ -39,7 +40,8 @@ NOTES = {
     "Inputs": "Files, folders, quoted globs, lists (.txt), tables (.csv .tsv .parquet .arrow .feather), WebDataset "
     "shards (.tar), videos; or one stream (rtsp: http: udp: camera:0), a watched folder, or - for standard input.",
     "Outputs": "By their names: - or csv:- for standard output, .jsonl, .csv, a folder of Parquet files by task "
-    "(.parquet or ending in /), .mp4 .mkv .mov .webm for an annotated video, .png .jpg for contact sheets.",
+    "(.parquet or ending in /), .mp4 .mkv .mov .webm for an annotated video, .png .jpg for contact sheets. Of a "
+    "segmentation: JSON lines, and a folder (ending in /) of overlays and masks.",
 }
 INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 """Exit codes of a process that a signal ended."""

@@ -18,6 +18,7 @@ from prompttune.cli.sections import SectionedCommand
 from prompttune.errors import PrompttuneError, UsageError
 from prompttune.training.config import TrainConfig, read_yaml
 from prompttune.training.loop import TrainResult
+from prompttune.training.measures import measures_for
 from prompttune.training.multi import Task, TaskOutcome, load_tasks, train_tasks
 from prompttune.training.progress import Display, OnProgress, Progress
 from prompttune.training.state import RunFolder
@@ -29,6 +30,8 @@ EXAMPLES = r"""
 prompttune train --backbone vit_small_patch14_dinov2 --image-size 56 \
     --method sa2vp --rank 16 --data demo/digits --epochs 10 --output runs/digits
 prompttune train --data photos/ --class-weights balanced --patience 5 --output runs/photos
+prompttune train --data demo/shapes-seg --task segmentation --head linear --method lspt --image-size 112 \
+    --epochs 10 --output runs/shapes-seg
 prompttune train --config runs/photos/train_config.yaml --resume
 prompttune train --config runs/photos/train_config.yaml --lr 5e-4 --output runs/photos-slow
 prompttune train --tasks tasks.yaml --output runs --resume
@@ -111,9 +114,13 @@ def _train_one(ctx: click.Context, config: TrainConfig, flags: dict[str, Any], c
 def _summary(result: TrainResult) -> str:
     what = f"already {result.status}, nothing to resume" if result.was_over else result.status
     return (
-        f"{what} after {result.epochs} epochs: top-1 {result.best_accuracy:.2%} on the validation images "
+        f"{what} after {result.epochs} epochs: {_title(result)} {result.best_accuracy:.2%} on the validation images "
         f"(epoch {result.best_epoch}); checkpoint: {result.path}"
     )
+
+
+def _title(result: TrainResult) -> str:
+    return measures_for(result.metrics["settings"].get("task")).score_title
 
 
 def _train_several(
@@ -145,11 +152,11 @@ def _announcer(display: OnProgress, count: int) -> Any:
 
 
 def _table(outcomes: list[TaskOutcome]) -> Table:
-    table = Table("task", "method", "data", "top-1", "best epoch", "checkpoint")
+    table = Table("task", "method", "data", "score", "best epoch", "checkpoint")
     for outcome in outcomes:
         task, result = outcome.task, outcome.result
         figures = ("failed", "", "") if result is None else (
-            f"{result.best_accuracy:.2%}", f"{result.best_epoch} of {result.epochs}", str(result.path)
+            f"{_title(result)} {result.best_accuracy:.2%}", f"{result.best_epoch} of {result.epochs}", str(result.path)
         )  # fmt: skip
         table.add_row(task.name, task.config.method, task.config.data, *figures)
     return table

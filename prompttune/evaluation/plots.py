@@ -36,7 +36,9 @@ def confusion_figure(evaluation: Evaluation) -> Figure:
     return draw_confusion(evaluation.confusion, evaluation.labels, evaluation.not_finite)
 
 
-def draw_confusion(confusion: Counts, labels: Sequence[str], not_finite: Counts | None = None) -> Figure:
+def draw_confusion(
+    confusion: Counts, labels: Sequence[str], not_finite: Counts | None = None, unit: str = "images"
+) -> Figure:
     """Draw a confusion matrix, each row divided by the images of its class.
 
     Few classes have numbers in the cells. Of many, some have their number and name on the axes, and beside the picture
@@ -46,6 +48,7 @@ def draw_confusion(confusion: Counts, labels: Sequence[str], not_finite: Counts 
         confusion: counts [C, C], true class by predicted class.
         labels: names of the C classes.
         not_finite: images of each class [C] that are in no column; None if there are none.
+        unit: what is counted.
     """
     classes = len(labels)
     many = classes > NAMED_CLASSES
@@ -55,7 +58,7 @@ def draw_confusion(confusion: Counts, labels: Sequence[str], not_finite: Counts 
     axes, text = figure.subplots(1, 2, width_ratios=(side, _LIST_WIDTH)) if many else (figure.subplots(), None)
     share = row_shares(confusion, support)
     image = axes.imshow(share * 100, vmin=0, vmax=100, cmap="Blues", interpolation="nearest")
-    axes.set(xlabel="predicted class", ylabel="true class", title=_title(confusion, int(support.sum())))
+    axes.set(xlabel="predicted class", ylabel="true class", title=_title(confusion, int(support.sum()), unit))
     _name_axes(axes, labels)
     if classes <= NUMBERED_CLASSES:
         _write_numbers(axes, share)
@@ -65,8 +68,8 @@ def draw_confusion(confusion: Counts, labels: Sequence[str], not_finite: Counts 
     return figure
 
 
-def _title(confusion: Counts, total: int) -> str:
-    return f"top-1 {np.trace(confusion) / max(total, 1):.2%} of {total} images"
+def _title(confusion: Counts, total: int, unit: str) -> str:
+    return f"top-1 {np.trace(confusion) / max(total, 1):.2%} of {total} {unit}"
 
 
 def _name_axes(axes: Axes, labels: Sequence[str]) -> None:

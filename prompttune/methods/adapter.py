@@ -20,6 +20,7 @@ from prompttune.backbones.vit import VitBackbone
 from prompttune.layers.bottleneck import Bottleneck, bottleneck, of_block, stacked, stacked_layout
 from prompttune.layers.probe import probe
 from prompttune.methods.base import RANK, Features, Layout, Method, MethodConfig, State, setting
+from prompttune.methods.maps import Levels, MapReader
 
 INIT_STD = 1e-3
 
@@ -55,6 +56,11 @@ class SerialAdapter(Method):
         self.attention = nn.ModuleList(_adapter(backbone.width, config.rank) for _ in range(backbone.depth))
         self.mlp = nn.ModuleList(_adapter(backbone.width, config.rank) for _ in range(backbone.depth))
 
+    @property
+    def gives_maps(self) -> bool:
+        """See :attr:`Method.gives_maps`."""
+        return True
+
     def task_state(self) -> State:
         """``attention.*`` and ``mlp.*``, stacked over blocks."""
         return stacked("attention", self.attention) | stacked("mlp", self.mlp)
@@ -64,17 +70,18 @@ class SerialAdapter(Method):
         depth, width = self._backbone[0].depth, self._backbone[0].width
         return stacked_layout("attention", depth, width, RANK) | stacked_layout("mlp", depth, width, RANK)
 
-    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
+    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; there is no prompt pathway."""
         backbone = self._backbone[0]
         assert isinstance(backbone, VitBackbone)
-        tokens = backbone.embed(images)  # [B, N, D]
+        reader, tokens = MapReader(backbone, levels), backbone.embed(images)  # [B, N, D]
         for index in range(backbone.depth):
-            attended = backbone.self_attention(index, tokens)  # [B, 1 or N, D]
-            tokens = backbone.read(index, tokens) + self._adapt("attention", index, attended, state)
+            attended = backbone.self_attention(index, tokens, reader.whole)  # [B, 1 or N, D]
+            tokens = backbone.read(index, tokens, reader.whole) + self._adapt("attention", index, attended, state)
             tokens = tokens + self._adapt("mlp", index, backbone.mlp(index, tokens), state)
+            reader.read(index, tokens)
             probe(f"block{index}", tokens)
-        return Features(backbone.pool(tokens))
+        return Features(backbone.pool(tokens), maps=reader.maps)
 
     def _adapt(self, name: str, index: int, z: Tensor, state: State) -> Tensor:
         """z + up(GELU(down(z))), [B, N, D]."""

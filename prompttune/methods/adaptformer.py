@@ -21,6 +21,7 @@ from prompttune.backbones.vit import VitBackbone
 from prompttune.layers.bottleneck import Bottleneck, bottleneck, of_block, stacked, stacked_layout
 from prompttune.layers.probe import probe
 from prompttune.methods.base import RANK, Features, Layout, Method, MethodConfig, State, setting
+from prompttune.methods.maps import Levels, MapReader
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class AdaptFormer(Method):
         self.config = config
         self.adapters = nn.ModuleList(_adapter(backbone.width, config.rank) for _ in range(backbone.depth))
 
+    @property
+    def gives_maps(self) -> bool:
+        """See :attr:`Method.gives_maps`."""
+        return True
+
     def task_state(self) -> State:
         """``adapters.*``, stacked over blocks, ``up`` and its bias scaled by s."""
         return stacked("adapters", self.adapters, self.config.adapter_scale)
@@ -63,20 +69,22 @@ class AdaptFormer(Method):
         backbone = self._backbone[0]
         return stacked_layout("adapters", backbone.depth, backbone.width, RANK)
 
-    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
+    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; there is no prompt pathway."""
         backbone = self._backbone[0]
         assert isinstance(backbone, VitBackbone)
-        tokens = backbone.embed(images)  # [B, N, D]
+        reader, tokens = MapReader(backbone, levels), backbone.embed(images)  # [B, N, D]
         for index in range(backbone.depth):
-            tokens = backbone.read(index, tokens) + backbone.self_attention(index, tokens)
+            attended = backbone.self_attention(index, tokens, reader.whole)  # [B, 1 or N, D]
+            tokens = backbone.read(index, tokens, reader.whole) + attended
             adapted = bottleneck(
                 tokens, **of_block(state, "adapters", index), activation="relu",
                 dropout=self.config.dropout, training=self.training,
             )  # fmt: skip
             tokens = backbone.feed_forward(index, tokens) + adapted
+            reader.read(index, tokens)
             probe(f"block{index}", tokens)
-        return Features(backbone.pool(tokens))
+        return Features(backbone.pool(tokens), maps=reader.maps)
 
 
 def _adapter(width: int, rank: int) -> Bottleneck:

@@ -37,6 +37,10 @@ class Features(NamedTuple):
     """Pooled features of the base pathway, [B, D]."""
     aux_features: Tensor | None = None
     """Pooled features of the prompt pathway, [B, D], if there is one and it was asked for."""
+    maps: tuple[Tensor, ...] = ()
+    """Normed patch tokens of the base pathway, [B, R C, D] for each level that was asked for."""
+    aux_maps: tuple[Tensor, ...] = ()
+    """Those of the prompt pathway, if there is one and it was asked for."""
 
 
 def setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -140,6 +144,12 @@ class Method(nn.Module):
             known = ", ".join(kind.__name__ for kind in self.backbones)
             raise BackboneError(f"{config.method} runs on {known}, not on {type(backbone).__name__}")
         self._backbone = (backbone,)  # a tuple hides it from nn.Module's registration
+
+    @property
+    def gives_maps(self) -> bool:
+        """Whether :meth:`forward` takes a further argument ``levels: Levels = ()``, blocks in ascending order, and
+        then gives the maps of patch tokens behind them, which segmentation needs."""
+        return False
 
     def task_state(self) -> State:
         """All that does not depend on the image; differentiable; leading dimension 1."""

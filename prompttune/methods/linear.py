@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from prompttune.backbones.base import Backbone
+from prompttune.backbones.vit import VitBackbone
 from prompttune.methods.base import Features, Layout, Method, MethodConfig, State
+from prompttune.methods.maps import Levels, MapReader
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class Linear(Method):
 
     backbones = (Backbone,)
 
+    @property
+    def gives_maps(self) -> bool:
+        """See :attr:`Method.gives_maps`; on a ViT."""
+        return isinstance(self._backbone[0], VitBackbone)
+
     def task_state(self) -> State:
         """Empty."""
         return {}
@@ -34,7 +41,15 @@ class Linear(Method):
         """Empty."""
         return {}
 
-    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
-        """Pooled features of the plain backbone, [B, D]."""
-        features: Tensor = self._backbone[0](images)
-        return Features(features)
+    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
+        """Pooled features of the plain backbone, [B, D], and its maps of patch tokens."""
+        backbone = self._backbone[0]
+        if not levels:
+            features: Tensor = backbone(images)
+            return Features(features)
+        assert isinstance(backbone, VitBackbone)
+        reader, tokens = MapReader(backbone, levels), backbone.embed(images)
+        for index in range(backbone.depth):
+            tokens = backbone.run_block(index, tokens)
+            reader.read(index, tokens)
+        return Features(backbone.pool(tokens), maps=reader.maps)

@@ -24,6 +24,7 @@ from prompttune.backbones.vit import VitBackbone, merge_heads
 from prompttune.layers.attention import attend
 from prompttune.layers.probe import probe
 from prompttune.methods.base import RANK, Features, Layout, Method, MethodConfig, State, setting
+from prompttune.methods.maps import Levels, MapReader
 
 QUERY, KEY, VALUE = range(3)
 """Parts of a block's joint projection."""
@@ -80,6 +81,11 @@ class LoRA(Method):
         for name in self.targets:
             self.add_module(name, LowRank(backbone.depth, config.rank, backbone.width, out))
 
+    @property
+    def gives_maps(self) -> bool:
+        """See :attr:`Method.gives_maps`."""
+        return True
+
     def task_state(self) -> State:
         """``query.down`` [1, L, D, r], ``query.up`` [1, L, r, H d] times α / r, and the same of the other targets."""
         scale = self.config.alpha / self.config.rank
@@ -102,21 +108,23 @@ class LoRA(Method):
             layout[f"{name}.up"] = (depth, RANK, out)
         return layout
 
-    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
+    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; there is no prompt pathway."""
         backbone = self._backbone[0]
         assert isinstance(backbone, VitBackbone)
-        tokens = backbone.embed(images)  # [B, N, D]
+        reader, tokens = MapReader(backbone, levels), backbone.embed(images)  # [B, N, D]
         for index in range(backbone.depth):
-            tokens = backbone.read(index, tokens) + self._attention(backbone, index, tokens, state)
+            attended = self._attention(backbone, index, tokens, state, reader.whole)
+            tokens = backbone.read(index, tokens, reader.whole) + attended
             tokens = backbone.feed_forward(index, tokens)
+            reader.read(index, tokens)
             probe(f"block{index}", tokens)
-        return Features(backbone.pool(tokens))
+        return Features(backbone.pool(tokens), maps=reader.maps)
 
-    def _attention(self, backbone: VitBackbone, index: int, tokens: Tensor, state: State) -> Tensor:
+    def _attention(self, backbone: VitBackbone, index: int, tokens: Tensor, state: State, whole: bool) -> Tensor:
         """What the attention adds, [B, N, D] to [B, 1 or N, D]."""
         normed = backbone.norm1(index, tokens)
-        asking = backbone.read(index, normed)
+        asking = backbone.read(index, normed, whole)
         query = backbone.linear_qkv(index, asking, QUERY) + self._added("query", index, asking, state)
         key = backbone.linear_qkv(index, normed, KEY)
         if "key" in self.targets:

@@ -23,6 +23,7 @@ from prompttune.backbones.vit import VitBackbone
 from prompttune.layers.probe import probe
 from prompttune.layers.prompt_lstm import PromptLSTMCell, lstm_step
 from prompttune.methods.base import Features, Layout, Method, MethodConfig, State, setting
+from prompttune.methods.maps import Levels, MapReader
 from prompttune.methods.vpt import prompt_bound, without_prompts
 
 
@@ -65,6 +66,11 @@ class LSPT(Method):
         self.prompts = nn.Parameter(torch.empty(layers, config.num_prompts, self.width).uniform_(-bound, bound))
         self.cell = PromptLSTMCell(self.width, config.cell_rank) if config.long_term else None
 
+    @property
+    def gives_maps(self) -> bool:
+        """See :attr:`Method.gives_maps`."""
+        return True
+
     def task_state(self) -> State:
         """``prompts`` [1, P, D]; with long-term coding ``gates`` [1, L-1, P, 4D] and the hidden weights."""
         state = {"prompts": self.prompts[:1]}
@@ -77,11 +83,12 @@ class LSPT(Method):
         """See :meth:`Method.state_layout`."""
         return {name: tuple(tensor.shape[1:]) for name, tensor in self.task_state().items()}
 
-    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
+    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; there is no prompt pathway."""
         backbone = self._backbone[0]
         assert isinstance(backbone, VitBackbone)
         prefix, count = backbone.num_prefix_tokens, self.config.num_prompts
+        reader = MapReader(backbone, levels, count)
         tokens = backbone.embed(images)  # [B, N, D]
         prompts = state["prompts"].expand(tokens.shape[0], -1, -1)  # [B, P, D]
         prompts = F.dropout(prompts, self.config.dropout, self.training)
@@ -89,6 +96,7 @@ class LSPT(Method):
         tokens = torch.cat((tokens[:, :prefix], prompts, tokens[:, prefix:]), dim=1)  # [B, N + P, D]
         for index in range(backbone.depth - 1):
             tokens = backbone.run_block(index, tokens)
+            reader.read(index, tokens)
             head, prompts, patches = (
                 tokens[:, :prefix],
                 tokens[:, prefix : prefix + count],
@@ -97,7 +105,9 @@ class LSPT(Method):
             prompts, cell = self._code(index, prompts, patches, cell, state)
             tokens = torch.cat((head, prompts, patches), dim=1)
             probe(f"block{index}", tokens)
-        return Features(backbone.pool(without_prompts(backbone, backbone.run_last_block(tokens), count)))
+        tokens = backbone.run_last_block(tokens, reader.whole)
+        reader.read(backbone.depth - 1, tokens)
+        return Features(backbone.pool(without_prompts(backbone, tokens, count)), maps=reader.maps)
 
     def _code(self, index: int, prompts: Tensor, patches: Tensor, cell: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Prompts and cell [B, P, D] after block ``index``, coded for the next one."""

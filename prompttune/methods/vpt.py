@@ -24,6 +24,7 @@ from prompttune.backbones.swin import SwinBackbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.layers.probe import probe
 from prompttune.methods.base import Features, Layout, Method, MethodConfig, State, build_for, setting
+from prompttune.methods.maps import Levels, MapReader
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ class VPT(Method):
         bound = prompt_bound(backbone)
         self.prompts = nn.Parameter(torch.empty(layers, config.num_prompts, backbone.width).uniform_(-bound, bound))
 
+    @property
+    def gives_maps(self) -> bool:
+        """See :attr:`Method.gives_maps`."""
+        return True
+
     def task_state(self) -> State:
         """The prompts themselves."""
         return {"prompts": self.prompts.unsqueeze(0)}
@@ -90,11 +96,12 @@ class VPT(Method):
         """See :meth:`Method.state_layout`."""
         return {"prompts": tuple(self.prompts.shape)}
 
-    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
+    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; there is no prompt pathway."""
         backbone = self._backbone[0]
         assert isinstance(backbone, VitBackbone)
         prefix, count = backbone.num_prefix_tokens, self.config.num_prompts
+        reader = MapReader(backbone, levels, count)
         tokens = backbone.embed(images)  # [B, N, D]
         prompts = state["prompts"].expand(tokens.shape[0], -1, -1, -1)  # [B, L, P, D]
         prompts = F.dropout(prompts, self.config.dropout, self.training)
@@ -104,8 +111,11 @@ class VPT(Method):
                 tokens = torch.cat((tokens[:, :prefix], prompts[:, index], tokens[:, prefix + count :]), dim=1)
             if index < backbone.depth - 1:
                 tokens = backbone.run_block(index, tokens)
+                reader.read(index, tokens)
                 probe(f"block{index}", tokens)
-        return Features(backbone.pool(without_prompts(backbone, backbone.run_last_block(tokens), count)))
+        tokens = backbone.run_last_block(tokens, reader.whole)
+        reader.read(backbone.depth - 1, tokens)
+        return Features(backbone.pool(without_prompts(backbone, tokens, count)), maps=reader.maps)
 
 
 class SwinVPT(Method):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from prompttune.errors import UsageError, choose
 from prompttune.methods import METHODS, MethodConfig, config_from_dict
 from prompttune.preprocess import CROP_MODES, INTERPOLATIONS, Preprocess
+from prompttune.segmentation.config import HEADS, TASKS, SegmentationConfig
 from prompttune.training.data import Augment
 from prompttune.training.fields import Setting, coerce_all, setting, settings_of
 
@@ -28,6 +29,13 @@ OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "onecycle", "constant")
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 AUGMENTATIONS = ("none", "light", "strong")
+_SINCE: Mapping[str, Any] = {
+    "task": "classification",
+    "head": "linear",
+    "head_channels": SegmentationConfig.channels,
+    "reduce_zero_label": True,
+}
+"""What a run that was begun before there were these settings did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +53,15 @@ class TrainConfig:
     method_settings: Mapping[str, Any] | MethodConfig = field(default_factory=dict)
     """Settings of the method, those not named at their defaults; a method's config brings its method with it."""
 
+    task: str = setting("classification", help="classification, or segmentation: a class for each place of an image",
+                        choices=TASKS)  # fmt: skip
+    head: str = setting("linear", help="linear; for segmentation also pyramid, which reads four depths", choices=HEADS)
+    head_channels: int = setting(SegmentationConfig.channels, help="channels of the pyramid head", low=1)
+
     data: str = setting(help="image folder, CSV of path,label, timm data set name or a built-in such as demo/digits")
     data_root: str | None = setting(None, help="folder that relative paths or downloads belong to", free=True)
     val_fraction: float = setting(0.2, help="share held out where the data names no validation split", above=0, below=1)
+    reduce_zero_label: bool = setting(True, help="segmentation: number 0 of an annotation is no class, as in ADE20K")
     limit: int | None = setting(None, help="use at most so many images", low=1)
     max_corrupt: int = setting(10, help="stop when more images than this cannot be read", low=0)
     workers: int | None = setting(
@@ -100,6 +114,7 @@ class TrainConfig:
             self, "augment_settings", coerce_all(self.augment_settings, augment_fields(), "augmentation setting")
         )
         self.augment_config()
+        self._check_task()
         self._check_device()
 
     def _settle_method(self) -> None:
@@ -112,6 +127,19 @@ class TrainConfig:
         known = settings_of(METHODS[self.method])
         object.__setattr__(self, "method_settings", coerce_all(given, known, f"setting of {self.method}"))
         self.method_config()
+
+    def _check_task(self) -> None:
+        if self.task == "classification":
+            if self.head != "linear":
+                raise UsageError(f"head {self.head} is for segmentation: give task segmentation, or head linear")
+            return
+        if self.class_weights != "none":
+            raise UsageError("segmentation: class_weights count images of a class, which masks do not have; leave it")
+        SegmentationConfig(self.head, self.head_channels)
+
+    def segmentation_config(self) -> SegmentationConfig | None:
+        """The segmentation's head, None for a classification."""
+        return None if self.task == "classification" else SegmentationConfig(self.head, self.head_channels)
 
     def _check_device(self) -> None:
         kind, _, index = self.device.partition(":")
@@ -180,7 +208,7 @@ class TrainConfig:
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """What differs from another run's :meth:`to_flat`, in words; settings that change no result are ignored."""
-        mine = self.to_flat()
+        mine, other = self.to_flat(), {**_SINCE, **other}
         free = {name for name, known in settings_of(TrainConfig).items() if known.metadata.get("free")}
         return [
             f"{name} is {mine.get(name)!r}, was {other.get(name)!r}"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from prompttune.errors import UsageError
+from prompttune.evaluation.segmentation import SegmentationEvaluation
 from prompttune.training import state as states
+from prompttune.training.measures import measures_for
 from prompttune.training.optim import optimizer_tensors, restore_optimizer
 from prompttune.training.report import TensorBoard, metrics_document
 from prompttune.training.scoring import EvaluationResult
@@ -19,6 +22,13 @@ if TYPE_CHECKING:
 
     from prompttune.model import PromptModel
     from prompttune.training.config import TrainConfig
+
+Result = EvaluationResult | SegmentationEvaluation
+
+
+def result_unit(result: Result) -> str:
+    """What the confusion matrix of a result counts."""
+    return "pixels" if isinstance(result, SegmentationEvaluation) else "images"
 
 
 class Keeper:
@@ -36,6 +46,7 @@ class Keeper:
         self.optimizer, self.identity = optimizer, identity
         self.folder = RunFolder.of(config.output)
         self.settings = config.to_flat()
+        self.measures = measures_for(model.task)
         self.parameters, self.trained = model.task_parameters(), list(model.trained_parameters())
         self.progression = Progression()
         self.best: dict[str, Tensor] = {}
@@ -68,13 +79,13 @@ class Keeper:
         if self.config.tensorboard:
             self._tensorboard = TensorBoard(self.folder.tensorboard, self.progression.epoch)
 
-    def end_epoch(self, record: dict[str, Any], result: EvaluationResult | None) -> bool:
+    def end_epoch(self, record: dict[str, Any], result: Result | None) -> bool:
         """Note an epoch that is done and write everything; whether it is the best so far."""
         progression = self.progression
         progression.epoch += 1
         progression.seconds += record["seconds"]
         progression.history.append(record)
-        is_best = result is not None and progression.judge(result.top1, result.top5, result.loss)
+        is_best = result is not None and progression.judge(*self._figures(result))
         if is_best:
             self.best = self._copy()
             self._save_best()
@@ -90,6 +101,11 @@ class Keeper:
         self.optimizer.state.clear()
         self.progression.rewind()
         self.best = {}
+
+    def _figures(self, result: Result) -> tuple[float, float, float]:
+        """Score, second figure and loss."""
+        score, second = getattr(result, self.measures.score), getattr(result, self.measures.second)
+        return score, second, math.nan if result.loss is None else result.loss
 
     def load_best(self) -> None:
         """Put the best parameters into the model."""
@@ -108,7 +124,7 @@ class Keeper:
             scaler=self.fabric.strategy.precision.state_dict(),
         )
 
-    def finish(self, last: Saved, result: EvaluationResult, status: str) -> None:
+    def finish(self, last: Saved, result: Result, status: str) -> None:
         """Write the final figures and pictures of the best checkpoint, then mark the run as over.
 
         The mark comes last, so a run that is killed in between does this part again.
@@ -118,7 +134,7 @@ class Keeper:
         self.progression.status = status
         if self.fabric.is_global_zero:
             plot_curves(self.folder.curves, self.progression.history)
-            plot_confusion(self.folder.confusion, result.confusion, result.labels)
+            plot_confusion(self.folder.confusion, result.confusion, result.labels, result_unit(result))
             self._write_metrics(result.to_dict())
             self._save_last(last)
         self.close()
@@ -132,7 +148,7 @@ class Keeper:
     def _save_best(self) -> None:
         """Write the checkpoint; the model holds the best parameters."""
         if self.fabric.is_global_zero:
-            self.model.save(self.folder.path, self.progression.best_metrics())
+            self.model.save(self.folder.path, self.progression.best_metrics(self.measures))
 
     def _save_last(self, saved: Saved) -> None:
         states.save(self.folder.last, saved)

@@ -29,17 +29,22 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.base_weight = model.config.base_loss_weight
-        self.criterion = nn.CrossEntropyLoss(weight=class_weights, label_smoothing=label_smoothing)
+        self.criterion: nn.Module = nn.CrossEntropyLoss(weight=class_weights, label_smoothing=label_smoothing)
+        if model.segmentation is not None:
+            from prompttune.training.segmenting import PixelCriterion
+
+            self.criterion = PixelCriterion(label_smoothing)
 
     def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and base logits of a batch.
 
         Args:
             images: normalised [B, 3, S, S].
-            targets: class indices [B].
+            targets: class indices [B], or masks of them [B, S, S].
 
         Returns:
-            ``λ CE(base) + (1 - λ) CE(prompt pathway)``, a scalar, and the logits [B, C] of the base pathway.
+            ``λ CE(base) + (1 - λ) CE(prompt pathway)``, a scalar, and the logits [B, C] or [B, C, h, w] of the
+            base pathway.
         """
         output = self.model(images)
         loss: Tensor = self.criterion(output.logits.float(), targets)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from prompttune.evaluation.plots import draw_confusion, save_png
+from prompttune.training.measures import measures_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,9 +29,15 @@ def plot_curves(path: Path, history: Sequence[dict[str, Any]]) -> None:
     _curve(loss, history, "train_loss", "training", TRAIN)
     _curve(loss, history, "val_loss", "validation", VALIDATION)
     loss.set(title="loss", ylim=(0, None))
-    _curve(accuracy, history, "train_top1", "training", TRAIN, scale=100)
-    _curve(accuracy, history, "val_top1", "validation", VALIDATION, scale=100)
-    accuracy.set(title="top-1 (%)")
+    measures = measures_of(history[-1] if history else {})
+    names = ("training", "validation")
+    if measures.score_title != measures.train_title:
+        names = (f"training, {measures.train_title}", f"validation, {measures.score_title}")
+    _curve(accuracy, history, f"train_{measures.train}", names[0], TRAIN, scale=100)
+    _curve(accuracy, history, f"val_{measures.score}", names[1], VALIDATION, scale=100)
+    accuracy.set(title=f"{measures.score_title} (%)")
+    if names != ("training", "validation"):
+        accuracy.legend(frameon=False)
     _curve(rate, history, "lr", "at the end of the epoch", TRAIN)
     rate.set(title="learning rate")
     rate.ticklabel_format(axis="y", style="scientific", scilimits=(0, 0))
@@ -52,6 +59,6 @@ def _curve(
         axes.plot(epochs, values, label=label, color=colour, marker="o" if len(points) <= 30 else None, markersize=3)
 
 
-def plot_confusion(path: Path, confusion: NDArray[np.int64], labels: Sequence[str]) -> None:
+def plot_confusion(path: Path, confusion: NDArray[np.int64], labels: Sequence[str], unit: str = "images") -> None:
     """Draw a confusion matrix [C, C] into a PNG file, see :func:`prompttune.evaluation.plots.draw_confusion`."""
-    save_png(draw_confusion(confusion, labels), path)
+    save_png(draw_confusion(confusion, labels, unit=unit), path)

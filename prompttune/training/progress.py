@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
+from prompttune.training.measures import SEGMENTATION, measures_of
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
@@ -89,13 +91,17 @@ class Clock:
 def epoch_line(news: Progress) -> str:
     """One line for an epoch that is done."""
     record = news.record or {}
+    measures = measures_of(record)
     parts = [
         f"epoch {news.epoch}/{news.epochs}",
         f"loss {record['train_loss']:.4f}",
-        f"top-1 {record['train_top1']:.2%}",
+        f"{measures.train_title} {record[f'train_{measures.train}']:.2%}",
     ]
-    if record["val_top1"] is not None:
-        parts += [f"val loss {record['val_loss']:.4f}", f"val top-1 {record['val_top1']:.2%}"]
+    if record[f"val_{measures.score}"] is not None:
+        parts += [f"val loss {record['val_loss']:.4f}"]
+        parts += [f"val {measures.score_title} {record[f'val_{measures.score}']:.2%}"]
+        if measures is SEGMENTATION:
+            parts += [f"val {measures.train_title} {record[f'val_{measures.second}']:.2%}"]
     parts += [f"lr {record['lr']:.2e}", f"{record['images_per_second']:.0f} images/s"]
     if news.epoch < news.epochs:
         parts.append(f"{duration(news.seconds_left)} left")
@@ -149,7 +155,7 @@ class Display:
     def _bar(self, news: Progress) -> None:
         if self._task is None:
             self._task = self._bars.add_task("", figures="")
-        figures = f"loss {news.loss:.4f}  top-1 {news.accuracy:.1%}  " if news.phase == "train" else ""
+        figures = f"loss {news.loss:.4f}  accuracy {news.accuracy:.1%}  " if news.phase == "train" else ""
         figures += f"{news.images_per_second:.0f} images/s  {duration(news.seconds_left)} left"
         word = "epoch" if news.phase == "train" else "validation"
         self._bars.update(

@@ -11,6 +11,7 @@ import timm
 import torch
 
 from prompttune import __version__
+from prompttune.training.measures import measures_for, measures_of
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -40,11 +41,12 @@ def metrics_document(
 ) -> dict[str, Any]:
     """The content of ``metrics.json``; ``final`` is the evaluation of the best checkpoint, once there is one."""
     done = progression.best_epoch > 0
+    measures = measures_for(settings.get("task"))
     return {
         "status": progression.status,
         "best": {
             "epoch": progression.best_epoch,
-            "top1": progression.best_top1,
+            measures.score: progression.best_top1,
             "loss": progression.best_loss,
         }
         if done
@@ -74,11 +76,12 @@ class TensorBoard:
         """Write one epoch's record."""
         if self._writer is None:
             return
+        measures = measures_of(record)
         names = {
             "train_loss": "loss/train",
             "val_loss": "loss/validation",
-            "train_top1": "top1/train",
-            "val_top1": "top1/validation",
+            f"train_{measures.train}": f"{measures.train}/train",
+            f"val_{measures.score}": f"{measures.score}/validation",
             "lr": "learning_rate",
             "images_per_second": "images_per_second",
         }

@@ -13,9 +13,13 @@ from torch import Tensor
 from prompttune.errors import DataError, TrainingError
 from prompttune.model import PromptModel
 from prompttune.training.data import Batch, CorruptImages, DataSplits, load_data, make_loader
+from prompttune.training.data.mask_loading import make_mask_loader
+from prompttune.training.data.mask_transforms import JointTransform
+from prompttune.training.data.masks import MaskSplits, load_masks
 from prompttune.training.data.rng import derive_seed
-from prompttune.training.keep import Keeper
+from prompttune.training.keep import Keeper, Result
 from prompttune.training.launch import gather_lines, loader_workers, on_rank_zero, sum_over
+from prompttune.training.measures import measures_for
 from prompttune.training.optim import (
     Objective,
     balanced_weights,
@@ -24,7 +28,8 @@ from prompttune.training.optim import (
     set_learning_rate,
 )
 from prompttune.training.progress import Clock, OnProgress, Phase, Progress
-from prompttune.training.scoring import EvaluationResult, Scores, score
+from prompttune.training.scoring import Scores, score
+from prompttune.training.segmenting import PixelScores, right_pixels, score_masks
 from prompttune.training.state import Progression, Saved
 
 if TYPE_CHECKING:
@@ -49,9 +54,15 @@ class Run:
         self.on_progress = on_progress if fabric.is_global_zero else None
         with fabric.rank_zero_first():  # a download happens once
             self.data = _load_splits(config)
+        self.segments = isinstance(self.data, MaskSplits)
+        self.measures = measures_for(config.task)
         torch.manual_seed(config.seed)
         self.model = PromptModel(
-            backbone, config.method_config(), labels=self.data.classes, preprocess=config.preprocess(backbone)
+            backbone,
+            config.method_config(),
+            labels=self.data.classes,
+            preprocess=config.preprocess(backbone),
+            segmentation=config.segmentation_config(),
         ).to(fabric.device)
         self._make_loaders()
         if saved is None:
@@ -63,7 +74,7 @@ class Run:
         self._set_up(optimizer)
         self.corrupt = CorruptImages(config.max_corrupt)
         self._unsettled: list[str] = []
-        self._latest: EvaluationResult | None = None
+        self._latest: Result | None = None
         self.clock = Clock()
 
     def _identity(self) -> dict[str, Any]:
@@ -88,9 +99,14 @@ class Run:
             "world_size": self.fabric.world_size,
             "pin_memory": self.fabric.device.type == "cuda",
         }
-        augment = config.augment_config().transform(preprocess)
-        self.train_batches = make_loader(self.data.train, augment, shuffle=True, **shared)
-        self.val_batches = make_loader(self.data.val, preprocess.transform(), shuffle=False, **shared)
+        if isinstance(self.data, MaskSplits):
+            joint = JointTransform(preprocess, config.augment_config())
+            self.train_batches = make_mask_loader(self.data.train, joint, shuffle=True, **shared)
+            self.val_batches = make_mask_loader(self.data.val, JointTransform(preprocess), shuffle=False, **shared)
+        else:
+            augment = config.augment_config().transform(preprocess)
+            self.train_batches = make_loader(self.data.train, augment, shuffle=True, **shared)
+            self.val_batches = make_loader(self.data.val, preprocess.transform(), shuffle=False, **shared)
         self.steps = len(self.train_batches)
 
     def _begin_training(self) -> None:
@@ -111,6 +127,7 @@ class Run:
     def _plain_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All training images in evaluation transform, shuffled by the seed, and their targets."""
         device = self.fabric.device
+        assert isinstance(self.data, DataSplits)  # no method that reads them gives maps for a segmentation
         # a reader may stop early: no processes that would read ahead
         loader = make_loader(
             self.data.train,
@@ -125,7 +142,7 @@ class Run:
 
     def _set_up(self, optimizer: torch.optim.Optimizer) -> None:
         weights = None
-        if self.config.class_weights == "balanced":
+        if self.config.class_weights == "balanced" and isinstance(self.data, DataSplits):
             weights = balanced_weights(self.data.train.labels(), len(self.data.classes))
         objective = Objective(self.model, weights, self.config.label_smoothing)
         module = torch.compile(objective) if self.config.compile else objective
@@ -163,8 +180,8 @@ class Run:
         self._latest = result
         self._settle_corrupt()
         record["val_loss"] = None if result is None else result.loss
-        record["val_top1"] = None if result is None else result.top1
-        record["val_top5"] = None if result is None else result.top5
+        for name in (self.measures.score, self.measures.second):
+            record[f"val_{name}"] = None if result is None else getattr(result, name)
         record["seconds"] = round(time.perf_counter() - began, 3)
         best = self.keeper.end_epoch(record, result)
         self._tell("epoch", epoch, record=record, best=best)
@@ -204,7 +221,7 @@ class Run:
             "epoch": epoch + 1,
             "lr": lr,
             "train_loss": loss / images,
-            "train_top1": correct / images,
+            f"train_{self.measures.train}": correct / images,
             "images_per_second": round(images / (time.perf_counter() - began), 2),
         }
 
@@ -217,7 +234,8 @@ class Run:
                 return 0.0, 0.0, 0.0
             # the other processes wait for this one's gradients: it takes part with zeros
             size = self.model.preprocess.image_size
-            images, targets = torch.zeros(1, 3, size, size, device=device), targets.new_zeros(1)
+            images = torch.zeros(1, 3, size, size, device=device)
+            targets = targets.new_zeros((1, size, size) if self.segments else (1,))
         loss, logits = self.objective(images, targets)
         self.fabric.backward(loss if count else loss * 0.0)
         if self.config.grad_clip is not None:
@@ -226,14 +244,15 @@ class Run:
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        correct = (logits.argmax(dim=1) == targets).sum() * bool(count)
+        right = right_pixels(logits, targets) if self.segments else (logits.argmax(dim=1) == targets).sum()
+        correct = right * bool(count)
         figures = torch.stack((loss.detach().double() * count, correct.double(), loss.new_tensor(count).double()))
         total, right, seen = sum_over(self.fabric, figures).tolist()
         return total, right, seen
 
-    def _validate(self) -> EvaluationResult:
+    def _validate(self) -> Result:
         """Score the model as it stands on the validation images, those of all processes."""
-        scores, epoch, done = Scores(len(self.model.labels)), self.progression.epoch, 0
+        epoch, done = self.progression.epoch, 0
 
         def count(batch: Batch) -> None:
             nonlocal done
@@ -244,7 +263,14 @@ class Run:
 
         self.clock.start()
         autocast: Callable[[], Any] = self.fabric.autocast
-        score(self.model, self.val_batches, scores, device=self.fabric.device, autocast=autocast, on_batch=count)
+        settings: dict[str, Any] = {"device": self.fabric.device, "autocast": autocast, "on_batch": count}
+        scores: Scores | PixelScores
+        if self.segments:
+            scores = PixelScores(len(self.model.labels))
+            score_masks(self.model, self.val_batches, scores, **settings)
+        else:
+            scores = Scores(len(self.model.labels))
+            score(self.model, self.val_batches, scores, **settings)
         return scores.result(self.model.labels, reduce=lambda tensor: sum_over(self.fabric, tensor))
 
     def _finish(self) -> None:
@@ -269,12 +295,12 @@ class Run:
         for line in self.progression.corrupt[known:]:
             self._note(f"unreadable image: {line}")
 
-    def _check_state(self, epoch: int, result: EvaluationResult | None) -> None:
+    def _check_state(self, epoch: int, result: Result | None) -> None:
         """Never let a state that is beyond repair take the place of a good one."""
         lr = float(self.optimizer.param_groups[0]["lr"])
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.task_parameters().values()):
             raise self._diverged(f"a parameter is not finite after epoch {epoch + 1}", lr)
-        if result is not None and not math.isfinite(result.loss):
+        if result is not None and not math.isfinite(result.loss or 0.0):
             raise self._diverged(f"the validation loss is {result.loss} after epoch {epoch + 1}", lr)
 
     def _diverged(self, what: str, lr: float) -> TrainingError:
@@ -291,12 +317,15 @@ class Run:
     def _introduce(self) -> None:
         identity, backbone = self.keeper.identity, self.model.backbone
         self._note(
-            f"{self.config.method} over {backbone.name} at {backbone.image_size} px ({backbone.weights_source}), "
+            f"{self._named()} over {backbone.name} at {backbone.image_size} px ({backbone.weights_source}), "
             f"{identity['task_parameters']:,} parameters; {self.config.data}: {identity['train_images']} training and "
             f"{identity['val_images']} validation images of {len(self.data.classes)} classes; on {self.fabric.device}"
         )
         if self.progression.epoch:
             self._note(f"resuming after epoch {self.progression.epoch} of {self.config.epochs}")
+
+    def _named(self) -> str:
+        return f"{self.config.method} with a {self.config.head} head" if self.segments else self.config.method
 
     def _note(self, text: str) -> None:
         if self.on_progress is not None:
@@ -325,10 +354,13 @@ class Run:
         )
 
 
-def _load_splits(config: TrainConfig) -> DataSplits:
-    data = load_data(
-        config.data, val_fraction=config.val_fraction, seed=config.seed, root=config.data_root, limit=config.limit
-    )
+def _load_splits(config: TrainConfig) -> DataSplits | MaskSplits:
+    data: DataSplits | MaskSplits
+    shared: dict[str, Any] = {"seed": config.seed, "root": config.data_root, "limit": config.limit}
+    if config.task == "segmentation":
+        data = load_masks(config.data, reduce_zero_label=config.reduce_zero_label, **shared)
+    else:
+        data = load_data(config.data, val_fraction=config.val_fraction, **shared)
     if not len(data.train) or not len(data.val):
         raise DataError(
             f"{config.data} gives {len(data.train)} training and {len(data.val)} validation images; both are needed"

@@ -16,6 +16,7 @@ from torch import Tensor
 from prompttune.checkpoints.format import CARD_FILE, CONFIG_FILE, MODEL_FILE
 from prompttune.errors import CheckpointError, UsageError
 from prompttune.files import replacing, write_json, write_text
+from prompttune.training.measures import CLASSIFICATION, Measures
 
 FORMAT_VERSION = 1
 _METADATA = "prompttune"
@@ -31,10 +32,12 @@ class Progression:
     best_epoch: int = 0
     """Epoch of the best validation, counted from 1; 0 before the first."""
     best_top1: float = -1.0
+    """The score of the best validation: top-1, or the mean IoU of a segmentation; see ``measures``."""
     best_top5: float = -1.0
+    """The second figure there: top-5, or the pixel accuracy of a segmentation."""
     best_loss: float = float("inf")
     stale: int = 0
-    """Validations since top-1 last rose."""
+    """Validations since the score last rose."""
     rewound: int = 0
     """Epochs done when the method last rewound its parameters, where the schedule begins; 0 for never."""
     status: str = "running"
@@ -46,7 +49,7 @@ class Progression:
     """One line for each image that could not be read."""
 
     def judge(self, top1: float, top5: float, loss: float) -> bool:
-        """Note a validation of this epoch; whether it is the best: by top-1, and among equals by the loss."""
+        """Note a validation of this epoch; whether it is the best: by its score, and among equals by the loss."""
         self.stale = 0 if top1 > self.best_top1 else self.stale + 1
         if (top1, -loss) <= (self.best_top1, -self.best_loss):
             return False
@@ -58,11 +61,11 @@ class Progression:
         self.rewound, self.stale = self.epoch + 1, 0
         self.best_epoch, self.best_top1, self.best_top5, self.best_loss = 0, -1.0, -1.0, float("inf")
 
-    def best_metrics(self) -> dict[str, Any]:
+    def best_metrics(self, measures: Measures = CLASSIFICATION) -> dict[str, Any]:
         """Figures of the best validation, as its checkpoint names them."""
         return {
-            "val_top1": self.best_top1,
-            "val_top5": self.best_top5,
+            f"val_{measures.score}": self.best_top1,
+            f"val_{measures.second}": self.best_top5,
             "val_loss": self.best_loss,
             "epoch": self.best_epoch,
         }

@@ -90,6 +90,7 @@ def bench_engine(
     rounds = rounds or Rounds()
     _check(batch_sizes, mixes, against, tasks)
     folder = EngineFolder(engine, verify=False)
+    folder.manifest.refuse_segmentation("prompttune bench")
     options = options or RuntimeOptions()
     threads, device = options.threads or torch.get_num_threads(), options.device
     options = dataclasses.replace(options, threads=threads)

@@ -13,9 +13,10 @@ from prompttune.export.runtimes import Array
 from prompttune.serve.answers import Probabilities, likeliest, softmax
 from prompttune.serve.engine import Engine, TaskLogits
 from prompttune.serve.infer.decoding import Decoded
-from prompttune.serve.infer.rows import Answer, Row
+from prompttune.serve.infer.rows import Answer, Row, Share
 from prompttune.serve.infer.sources.labels import target_index
 from prompttune.serve.infer.work import NO_TASK, Work
+from prompttune.serve.masks import Mask, class_map
 
 
 class Buffers:
@@ -81,6 +82,8 @@ class Outcome:
     task: str
     probabilities: Probabilities | None = None
     error: str | None = None
+    mask: Mask | None = None
+    """Of a segmentation, in the place of the probabilities: class index of each pixel of the input, [S, S]."""
 
 
 def assemble(inputs: Sequence[Decoded], work: Work, buffers: Buffers) -> Assembled:
@@ -126,6 +129,8 @@ def _outcome(one: Decoded, task: str, rest: Iterable[TaskLogits], work: Work) ->
     logits = next(iter(rest)).logits
     if not np.isfinite(logits).all():
         return Outcome(task, error="the engine's logits are not finite")
+    if logits.ndim == 3:
+        return Outcome(task, mask=class_map(logits, work.image_size))
     return Outcome(task, softmax(logits))
 
 
@@ -155,6 +160,11 @@ def _row(decoded: Decoded, outcome: Outcome, work: Work) -> Row:
         "task_version": None if facts is None else facts.version,
         "target": item.target if facts is None or index is None else facts.labels[index],
     }
+    if facts is not None and outcome.mask is not None:
+        shares = pixel_shares(outcome.mask, facts.labels)
+        return Row(**place, label=shares[0].label, pixel_shares=shares, mask=outcome.mask)
+    if work.segments:
+        return Row(**place, error=outcome.error, pixel_shares=())
     if facts is None or outcome.probabilities is None:
         return Row(**place, error=outcome.error)
     scores = likeliest(outcome.probabilities, facts.labels, work.top_k)
@@ -165,3 +175,10 @@ def _row(decoded: Decoded, outcome: Outcome, work: Work) -> Row:
         top_k=scores,
         target_probability=None if index is None else float(outcome.probabilities[index]),
     )
+
+
+def pixel_shares(mask: Mask, labels: Sequence[str]) -> tuple[Share, ...]:
+    """The classes that occur in a mask [S, S] and their shares of its pixels, the largest first."""
+    counts = np.bincount(mask.ravel(), minlength=len(labels))
+    order = np.argsort(-counts, kind="stable").tolist()
+    return tuple(Share(labels[index], float(counts[index] / mask.size)) for index in order if counts[index])

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
-from prompttune.errors import UsageError
+from prompttune.errors import EngineError, UsageError
 from prompttune.evaluation import RowScores
 from prompttune.export.folder import EngineFolder
 from prompttune.export.runtimes import RuntimeOptions
@@ -114,7 +114,8 @@ def prepared(
         UsageError: a setting means nothing, an input is missing, an output is in the way.
         PrompttuneError: the engine cannot be opened, the inputs cannot be read.
     """
-    check_outputs(settings.outputs, overwrite=settings.overwrite, resume=settings.resume)
+    segments = _segments(settings)
+    check_outputs(settings.outputs, overwrite=settings.overwrite, resume=settings.resume, segments=segments)
     answered: set[str] = set()
     opened = open_source(settings.inputs, settings.source, stdin=stdin, done=answered.__contains__)
     with ExitStack() as stack:
@@ -142,6 +143,7 @@ def prepared(
             states=None if record is None else before.sinks,
             stdout=stdout,
             rate=opened.rate,
+            tasks=work.known if work.segments else None,
         )
         for sink in sinks:
             stack.callback(sink.close)
@@ -218,6 +220,28 @@ def open_engine(options: RuntimeOptions, folder: EngineFolder, work: Work) -> En
     return Engine(folder.path, **asdict(options), verify=False, tasks=list(work.known))
 
 
+def _segments(settings: InferSettings) -> bool:
+    """Whether the engine's tasks are segmentations; it is opened, and refused, only later if it is damaged.
+
+    Raises:
+        UsageError: a setting that goes with classifications alone.
+    """
+    try:
+        manifest = EngineFolder(settings.engine, verify=False).manifest
+    except EngineError:
+        return False
+    if manifest.segmentation is None:
+        return False
+    for given, option in (
+        (settings.source.labels, "--labels"),
+        (settings.smooth, "--smooth"),
+        (settings.ray, "--engine ray"),
+    ):
+        if given is not None:
+            raise UsageError(f"{option} is for classifications: the engine's tasks are segmentations")
+    return True
+
+
 def _check_source(settings: InferSettings, opened: Opened) -> None:
     bounded = opened.source.bounded
     name = settings.inputs[0]
@@ -256,6 +280,7 @@ def _work(settings: InferSettings, folder: EngineFolder, opened: Opened) -> Work
         top_k=settings.top_k,
         labelled=labelled,
         label_is_index=opened.label_is_index,
+        segments=folder.manifest.segmentation is not None,
     )
 
 

@@ -47,6 +47,8 @@ class Work:
     """Inputs come with true labels."""
     label_is_index: bool = False
     """A true label that is no class name may be a class index, as in WebDataset's ``cls`` members."""
+    segments: bool = False
+    """The tasks are segmentations."""
     picture_side: int | None = None
     """Longest side of the pictures that answers carry; 0 for whole images, None for none."""
 

@@ -9,6 +9,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone, merge_heads
 from prompttune.layers.attention import attend
 from prompttune.methods.base import Features, Layout, State
+from prompttune.methods.maps import Levels, MapReader
 from prompttune.methods.sa2vp.config import SA2VPConfig
 from prompttune.methods.sa2vp.parts import Pathways, PromptMap, probe_pathways
 
@@ -41,6 +42,11 @@ class SA2VP(Pathways):
         return backbone
 
     # ------------------------------------------------------------------ state
+
+    @property
+    def gives_maps(self) -> bool:
+        """See :attr:`Method.gives_maps`."""
+        return True
 
     def task_state(self) -> State:
         """Folded tensors of the task.
@@ -84,19 +90,28 @@ class SA2VP(Pathways):
 
     # ---------------------------------------------------------------- forward
 
-    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:
+    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:
         """See :meth:`Method.forward`. Without ``aux`` nothing is computed for the prompt pathway's own sake."""
         backbone = self.backbone
+        reader, aux_reader = MapReader(backbone, levels), MapReader(backbone, levels if aux else ())
         h, p = self._first_block(backbone.embed(images), state)
+        reader.read(0, h)
+        aux_reader.read(0, p)
         for index in range(1, self.depth - 1):
             probe_pathways(index - 1, h, p)
             if aux or index <= self.last_read:
                 h, p = self._block(index, h, p, state)
             else:
                 h = backbone.run_block(index, h)
+            reader.read(index, h)
+            aux_reader.read(index, p)
         probe_pathways(self.depth - 2, h, p)
-        h, last_p = self._last_block(h, p, state, aux)
-        return Features(backbone.pool(h), None if last_p is None else backbone.pool(last_p))
+        h, last_p = self._last_block(h, p, state, aux, reader.whole)
+        reader.read(self.depth - 1, h)
+        if last_p is None:
+            return Features(backbone.pool(h), maps=reader.maps)
+        aux_reader.read(self.depth - 1, last_p)
+        return Features(backbone.pool(h), backbone.pool(last_p), reader.maps, aux_reader.maps)
 
     def _first_block(self, h: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Block 0, [B, N, D]: the prompt pathway's own part comes folded with the state."""
@@ -119,8 +134,8 @@ class SA2VP(Pathways):
         h, p = backbone.feed_forward_both(index, x + own)
         return self._join(index, h, p, given, state)
 
-    def _last_block(self, h: Tensor, p: Tensor, state: State, aux: bool) -> tuple[Tensor, Tensor | None]:
-        """The last block: keys and values of all tokens, the rest only for the tokens that are pooled.
+    def _last_block(self, h: Tensor, p: Tensor, state: State, aux: bool, whole: bool) -> tuple[Tensor, Tensor | None]:
+        """The last block: keys and values of all tokens, the rest only for the tokens that are pooled, or ``whole``.
 
         Returns:
             Tokens of the base and, with ``aux``, of the prompt pathway: [B, 1 or N, D].
@@ -132,7 +147,8 @@ class SA2VP(Pathways):
         k, v = backbone.key_value(index, normed)  # [1 or 2, B, H, N, d]
         streams = 2 if aux else 1
         asking = x[:streams]
-        if backbone.pools_class_token:
+        pooled_alone = backbone.pools_class_token and not whole
+        if pooled_alone:
             asking, normed = asking[:, :, :1], normed[:, :, :1]
         q = backbone.query(index, normed[:streams])
         own = backbone.project(index, merge_heads(attend(q, k[:streams], v[:streams])))
@@ -141,7 +157,7 @@ class SA2VP(Pathways):
             return out[0], None
         source, target = (0, 1) if reads_prompts else (1, 0)
         # The class token, a prefix token, sees all of the other map.
-        across = attend if backbone.pools_class_token else self.aligned
+        across = attend if pooled_alone else self.aligned
         cross = backbone.project(index, merge_heads(across(q[source], k[target], v[target])))
         given = self.give(index, asking[source] + self.drop(cross), state)
         if not aux:

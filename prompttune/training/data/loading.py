@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -16,10 +17,14 @@ from prompttune.training.data.base import ImageSource
 from prompttune.training.data.rng import derive_seed, generators_kept, seed_generators
 from prompttune.training.data.transforms import Transform, is_exact
 
+if TYPE_CHECKING:
+    from prompttune.training.data.mask_transforms import JointTransform
+    from prompttune.training.data.masks import MaskSource
+
 Key = tuple[int, int]
 """Epoch and index of an image: the epoch goes with the index to processes that outlive an epoch."""
-Sample = tuple[Tensor, int] | str
-"""An image [3, S, S] and its class index, or the line about one that cannot be read."""
+Sample = tuple[Tensor, Any] | str
+"""An image [3, S, S] and its class index or mask, or the line about one that cannot be read."""
 
 
 @dataclass
@@ -29,7 +34,7 @@ class Batch:
     images: Tensor
     """float32 [B, 3, S, S]."""
     targets: Tensor
-    """Class indices, int64 [B]."""
+    """Class indices, int64 [B], or masks of them, int64 [B, S, S]."""
     corrupt: list[str]
     """One line, ``path: reason``, for each image that could not be read."""
 
@@ -67,10 +72,10 @@ class CorruptImages:
                             "raise --max-corrupt or remove them")  # fmt: skip
 
 
-class _Samples(Dataset[Sample]):
+class Samples(Dataset[Sample]):
     """A source's images, transformed; the transform draws as ``seed``, epoch and index say."""
 
-    def __init__(self, source: ImageSource, transform: Transform, seed: int) -> None:
+    def __init__(self, source: Any, transform: Any, seed: int) -> None:
         self.source = source
         self.transform = transform
         self.seed = seed
@@ -92,11 +97,16 @@ class _Samples(Dataset[Sample]):
 
     def _read(self, index: int) -> Sample:
         try:
-            image, target = self.source.load(index)
+            loaded = self.source.load(index)
         except (OSError, ValueError, DataError) as problem:
             # without ": " in the reason, what stands before the last one is the path
             reason = " ".join(str(problem).split()).replace(": ", ", ") or type(problem).__name__
             return f"{self.source.describe(index)}: {reason}"
+        return self.draw(loaded)
+
+    def draw(self, loaded: tuple[Any, Any]) -> tuple[Any, Any]:
+        """An image and its class index as they came from the source, the image transformed."""
+        image, target = loaded
         return self.transform(image), target
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
@@ -109,7 +119,8 @@ class _Samples(Dataset[Sample]):
 
     def _no_images(self) -> Tensor:
         with generators_kept():
-            return self.transform(Image.new("RGB", (32, 32)))[None][:0]  # [0, 3, S, S]
+            empty: Tensor = self.transform(Image.new("RGB", (32, 32)))[None][:0]  # [0, 3, S, S]
+            return empty
 
 
 class _EpochBatches(Sampler[list[Key]]):
@@ -155,7 +166,7 @@ class _EpochBatches(Sampler[list[Key]]):
 class EpochLoader:
     """Batches of one epoch after another; iterate once for each :meth:`set_epoch`."""
 
-    def __init__(self, samples: _Samples, batches: _EpochBatches, workers: int, pin_memory: bool) -> None:
+    def __init__(self, samples: Samples, batches: _EpochBatches, workers: int, pin_memory: bool) -> None:
         self._batches = batches
         self._loader: DataLoader[Sample] = DataLoader(
             samples,
@@ -181,8 +192,8 @@ class EpochLoader:
 
 
 def make_loader(
-    source: ImageSource,
-    transform: Transform,
+    source: ImageSource | MaskSource,
+    transform: Transform | JointTransform,
     *,
     batch_size: int,
     shuffle: bool,
@@ -192,6 +203,7 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
+    samples: type[Samples] = Samples,
 ) -> EpochLoader:
     """Make the batches of a source for one of ``world_size`` processes.
 
@@ -211,6 +223,7 @@ def make_loader(
         rank: number of this process.
         world_size: number of processes.
         pin_memory: put batches into page-locked memory.
+        samples: how a source's images become tensors.
 
     Raises:
         UsageError: a number is out of range.
@@ -221,4 +234,4 @@ def make_loader(
     batches = _EpochBatches(
         len(source), batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size
     )
-    return EpochLoader(_Samples(source, transform, seed), batches, workers, pin_memory)
+    return EpochLoader(samples(source, transform, seed), batches, workers, pin_memory)

@@ -89,6 +89,15 @@ class Shape:
     """Counter-clockwise rotation, in radians."""
     colour: Colour
 
+    def corners(self) -> list[Point]:
+        """Corners on the canvas that is :data:`OVERSAMPLING` times as fine."""
+        cos, sin = math.cos(self.angle), math.sin(self.angle)
+        across, up = self.outline[:, 0], self.outline[:, 1]
+        x = self.x + self.radius * (cos * across - sin * up)
+        y = self.y - self.radius * (sin * across + cos * up)
+        corners = np.stack((x, y), axis=1) * OVERSAMPLING
+        return [(float(x), float(y)) for x, y in corners]
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -103,12 +112,7 @@ class Scene:
         canvas = Image.new("RGB", (SIDE * OVERSAMPLING, SIDE * OVERSAMPLING), self.background)
         draw = ImageDraw.Draw(canvas)
         for shape in self.shapes:
-            cos, sin = math.cos(shape.angle), math.sin(shape.angle)
-            across, up = shape.outline[:, 0], shape.outline[:, 1]
-            x = shape.x + shape.radius * (cos * across - sin * up)
-            y = shape.y - shape.radius * (sin * across + cos * up)
-            corners = np.stack((x, y), axis=1) * OVERSAMPLING
-            draw.polygon([(float(x), float(y)) for x, y in corners], fill=shape.colour)
+            draw.polygon(shape.corners(), fill=shape.colour)
         return np.asarray(canvas.reduce(OVERSAMPLING))
 
 

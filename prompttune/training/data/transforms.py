@@ -174,6 +174,9 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
 
 def is_exact(transform: Transform) -> bool:
     """Whether a transform is known to draw no random numbers."""
+    told = getattr(transform, "is_exact", None)
+    if told is not None:
+        return bool(told)
     return all(isinstance(step, EXACT) for step in _steps(transform))
 
 

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from prompttune.errors import UsageError
 from prompttune.serve.infer.sinks.base import Sink
 from prompttune.serve.infer.sinks.text import CsvRows, Form, JsonLines, StandardOutput
+from prompttune.serve.infer.work import TaskFacts
 
 STANDARD_OUTPUTS: Mapping[str, Form] = {"-": "jsonl", "jsonl:-": "jsonl", "csv:-": "csv"}
 """Name → form."""
@@ -32,6 +33,7 @@ State = Mapping[str, Any]
 class _Settings:
     labelled: bool
     rate: Fraction | float | None
+    tasks: Mapping[str, TaskFacts] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,24 @@ def _open_sheet(path: Path, settings: _Settings, state: State | None) -> Sink:  
     return ContactSheet(path, state)
 
 
+def _foreign_overlay(path: Path) -> Path | None:
+    from prompttune.serve.infer.sinks.overlays import foreign_file
+
+    return foreign_file(path)
+
+
+def _clear_overlays(path: Path) -> None:
+    from prompttune.serve.infer.sinks.overlays import clear
+
+    clear(path)
+
+
+def _open_overlays(path: Path, settings: _Settings, state: State | None) -> Sink:
+    from prompttune.serve.infer.sinks.overlays import OverlayFolder
+
+    return OverlayFolder(path, settings.tasks or {}, state)
+
+
 def _nothing(path: Path) -> None:
     """A file is emptied when it is opened."""
 
@@ -129,6 +149,22 @@ _KINDS = (
     _Kind((".mp4", ".mov", ".mkv", ".avi", ".webm"), _open_video, _foreign_video, _nothing, resumable=False),
     _Kind((".png", ".jpg", ".jpeg"), _open_sheet, _foreign_page, _clear_pages, _has_pages),
 )
+
+
+_OVERLAYS = _Kind((), _open_overlays, _foreign_overlay, _clear_overlays, _has_entries)
+_FOLDERS = (_FOLDER, _OVERLAYS)
+KNOWN_OF_SEGMENTATION = "- (standard output, JSON lines), .jsonl or .ndjson, a folder of overlays (its name ends in /)"
+
+
+def _kind_of(output: str, segments: bool) -> _Kind:
+    """The kind of a file output, for segmentations or for classifications."""
+    if not segments:
+        return _kind(output)
+    if output.endswith(("/", os.sep)):
+        return _OVERLAYS
+    if Path(output).suffix.lower() in _KINDS[0].suffixes:
+        return _KINDS[0]
+    raise UsageError(f"a segmentation cannot be written to {output!r}; known: {KNOWN_OF_SEGMENTATION}")
 
 
 def _kind(output: str) -> _Kind:
@@ -151,13 +187,16 @@ def journal_path(outputs: Sequence[str]) -> Path | None:
     return None
 
 
-def check_outputs(outputs: Sequence[str], *, overwrite: bool = False, resume: bool = False) -> None:
+def check_outputs(
+    outputs: Sequence[str], *, overwrite: bool = False, resume: bool = False, segments: bool = False
+) -> None:
     """Refuse outputs that cannot be written; nothing is touched.
 
     Args:
         outputs: see :func:`open_sinks`.
         overwrite: what an earlier run wrote may be replaced.
         resume: what is there is to be gone on with.
+        segments: the tasks are segmentations.
 
     Raises:
         UsageError: of an unknown kind, named twice, in the way of each other, there already, not ours, not resumable.
@@ -165,15 +204,18 @@ def check_outputs(outputs: Sequence[str], *, overwrite: bool = False, resume: bo
     """
     if sum(output in STANDARD_OUTPUTS for output in outputs) > 1:
         raise UsageError("two outputs are the standard output: leave one out")
+    if segments and "csv:-" in outputs:
+        raise UsageError(f"a segmentation cannot be written to 'csv:-'; known: {KNOWN_OF_SEGMENTATION}")
     files = [output for output in outputs if output not in STANDARD_OUTPUTS]
-    kinds = [_kind(output) for output in files]
+    kinds = [_kind_of(output, segments) for output in files]
     _check_apart(files)
     for output, kind in zip(files, kinds, strict=True):
         path = Path(output)
-        if kind is not _FOLDER and path.is_dir():
+        if kind not in _FOLDERS and path.is_dir():
             raise UsageError(f"{output} is a folder; known outputs: {KNOWN}")
-        if kind is _FOLDER and path.exists() and not path.is_dir():
-            raise UsageError(f"{output} is a file: Parquet files are written into a folder; choose another name")
+        if kind in _FOLDERS and path.exists() and not path.is_dir():
+            what = "Parquet files" if kind is _FOLDER else "overlays"
+            raise UsageError(f"{output} is a file: {what} are written into a folder; choose another name")
         if resume and not kind.resumable:
             raise UsageError(f"{output} cannot be gone on with: a video is made in one run; give --overwrite")
         if resume or not kind.standing(path):
@@ -210,6 +252,7 @@ def open_sinks(
     states: Sequence[Mapping[str, Any]] | None,
     stdout: TextIO,
     rate: Fraction | float | None = None,
+    tasks: Mapping[str, TaskFacts] | None = None,
 ) -> list[Sink]:
     """Open a sink for each output.
 
@@ -221,6 +264,7 @@ def open_sinks(
             interrupted run recorded none, which begins again over what it left. None for a new run.
         stdout: the standard output.
         rate: of a video, for inputs without timestamps.
+        tasks: what is known of the tasks, where they are segmentations; None where they are not.
 
     Raises:
         UsageError: see :func:`check_outputs`; or an output cannot be opened.
@@ -229,10 +273,10 @@ def open_sinks(
     """
     resume = bool(states)
     afresh = states is not None and not resume
-    check_outputs(outputs, overwrite=overwrite or afresh, resume=resume)
+    check_outputs(outputs, overwrite=overwrite or afresh, resume=resume, segments=tasks is not None)
     if resume and states is not None and len(states) != len(outputs):
         raise UsageError(f"the interrupted run had {len(states)} outputs, not {len(outputs)}: give the same ones")
-    settings = _Settings(labelled, rate)
+    settings = _Settings(labelled, rate, tasks)
     begun: list[State | None] = list(states) if states else [None] * len(outputs)
     sinks: list[Sink] = []
     try:
@@ -248,7 +292,7 @@ def open_sinks(
 def _open(output: str, settings: _Settings, state: State | None, stdout: TextIO) -> Sink:
     if output in STANDARD_OUTPUTS:
         return StandardOutput(stdout, settings.labelled, STANDARD_OUTPUTS[output])
-    kind, path = _kind(output), Path(output)
+    kind, path = _kind_of(output, settings.tasks is not None), Path(output)
     try:
         if state is None:
             kind.clear(path)

@@ -1,0 +1,116 @@
+"""Figures of a segmentation, from one confusion matrix of pixels over all images. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prompttune.errors import DataError
+from prompttune.segmentation.config import IGNORE_INDEX
+
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentationEvaluation:
+    """Figures of one evaluation; shares between 0 and 1. Pixels without a class are not counted."""
+
+    labels: tuple[str, ...]
+    confusion: Counts
+    """Pixels [C, C]: true class by predicted class."""
+    n: int
+    """Images scored."""
+    loss: float | None = None
+    """Mean cross entropy of a pixel, in nats."""
+    corrupt: tuple[str, ...] = ()
+    """One line for each image that could not be read."""
+
+    @property
+    def pixels(self) -> int:
+        """Pixels scored."""
+        return int(self.confusion.sum())
+
+    @property
+    def iou(self) -> dict[str, float | None]:
+        """Intersection over union of each class; None for one that is neither there nor predicted."""
+        right = self.confusion.diagonal()
+        union = self.confusion.sum(axis=0) + self.confusion.sum(axis=1) - right
+        return {
+            label: int(hits) / int(both) if both else None
+            for label, hits, both in zip(self.labels, right, union, strict=True)
+        }
+
+    @property
+    def miou(self) -> float:
+        """Mean intersection over union of the classes that are there or predicted."""
+        return float(np.mean([one for one in self.iou.values() if one is not None]))
+
+    @property
+    def pixel_accuracy(self) -> float:
+        """Share of the pixels whose class is right."""
+        return int(self.confusion.trace()) / self.pixels
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON; a loss that is not finite is None."""
+        return {
+            "miou": self.miou,
+            "pixel_accuracy": self.pixel_accuracy,
+            "loss": self.loss if self.loss is not None and math.isfinite(self.loss) else None,
+            "n": self.n,
+            "pixels": self.pixels,
+            "iou": self.iou,
+            "class_pixels": dict(zip(self.labels, self.confusion.sum(axis=1).tolist(), strict=True)),
+            "confusion": self.confusion.tolist(),
+            "corrupt": list(self.corrupt),
+        }
+
+
+class PixelTally:
+    """Sums over images; those of several processes add up.
+
+    Args:
+        classes: number of classes C.
+    """
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+        self.sums: dict[str, NDArray[Any]] = {
+            "confusion": np.zeros((classes, classes), dtype=np.int64),
+            "images": np.zeros((), dtype=np.int64),
+            "loss": np.zeros((), dtype=np.float64),
+        }
+
+    def add(self, predicted: NDArray[Any], targets: NDArray[Any], loss: float = 0.0) -> None:
+        """Count images.
+
+        Args:
+            predicted: class indices [B, h, w].
+            targets: class indices [B, h, w], or ``IGNORE_INDEX``.
+            loss: cross entropy summed over the pixels that have a class, in nats.
+        """
+        known = targets != IGNORE_INDEX
+        cells = targets[known].astype(np.int64) * self.classes + predicted[known]
+        counts = np.bincount(cells, minlength=self.classes**2).reshape(self.classes, self.classes)
+        self.sums["confusion"] += counts
+        self.sums["images"] += len(targets)
+        self.sums["loss"] += loss
+
+    def result(
+        self, labels: Sequence[str], corrupt: Sequence[str] = (), with_loss: bool = True
+    ) -> SegmentationEvaluation:
+        """The figures.
+
+        Raises:
+            DataError: no pixel had a class.
+        """
+        confusion: Counts = self.sums["confusion"]
+        pixels = int(confusion.sum())
+        if not pixels:
+            raise DataError("no pixel could be scored: every image is unreadable or has no class in its mask")
+        loss = float(self.sums["loss"]) / pixels if with_loss else None
+        return SegmentationEvaluation(tuple(labels), confusion, int(self.sums["images"]), loss, tuple(corrupt))

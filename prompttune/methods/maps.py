@@ -1,0 +1,41 @@
+"""Maps of patch tokens, read out of a method's forward for a head that answers for each place."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from prompttune.backbones.vit import VitBackbone
+
+Levels = tuple[int, ...]
+"""Blocks, in ascending order, whose output is read."""
+
+
+class MapReader:
+    """Collects the maps of one pathway while a forward goes through its blocks.
+
+    Args:
+        backbone: whose final norm every map goes through, those of earlier blocks too.
+        levels: which blocks; empty reads nothing.
+        inserted: prompt tokens that stand between the prefix tokens and the patches.
+    """
+
+    def __init__(self, backbone: VitBackbone, levels: Levels, inserted: int = 0) -> None:
+        self._backbone = backbone
+        self._levels = levels
+        self._inserted = inserted
+        self._found: list[Tensor] = []
+
+    @property
+    def whole(self) -> bool:
+        """Whether the last block must compute all tokens, not those alone that are pooled."""
+        return bool(self._levels)
+
+    def read(self, index: int, tokens: Tensor) -> None:
+        """Take tokens [B, N, D] that leave block ``index`` if they are asked for."""
+        if index in self._levels:
+            self._found.append(self._backbone.patch_map(tokens, self._inserted))
+
+    @property
+    def maps(self) -> tuple[Tensor, ...]:
+        """Normed patch tokens [B, R C, D] of each level."""
+        return tuple(self._found)

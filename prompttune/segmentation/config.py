@@ -1,0 +1,97 @@
+"""Settings of segmentation: which head, and what it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from prompttune.errors import BackboneError, UsageError, choose
+
+if TYPE_CHECKING:
+    from prompttune.backbones.base import Backbone
+    from prompttune.methods.base import Method
+    from prompttune.segmentation.heads import SegmentationHead
+
+TASKS = ("classification", "segmentation")
+HEADS = ("linear", "pyramid")
+IGNORE_INDEX = 255
+"""In a mask: no class, neither trained nor scored. So a task has at most this many classes."""
+STRIDE = 4
+"""Pixels of the input to one of the logits' map, in both directions."""
+PYRAMID_LEVELS = 4
+
+
+@dataclass(frozen=True)
+class SegmentationConfig:
+    """A task that answers for each place of an image.
+
+    Raises:
+        UsageError: an unknown head, or no channels.
+    """
+
+    head: str = "linear"
+    """``linear`` reads the last block's patch tokens; ``pyramid`` those of four depths, UPerNet's way."""
+    channels: int = 64
+    """Of the pyramid head; the linear one has none of its own."""
+
+    def __post_init__(self) -> None:
+        choose("head", self.head, HEADS)
+        if self.channels < 1:
+            raise UsageError(f"a pyramid head needs at least 1 channel, not {self.channels}")
+
+    def levels(self, depth: int) -> tuple[int, ...]:
+        """Blocks whose patch tokens the head reads: the last one, or four that are evenly spread up to it.
+
+        Raises:
+            UsageError: the backbone has too few blocks.
+        """
+        if self.head == "linear":
+            return (depth - 1,)
+        if depth < PYRAMID_LEVELS:
+            raise UsageError(f"the pyramid head reads {PYRAMID_LEVELS} blocks, the backbone has {depth}: use linear")
+        return tuple(-(-(number + 1) * depth // PYRAMID_LEVELS) - 1 for number in range(PYRAMID_LEVELS))
+
+    def build(self, backbone: Backbone, classes: int) -> SegmentationHead:
+        """Make the module that holds one task's head over ``backbone``.
+
+        Raises:
+            UsageError: more classes than a mask can tell apart, or too few blocks.
+        """
+        from prompttune.segmentation.heads import LinearHead
+        from prompttune.segmentation.pyramid import PyramidHead
+
+        if classes > IGNORE_INDEX:
+            raise UsageError(f"a mask tells at most {IGNORE_INDEX} classes apart, not {classes}")
+        size = output_size(backbone.image_size)
+        if self.head == "linear":
+            return LinearHead(backbone.width, backbone.grid, size, classes)
+        return PyramidHead(backbone.width, backbone.grid, size, classes, self.channels)
+
+    def graph_settings(self) -> dict[str, Any]:
+        """The settings that tasks of one engine must agree on."""
+        return {"head": self.head} | ({"channels": self.channels} if self.head == "pyramid" else {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SegmentationConfig:
+        """The inverse of :meth:`to_dict`."""
+        return cls(**values)
+
+
+def output_size(image_size: int) -> tuple[int, int]:
+    """Height and width of the logits' map: a :data:`STRIDE`-th of the input, rounded up."""
+    side = -(-image_size // STRIDE)
+    return side, side
+
+
+def check_maps(method: Method, name: str, backbone: Backbone) -> None:
+    """Raise :class:`BackboneError` unless a method gives maps of patch tokens on ``backbone``."""
+    if not method.gives_maps:
+        raise BackboneError(
+            f"segmentation: method {name} gives no maps of patch tokens on {type(backbone).__name__}; "
+            "docs/segmentation.md names those that do"
+        )

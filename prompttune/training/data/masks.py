@@ -1,0 +1,245 @@
+"""Images with a class for each pixel: ADE20K's folders, and rendered shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from prompttune.errors import DataError, UsageError
+from prompttune.images import is_image, read_image
+from prompttune.segmentation.config import IGNORE_INDEX
+from prompttune.training.data.splitting import SEEDS
+
+Mask = NDArray[np.uint8]
+"""[height, width]: the class index of each pixel, or :data:`IGNORE_INDEX`."""
+
+TRAINING, VALIDATION = "training", "validation"
+NAMES_FILE = "classes.txt"
+ADE20K_NAMES_FILE = "objectInfo150.txt"
+LAYOUT = "images/training, annotations/training, images/validation and annotations/validation"
+INDEX_MODES = ("1", "L", "P", "I", "I;16")
+"""Pillow's modes of pictures whose pixels are numbers, not colours."""
+
+
+class MaskSource(Protocol):
+    """Images and masks that are read by index, in an order that never changes."""
+
+    classes: list[str]
+    """Name of each class, in the order of the class indices."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def load(self, index: int) -> tuple[Image.Image, Mask]:
+        """Return an RGB image and its mask, of the same height and width.
+
+        Raises:
+            OSError, ValueError: this image or its mask cannot be read; the others may be.
+        """
+        ...
+
+    def describe(self, index: int) -> str:
+        """Where the image comes from."""
+        ...
+
+
+@dataclass(frozen=True)
+class MaskSplits:
+    """A data set of masks, ready to train on."""
+
+    train: MaskSource
+    val: MaskSource
+    classes: list[str]
+    name: str
+    """The specification that it was loaded by."""
+
+
+class MaskSubset(MaskSource):
+    """Some images of a source, in the order of ``indices``."""
+
+    def __init__(self, source: MaskSource, indices: Sequence[int]) -> None:
+        self.source = source
+        self.indices = list(indices)
+        self.classes = source.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def load(self, index: int) -> tuple[Image.Image, Mask]:
+        """See :class:`MaskSource`."""
+        return self.source.load(self.indices[index])
+
+    def describe(self, index: int) -> str:
+        """The source's description of the image."""
+        return self.source.describe(self.indices[index])
+
+
+class FileMaskSource(MaskSource):
+    """Image files, each with an annotation file whose pixels are class numbers.
+
+    Args:
+        pairs: image and annotation.
+        classes: names by index.
+        reduce_zero_label: the annotation's 0 is no class, 1 is the class of index 0 and so on.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Path, Path]], classes: Sequence[str], reduce_zero_label: bool) -> None:
+        self.pairs = list(pairs)
+        self.classes = list(classes)
+        self.reduce_zero_label = reduce_zero_label
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def load(self, index: int) -> tuple[Image.Image, Mask]:
+        """See :class:`MaskSource`."""
+        image_path, mask_path = self.pairs[index]
+        image, mask = read_image(image_path), indexed(read_numbers(mask_path), self.reduce_zero_label)
+        if mask.shape != (image.height, image.width):
+            raise ValueError(
+                f"the annotation {mask_path.name} has {mask.shape[1]} x {mask.shape[0]} pixels, "
+                f"the image {image.width} x {image.height}"
+            )
+        classes = mask[mask != IGNORE_INDEX]
+        if classes.size and int(classes.max()) >= len(self.classes):
+            number = int(classes.max()) + self.reduce_zero_label
+            raise ValueError(f"the annotation {mask_path.name} has the number {number}, which no class has")
+        return image, mask
+
+    def describe(self, index: int) -> str:
+        """The path of the image."""
+        return str(self.pairs[index][0])
+
+
+def read_numbers(path: Path) -> NDArray[np.int64]:
+    """The numbers of an annotation file, [height, width].
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: its pixels are colours.
+    """
+    with Image.open(path) as picture:
+        if picture.mode not in INDEX_MODES:
+            raise ValueError(f"the annotation {path.name} has colours ({picture.mode}), not a class number a pixel")
+        return np.asarray(picture).astype(np.int64)
+
+
+def indexed(numbers: NDArray[np.int64], reduce_zero_label: bool) -> Mask:
+    """Class indices of an annotation's numbers.
+
+    Raises:
+        ValueError: a number is none that a mask can hold.
+    """
+    ignored = numbers == IGNORE_INDEX
+    if reduce_zero_label:
+        ignored |= numbers == 0
+        numbers = numbers - 1
+    kept = numbers[~ignored]
+    if kept.size and (kept.min() < 0 or kept.max() >= IGNORE_INDEX):
+        raise ValueError(f"an annotation has numbers beyond {IGNORE_INDEX}")
+    return np.where(ignored, IGNORE_INDEX, numbers).astype(np.uint8)
+
+
+def load_masks(
+    spec: str,
+    *,
+    root: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    reduce_zero_label: bool = True,
+) -> MaskSplits:
+    """Load a data set of masks.
+
+    Args:
+        spec: ``demo/shapes-seg``, or a folder as ADE20K has it: ``images/training``, ``annotations/training``,
+            ``images/validation`` and ``annotations/validation``, an annotation called as its image.
+        root: folder that a relative path belongs to.
+        limit: use at most so many images of each split.
+        seed: seed of the choice that ``limit`` makes.
+        reduce_zero_label: in a folder, number 0 is no class.
+
+    Raises:
+        UsageError: an unknown name, or a limit out of range.
+        DataError: the data are missing, incomplete or name no classes; one line that says what to do.
+    """
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit must be at least 1, not {limit}")
+    kind, _, name = spec.partition("/")
+    if kind == "demo":
+        from prompttune.training.data.shape_masks import load_shape_masks
+
+        splits = load_shape_masks(name)
+    else:
+        splits = _load_folder(Path(root or "").expanduser() / Path(spec).expanduser(), reduce_zero_label)
+    train, val = _at_most(splits.train, limit, seed), _at_most(splits.val, limit, seed)
+    return dataclasses.replace(splits, train=train, val=val, name=spec)
+
+
+def _at_most(source: MaskSource, limit: int | None, seed: int) -> MaskSource:
+    if limit is None or len(source) <= limit:
+        return source
+    order = np.random.RandomState(seed % SEEDS).permutation(len(source))
+    return MaskSubset(source, sorted(order[:limit].tolist()))
+
+
+def _load_folder(folder: Path, reduce_zero_label: bool) -> MaskSplits:
+    if not folder.is_dir():
+        raise DataError(f"no data at {folder}; give a folder with {LAYOUT}, or demo/shapes-seg")
+    train, val = (_pairs(folder, split) for split in (TRAINING, VALIDATION))
+    classes = _classes(folder, [*train, *val], reduce_zero_label)
+    if not 2 <= len(classes) <= IGNORE_INDEX:
+        raise DataError(f"{folder} has {len(classes)} classes; a segmentation needs from 2 to {IGNORE_INDEX}")
+    sources = [FileMaskSource(pairs, classes, reduce_zero_label) for pairs in (train, val)]
+    return MaskSplits(sources[0], sources[1], classes, str(folder))
+
+
+def _pairs(folder: Path, split: str) -> list[tuple[Path, Path]]:
+    """Images of a split in the order of their names, each with its annotation."""
+    images, annotations = folder / "images" / split, folder / "annotations" / split
+    for part in (images, annotations):
+        if not part.is_dir():
+            raise DataError(f"no folder {part}; a segmentation reads {LAYOUT}")
+    masks = {path.stem: path for path in sorted(annotations.iterdir()) if path.suffix.lower() == ".png"}
+    found = sorted(path for path in images.iterdir() if is_image(path.name))
+    if not found:
+        raise DataError(f"{images} holds no image")
+    if missing := [path.name for path in found if path.stem not in masks]:
+        raise DataError(f"{missing[0]} has no annotation {Path(missing[0]).stem}.png in {annotations} "
+                        f"({len(missing)} of {len(found)} images have none)")  # fmt: skip
+    return [(path, masks[path.stem]) for path in found]
+
+
+def _classes(folder: Path, pairs: Sequence[tuple[Path, Path]], reduce_zero_label: bool) -> list[str]:
+    """Class names: of ``classes.txt``, of ADE20K's own list, or the numbers that occur."""
+    if (folder / NAMES_FILE).is_file():
+        lines = (folder / NAMES_FILE).read_text(encoding="utf-8").splitlines()
+        names = [line.strip() for line in lines if line.strip()]
+    elif (folder / ADE20K_NAMES_FILE).is_file():
+        rows = (folder / ADE20K_NAMES_FILE).read_text(encoding="utf-8").splitlines()[1:]
+        names = [row.split("\t")[-1].strip() for row in rows if row.strip()]
+    else:
+        return _numbered(pairs, reduce_zero_label)
+    if len(set(names)) < len(names):
+        raise DataError(f"the class names of {folder} are not all different")
+    return names
+
+
+def _numbered(pairs: Sequence[tuple[Path, Path]], reduce_zero_label: bool) -> list[str]:
+    """The annotations' numbers as names, up to the greatest; those that cannot be read are told later."""
+    greatest = 0
+    for _, path in pairs:
+        try:
+            numbers = read_numbers(path)
+        except (OSError, ValueError):
+            continue
+        known = numbers[numbers < IGNORE_INDEX]
+        greatest = max(greatest, int(known.max())) if known.size else greatest
+    return [str(number) for number in range(int(reduce_zero_label), greatest + 1)]

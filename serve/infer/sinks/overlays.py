@@ -1,0 +1,159 @@
+"""A folder of overlays: each picture with its classes as colours, its mask, and a legend a task."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+
+from prompttune.files import replacing, write_text
+from prompttune.segmentation.config import IGNORE_INDEX
+from prompttune.serve.infer.rows import Answer, Row
+from prompttune.serve.infer.sinks.appended import Taking, state_number
+from prompttune.serve.infer.sinks.drawing import font, shortened
+from prompttune.serve.infer.work import TaskFacts
+from prompttune.serve.masks import Mask, mask_of_image, palette
+
+MARK = "prompttune overlay"
+"""In the metadata of every picture, so that no other one is taken for it."""
+OPACITY = 0.5
+"""Of the colours on the picture."""
+_TEXT, _STEP, _MARGIN, _SWATCH, _WIDTH = 14, 22, 8, 16, 280
+_PAPER, _INK = (255, 255, 255), (20, 20, 20)
+_LEGENDS = re.compile(r"legend-.+\.json")
+_LONGEST_NAME = 80
+
+
+def is_overlay(file: Path) -> bool:
+    """Whether a file is one of an earlier run's."""
+    if _LEGENDS.fullmatch(file.name):
+        return True
+    try:
+        with Image.open(file) as image:
+            return image.info.get("Software") == MARK
+    except OSError:
+        return False
+
+
+def foreign_file(folder: Path) -> Path | None:
+    """A file in the folder that no earlier run wrote."""
+    return next((file for file in sorted(folder.iterdir()) if not is_overlay(file)), None)
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run wrote."""
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if is_overlay(file):
+            file.unlink()
+
+
+def overlaid(picture: Image.Image, mask: Mask, classes: int) -> Image.Image:
+    """A copy of an RGB picture with its mask's colours over it; pixels without a class stay as they are.
+
+    Args:
+        picture: of any size.
+        mask: class index of each of its pixels, [height, width].
+        classes: of the task.
+    """
+    pixels = np.asarray(picture, dtype=np.float32)
+    known = mask != IGNORE_INDEX
+    blended = pixels.copy()
+    blended[known] = (1 - OPACITY) * pixels[known] + OPACITY * palette(classes)[mask[known]]
+    return Image.fromarray(blended.round().astype(np.uint8))
+
+
+def indexed_picture(mask: Mask, classes: int) -> Image.Image:
+    """A mask as a picture whose pixels are class indices, with the palette's colours for whoever looks at it."""
+    picture = Image.fromarray(mask).convert("P")
+    picture.putdata(mask.ravel().tolist())
+    colours = np.zeros((IGNORE_INDEX + 1, 3), dtype=np.uint8)
+    colours[:classes] = palette(classes)
+    picture.putpalette(colours.ravel().tolist())
+    return picture
+
+
+def legend(labels: tuple[str, ...]) -> Image.Image:
+    """The colour and the name of each class, one below the other."""
+    picture = Image.new("RGB", (_WIDTH, 2 * _MARGIN + _STEP * len(labels)), _PAPER)
+    draw, face = ImageDraw.Draw(picture), font(_TEXT)
+    for index, (label, colour) in enumerate(zip(labels, palette(len(labels)).tolist(), strict=True)):
+        top, right = _MARGIN + _STEP * index, _MARGIN + _SWATCH
+        draw.rectangle((_MARGIN, top, right, top + _SWATCH), fill=tuple(colour))
+        text = shortened(f"{index} {label}", face, _WIDTH - right - 2 * _MARGIN)
+        draw.text((right + _MARGIN, top), text, fill=_INK, font=face)
+    return picture
+
+
+class OverlayFolder:
+    """``000017-street.png`` and ``000017-street.mask.png`` for input 17; with several tasks each names its own.
+
+    Both have the picture's size. An input without an answer has no file and keeps its number. ``legend-TASK.png`` and
+    ``legend-TASK.json`` say which colour and which index is which class.
+
+    Args:
+        path: the folder.
+        tasks: what is known of the tasks that may answer.
+        state: of an earlier :meth:`commit`, to go on from; None begins anew.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, tasks: Mapping[str, TaskFacts], state: Mapping[str, Any] | None) -> None:
+        self.picture_side: int | None = 0
+        self._path = path
+        self._tasks = tasks
+        self._taking = Taking(path)
+        self._inputs = 0 if state is None else state_number(state, "inputs")
+        path.mkdir(parents=True, exist_ok=True)
+        for name, facts in tasks.items():
+            colours = palette(len(facts.labels)).tolist()
+            values = [
+                {"index": index, "label": label, "colour": colour}
+                for index, (label, colour) in enumerate(zip(facts.labels, colours, strict=True))
+            ]
+            write_text(path / f"legend-{name}.json", json.dumps(values, ensure_ascii=False, indent=1) + "\n")
+            self._save(legend(facts.labels), f"legend-{name}.png")
+
+    def write(self, answer: Answer) -> None:
+        """Write the pictures of one input."""
+        with self._taking:
+            for row in answer.rows:
+                if row.mask is not None and answer.picture is not None:
+                    self._write(row, row.mask, answer.picture)
+            self._inputs += 1
+
+    def _write(self, row: Row, seen: Mask, picture: Image.Image) -> None:
+        facts = self._tasks[row.task]
+        mask = mask_of_image(seen, facts.preprocess, picture.width, picture.height)
+        name, classes = self._name(row), len(facts.labels)
+        self._save(overlaid(picture, mask, classes), f"{name}.png")
+        self._save(indexed_picture(mask, classes), f"{name}.mask.png")
+
+    def _name(self, row: Row) -> str:
+        stem = re.sub(r"[^\w.-]", "_", PurePath(row.source).stem)[:_LONGEST_NAME] or "input"
+        frame = "" if row.frame is None else f"-frame{row.frame}"
+        task = f".{row.task}" if len(self._tasks) > 1 else ""
+        return f"{self._inputs:06}-{stem}{frame}{task}"
+
+    def _save(self, picture: Image.Image, name: str) -> None:
+        mark = PngInfo()
+        mark.add_text("Software", MARK)
+        with replacing(self._path / name) as temporary:
+            picture.save(temporary, format="PNG", pnginfo=mark)
+
+    def commit(self) -> Mapping[str, Any]:
+        """The number of inputs: each file is on the disk already, and is written again under the same name."""
+        return {"inputs": self._inputs}
+
+    def finish(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -1,0 +1,298 @@
+"""Masks, their transforms, the figures of a segmentation, and a training that learns."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from prompttune.cli.main import cli
+from prompttune.errors import DataError, UsageError
+from prompttune.evaluation.segmentation import PixelTally
+from prompttune.preprocess import Preprocess
+from prompttune.training import TrainConfig, train
+from prompttune.training.data import Augment
+from prompttune.training.data.mask_loading import make_mask_loader
+from prompttune.training.data.mask_transforms import JointTransform
+from prompttune.training.data.masks import indexed, load_masks
+from prompttune.training.segmenting import PixelCriterion, PixelScores, evaluate_segmentation
+from tests.segmenting import write_ade20k
+
+GREY = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+
+def settings(output, **own):
+    values = {
+        "backbone": "test_vit",
+        "weights": "random",
+        "image_size": 64,
+        "method": "linear",
+        "task": "segmentation",
+        "data": "demo/shapes-seg",
+        "output": str(output),
+        "epochs": 1,
+        "batch_size": 16,
+        "device": "cpu",
+        "tensorboard": False,
+    }
+    return TrainConfig.from_flat({**values, **own})
+
+
+def test_figures_by_hand():
+    tally = PixelTally(3)
+    #            right, right, 1 for 0, ignored, 2 for 1
+    tally.add(np.array([[[0, 1, 1, 2, 2]]]), np.array([[[0, 1, 0, 255, 1]]]))
+    found = tally.result(["a", "b", "c"])
+    assert found.confusion.tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 0]]
+    assert found.iou == {"a": 1 / 2, "b": 1 / 3, "c": 0.0}
+    assert found.miou == pytest.approx((1 / 2 + 1 / 3 + 0) / 3)
+    assert found.pixel_accuracy == 2 / 4
+    assert found.pixels == 4
+    assert found.n == 1
+
+
+def test_a_class_that_is_nowhere_has_no_iou():
+    tally = PixelTally(2)
+    tally.add(np.zeros((2, 1, 3), dtype=int), np.zeros((2, 1, 3), dtype=int))
+    assert tally.result(["a", "b"]).iou == {"a": 1.0, "b": None}
+    assert tally.result(["a", "b"]).miou == 1.0
+
+
+def test_nothing_to_score_is_told():
+    tally = PixelTally(2)
+    tally.add(np.zeros((1, 2, 2), dtype=int), np.full((1, 2, 2), 255))
+    with pytest.raises(DataError, match="no pixel could be scored"):
+        tally.result(["a", "b"])
+
+
+def test_loss_is_the_mean_of_known_pixels():
+    logits = torch.randn(2, 3, 4, 4)
+    targets = torch.randint(0, 3, (2, 4, 4))
+    targets[0, :2] = 255
+    known = [-logits[b, :, y, x].log_softmax(0)[targets[b, y, x]]
+             for b in range(2) for y in range(4) for x in range(4) if targets[b, y, x] != 255]  # fmt: skip
+    assert len(known) == 24
+    assert PixelCriterion()(logits, targets).item() == pytest.approx(torch.stack(known).mean().item(), rel=1e-5)
+    assert PixelCriterion()(logits, torch.full_like(targets, 255)).item() == 0
+    scores = PixelScores(3)
+    scores.add(logits, targets)
+    assert scores.result(["a", "b", "c"]).loss == pytest.approx(torch.stack(known).mean().item(), rel=1e-5)
+
+
+def test_shapes_have_exact_masks():
+    splits = load_masks("demo/shapes-seg")
+    assert (len(splits.train), len(splits.val)) == (600, 200)
+    assert splits.classes == ["background", "square", "ellipse", "heart", "arrow"]
+    seen = set()
+    for index in range(8):
+        image, mask = splits.val.load(index)
+        pixels = np.asarray(image).astype(int)
+        assert mask.shape == (64, 64)
+        assert image.size == (64, 64)
+        assert 1 + index % 4 in np.unique(mask)
+        # A pixel that is wholly background has the colour of one corner that is background.
+        background = np.median(pixels[mask == 0], axis=0)
+        inside = mask > 0
+        away = np.abs(pixels - background).sum(axis=-1) > 60
+        assert (away == inside).mean() > 0.97
+        seen |= set(np.unique(mask).tolist())
+    assert seen == {0, 1, 2, 3, 4}
+    assert np.array_equal(splits.val.load(3)[1], load_masks("demo/shapes-seg").val.load(3)[1])
+
+
+@pytest.mark.parametrize("names", ["classes.txt", "objectInfo150.txt", None])
+def test_ade20k_folders(tmp_path, names):
+    splits = load_masks(str(write_ade20k(tmp_path, names)))
+    assert splits.classes == (["1", "2"] if names is None else ["wall", "floor"])
+    assert (len(splits.train), len(splits.val)) == (2, 1)
+    image, mask = splits.train.load(1)
+    assert image.size == (40, 30)
+    assert mask.shape == (30, 40)
+    assert mask[0, 0] == 0
+    assert mask[-1, 0] == 1
+    assert mask[-1, -1] == 255
+
+
+def test_zero_can_be_a_class(tmp_path):
+    folder = write_ade20k(tmp_path)
+    (folder / "classes.txt").write_text("nothing\nwall\nfloor\n")
+    splits = load_masks(str(folder), reduce_zero_label=False)
+    assert np.unique(splits.val.load(0)[1]).tolist() == [0, 1, 2]
+    assert indexed(np.array([[0, 5, 255]]), True).tolist() == [[255, 4, 255]]
+    assert indexed(np.array([[0, 5, 255]]), False).tolist() == [[0, 5, 255]]
+
+
+def test_bad_data_is_told_in_one_line(tmp_path):
+    with pytest.raises(DataError, match=r"no data at .*/nowhere; give a folder with images/training"):
+        load_masks(str(tmp_path / "nowhere"))
+    with pytest.raises(UsageError, match="unknown demo data set of masks 'digits'"):
+        load_masks("demo/digits")
+    folder = write_ade20k(tmp_path / "data")
+    (folder / "annotations" / "training" / "1.png").unlink()
+    with pytest.raises(DataError, match=r"1\.jpg has no annotation 1\.png"):
+        load_masks(str(folder))
+    (folder / "annotations" / "validation").rename(folder / "aside")
+    with pytest.raises(DataError, match=r"no folder .*annotations/validation"):
+        load_masks(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (lambda path: Image.new("RGB", (40, 30)).save(path), "has colours (RGB)"),
+        (lambda path: Image.new("L", (30, 30)).save(path), "has 30 x 30 pixels, the image 40 x 30"),
+        (lambda path: Image.new("L", (40, 30), 9).save(path), "has the number 9, which no class has"),
+        (lambda path: path.write_bytes(b"no picture"), "cannot identify"),
+    ],
+)
+def test_a_bad_annotation_is_one_unreadable_image(tmp_path, write, words):
+    folder = write_ade20k(tmp_path)
+    write(folder / "annotations" / "training" / "0.png")
+    source = load_masks(str(folder)).train
+    loader = make_mask_loader(source, JointTransform(Preprocess(16, **GREY)), batch_size=4, shuffle=False, seed=0)
+    (batch,) = list(loader)
+    assert batch.targets.shape == (1, 16, 16)
+    assert len(batch.corrupt) == 1
+    assert words in batch.corrupt[0]
+
+
+def coordinates(width, height):
+    """An image whose red and green tell where a pixel is, and a mask of the same four quarters."""
+    y, x = np.mgrid[:height, :width]
+    mask = ((x >= width // 2) + 2 * (y >= height // 2)).astype(np.uint8)
+    picture = np.stack(((x >= width // 2) * 255, (y >= height // 2) * 255, 0 * x), axis=-1)
+    return Image.fromarray(picture.astype(np.uint8)), mask
+
+
+def quarters(image):
+    """The mask that a transformed image of :func:`coordinates` shows."""
+    return (image[0] > 0).int() + 2 * (image[1] > 0).int()
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "augment"),
+    [
+        ({}, None),
+        ({"crop_mode": "center"}, None),
+        ({"crop_mode": "center", "crop_pct": 0.8}, None),
+        ({"crop_pct": 0.7}, None),
+        ({}, Augment(hflip=1.0)),
+        ({}, Augment(vflip=1.0)),
+        ({}, Augment(scale_min=0.3, hflip=0.5)),
+    ],
+)
+def test_masks_move_with_their_image(preprocess, augment):
+    transform = JointTransform(Preprocess(32, **GREY, interpolation="bilinear", **preprocess), augment)
+    torch.manual_seed(3)
+    for _ in range(3):
+        image, mask = transform(*coordinates(60, 48))
+        assert image.shape == (3, 32, 32)
+        assert mask.shape == (32, 32)
+        assert mask.dtype == torch.int64
+        assert (quarters(image) == mask).float().mean() > 0.93  # all but the borders, which interpolation blurs
+    assert transform.is_exact == (augment is None)
+
+
+def test_augmentation_that_masks_cannot_follow_is_refused():
+    with pytest.raises(UsageError, match="do not follow masks"):
+        JointTransform(Preprocess(32, **GREY), Augment.preset("strong"))
+    with pytest.raises(UsageError, match="crop_mode squash or center"):
+        JointTransform(Preprocess(32, **GREY, crop_mode="border"))
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ({"task": "classification", "head": "pyramid", "data": "demo/digits"}, "head pyramid is for segmentation"),
+        ({"class_weights": "balanced"}, "class_weights count images"),
+        ({"task": "depth"}, "unknown task 'depth'"),
+        ({"head": "conv"}, "unknown head 'conv'"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path, own, words):
+    with pytest.raises(UsageError, match=words):
+        settings(tmp_path, **own)
+
+
+def test_runs_from_before_segmentation_can_be_resumed(tmp_path):
+    config = settings(tmp_path, task="classification", data="demo/digits")
+    before = {key: value for key, value in config.to_flat().items()
+              if key not in ("task", "head", "head_channels", "reduce_zero_label")}  # fmt: skip
+    assert config.differences(before) == []
+    assert settings(tmp_path).differences(before) != []
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A run that has learned something, and the lines that it told."""
+    lines = []
+    output = tmp_path_factory.mktemp("runs") / "shapes"
+    config = settings(output, method="adaptformer", rank=16, head="pyramid", head_channels=16, epochs=5, lr=1e-2,
+                      limit=160, patience=5)  # fmt: skip
+    result = train(config, on_progress=lambda news: lines.append(news) if news.phase == "epoch" else None)
+    return output, result, lines
+
+
+def test_a_training_beats_the_largest_class(learned):
+    output, result, _ = learned
+    scored = evaluate_segmentation(output, "demo/shapes-seg", limit=160)
+    majority = PixelTally(5)
+    source = load_masks("demo/shapes-seg", limit=160).val
+    for index in range(len(source)):
+        mask = source.load(index)[1]
+        majority.add(np.zeros_like(mask)[None], mask[None])
+    floor = majority.result(scored.labels)
+    assert floor.miou < 0.2
+    assert scored.miou > floor.miou + 0.03
+    assert scored.miou == pytest.approx(result.best_accuracy)
+    assert scored.pixel_accuracy > floor.pixel_accuracy
+
+
+def test_figures_have_their_own_names(learned):
+    output, result, lines = learned
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert {"val_miou", "val_pixel_accuracy", "train_pixel_accuracy"} <= set(metrics["history"][0])
+    assert not any("top1" in key for key in metrics["history"][0])
+    assert set(metrics["best"]) == {"epoch", "miou", "loss"}
+    assert metrics["final"]["miou"] == result.best_accuracy
+    assert set(metrics["final"]["iou"]) == {"background", "square", "ellipse", "heart", "arrow"}
+    from prompttune.training.progress import epoch_line
+
+    assert "val mIoU" in epoch_line(lines[0])
+    assert "pixel accuracy" in epoch_line(lines[0])
+    assert json.loads((output / "prompt_config.json").read_text())["metrics"]["val_miou"] == result.best_accuracy
+
+
+def test_the_command_line_tells_iou(learned, tmp_path):
+    output, result, _ = learned
+    told = CliRunner().invoke(cli, ["evaluate", str(output), "--json", "--output", str(tmp_path), "--quiet"])
+    assert told.exit_code == 0, told.output
+    document = json.loads(told.stdout)
+    assert document["miou"] == pytest.approx(result.best_accuracy)
+    assert document["pixels"] == 160 * 64 * 64
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == document
+    assert (tmp_path / "confusion_matrix.png").exists()
+    refused = CliRunner().invoke(cli, ["evaluate", str(output), "--report", str(tmp_path)])
+    assert refused.exit_code == 2
+    assert "--report shows a classification" in refused.output
+
+
+def test_data_of_other_classes_is_refused(learned, tmp_path):
+    with pytest.raises(DataError, match="the classes of the data are not the checkpoint's"):
+        evaluate_segmentation(learned[0], str(write_ade20k(tmp_path)))
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(tmp_path):
+    whole = train(settings(tmp_path / "whole", epochs=2, limit=32, augment="light"))
+    config = settings(tmp_path / "parts", epochs=2, limit=32, augment="light")
+
+    def stop(news):
+        if news.phase == "epoch":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, on_progress=stop)
+    parts = train(config, resume=True)
+    assert parts.metrics["final"] == whole.metrics["final"]
