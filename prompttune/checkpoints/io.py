@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def load_checkpoint(folder: Path, backbone: Backbone | None = None, weights: str
     return model.eval()
 
 
-def segmentation_of(config: dict[str, Any]) -> SegmentationConfig | None:
+def segmentation_of(config: Mapping[str, Any]) -> SegmentationConfig | None:
     """The segmentation that a checkpoint's config names, None for a classification.
 
     Raises:

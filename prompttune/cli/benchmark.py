@@ -90,7 +90,7 @@ def benchmark() -> None:
 @click.option("--methods", metavar="A,B,…", callback=_words, help="Methods to compare.  [default: all]")
 @_options
 @click.pass_context
-def demo(ctx: click.Context, methods: tuple[str, ...] | None, **options: Any) -> None:
+def demo(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: Any) -> None:
     """Compare methods on the built-in tasks: digits, location, orientation, count.
 
     DINOv2 ViT-S at 56 pixels, 1,000 training images, 4 epochs, three seeds; about a minute a run on one CPU core.
@@ -107,7 +107,7 @@ def demo(ctx: click.Context, methods: tuple[str, ...] | None, **options: Any) ->
 @click.option("--variants", metavar="A,B,…", callback=_words, help="Variants to compare.  [default: all]")
 @_options
 @click.pass_context
-def demo_ablation(ctx: click.Context, variants: tuple[str, ...] | None, **options: Any) -> None:
+def demo_ablation(ctx: click.Context, /, variants: tuple[str, ...] | None, **options: Any) -> None:
     """Compare SA²VP with and without each of its parts, as Table 5 of its paper does, on the built-in tasks.
 
     \b

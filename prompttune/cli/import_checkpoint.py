@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -16,6 +17,8 @@ from prompttune.cli.sections import SectionedCommand, SectionOption
 from prompttune.errors import UsageError
 from prompttune.preprocess import CROP_MODES, INTERPOLATIONS
 from prompttune.training.config import method_fields
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 EXAMPLES = """
 prompttune import-checkpoint --from sa2vp cub.pth --output runs/cub --gamma 0.1 \\
@@ -40,7 +43,7 @@ def _own_settings() -> list[click.Parameter]:
     return options
 
 
-def _option(section: str, *names: str, **attrs: Any) -> Any:
+def _option(section: str, *names: str, **attrs: Any) -> Callable[[Command], Command]:
     return click.option(*names, cls=SectionOption, section=section, **attrs)
 
 

@@ -40,7 +40,8 @@ class BlockAttention:
     def maps(self) -> Tensor:
         """The part on the patches, [B, H, R, C]."""
         rows, columns = self.grid
-        return self.weights[..., -rows * columns :].unflatten(-1, self.grid)
+        maps: Tensor = self.weights[..., -rows * columns :].unflatten(-1, self.grid)
+        return maps
 
     def shares(self) -> dict[str, float]:
         """Parts of the attention on prefix tokens, prompts and patches, means over images and heads; their sum is 1."""
@@ -63,7 +64,7 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tenso
     Returns:
         float32 [..., N, K].
     """
-    scores = q.float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5
+    scores: Tensor = q.float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5
     return (scores if mask is None else scores + mask).softmax(dim=-1)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from prompttune.errors import UsageError
 from prompttune.explanation import drawing
 from prompttune.explanation.embedding import embed, features_of, sources_of
@@ -56,7 +58,7 @@ class Explanation:
         """All files written: the page first."""
         return [self.folder / name for name in (PAGE_FILE, VALUES_FILE, *(one.file for one in self.pictures))]
 
-    def draw(self, section: str, title: str, name: str, figure: drawing.Figure) -> None:
+    def draw(self, section: str, title: str, name: str, figure: Figure) -> None:
         """Add a figure and write its PNG file."""
         file = f"{name}.png"
         png = drawing.compact_png(figure)

@@ -75,4 +75,5 @@ def cosine_map(image: Tensor, prompts: Tensor, token: int, grid: tuple[int, int]
     patches = grid[0] * grid[1]
     chosen = image[image.shape[0] - patches + token].float()
     found = F.cosine_similarity(chosen.unsqueeze(0), prompts[-patches:].float(), dim=-1)
-    return found.unflatten(0, grid).cpu()
+    placed: Tensor = found.unflatten(0, grid)
+    return placed.cpu()

@@ -38,7 +38,8 @@ class Subject:
     def features(self, images: Tensor) -> Tensor:
         """Pooled features [B, D] of normalised images [B, 3, S, S]."""
         if self.model is None:
-            return self.backbone(images)
+            plain: Tensor = self.backbone(images)
+            return plain
         assert self.state is not None
         return self.model.forward_state(images, self.state).features
 

@@ -56,7 +56,8 @@ class SegmentationHead(nn.Module):
 
     def map_of(self, tokens: Tensor) -> Tensor:
         """Tokens [B, R C, K] as maps [B, K, R, C]."""
-        return tokens.transpose(1, 2).unflatten(2, self.grid)
+        placed: Tensor = tokens.transpose(1, 2).unflatten(2, self.grid)
+        return placed
 
 
 class LinearHead(SegmentationHead):

@@ -118,7 +118,8 @@ class PyramidHead(SegmentationHead):
         height, width = one.shape[2:]
         places = F.layer_norm(one.flatten(2).transpose(1, 2), (self.channels,), eps=EPSILON)  # [B, h w, K]
         scaled = F.relu(torch.add(places * scale, shift))
-        return scaled.transpose(1, 2).unflatten(2, (height, width))
+        placed: Tensor = scaled.transpose(1, 2).unflatten(2, (height, width))
+        return placed
 
 
 def _matrix(count: int, rows: int, columns: int, inputs: int | None = None) -> nn.Parameter:
@@ -132,7 +133,8 @@ def _mix(one: Tensor, weight: Tensor) -> Tensor:
     """A 1 x 1 convolution: [B, K, h, w] with [1 or B, K, M] to [B, M, h, w]."""
     height, width = one.shape[2:]
     mixed = weight.transpose(1, 2) @ one.flatten(2)  # [B, M, h w]
-    return mixed.unflatten(2, (height, width))
+    placed: Tensor = mixed.unflatten(2, (height, width))
+    return placed
 
 
 def depthwise(one: Tensor, kernel: Tensor) -> Tensor:
