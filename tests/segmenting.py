@@ -77,6 +77,21 @@ def write_ade20k(folder: Path, names: str | None = "classes.txt", sizes: tuple[i
     return folder
 
 
+def write_blocks(folder: Path, counts: tuple[int, int] = (24, 12)) -> Path:
+    """Images of 16 blocks, red, green or blue in random order, each colour a class: easy to learn, none frequent."""
+    random = np.random.default_rng(0)
+    for split, count in zip(("training", "validation"), counts, strict=True):
+        for part in ("images", "annotations"):
+            (folder / part / split).mkdir(parents=True)
+        for index in range(count):
+            blocks = random.integers(0, 3, (4, 4)).repeat(16, axis=0).repeat(16, axis=1)  # [64, 64]
+            Image.fromarray((blocks + 1).astype(np.uint8)).save(folder / "annotations" / split / f"{index}.png")
+            picture = np.eye(3)[blocks] * 160 + random.integers(0, 60, (64, 64, 3))
+            Image.fromarray(picture.astype(np.uint8)).save(folder / "images" / split / f"{index}.png")
+    (folder / "classes.txt").write_text("red\ngreen\nblue\n")
+    return folder
+
+
 @functools.cache
 def other_backbone(name: str, size: int) -> pt.Backbone:
     return drawn_backbone(name, workshop(), size)

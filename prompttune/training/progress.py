@@ -33,6 +33,8 @@ class Progress:
     """Mean training loss of this epoch so far."""
     accuracy: float = 0.0
     """Training accuracy of this epoch so far, between 0 and 1."""
+    measure: str = "top-1"
+    """What that accuracy is."""
     images_per_second: float = 0.0
     seconds_left: float = 0.0
     """Estimate for all that is left of the run."""
@@ -155,7 +157,7 @@ class Display:
     def _bar(self, news: Progress) -> None:
         if self._task is None:
             self._task = self._bars.add_task("", figures="")
-        figures = f"loss {news.loss:.4f}  accuracy {news.accuracy:.1%}  " if news.phase == "train" else ""
+        figures = f"loss {news.loss:.4f}  {news.measure} {news.accuracy:.1%}  " if news.phase == "train" else ""
         figures += f"{news.images_per_second:.0f} images/s  {duration(news.seconds_left)} left"
         word = "epoch" if news.phase == "train" else "validation"
         self._bars.update(

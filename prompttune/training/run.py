@@ -343,6 +343,7 @@ class Run:
         self.on_progress(
             Progress(
                 phase,
+                measure=self.measures.train_title,
                 epoch=epoch + 1,
                 epochs=self.config.epochs,
                 step=step,
