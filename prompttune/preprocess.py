@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
 CROP_MODES = ("squash", "center", "border")
+NORMALISATIONS = ("backbone", "imagenet", "inception")
+"""Where the mean and the standard deviation come from: the backbone's weights, ImageNet's images, or 0.5 for both."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,16 @@ class Preprocess:
             raise UsageError(f"crop_pct must be above 0 and at most 1, not {self.crop_pct}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise UsageError("mean and std need three values each, std above 0")
+
+    def normalised(self, normalisation: str) -> Preprocess:
+        """The same with the mean and standard deviation of one of :data:`NORMALISATIONS`."""
+        if choose("normalisation", normalisation, NORMALISATIONS) == "backbone":
+            return self
+        from timm.data import constants
+
+        name = {"imagenet": "DEFAULT", "inception": "INCEPTION"}[normalisation]
+        mean, std = (getattr(constants, f"IMAGENET_{name}_{part}") for part in ("MEAN", "STD"))
+        return dataclasses.replace(self, mean=tuple(mean), std=tuple(std))
 
     def transform(self) -> Callable[[Image.Image], torch.Tensor]:
         """Return a function from an RGB PIL image to a normalised float32 tensor [3, image_size, image_size]."""

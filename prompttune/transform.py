@@ -43,13 +43,19 @@ class EvaluationTransform:
 
     def pixels(self, image: Image.Image) -> Tensor:
         """The image resized and cropped, uint8 [3, S, S]; errors as in a call."""
+        size = self.preprocess.image_size
+        cropped: Tensor = F.center_crop_image(self.resized(image), [size, size])
+        return cropped
+
+    def resized(self, image: Image.Image) -> Tensor:
+        """The image resized and not yet cropped, uint8 [3, height, width]; errors as in a call."""
         settings = self.preprocess
         scaled = math.floor(settings.image_size / settings.crop_pct)
         size = [scaled, scaled] if settings.crop_mode == "squash" else _fitted(image, scaled)
         # A channel after the other within a pixel, as Pillow has them and torchvision is quickest with.
-        pixels = F.resize_image(F.pil_to_tensor(image), size, InterpolationMode(settings.interpolation), antialias=True)
-        cropped: Tensor = F.center_crop_image(pixels, [settings.image_size, settings.image_size])
-        return cropped
+        interpolation = InterpolationMode(settings.interpolation)
+        pixels: Tensor = F.resize_image(F.pil_to_tensor(image), size, interpolation, antialias=True)
+        return pixels
 
     def resized(self, values: Tensor, interpolation: InterpolationMode) -> Tensor:
         """What belongs to an image's pixels, [1, height, width], resized and cropped as the image is: [1, S, S]."""

@@ -13,12 +13,20 @@ from rich.console import Console
 
 from prompttune.cli.benchmark_progress import Board
 from prompttune.errors import UsageError, choose
-from prompttune.protocols.recipe import Recipe, chosen, load_recipe
+from prompttune.protocols.benchmark import Job, run_benchmark
+from prompttune.protocols.recipe import chosen, load_recipe
+from prompttune.protocols.search import finished_choices, pending
 from prompttune.training.config import known_names
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 INTERRUPTED = 130
-RESERVED = {"output": "--output", "seed": "--seeds", "method": "--methods", "data": "--tasks"}
+RESERVED = {
+    "output": "--output",
+    "seed": "--seeds",
+    "method": "--methods",
+    "data": "--tasks",
+    "data_root": "--data-root",
+}
 """Settings that have an option of their own here."""
 
 
@@ -71,8 +79,21 @@ _OPTIONS = [
 ]  # fmt: skip
 
 
+_methods = click.option("--methods", metavar="A,B,…", callback=_words, help="Methods to compare.  [default: all]")
+_DATA_OPTIONS = [
+    click.option("--data-root", metavar="DIR", help="Folder of the data sets; nothing is downloaded."),
+    click.option("--skip-missing", is_flag=True, help="Go on without the data sets that are not there."),
+]
+
+
 def _options(command: Command) -> Command:
     for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def _data_options(command: Command) -> Command:
+    for option in reversed(_DATA_OPTIONS):
         command = option(command)
     return command
 
@@ -87,7 +108,7 @@ def benchmark() -> None:
 
 
 @benchmark.command()
-@click.option("--methods", metavar="A,B,…", callback=_words, help="Methods to compare.  [default: all]")
+@_methods
 @_options
 @click.pass_context
 def demo(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: Any) -> None:
@@ -117,6 +138,59 @@ def demo_ablation(ctx: click.Context, /, variants: tuple[str, ...] | None, **opt
     _run(ctx, "demo-ablation", variants, **options)
 
 
+@benchmark.command("vtab-1k")
+@_methods
+@_data_options
+@_options
+@click.pass_context
+def vtab_1k(ctx: click.Context, methods: tuple[str, ...] | None, **options: Any) -> None:
+    """Compare methods on VTAB-1k: 19 tasks of 1,000 images, means of three groups.
+
+    Settings are chosen with train800 and val200, then train800val200 trains and test is scored, five seeds. The data
+    are the usual lists: DATA_ROOT/NAME/train800.txt, val200.txt, train800val200.txt, test.txt of "path label" lines.
+
+    \b
+    prompttune benchmark vtab-1k --methods sa2vp,vpt-deep --data-root data/vtab-1k --output runs/vtab --dry-run
+    prompttune benchmark vtab-1k --methods sa2vp --data-root data/vtab-1k --output runs/vtab --skip-missing
+    """
+    _run(ctx, "vtab-1k", methods, **options)
+
+
+@benchmark.command()
+@_methods
+@_data_options
+@_options
+@click.pass_context
+def fgvc(ctx: click.Context, methods: tuple[str, ...] | None, **options: Any) -> None:
+    """Compare methods on five fine-grained data sets, with VPT's splits.
+
+    CUB-200-2011, NABirds, Oxford Flowers, Stanford Dogs and Stanford Cars as DATA_ROOT/CUB_200_2011, nabirds,
+    OxfordFlower, Stanford-dogs and Stanford-cars, each with train.json, val.json and test.json of image path to class
+    id.
+
+    \b
+    prompttune benchmark fgvc --methods sa2vp --data-root data/fgvc --output runs/fgvc
+    """
+    _run(ctx, "fgvc", methods, **options)
+
+
+@benchmark.command()
+@_methods
+@_data_options
+@_options
+@click.pass_context
+def hta(ctx: click.Context, methods: tuple[str, ...] | None, **options: Any) -> None:
+    """Compare methods on the ten data sets of head-tuning adaptation (DAM-VP).
+
+    CUB-200-2011, NABirds, Oxford Flowers and Stanford Dogs as for `fgvc`; CIFAR-10, CIFAR-100, DTD, Food-101, GTSRB
+    and SVHN in torchvision's folders below DATA_ROOT. Nothing is downloaded.
+
+    \b
+    prompttune benchmark hta --methods sa2vp --data-root data --output runs/hta
+    """
+    _run(ctx, "hta", methods, **options)
+
+
 def _run(
     ctx: click.Context,
     protocol: str,
@@ -132,33 +206,40 @@ def _run(
     latency: bool,
     as_json: bool,
     quiet: bool,
+    skip_missing: bool = False,
     **place: Any,
 ) -> None:
-    from prompttune.protocols.plan import make_plan
+    from prompttune.protocols.missing import available_tasks
 
     recipe = load_recipe(protocol, recipe_file)
-    output = output or Path("runs") / f"benchmark-{recipe.protocol}"
     overrides = {**{name: value for name, value in place.items() if value is not None}, **changes}
-    kind = "variant" if recipe.variants else "method"
-    plan = make_plan(
-        recipe,
-        chosen(kind, labels, recipe.labels),
-        chosen("task", tasks, list(recipe.tasks)),
-        seeds or recipe.seeds,
-        overrides,
+    wanted = chosen("task", tasks, list(recipe.tasks))
+    job = Job(
+        recipe=recipe,
+        labels=chosen("variant" if recipe.variants else "method", labels, recipe.labels),
+        tasks=available_tasks(recipe, wanted, overrides.get("data_root"), skip=skip_missing),
+        seeds=seeds or recipe.seeds,
+        overrides=overrides,
+        output=output or Path("runs") / f"benchmark-{recipe.protocol}",
     )
+    for task in wanted:
+        if task not in job.tasks:
+            click.echo(f"skipped, its data are missing: {task}", err=True)
     if dry_run:
-        _print_plan(recipe, plan, output, as_json)
+        _print_plan(job, as_json)
         return
-    from prompttune.protocols.benchmark import run_benchmark
+    _carry_out(ctx, job, jobs, latency=latency, as_json=as_json, console=Console(stderr=True, quiet=quiet))
+
+
+def _carry_out(
+    ctx: click.Context, job: Job, jobs: int | None, *, latency: bool, as_json: bool, console: Console
+) -> None:
     from prompttune.protocols.runner import default_jobs
     from prompttune.protocols.tables import rich_table
 
-    jobs = jobs or default_jobs(plan[0].config(output).device)
-    console = Console(stderr=True, quiet=quiet)
     try:
         with Board(console) as board:
-            report = run_benchmark(recipe, plan, output, jobs, board, latency=latency)
+            report = run_benchmark(job, jobs or default_jobs(job.device), board, latency=latency)
     except KeyboardInterrupt:
         click.echo("Interrupted; the same command goes on", err=True)
         ctx.exit(INTERRUPTED)
@@ -167,37 +248,34 @@ def _run(
     else:
         wide = Console(width=None if Console().is_terminal else 400)
         wide.print(rich_table(report.summary))
-        click.echo(f"top-1 in percent, mean ± sample deviation over seeds; runs and files: {output}")
+        click.echo(f"top-1 in percent, mean ± sample deviation over seeds; runs and files: {job.output}")
     for outcome in report.failures:
         click.echo(f"{outcome.spec.name}: {outcome.error}", err=True)
     if report.failures:
         ctx.exit(1)
 
 
-def _print_plan(recipe: Recipe, plan: Any, output: Path, as_json: bool) -> None:
+def _print_plan(job: Job, as_json: bool) -> None:
+    search = job.search()
+    choices = finished_choices(search, job.output)
+    final = job.plan(choices or {})
+    shown = [*search, *(final if choices is not None else pending(final, search))]
     rows = [
         {
             "run": spec.name,
+            "stage": "final" if spec.candidate is None else "search",
             "group": spec.group,
-            "state": _state(spec, output),
-            "settings_digest": spec.digest,
-            "settings": {name: value for name, value in spec.settings.items() if name != "tensorboard"},
+            "state": spec.state(job.output) if spec.candidate is not None or choices is not None else "to do",
+            "settings": dict(spec.settings),
         }
-        for spec in plan
+        for spec in shown
     ]
     if as_json:
-        click.echo(json.dumps({"protocol": recipe.protocol, "output": str(output), "runs": rows}, indent=2))
+        click.echo(json.dumps({"protocol": job.recipe.protocol, "output": str(job.output), "runs": rows}, indent=2))
         return
     for row in rows:
         words = " ".join(f"{name}={value}" for name, value in row["settings"].items())
-        click.echo(f"{row['state']:8}  {row['run']}  {words}")
+        click.echo(f"{row['state']:8}  {row['stage']:6}  {row['run']}  {words}")
     left = sum(row["state"] != "finished" for row in rows)
-    click.echo(f"{recipe.protocol}: {len(rows)} runs, {left} to train; output: {output}")
-
-
-def _state(spec: Any, output: Path) -> str:
-    from prompttune.training.state import RunFolder
-
-    if spec.record(output) is not None:
-        return "finished"
-    return "begun" if RunFolder(spec.folder(output)).last.exists() else "to do"
+    searching = f", {len(search)} of them to choose settings" if search else ""
+    click.echo(f"{job.recipe.protocol}: {len(rows)} runs{searching}; {left} to train; output: {job.output}")

@@ -15,7 +15,7 @@ from prompttune.training.fields import Setting, settings_of
 NOTHING = "none"
 """How an option is told to have no value."""
 DATA_SETTINGS = ("data", "data_root", "val_fraction", "reduce_zero_label", "limit", "max_corrupt", "workers")
-EVALUATION_TRANSFORM = ("crop_pct", "crop_mode", "interpolation")
+EVALUATION_TRANSFORM = ("crop_pct", "crop_mode", "interpolation", "normalisation")
 DEVICE_SETTINGS = ("precision", "device", "devices", "compile", "tensorboard")
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prompttune.files import write_json, write_text
 from prompttune.protocols.latency import Latency, measure
-from prompttune.protocols.plan import RunSpec
+from prompttune.protocols.plan import RunSpec, make_plan
 from prompttune.protocols.recipe import Recipe
-from prompttune.protocols.runner import Listener, Outcome, execute
+from prompttune.protocols.runner import Listener, Outcome, Pace, execute
+from prompttune.protocols.search import Choices, make_search, run_search
 from prompttune.protocols.summary import Summary, summarise
 from prompttune.protocols.tables import markdown, write_rows
 
@@ -42,54 +43,84 @@ class Report:
         }
 
 
-def run_benchmark(
-    recipe: Recipe, plan: Sequence[RunSpec], output: Path, jobs: int, listener: Listener, *, latency: bool = True
-) -> Report:
-    """Carry out a plan and write its files to ``output``; see :func:`prompttune.protocols.runner.execute`."""
-    writer = _Writer(recipe, plan, output, listener)
-    outcomes = execute(plan, output, jobs, writer)
+@dataclass(frozen=True)
+class Job:
+    """What to compare, on what, and where it goes."""
+
+    recipe: Recipe
+    labels: Sequence[str]
+    tasks: Sequence[str]
+    seeds: Sequence[int]
+    overrides: Mapping[str, Any]
+    """Settings that go before the recipe's."""
+    output: Path
+
+    def search(self) -> list[RunSpec]:
+        """Runs that choose settings."""
+        return make_search(self.recipe, self.labels, self.tasks, self.overrides)
+
+    def plan(self, choices: Choices) -> list[RunSpec]:
+        """Runs that are reported."""
+        return make_plan(self.recipe, self.labels, self.tasks, self.seeds, self.overrides, choices)
+
+    @property
+    def device(self) -> str:
+        """Of all runs."""
+        return self.plan({})[0].config(self.output).device
+
+
+def run_benchmark(job: Job, jobs: int, listener: Listener, *, latency: bool = True) -> Report:
+    """Choose settings where the recipe says so, train every run, and write the files of both to the output.
+
+    See :func:`prompttune.protocols.search.run_search` and :func:`prompttune.protocols.runner.execute`.
+    """
+    search = job.search()
+    job.plan({})  # what is wrong with the reported runs is said before the search trains for days
+    plan = job.plan(run_search(search, job.output, jobs, listener))
+    outcomes = execute(plan, job.output, jobs, _Writer(job, plan, listener))
     latencies = _latencies(outcomes) if latency else []
-    report = Report(_summary(recipe, plan, outcomes), outcomes, latencies)
-    _write(report, output)
+    report = Report(_tabulate(job, plan, _rows(outcomes)), outcomes, latencies)
+    _write(report, job.output)
     return report
 
 
 class _Writer:
     """Passes the news on and brings ``results.csv`` and the table up to date after every run."""
 
-    def __init__(self, recipe: Recipe, plan: Sequence[RunSpec], output: Path, listener: Listener) -> None:
-        self.recipe, self.plan, self.output, self.listener = recipe, plan, output, listener
+    def __init__(self, job: Job, plan: Sequence[RunSpec], listener: Listener) -> None:
+        self.job, self.plan, self.listener = job, plan, listener
 
-    def begin(self, pace: Any) -> None:
+    def begin(self, pace: Pace) -> None:
         self.listener.begin(pace)
         self._write()
 
-    def update(self, pace: Any) -> None:
+    def update(self, pace: Pace) -> None:
         self.listener.update(pace)
 
-    def ended(self, outcome: Outcome, pace: Any) -> None:
+    def ended(self, outcome: Outcome, pace: Pace) -> None:
         self.listener.ended(outcome, pace)
         self._write()
 
     def _write(self) -> None:
-        rows = [row for spec in self.plan if (row := spec.record(self.output)) is not None]
-        write_rows(self.output / RESULTS, rows)
+        rows = [row for spec in self.plan if (row := spec.record(self.job.output)) is not None]
+        write_rows(self.job.output / RESULTS, rows)
         if rows:
-            write_text(self.output / TABLE, markdown(_tabulate(self.recipe, self.plan, rows)))
+            write_text(self.job.output / TABLE, markdown(_tabulate(self.job, self.plan, rows)))
 
 
-def _summary(recipe: Recipe, plan: Sequence[RunSpec], outcomes: Sequence[Outcome]) -> Summary:
-    return _tabulate(recipe, plan, [outcome.row for outcome in outcomes if outcome.row is not None])
+def _rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    return [outcome.row for outcome in outcomes if outcome.row is not None]
 
 
-def _tabulate(recipe: Recipe, plan: Sequence[RunSpec], rows: Sequence[dict[str, Any]]) -> Summary:
-    tasks = {spec.task: spec.group for spec in plan}
-    labels = list(dict.fromkeys(spec.label for spec in plan))
+def _tabulate(job: Job, plan: Sequence[RunSpec], rows: Sequence[dict[str, Any]]) -> Summary:
     config = plan[0].config(Path())
-    size = "" if config.image_size is None else f" at {config.image_size} pixels"
-    return summarise(
-        f"{recipe.protocol}: {recipe.title}, {config.backbone}{size}", tasks, labels, rows, len(plan) - len(rows)
-    )
+    words = [f"{job.recipe.protocol}: {job.recipe.title}", config.backbone]
+    if config.image_size is not None:
+        words[-1] += f" at {config.image_size} pixels"
+    if len(job.tasks) < len(job.recipe.tasks):
+        words.append(f"{len(job.tasks)} of {len(job.recipe.tasks)} tasks")
+    tasks = {task: job.recipe.tasks[task].group for task in job.tasks}
+    return summarise(", ".join(words), tasks, job.labels, rows, len(plan) - len(rows))
 
 
 def _latencies(outcomes: Sequence[Outcome]) -> list[Latency]:

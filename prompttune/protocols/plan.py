@@ -16,6 +16,7 @@ from prompttune.methods import METHODS, MethodConfig
 from prompttune.protocols.recipe import Recipe
 from prompttune.training.config import TrainConfig, augment_fields
 from prompttune.training.fields import settings_of
+from prompttune.training.state import RunFolder
 
 RECORD_FILE = "benchmark.json"
 """Written last into the folder of a run, once it is finished."""
@@ -32,15 +33,20 @@ class RunSpec:
     seed: int
     settings: Mapping[str, Any]
     """Flat settings of ``prompttune train`` without ``output``."""
+    candidate: Mapping[str, Any] | None = None
+    """What this run tries, if it is one of a search."""
 
     @property
     def name(self) -> str:
-        """Folder of the run below the benchmark's ``runs``."""
+        """Folder of the run below the benchmark's ``runs``, or ``search`` if it is one of a search."""
+        if self.candidate is not None:
+            tried = ",".join(f"{name}={value}" for name, value in self.candidate.items())
+            return "/".join((_slug(self.task), _slug(self.label), _slug(tried)))
         return "/".join((_slug(self.task), _slug(self.label), f"seed{self.seed}"))
 
     def folder(self, output: Path) -> Path:
         """Where the run is written."""
-        return output / "runs" / self.name
+        return output / ("runs" if self.candidate is None else "search") / self.name
 
     def config(self, output: Path) -> TrainConfig:
         """The run's settings; raises :class:`UsageError` that names the run if one is wrong."""
@@ -86,6 +92,12 @@ class RunSpec:
             )
         return row
 
+    def state(self, output: Path) -> str:
+        """``finished``, ``begun`` or ``to do``; raises as :meth:`record` does."""
+        if self.record(output) is not None:
+            return "finished"
+        return "begun" if RunFolder(self.folder(output)).last.exists() else "to do"
+
 
 def make_plan(
     recipe: Recipe,
@@ -93,16 +105,30 @@ def make_plan(
     tasks: Iterable[str],
     seeds: Sequence[int],
     overrides: Mapping[str, Any] | None = None,
+    choices: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
 ) -> list[RunSpec]:
     """Every run, one seed after the other, so that a benchmark that is cut short has compared all methods.
+
+    Args:
+        recipe: the protocol.
+        labels: methods, or variants of an ablation.
+        tasks: names of the recipe's tasks.
+        seeds: a run of everything for each.
+        overrides: settings that go before all others, for the methods that have them.
+        choices: what a search chose, by task and label.
 
     Raises:
         UsageError: a setting is wrong; the message names the run. Nothing has been started.
     """
     specs = [
         RunSpec(
-            recipe.protocol, recipe.tasks[task].group, task, label, seed, recipe.settings(label, task, overrides or {})
-        )  # fmt: skip
+            recipe.protocol,
+            recipe.tasks[task].group,
+            task,
+            label,
+            seed,
+            recipe.settings(label, task, {**(choices or {}).get((task, label), {}), **(overrides or {})}),
+        )
         for seed in seeds
         for task in tasks
         for label in labels
@@ -113,7 +139,7 @@ def make_plan(
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^\w.+-]+", "-", name).strip("-")
+    return re.sub(r"[^\w.,=+-]+", "-", name).strip("-")
 
 
 def _plain(value: Any) -> Any:

@@ -8,8 +8,12 @@ Recipes are YAML files of this package, or a user's own::
     defaults: {epochs: 4, lr: 5e-3}          # settings of `prompttune train`, by name
     tasks:
       digits: {group: natural, data: demo/digits, settings: {}}
+      # `search`, beside `data`: where the settings of a method with a grid are chosen
     methods:                                 # settings of a method, over the defaults
       linear: {lr: 5e-2}
+    grids:                                   # settings that are chosen on held-out images, by method or `default`
+      linear: {lr: [1e-2, 5e-2]}
+    search_seed: 0
     variants:                                # instead of plain methods, where the recipe is an ablation
       full: {method: sa2vp}
 
@@ -28,9 +32,11 @@ from prompttune.errors import UsageError, choose
 from prompttune.methods import METHODS
 from prompttune.training.config import check_belongs, known_names, method_fields, read_yaml
 
-BUILT_IN = ("demo", "demo-ablation")
-_PARTS = ("protocol", "title", "seeds", "defaults", "tasks", "methods", "variants")
-_TASK_PARTS = ("group", "data", "settings", "methods")
+BUILT_IN = ("demo", "demo-ablation", "vtab-1k", "fgvc", "hta")
+_PARTS = ("protocol", "title", "seeds", "search_seed", "defaults", "tasks", "methods", "grids", "variants")
+ANY = "default"
+"""Grid of the methods that have none of their own."""
+_TASK_PARTS = ("group", "data", "search", "settings", "methods")
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class TaskEntry:
     group: str
     data: str
     """As ``prompttune train --data`` takes it."""
+    search: str | None = None
+    """Splits to choose settings on, which the reported images are no part of."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of every run on it."""
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -58,6 +66,9 @@ class Recipe:
     tasks: Mapping[str, TaskEntry]
     methods: Mapping[str, Mapping[str, Any]]
     variants: Mapping[str, Mapping[str, Any]]
+    grids: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
+    """Values to choose from, by method, or :data:`ANY`, and setting."""
+    search_seed: int = 0
 
     @property
     def labels(self) -> list[str]:
@@ -67,6 +78,15 @@ class Recipe:
     def method_of(self, label: str) -> str:
         """The method behind a label."""
         return str(self.variants[label].get("method", "sa2vp")) if self.variants else label
+
+    def grid(self, label: str, task: str, overrides: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+        """What is chosen for a method on a task; nothing where the user or the task's entry says it already."""
+        method, entry = self.method_of(label), self.tasks[task]
+        if entry.search is None or self.variants:
+            return {}
+        known = {**overrides, **entry.methods.get(method, {})}
+        grid = self.grids.get(method, self.grids.get(ANY, {}))
+        return {name: values for name, values in suiting(grid, method).items() if name not in known}
 
     def settings(self, label: str, task: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """Flat settings of a run; ``overrides`` go before all, and reach the methods that have them."""
@@ -124,6 +144,8 @@ def read_recipe(path: Path) -> Recipe:
         tasks={name: _task(path, name, _mapping(path, tasks, name)) for name in tasks},
         methods=_by_method(path, "methods", _mapping(path, document, "methods")),
         variants=_variants(path, _mapping(path, document, "variants")),
+        grids=_grids(path, _mapping(path, document, "grids")),
+        search_seed=int(document.get("search_seed", 0)),
     )
 
 
@@ -164,6 +186,7 @@ def _task(path: Path, name: str, entry: Mapping[str, Any]) -> TaskEntry:
         name=name,
         group=str(entry.get("group", "")),
         data=entry["data"],
+        search=entry.get("search"),
         settings=_settings(path, f"tasks.{name}", _mapping(path, entry, "settings")),
         methods=_by_method(path, f"tasks.{name}", _mapping(path, entry, "methods")),
     )
@@ -175,6 +198,17 @@ def _variants(path: Path, entries: Mapping[str, Any]) -> dict[str, dict[str, Any
         values = _mapping(path, entries, label)
         method = choose(f"method of the variant {label}", values.pop("method", "sa2vp"), METHODS)
         made[label] = {"method": method, **_settings(path, f"variants.{label}", values, method)}
+    return made
+
+
+def _grids(path: Path, entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    made = _by_method(path, "grids", {name: grid for name, grid in entries.items() if name != ANY})
+    if ANY in entries:
+        made[ANY] = _settings(path, f"grids.{ANY}", _mapping(path, entries, ANY))
+    for method, grid in made.items():
+        for name, values in grid.items():
+            if not isinstance(values, list) or not values:
+                raise UsageError(f"{path}: grids.{method}.{name} must be a list of values, not {values!r}")
     return made
 
 

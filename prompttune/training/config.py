@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from prompttune.errors import UsageError, choose
 from prompttune.methods import METHODS, MethodConfig, config_from_dict
-from prompttune.preprocess import CROP_MODES, INTERPOLATIONS, Preprocess
+from prompttune.preprocess import CROP_MODES, INTERPOLATIONS, NORMALISATIONS, Preprocess
 from prompttune.segmentation.config import HEADS, TASKS, SegmentationConfig
 from prompttune.training.data import Augment
 from prompttune.training.fields import Setting, coerce_all, setting, settings_of
@@ -29,13 +29,6 @@ OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "onecycle", "constant")
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 AUGMENTATIONS = ("none", "light", "strong")
-_SINCE: Mapping[str, Any] = {
-    "task": "classification",
-    "head": "linear",
-    "head_channels": SegmentationConfig.channels,
-    "reduce_zero_label": True,
-}
-"""What a run that was begun before there were these settings did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +89,11 @@ class TrainConfig:
     interpolation: str | None = setting(
         None, help="resizing filter; the backbone's own if not given", choices=INTERPOLATIONS
     )
+
+    normalisation: str = setting(
+        "backbone", help="mean and deviation of the pixels: the backbone's own, ImageNet's, or 0.5 (inception)",
+        choices=NORMALISATIONS,
+    )  # fmt: skip
 
     precision: str = setting("fp32", help="arithmetic of the forward pass", choices=tuple(PRECISIONS))
     device: str = setting("auto", help="auto, cpu, cuda or cuda:INDEX", free=True)
@@ -163,7 +161,7 @@ class TrainConfig:
 
     def preprocess(self, backbone: Backbone) -> Preprocess:
         """The evaluation transform of this run on ``backbone``."""
-        own = backbone.default_preprocess()
+        own = backbone.default_preprocess().normalised(self.normalisation)
         return dataclasses.replace(
             own,
             crop_pct=self.crop_pct,
@@ -181,6 +179,11 @@ class TrainConfig:
         own |= {name: getattr(method, name) for name in settings_of(type(method))}
         own |= self._augment_overrides()
         return {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
+
+    def _defaults(self) -> dict[str, Any]:
+        known = settings_of(TrainConfig) | settings_of(METHODS[self.method])
+        defaults = {name: one.default for name, one in known.items() if not one.required}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
 
     def _augment_overrides(self) -> dict[str, Any]:
         preset = Augment.preset(self.augment)
@@ -207,8 +210,12 @@ class TrainConfig:
         return cls(**split["own"], augment_settings=split["augment"], method_settings=split["method"])
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """What differs from another run's :meth:`to_flat`, in words; settings that change no result are ignored."""
-        mine, other = self.to_flat(), {**_SINCE, **other}
+        """What differs from another run's :meth:`to_flat`, in words; settings that change no result are ignored.
+
+        A setting that the other run does not name yet, because its version had none, counts as its default.
+        """
+        mine = self.to_flat()
+        other = {**self._defaults(), **other}
         free = {name for name, known in settings_of(TrainConfig).items() if known.metadata.get("free")}
         return [
             f"{name} is {mine.get(name)!r}, was {other.get(name)!r}"

@@ -20,8 +20,9 @@ def load_data(
     """Load a data set.
 
     Args:
-        spec: ``demo/NAME`` (built in), ``torch/NAME``, ``hfds/NAME`` or ``wds/NAME`` (timm's data set factory), a
-            ``.csv`` file or a folder of images. A folder whose own name begins so is written ``./demo/…``.
+        spec: ``demo/NAME`` (built in), ``torch/NAME``, ``hfds/NAME`` or ``wds/NAME`` (timm's data set factory),
+            ``vtab/…``, ``fgvc/…`` or ``tv/…`` (see :mod:`prompttune.training.data.benchmarks`), a ``.csv`` file or a
+            folder of images. A folder whose own name begins so is written ``./demo/…``.
         val_fraction: share of each class held out where the data have no validation split of their own.
         seed: seed of that split, and of the choice that ``limit`` makes.
         root: folder that a relative path belongs to, and that timm's data sets are kept in.
@@ -74,8 +75,20 @@ def _load_wds(name: str, root: str | None, val_fraction: float, seed: int) -> Da
     return load_wds(name, root, val_fraction, seed)
 
 
+def _load_benchmark(kind: str) -> Callable[[str, str | None, float, int], DataSplits]:
+    def load(name: str, root: str | None, val_fraction: float, seed: int) -> DataSplits:  # noqa: ARG001
+        from prompttune.training.data.benchmarks import load_benchmark
+
+        return load_benchmark(kind, name, root)
+
+    return load
+
+
 _FACTORY: dict[str, Callable[[str, str | None, float, int], DataSplits]] = {
     "torch": _load_torch,
     "hfds": _load_hfds,
     "wds": _load_wds,
+    "vtab": _load_benchmark("vtab"),
+    "fgvc": _load_benchmark("fgvc"),
+    "tv": _load_benchmark("tv"),
 }

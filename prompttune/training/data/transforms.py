@@ -52,6 +52,9 @@ class Augment:
     scale_max: float = setting(1.0, help="greatest share of the area; with both at 1 nothing is cropped")
     ratio_min: float = setting(3 / 4, help="least width over height of a random crop")
     ratio_max: float = setting(4 / 3, help="greatest width over height of a random crop")
+    random_crop: bool = setting(
+        False, help="crop anywhere what evaluation crops in the centre; takes effect with crop_pct below 1"
+    )
     hflip: float = setting(0.0, help="probability of a horizontal flip")
     vflip: float = setting(0.0, help="probability of a vertical flip")
     color_jitter: float = setting(0.0, help="strength of random brightness, contrast and saturation")
@@ -72,6 +75,8 @@ class Augment:
             raise UsageError(f"color_jitter must be 0 or more, not {self.color_jitter}")
         if self.auto_augment is not None:
             self._check_policy(self.auto_augment)
+        if self.random_crop and self.crops:
+            raise UsageError("random_crop and scale_min below 1 both crop: give one of them")
 
     def _check_policy(self, policy: str) -> None:
         makers = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
@@ -126,14 +131,15 @@ class Augment:
         steps = list(geometry.transforms)
         if not self.crops:
             flips = [step for step in steps if not isinstance(step, RandomResizedCropAndInterpolation)]
-            steps = [*_resizing(exact), *flips]
+            resizing = [_RandomCrop.of(exact)] if self.random_crop else _resizing(exact)
+            steps = [*resizing, *flips]
         composed: Transform = transforms.Compose([*steps, *colour.transforms, *final.transforms])
         return composed
 
     @property
     def _is_random(self) -> bool:
         chances = (self.hflip, self.vflip, self.color_jitter, self.random_erase)
-        return self.crops or any(chances) or self.auto_augment is not None
+        return self.crops or self.random_crop or any(chances) or self.auto_augment is not None
 
 
 def _resizing(exact: Transform) -> list[Any]:
@@ -153,6 +159,27 @@ class _Resized:
     def __call__(self, image: Image.Image) -> Image.Image:
         resized: Image.Image = to_pil_image(self.exact.pixels(image))
         return resized
+
+
+@dataclass(frozen=True)
+class _RandomCrop:
+    """An evaluation transform's resizing, then a crop of its size anywhere."""
+
+    exact: EvaluationTransform
+
+    @classmethod
+    def of(cls, exact: Transform) -> _RandomCrop:
+        if not isinstance(exact, EvaluationTransform):
+            raise UsageError(
+                "random_crop needs crop_mode squash or center and interpolation bicubic or bilinear, "
+                "whose resizing it takes over"
+            )
+        return cls(exact)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        size = self.exact.preprocess.image_size
+        cropped: Image.Image = to_pil_image(transforms.RandomCrop(size)(self.exact.resized(image)))
+        return cropped
 
 
 def _steps(transform: Transform) -> list[Any]:

@@ -1,0 +1,228 @@
+"""The layouts that published benchmarks are distributed in: VTAB-1k's lists, VPT's JSON splits, torchvision's folders.
+
+- ``vtab/NAME/TRAIN/EVAL``: ``<root>/NAME/TRAIN.txt`` with lines ``path label``, paths relative to ``<root>/NAME``, as
+  distributed with `NOAH <https://github.com/ZhangYuanhan-AI/NOAH>`_, SSF and FacT.
+- ``fgvc/FOLDER/TRAIN/EVAL``: ``<root>/FOLDER/TRAIN.json`` of path to class id, paths relative to the folder or to its
+  ``images`` or ``Images``, as distributed with `VPT <https://github.com/KMnP/vpt>`_.
+- ``tv/NAME/TRAIN/EVAL``: torchvision's data set below ``<root>``, never downloaded. Of a data set without validation
+  images, ``train80`` and ``val20`` are parts of the training images, the same for every seed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from prompttune.errors import DataError, UsageError, choose
+from prompttune.images import to_rgb
+from prompttune.training.data.base import DataSplits, FileSource, ImageSource, Subset, check_class_count
+from prompttune.training.data.splitting import split_indices
+
+KINDS = ("vtab", "fgvc", "tv")
+FGVC_IMAGE_FOLDERS = ("", "images", "Images")
+PARTS = {"train80": 0, "val20": 1}
+"""Parts of a training split, and their place in what the splitting returns."""
+HELD_OUT = 0.2
+VTAB_LISTS = ("train800", "val200", "train800val200", "test")
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A specification, taken apart."""
+
+    kind: str
+    folder: Path
+    name: str
+    train: str
+    held: str
+
+    @classmethod
+    def read(cls, kind: str, name: str, root: str | None) -> _Name:
+        parts = name.split("/")
+        if len(parts) != 3 or not all(parts):
+            raise UsageError(f"{kind}/{name}: give {kind}/NAME/TRAINING SPLIT/EVALUATION SPLIT")
+        if root is None:
+            raise UsageError(f"{kind}/{name} needs the folder that the data are kept in: give --data-root")
+        return cls(kind, Path(root).expanduser(), *parts)
+
+
+def load_benchmark(kind: str, name: str, root: str | None) -> DataSplits:
+    """Load two splits of a benchmark's data set; see this module's description.
+
+    Raises:
+        UsageError: the specification is not ``NAME/TRAIN/EVAL``, there is no ``root``, or an unknown name.
+        DataError: files are missing or wrong; the message names the first.
+    """
+    wanted = _Name.read(kind, name, root)
+    if absent := _absent(wanted):
+        raise DataError(f"{kind}/{name}: no {absent[0]}")
+    train, val = {"vtab": _vtab, "fgvc": _fgvc, "tv": _torchvision}[kind](wanted)
+    check_class_count(train.classes, f"{kind}/{name}")
+    return DataSplits(train, val, list(train.classes), f"{kind}/{name}")
+
+
+def missing_files(spec: str, root: str | None) -> list[str]:
+    """Files and folders that a specification expects and that are not there; empty for one of another kind."""
+    kind, _, name = spec.partition("/")
+    return [str(path) for path in _absent(_Name.read(kind, name, root))] if kind in KINDS else []
+
+
+def _absent(wanted: _Name) -> list[Path]:
+    base = wanted.folder / wanted.name
+    if wanted.kind == "vtab":
+        expected = [base / f"{split}.txt" for split in (wanted.train, wanted.held)]
+    elif wanted.kind == "fgvc":
+        expected = [base / f"{split}.json" for split in (wanted.train, wanted.held)]
+    else:
+        expected = [wanted.folder / part for part in TORCHVISION[_torchvision_name(wanted)].expected]
+    return [path for path in dict.fromkeys(expected) if not path.exists()]
+
+
+def _vtab(wanted: _Name) -> tuple[ImageSource, ImageSource]:
+    base = wanted.folder / wanted.name
+    lists = {
+        split: _read_list(base / f"{split}.txt")
+        for split in dict.fromkeys((wanted.train, wanted.held, *VTAB_LISTS))
+        if (base / f"{split}.txt").exists()
+    }
+    # a class may have no image in 800, so every list that is there tells of the classes
+    classes = [str(number) for number in range(1 + max(label for rows in lists.values() for _, label in rows))]
+    train, held = (
+        FileSource([base / path for path, _ in rows], [label for _, label in rows], classes)
+        for rows in (lists[wanted.train], lists[wanted.held])
+    )
+    return train, held
+
+
+def _read_list(file: Path) -> list[tuple[str, int]]:
+    rows = []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise DataError(f"cannot read {file}: {problem}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        path, _, label = line.strip().rpartition(" ")
+        if not path or not label.isdecimal():
+            raise DataError(f"{file} line {number}: not 'path label' with a label from 0: {line.strip()!r}")
+        rows.append((path.strip(), int(label)))
+    if not rows:
+        raise DataError(f"{file} lists no image")
+    return rows
+
+
+def _fgvc(wanted: _Name) -> tuple[ImageSource, ImageSource]:
+    base = wanted.folder / wanted.name
+    train, held = (_read_json(base / f"{split}.json") for split in (wanted.train, wanted.held))
+    first = next(iter(train))
+    images = next((base / name for name in FGVC_IMAGE_FOLDERS if (base / name / first).exists()), None)
+    if images is None:
+        raise DataError(f"{base}: the image {first} of {wanted.train}.json is neither here nor in images or Images")
+    ids = sorted(set(train.values()), key=lambda one: (isinstance(one, str), one))
+    if strange := sorted({str(one) for one in held.values()} - {str(one) for one in ids}):
+        raise DataError(f"{base / wanted.held}.json: the class {strange[0]} occurs in no image of {wanted.train}.json")
+    index = {str(one): number for number, one in enumerate(ids)}
+    sources = [
+        FileSource([images / path for path in rows], [index[str(one)] for one in rows.values()], list(index))
+        for rows in (train, held)
+    ]
+    return sources[0], sources[1]
+
+
+def _read_json(file: Path) -> dict[str, int | str]:
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise DataError(f"cannot read {file}: {problem}") from None
+    if not isinstance(rows, dict) or not rows or not all(isinstance(one, int | str) for one in rows.values()):
+        raise DataError(f"{file} must be an object of image path to class id")
+    return rows
+
+
+@dataclass(frozen=True)
+class _Torchvision:
+    """A data set of torchvision: its class, where it lies, the names of its splits, and its labels."""
+
+    made: str
+    expected: tuple[str, ...]
+    labels: Callable[[Any], Sequence[int]]
+    by_flag: bool = False
+    """Whether ``train=`` selects the split, not ``split=``."""
+
+
+TORCHVISION = {
+    "cifar10": _Torchvision("CIFAR10", ("cifar-10-batches-py",), lambda data: data.targets, by_flag=True),
+    "cifar100": _Torchvision("CIFAR100", ("cifar-100-python",), lambda data: data.targets, by_flag=True),
+    "svhn": _Torchvision("SVHN", ("train_32x32.mat", "test_32x32.mat"), lambda data: data.labels.tolist()),
+    "gtsrb": _Torchvision(
+        "GTSRB",
+        ("gtsrb/GTSRB/Training", "gtsrb/GTSRB/Final_Test/Images", "gtsrb/GT-final_test.csv"),
+        lambda data: [label for _, label in data._samples],
+    ),
+    "food101": _Torchvision("Food101", ("food-101/meta", "food-101/images"), lambda data: data._labels),
+    "dtd": _Torchvision("DTD", ("dtd/dtd/labels", "dtd/dtd/images"), lambda data: data._labels),
+}
+
+
+def _torchvision_name(wanted: _Name) -> str:
+    return choose("data set of torchvision", wanted.name, TORCHVISION)
+
+
+class _TorchvisionSource(ImageSource):
+    """A split of a data set of torchvision."""
+
+    def __init__(self, data: Any, labels: Sequence[int], classes: Sequence[str], name: str) -> None:
+        self.data, self.name, self.classes = data, name, list(classes)
+        self._labels = [int(label) for label in labels]
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """See :class:`ImageSource`."""
+        return to_rgb(self.data[index][0]), self._labels[index]
+
+    def describe(self, index: int) -> str:
+        """Name, split and index."""
+        return f"{self.name}[{index}]"
+
+    def labels(self) -> list[int]:
+        """See :class:`ImageSource`."""
+        return list(self._labels)
+
+
+def _torchvision(wanted: _Name) -> tuple[ImageSource, ImageSource]:
+    splits = {name: _torchvision_split(wanted, name) for name in dict.fromkeys((wanted.train, wanted.held))}
+    count = 1 + max(max(labels) for _, labels in splits.values())
+    classes = [str(number) for number in range(count)]
+    sources = []
+    for name in (wanted.train, wanted.held):
+        data, labels = splits[name]
+        source: ImageSource = _TorchvisionSource(data, labels, classes, f"tv/{wanted.name}/{name}")
+        if name in PARTS:
+            parts = split_indices(len(source), source.labels(), HELD_OUT, seed=0)
+            source = Subset(source, parts[PARTS[name]])
+        sources.append(source)
+    return sources[0], sources[1]
+
+
+def _torchvision_split(wanted: _Name, name: str) -> tuple[Any, list[int]]:
+    from torchvision import datasets
+
+    known = TORCHVISION[wanted.name]
+    split = "train" if name in PARTS else choose("split", name, ("train", "val", "test"))
+    which: dict[str, Any] = {"train": split == "train"} if known.by_flag else {"split": split}
+    if known.by_flag and split == "val":
+        raise UsageError(f"tv/{wanted.name} has no split val; give train80 and val20, or test")
+    try:
+        data = getattr(datasets, known.made)(root=str(wanted.folder), download=False, **which)
+    except (OSError, RuntimeError, ValueError) as problem:
+        reason = " ".join(str(problem).split())
+        raise DataError(f"cannot load tv/{wanted.name}, {split}, from {wanted.folder}: {reason}") from None
+    return data, [int(label) for label in known.labels(data)]

@@ -1,0 +1,344 @@
+"""Protocols without training: recipes, plans, the table's arithmetic, layouts of data, time left."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from prompttune.backbones import load_backbone
+from prompttune.errors import DataError, TrainingError, UsageError
+from prompttune.methods import METHODS
+from prompttune.protocols.missing import available_tasks
+from prompttune.protocols.plan import RunSpec, make_plan
+from prompttune.protocols.recipe import BUILT_IN, Recipe, chosen, load_recipe, read_recipe
+from prompttune.protocols.runner import Outcome, Pace
+from prompttune.protocols.search import choose_settings, make_search
+from prompttune.protocols.summary import Cell, summarise
+from prompttune.protocols.tables import cells, header, markdown
+from prompttune.training import TrainConfig
+from prompttune.training.data import Augment, load_data
+from tests.protocol_data import TINY, write_fgvc, write_recipe, write_vtab
+
+ROOT = {"data_root": "/data"}
+
+
+def row(label: str, task: str, seed: int, accuracy: float, trained: int = 30, head: int = 10) -> dict[str, Any]:
+    return {
+        "label": label,
+        "task": task,
+        "seed": seed,
+        "accuracy": accuracy,
+        "trainable_parameters": trained,
+        "parameters_beside_head": trained - head,
+        "share_of_backbone": (trained - head) / 1000,
+    }
+
+
+def spec(**changes: Any) -> RunSpec:
+    settings = {**TINY, "method": "linear", "data": "demo/digits", "lr": 1e-3, **changes}
+    return RunSpec("tiny", "one", "a", "linear", 0, settings)
+
+
+# the built-in recipes
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_run_of_a_built_in_recipe_has_valid_settings(name: str) -> None:
+    recipe = load_recipe(name)
+    plan = make_plan(recipe, recipe.labels, list(recipe.tasks), recipe.seeds, ROOT)
+    search = make_search(recipe, recipe.labels, list(recipe.tasks), ROOT)
+    assert len(plan) == len(recipe.labels) * len(recipe.tasks) * len(recipe.seeds)
+    assert len({one.name for one in plan}) == len(plan)
+    assert len({one.name for one in search}) == len(search)
+    assert {one.config(Path()).epochs for one in plan} == {recipe.defaults["epochs"]}  # the same effort for all
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_reported_images_choose_nothing(name: str) -> None:
+    recipe = load_recipe(name)
+    for one in make_plan(recipe, recipe.labels, list(recipe.tasks), [0], ROOT):
+        config = one.config(Path())
+        assert config.eval_every > config.epochs  # no epoch is picked by its score
+    for one in make_search(recipe, recipe.labels, list(recipe.tasks), ROOT):
+        assert not str(one.settings["data"]).endswith("/test")
+
+
+def test_vtab_has_the_published_tasks_and_settings() -> None:
+    recipe = load_recipe("vtab-1k")
+    sizes = {group: sum(task.group == group for task in recipe.tasks.values()) for group in ("natural", "specialised")}
+    assert (sizes, len(recipe.tasks)) == ({"natural": 7, "specialised": 4}, 19)
+    for task, rank, gamma, lr in (("dtd", 8, 0.1, 1e-3), ("eurosat", 16, 1.5, 1e-3), ("clevr_count", 32, 1.5, 5e-4)):
+        (one,) = make_plan(recipe, ["sa2vp"], [task], [0], ROOT)
+        config = one.config(Path())
+        assert (config.method_settings["rank"], config.method_settings["gamma"], config.lr) == (rank, gamma, lr)
+        assert (config.epochs, config.warmup_epochs, config.weight_decay) == (100, 10, 1e-4)
+        assert not config.augment_config()._is_random
+    assert not make_search(recipe, ["sa2vp"], ["dtd"], ROOT)  # its settings are published
+    assert len(make_search(recipe, ["vpt-deep"], ["dtd"], ROOT)) == 40  # VPT's ten rates and four decays
+
+
+def test_hta_has_ten_data_sets_and_ablation_has_the_papers_variants() -> None:
+    assert len(load_recipe("hta").tasks) == 10
+    recipe = load_recipe("demo-ablation")
+    settings = [make_plan(recipe, [label], ["digits"], [0])[0].config(Path()) for label in recipe.labels]
+    assert {one.method for one in settings} == {"sa2vp"}
+    assert len({str(one.method_settings) for one in settings}) == 7
+
+
+# recipes
+
+
+def test_settings_go_from_the_defaults_to_the_overrides(tmp_path: Path) -> None:
+    tasks = {"a": {"data": "demo/digits", "settings": {"lr": 3e-3}, "methods": {"lora": {"rank": 2}}}}
+    recipe = read_recipe(write_recipe(tmp_path / "r.yaml", tasks=tasks, methods={"lora": {"rank": 8, "lr": 4e-3}}))
+    assert recipe.settings("linear", "a", {})["lr"] == 3e-3
+    assert recipe.settings("lora", "a", {})["lr"] == 4e-3
+    assert recipe.settings("lora", "a", {})["rank"] == 2
+    assert recipe.settings("lora", "a", {"rank": 5})["rank"] == 5
+    assert "rank" not in recipe.settings("linear", "a", {"rank": 5})  # another method's setting does not reach it
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": {}}, "needs 'tasks'"),
+        ({"seeds": [-1]}, "seeds must be"),
+        ({"defaults": {"learning_rate": 1}}, "defaults: unknown setting 'learning_rate'"),
+        ({"methods": {"linear": {"rank": 4}}}, "methods.linear: rank is a setting of"),
+        ({"tasks": {"a": {"group": "one"}}}, "needs 'data'"),
+        ({"grids": {"linear": {"lr": 1e-3}}}, "must be a list"),
+        ({"variants": {"x": {"method": "nope"}}}, "unknown method"),
+        ({"something": 1}, "unknown part"),
+    ],
+)
+def test_wrong_recipe_is_refused_in_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)) as caught:
+        read_recipe(write_recipe(tmp_path / "r.yaml", **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_and_repeated_names_are_refused() -> None:
+    with pytest.raises(UsageError, match="did you mean linear"):
+        chosen("method", ["linaer"], list(METHODS))
+    with pytest.raises(UsageError, match="named twice"):
+        chosen("method", ["linear", "linear"], list(METHODS))
+    assert chosen("method", None, ["a", "b"]) == ["a", "b"]
+
+
+# plans
+
+
+def test_digest_follows_what_changes_a_result_alone() -> None:
+    same = (spec(device="cpu"), spec(momentum=0.9), spec(data_root="/elsewhere"))
+    assert {one.digest for one in same} == {spec().digest}  # free, or the default spelled out
+    assert spec(lr=2e-3).digest != spec().digest
+    assert spec(method="lora").digest != spec(method="lora", rank=2).digest
+    assert dataclasses.replace(spec(), seed=1).digest != spec().digest
+
+
+def test_wrong_setting_names_the_run() -> None:
+    with pytest.raises(UsageError, match="linear on a: lr must be above 0"):
+        spec(lr=-1).config(Path())
+
+
+# choosing
+
+
+def outcome(lr: float, accuracy: float | None) -> Outcome:
+    tried = dataclasses.replace(spec(lr=lr), candidate={"lr": lr})
+    return Outcome(tried, None if accuracy is None else {"accuracy": accuracy}, None if accuracy is not None else "nan")
+
+
+def test_best_accuracy_is_chosen_and_ties_take_the_smallest_rate() -> None:
+    assert choose_settings([outcome(0.1, 0.5), outcome(0.2, 0.7), outcome(0.4, None)]) == {("a", "linear"): {"lr": 0.2}}
+    assert choose_settings([outcome(0.3, 0.7), outcome(0.2, 0.7), outcome(0.1, 0.6)]) == {("a", "linear"): {"lr": 0.2}}
+    with pytest.raises(TrainingError, match="no setting of linear on a could be trained"):
+        choose_settings([outcome(0.1, None)])
+
+
+def test_what_is_said_already_is_not_searched(tmp_path: Path) -> None:
+    grids = {"linear": {"lr": [1e-3, 1e-2], "weight_decay": [0.0, 0.1]}, "default": {"lr": [1.0]}}
+    recipe = read_recipe(write_recipe(tmp_path / "r.yaml", grids=grids))
+    points = [one.candidate for one in make_search(recipe, ["linear"], ["a"], {})]
+    assert len(points) == 4
+    assert {"lr": 1e-2, "weight_decay": 0.1} in points
+    assert len(make_search(recipe, ["linear"], ["a"], {"lr": 5.0})) == 2
+    assert len(make_search(recipe, ["lora"], ["a", "b"], {})) == 2  # a point of the default grid on each task
+    assert make_search(recipe, ["linear"], ["a"], {})[0].settings["data"] == "vtab/a/train800/val200"
+
+
+# the table
+
+
+def test_table_arithmetic_by_hand() -> None:
+    tasks = {"a": "one", "b": "one", "c": "two"}
+    rows = [
+        *(row("m", "a", seed, value) for seed, value in enumerate((0.50, 0.60, 0.70))),
+        *(row("m", "b", seed, value) for seed, value in enumerate((0.80, 0.80, 0.80))),
+        *(row("m", "c", seed, value, trained=60, head=40) for seed, value in enumerate((0.10, 0.20, 0.30))),
+        row("half", "a", 0, 0.4),
+    ]
+    summary = summarise("t", tasks, ["m", "half", "none"], rows, missing=2)
+    line, half = summary.lines
+    assert line.cells["a"] == Cell(pytest.approx(0.6), pytest.approx(0.1), 3)
+    assert line.cells["b"] == Cell(pytest.approx(0.8), pytest.approx(0.0), 3)
+    assert line.groups == {"one": pytest.approx(0.7), "two": pytest.approx(0.2)}
+    assert line.mean == pytest.approx((0.6 + 0.8 + 0.2) / 3)  # every task counts once
+    assert line.mean_of_groups == pytest.approx(0.45)  # every group counts once
+    assert line.deviation == pytest.approx(0.2 / 3)  # seeds' means: 1.4/3, 1.6/3, 1.8/3
+    assert (line.trainable, line.beside_head, line.share) == (40, 20, pytest.approx(0.02))
+    assert (half.mean, half.mean_of_groups, half.groups["one"]) == (None, None, None)
+    assert half.cells["a"] == Cell(0.4, None, 1)
+    assert header(summary)[1:] == ["a", "b", "c", "mean one", "mean two", "mean", "mean of groups", "trained",
+                                   "beside head", "% of backbone"]  # fmt: skip
+    assert cells(summary, line) == ["m", "60.0 ± 10.0", "80.0 ± 0.0", "20.0 ± 10.0", "70.0", "20.0", "53.3 ± 6.7",
+                                    "45.0", "40", "20", "2.000"]  # fmt: skip
+    assert cells(summary, half)[1:5] == ["40.0", "–", "–", "–"]
+    text = markdown(summary)
+    assert "| m | 60.0 ± 10.0 | 80.0 ± 0.0 |" in text
+    assert "2 runs have no figure" in text
+
+
+def test_time_left_counts_what_waits_and_what_runs() -> None:
+    first, second, third = spec(), spec(), spec()
+    pace = Pace(total=4, jobs=2, kept=1, waiting=[third], running={first: (0.0, 0.5), second: (0.0, 0.0)})
+    pace.seconds["linear"] = [10.0]
+    assert pace.seconds_left(now=5.0) == pytest.approx((10 + 5 + 10) / 2)
+    assert pace.share() == pytest.approx(1.5 / 4)
+    assert Pace(total=1, jobs=1, waiting=[first]).seconds_left(now=1.0) is None
+
+
+# data
+
+
+def test_vtab_lists_are_read(tmp_path: Path) -> None:
+    root = write_vtab(tmp_path, "a")
+    (root / "a" / "val200.txt").write_text("images/val200/000.png 0\nimages/val200/001.png 3\n")
+    data = load_data("vtab/a/train800/test", root=str(root))
+    assert (len(data.train), len(data.val)) == (8, 6)
+    assert data.classes == ["0", "1", "2", "3"]  # a list that is not used tells of the classes too
+    assert [data.val.load(index)[1] for index in range(4)] == [0, 1, 0, 1]
+    assert data.train.describe(0) == str(root / "a" / "images/train800/000.png")
+
+
+@pytest.mark.parametrize("folder", ["", "images", "Images"])
+def test_fgvc_splits_are_read(tmp_path: Path, folder: str) -> None:
+    data = load_data("fgvc/birds/train/val", root=str(write_fgvc(tmp_path, "birds", folder)))
+    assert (len(data.train), len(data.val), data.classes) == (8, 4, ["5", "11"])  # in the order of the numbers
+    assert data.train.load(1)[1] == 1
+
+
+def test_torchvision_folders_are_read_and_a_fifth_is_held_out(tmp_path: Path) -> None:
+    base = tmp_path / "gtsrb"
+    for label in (0, 1):
+        folder = base / "GTSRB" / "Training" / f"{label:05d}"
+        folder.mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (8, 8), (label * 100, number, 0)).save(folder / f"{number}.ppm")
+    final = base / "GTSRB" / "Final_Test" / "Images"
+    final.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(final / "t.ppm")
+    (base / "GT-final_test.csv").write_text("Filename;ClassId\nt.ppm;1\n")
+    search = load_data("tv/gtsrb/train80/val20", root=str(tmp_path))
+    assert (len(search.train), len(search.val)) == (16, 4)
+    assert sorted(search.val.labels() or []) == [0, 0, 1, 1]
+    colours = [{source.load(index)[0].getpixel((0, 0)) for index in range(len(source))} for source in
+               (search.train, search.val)]  # fmt: skip
+    assert not colours[0] & colours[1]
+    again = load_data("tv/gtsrb/train80/test", root=str(tmp_path), seed=5)
+    assert (len(again.train), again.val.labels()) == (16, [1])
+    assert {again.train.load(index)[0].getpixel((0, 0)) for index in range(16)} == colours[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        ("vtab", "images/x.png\n", "line 1: not 'path label'"),
+        ("vtab", "\n", "lists no image"),
+        ("vtab", "a.png cat\n", "line 1: not 'path label'"),
+        ("fgvc", "[]", "must be an object"),
+        ("fgvc", "{", "cannot read"),
+    ],
+)
+def test_damaged_lists_are_named(tmp_path: Path, kind: str, content: str, message: str) -> None:
+    root = write_vtab(tmp_path, "a") if kind == "vtab" else write_fgvc(tmp_path, "a")
+    (root / "a" / ("train800.txt" if kind == "vtab" else "train.json")).write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_data(f"{kind}/a/{'train800' if kind == 'vtab' else 'train'}/test", root=str(root))
+
+
+def test_specification_and_root_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="give --data-root"):
+        load_data("vtab/a/train800/test")
+    with pytest.raises(UsageError, match="NAME/TRAINING SPLIT"):
+        load_data("vtab/a", root=str(tmp_path))
+    with pytest.raises(UsageError, match="did you mean cifar10"):
+        load_data("tv/cifar11/train80/test", root=str(tmp_path))
+    with pytest.raises(DataError, match=r"no .*/a/train800\.txt"):
+        load_data("vtab/a/train800/test", root=str(tmp_path))
+
+
+def test_all_missing_data_are_listed_with_their_layout(tmp_path: Path) -> None:
+    recipe = Recipe(**{**vars(load_recipe("vtab-1k"))})
+    write_vtab(tmp_path, "dtd")
+    with pytest.raises(DataError) as caught:
+        available_tasks(recipe, ["dtd", "svhn", "kitti"], str(tmp_path), skip=False)
+    text = str(caught.value)
+    assert "2 of 3 data sets are missing" in text
+    assert "path label" in text
+    assert "--skip-missing" in text
+    for name in ("svhn", "kitti"):
+        assert f"  {name}: {tmp_path}/{name}/train800.txt" in text
+    assert available_tasks(recipe, ["dtd", "svhn"], str(tmp_path), skip=True) == ["dtd"]
+    with pytest.raises(DataError, match="1 of 1"):
+        available_tasks(recipe, ["svhn"], str(tmp_path), skip=True)
+    with pytest.raises(UsageError, match="give --data-root"):
+        available_tasks(recipe, ["svhn"], None, skip=False)
+
+
+# transforms
+
+
+def test_normalisation_reaches_the_transform() -> None:
+    backbone = load_backbone("test_vit", 32, "random:0")
+    settings = {**TINY, "data": "demo/digits", "output": "x"}
+
+    def made(**changes: Any) -> Any:
+        return TrainConfig(**settings, **changes).preprocess(backbone)
+
+    assert made().mean == tuple(backbone.mean)
+    assert (made(normalisation="inception").mean, made(normalisation="inception").std) == ((0.5,) * 3, (0.5,) * 3)
+    assert made(normalisation="imagenet").mean == (0.485, 0.456, 0.406)
+    with pytest.raises(UsageError, match="normalisation"):
+        made(normalisation="none")
+
+
+def test_settings_of_an_older_run_count_as_their_defaults() -> None:
+    config = TrainConfig(**TINY, data="demo/digits", output="x")
+    older = {name: value for name, value in config.to_flat().items() if name != "normalisation"}
+    assert config.differences(older) == []
+    assert "normalisation is 'imagenet'" in dataclasses.replace(config, normalisation="imagenet").differences(older)[0]
+
+
+def test_random_crop_moves_over_the_resized_image() -> None:
+    backbone = load_backbone("test_vit", 32, "random:0")
+    config = TrainConfig(**TINY, data="demo/digits", output="x", crop_mode="center", crop_pct=0.5)
+    preprocess = config.preprocess(backbone)
+    ramp = Image.linear_gradient("L").convert("RGB")  # 256 x 256, rows of one grey
+    transform = Augment(random_crop=True).transform(preprocess)
+    torch.manual_seed(0)
+    tops = {round(float(transform(ramp)[0, 0, 0]), 3) for _ in range(20)}
+    assert transform(ramp).shape == (3, 32, 32)
+    assert len(tops) > 5
+    whole = Augment(random_crop=True).transform(dataclasses.replace(preprocess, crop_pct=1.0))
+    assert torch.allclose(whole(ramp), dataclasses.replace(preprocess, crop_pct=1.0).transform()(ramp), atol=1e-6)
+    with pytest.raises(UsageError, match="both crop"):
+        Augment(random_crop=True, scale_min=0.5)
+    with pytest.raises(UsageError, match="crop_mode"):
+        Augment(random_crop=True).transform(dataclasses.replace(preprocess, crop_mode="border"))

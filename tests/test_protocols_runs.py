@@ -1,0 +1,173 @@
+"""Protocols with training on tiny data: files, finished and killed runs, failures, the command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from prompttune.cli.main import cli
+from prompttune.model import PromptModel
+from tests.protocol_data import write_recipe, write_vtab
+from tests.training_helpers import no_pictures, one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
+
+PATIENCE_S = 120.0
+
+
+def command(*words: Any) -> Result:
+    return CliRunner().invoke(cli, ["benchmark", *map(str, words)])
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> list[Any]:
+    """A command on two tasks with two methods."""
+    root = write_vtab(tmp_path / "data", "a", "b")
+    recipe = write_recipe(tmp_path / "r.yaml", grids={"linear": {"lr": [1e-3, 1e-2]}})
+    return ["vtab-1k", "--recipe", recipe, "--data-root", root, "--methods", "linear,vpt-shallow",
+            "--output", tmp_path / "out", "--jobs", 1]  # fmt: skip
+
+
+def test_whole_protocol_searches_trains_and_reports(base: list[Any], tmp_path: Path) -> None:
+    planned = command(*base, "--dry-run", "--json")
+    assert planned.exit_code == 0, planned.output
+    runs = json.loads(planned.stdout)["runs"]
+    assert [run["stage"] for run in runs].count("search") == 4  # two rates of linear on two tasks
+    assert len(runs) == 4 + 8
+    assert "chosen by the search" in planned.stdout
+    assert not (tmp_path / "out").exists()
+
+    result = command(*base, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    rows = rows_of(tmp_path / "out" / "results.csv")
+    assert len(rows) == len(report["runs"]) == 8
+    assert {row["seed"] for row in rows} == {"3", "4"}
+    chosen = {(one["task"], one["label"]): one["settings"] for one in
+              json.loads((tmp_path / "out" / "chosen.json").read_text())}  # fmt: skip
+    tried = rows_of(tmp_path / "out" / "search.csv")
+    for (task, label), settings in chosen.items():
+        found = {float(row["tried_lr"]): float(row["accuracy"]) for row in tried if row["task"] == task}
+        best = max(found.values())
+        assert settings["lr"] == min(rate for rate, value in found.items() if value == best)
+        model = tmp_path / "out" / "runs" / task / label / "seed3"
+        assert json.loads((model / "metrics.json").read_text())["settings"]["lr"] == settings["lr"]
+        assert PromptModel.load(model).labels == ["0", "1"]
+    for line in report["lines"]:
+        mine = [float(row["accuracy"]) for row in rows if row["label"] == line["label"]]
+        assert line["mean"] == pytest.approx(sum(mine) / 4)
+    linear = next(line for line in report["lines"] if line["label"] == "linear")
+    assert linear["parameters_beside_head"] == 0
+    assert {one["label"] for one in report["latencies"]} == {"linear", "vpt-shallow"}
+    assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "summary.md").read_text().startswith("# tiny: tiny tasks, test_vit at 32 pixels")
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("prompt_model.safetensors")}
+    again = command(*base, "--no-latency")
+    assert again.exit_code == 0, again.output
+    assert "8 finished before" in again.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("prompt_model.safetensors")}
+
+    other = command(*base, "--set", "weight_decay=0.5")
+    assert other.exit_code == 2
+    assert "was trained with other settings" in other.stderr
+
+
+def test_run_that_fails_leaves_the_others(base: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "data" / "b" / "test.txt").write_text("images/gone.png 0\nimages/test/001.png 1\n")
+    once = [*base, "--methods", "vpt-shallow", "--seeds", "0", "--no-latency", "--set", "max_corrupt=0"]
+    result = command(*once)
+    assert result.exit_code == 1
+    assert "b/vpt-shallow/seed0: 1 images cannot be read" in result.stderr
+    assert [row["task"] for row in rows_of(tmp_path / "out" / "results.csv")] == ["a"]
+    (tmp_path / "data" / "b" / "test.txt").write_text("images/test/001.png 1\n")
+    assert command(*once).exit_code == 0
+    assert [row["task"] for row in rows_of(tmp_path / "out" / "results.csv")] == ["a", "b"]
+
+
+def test_missing_data_and_wrong_names_start_nothing(base: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "data" / "b" / "train800.txt").unlink()
+    missing = command(*base)
+    assert missing.exit_code == 1
+    assert f"b: {tmp_path}/data/b/train800.txt" in missing.stderr
+    wrong = command(*base, "--methods", "lineer")
+    assert (wrong.exit_code, "did you mean linear" in wrong.stderr) == (2, True)
+    for words, message in (
+        (["--tasks", "c"], "unknown task 'c'"),
+        (["--set", "learning=1"], "unknown setting 'learning'"),
+        (["--set", "seed=1"], "use --seeds"),
+        (["--set", "lr"], "takes name=value"),
+        (["--set", "lr=-1"], "lr must be above 0"),
+        (["--seeds", "1,1"], "different whole numbers"),
+    ):
+        refused = command(*base, "--skip-missing", *words)
+        assert refused.exit_code == 2, words
+        assert message in refused.stderr
+    assert not (tmp_path / "out").exists()
+    skipped = command(*base, "--skip-missing", "--dry-run")
+    assert skipped.exit_code == 0
+    assert "skipped, its data are missing: b" in skipped.stderr
+
+
+def start(words: list[Any]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "prompttune.cli.main", "benchmark", *map(str, words)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_killed_benchmark_goes_on_in_the_middle_of_a_run(base: list[Any], tmp_path: Path) -> None:
+    """Two workers, SIGKILL of the parent in the middle of a long run: the workers go too, and nothing is repeated."""
+    words = [*base, "--methods", "vpt-shallow", "--seeds", "0", "--jobs", "2", "--set", "epochs=400", "--no-latency"]
+    process = start(words)
+    metrics = tmp_path / "out" / "runs" / "a" / "vpt-shallow" / "seed0" / "metrics.json"
+    until = time.monotonic() + PATIENCE_S
+    while not metrics.exists() or len(json.loads(metrics.read_text())["history"]) < 3:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < until, "the run does not get on"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    time.sleep(1.5)  # a worker looks for its parent twice a second
+    done = len(json.loads(metrics.read_text())["history"])
+    time.sleep(1.0)
+    assert len(json.loads(metrics.read_text())["history"]) == done, "a worker outlived its parent"
+    assert 3 <= done < 400
+    stamps = [epoch["seconds"] for epoch in json.loads(metrics.read_text())["history"]]
+    out, err = start(words).communicate(timeout=PATIENCE_S)
+    assert "2/2" in err, err
+    history = json.loads(metrics.read_text())["history"]
+    assert len(history) == 400
+    assert [epoch["seconds"] for epoch in history[:done]] == stamps  # gone on, not begun again
+    assert "tiny: tiny tasks" in out
+    assert not metrics.with_name("last.safetensors").exists()
+
+
+def test_two_benchmarks_never_share_a_folder(base: list[Any], tmp_path: Path) -> None:
+    import fcntl
+
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / ".lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        result = command(*base)
+    assert result.exit_code == 2
+    assert "another benchmark is writing" in result.stderr
