@@ -143,7 +143,7 @@ def demo_ablation(ctx: click.Context, /, variants: tuple[str, ...] | None, **opt
 @_data_options
 @_options
 @click.pass_context
-def vtab_1k(ctx: click.Context, methods: tuple[str, ...] | None, **options: Any) -> None:
+def vtab_1k(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: Any) -> None:
     """Compare methods on VTAB-1k: 19 tasks of 1,000 images, means of three groups.
 
     Settings are chosen with train800 and val200, then train800val200 trains and test is scored, five seeds. The data
@@ -161,7 +161,7 @@ def vtab_1k(ctx: click.Context, methods: tuple[str, ...] | None, **options: Any)
 @_data_options
 @_options
 @click.pass_context
-def fgvc(ctx: click.Context, methods: tuple[str, ...] | None, **options: Any) -> None:
+def fgvc(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: Any) -> None:
     """Compare methods on five fine-grained data sets, with VPT's splits.
 
     CUB-200-2011, NABirds, Oxford Flowers, Stanford Dogs and Stanford Cars as DATA_ROOT/CUB_200_2011, nabirds,
@@ -179,7 +179,7 @@ def fgvc(ctx: click.Context, methods: tuple[str, ...] | None, **options: Any) ->
 @_data_options
 @_options
 @click.pass_context
-def hta(ctx: click.Context, methods: tuple[str, ...] | None, **options: Any) -> None:
+def hta(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: Any) -> None:
     """Compare methods on the ten data sets of head-tuning adaptation (DAM-VP).
 
     CUB-200-2011, NABirds, Oxford Flowers and Stanford Dogs as for `fgvc`; CIFAR-10, CIFAR-100, DTD, Food-101, GTSRB
@@ -260,7 +260,7 @@ def _print_plan(job: Job, as_json: bool) -> None:
     choices = finished_choices(search, job.output)
     final = job.plan(choices or {})
     shown = [*search, *(final if choices is not None else pending(final, search))]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "run": spec.name,
             "stage": "final" if spec.candidate is None else "search",

@@ -7,6 +7,7 @@ YAML reader are generated from that.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -83,8 +84,14 @@ def settings_of(cls: type[Any]) -> dict[str, Setting]:
 
     Fields of any other type (a mapping, another dataclass) are left out.
     """
+    return dict(_read_fields(cls))
+
+
+@functools.cache
+def _read_fields(cls: Any) -> dict[str, Setting]:
+    """See :func:`settings_of`; once for each class, since a benchmark makes thousands of configs."""
     hints = typing.get_type_hints(cls)
-    found = {}
+    found: dict[str, Setting] = {}
     for field in dataclasses.fields(cls):
         if (kind := _read_type(hints[field.name])) is None or not field.init:
             continue
