@@ -58,7 +58,7 @@ def measure_maps(
             finite = np.isfinite(found).all(axis=(1, 2, 3))
             bad += [source.describe(kept[row][0]) for row in np.flatnonzero(~finite)]
             if labelled:
-                masks = torch.cat([exact.resized(torch.from_numpy(mask)[None], NEAREST) for *_, mask in kept])
+                masks = torch.cat([exact.resized_with(torch.from_numpy(mask)[None], NEAREST) for *_, mask in kept])
                 for side, logits in zip(sides, (found, expected), strict=True):
                     side.add(_classes(logits, task.preprocess.image_size), masks.numpy())
             count += len(batch)

@@ -57,7 +57,7 @@ class EvaluationTransform:
         pixels: Tensor = F.resize_image(F.pil_to_tensor(image), size, interpolation, antialias=True)
         return pixels
 
-    def resized(self, values: Tensor, interpolation: InterpolationMode) -> Tensor:
+    def resized_with(self, values: Tensor, interpolation: InterpolationMode) -> Tensor:
         """What belongs to an image's pixels, [1, height, width], resized and cropped as the image is: [1, S, S]."""
         settings = self.preprocess
         scaled = math.floor(settings.image_size / settings.crop_pct)

@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 
 import click
 
-from prompttune.checkpoints.importing import LAYOUTS, NORMALISATIONS, Imported
+from prompttune.checkpoints.importing import LAYOUTS, Imported
 from prompttune.checkpoints.importing import import_checkpoint as run
 from prompttune.checkpoints.importing.source import listed
 from prompttune.cli.options import SettingOption, given_settings
 from prompttune.cli.sections import SectionedCommand, SectionOption
 from prompttune.errors import UsageError
-from prompttune.preprocess import CROP_MODES, INTERPOLATIONS
+from prompttune.preprocess import CROP_MODES, INTERPOLATIONS, NORMALISATIONS
 from prompttune.training.config import method_fields
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -51,7 +51,7 @@ class Layout(ABC):
     code: ClassVar[str]
     """Where the released code is."""
     normalisation: ClassVar[str]
-    """What the released code's evaluation transform uses, by the names of ``run.NORMALISATIONS``."""
+    """What the released code's evaluation transform uses, by the names of ``preprocess.NORMALISATIONS``."""
     interpolation: ClassVar[str | None]
     """Its filter, None for the backbone's own."""
     usual_backbone: ClassVar[str]

@@ -8,12 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from timm.data.constants import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
-)
 
 from prompttune.backbones import Backbone, load_backbone
 from prompttune.checkpoints.format import CONFIG_FILE
@@ -27,18 +21,12 @@ from prompttune.errors import CheckpointError, UsageError, choose
 from prompttune.files import replacing, replacing_folder
 from prompttune.methods import config_from_dict
 from prompttune.model import PromptModel
-from prompttune.preprocess import Preprocess
+from prompttune.preprocess import NORMALISATIONS, Preprocess
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout for layout in (SA2VPLayout(), VPTLayout(), GaPTLayout(), PeftLayout())
 }
 """By the name that ``--from`` takes."""
-NORMALISATIONS = {
-    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    "inception": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
-    "backbone": None,
-}
-"""Mean and standard deviation of each RGB channel; None takes the backbone's own."""
 
 
 @dataclass
@@ -126,7 +114,7 @@ def import_checkpoint(
         BackboneError: the backbone's weights cannot be found.
     """
     kind = LAYOUTS[choose("layout", layout, LAYOUTS)]
-    mean_std = NORMALISATIONS[choose("normalisation", normalisation or kind.normalisation, NORMALISATIONS)]
+    choose("normalisation", normalisation or kind.normalisation, NORMALISATIONS)
     folder, given = Path(output), dict(settings or {})
     for name in given:
         if name not in kind.settings:
@@ -142,8 +130,7 @@ def import_checkpoint(
     frozen = _backbone(kind, source, backbone, image_size, weights, save_backbone, overwrite)
     found = kind.convert(source, frozen, given)
     preprocess = frozen.default_preprocess()
-    if mean_std is not None:
-        preprocess = replace(preprocess, mean=mean_std[0], std=mean_std[1])
+    preprocess = preprocess.normalised(normalisation or kind.normalisation)
     chosen = interpolation or kind.interpolation or preprocess.interpolation
     preprocess = replace(preprocess, crop_pct=crop_pct, crop_mode=crop_mode, interpolation=chosen)
     model = _model(found, frozen, given, list(labels) if labels is not None else None, preprocess, source.where)

@@ -63,7 +63,7 @@ class JointTransform:
         if self.augment is not None and self.augment.crops:
             pixels, classes = self._cropped(self.augment, F.pil_to_tensor(image), classes)
         else:
-            pixels, classes = exact.pixels(image), exact.resized(classes, NEAREST)
+            pixels, classes = exact.pixels(image), exact.resized_with(classes, NEAREST)
         if self.augment is not None:
             pixels, classes = self._varied(self.augment, pixels, classes)
         values = pixels.to(torch.float32).div(255)
