@@ -133,6 +133,7 @@ def test_bad_data_is_told_in_one_line(tmp_path):
     (folder / "annotations" / "training" / "1.png").unlink()
     with pytest.raises(DataError, match=r"1\.jpg has no annotation 1\.png"):
         load_masks(str(folder))
+    folder = write_ade20k(tmp_path / "other")
     (folder / "annotations" / "validation").rename(folder / "aside")
     with pytest.raises(DataError, match=r"no folder .*annotations/validation"):
         load_masks(str(folder))
