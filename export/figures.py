@@ -95,7 +95,7 @@ class _Rows:
     @QUIET
     def medians(self) -> tuple[float, float]:
         """Of the absolute and of the relative differences."""
-        differences = [differences(row[:1].astype(np.float64), row[1:].astype(np.float64)) for row in self._rows]
+        rows = [differences(row[:1].astype(np.float64), row[1:].astype(np.float64)) for row in self._rows]
         absolute, relative = (np.concatenate([one[kind][0] for one in differences]) for kind in (0, 1))
         return float(np.median(absolute)), float(np.median(relative))
 
