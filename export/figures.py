@@ -96,7 +96,7 @@ class _Rows:
     def medians(self) -> tuple[float, float]:
         """Of the absolute and of the relative differences."""
         rows = [differences(row[:1].astype(np.float64), row[1:].astype(np.float64)) for row in self._rows]
-        absolute, relative = (np.concatenate([one[kind][0] for one in differences]) for kind in (0, 1))
+        absolute, relative = (np.concatenate([one[kind][0] for one in rows]) for kind in (0, 1))
         return float(np.median(absolute)), float(np.median(relative))
 
 
