@@ -58,7 +58,7 @@ def captured(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> TrainConfig
 
     def catch(settings: TrainConfig, **_: Any) -> TrainResult:
         caught.append(settings)
-        return TrainResult(Path("x"), 1.0, 1, 1, "finished", {})
+        return TrainResult(Path("x"), 1.0, 1, 1, "finished", {"settings": settings.to_flat()})
 
     monkeypatch.setattr("prompttune.training.loop.train", catch)
     result = invoke("train", *arguments)

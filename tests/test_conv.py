@@ -144,7 +144,7 @@ def test_a_convnext_as_its_authors_publish_it(tmp_path):
         ("test_resnet3", 0, UsageError, "above 0, not 0"),
         ("resnet19", 64, UsageError, "did you mean resnet18"),
         ("efficientnet_b0", 64, BackboneError, "not supported; supported: .* timm ResNet and ConvNeXt models"),
-        ("senet154", 64, BackboneError, "its blocks are|it is a"),
+        ("skresnet18", 64, BackboneError, "skresnet18 is not supported"),
     ],
 )
 def test_what_is_not_supported_is_refused(name, size, error, message):
