@@ -38,6 +38,8 @@ from tests.training_helpers import write_folder
 
 SIDE = 64
 CONFIGS = {config.method: config for config in default_configs()}
+PROMPTED = ("lspt", "gapt", "vpt-shallow", "vpt-deep", "e2vpt", "expres")
+"""Methods whose prompts are tokens, or keys, beside the image's."""
 SPATIAL = ("sa2vp", "lspt", "vpt-shallow", "adaptformer", "adapter")
 """Methods whose probes are what enters the next block unchanged."""
 
@@ -119,7 +121,7 @@ def test_every_method_shows_its_attention_and_answers_the_same(method: str, vit:
         assert torch.allclose(block.weights.sum(-1), torch.ones(()), atol=1e-5)
         shares = block.shares()
         assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
-        assert (shares["prompts"] > 0) == (method in ("lspt", "gapt", "vpt-shallow", "vpt-deep"))
+        assert (shares["prompts"] > 0) == (method in PROMPTED)
 
 
 @pytest.mark.parametrize("method", ["sa2vp", "gapt"])

@@ -82,7 +82,7 @@ def block_attention(subject: Subject, images: Tensor, layers: list[int]) -> dict
     """Run images through a subject and keep what the chosen blocks attend to.
 
     A block's self attention is the first one behind its norm; what SA²VP asks the other pathway comes after it, and
-    of two pathways in one batch the image's is the first.
+    of two pathways in one batch the image's is the first. Of two passes, which ``dam-vp`` makes, the last counts.
 
     Args:
         subject: a run, or a plain backbone.
@@ -92,7 +92,7 @@ def block_attention(subject: Subject, images: Tensor, layers: list[int]) -> dict
     Raises:
         UsageError: the backbone has no such maps.
     """
-    backbone = subject.backbone
+    backbone = subject.driven
     check_readable(backbone)
     assert isinstance(backbone, VitBackbone)
     found: dict[int, BlockAttention] = {}
@@ -103,8 +103,10 @@ def block_attention(subject: Subject, images: Tensor, layers: list[int]) -> dict
         current = index
 
     def watch(q: Tensor, k: Tensor, mask: Tensor | None) -> None:
-        if current is not None and current in layers and current not in found:
-            found[current] = _pooled(backbone, q, k, mask)
+        nonlocal current
+        if current in layers:
+            found[current] = _pooled(backbone, q, k, mask, subject.leading_keys)
+        current = None
 
     with _entering(backbone, enter), watching_attention(watch):
         subject.features(images)
@@ -126,7 +128,7 @@ def _entering(backbone: VitBackbone, enter: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _pooled(backbone: VitBackbone, q: Tensor, k: Tensor, mask: Tensor | None) -> BlockAttention:
+def _pooled(backbone: VitBackbone, q: Tensor, k: Tensor, mask: Tensor | None, leading: int) -> BlockAttention:
     if q.ndim == 5:  # two pathways in one batch
         q, k = q[0], k[0]
     q = q.expand(*k.shape[:-2], *q.shape[-2:])  # one query for all rows
@@ -135,4 +137,6 @@ def _pooled(backbone: VitBackbone, q: Tensor, k: Tensor, mask: Tensor | None) ->
     if mask is not None:
         mask = mask.expand(*mask.shape[:-2], q.shape[-2], -1)[..., asking, :]
     weights = attention_weights(q[..., asking, :], k, mask).mean(dim=-2)  # [B, H, K]
+    behind = leading + backbone.num_prefix_tokens
+    weights = torch.cat((weights[..., leading:behind], weights[..., :leading], weights[..., behind:]), dim=-1)
     return BlockAttention(weights.cpu(), backbone.num_prefix_tokens, backbone.grid)

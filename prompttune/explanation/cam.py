@@ -45,7 +45,7 @@ class MappedModel(nn.Module):
         super().__init__()
         self.model = model
         self.state = state
-        self.layer, self.grid = last_layer(model.backbone)
+        self.layer, self.grid = last_layer(model.method.driven)
         self.maps = nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:

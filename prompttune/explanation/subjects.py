@@ -35,6 +35,16 @@ class Subject:
         """Where it stands."""
         return next(self.backbone.parameters()).device
 
+    @property
+    def driven(self) -> Backbone:
+        """The backbone that runs: of full fine-tuning, the tuned one."""
+        return self.backbone if self.model is None else self.model.method.driven
+
+    @property
+    def leading_keys(self) -> int:
+        """Keys in front of those of the tokens, see :class:`prompttune.methods.base.Method`."""
+        return 0 if self.model is None else self.model.method.leading_keys
+
     def features(self, images: Tensor) -> Tensor:
         """Pooled features [B, D] of normalised images [B, 3, S, S]."""
         if self.model is None:

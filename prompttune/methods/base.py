@@ -159,6 +159,16 @@ class Method(nn.Module):
         """Shape of each tensor of :meth:`task_state`, see :data:`Layout`."""
         raise NotImplementedError
 
+    @property
+    def driven(self) -> Backbone:
+        """The backbone that :meth:`forward` runs: the frozen one, unless the method trains a copy of its own."""
+        return self._backbone[0]
+
+    @property
+    def leading_keys(self) -> int:
+        """Keys that stand in front of those of the tokens in a block's attention."""
+        return 0
+
     def values_by_block(self) -> dict[str, Tensor]:
         """Learned quantities of one value a block that say something by themselves: name to [blocks]; mostly none.
 

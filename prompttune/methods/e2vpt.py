@@ -122,6 +122,11 @@ class E2VPT(Method):
         # A hook on the parameter itself sees each step's gradient, and leaves the forward as it is.
         self.prompts.register_hook(self._observe)
 
+    @property
+    def leading_keys(self) -> int:
+        """The key prompts."""
+        return self.config.num_kv
+
     def mask(self) -> Tensor:
         """1 where a prompt's channel is left, 0 where it is pruned: [P, D]."""
         repeated = self.masks["segment"].repeat(1, self.prompts.shape[-1] // self.config.segments)  # [P, D]

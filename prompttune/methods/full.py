@@ -52,15 +52,17 @@ class Full(Method):
 
     def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
         """Pooled features of the tuned backbone, [B, D]."""
-        features: Tensor = self._tuned()(images)
+        features: Tensor = self.driven(images)
         return Features(features)
 
-    def _tuned(self) -> Backbone:
+    @property
+    def driven(self) -> Backbone:
+        """The tuned backbone."""
         return self._backbone[0] if self._backbone[0].is_tuned else self.backbone
 
     def own_backbone(self) -> Backbone:
         """A frozen copy of the tuned backbone, with the fingerprint of the tuned weights."""
-        tuned = copy.deepcopy(self._tuned())
+        tuned = copy.deepcopy(self.driven)
         tuned.requires_grad_(False)
         tuned.is_tuned = True
         tuned.fingerprint = fingerprint_of(tuned.model.state_dict())
