@@ -9,6 +9,13 @@ import torch
 import prompttune as pt
 from tests.drawing import default_configs, drawn_model, drawn_weights
 
+SMALL, BASE = "vit_small_patch14_dinov2", "vit_base_patch16_224"
+CASES = [
+    pytest.param(name, config, id=f"{config.method}-{name}")
+    for config in default_configs()
+    for name in (SMALL, BASE)
+    if config.shares_backbone and (name == SMALL or config.method in ("sa2vp", "lspt"))
+]
 ATOL = 1e-4
 TASKS = 8
 
@@ -30,15 +37,14 @@ def save_tasks(backbone, config, folder):
 
 
 def full_size(name, folder):
-    if name == "vit_small_patch14_dinov2":
+    if name == SMALL:
         return pt.load_backbone(name, 56)
     return pt.load_backbone(name, 224, drawn_weights(name, folder))
 
 
 @pytest.mark.slow
 @pytest.mark.real_weights
-@pytest.mark.parametrize("config", default_configs(), ids=lambda config: config.method)
-@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_base_patch16_224"])
+@pytest.mark.parametrize(("name", "config"), CASES)
 def test_parity_and_mixed_batch(name, config, tmp_path: Path):
     backbone = full_size(name, tmp_path)
     models, paths = save_tasks(backbone, config, tmp_path)
