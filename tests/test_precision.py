@@ -216,20 +216,37 @@ def test_explicit_attention_does_not_overflow_float16():
     torch.testing.assert_close(found.float(), definition(q, k, v), atol=1e-3, rtol=1e-3)
 
 
+def form_of(q, k, v):
+    """Which form :func:`attend` takes."""
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        kernel = nn.functional.scaled_dot_product_attention
+        patch.setattr(
+            nn.functional,
+            "scaled_dot_product_attention",
+            lambda *arguments, **named: (calls.append(1), kernel(*arguments, **named))[1],
+        )
+        attend(q, k, v)
+    return "fused" if calls else "explicit"
+
+
+def test_training_in_half_precision_on_a_cpu_leaves_the_fused_form():
+    q, k = (seeded(2, 3, 5, 4) for _ in range(2))
+    v = seeded(2, 3, 5, 4).requires_grad_()
+    assert form_of(q, k, v) == "fused"
+    assert form_of(q.bfloat16(), k.bfloat16(), v.detach().bfloat16()) == "fused"
+    assert form_of(q.bfloat16(), k.bfloat16(), v.bfloat16()) == "explicit"
+    with torch.no_grad():
+        assert form_of(q.bfloat16(), k.bfloat16(), v.bfloat16()) == "fused"
+    with explicit_attention(False):
+        assert form_of(q.bfloat16(), k.bfloat16(), v.bfloat16()) == "fused"
+
+
 def test_the_form_is_chosen_for_a_block_alone():
     q = seeded(2, 3, 5, 4)
 
     def forms():
-        calls = []
-        with pytest.MonkeyPatch.context() as patch:
-            kernel = nn.functional.scaled_dot_product_attention
-            patch.setattr(
-                nn.functional,
-                "scaled_dot_product_attention",
-                lambda *arguments, **named: (calls.append(1), kernel(*arguments, **named))[1],
-            )
-            attend(q, q, q)
-        return "fused" if calls else "explicit"
+        return form_of(q, q, q)
 
     assert forms() == "fused"
     with explicit_attention():

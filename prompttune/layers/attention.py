@@ -1,7 +1,8 @@
 """Scaled dot-product attention, in the library's fused form or as explicit products.
 
-Training and PyTorch inference use the fused form. Exporters choose: explicit products and a softmax are what ONNX
-Runtime and TensorRT match and fuse by themselves, in every release.
+Training and PyTorch inference use the fused form, but for training in half precision on a CPU, where the fused kernel's
+backward pass takes more than half of a step (``benchmarks/training_step.py``). Exporters choose: explicit products and
+a softmax are what ONNX Runtime and TensorRT match and fuse by themselves, in every release.
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prompttune.layers.probe import probe_attention
 
-_explicit: ContextVar[bool] = ContextVar("explicit", default=False)
+_explicit: ContextVar[bool | None] = ContextVar("explicit", default=None)
 
 
 @contextlib.contextmanager
 def explicit_attention(explicit: bool = True) -> Iterator[None]:
-    """Choose the form of every :func:`attend` in the block."""
+    """Choose the form of every :func:`attend` in the block; outside of one, each call takes the quicker form."""
     token = _explicit.set(explicit)
     try:
         yield
@@ -41,13 +43,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
         the softmax in float32.
     """
     probe_attention(q, k, mask)
-    if not _explicit.get():
+    explicit = _explicit.get()
+    if not (_slow_backward(q, k, v) if explicit is None else explicit):
         return _fused(q, k, v, mask)
     scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).float()
     if mask is not None:
         scores = scores + mask
     attended: Tensor = scores.softmax(dim=-1).to(v.dtype) @ v
     return attended
+
+
+def _slow_backward(*tensors: Tensor) -> bool:
+    """Whether gradients would go through the fused CPU kernel in half precision."""
+    first = tensors[0]
+    if first.device.type != "cpu" or first.dtype == torch.float32 or not torch.is_grad_enabled():
+        return False
+    return any(tensor.requires_grad for tensor in tensors)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
