@@ -54,16 +54,16 @@ class Accuracy:
     engine: float | None = None
     reference: float | None = None
     skipped: str = ""
-    metric: str = "top-1"
-    """What ``engine`` and ``reference`` are: of a segmentation the mean IoU."""
-    pixels: dict[str, dict[str, Any]] | None = field(default=None, compare=False)
-    """Of a segmentation: all figures of both sides."""
     not_finite: int = 0
     """Images for which the engine's logits are not finite; they count as wrong."""
     not_finite_images: tuple[str, ...] = ()
     """Where the first of them come from."""
     evaluation: Sides | None = field(default=None, compare=False)
     """All figures of both sides, where they were asked for."""
+    metric: str = "top-1"
+    """What ``engine`` and ``reference`` are: of a segmentation the mean IoU."""
+    pixels: dict[str, dict[str, Any]] | None = field(default=None, compare=False)
+    """Of a segmentation: all figures of both sides."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
