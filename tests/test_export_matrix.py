@@ -21,7 +21,6 @@ TASKS = 8
 # test_swin2 has windows that do not divide its maps, so that shift, padding and mask meet.
 CASES = [(method, "test_vit") for method in SHARING] + [("sa2vp", "test_vit2")]
 CASES += [(method, "test_swin2") for method in ON_SWIN if method in SHARING]
-CASES += [("sa2vp", "test_swin")]
 CASES += [(method, name) for name in CONVS for method in ON_CONV if method in SHARING]
 # Of TensorRT's published support table, what a graph of ours may need. No IsNaN, Where, Loop, If, Scatter, NonZero.
 # A convolution that runs twice, as under dam-vp, keeps its BatchNormalization beside it.
