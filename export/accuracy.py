@@ -85,7 +85,7 @@ class Accuracy:
         }
 
 
-class _NotFinite:
+class NotFinite:
     """Counts images whose logits are not finite, and names the first."""
 
     def __init__(self) -> None:
@@ -93,9 +93,48 @@ class _NotFinite:
         self.images: list[str] = []
 
     def add(self, logits: Array, indices: Sequence[int], source: ImageSource | MaskSource) -> None:
-        bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+        """Look at logits [B, ...] of the images ``indices`` of ``source``."""
+        bad = np.flatnonzero(~np.isfinite(logits.reshape(len(logits), -1)).all(axis=1))
         self.count += len(bad)
         self.images += [source.describe(indices[row]) for row in bad[: NAMED - len(self.images)]]
+
+
+def both_sides(
+    runner: Runner,
+    reference: Reference,
+    name: str,
+    task: Task,
+    spec: str,
+    source: ImageSource | MaskSource,
+    size: int,
+    limit: int | None,
+) -> Generator[tuple[list[int], list[Any], Array, Array]]:
+    """What reference and engine answer to the labelled images of a task, in batches of at most ``size``.
+
+    Args:
+        limit: at most so many images, evenly spread.
+
+    Yields:
+        Indices of the images that could be read, their targets, the reference's logits, the engine's.
+
+    Raises:
+        DataError: none of the images can be read.
+    """
+    total = len(source) if limit is None else min(limit, len(source))
+    chosen = np.unique(np.linspace(0, len(source) - 1, total).astype(int)).tolist()
+    empty = True
+    with contextlib.closing(read_ahead(source, task, chosen)) as images:
+        while read := list(islice(images, size)):
+            kept = [(index, image, target) for index, image, target in read if image is not None]
+            if not kept:
+                continue
+            empty = False
+            batch = np.stack([image for _, image, _ in kept])
+            expected = reference(batch, name)
+            found = runner.logits(batch, [name] * len(batch))[:, : task.num_classes]
+            yield [index for index, _, _ in kept], [target for *_, target in kept], expected, found
+    if empty:
+        raise DataError(f"none of the images chosen from {spec} can be read")
 
 
 def measure_accuracy(
@@ -137,27 +176,16 @@ def measure_accuracy(
         return measure_maps(runner, reference, name, task, spec, source, gate, limit, against)
     labelled = set(source.classes) <= set(task.labels)
     columns = np.array([task.labels.index(one) if labelled else -1 for one in source.classes])
-    total = len(source) if limit is None else min(limit, len(source))
-    chosen = np.unique(np.linspace(0, len(source) - 1, total).astype(int)).tolist()
-    tally, size, bad = Tally(gate.noise), max(gate.batch_sizes), _NotFinite()
+    tally, size, bad = Tally(gate.noise), max(gate.batch_sizes), NotFinite()
     sides, count = (ScoreTally(task.num_classes), ScoreTally(task.num_classes)), 0
-    with contextlib.closing(read_ahead(source, task, chosen)) as images:
-        while read := list(islice(images, size)):
-            kept = [(index, image, target) for index, image, target in read if image is not None]
-            if not kept:
-                continue
-            batch = np.stack([image for _, image, _ in kept])
-            expected = reference(batch, name)
-            found = runner.logits(batch, [name] * len(batch))[:, : task.num_classes]
+    with contextlib.closing(both_sides(runner, reference, name, task, spec, source, size, limit)) as batches:
+        for indices, targets, expected, found in batches:
             tally.add(expected, found)
-            bad.add(found, [index for index, _, _ in kept], source)
+            bad.add(found, indices, source)
             if labelled:
-                targets = columns[[target for _, _, target in kept]]
                 for side, logits in zip(sides, (found, expected), strict=True):
-                    side.add_logits(logits, targets)
-            count += len(batch)
-    if not count:
-        raise DataError(f"none of the images chosen from {spec} can be read")
+                    side.add_logits(logits, columns[targets])
+            count += len(indices)
     comparison = tally.result(name, against, size)
     accuracy = Accuracy(name, spec, count, not_finite=bad.count, not_finite_images=tuple(bad.images))
     if not labelled:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from prompttune.errors import DataError
 from prompttune.evaluation.segmentation import PixelTally
-from prompttune.export.accuracy import Accuracy, read_ahead
+from prompttune.export.accuracy import Accuracy, NotFinite, both_sides
 from prompttune.export.compare import Reference, Runner
 from prompttune.export.figures import Array, Comparison
 from prompttune.export.folder import Task
@@ -42,29 +40,19 @@ def measure_maps(
     from prompttune.training.data.mask_transforms import NEAREST
 
     labelled = list(source.classes) == list(task.labels)
-    total = len(source) if limit is None else min(limit, len(source))
-    chosen = np.unique(np.linspace(0, len(source) - 1, total).astype(int)).tolist()
-    tally, size, count, bad = MapTally(gate.noise), max(gate.batch_sizes), 0, []
-    sides, exact = (PixelTally(task.num_classes), PixelTally(task.num_classes)), EvaluationTransform(task.preprocess)
-    with contextlib.closing(read_ahead(source, task, chosen)) as images:
-        while read := list(islice(images, size)):
-            kept = [(index, image, mask) for index, image, mask in read if image is not None]
-            if not kept:
-                continue
-            batch = np.stack([image for _, image, _ in kept])
-            expected = reference(batch, name)
-            found = np.array(runner.logits(batch, [name] * len(batch))[:, : task.num_classes])
+    tally, size, bad = MapTally(gate.noise), max(gate.batch_sizes), NotFinite()
+    sides, count = (PixelTally(task.num_classes), PixelTally(task.num_classes)), 0
+    exact = EvaluationTransform(task.preprocess)
+    with contextlib.closing(both_sides(runner, reference, name, task, spec, source, size, limit)) as batches:
+        for indices, masks, expected, found in batches:
             tally.add(expected, found)
-            finite = np.isfinite(found).all(axis=(1, 2, 3))
-            bad += [source.describe(kept[row][0]) for row in np.flatnonzero(~finite)]
+            bad.add(found, indices, source)
             if labelled:
-                masks = torch.cat([exact.resized_with(torch.from_numpy(mask)[None], NEAREST) for *_, mask in kept])
+                seen = torch.cat([exact.resized_with(torch.from_numpy(mask)[None], NEAREST) for mask in masks]).numpy()
                 for side, logits in zip(sides, (found, expected), strict=True):
-                    side.add(_classes(logits, task.preprocess.image_size), masks.numpy())
-            count += len(batch)
-    if not count:
-        raise DataError(f"none of the images chosen from {spec} can be read")
-    settings: dict[str, Any] = {"not_finite": len(bad), "not_finite_images": tuple(bad[:10]), "metric": METRIC}
+                    side.add(_classes(logits, task.preprocess.image_size), seen)
+            count += len(indices)
+    settings: dict[str, Any] = {"not_finite": bad.count, "not_finite_images": tuple(bad.images), "metric": METRIC}
     comparison = tally.result(name, against, size)
     if not labelled:
         reason = "the classes of the data are not the task's labels"
@@ -77,5 +65,5 @@ def measure_maps(
 
 def _classes(logits: Array, side: int) -> np.ndarray[Any, Any]:
     """Class of each pixel [B, S, S] of logits [B, C, h, w]."""
-    resized = F.interpolate(torch.from_numpy(logits), size=(side, side), mode="bilinear", align_corners=False)
+    resized = F.interpolate(torch.tensor(logits), size=(side, side), mode="bilinear", align_corners=False)
     return resized.argmax(dim=1).numpy()

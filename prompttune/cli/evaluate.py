@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from prompttune.cli.options import DATA_SETTINGS, setting_options
 from prompttune.cli.sections import SectionedCommand
 from prompttune.errors import CheckpointError, UsageError
 from prompttune.evaluation.result import percent
+from prompttune.evaluation.segmentation import SegmentationEvaluation
 from prompttune.files import write_json
 from prompttune.training.config import TrainConfig, read_yaml
 from prompttune.training.fields import settings_of
@@ -68,15 +70,17 @@ def evaluate(
     Without --data, the validation images that the run itself held out are scored.
     """
     chosen = _settings(ctx, checkpoint, settings)
-    if read_config(checkpoint).get("segmentation") is not None:
-        if report is not None:
-            raise UsageError("--report shows a classification: give --output, which takes a segmentation's figures")
-        _evaluate_segmentation(checkpoint, split, weights, output, quiet, as_json, chosen)
-        return
-    chosen.pop("reduce_zero_label")
+    segments = read_config(checkpoint).get("segmentation") is not None
+    if segments and report is not None:
+        raise UsageError("--report shows a classification: give --output, which takes a segmentation's figures")
+    # Masks bring their own validation split; a class has no label 0 to leave out.
+    chosen.pop("val_fraction" if segments else "reduce_zero_label")
+    scorer: Callable[..., EvaluationResult | SegmentationEvaluation] = evaluate_model
+    if segments:
+        from prompttune.training.segmenting import evaluate_segmentation as scorer
     with Progress(console=Console(stderr=True, quiet=quiet), transient=True) as bar:
         task = bar.add_task("images", total=None)
-        result = evaluate_model(
+        result = scorer(
             checkpoint,
             split=split,
             weights=weights,
@@ -86,61 +90,22 @@ def evaluate(
     document = {"checkpoint": str(checkpoint), "data": chosen["data"], "split": split, **result.to_dict()}
     if output is not None:
         _write(output, document, result)
-    if report is not None:
+    if isinstance(result, EvaluationResult) and report is not None:
         _report(report, document, result)
     if as_json:
         click.echo(json.dumps(document, indent=2, ensure_ascii=False))
-    else:
+        return
+    if isinstance(result, EvaluationResult):
         _show(result)
+    else:
+        _show_segmentation(result, document["class_pixels"])
+    for line in result.corrupt:
+        click.echo(f"unreadable image: {line}", err=True)
 
 
 evaluate.params.extend(
     setting_options([known for name, known in settings_of(TrainConfig).items() if name in SETTINGS], "Data")
 )
-
-
-def _evaluate_segmentation(
-    checkpoint: Path,
-    split: str,
-    weights: str | None,
-    output: Path | None,
-    quiet: bool,
-    as_json: bool,
-    chosen: dict[str, Any],
-) -> None:
-    from prompttune.evaluation.plots import draw_confusion, save_png
-    from prompttune.training.segmenting import evaluate_segmentation
-
-    chosen.pop("val_fraction")  # masks bring their own validation split
-    with Progress(console=Console(stderr=True, quiet=quiet), transient=True) as bar:
-        task = bar.add_task("images", total=None)
-        result = evaluate_segmentation(
-            checkpoint,
-            split=split,
-            weights=weights,
-            on_batch=lambda done, total: bar.update(task, completed=done, total=total),
-            **chosen,
-        )
-    document = {"checkpoint": str(checkpoint), "data": chosen["data"], "split": split, **result.to_dict()}
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "evaluation.json", document)
-        figure = draw_confusion(result.confusion, result.labels, unit="pixels")
-        save_png(figure, output / "confusion_matrix.png")
-    if as_json:
-        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
-        return
-    console = Console()
-    figures = Table("mIoU", "pixel accuracy", "loss", "images", "unreadable")
-    shares = (percent(result.miou), percent(result.pixel_accuracy), f"{result.loss or 0.0:.4f}")
-    figures.add_row(*shares, str(result.n), str(len(result.corrupt)))
-    console.print(figures)
-    table = Table("class", "IoU", "pixels")
-    for label, iou in result.iou.items():
-        table.add_row(escape(label), percent(iou), str(document["class_pixels"][label]))
-    console.print(table)
-    for line in result.corrupt:
-        click.echo(f"unreadable image: {line}", err=True)
 
 
 def _settings(ctx: click.Context, checkpoint: Path, given: dict[str, Any]) -> dict[str, Any]:
@@ -161,12 +126,16 @@ def _settings(ctx: click.Context, checkpoint: Path, given: dict[str, Any]) -> di
     return {**chosen, "workers": chosen["workers"] or 0}
 
 
-def _write(folder: Path, document: dict[str, Any], result: EvaluationResult) -> None:
-    from prompttune.evaluation.plots import confusion_figure, save_png
+def _write(folder: Path, document: dict[str, Any], result: EvaluationResult | SegmentationEvaluation) -> None:
+    from prompttune.evaluation.plots import confusion_figure, draw_confusion, save_png
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "evaluation.json", document)
-    save_png(confusion_figure(result), folder / "confusion_matrix.png")
+    if isinstance(result, EvaluationResult):
+        figure = confusion_figure(result)
+    else:
+        figure = draw_confusion(result.confusion, result.labels, unit="pixels")
+    save_png(figure, folder / "confusion_matrix.png")
 
 
 def _report(folder: Path, document: dict[str, Any], result: EvaluationResult) -> None:
@@ -198,5 +167,15 @@ def _show(result: EvaluationResult) -> None:
     for label, one in known:
         table.add_row(escape(label), percent(one.recall), percent(one.precision), percent(one.f1), str(one.support))
     console.print(table)
-    for line in result.corrupt:
-        click.echo(f"unreadable image: {line}", err=True)
+
+
+def _show_segmentation(result: SegmentationEvaluation, class_pixels: dict[str, int]) -> None:
+    console = Console()
+    figures = Table("mIoU", "pixel accuracy", "loss", "images", "unreadable")
+    shares = (percent(result.miou), percent(result.pixel_accuracy), f"{result.loss or 0.0:.4f}")
+    figures.add_row(*shares, str(result.n), str(len(result.corrupt)))
+    console.print(figures)
+    table = Table("class", "IoU", "pixels")
+    for label, iou in result.iou.items():
+        table.add_row(escape(label), percent(iou), str(class_pixels[label]))
+    console.print(table)

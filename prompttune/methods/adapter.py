@@ -31,13 +31,8 @@ class AdapterConfig(MethodConfig):
 
     method = "adapter"
 
-    rank: int = setting(64, "width of the adapters' bottleneck")
-    dropout: float = setting(0.0, "drop-out inside the adapters, while training")
-
-    def check(self) -> None:
-        """See :meth:`MethodConfig.check`."""
-        self.require(self.rank > 0, f"rank must be above 0, not {self.rank}")
-        self.require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
+    rank: int = setting(64, "width of the adapters' bottleneck", above=0)
+    dropout: float = setting(0.0, "drop-out inside the adapters, while training", low=0, below=1)
 
     def build(self, backbone: Backbone) -> Method:
         """See :meth:`MethodConfig.build`."""
@@ -48,6 +43,7 @@ class SerialAdapter(Method):
     """``attention.{i}`` and ``mlp.{i}`` with ``down`` D to r and ``up`` r to D, for every block."""
 
     backbones = (VitBackbone,)
+    gives_maps_on = (VitBackbone,)
 
     def __init__(self, config: AdapterConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
@@ -55,11 +51,6 @@ class SerialAdapter(Method):
         self.config = config
         self.attention = nn.ModuleList(_adapter(backbone.width, config.rank) for _ in range(backbone.depth))
         self.mlp = nn.ModuleList(_adapter(backbone.width, config.rank) for _ in range(backbone.depth))
-
-    @property
-    def gives_maps(self) -> bool:
-        """See :attr:`Method.gives_maps`."""
-        return True
 
     def task_state(self) -> State:
         """``attention.*`` and ``mlp.*``, stacked over blocks."""

@@ -30,14 +30,9 @@ class AdaptFormerConfig(MethodConfig):
 
     method = "adaptformer"
 
-    rank: int = setting(64, "width of the adapters' bottleneck")
+    rank: int = setting(64, "width of the adapters' bottleneck", above=0)
     adapter_scale: float = setting(0.1, "s, weight of what the adapters add")
-    dropout: float = setting(0.1, "drop-out inside the adapters, while training")
-
-    def check(self) -> None:
-        """See :meth:`MethodConfig.check`."""
-        self.require(self.rank > 0, f"rank must be above 0, not {self.rank}")
-        self.require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
+    dropout: float = setting(0.1, "drop-out inside the adapters, while training", low=0, below=1)
 
     def build(self, backbone: Backbone) -> Method:
         """See :meth:`MethodConfig.build`."""
@@ -48,17 +43,13 @@ class AdaptFormer(Method):
     """``adapters.{i}`` with ``down`` D to r and ``up`` r to D, for every block."""
 
     backbones = (VitBackbone,)
+    gives_maps_on = (VitBackbone,)
 
     def __init__(self, config: AdaptFormerConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         assert isinstance(backbone, VitBackbone)
         self.config = config
         self.adapters = nn.ModuleList(_adapter(backbone.width, config.rank) for _ in range(backbone.depth))
-
-    @property
-    def gives_maps(self) -> bool:
-        """See :attr:`Method.gives_maps`."""
-        return True
 
     def task_state(self) -> State:
         """``adapters.*``, stacked over blocks, ``up`` and its bias scaled by s."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
 from prompttune.errors import BackboneError, UsageError, choose
+from prompttune.limits import LIMITS, out_of_bounds
 
 State = dict[str, Tensor]
 Layout = dict[str, tuple[int | str, ...]]
@@ -43,9 +44,16 @@ class Features(NamedTuple):
     """Those of the prompt pathway, if there is one and it was asked for."""
 
 
-def setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field of a method's config: its default, its help text, the values it may take."""
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+def setting(default: Any, text: str, choices: tuple[str, ...] | None = None, **limits: float) -> Any:
+    """A field of a method's config: its default, its help text, the values it may take.
+
+    Args:
+        default: the value if none is given.
+        text: of the help.
+        choices: the names it may take.
+        limits: bounds of a number, see :mod:`prompttune.limits`; None is always within them.
+    """
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices, **limits})
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,15 @@ class MethodConfig:
             object.__setattr__(self, field.name, checked)
             if field.metadata.get("choices"):
                 choose(field.name, checked, field.metadata["choices"])
+        self._check_limits()
         self.check()
+
+    def _check_limits(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (int, float)) and LIMITS & field.metadata.keys():
+                problem = out_of_bounds(field.name, value, field.metadata)
+                self.require(problem is None, problem or "")
 
     def check(self) -> None:
         """Raise :class:`UsageError` if the settings make no sense together."""
@@ -134,6 +150,9 @@ class Method(nn.Module):
 
     backbones: ClassVar[tuple[type[Backbone], ...]]
     """Backbone classes that the method can drive."""
+    gives_maps_on: ClassVar[tuple[type[Backbone], ...]] = ()
+    """Those on which :meth:`forward` takes a further argument ``levels: Levels = ()``, blocks in ascending order, and
+    then gives the maps of patch tokens behind them, which segmentation needs."""
     own_norms: ClassVar[tuple[str, ...]] = ()
     """Norms of a block whose output the method reads or changes itself. All others are read by the block's own
     matrices alone, so export may shift the scale of channels between the two."""
@@ -147,9 +166,8 @@ class Method(nn.Module):
 
     @property
     def gives_maps(self) -> bool:
-        """Whether :meth:`forward` takes a further argument ``levels: Levels = ()``, blocks in ascending order, and
-        then gives the maps of patch tokens behind them, which segmentation needs."""
-        return False
+        """Whether :meth:`forward` gives maps here, see :attr:`gives_maps_on`."""
+        return isinstance(self._backbone[0], self.gives_maps_on)
 
     def task_state(self) -> State:
         """All that does not depend on the image; differentiable; leading dimension 1."""

@@ -45,24 +45,17 @@ class E2VPTConfig(MethodConfig):
     method = "e2vpt"
     shapes_graph = ("num_prompts", "deep", "num_kv", "share_kv")
 
-    num_prompts: int = setting(10, "prompt tokens")
+    num_prompts: int = setting(10, "prompt tokens", above=0)
     deep: bool = setting(True, "fresh prompt tokens before every block")
-    num_kv: int = setting(5, "key-value prompts of each head in each block")
+    num_kv: int = setting(5, "key-value prompts of each head in each block", above=0)
     share_kv: bool = setting(True, "key prompts serve as value prompts too")
-    prune_tokens: float = setting(0.5, "share of the prompt tokens that is pruned")
-    prune_segments: float = setting(0.5, "share of each prompt token's segments that is pruned")
-    segments: int = setting(16, "segments of a prompt token's channels")
-    prune_at: float = setting(0.5, "share of the epochs after which prompts are pruned and training begins again")
-    dropout: float = setting(0.0, "drop-out on input prompts and key-value prompts while training")
-
-    def check(self) -> None:
-        """See :meth:`MethodConfig.check`."""
-        for name in ("num_prompts", "num_kv", "segments"):
-            self.require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("prune_tokens", "prune_segments", "dropout"):
-            value = getattr(self, name)
-            self.require(0 <= value < 1, f"{name} must be at least 0 and below 1, not {value}")
-        self.require(0 < self.prune_at < 1, f"prune_at must be above 0 and below 1, not {self.prune_at}")
+    prune_tokens: float = setting(0.5, "share of the prompt tokens that is pruned", low=0, below=1)
+    prune_segments: float = setting(0.5, "share of each prompt token's segments that is pruned", low=0, below=1)
+    segments: int = setting(16, "segments of a prompt token's channels", above=0)
+    prune_at: float = setting(
+        0.5, "share of the epochs after which prompts are pruned and training begins again", above=0, below=1
+    )
+    dropout: float = setting(0.0, "drop-out on input prompts and key-value prompts while training", low=0, below=1)
 
     @property
     def prunes(self) -> bool:

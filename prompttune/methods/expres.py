@@ -39,16 +39,11 @@ class EXPRESConfig(MethodConfig):
     method = "expres"
     shapes_graph = ("num_prompts",)
 
-    num_prompts: int = setting(10, "prompt tokens")
+    num_prompts: int = setting(10, "prompt tokens", above=0)
     norm_residual: bool = setting(True, "vectors behind the norm in front of each attention")
     qkv_residual: bool = setting(True, "vectors behind each query, key and value projection")
     proj_residual: bool = setting(True, "vectors behind each projection of the attention's output")
-    dropout: float = setting(0.1, "drop-out on the prompts while training")
-
-    def check(self) -> None:
-        """See :meth:`MethodConfig.check`."""
-        self.require(self.num_prompts > 0, f"num_prompts must be above 0, not {self.num_prompts}")
-        self.require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
+    dropout: float = setting(0.1, "drop-out on the prompts while training", low=0, below=1)
 
     def build(self, backbone: Backbone) -> Method:
         """See :meth:`MethodConfig.build`."""

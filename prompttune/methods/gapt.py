@@ -38,19 +38,14 @@ class GaPTConfig(MethodConfig):
     method = "gapt"
     shapes_graph = ("num_prompts", "pool")
 
-    num_prompts: int = setting(100, "prompt tokens")
+    num_prompts: int = setting(100, "prompt tokens", above=0)
     gate_init: float = setting(10.0, "gates start at sigmoid(-gate_init)")
     pool: str = setting(
         "backbone",
         "what the head reads: the backbone's own pooling, or the mean of prompts and patches (released for MAE)",
         ("backbone", "mean"),
     )
-    dropout: float = setting(0.1, "drop-out on the prompts while training")
-
-    def check(self) -> None:
-        """See :meth:`MethodConfig.check`."""
-        self.require(self.num_prompts > 0, f"num_prompts must be above 0, not {self.num_prompts}")
-        self.require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
+    dropout: float = setting(0.1, "drop-out on the prompts while training", low=0, below=1)
 
     def build(self, backbone: Backbone) -> Method:
         """See :meth:`MethodConfig.build`."""

@@ -27,11 +27,7 @@ class Linear(Method):
     """No parameters beside the head."""
 
     backbones = (Backbone,)
-
-    @property
-    def gives_maps(self) -> bool:
-        """See :attr:`Method.gives_maps`; on a ViT."""
-        return isinstance(self._backbone[0], VitBackbone)
+    gives_maps_on = (VitBackbone,)
 
     def task_state(self) -> State:
         """Empty."""

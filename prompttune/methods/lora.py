@@ -39,16 +39,10 @@ class LoRAConfig(MethodConfig):
     method = "lora"
     shapes_graph = ("targets",)
 
-    rank: int = setting(4, "rank r of what is added to the weights")
-    alpha: float = setting(4.0, "α; what is added is weighed by α / r")
+    rank: int = setting(4, "rank r of what is added to the weights", above=0)
+    alpha: float = setting(4.0, "α; what is added is weighed by α / r", above=0)
     targets: str = setting("qv", "projections that are adapted: queries and values, or keys too", tuple(TARGETS))
-    dropout: float = setting(0.0, "drop-out on the input of the low-rank products, while training")
-
-    def check(self) -> None:
-        """See :meth:`MethodConfig.check`."""
-        self.require(self.rank > 0, f"rank must be above 0, not {self.rank}")
-        self.require(self.alpha > 0, f"alpha must be above 0, not {self.alpha}")
-        self.require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
+    dropout: float = setting(0.0, "drop-out on the input of the low-rank products, while training", low=0, below=1)
 
     def build(self, backbone: Backbone) -> Method:
         """See :meth:`MethodConfig.build`."""
@@ -70,6 +64,7 @@ class LoRA(Method):
     """``query`` and ``value``, with ``targets qkv`` also ``key``, a :class:`LowRank` each."""
 
     backbones = (VitBackbone,)
+    gives_maps_on = (VitBackbone,)
     own_norms = ("norm1",)
 
     def __init__(self, config: LoRAConfig, backbone: Backbone) -> None:
@@ -80,11 +75,6 @@ class LoRA(Method):
         out = backbone.num_heads * backbone.head_dim
         for name in self.targets:
             self.add_module(name, LowRank(backbone.depth, config.rank, backbone.width, out))
-
-    @property
-    def gives_maps(self) -> bool:
-        """See :attr:`Method.gives_maps`."""
-        return True
 
     def task_state(self) -> State:
         """``query.down`` [1, L, D, r], ``query.up`` [1, L, r, H d] times α / r, and the same of the other targets."""

@@ -34,17 +34,11 @@ class LSPTConfig(MethodConfig):
     method = "lspt"
     shapes_graph = ("num_prompts", "long_term", "spatial", "cell_rank")
 
-    num_prompts: int = setting(10, "prompt tokens")
+    num_prompts: int = setting(10, "prompt tokens", above=0)
     long_term: bool = setting(True, "long-term prompt coding: the LSTM cell between blocks")
     spatial: bool = setting(True, "global spatial prompt coding: the mean of the patches is added to the prompts")
-    cell_rank: int | None = setting(None, "rank of the LSTM cell's matrices; none keeps them full")
-    dropout: float = setting(0.0, "drop-out on the prompts that enter block 0, while training")
-
-    def check(self) -> None:
-        """See :meth:`MethodConfig.check`."""
-        self.require(self.num_prompts > 0, f"num_prompts must be above 0, not {self.num_prompts}")
-        self.require(self.cell_rank is None or self.cell_rank > 0, f"cell_rank must be above 0, not {self.cell_rank}")
-        self.require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
+    cell_rank: int | None = setting(None, "rank of the LSTM cell's matrices; none keeps them full", above=0)
+    dropout: float = setting(0.0, "drop-out on the prompts that enter block 0, while training", low=0, below=1)
 
     def build(self, backbone: Backbone) -> Method:
         """See :meth:`MethodConfig.build`."""
@@ -55,6 +49,7 @@ class LSPT(Method):
     """``prompts`` [L, P, D]: P^0 enters block 0; P^1 .. P^{L-1} are the LSTM's inputs after blocks 0 .. L-2."""
 
     backbones = (VitBackbone,)
+    gives_maps_on = (VitBackbone,)
 
     def __init__(self, config: LSPTConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
@@ -65,11 +60,6 @@ class LSPT(Method):
         bound = prompt_bound(backbone)
         self.prompts = nn.Parameter(torch.empty(layers, config.num_prompts, self.width).uniform_(-bound, bound))
         self.cell = PromptLSTMCell(self.width, config.cell_rank) if config.long_term else None
-
-    @property
-    def gives_maps(self) -> bool:
-        """See :attr:`Method.gives_maps`."""
-        return True
 
     def task_state(self) -> State:
         """``prompts`` [1, P, D]; with long-term coding ``gates`` [1, L-1, P, 4D] and the hidden weights."""

@@ -35,13 +35,8 @@ class VPTShallowConfig(MethodConfig):
     shapes_graph = ("num_prompts",)
     deep = False
 
-    num_prompts: int = setting(10, "prompt tokens")
-    dropout: float = setting(0.1, "drop-out on the prompts while training")
-
-    def check(self) -> None:
-        """See :meth:`MethodConfig.check`."""
-        self.require(self.num_prompts > 0, f"num_prompts must be above 0, not {self.num_prompts}")
-        self.require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
+    num_prompts: int = setting(10, "prompt tokens", above=0)
+    dropout: float = setting(0.1, "drop-out on the prompts while training", low=0, below=1)
 
     def build(self, backbone: Backbone) -> Method:
         """See :meth:`MethodConfig.build`."""
@@ -74,6 +69,7 @@ class VPT(Method):
     """Prompts [L, P, D]: L is the depth for deep prompts, 1 for shallow ones."""
 
     backbones = (VitBackbone,)
+    gives_maps_on = (VitBackbone,)
 
     def __init__(self, config: VPTShallowConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
@@ -82,11 +78,6 @@ class VPT(Method):
         layers = backbone.depth if config.deep else 1
         bound = prompt_bound(backbone)
         self.prompts = nn.Parameter(torch.empty(layers, config.num_prompts, backbone.width).uniform_(-bound, bound))
-
-    @property
-    def gives_maps(self) -> bool:
-        """See :attr:`Method.gives_maps`."""
-        return True
 
     def task_state(self) -> State:
         """The prompts themselves."""

@@ -8,14 +8,13 @@ augmentation preset) and those of the chosen method. A YAML file, the command li
 from __future__ import annotations
 
 import dataclasses
-import math
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prompttune.errors import UsageError, choose
+from prompttune.limits import out_of_bounds
 from prompttune.methods import METHODS, MethodConfig, config_from_dict
 from prompttune.preprocess import CROP_MODES, INTERPOLATIONS, NORMALISATIONS, Preprocess
 from prompttune.segmentation.config import HEADS, TASKS, SegmentationConfig
@@ -227,16 +226,8 @@ class TrainConfig:
 def _check_range(known: Setting, value: Any) -> None:
     if known.type not in (int, float) or value is None:
         return
-    limits = known.metadata
-    tests: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
-        "low": ("at least", operator.ge),
-        "above": ("above", operator.gt),
-        "high": ("at most", operator.le),
-        "below": ("below", operator.lt),
-    }
-    wanted = [f"{tests[key][0]} {limits[key]}" for key in tests if key in limits]
-    if not math.isfinite(value) or not all(tests[key][1](value, limits[key]) for key in tests if key in limits):
-        raise UsageError(f"{known.name} must be {' and '.join(wanted) or 'finite'}, not {value}")
+    if problem := out_of_bounds(known.name, value, known.metadata):
+        raise UsageError(problem)
 
 
 def augment_fields() -> dict[str, Setting]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prompttune.errors import DataError, TrainingError
 from prompttune.model import PromptModel
-from prompttune.training.data import Batch, CorruptImages, DataSplits, load_data, make_loader
+from prompttune.training.data import Batch, CorruptImages, DataSplits, load_data, make_loader, on_device
 from prompttune.training.data.mask_loading import make_mask_loader
 from prompttune.training.data.mask_transforms import JointTransform
 from prompttune.training.data.masks import MaskSplits, load_masks
@@ -29,7 +29,7 @@ from prompttune.training.optim import (
 )
 from prompttune.training.progress import Clock, OnProgress, Phase, Progress
 from prompttune.training.scoring import Scores, score
-from prompttune.training.segmenting import PixelScores, right_pixels, score_masks
+from prompttune.training.segmenting import PixelScores, right_pixels
 from prompttune.training.state import Progression, Saved
 
 if TYPE_CHECKING:
@@ -136,9 +136,7 @@ class Run:
             shuffle=True,
             seed=derive_seed("begin", self.config.seed),
         )
-        for batch in loader:
-            if len(batch.targets):
-                yield batch.images.to(device), batch.targets.to(device)
+        yield from on_device(loader, device)
 
     def _set_up(self, optimizer: torch.optim.Optimizer) -> None:
         weights = None
@@ -228,7 +226,7 @@ class Run:
     def _step(self, batch: Batch) -> tuple[float, float, float]:
         """One optimiser step; summed loss, right answers and images, over all processes."""
         device, count = self.fabric.device, len(batch.targets)
-        images, targets = batch.images.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True)
+        images, targets = batch.to(device)
         if not count:
             if self.fabric.world_size == 1:
                 return 0.0, 0.0, 0.0
@@ -263,14 +261,8 @@ class Run:
 
         self.clock.start()
         autocast: Callable[[], Any] = self.fabric.autocast
-        settings: dict[str, Any] = {"device": self.fabric.device, "autocast": autocast, "on_batch": count}
-        scores: Scores | PixelScores
-        if self.segments:
-            scores = PixelScores(len(self.model.labels))
-            score_masks(self.model, self.val_batches, scores, **settings)
-        else:
-            scores = Scores(len(self.model.labels))
-            score(self.model, self.val_batches, scores, **settings)
+        scores = (PixelScores if self.segments else Scores)(len(self.model.labels))
+        score(self.model, self.val_batches, scores, device=self.fabric.device, autocast=autocast, on_batch=count)
         return scores.result(self.model.labels, reduce=lambda tensor: sum_over(self.fabric, tensor))
 
     def _finish(self) -> None:

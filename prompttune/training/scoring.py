@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from prompttune.errors import DataError, UsageError, choose
 from prompttune.evaluation.result import Evaluation
 from prompttune.evaluation.tally import Tally
 from prompttune.model import PromptModel
-from prompttune.training.data import Batch, CorruptImages, ImageSource, load_data, make_loader
+from prompttune.training.data import Batch, CorruptImages, EpochLoader, ImageSource, load_data, make_loader
 
 if TYPE_CHECKING:
     from prompttune.backbones import Backbone
@@ -66,11 +66,18 @@ class Scores:
         return EvaluationResult(**values, corrupt=tuple(corrupt))
 
 
+class Sums(Protocol):
+    """Where the answers to batches are counted."""
+
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        """Count a batch."""
+
+
 @torch.no_grad()
 def score(
     model: PromptModel,
     batches: Iterable[Batch],
-    scores: Scores,
+    scores: Sums,
     *,
     device: torch.device,
     columns: Tensor | None = None,
@@ -81,7 +88,7 @@ def score(
 
     Args:
         model: left in evaluation mode.
-        batches: images [B, 3, S, S] and class indices [B] of the data.
+        batches: images [B, 3, S, S] and class indices [B] of the data, or masks of them.
         scores: where to count.
         device: where the model stands.
         columns: the model's class of each class of the data, [classes of the data]; None if they are the same.
@@ -97,6 +104,48 @@ def score(
             scores.add(logits, targets.to(device))
         if on_batch is not None:
             on_batch(batch)
+
+
+def score_all(
+    model: PromptModel,
+    loaders: Sequence[EpochLoader],
+    images: int,
+    scores: Sums,
+    *,
+    device: torch.device,
+    max_corrupt: int,
+    columns: Tensor | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """:func:`score` over loaders of so many ``images`` in all; the model keeps its mode.
+
+    Args:
+        model, scores, device, columns: see :func:`score`.
+        loaders: one a source.
+        images: of all of them, for the progress.
+        max_corrupt: unreadable images that are tolerated.
+        on_batch: called with the images done and the images to do.
+
+    Returns:
+        One line for each image that could not be read.
+
+    Raises:
+        DataError: more images than ``max_corrupt`` cannot be read.
+    """
+    corrupt, done = CorruptImages(max_corrupt), 0
+
+    def count(batch: Batch) -> None:
+        nonlocal done
+        corrupt.add(batch.corrupt)
+        done += len(batch.targets) + len(batch.corrupt)
+        if on_batch is not None:
+            on_batch(done, images)
+
+    was_training = model.training
+    for loader in loaders:
+        score(model, loader, scores, device=device, columns=columns, on_batch=count)
+    model.train(was_training)
+    return corrupt.lines
 
 
 def match_classes(classes: Sequence[str], labels: Sequence[str]) -> Tensor | None:
@@ -186,24 +235,17 @@ def evaluate(
         else PromptModel.load(checkpoint, backbone=backbone, weights=weights)
     ).to(place)
     columns = match_classes(sources[0].classes, model.labels)
-    scores, corrupt = Scores(len(model.labels)), CorruptImages(max_corrupt)
-    done, total = 0, sum(len(source) for source in sources)
-
-    def count(batch: Batch) -> None:
-        nonlocal done
-        corrupt.add(batch.corrupt)
-        done += len(batch.targets) + len(batch.corrupt)
-        if on_batch is not None:
-            on_batch(done, total)
-
-    was_training = model.training
-    for source in sources:
-        loader = make_loader(
-            source, model.preprocess.transform(), batch_size=batch_size, shuffle=False, seed=seed, workers=workers
-        )
-        score(model, loader, scores, device=place, columns=columns, on_batch=count)
-    model.train(was_training)
-    return scores.result(model.labels, corrupt.lines)
+    scores, transform = Scores(len(model.labels)), model.preprocess.transform()
+    loaders = [
+        make_loader(source, transform, batch_size=batch_size, shuffle=False, seed=seed, workers=workers)
+        for source in sources
+    ]
+    images = sum(len(source) for source in sources)
+    corrupt = score_all(
+        model, loaders, images, scores,
+        device=place, max_corrupt=max_corrupt, columns=columns, on_batch=on_batch,
+    )  # fmt: skip
+    return scores.result(model.labels, corrupt)
 
 
 def _sources(data: str | ImageSource, split: str, **settings: Any) -> list[ImageSource]:

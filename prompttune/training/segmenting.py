@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +14,10 @@ from prompttune.errors import DataError, UsageError, choose
 from prompttune.evaluation.segmentation import PixelTally, SegmentationEvaluation
 from prompttune.model import PromptModel
 from prompttune.segmentation.config import IGNORE_INDEX
-from prompttune.training.data import Batch, CorruptImages
 from prompttune.training.data.mask_loading import make_mask_loader
 from prompttune.training.data.mask_transforms import JointTransform
 from prompttune.training.data.masks import MaskSource, load_masks
-from prompttune.training.scoring import SPLITS, resolve_device
+from prompttune.training.scoring import SPLITS, resolve_device, score_all
 
 if TYPE_CHECKING:
     from prompttune.backbones import Backbone
@@ -85,27 +83,6 @@ class PixelScores:
         return whole.result(labels, corrupt)
 
 
-@torch.no_grad()
-def score_masks(
-    model: PromptModel,
-    batches: Iterable[Batch],
-    scores: PixelScores,
-    *,
-    device: torch.device,
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-    on_batch: Callable[[Batch], None] | None = None,
-) -> None:
-    """Run the base pathway over batches of images and masks and add them to ``scores``; as ``score`` does."""
-    model.eval()
-    for batch in batches:
-        if len(batch.targets):
-            with autocast():
-                logits = model(batch.images.to(device, non_blocking=True)).logits
-            scores.add(logits, batch.targets.to(device))
-        if on_batch is not None:
-            on_batch(batch)
-
-
 def evaluate_segmentation(
     checkpoint: PromptModel | str | Path,
     data: str | MaskSource,
@@ -151,40 +128,26 @@ def evaluate_segmentation(
     """
     choose("split", split, SPLITS)
     place = resolve_device(device)
-    sources = [data]
     if isinstance(data, str):
         found = load_masks(data, root=data_root, limit=limit, seed=seed, reduce_zero_label=reduce_zero_label)
-        sources = {"val": [found.val], "train": [found.train], "all": [found.train, found.val]}[split]  # type: ignore[assignment]
+        sources = {"val": [found.val], "train": [found.train], "all": [found.train, found.val]}[split]
+    else:
+        sources = [data]
     if not isinstance(checkpoint, PromptModel):
         checkpoint = PromptModel.load(checkpoint, backbone=backbone, weights=weights)
     model = checkpoint.to(place)
     if model.segmentation is None:
         raise UsageError("the checkpoint is a classification: give images with a class each")
-    scores, corrupt = PixelScores(len(model.labels)), CorruptImages(max_corrupt)
-    done, total = 0, sum(len(source) for source in sources)
-
-    def count(batch: Batch) -> None:
-        nonlocal done
-        corrupt.add(batch.corrupt)
-        done += len(batch.targets) + len(batch.corrupt)
-        if on_batch is not None:
-            on_batch(done, total)
-
-    was_training = model.training
     for source in sources:
-        assert not isinstance(source, str)
         check_same_labels(source.classes, model.labels)
-        loader = make_mask_loader(
-            source,
-            JointTransform(model.preprocess),
-            batch_size=batch_size,
-            shuffle=False,
-            seed=seed,
-            workers=workers,
-        )
-        score_masks(model, loader, scores, device=place, on_batch=count)
-    model.train(was_training)
-    return scores.result(model.labels, corrupt.lines)
+    scores, joint = PixelScores(len(model.labels)), JointTransform(model.preprocess)
+    loaders = [
+        make_mask_loader(source, joint, batch_size=batch_size, shuffle=False, seed=seed, workers=workers)
+        for source in sources
+    ]
+    images = sum(len(source) for source in sources)
+    corrupt = score_all(model, loaders, images, scores, device=place, max_corrupt=max_corrupt, on_batch=on_batch)
+    return scores.result(model.labels, corrupt)
 
 
 def check_same_labels(classes: Sequence[str], labels: Sequence[str]) -> None:

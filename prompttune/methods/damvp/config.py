@@ -20,24 +20,22 @@ class DAMVPConfig(MethodConfig):
     shapes_graph = ("prompt_size",)
 
     prompt_size: int | None = setting(
-        None, f"width of the border in pixels; by default {RELEASED_SIZE} of {RELEASED_IMAGE}, scaled to the image"
+        None,
+        f"width of the border in pixels; by default {RELEASED_SIZE} of {RELEASED_IMAGE}, scaled to the image",
+        low=1,
     )
-    clusters: int | None = setting(None, "number of clusters; by default as many as lie cluster_distance apart")
+    clusters: int | None = setting(None, "number of clusters; by default as many as lie cluster_distance apart", low=1)
     cluster_distance: float | None = setting(
-        None, "distance of features from which clusters stay apart; by default the mean between two images"
+        None, "distance of features from which clusters stay apart; by default the mean between two images", above=0
     )
-    max_clusters: int = setting(16, "at most so many clusters")
-    cluster_images: int = setting(1000, "training images that are clustered")
+    max_clusters: int = setting(16, "at most so many clusters", low=1)
+    cluster_images: int = setting(1000, "training images that are clustered", low=1)
     init: str = setting("zero", "start of the prompts: zero, or the released code's normal draw", choices=INITS)
     meta_init: str | None = setting(None, "file of prompttune meta, or dam-vp checkpoint, that all prompts start from")
 
     def check(self) -> None:
         """See :meth:`MethodConfig.check`."""
-        for name in ("prompt_size", "clusters", "max_clusters", "cluster_images"):
-            value = getattr(self, name)
-            self.require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
         distance = self.cluster_distance
-        self.require(distance is None or distance > 0, f"cluster_distance must be above 0, not {distance}")
         self.require(self.clusters is None or distance is None, "give clusters or cluster_distance, not both")
 
     def resolved(self, backbone: Backbone) -> DAMVPConfig:

@@ -24,7 +24,7 @@ from prompttune.methods.damvp.config import DAMVPConfig
 from prompttune.methods.damvp.meta import write_prompt
 from prompttune.methods.damvp.method import DAMVP
 from prompttune.model import PromptModel
-from prompttune.training.data import EpochLoader, load_data, make_loader
+from prompttune.training.data import EpochLoader, load_data, make_loader, on_device
 from prompttune.training.data.rng import derive_seed
 
 
@@ -125,7 +125,7 @@ class _Task:
             shuffle=True,
             seed=derive_seed("meta", settings.seed),
         )
-        self.method.begin_training(_batches(self.loader, device))
+        self.method.begin_training(on_device(self.loader, device))
         self.batches = _forever(self.loader, device)
         self.criterion = nn.CrossEntropyLoss()
 
@@ -150,18 +150,12 @@ class _Task:
         return self.method.prompts.detach().clone(), losses[0]
 
 
-def _batches(loader: EpochLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    for batch in loader:
-        if len(batch.targets):
-            yield batch.images.to(device), batch.targets.to(device)
-
-
 def _forever(loader: EpochLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     epoch = 0
     while True:
         loader.set_epoch(epoch)
         epoch, seen = epoch + 1, False
-        for pair in _batches(loader, device):
+        for pair in on_device(loader, device):
             seen = True
             yield pair
         if not seen:

@@ -27,13 +27,15 @@ class SA2VPConfig(MethodConfig):
     method = "sa2vp"
     shapes_graph = ("window", "prompt_layers", "attention", "adapter", "activation")
 
-    rank: int = setting(16, "rank r of the prompt maps and adapters")
+    rank: int = setting(16, "rank r of the prompt maps and adapters", above=0)
     gamma: float = setting(0.5, "γ, weight of what one pathway gives the other")
     window: int = setting(3, "odd side c of the aligned window, in patches")
     prompt_layers: tuple[int, ...] | None = setting(
         None, "blocks that take a prompt map, 0 first; 0 alone is the shallow mode; by default every fourth"
     )
-    map_scale: float = setting(1.0, "side of the learnable prompt maps over the token map's, above 0 to 1")
+    map_scale: float = setting(
+        1.0, "side of the learnable prompt maps over the token map's, above 0 to 1", above=0, high=1
+    )
     attention: str = setting("aligned", "what a patch query sees of the other map", ("aligned", "global"))
     adapter: bool = setting(True, "bottleneck adapter on what the pathways exchange")
     base_weight: float = setting(0.8, "λ, weight of the base pathway's loss; 1 leaves the prompts unsupervised")
@@ -44,15 +46,12 @@ class SA2VPConfig(MethodConfig):
         ("released", "paper"),
     )
     init: str = setting("zero", "the adapters' last layer: zero, or random as released", ("zero", "released"))
-    dropout: float = setting(0.1, "drop-out on the cross attention and in the adapters, while training")
+    dropout: float = setting(0.1, "drop-out on the cross attention and in the adapters, while training", low=0, below=1)
 
     def check(self) -> None:
         """See :meth:`MethodConfig.check`."""
-        self.require(self.rank > 0, f"rank must be above 0, not {self.rank}")
         self.require(self.window > 0 and self.window % 2 == 1, f"window must be odd, not {self.window}")
-        self.require(0 < self.map_scale <= 1, f"map_scale must be above 0 and at most 1, not {self.map_scale}")
         self.require(0 <= self.base_weight <= 1, f"base_weight must be from 0 to 1, not {self.base_weight}")
-        self.require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
         layers = self.prompt_layers
         if layers is not None:
             rising = all(a < b for a, b in itertools.pairwise(layers))

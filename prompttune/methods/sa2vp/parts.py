@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from prompttune.backbones.base import Backbone
 from prompttune.layers.adapter import Adapter, apply_adapter
 from prompttune.layers.aligned_attention import AlignedAttention
+from prompttune.layers.bottleneck import PARTS, of_block, stacked_layout
 from prompttune.layers.probe import probe
 from prompttune.methods.base import RANK, Layout, Method, State
 from prompttune.methods.sa2vp.config import SA2VPConfig
@@ -118,32 +119,23 @@ class Pathways(Method):
         if not self.config.adapter:
             return {"gamma": next(self.prompts.parameters()).new_full((1, 1), self.config.gamma)}
         folded = [adapter.folded(self.config.gamma) for adapter in self.adapters if isinstance(adapter, Adapter)]
-        names = ("down", "down_bias", "up", "up_bias")
         return {
             f"adapters.{name}": torch.stack(parts).unsqueeze(0)
-            for name, parts in zip(names, zip(*folded, strict=True), strict=True)
+            for name, parts in zip(PARTS, zip(*folded, strict=True), strict=True)
         }
 
     def given_layout(self) -> Layout:
         """Layout of :meth:`given_state`."""
         if not self.config.adapter:
             return {"gamma": (1,)}
-        return {
-            "adapters.down": (self.depth, self.width, RANK),
-            "adapters.down_bias": (self.depth, RANK),
-            "adapters.up": (self.depth, RANK, self.width),
-            "adapters.up_bias": (self.depth, self.width),
-        }
+        return stacked_layout("adapters", self.depth, self.width, RANK)
 
     def give(self, index: int, z: Tensor, state: State) -> Tensor:
         """γ adapter(z), [B, N, D]; γ is in the state."""
         if not self.config.adapter:
             return state["gamma"].unsqueeze(-1) * z
-        down, down_bias, up, up_bias = (
-            state[f"adapters.{name}"][:, index] for name in ("down", "down_bias", "up", "up_bias")
-        )
-        config = self.config
-        return apply_adapter(z, down, down_bias, up, up_bias, config.activation, config.dropout, self.training)
+        config, own = self.config, of_block(state, "adapters", index)
+        return apply_adapter(z, **own, activation=config.activation, dropout=config.dropout, training=self.training)
 
     def drop(self, attended: Tensor) -> Tensor:
         """Drop-out on the cross attention's output, in training."""

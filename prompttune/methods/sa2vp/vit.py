@@ -18,6 +18,7 @@ class SA2VP(Pathways):
     """One task of SA²VP over a ViT: ``prompts.{i}`` for the prompt layers, ``adapters.{i}`` for every block."""
 
     backbones = (VitBackbone,)
+    gives_maps_on = (VitBackbone,)
 
     def __init__(self, config: SA2VPConfig, backbone: Backbone) -> None:
         assert isinstance(backbone, VitBackbone)
@@ -42,11 +43,6 @@ class SA2VP(Pathways):
         return backbone
 
     # ------------------------------------------------------------------ state
-
-    @property
-    def gives_maps(self) -> bool:
-        """See :attr:`Method.gives_maps`."""
-        return True
 
     def task_state(self) -> State:
         """Folded tensors of the task.

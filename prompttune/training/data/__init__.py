@@ -1,7 +1,7 @@
 """Data: image folders, CSV tables, timm's data sets and built-ins, augmented and batched reproducibly."""
 
 from prompttune.training.data.base import DataSplits, FileSource, ImageSource, Subset
-from prompttune.training.data.loading import Batch, CorruptImages, EpochLoader, make_loader
+from prompttune.training.data.loading import Batch, CorruptImages, EpochLoader, make_loader, on_device
 from prompttune.training.data.sources import load_data
 from prompttune.training.data.transforms import Augment
 
@@ -16,4 +16,5 @@ __all__ = [
     "Subset",
     "load_data",
     "make_loader",
+    "on_device",
 ]

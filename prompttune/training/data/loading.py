@@ -38,9 +38,20 @@ class Batch:
     corrupt: list[str]
     """One line, ``path: reason``, for each image that could not be read."""
 
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images and targets on a device."""
+        return self.images.to(device, non_blocking=True), self.targets.to(device, non_blocking=True)
+
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory."""
         return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.corrupt)
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and targets of every batch of which an image could be read."""
+    for batch in batches:
+        if len(batch.targets):
+            yield batch.to(device)
 
 
 class CorruptImages:
