@@ -56,7 +56,9 @@ def test_every_run_of_a_built_in_recipe_has_valid_settings(name: str) -> None:
     assert len(plan) == len(recipe.labels) * len(recipe.tasks)
     assert len({one.name for one in plan}) == len(plan)
     assert len({one.name for one in search}) == len(search)
-    assert {one.config(Path()).epochs for one in plan} == {recipe.defaults["epochs"]}  # the same effort for all
+    for task, entry in recipe.tasks.items():  # the same effort for all
+        epochs = {one.config(Path()).epochs for one in plan if one.task == task}
+        assert epochs == {entry.settings.get("epochs", recipe.defaults["epochs"])}, task
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -195,11 +197,14 @@ def test_table_arithmetic_by_hand() -> None:
     assert (line.trainable, line.beside_head, line.share) == (40, 20, pytest.approx(0.02))
     assert (half.mean, half.mean_of_groups, half.groups["one"]) == (None, None, None)
     assert half.cells["a"] == Cell(0.4, None, 1)
-    assert header(summary)[1:] == ["a", "b", "c", "mean one", "mean two", "mean", "mean of groups", "trained",
+    assert header(summary)[1:] == ["a", "b", "c", "mean one", "mean two", "mean", "mean of groups", "seeds", "trained",
                                    "beside head", "% of backbone"]  # fmt: skip
     assert cells(summary, line) == ["m", "60.0 ± 10.0", "80.0 ± 0.0", "20.0 ± 10.0", "70.0", "20.0", "53.3 ± 6.7",
-                                    "45.0", "40", "20", "2.000"]  # fmt: skip
+                                    "45.0", "3", "40", "20", "2.000"]  # fmt: skip
     assert cells(summary, half)[1:5] == ["40.0", "–", "–", "–"]
+    assert cells(summary, half)[8] == "1"
+    uneven = summarise("t", tasks, ["m"], rows[:4]).lines[0]
+    assert cells(summary, uneven)[8] == "1-3", "a deviation over fewer seeds than the others' is told"
     text = markdown(summary)
     assert "| m | 60.0 ± 10.0 | 80.0 ± 0.0 |" in text
     assert "2 runs have no figure" in text

@@ -114,7 +114,8 @@ def benchmark() -> None:
 def demo(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: Any) -> None:
     """Compare methods on the built-in tasks: digits, location, orientation, count.
 
-    DINOv2 ViT-S at 56 pixels, 1,000 training images, 4 epochs, three seeds; about a minute a run on one CPU core.
+    DINOv2 ViT-S at 56 pixels, 1,000 training images, 4 to 12 epochs, three seeds; one to three minutes a run on one
+    CPU core in bf16, twice that in fp32.
 
     \b
     prompttune benchmark demo --output runs/demo

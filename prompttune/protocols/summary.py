@@ -48,6 +48,12 @@ class Line:
     share: float
     """Trained parameters beside the head over those of the backbone."""
 
+    @property
+    def seeds(self) -> tuple[int, int]:
+        """Least and greatest number of seeds of a task that has a figure."""
+        counts = [cell.seeds for cell in self.cells.values() if cell is not None]
+        return min(counts), max(counts)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return {

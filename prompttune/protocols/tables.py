@@ -20,7 +20,7 @@ def header(summary: Summary) -> list[str]:
     """Names of the columns."""
     groups = [f"mean {group}" for group in summary.groups] if _has_groups(summary) else []
     last = ["mean of groups"] if _has_groups(summary) else []
-    return ["method", *summary.tasks, *groups, "mean", *last, "trained", "beside head", "% of backbone"]
+    return ["method", *summary.tasks, *groups, "mean", *last, "seeds", "trained", "beside head", "% of backbone"]
 
 
 def cells(summary: Summary, line: Line) -> list[str]:
@@ -33,6 +33,7 @@ def cells(summary: Summary, line: Line) -> list[str]:
         *groups,
         percent(line.mean, line.deviation),
         *last,
+        "-".join(str(count) for count in dict.fromkeys(line.seeds)),
         f"{line.trainable:,}",
         f"{line.beside_head:,}",
         f"{line.share:.3%}".removesuffix("%"),
