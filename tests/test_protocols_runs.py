@@ -95,6 +95,12 @@ def test_run_that_fails_leaves_the_others(base: list[Any], tmp_path: Path) -> No
     assert result.exit_code == 1
     assert "b/vpt-shallow/seed0: 1 images cannot be read" in result.stderr
     assert [row["task"] for row in rows_of(tmp_path / "out" / "results.csv")] == ["a"]
+    (tmp_path / "out" / "results.csv").unlink()
+    so_far = command(*once, "--table-only", "--json")
+    assert so_far.exit_code == 0, so_far.output
+    assert json.loads(so_far.stdout)["missing_runs"] == 1
+    assert [row["task"] for row in rows_of(tmp_path / "out" / "results.csv")] == ["a"]
+    assert "1 runs have no figure yet" in (tmp_path / "out" / "summary.md").read_text()
     picture(tmp_path / "data" / "b" / "images" / "gone.png", 0, seed=0)
     assert command(*once).exit_code == 0
     assert [row["task"] for row in rows_of(tmp_path / "out" / "results.csv")] == ["a", "b"]
@@ -119,6 +125,9 @@ def test_missing_data_and_wrong_names_start_nothing(base: list[Any], tmp_path: P
         assert refused.exit_code == 2, words
         assert message in refused.stderr
     assert not (tmp_path / "out").exists()
+    for methods, message in (("linear", "settings are still to be chosen"), ("vpt-shallow", "no run of this plan is")):
+        early = command(*base, "--methods", methods, "--skip-missing", "--table-only")
+        assert (early.exit_code, message in early.stderr) == (2, True)
     skipped = command(*base, "--skip-missing", "--dry-run")
     assert skipped.exit_code == 0
     assert "skipped, its data are missing: b" in skipped.stderr

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from prompttune.cli.benchmark_progress import Board
 from prompttune.errors import UsageError, choose
-from prompttune.protocols.benchmark import Job, run_benchmark
+from prompttune.protocols.benchmark import Job, Report, report_finished, run_benchmark
 from prompttune.protocols.recipe import chosen, load_recipe
 from prompttune.protocols.search import finished_choices, pending
 from prompttune.training.config import known_names
@@ -72,6 +72,8 @@ _OPTIONS = [
     click.option("--recipe", "recipe_file", type=click.Path(path_type=Path, dir_okay=False),
                  help="YAML file in place of the package's recipe."),
     click.option("--dry-run", is_flag=True, help="Print the runs and what is left of them; train nothing."),
+    click.option("--table-only", is_flag=True,
+                 help="Tabulate and plot the runs that are finished so far; train nothing."),
     click.option("--latency/--no-latency", default=True, show_default=True,
                  help="Time each method's forward beside the plain backbone at the end."),
     click.option("--json", "as_json", is_flag=True, help="Print the table and all runs as JSON."),
@@ -204,6 +206,7 @@ def _run(
     changes: Mapping[str, Any],
     recipe_file: Path | None,
     dry_run: bool,
+    table_only: bool,
     latency: bool,
     as_json: bool,
     quiet: bool,
@@ -229,6 +232,9 @@ def _run(
     if dry_run:
         _print_plan(job, as_json)
         return
+    if table_only:
+        _show(ctx, job, report_finished(job, latency=latency), as_json)
+        return
     _carry_out(ctx, job, jobs, latency=latency, as_json=as_json, console=Console(stderr=True, quiet=quiet))
 
 
@@ -236,7 +242,6 @@ def _carry_out(
     ctx: click.Context, job: Job, jobs: int | None, *, latency: bool, as_json: bool, console: Console
 ) -> None:
     from prompttune.protocols.runner import default_jobs
-    from prompttune.protocols.tables import rich_table
 
     try:
         with Board(console) as board:
@@ -244,6 +249,12 @@ def _carry_out(
     except KeyboardInterrupt:
         click.echo("Interrupted; the same command goes on", err=True)
         ctx.exit(INTERRUPTED)
+    _show(ctx, job, report, as_json)
+
+
+def _show(ctx: click.Context, job: Job, report: Report, as_json: bool) -> None:
+    from prompttune.protocols.tables import rich_table
+
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
     else:

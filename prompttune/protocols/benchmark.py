@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prompttune.errors import UsageError
 from prompttune.files import write_json, write_text
 from prompttune.protocols.latency import Latency, measure
 from prompttune.protocols.plan import RunSpec, make_plan
 from prompttune.protocols.recipe import Recipe
 from prompttune.protocols.runner import Listener, Outcome, Pace, execute
-from prompttune.protocols.search import Choices, make_search, run_search
+from prompttune.protocols.search import Choices, finished_choices, make_search, run_search
 from prompttune.protocols.summary import Summary, summarise
 from prompttune.protocols.tables import markdown, write_rows
 
@@ -78,8 +79,30 @@ def run_benchmark(job: Job, jobs: int, listener: Listener, *, latency: bool = Tr
     job.plan({})  # what is wrong with the reported runs is said before the search trains for days
     plan = job.plan(run_search(search, job.output, jobs, listener))
     outcomes = execute(plan, job.output, jobs, _Writer(job, plan, listener))
+    return _conclude(job, plan, outcomes, latency)
+
+
+def report_finished(job: Job, *, latency: bool = True) -> Report:
+    """Write the files over the runs that are finished so far, and train nothing.
+
+    Raises:
+        UsageError: no run is finished, or settings are still to be chosen.
+    """
+    choices = finished_choices(job.search(), job.output)
+    if choices is None:
+        raise UsageError(f"settings are still to be chosen in {job.output}: there is nothing to tabulate yet")
+    plan = job.plan(choices)
+    outcomes = [Outcome(spec, row, kept=True) for spec in plan if (row := spec.record(job.output)) is not None]
+    if not outcomes:
+        raise UsageError(f"no run of this plan is finished in {job.output}; --dry-run lists them")
+    return _conclude(job, plan, outcomes, latency)
+
+
+def _conclude(job: Job, plan: Sequence[RunSpec], outcomes: Sequence[Outcome], latency: bool) -> Report:
+    rows = [outcome.row for outcome in outcomes if outcome.row is not None]
+    _write_rows(job, plan, rows)
     latencies = _latencies(outcomes) if latency else []
-    report = Report(_tabulate(job, plan, _rows(outcomes)), outcomes, latencies)
+    report = Report(_tabulate(job, plan, rows), outcomes, latencies)
     _write(report, job.output)
     return report
 
@@ -103,13 +126,13 @@ class _Writer:
 
     def _write(self) -> None:
         rows = [row for spec in self.plan if (row := spec.record(self.job.output)) is not None]
-        write_rows(self.job.output / RESULTS, rows)
-        if rows:
-            write_text(self.job.output / TABLE, markdown(_tabulate(self.job, self.plan, rows)))
+        _write_rows(self.job, self.plan, rows)
 
 
-def _rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    return [outcome.row for outcome in outcomes if outcome.row is not None]
+def _write_rows(job: Job, plan: Sequence[RunSpec], rows: Sequence[dict[str, Any]]) -> None:
+    write_rows(job.output / RESULTS, rows)
+    if rows:
+        write_text(job.output / TABLE, markdown(_tabulate(job, plan, rows)))
 
 
 def _tabulate(job: Job, plan: Sequence[RunSpec], rows: Sequence[dict[str, Any]]) -> Summary:
