@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
 from prompttune.backbones import load_backbone
 from prompttune.errors import DataError, TrainingError, UsageError
 from prompttune.methods import METHODS
+from prompttune.protocols import plots
+from prompttune.protocols.latency import Latency
 from prompttune.protocols.missing import available_tasks
 from prompttune.protocols.plan import RunSpec, make_plan
 from prompttune.protocols.recipe import BUILT_IN, Recipe, chosen, load_recipe, read_recipe
@@ -208,6 +212,35 @@ def test_table_arithmetic_by_hand() -> None:
     text = markdown(summary)
     assert "| m | 60.0 ± 10.0 | 80.0 ± 0.0 |" in text
     assert "2 runs have no figure" in text
+
+
+def test_labels_of_close_points_do_not_cover_each_other_or_a_point() -> None:
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    points = [("adapter", 100.0, 0.5, None), ("adaptformer", 101.0, 0.5, None), ("lora", 1.0, 0.9, 0.01)]
+    plots._scatter(axes, points)
+    figure.draw_without_rendering()
+    plots._name(axes, points)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == ["adapter", "adaptformer", "lora"]
+    dots = axes.transData.transform([(x, (mean or 0) * 100) for _, x, mean, _ in points])
+    for index, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:index])
+        assert not any(box.contains(x, y) for x, y in dots)
+    crowd = [(f"method {number}", 5.0, 0.5, None) for number in range(6)]
+    plots._name(axes, crowd)
+    assert len(axes.texts) == 3 + 6, "too many for one place, but all are written"
+
+
+def test_plot_has_a_second_panel_only_for_latencies(tmp_path: Path) -> None:
+    summary = summarise("t", {"a": "one"}, ["m"], [row("m", "a", 0, 0.5)])
+    sides = []
+    for latencies in ([], [Latency("m", 1.0, 1.0, 8, 1)]):
+        assert plots.plot_summary(tmp_path / "plot.png", summary, latencies)
+        with Image.open(tmp_path / "plot.png") as image:
+            sides.append(image.width / image.height)
+    assert (sides[0] < 1.5, sides[1] > 2) == (True, True)
 
 
 def test_time_left_counts_what_waits_and_what_runs() -> None:

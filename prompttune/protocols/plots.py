@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from prompttune.evaluation.plots import save_png
 from prompttune.protocols.latency import Latency
@@ -15,8 +16,21 @@ from prompttune.protocols.summary import Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.text import Annotation
 
 DOTS = "#3b6ea5"
+DOT_RADIUS = 4
+"""In pixels."""
+Corner = tuple[int, int, Literal["left", "right"], Literal["bottom", "top"]]
+"""Where a label may stand: offset in points, alignment."""
+CORNERS: tuple[Corner, ...] = (
+    (5, 4, "left", "bottom"),
+    (-5, 4, "right", "bottom"),
+    (5, -4, "left", "top"),
+    (-5, -4, "right", "top"),
+)
+Point = tuple[str, float, float | None, float | None]
+"""Label, place on the horizontal axis, mean and deviation, both as shares."""
 
 
 def plot_summary(path: Path, summary: Summary, latencies: Sequence[Latency]) -> bool:
@@ -28,27 +42,54 @@ def plot_summary(path: Path, summary: Summary, latencies: Sequence[Latency]) -> 
     lines = [line for line in summary.lines if line.mean is not None]
     if not lines:
         return False
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(summary.title)
-    left, right = figure.subplots(1, 2, sharey=True)
-    _scatter(left, [(line.label, line.trainable, line.mean, line.deviation) for line in lines])
-    left.set(xscale="log", xlabel="trained parameters, head included", ylabel="mean top-1 (%)")
     over = {one.label: one.over_backbone for one in latencies}
     timed = [(line.label, over[line.label], line.mean, line.deviation) for line in lines if line.label in over]
-    _scatter(right, timed)
-    batch = f", batch {latencies[0].batch}" if latencies else ""
-    right.set(xlabel=f"time of a forward over the plain backbone's (PyTorch{batch})")
+    figure = Figure(figsize=(12, 5) if timed else (6.5, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(summary.title)
+    panels = list(figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0])
+    trained = [(line.label, line.trainable, line.mean, line.deviation) for line in lines]
+    _scatter(panels[0], trained)
+    panels[0].set(xscale="log", xlabel="trained parameters, head included", ylabel="mean top-1 (%)")
+    if timed:
+        _scatter(panels[1], timed)
+        batch = f"batch {latencies[0].batch}"
+        panels[1].set(xlabel=f"time of a forward over the plain backbone's (PyTorch, {batch})")
+    figure.draw_without_rendering()  # labels are placed where the layout has put the points
+    for axes, points in zip(panels, (trained, timed), strict=False):
+        _name(axes, points)
     save_png(figure, path)
     return True
 
 
-def _scatter(axes: Axes, points: Sequence[tuple[str, float, float | None, float | None]]) -> None:
-    for label, x, mean, deviation in points:
+def _scatter(axes: Axes, points: Sequence[Point]) -> None:
+    for _, x, mean, deviation in points:
         y = (mean or 0.0) * 100
         axes.errorbar(x, y, yerr=None if deviation is None else deviation * 100, color=DOTS, marker="o", capsize=2)
-        axes.annotate(label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=9)
     axes.margins(x=0.15)
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _name(axes: Axes, points: Sequence[Point]) -> None:
+    """Write each point's label at the first of its corners that is free of other labels and points."""
+    places = [(x, (mean or 0.0) * 100) for _, x, mean, _ in points]
+    centres = axes.transData.transform(places)
+    taken = [Bbox.from_bounds(x - DOT_RADIUS, y - DOT_RADIUS, 2 * DOT_RADIUS, 2 * DOT_RADIUS) for x, y in centres]
+    for (label, *_), place in zip(points, places, strict=True):
+        for corner in CORNERS:
+            text = _write(axes, label, place, corner)
+            if not any(text.get_window_extent().overlaps(other) for other in taken):
+                break
+            text.remove()
+        else:
+            text = _write(axes, label, place, CORNERS[0])
+        taken.append(text.get_window_extent())
+
+
+def _write(axes: Axes, label: str, place: tuple[float, float], corner: Corner) -> Annotation:
+    across, up, horizontal, vertical = corner
+    return axes.annotate(
+        label, place, xytext=(across, up), textcoords="offset points", fontsize=9, ha=horizontal, va=vertical
+    )
