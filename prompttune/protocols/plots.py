@@ -43,12 +43,14 @@ def plot_summary(path: Path, summary: Summary, latencies: Sequence[Latency]) -> 
     if not lines:
         return False
     over = {one.label: one.over_backbone for one in latencies}
-    timed = [(line.label, over[line.label], line.mean, line.deviation) for line in lines if line.label in over]
+    timed: list[Point] = [
+        (line.label, over[line.label], line.mean, line.deviation) for line in lines if line.label in over
+    ]
     figure = Figure(figsize=(12, 5) if timed else (6.5, 5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(summary.title)
     panels = list(figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0])
-    trained = [(line.label, line.trainable, line.mean, line.deviation) for line in lines]
+    trained: list[Point] = [(line.label, line.trainable, line.mean, line.deviation) for line in lines]
     _scatter(panels[0], trained)
     panels[0].set(xscale="log", xlabel="trained parameters, head included", ylabel="mean top-1 (%)")
     if timed:
