@@ -348,11 +348,12 @@ def test_an_image_can_be_chosen_with_the_keyboard(page: Page, tmp_path: Path) ->
     file = tmp_path / "green.png"
     file.write_bytes(coloured("#00ff00"))
     expect(rows(page)).to_have_count(3)
-    rows(page).nth(2).get_by_role("button").focus()
-    page.keyboard.press("Enter")
-    expect(page.locator("#trial-task")).to_have_value("pets")
-    expect(page.locator("#trial-file")).to_be_focused()
+    # From the start: the browser is told to hand choosers over without an answer to wait for, and may be slow to obey.
     with page.expect_file_chooser() as chooser:
+        rows(page).nth(2).get_by_role("button").focus()
+        page.keyboard.press("Enter")
+        expect(page.locator("#trial-task")).to_have_value("pets")
+        expect(page.locator("#trial-file")).to_be_focused()
         page.keyboard.press("Enter")
     chooser.value.set_files(file)
     expect(page.locator(".scores .label").first).to_have_text("green")
