@@ -189,8 +189,8 @@ def accuracy(model: pt.PromptModel, images: Tensor, labels: Tensor) -> float:
 
 
 @click.command(help=__doc__)
-@click.option("--pretrain-epochs", default=6, show_default=True)
-@click.option("--epochs", default=6, show_default=True, help="Of each variant on each task.")
+@click.option("--pretrain-epochs", default=16, show_default=True)
+@click.option("--epochs", default=20, show_default=True, help="Of each variant on each task.")
 @click.option("--images", default=500, show_default=True, help="Training images of a task.")
 @click.option("--only", multiple=True, type=click.Choice(list(VARIANTS)), help="Run this one alone. May be repeated.")
 @click.option("--threads", default=1, show_default=True)
