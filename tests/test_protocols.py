@@ -65,6 +65,13 @@ def test_every_run_of_a_built_in_recipe_has_valid_settings(name: str) -> None:
         assert epochs == {entry.settings.get("epochs", recipe.defaults["epochs"])}, task
 
 
+def test_the_ablation_compares_with_the_demos_own_run() -> None:
+    demo, ablation = load_recipe("demo"), load_recipe("demo-ablation")
+    own = make_plan(demo, ["sa2vp"], list(demo.tasks), demo.seeds)
+    full = make_plan(ablation, ["full (window 3)"], list(ablation.tasks), ablation.seeds)
+    assert [(one.task, one.seed, one.digest) for one in full] == [(one.task, one.seed, one.digest) for one in own]
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_reported_images_choose_nothing(name: str) -> None:
     recipe = load_recipe(name)

@@ -39,7 +39,7 @@ class Report:
         return {
             **self.summary.to_dict(),
             "latencies": [dataclasses.asdict(one) for one in self.latencies],
-            "runs": [outcome.row for outcome in self.outcomes if outcome.row is not None],
+            "runs": _rows(self.outcomes),
             "failures": [{"run": outcome.spec.name, "error": outcome.error} for outcome in self.failures],
         }
 
@@ -95,16 +95,20 @@ def report_finished(job: Job, *, latency: bool = True) -> Report:
     outcomes = [Outcome(spec, row, kept=True) for spec in plan if (row := spec.record(job.output)) is not None]
     if not outcomes:
         raise UsageError(f"no run of this plan is finished in {job.output}; --dry-run lists them")
+    _write_rows(job, plan, _rows(outcomes))
     return _conclude(job, plan, outcomes, latency)
 
 
 def _conclude(job: Job, plan: Sequence[RunSpec], outcomes: Sequence[Outcome], latency: bool) -> Report:
-    rows = [outcome.row for outcome in outcomes if outcome.row is not None]
-    _write_rows(job, plan, rows)
+    """Summary, latencies and plot; the rows are written already."""
     latencies = _latencies(outcomes) if latency else []
-    report = Report(_tabulate(job, plan, rows), outcomes, latencies)
+    report = Report(_tabulate(job, plan, _rows(outcomes)), outcomes, latencies)
     _write(report, job.output)
     return report
+
+
+def _rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    return [outcome.row for outcome in outcomes if outcome.row is not None]
 
 
 class _Writer:

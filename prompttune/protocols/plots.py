@@ -43,22 +43,22 @@ def plot_summary(path: Path, summary: Summary, latencies: Sequence[Latency]) -> 
     if not lines:
         return False
     over = {one.label: one.over_backbone for one in latencies}
+    trained: list[Point] = [(line.label, line.trainable, line.mean, line.deviation) for line in lines]
     timed: list[Point] = [
-        (line.label, over[line.label], line.mean, line.deviation) for line in lines if line.label in over
+        (label, over[label], mean, deviation) for label, _, mean, deviation in trained if label in over
     ]
+    panels = [points for points in (trained, timed) if points]
     figure = Figure(figsize=(12, 5) if timed else (6.5, 5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(summary.title)
-    panels = list(figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0])
-    trained: list[Point] = [(line.label, line.trainable, line.mean, line.deviation) for line in lines]
-    _scatter(panels[0], trained)
-    panels[0].set(xscale="log", xlabel="trained parameters, head included", ylabel="mean top-1 (%)")
+    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, points in zip(row, panels, strict=True):
+        _scatter(axes, points)
+    row[0].set(xscale="log", xlabel="trained parameters, head included", ylabel="mean top-1 (%)")
     if timed:
-        _scatter(panels[1], timed)
-        batch = f"batch {latencies[0].batch}"
-        panels[1].set(xlabel=f"time of a forward over the plain backbone's (PyTorch, {batch})")
+        row[1].set(xlabel=f"time of a forward over the plain backbone's (PyTorch, batch {latencies[0].batch})")
     figure.draw_without_rendering()  # labels are placed where the layout has put the points
-    for axes, points in zip(panels, (trained, timed), strict=False):
+    for axes, points in zip(row, panels, strict=True):
         _name(axes, points)
     save_png(figure, path)
     return True
