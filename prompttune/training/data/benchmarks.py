@@ -4,8 +4,10 @@
   distributed with `NOAH <https://github.com/ZhangYuanhan-AI/NOAH>`_, SSF and FacT.
 - ``fgvc/FOLDER/TRAIN/EVAL``: ``<root>/FOLDER/TRAIN.json`` of path to class id, paths relative to the folder or to its
   ``images`` or ``Images``, as distributed with `VPT <https://github.com/KMnP/vpt>`_.
-- ``tv/NAME/TRAIN/EVAL``: torchvision's data set below ``<root>``, never downloaded. Of a data set without validation
-  images, ``train80`` and ``val20`` are parts of the training images, the same for every seed.
+- ``tv/NAME/TRAIN/EVAL``: torchvision's data set below ``<root>``; :func:`download` fetches it. Of a data set without
+  validation images, ``train80`` and ``val20`` are parts of the training images, the same for every seed.
+
+``<root>`` is a folder, or on the Hugging Face hub: :mod:`prompttune.training.data.roots`.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from PIL import Image
 from prompttune.errors import DataError, UsageError, choose
 from prompttune.images import to_rgb
 from prompttune.training.data.base import DataSplits, FileSource, ImageSource, Subset, check_class_count
+from prompttune.training.data.roots import DataRoot, LocalRoot, data_root
 from prompttune.training.data.splitting import split_indices
 
 KINDS = ("vtab", "fgvc", "tv")
@@ -36,7 +39,7 @@ class _Name:
     """A specification, taken apart."""
 
     kind: str
-    folder: Path
+    root: DataRoot
     name: str
     train: str
     held: str
@@ -48,7 +51,19 @@ class _Name:
             raise UsageError(f"{kind}/{name}: give {kind}/NAME/TRAINING SPLIT/EVALUATION SPLIT")
         if root is None:
             raise UsageError(f"{kind}/{name} needs the folder that the data are kept in: give --data-root")
-        return cls(kind, Path(root).expanduser(), *parts)
+        return cls(kind, data_root(root), *parts)
+
+    @property
+    def expected(self) -> list[str]:
+        """Files and folders, below the root, without which nothing can be loaded."""
+        if self.kind == "tv":
+            return list(TORCHVISION[_torchvision_name(self)].expected)
+        suffix = "txt" if self.kind == "vtab" else "json"
+        return [f"{self.name}/{split}.{suffix}" for split in dict.fromkeys((self.train, self.held))]
+
+    def fetched(self) -> Path:
+        """The root as a folder that holds all of the data set."""
+        return self.root.fetch(self.expected if self.kind == "tv" else [self.name])
 
 
 def load_benchmark(kind: str, name: str, root: str | None) -> DataSplits:
@@ -59,9 +74,9 @@ def load_benchmark(kind: str, name: str, root: str | None) -> DataSplits:
         DataError: files are missing or wrong; the message names the first.
     """
     wanted = _Name.read(kind, name, root)
-    if absent := _absent(wanted):
+    if absent := wanted.root.missing(wanted.expected):
         raise DataError(f"{kind}/{name}: no {absent[0]}")
-    train, val = {"vtab": _vtab, "fgvc": _fgvc, "tv": _torchvision}[kind](wanted)
+    train, val = {"vtab": _vtab, "fgvc": _fgvc, "tv": _torchvision}[kind](wanted, wanted.fetched())
     check_class_count(train.classes, f"{kind}/{name}")
     return DataSplits(train, val, list(train.classes), f"{kind}/{name}")
 
@@ -69,22 +84,34 @@ def load_benchmark(kind: str, name: str, root: str | None) -> DataSplits:
 def missing_files(spec: str, root: str | None) -> list[str]:
     """Files and folders that a specification expects and that are not there; empty for one of another kind."""
     kind, _, name = spec.partition("/")
-    return [str(path) for path in _absent(_Name.read(kind, name, root))] if kind in KINDS else []
+    if kind not in KINDS:
+        return []
+    wanted = _Name.read(kind, name, root)
+    return wanted.root.missing(wanted.expected)
 
 
-def _absent(wanted: _Name) -> list[Path]:
-    base = wanted.folder / wanted.name
-    if wanted.kind == "vtab":
-        expected = [base / f"{split}.txt" for split in (wanted.train, wanted.held)]
-    elif wanted.kind == "fgvc":
-        expected = [base / f"{split}.json" for split in (wanted.train, wanted.held)]
-    else:
-        expected = [wanted.folder / part for part in TORCHVISION[_torchvision_name(wanted)].expected]
-    return [path for path in dict.fromkeys(expected) if not path.exists()]
+def download(spec: str, root: str | None) -> None:
+    """Fetch a data set of torchvision that is missing from where it is published into the folder ``root``.
+
+    Does nothing for another kind.
+
+    Raises:
+        UsageError: the root is not a folder.
+        DataError: it cannot be fetched.
+    """
+    kind, _, name = spec.partition("/")
+    if kind != "tv":
+        return
+    wanted = _Name.read(kind, name, root)
+    if not isinstance(wanted.root, LocalRoot):
+        raise UsageError(f"{spec} is downloaded into a folder, not to {root}")
+    if wanted.root.missing(wanted.expected):
+        for split in ("train", "test"):
+            _torchvision_split(wanted, split, wanted.root.folder, download=True)
 
 
-def _vtab(wanted: _Name) -> tuple[ImageSource, ImageSource]:
-    base = wanted.folder / wanted.name
+def _vtab(wanted: _Name, root: Path) -> tuple[ImageSource, ImageSource]:
+    base = root / wanted.name
     lists = {
         split: _read_list(base / f"{split}.txt")
         for split in dict.fromkeys((wanted.train, wanted.held, *VTAB_LISTS))
@@ -117,8 +144,8 @@ def _read_list(file: Path) -> list[tuple[str, int]]:
     return rows
 
 
-def _fgvc(wanted: _Name) -> tuple[ImageSource, ImageSource]:
-    base = wanted.folder / wanted.name
+def _fgvc(wanted: _Name, root: Path) -> tuple[ImageSource, ImageSource]:
+    base = root / wanted.name
     train, held = (_read_json(base / f"{split}.json") for split in (wanted.train, wanted.held))
     first = next(iter(train))
     images = next((base / name for name in FGVC_IMAGE_FOLDERS if (base / name / first).exists()), None)
@@ -197,8 +224,8 @@ class _TorchvisionSource(ImageSource):
         return list(self._labels)
 
 
-def _torchvision(wanted: _Name) -> tuple[ImageSource, ImageSource]:
-    splits = {name: _torchvision_split(wanted, name) for name in dict.fromkeys((wanted.train, wanted.held))}
+def _torchvision(wanted: _Name, root: Path) -> tuple[ImageSource, ImageSource]:
+    splits = {name: _torchvision_split(wanted, name, root) for name in dict.fromkeys((wanted.train, wanted.held))}
     count = 1 + max(max(labels) for _, labels in splits.values())
     classes = [str(number) for number in range(count)]
     sources = []
@@ -212,7 +239,7 @@ def _torchvision(wanted: _Name) -> tuple[ImageSource, ImageSource]:
     return sources[0], sources[1]
 
 
-def _torchvision_split(wanted: _Name, name: str) -> tuple[Any, list[int]]:
+def _torchvision_split(wanted: _Name, name: str, root: Path, *, download: bool = False) -> tuple[Any, list[int]]:
     from torchvision import datasets
 
     known = TORCHVISION[wanted.name]
@@ -221,8 +248,9 @@ def _torchvision_split(wanted: _Name, name: str) -> tuple[Any, list[int]]:
     if known.by_flag and split == "val":
         raise UsageError(f"tv/{wanted.name} has no split val; give train80 and val20, or test")
     try:
-        data = getattr(datasets, known.made)(root=str(wanted.folder), download=False, **which)
+        data = getattr(datasets, known.made)(root=str(root), download=download, **which)
     except (OSError, RuntimeError, ValueError) as problem:
         reason = " ".join(str(problem).split())
-        raise DataError(f"cannot load tv/{wanted.name}, {split}, from {wanted.folder}: {reason}") from None
+        verb, where = ("download", "into") if download else ("load", "from")
+        raise DataError(f"cannot {verb} tv/{wanted.name}, {split}, {where} {root}: {reason}") from None
     return data, [int(label) for label in known.labels(data)]

@@ -8,8 +8,11 @@ from pathlib import Path
 
 from prompttune.errors import DataError, UsageError
 from prompttune.training.data.base import DataSplits
+from prompttune.training.data.benchmarks import KINDS as BENCHMARK_KINDS
+from prompttune.training.data.benchmarks import load_benchmark
 from prompttune.training.data.builtin import load_builtin
 from prompttune.training.data.folder import load_folder
+from prompttune.training.data.roots import HUB_PREFIX
 from prompttune.training.data.splitting import at_most
 from prompttune.training.data.table import load_table
 
@@ -46,6 +49,9 @@ def _load(spec: str, val_fraction: float, seed: int, root: str | None) -> DataSp
     kind, _, name = spec.partition("/")
     if kind == "demo":
         return load_builtin(name)
+    if root is not None and root.startswith(HUB_PREFIX) and kind not in BENCHMARK_KINDS:
+        raise UsageError(f"{root}: data of {', '.join(f'{one}/NAME' for one in BENCHMARK_KINDS)} are read from there; "
+                         f"hfds/OWNER/NAME reads a data set of the hub, {spec} does not")  # fmt: skip
     if kind.lower() in _FACTORY and name:
         return _FACTORY[kind.lower()](name, root, val_fraction, seed)
     path = Path(root or "").expanduser() / Path(spec).expanduser()
@@ -77,8 +83,6 @@ def _load_wds(name: str, root: str | None, val_fraction: float, seed: int) -> Da
 
 def _load_benchmark(kind: str) -> Callable[[str, str | None, float, int], DataSplits]:
     def load(name: str, root: str | None, val_fraction: float, seed: int) -> DataSplits:  # noqa: ARG001
-        from prompttune.training.data.benchmarks import load_benchmark
-
         return load_benchmark(kind, name, root)
 
     return load
@@ -88,7 +92,5 @@ _FACTORY: dict[str, Callable[[str, str | None, float, int], DataSplits]] = {
     "torch": _load_torch,
     "hfds": _load_hfds,
     "wds": _load_wds,
-    "vtab": _load_benchmark("vtab"),
-    "fgvc": _load_benchmark("fgvc"),
-    "tv": _load_benchmark("tv"),
+    **{kind: _load_benchmark(kind) for kind in BENCHMARK_KINDS},
 }
