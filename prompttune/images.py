@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 EXTENSIONS = frozenset(
     f".{name}"
@@ -49,12 +49,32 @@ def read_image(
         TooManyPixelsError: it has more pixels.
         OSError: it cannot be read; the message is the reason, without the file's name.
     """
+    return read_oriented(file, formats=formats, max_pixels=max_pixels)[0]
+
+
+def read_oriented(
+    file: str | Path | BinaryIO, *, formats: Sequence[str] | None = None, max_pixels: int | None = None
+) -> tuple[Image.Image, int]:
+    """As :func:`read_image`, and the EXIF orientation that the file had: 1 where it is upright or has none."""
+    with opened(file, formats) as image:
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise TooManyPixelsError(f"{image.width} x {image.height} pixels, more than {max_pixels}")
+        orientation = turn_upright(image)
+        upright = to_rgb(image)
+    return upright, orientation
+
+
+@contextlib.contextmanager
+def opened(file: str | Path | BinaryIO, formats: Sequence[str] | None = None) -> Iterator[Image.Image]:
+    """Open an image file; what its decoder raises before the block ends becomes an :class:`OSError`.
+
+    Raises:
+        TooManyPixelsError: it has more pixels than Pillow takes.
+        OSError: it cannot be read; the message is the reason, without the file's name.
+    """
     try:
         with Image.open(file, formats=None if formats is None else tuple(formats)) as image:
-            if max_pixels is not None and image.width * image.height > max_pixels:
-                raise TooManyPixelsError(f"{image.width} x {image.height} pixels, more than {max_pixels}")
-            image.load()
-            return to_rgb(_upright(image))
+            yield image
     except TooManyPixelsError:
         raise
     except Image.DecompressionBombError as problem:
@@ -63,11 +83,15 @@ def read_image(
         raise OSError(_reason(problem)) from problem
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def turn_upright(image: Image.Image) -> int:
+    """Decode an image, turn it after its EXIF orientation and return that: 1 where it is upright or has none."""
+    image.load()
+    orientation: object = 1
     # damaged metadata hides the orientation, not the picture
     with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
         ImageOps.exif_transpose(image, in_place=True)
-    return image
+    return next((known for known in range(2, 9) if known == orientation), 1)
 
 
 def _reason(problem: Exception) -> str:

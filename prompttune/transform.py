@@ -34,7 +34,7 @@ class EvaluationTransform:
         """Transform an RGB image into a normalised float32 tensor [3, S, S].
 
         Raises:
-            ValueError: a side rounds to nothing.
+            UnresizableError: its sides differ too much, see :meth:`Preprocess.check_sides`.
         """
         settings = self.preprocess
         values = self.pixels(image).to(torch.float32).div_(255)  # the rounding of timm's, bit for bit
@@ -49,30 +49,36 @@ class EvaluationTransform:
 
     def resized(self, image: Image.Image) -> Tensor:
         """The image resized and not yet cropped, uint8 [3, height, width]; errors as in a call."""
-        settings = self.preprocess
-        scaled = math.floor(settings.image_size / settings.crop_pct)
-        size = [scaled, scaled] if settings.crop_mode == "squash" else _fitted(image, scaled)
+        size, interpolation = self._resized_size(*image.size), InterpolationMode(self.preprocess.interpolation)
         # A channel after the other within a pixel, as Pillow has them and torchvision is quickest with.
-        interpolation = InterpolationMode(settings.interpolation)
         pixels: Tensor = F.resize_image(F.pil_to_tensor(image), size, interpolation, antialias=True)
         return pixels
 
     def resized_with(self, values: Tensor, interpolation: InterpolationMode) -> Tensor:
         """What belongs to an image's pixels, [1, height, width], resized and cropped as the image is: [1, S, S]."""
-        settings = self.preprocess
-        scaled = math.floor(settings.image_size / settings.crop_pct)
         height, width = values.shape[-2:]
-        size = [scaled, scaled] if settings.crop_mode == "squash" else _fitted_to(width, height, scaled)
-        resized = F.resize_image(values, size, interpolation, antialias=False)
-        cropped: Tensor = F.center_crop_image(resized, [settings.image_size, settings.image_size])
+        resized = F.resize_image(values, self._resized_size(width, height), interpolation, antialias=False)
+        cropped: Tensor = F.center_crop_image(resized, [self.preprocess.image_size] * 2)
         return cropped
 
+    def _resized_size(self, width: int, height: int) -> list[int]:
+        """Height and width of an image once it is resized; with ``center``, rounded down as torchvision does."""
+        settings = self.preprocess
+        settings.check_sides(width, height)
+        short = math.floor(settings.image_size / settings.crop_pct)
+        if settings.crop_mode == "squash":
+            return [short, short]
+        long = int(short * max(width, height) / min(width, height))
+        return [short, long] if width >= height else [long, short]
 
-def _fitted(image: Image.Image, short: int) -> list[int]:
-    """Height and width when the shorter side becomes ``short``, rounded down as torchvision does."""
-    return _fitted_to(*image.size, short)
 
+@dataclass(frozen=True)
+class CheckedSides:
+    """The first step of a transform that timm makes: :meth:`Preprocess.check_sides`, the image as it is."""
 
-def _fitted_to(width: int, height: int, short: int) -> list[int]:
-    long = int(short * max(width, height) / min(width, height))
-    return [short, long] if width >= height else [long, short]
+    preprocess: Preprocess
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Return the image; errors as :class:`EvaluationTransform` raises them."""
+        self.preprocess.check_sides(*image.size)
+        return image

@@ -29,13 +29,18 @@ def class_map(logits: Array, side: int) -> Mask:
 
 
 def seen_box(preprocess: Preprocess, width: int, height: int) -> tuple[int, int, int, int]:
-    """The part of an image of ``width`` x ``height`` that its task sees: left, upper, right, lower, in pixels."""
+    """The part of an image of ``width`` x ``height`` that its task sees: left, upper, right, lower, in pixels.
+
+    It lies inside the image and has at least one pixel.
+    """
     across, down = float(width), float(height)
     if preprocess.crop_mode == "center":
         across = down = float(min(width, height))
     across, down = across * preprocess.crop_pct, down * preprocess.crop_pct
     left, upper = (width - across) / 2, (height - down) / 2
-    return round(left), round(upper), max(round(left + across), 1), max(round(upper + down), 1)
+    first, top = round(left), round(upper)
+    # Of a strip the crop may be narrower than a pixel.
+    return first, top, max(round(left + across), first + 1), max(round(upper + down), top + 1)
 
 
 def mask_of_image(mask: Mask, preprocess: Preprocess, width: int, height: int) -> Mask:

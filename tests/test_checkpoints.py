@@ -76,6 +76,38 @@ def test_damage_is_one_clear_line(saved, tmp_path):
     refused("cannot read the checkpoint config")
 
 
+@pytest.mark.parametrize(
+    ("part", "changes", "words"),
+    [
+        ("backbone", {"image_size": "64"}, "backbone.image_size"),
+        ("backbone", {"image_size": True}, "backbone.image_size"),
+        ("backbone", {"image_size": -64}, "backbone.image_size must be from 1 to 8192, not -64"),
+        ("backbone", {"image_size": 10**9}, "backbone.image_size must be from 1 to 8192"),
+        ("backbone", {"name": 5}, "backbone.name"),
+        ("backbone", {"name": ["a"]}, "backbone.name"),
+        ("backbone", {"fingerprint": 12}, "backbone.fingerprint"),
+        ("backbone", {"weights": None}, "backbone.weights"),
+        ("preprocess", {"mean": ["x", "y", "z"]}, "mean needs three numbers"),
+        ("preprocess", {"mean": 5}, "does not fit"),
+        ("preprocess", {"std": [1, 1, 0]}, "std needs three numbers"),
+        ("preprocess", {"image_size": "64"}, "image_size must be a whole number"),
+        ("preprocess", {"crop_pct": 1e-9}, "sides of more than 8192 pixels"),
+        (None, {"labels": [1, 2, 3, 4, 5]}, "labels"),
+        (None, {"backbone": ["name"]}, "backbone"),
+        (None, {"segmentation": 5}, "segmentation"),
+        (None, {"format_version": 2, "segmentation": {"head": "pyramid", "channels": 10**9}}, "1 to 4096 channels"),
+        (None, {"format_version": 2, "segmentation": {"head": "pyramid", "channels": "8"}}, "1 to 4096 channels"),
+    ],
+)
+def test_a_config_from_elsewhere_is_not_believed(saved, backbone, part, changes, words):
+    config = json.loads((saved / "prompt_config.json").read_text())
+    edit(saved, **({part: config[part] | changes} if part else changes))
+    with pytest.raises(CheckpointError, match=words) as caught:
+        pt.PromptModel.load(saved)
+    assert "prompt_config.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_wrong_backbone_is_named_on_both_sides(saved, backbone):
     other = pt.load_backbone("test_vit", 64, "random:3")
     with pytest.raises(CheckpointError, match=f"{backbone.fingerprint[:12]}.*{other.fingerprint[:12]}"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import random
 from pathlib import Path
@@ -23,6 +24,7 @@ from prompttune.training.data import (
     load_data,
     make_loader,
 )
+from prompttune.training.data.transforms import is_exact
 from tests.data_helpers import picture, spoil, write_classes
 
 PREPROCESS = Preprocess(image_size=10, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -267,6 +269,46 @@ def test_the_reason_never_hides_the_path() -> None:
 
     (batch,) = epoch(make_loader(Odd(2), EXACT, batch_size=2, shuffle=False, seed=0), 0)
     assert batch.corrupt == ["numbered[0]: ValueError", "numbered[1]: tile, 3, cannot decode"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "augment"),
+    [
+        ({"crop_mode": "center"}, Augment()),
+        ({"crop_mode": "center"}, Augment(hflip=0.5)),
+        ({"crop_mode": "center", "crop_pct": 0.9}, Augment(random_crop=True)),
+        ({"crop_mode": "center", "interpolation": "nearest"}, Augment()),
+        ({"crop_mode": "border"}, Augment()),
+        ({"crop_mode": "border"}, Augment(hflip=0.5)),
+    ],
+)
+def test_an_image_that_cannot_be_resized_is_a_corrupt_one(
+    changes: dict[str, Any], augment: Augment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Strip(Numbered):
+        def load(self, index: int) -> tuple[Image.Image, int]:
+            return picture(index) if index else Image.new("RGB", (1, 90)), index
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # of 10 x 10, a strip becomes 10 x 900
+    transform = augment.transform(dataclasses.replace(PREPROCESS, **changes))
+    batches = make_loader(Strip(3), transform, batch_size=1, shuffle=False, seed=0)
+    assert [batch.corrupt for batch in epoch(batches, 0)] == [
+        ["numbered[0]: sides of 1 x 90 pixels differ too much to be resized"], [], [],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("crop_mode", ["squash", "center", "border"])
+def test_an_evaluation_transform_draws_no_random_numbers(crop_mode: str) -> None:
+    assert is_exact(dataclasses.replace(PREPROCESS, crop_mode=crop_mode).transform())
+    assert is_exact(dataclasses.replace(PREPROCESS, interpolation="nearest").transform())
+
+
+def test_a_mistake_in_a_transform_is_no_corrupt_image() -> None:
+    def mistaken(image: Image.Image) -> torch.Tensor:
+        raise ValueError("a mistake")
+
+    with pytest.raises(ValueError, match="a mistake"):
+        epoch(loader(transform=mistaken), 0)
 
 
 def test_a_mistake_in_a_source_is_no_corrupt_image() -> None:

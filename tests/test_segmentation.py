@@ -172,8 +172,9 @@ def test_sizes_and_levels():
 def test_bad_settings_are_refused():
     with pytest.raises(UsageError, match="unknown head 'conv'"):
         pt.SegmentationConfig("conv")
-    with pytest.raises(UsageError, match="at least 1 channel"):
-        pt.SegmentationConfig("pyramid", 0)
+    for channels in (0, 10**9, "8", 8.0, True):
+        with pytest.raises(UsageError, match="from 1 to 4096 channels"):
+            pt.SegmentationConfig("pyramid", channels)
     with pytest.raises(UsageError, match="at most 255 classes"):
         pt.PromptModel(tiny(), config_of("linear"), 256, segmentation=pt.SegmentationConfig())
 

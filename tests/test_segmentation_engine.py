@@ -304,6 +304,18 @@ def test_masks_lie_where_the_task_looked(settings, size, box):
     assert (mask != 1).sum() == (mask == 255).sum()
 
 
+@pytest.mark.parametrize("crop_mode", ["squash", "center"])
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875, 0.01])
+def test_of_a_strip_the_task_sees_at_least_a_pixel(crop_mode, crop_pct):
+    preprocess = Preprocess(8, (0.5,) * 3, (0.5,) * 3, crop_pct=crop_pct, crop_mode=crop_mode)
+    for width, height in [(100, 1), (1, 100), (101, 1), (1, 1), (2, 3)]:
+        left, upper, right, lower = seen_box(preprocess, width, height)
+        assert 0 <= left < right <= width
+        assert 0 <= upper < lower <= height
+        mask = mask_of_image(np.ones((8, 8), np.uint8), preprocess, width, height)
+        assert (mask == 1).sum() == (right - left) * (lower - upper)
+
+
 def test_colours_tell_classes_apart():
     colours = palette(150).astype(int)
     assert len(np.unique(colours, axis=0)) == 150

@@ -1,6 +1,8 @@
 """Masks, their transforms, the figures of a segmentation, and a training that learns."""
 
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -139,13 +141,33 @@ def test_bad_data_is_told_in_one_line(tmp_path):
         load_masks(str(folder))
 
 
+@pytest.mark.parametrize("names", ["classes.txt", "objectInfo150.txt"])
+def test_class_names_in_another_encoding_are_told_in_one_line(tmp_path, names):
+    folder = write_ade20k(tmp_path, names)
+    with (folder / names).open("a", encoding="latin-1") as stream:
+        stream.write("3\t.5\t1\t1\tTür\n")
+    with pytest.raises(DataError, match=f"{names} is not in UTF-8: save") as caught:
+        load_masks(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def declare(path, width, height):
+    """A PNG whose header promises more pixels than it has."""
+    Image.new("L", (1, 1)).save(path)
+    content = bytearray(path.read_bytes())
+    content[16:24] = struct.pack(">II", width, height)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("write", "words"),
     [
         (lambda path: Image.new("RGB", (40, 30)).save(path), "has colours (RGB)"),
         (lambda path: Image.new("L", (30, 30)).save(path), "has 30 x 30 pixels, the image 40 x 30"),
         (lambda path: Image.new("L", (40, 30), 9).save(path), "has the number 9, which no class has"),
-        (lambda path: path.write_bytes(b"no picture"), "cannot identify"),
+        (lambda path: path.write_bytes(b"no picture"), "the annotation 0.png cannot be read (not an image"),
+        (lambda path: declare(path, 60_000, 60_000), "the annotation 0.png cannot be read (Image size (3600000000"),
     ],
 )
 def test_a_bad_annotation_is_one_unreadable_image(tmp_path, write, words):
@@ -157,6 +179,60 @@ def test_a_bad_annotation_is_one_unreadable_image(tmp_path, write, words):
     assert batch.targets.shape == (1, 16, 16)
     assert len(batch.corrupt) == 1
     assert words in batch.corrupt[0]
+
+
+def test_annotations_that_declare_too_much_are_left_out_of_the_numbers(tmp_path):
+    folder = write_ade20k(tmp_path, None)
+    declare(folder / "annotations" / "training" / "0.png", 60_000, 60_000)
+    assert load_masks(str(folder)).classes == ["1", "2"]
+
+
+def oriented(path, orientation):
+    """Write a picture again with an EXIF orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    with Image.open(path) as picture:
+        picture.load()
+        picture.save(path, exif=exif)
+
+
+def test_image_and_annotation_are_turned_together(tmp_path):
+    folder = write_ade20k(tmp_path)
+    expected_image, expected_mask = load_masks(str(folder)).train.load(1)
+    for path in (folder / "images" / "training" / "1.jpg", folder / "annotations" / "training" / "1.png"):
+        oriented(path, 6)
+    image, mask = load_masks(str(folder)).train.load(1)
+    assert image.size == expected_image.size[::-1]
+    assert np.array_equal(mask, np.rot90(expected_mask, -1))
+
+
+@pytest.mark.parametrize(("turned", "found"), [("images", (3, 1)), ("annotations", (1, 3)), (None, (1, 1))])
+def test_an_orientation_of_one_of_both_is_one_unreadable_image(tmp_path, turned, found):
+    folder = write_ade20k(tmp_path)
+    oriented(folder / "images" / "training" / "0.jpg", 3 if turned == "images" else 1)  # 3 keeps the sides
+    oriented(folder / "annotations" / "training" / "0.png", 3 if turned == "annotations" else 1)
+    source = load_masks(str(folder)).train
+    joint = JointTransform(Preprocess(16, **GREY))
+    (batch,) = list(make_mask_loader(source, joint, batch_size=4, shuffle=False, seed=0))
+    if turned is None:
+        assert batch.corrupt == []
+    else:
+        (line,) = batch.corrupt
+        assert f"the image has EXIF orientation {found[0]}, the annotation 0.png has {found[1]}; store both" in line
+
+
+def test_a_strip_is_one_unreadable_image(tmp_path, monkeypatch):
+    folder = write_ade20k(tmp_path)
+    for part, kind in (("images", "jpg"), ("annotations", "png")):
+        path = folder / part / "training" / f"0.{kind}"
+        with Image.open(path) as picture:
+            picture.resize((120, 1)).save(path)
+    joint = JointTransform(Preprocess(16, **GREY, crop_mode="center"))
+    source = load_masks(str(folder)).train
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16 * 16 * 50)
+    (batch,) = list(make_mask_loader(source, joint, batch_size=4, shuffle=False, seed=0))
+    assert batch.corrupt == [f"{source.describe(0)}: sides of 120 x 1 pixels differ too much to be resized"]
+    assert batch.targets.shape == (1, 16, 16)
 
 
 def coordinates(width, height):

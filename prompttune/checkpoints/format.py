@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prompttune.errors import CheckpointError
 from prompttune.files import read_json, sha256_file
+from prompttune.preprocess import LONGEST_SIDE
 
 FORMAT_VERSION = 1
 SEGMENTATION_VERSION = 2
@@ -31,15 +32,20 @@ _REQUIRED: dict[str, type] = {
     "labels": list,
     "metrics": dict,
     "model_sha256": str,
+    "backbone.name": str,
+    "backbone.image_size": int,
+    "backbone.weights": str,
+    "backbone.weights_source": str,
+    "backbone.fingerprint": str,
 }
-_BACKBONE = ("name", "image_size", "weights", "weights_source", "fingerprint")
+"""Type of each value as JSON has it; a dot leads into an object."""
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """Read and check ``prompt_config.json`` of a checkpoint folder.
 
     Raises:
-        CheckpointError: no folder, no config, a newer format, a part missing or of the wrong type.
+        CheckpointError: no folder, no config, a newer format, a part missing, of the wrong type or out of range.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -52,12 +58,31 @@ def read_config(path: str | Path) -> dict[str, Any]:
             f"{SEGMENTATION_VERSION}; "
             "use the version that wrote it, or a newer one"
         )
-    wrong = [name for name, kind in _REQUIRED.items() if not isinstance(config.get(name), kind)]
-    if version == SEGMENTATION_VERSION and not isinstance(config.get("segmentation"), dict):
-        wrong.append("segmentation")
-    wrong += [f"backbone.{name}" for name in _BACKBONE if name not in (config.get("backbone") or {})]
-    if wrong:
+    if wrong := _wrong_parts(config, version):
         raise CheckpointError(f"{folder / CONFIG_FILE} lacks {', '.join(wrong)}, or holds it in the wrong type")
+    size = config["backbone"]["image_size"]
+    if not 1 <= size <= LONGEST_SIDE:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: backbone.image_size must be from 1 to {LONGEST_SIDE}, not {size}; "
+            "get the checkpoint again from where it was trained"
+        )
+    return config
+
+
+def _wrong_parts(config: dict[str, Any], version: int) -> list[str]:
+    # the exact type: JSON has no others, and true is no number
+    wrong = [name for name, kind in _REQUIRED.items() if type(_part(config, name)) is not kind]
+    if "labels" not in wrong and not all(isinstance(label, str) for label in config["labels"]):
+        wrong.append("labels")
+    segmentation = config.get("segmentation")
+    if not isinstance(segmentation, dict) and (version == SEGMENTATION_VERSION or segmentation is not None):
+        wrong.append("segmentation")
+    return wrong
+
+
+def _part(config: Any, name: str) -> Any:
+    for key in name.split("."):
+        config = config.get(key) if isinstance(config, dict) else None
     return config
 
 

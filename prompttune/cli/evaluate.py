@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from prompttune.errors import CheckpointError, UsageError
 from prompttune.evaluation.result import percent
 from prompttune.evaluation.segmentation import SegmentationEvaluation
 from prompttune.files import write_json
+from prompttune.limits import out_of_bounds
 from prompttune.training.config import TrainConfig, read_yaml
-from prompttune.training.fields import settings_of
+from prompttune.training.fields import coerce_all, settings_of
 from prompttune.training.scoring import SPLITS, EvaluationResult
 from prompttune.training.scoring import evaluate as evaluate_model
 from prompttune.training.state import RunFolder
@@ -110,9 +111,9 @@ evaluate.params.extend(
 
 def _settings(ctx: click.Context, checkpoint: Path, given: dict[str, Any]) -> dict[str, Any]:
     """The command line's settings, over the run's where its own data is meant, over the defaults."""
-    typed = {
-        name: value for name, value in given.items() if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
-    }
+    typed = _checked(
+        {name: value for name, value in given.items() if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    )
     defaults = {name: known.default for name, known in settings_of(TrainConfig).items() if name in SETTINGS}
     remembered: dict[str, Any] = {}
     if "data" not in typed:
@@ -122,8 +123,22 @@ def _settings(ctx: click.Context, checkpoint: Path, given: dict[str, Any]) -> di
         if not file.exists():
             raise UsageError(f"{checkpoint} does not say what it was trained on: give --data")
         remembered = {name: value for name, value in read_yaml(file).items() if name in REMEMBERED}
+        try:
+            remembered = _checked(remembered)
+        except (UsageError, OverflowError) as problem:  # OverflowError: a number without end, or of hundreds of digits
+            raise UsageError(f"{file} is damaged: {problem}; give --data") from None
     chosen = {**defaults, **remembered, **typed}
     return {**chosen, "workers": chosen["workers"] or 0}
+
+
+def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings brought to their types and held to their bounds; :class:`UsageError` names one that does not fit."""
+    known = settings_of(TrainConfig)
+    made = coerce_all(values, known, "setting")
+    for name, value in made.items():
+        if isinstance(value, int | float) and (problem := out_of_bounds(name, value, known[name].metadata)):
+            raise UsageError(problem)
+    return made
 
 
 def _write(folder: Path, document: dict[str, Any], result: EvaluationResult | SegmentationEvaluation) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
+from prompttune.backbones.swin import SwinBackbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.errors import UsageError
 from prompttune.explanation.subjects import Subject
@@ -70,11 +71,10 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tenso
 
 def check_readable(backbone: Backbone) -> None:
     """Raise :class:`UsageError` unless the attention of ``backbone`` has one map of all patches a block."""
+    if isinstance(backbone, SwinBackbone):
+        raise UsageError(f"{backbone.name} attends within windows, which gives no map of the image")
     if not isinstance(backbone, VitBackbone):
-        raise UsageError(
-            f"{backbone.name} attends within windows, which gives no map of the image; "
-            "leave attention out of --show: Grad-CAM and t-SNE work"
-        )
+        raise UsageError(f"{backbone.name} has no attention")
 
 
 @torch.no_grad()

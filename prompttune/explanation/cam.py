@@ -2,10 +2,11 @@
 
 Grad-CAM, https://arxiv.org/abs/1610.02391. Captum, https://captum.ai, wants a module of a network whose output has
 channels in front of rows and columns; no module of a transformer has that, and the forward takes a state beside the
-images. So the network is wrapped, and the tokens of the chosen layer pass through an identity in that shape.
+images. So the network is wrapped, and what the chosen layer gives passes through an identity in that shape.
 
 The layer is, on a ViT, the norm in front of the last block's attention: behind it the patches no longer reach a class
-token (the choice of https://github.com/jacobgil/pytorch-grad-cam). On a Swin it is the norm in front of the pooling.
+token (the choice of https://github.com/jacobgil/pytorch-grad-cam). On a Swin it is the norm in front of the pooling, on
+a ResNet or ConvNeXt the last block, whose map is pooled.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
+from prompttune.backbones.conv import ConvBackbone
 from prompttune.backbones.swin import SwinBackbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.errors import MissingExtraError, UsageError
@@ -35,17 +37,27 @@ def last_layer(backbone: Backbone) -> tuple[nn.Module, tuple[int, int]]:
         return backbone.block(backbone.depth - 1).norm1, backbone.grid
     if isinstance(backbone, SwinBackbone):
         return cast(nn.Module, backbone.model.norm), backbone.stages[-1].grid
-    raise UsageError(f"Grad-CAM knows no last layer of a {type(backbone).__name__}; leave grad-cam out of --show")
+    if isinstance(backbone, ConvBackbone):
+        return backbone.block(backbone.depth - 1), backbone.stages[-1].grid
+    raise UsageError(f"Grad-CAM knows no last layer of a {type(backbone).__name__}")
+
+
+def check_explicable(model: PromptModel) -> None:
+    """Raise :class:`UsageError` unless Grad-CAM can explain what ``model`` answers."""
+    if model.task != "classification":
+        raise UsageError(f"a {model.task} predicts no class of the whole image")
+    last_layer(model.method.driven)
 
 
 class MappedModel(nn.Module):
-    """Logits of images under one state; the last layer's patches pass through :attr:`maps` as [B, D, R, C]."""
+    """Logits of images under one state; what the last layer gives passes through :attr:`maps` as [B, D, R, C]."""
 
     def __init__(self, model: PromptModel, state: State) -> None:
         super().__init__()
         self.model = model
         self.state = state
         self.layer, self.grid = last_layer(model.method.driven)
+        self.gives_maps = isinstance(model.method.driven, ConvBackbone)
         self.maps = nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -62,7 +74,9 @@ class MappedModel(nn.Module):
             handle.remove()
 
     def _through_maps(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        """Tokens [B, N, D], or [pathways, B, N, D] with the image's first; the patches are the last of them."""
+        """Maps [B, D, R, C], or tokens [B, N, D], the patches last, or [pathways, B, N, D] with the image's first."""
+        if self.gives_maps:
+            return cast(Tensor, self.maps(output))
         pathways = output if output.ndim == 4 else output.unsqueeze(0)
         tokens = pathways[0]
         front = tokens.shape[1] - self.grid[0] * self.grid[1]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prompttune.errors import DataError, UsageError
 from prompttune.images import is_image, read_image
-from prompttune.preprocess import Preprocess
+from prompttune.preprocess import LONGEST_SIDE, Preprocess, UnresizableError
 
 VIEW_SIDE = 336
 """Pixels of the side, at least, of the picture that a map is laid over."""
@@ -61,11 +61,18 @@ def _images_in(folder: Path) -> list[Path]:
     return sorted(images)
 
 
-def read_pictures(paths: Sequence[Path], limit: int) -> tuple[list[Picture], list[str]]:
+def read_pictures(
+    paths: Sequence[Path], limit: int, transforms: Sequence[Preprocess]
+) -> tuple[list[Picture], list[str]]:
     """Read images until there are ``limit``.
 
+    Args:
+        paths: of the files.
+        limit: how many to read at most.
+        transforms: those that each image will go through.
+
     Returns:
-        The images, and one line for each that could not be read.
+        The images, and one line for each that could not be read or that a transform cannot resize.
 
     Raises:
         DataError: none could be read.
@@ -76,8 +83,12 @@ def read_pictures(paths: Sequence[Path], limit: int) -> tuple[list[Picture], lis
         if len(pictures) == limit:
             break
         try:
-            pictures.append(Picture(str(path), read_image(path)))
-        except OSError as problem:
+            image = read_image(path)
+            for preprocess in transforms:
+                preprocess.check_sides(*image.size)
+                _enlarged(preprocess).check_sides(*image.size)
+            pictures.append(Picture(str(path), image))
+        except (OSError, UnresizableError) as problem:
             corrupt.append(f"{path}: {' '.join(str(problem).split())}")
     if paths and not pictures:
         raise DataError(f"none of the {len(corrupt)} images can be read, first: {corrupt[0]}")
@@ -89,17 +100,23 @@ def model_input(preprocess: Preprocess, image: Image.Image, device: torch.device
     return preprocess.transform()(image).unsqueeze(0).to(device)
 
 
+def _enlarged(preprocess: Preprocess) -> Preprocess:
+    """The transform for what a person sees, within what any transform may resize to."""
+    side = preprocess.image_size
+    most = int(LONGEST_SIDE * preprocess.crop_pct) // side
+    return dataclasses.replace(preprocess, image_size=min(math.ceil(VIEW_SIDE / side), most) * side)
+
+
 def view(preprocess: Preprocess, image: Image.Image) -> NDArray[np.float32]:
     """What the model sees of the image, as a person wants to see it.
 
-    The same transform at a multiple of its size, at least :data:`VIEW_SIDE`, without the normalisation.
+    The same transform at a multiple of its size, at least :data:`VIEW_SIDE` if it may resize so far, without the
+    normalisation.
 
     Returns:
         RGB in [0, 1], [side, side, 3].
     """
-    times = math.ceil(VIEW_SIDE / preprocess.image_size)
-    larger = dataclasses.replace(preprocess, image_size=times * preprocess.image_size)
-    seen = larger.transform()(image).permute(1, 2, 0)  # [side, side, 3]
+    seen = _enlarged(preprocess).transform()(image).permute(1, 2, 0)  # [side, side, 3]
     pixels = seen * torch.tensor(preprocess.std) + torch.tensor(preprocess.mean)
     clipped: NDArray[np.float32] = pixels.clamp(0, 1).numpy()
     return clipped

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from prompttune.errors import UsageError, choose
 from prompttune.explanation import drawing
 from prompttune.explanation.attention import BlockAttention, block_attention, check_readable
-from prompttune.explanation.cam import grad_cam, last_layer
+from prompttune.explanation.cam import check_explicable, grad_cam
 from prompttune.explanation.inputs import Picture, model_input, token_of, view
 from prompttune.explanation.settings import ExplainSettings
 from prompttune.explanation.similarity import cosine_map, grid_of, number_of, record_maps
@@ -53,31 +53,28 @@ class PictureExplainer:
     def __init__(self, subjects: Sequence[Subject], settings: ExplainSettings, notes: list[str]) -> None:
         self.subjects = subjects
         self.settings = settings
+        self.notes = notes
         self.runs = [subject for subject in subjects if subject.model is not None]
         self.layers = {id(one): settings.layers_of(one.backbone.depth) for one in subjects}
-        self.attending = self._that_can("attention", check_readable, subjects, notes)
-        self.weighed = self._that_can("grad-cam", last_layer, self.runs, notes)
+        self.attending = self._that_can("attention", lambda one: check_readable(one.driven), subjects)
+        self.weighed = self._that_can("grad-cam", lambda one: check_explicable(one.run()[0]), self.runs)
+        self.answering = [run for run in self.runs if run.run()[0].task == "classification"]
         self._check_heads()
-        if settings.target is not None:
-            for run in self.runs:
-                choose(f"label of {run.name}", settings.target, run.run()[0].labels)
-        self._checked_maps = False
+        self._check_target()
         self._shares: dict[str, dict[int, list[float]]] = {}
 
-    def _that_can(self, part: str, check: Any, subjects: Sequence[Subject], notes: list[str]) -> list[Subject]:
+    def _that_can(self, part: str, check: Callable[[Subject], None], subjects: Sequence[Subject]) -> list[Subject]:
         """The subjects of which ``part`` can be drawn; a note of the others, or an error where it was asked for."""
         if not self.settings.wants(part):
             return []
         able = []
         for subject in subjects:
             try:
-                check(subject.backbone)
+                check(subject)
                 able.append(subject)
             except UsageError as problem:
-                if self.settings.insists(part):
-                    raise
-                if subject.model is not None:
-                    notes.append(f"no {part} of {subject.name}: {problem}")
+                if subject.model is not None:  # of a plain backbone the first run over it says the same
+                    self.settings.leave_out(part, str(problem), self.notes, subject.name)
         return able
 
     def _check_heads(self) -> None:
@@ -86,6 +83,15 @@ class PictureExplainer:
             count = int(getattr(subject.backbone, "num_heads"))  # noqa: B009  # every readable backbone has heads
             if isinstance(heads, int) and not 0 <= heads < count:
                 raise UsageError(f"there is no head {heads}: {subject.backbone.name} has {count}, counted from 0")
+
+    def _check_target(self) -> None:
+        target = self.settings.target
+        if target is None:
+            return
+        if not self.answering:
+            raise UsageError(f"label {target!r}: none of the runs predicts a class of the whole image")
+        for run in self.answering:
+            choose(f"label of {run.name}", target, run.run()[0].labels)
 
     def explain(self, picture: Picture) -> Explained:
         """Draw one image.
@@ -99,7 +105,7 @@ class PictureExplainer:
         ]
         result = Explained()
         self._attention(result, [one for one in seen if one.subject in self.attending])
-        self._predictions(result, [one for one in seen if one.subject in self.runs])
+        self._predictions(result, [one for one in seen if one.subject in self.answering])
         self._similarity(result, [one for one in seen if one.subject in self.runs], picture)
         return result
 
@@ -174,12 +180,16 @@ class PictureExplainer:
         settings = self.settings
         if not settings.wants("similarity"):
             return
-        rows, values = [], {}
+        rows, values, told = [], {}, False
         for one in seen:
             model, state = one.subject.run()
             image, prompts = record_maps(model, state, one.images)
             layers = [layer for layer in self.layers[id(one.subject)] if layer in image]
             if not layers:
+                if image:
+                    reason = f"its prompt map is in layers {min(image)} to {max(image)}"
+                    settings.leave_out("similarity", reason, self.notes, one.subject.name)
+                    told = True
                 continue
             grid = grid_of(one.subject.backbone, layers[0])
             number = number_of(settings.token, grid)
@@ -199,8 +209,9 @@ class PictureExplainer:
             title = "cosine of the framed image token with every token of the prompt map"
             result.figures["similarity"] = drawing.similarity_figure(rows, layers, title)
             result.values["similarity"] = values
-        elif settings.insists("similarity") or settings.token is not None or settings.point is not None:
-            raise UsageError("none of the runs has a prompt map in these layers to compare a token with; sa2vp has one")
+        elif not told:
+            reason = "none of the runs has a prompt map to compare a token with; sa2vp has one"
+            settings.leave_out("similarity", reason, self.notes)
 
 
 def _at_point(subject: Subject, picture: Picture, point: tuple[float, float], grid: tuple[int, int]) -> int:

@@ -16,7 +16,7 @@ from prompttune.explanation.embedding import embed, features_of, sources_of
 from prompttune.explanation.inputs import find_images, read_pictures
 from prompttune.explanation.page import write_page
 from prompttune.explanation.pictures import PictureExplainer
-from prompttune.explanation.settings import ExplainSettings
+from prompttune.explanation.settings import OF_IMAGES, ExplainSettings
 from prompttune.explanation.subjects import Subject, load_subjects
 from prompttune.files import replacing, write_json
 from prompttune.model import PromptModel
@@ -109,16 +109,20 @@ def explain(
     images = [images] if isinstance(images, str | Path) else list(images)
     if not images and data is None:
         raise UsageError("nothing to look at: give images, labelled data (--data), or both")
-    if data is None and chosen.insists("tsne"):
-        raise UsageError("t-SNE needs labelled images: give --data")
+    result = Explanation(Path(output))
+    for part in OF_IMAGES if not images else ():
+        chosen.leave_out(part, "it needs images; give files or folders of them", result.notes)
+    if data is None:
+        chosen.leave_out("tsne", "it needs labelled images; give --data", result.notes)
     found = find_images(images)
-    pictures, corrupt = read_pictures(found, chosen.limit)
     subjects = load_subjects(runs, resolve_device(chosen.device), weights)
-    result = Explanation(Path(output), corrupt=corrupt)
+    pictures, corrupt = read_pictures(found, chosen.limit, [one.preprocess for one in subjects])
+    result.corrupt += corrupt
     if len(found) > len(pictures) + len(corrupt):
         result.notes.append(f"the first {len(pictures)} of {len(found)} images; --limit takes more")
     tell = on_step or (lambda *_: None)
-    explainer = PictureExplainer(subjects, chosen, result.notes)
+    # Without images these parts are left out of all runs, whatever each could show.
+    explainer = PictureExplainer(subjects, chosen, result.notes if images else [])
     result.folder.mkdir(parents=True, exist_ok=True)
     result.values = {"subjects": [_about(one) for one in subjects], "images": []}
     for number, picture in enumerate(pictures):
@@ -169,8 +173,9 @@ def _values(result: Explanation, subjects: Sequence[Subject], settings: ExplainS
         result.values["values_by_block"] = {
             quantity: {name: blocks.tolist() for name, blocks in runs.items()} for quantity, runs in found.items()
         }
-    elif settings.insists("values"):
-        raise UsageError("none of the runs' methods has learned values of one a block, such as GaPT's gates")
+    else:
+        reason = "none of the runs' methods has learned values of one a block, such as GaPT's gates"
+        settings.leave_out("values", reason, result.notes)
 
 
 def _embed(

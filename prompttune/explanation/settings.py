@@ -9,6 +9,8 @@ from prompttune.training.scoring import SPLITS
 
 PARTS = ("attention", "grad-cam", "similarity", "tsne", "values")
 """Parts of an explanation, in the order of the page."""
+OF_IMAGES = ("attention", "grad-cam", "similarity")
+"""Those that are drawn of each image."""
 HEADS = ("mean", "each")
 """What ``heads`` may be besides the number of one head."""
 SHOWN_LAYERS = 12
@@ -67,8 +69,27 @@ class ExplainSettings:
         return self.show is None or part in self.show
 
     def insists(self, part: str) -> bool:
-        """Whether ``part`` was asked for by name, so that leaving it out is an error."""
-        return self.show is not None and part in self.show
+        """Whether ``part`` was asked for by name, or with a token to compare, so that leaving it out is an error."""
+        named = self.show is not None or (part == "similarity" and (self.token, self.point) != (None, None))
+        return named and self.wants(part)
+
+    def leave_out(self, part: str, reason: str, notes: list[str], run: str = "") -> None:
+        """Add one note that ``part`` is not drawn, if it is wanted.
+
+        Args:
+            part: of :data:`PARTS`.
+            reason: why.
+            notes: gets the note unless it is there.
+            run: name of the one that the part is left out of; empty for all.
+
+        Raises:
+            UsageError: the part was asked for, see :meth:`insists`.
+        """
+        note = f"no {part} of {run}: {reason}" if run else f"no {part}: {reason}"
+        if self.insists(part):
+            raise UsageError(f"{note}; leave out that part or run" if run else note)
+        if self.wants(part) and note not in notes:
+            notes.append(note)
 
     def layers_of(self, depth: int) -> list[int]:
         """The blocks to draw of a backbone with ``depth`` of them.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prompttune.backbones.base import Backbone
+from prompttune.backbones.conv import ConvBackbone
 from prompttune.backbones.swin import SwinBackbone
 from prompttune.errors import UsageError
 from prompttune.layers.probe import recording
@@ -38,14 +39,21 @@ def record_maps(model: PromptModel, state: State, images: Tensor) -> tuple[Maps,
     pairs = {index: (f"block{index}", f"block{index}.prompts") for index in range(model.backbone.depth)}
     both = {index: names for index, names in pairs.items() if all(name in recorded for name in names)}
     return (
-        {index: recorded[image][0] for index, (image, _) in both.items()},
-        {index: recorded[prompts][0] for index, (_, prompts) in both.items()},
+        {index: _tokens(recorded[image][0]) for index, (image, _) in both.items()},
+        {index: _tokens(recorded[prompts][0]) for index, (_, prompts) in both.items()},
     )
 
 
+def _tokens(one: Tensor) -> Tensor:
+    """Tokens [N, D] as they are, or those of a convolution's map [D, R, C]."""
+    return one if one.ndim == 2 else one.flatten(1).transpose(0, 1)
+
+
 def grid_of(backbone: Backbone, layer: int) -> tuple[int, int]:
-    """Rows and columns of the patch map in a block."""
-    return backbone.stages[backbone.stage_of(layer)].grid if isinstance(backbone, SwinBackbone) else backbone.grid
+    """Rows and columns of the map in a block."""
+    if isinstance(backbone, SwinBackbone | ConvBackbone):
+        return next(stage.grid for stage in backbone.stages if layer in stage.blocks)
+    return backbone.grid
 
 
 def number_of(token: tuple[int, int] | None, grid: tuple[int, int]) -> int:

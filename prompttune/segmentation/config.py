@@ -20,6 +20,8 @@ IGNORE_INDEX = 255
 STRIDE = 4
 """Pixels of the input to one of the logits' map, in both directions."""
 PYRAMID_LEVELS = 4
+MAX_CHANNELS = 4096
+"""Of the pyramid head, whose parameters grow with their square."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class SegmentationConfig:
     """A task that answers for each place of an image.
 
     Raises:
-        UsageError: an unknown head, or no channels.
+        UsageError: an unknown head, or channels out of range.
     """
 
     head: str = "linear"
@@ -37,8 +39,9 @@ class SegmentationConfig:
 
     def __post_init__(self) -> None:
         choose("head", self.head, HEADS)
-        if self.channels < 1:
-            raise UsageError(f"a pyramid head needs at least 1 channel, not {self.channels}")
+        # The type too: checkpoints that come from elsewhere bring any.
+        if type(self.channels) is not int or not 1 <= self.channels <= MAX_CHANNELS:
+            raise UsageError(f"a pyramid head needs from 1 to {MAX_CHANNELS} channels, not {self.channels!r}")
 
     def levels(self, depth: int) -> tuple[int, ...]:
         """Blocks whose patch tokens the head reads: the last one, or four that are evenly spread up to it.

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from prompttune.export.runtimes import Array
-from prompttune.images import TooManyPixelsError
 from prompttune.preprocess import Preprocess
 from prompttune.serve.infer.items import Item
 from prompttune.serve.infer.work import Work
@@ -48,15 +47,12 @@ def decode(item: Item, work: Work) -> Decoded:
     try:
         image = item.payload.open()
         arrays = {preprocess: _prepared(image, preprocess) for preprocess in wanted}
-    except (OSError, ValueError) as problem:  # ValueError: sides that round to nothing when the longer one is fitted
+    except (OSError, ValueError) as problem:  # ValueError: sides that differ too much to be resized
         return Decoded(bare, error=" ".join(str(problem).split()) or type(problem).__name__)
     return Decoded(bare, arrays, _picture(image, work.picture_side))
 
 
 def _prepared(image: Image.Image, preprocess: Preprocess) -> Array:
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and preprocess.resized_pixels(image.width, image.height) > 2 * limit:
-        raise TooManyPixelsError(f"sides of {image.width} x {image.height} pixels differ too much to be resized")
     prepared: Array = _transform(preprocess)(image).numpy()
     return prepared
 

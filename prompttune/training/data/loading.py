@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from prompttune.errors import DataError, UsageError
+from prompttune.preprocess import UnresizableError
 from prompttune.training.data.base import ImageSource
 from prompttune.training.data.rng import derive_seed, generators_kept, seed_generators
 from prompttune.training.data.transforms import Transform, is_exact
@@ -110,13 +111,23 @@ class Samples(Dataset[Sample]):
         try:
             loaded = self.source.load(index)
         except (OSError, ValueError, DataError) as problem:
-            # without ": " in the reason, what stands before the last one is the path
-            reason = " ".join(str(problem).split()).replace(": ", ", ") or type(problem).__name__
-            return f"{self.source.describe(index)}: {reason}"
-        return self.draw(loaded)
+            return self._told(index, problem)
+        try:
+            return self.draw(loaded)
+        except UnresizableError as problem:
+            return self._told(index, problem)
+
+    def _told(self, index: int, problem: Exception) -> str:
+        # without ": " in the reason, what stands before the last one is the path
+        reason = " ".join(str(problem).split()).replace(": ", ", ") or type(problem).__name__
+        return f"{self.source.describe(index)}: {reason}"
 
     def draw(self, loaded: tuple[Any, Any]) -> tuple[Any, Any]:
-        """An image and its class index as they came from the source, the image transformed."""
+        """An image and its class index as they came from the source, the image transformed.
+
+        Raises:
+            UnresizableError: this image cannot be transformed; the others may be.
+        """
         image, target = loaded
         return self.transform(image), target
 
@@ -220,7 +231,7 @@ def make_loader(
 
     The order and every draw of the transform depend on ``seed``, the epoch and the image's index alone: not on
     ``workers``, on epochs before or on the global random generators, which iterating leaves as they are. An image
-    that cannot be read is left out of its batch and listed there; a batch may end up empty.
+    that cannot be read or resized is left out of its batch and listed there; a batch may end up empty.
 
     Args:
         source: the images.

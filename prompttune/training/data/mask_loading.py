@@ -16,7 +16,7 @@ class MaskSamples(Samples):
     """A source's images and masks through a joint transform."""
 
     def draw(self, loaded: tuple[Any, Any]) -> tuple[Any, Any]:
-        """Image [3, S, S] and mask [S, S]."""
+        """Image [3, S, S] and mask [S, S]; errors as in :meth:`Samples.draw`."""
         pair: tuple[Any, Any] = self.transform(*loaded)
         return pair
 

@@ -57,7 +57,11 @@ class JointTransform:
         return one is None or not (one.crops or one.hflip or one.vflip or one.color_jitter)
 
     def __call__(self, image: Image.Image, mask: Mask) -> tuple[Tensor, Tensor]:
-        """Transform a pair of the same height and width."""
+        """Transform a pair of the same height and width.
+
+        Raises:
+            UnresizableError: the sides differ too much, see :meth:`Preprocess.check_sides`.
+        """
         settings, exact = self.preprocess, EvaluationTransform(self.preprocess)
         classes = torch.from_numpy(mask)[None]  # [1, height, width]
         if self.augment is not None and self.augment.crops:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prompttune.errors import DataError, UsageError
-from prompttune.images import is_image, read_image
+from prompttune.images import is_image, opened, read_oriented, turn_upright
 from prompttune.segmentation.config import IGNORE_INDEX
 from prompttune.training.data.splitting import SEEDS
 
@@ -102,7 +102,14 @@ class FileMaskSource(MaskSource):
     def load(self, index: int) -> tuple[Image.Image, Mask]:
         """See :class:`MaskSource`."""
         image_path, mask_path = self.pairs[index]
-        image, mask = read_image(image_path), indexed(read_numbers(mask_path), self.reduce_zero_label)
+        image, orientation = read_oriented(image_path)
+        numbers, drawn = read_numbers(mask_path)
+        if orientation != drawn:  # it may have been drawn over the upright picture or over the stored one
+            raise ValueError(
+                f"the image has EXIF orientation {orientation}, the annotation {mask_path.name} has {drawn}; "
+                "store both upright, or both with the same orientation"
+            )
+        mask = indexed(numbers, self.reduce_zero_label)
         if mask.shape != (image.height, image.width):
             raise ValueError(
                 f"the annotation {mask_path.name} has {mask.shape[1]} x {mask.shape[0]} pixels, "
@@ -119,17 +126,21 @@ class FileMaskSource(MaskSource):
         return str(self.pairs[index][0])
 
 
-def read_numbers(path: Path) -> NDArray[np.int64]:
-    """The numbers of an annotation file, [height, width].
+def read_numbers(path: Path) -> tuple[NDArray[np.int64], int]:
+    """The numbers of an annotation file, upright [height, width], and the EXIF orientation that it had.
 
     Raises:
         OSError: it cannot be read.
         ValueError: its pixels are colours.
     """
-    with Image.open(path) as picture:
-        if picture.mode not in INDEX_MODES:
-            raise ValueError(f"the annotation {path.name} has colours ({picture.mode}), not a class number a pixel")
-        return np.asarray(picture).astype(np.int64)
+    try:
+        with opened(path) as picture:
+            if (mode := picture.mode) in INDEX_MODES:
+                orientation = turn_upright(picture)
+                return np.asarray(picture).astype(np.int64), orientation
+    except OSError as problem:
+        raise OSError(f"the annotation {path.name} cannot be read ({problem})") from None
+    raise ValueError(f"the annotation {path.name} has colours ({mode}), not a class number a pixel")
 
 
 def indexed(numbers: NDArray[np.int64], reduce_zero_label: bool) -> Mask:
@@ -220,10 +231,9 @@ def _pairs(folder: Path, split: str) -> list[tuple[Path, Path]]:
 def _classes(folder: Path, pairs: Sequence[tuple[Path, Path]], reduce_zero_label: bool) -> list[str]:
     """Class names: of ``classes.txt``, of ADE20K's own list, or the numbers that occur."""
     if (folder / NAMES_FILE).is_file():
-        lines = (folder / NAMES_FILE).read_text(encoding="utf-8").splitlines()
-        names = [line.strip() for line in lines if line.strip()]
+        names = [line.strip() for line in _lines(folder / NAMES_FILE) if line.strip()]
     elif (folder / ADE20K_NAMES_FILE).is_file():
-        rows = (folder / ADE20K_NAMES_FILE).read_text(encoding="utf-8").splitlines()[1:]
+        rows = _lines(folder / ADE20K_NAMES_FILE)[1:]
         names = [row.split("\t")[-1].strip() for row in rows if row.strip()]
     else:
         return _numbered(pairs, reduce_zero_label)
@@ -232,12 +242,21 @@ def _classes(folder: Path, pairs: Sequence[tuple[Path, Path]], reduce_zero_label
     return names
 
 
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise DataError(f"{file} is not in UTF-8: save the class names in that encoding") from None
+    except OSError as problem:
+        raise DataError(f"cannot read {file}: {problem}") from None
+
+
 def _numbered(pairs: Sequence[tuple[Path, Path]], reduce_zero_label: bool) -> list[str]:
     """The annotations' numbers as names, up to the greatest; those that cannot be read are told later."""
     greatest = 0
     for _, path in pairs:
         try:
-            numbers = read_numbers(path)
+            numbers, _ = read_numbers(path)
         except (OSError, ValueError):
             continue
         known = numbers[numbers < IGNORE_INDEX]
