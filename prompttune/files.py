@@ -105,7 +105,7 @@ def read_json(path: Path, error: type[PrompttuneError], what: str) -> dict[str, 
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"no {what} at {path}") from None
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise error(f"cannot read the {what} {path}: {problem}") from None
     if not isinstance(value, dict):
         raise error(f"the {what} {path} is not a JSON object")

@@ -155,6 +155,8 @@ def test_unusable_files_are_refused_in_one_line(tmp_path, capsys):
     (tmp_path / "cut.safetensors").write_bytes(good.read_bytes()[:-100])
     (tmp_path / "text.pth").write_text("not weights")
     (tmp_path / "text.npz").write_text("not weights")
+    google_npz(pt.load_backbone("test_vit", weights="random").model, tmp_path / "cut.npz")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-100])
     (tmp_path / "weights.txt").write_text("")
     (tmp_path / "code.pth").write_bytes(pickle.dumps({"model": Malicious()}))
     torch.save({"model": Malicious()}, tmp_path / "zip.pth")
@@ -166,6 +168,7 @@ def test_unusable_files_are_refused_in_one_line(tmp_path, capsys):
         "cut.safetensors": "damaged",
         "text.pth": "cannot read|more than tensors",
         "text.npz": "not a Google ViT",
+        "cut.npz": "not a Google ViT",
         "weights.txt": "unknown kind",
         "code.pth": "more than tensors|cannot read",
         "zip.pth": "more than tensors",

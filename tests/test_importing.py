@@ -1,6 +1,7 @@
 """Released SA²VP, VPT, GaPT and PEFT LoRA files become checkpoints that compute what the released code computes."""
 
 import json
+import math
 import pickle
 from pathlib import Path
 
@@ -230,16 +231,37 @@ def test_lora_ranks_and_alphas_of_single_blocks(vit, images, tmp_path):
         ({"bias": "all"}, "bias 'all'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
         ({"peft_type": "IA3"}, "of type 'IA3', not LORA"),
-        ({"r": 0}, "r must be a number above 0"),
-        ({"alpha_pattern": {"(": 3}}, "alpha_pattern"),
+        ({"r": 0}, "r must be a whole number above 0, not 0"),
+        ({"r": 4.5}, "r must be a whole number above 0, not 4.5"),
+        ({"r": 8}, r"blocks.0.attn.qkv.lora_A.weight has rank 4, adapter_config.json says 8 by r and rank_pattern"),
+        ({"rank_pattern": {"blocks.3.attn.qkv": 2}}, r"blocks.3.attn.qkv.lora_A.weight has rank 4, .* says 2"),
+        ({"rank_pattern": {"qkv": "2"}}, "rank_pattern 'qkv' must be a whole number above 0, not '2'"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be a number that float32 holds, not 1000"),
+        ({"lora_alpha": math.nan}, "lora_alpha must be a number that float32 holds, not nan"),
+        ({"lora_alpha": 1e-320}, "lora_alpha must be a number above 0"),
+        ({"lora_alpha": 1e-30, "alpha_pattern": {"blocks.1.attn.qkv": 1e30}}, "too large for float32"),
+        ({"lora_dropout": "abc"}, "lora_dropout must be a number from 0 to below 1, not 'abc'"),
+        ({"lora_dropout": [1]}, r"lora_dropout must be a number from 0 to below 1, not \[1\]"),
+        (
+            {"alpha_pattern": {"blocks.1.attn.qkv": math.nan}},
+            "alpha_pattern 'blocks.1.attn.qkv' must be a number .* nan",
+        ),
+        ({"alpha_pattern": {"(": 3}}, r"alpha_pattern '\(' is no regular expression"),
+        ({"alpha_pattern": [3]}, "alpha_pattern is no table"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_other_adapters_are_refused(vit, tmp_path, config, message):
     released.peft_folder(tmp_path / "adapter", vit)
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     refused(message, CheckpointError, "lora", tmp_path / "adapter", tmp_path / "x", vit)
+
+
+def test_an_adapter_config_of_any_depth(vit, tmp_path):
+    released.peft_folder(tmp_path / "adapter", vit)
+    (tmp_path / "adapter" / "adapter_config.json").write_text("[" * 200_000)
+    refused("cannot read the adapter config", CheckpointError, "lora", tmp_path / "adapter", tmp_path / "x", vit)
 
 
 def test_lora_refusals(vit, swin, tmp_path):
@@ -286,6 +308,51 @@ def test_another_backbone_is_refused_or_saved(vit, workshop, images, tmp_path):
     refused("exists; give --overwrite", UsageError, "vpt", whole, tmp_path / "x", "test_vit", save_backbone=own)
     refused("one that is loaded|needs the backbone's name", UsageError, "vpt", whole, tmp_path / "x", native,
             save_backbone=own)  # fmt: skip
+
+
+def test_a_backbone_is_saved_with_its_task_or_not_at_all(tmp_path):
+    native = pt.load_backbone("test_vit", weights="random:3")
+    tensors = released.vpt(native)
+    file, task = save(tensors, tmp_path / "file.pth"), tmp_path / "task"
+    own = tmp_path / "new" / "own.safetensors"
+
+    def bring_own(target=own, output=task, **given):
+        return pt.import_checkpoint("vpt", file, output, backbone="test_vit", save_backbone=target, **given)
+
+    for inside in (task, task / "own.safetensors", task / "deep" / "own.safetensors"):
+        with pytest.raises(UsageError, match=r"is inside the output .* which is replaced as a whole"):
+            bring_own(inside)
+    with pytest.raises(UsageError, match="--weights random another one: give one of the two"):
+        bring_own(weights="random")
+    for place, output in ((tmp_path, task), (own, own / "task")):
+        with pytest.raises(UsageError, match=r"saved as .safetensors|cannot be saved over"):
+            bring_own(place, output)
+    with pytest.raises(UsageError, match="3 labels for 5 classes"):
+        bring_own(labels=list("abc"))
+    assert sorted(tmp_path.rglob("*")) == [file, own.parent]
+    assert bring_own().model.backbone.weights == str(own)
+    assert sorted(own.parent.iterdir()) == [own]
+    assert pt.PromptModel.load(task).backbone.fingerprint == native.fingerprint
+    before = own.read_bytes()
+    tensors["enc.transformer.encoder.encoder_norm.bias"] += 1
+    del tensors["head.last_layer.bias"]
+    save(tensors, file)
+    with pytest.raises(CheckpointError, match=r"missing: head.last_layer.bias"):
+        bring_own(overwrite=True)
+    assert own.read_bytes() == before
+    assert pt.PromptModel.load(task).labels == list("01234")
+
+
+def test_an_output_does_not_take_the_files_it_is_made_of(vit, tmp_path):
+    file, task = save(released.vpt(vit), tmp_path / "file.pth"), tmp_path / "task"
+    pt.import_checkpoint("vpt", file, task, backbone=vit)
+    inner = file.rename(task / "file.pth")
+    with pytest.raises(UsageError, match=r"the checkpoint .* is inside the output"):
+        pt.import_checkpoint("vpt", inner, task, backbone=vit, overwrite=True)
+    weights = task / "weights.safetensors"
+    weights.write_bytes(Path(vit.weights).read_bytes())
+    with pytest.raises(UsageError, match=r"the weights .* is inside the output"):
+        pt.import_checkpoint("vpt", file, task, backbone="test_vit", weights=weights, overwrite=True)
 
 
 def test_what_cannot_be_represented_is_refused_by_name(vit, swin, workshop, tmp_path):
@@ -380,6 +447,15 @@ def test_the_command(workshop, vit, tmp_path):
     wrong = run(*common[:3], tmp_path / "nowhere.pth", *common[4:-1], tmp_path / "other")
     assert (wrong.exit_code, wrong.stderr.count("\n")) == (1, 1)
     assert run("import-checkpoint", "--help").stdout.count("--save-backbone") >= 2
+
+
+def test_more_labels_than_a_path_is_long(tmp_path, vit):
+    labels = [f"class-{index}" for index in range(60)]
+    file = save(released.vpt(vit, classes=60), tmp_path / "file.pth")
+    made = run("import-checkpoint", "--from", "vpt", file, "--backbone", "test_vit", "--image-size", SIZE,
+               "--weights", vit.weights, "--output", tmp_path / "task", "--labels", ",".join(labels))  # fmt: skip
+    assert made.exit_code == 0, made.output
+    assert read_config(tmp_path / "task")["labels"] == labels
 
 
 @pytest.mark.parametrize("layout", ["sa2vp", "vpt", "gapt", "lora"])

@@ -7,15 +7,10 @@ MAE (https://github.com/facebookresearch/mae), MoCo v3 (https://github.com/faceb
 
 from __future__ import annotations
 
-import argparse
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models import convnext, swin_transformer, vision_transformer
 from timm.models.convnext import ConvNeXt
 from timm.models.resnet import ResNet
@@ -24,6 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from prompttune.errors import BackboneError
+from prompttune.foreign import plain_dict, plain_tensors, read_foreign
 
 TimmModel: TypeAlias = VisionTransformer | SwinTransformer | ResNet | ConvNeXt
 """What a backbone may be in timm."""
@@ -59,11 +55,16 @@ def load_file_into(model: TimmModel, path: Path) -> None:
             raise BackboneError(f"{path.name}: Google's npz files hold ViTs, this backbone is a {type(model).__name__}")
         _load_npz(model, path)
         return
-    tensors = _unwrap(_read(path), path, model)
+    tensors = _unwrap(read_foreign(path, BackboneError), path, model)
     try:
-        result = model.load_state_dict(_renamed(tensors, model), strict=False)
-    except (RuntimeError, KeyError, AssertionError) as problem:
-        raise BackboneError(f"{path} does not fit the backbone: {_first_line(problem)}") from None
+        renamed = _renamed(tensors, model)
+    except Exception as problem:  # timm takes shapes apart without looking at them
+        told = _misshapen(tensors, model) or _told(problem)
+        raise BackboneError(f"{path} does not fit the backbone: {told}") from None
+    try:
+        result = model.load_state_dict(renamed, strict=False)
+    except RuntimeError as problem:
+        raise BackboneError(f"{path} does not fit the backbone: {_told(problem)}") from None
     unknown = [name for name in result.unexpected_keys if not name.startswith(_NOT_BACKBONE)]
     if result.missing_keys or unknown:
         raise BackboneError(
@@ -82,9 +83,20 @@ def _renamed(tensors: dict[str, Tensor], model: TimmModel) -> dict[str, Tensor]:
     return renamed
 
 
-def _first_line(problem: Exception) -> str:
+def _misshapen(tensors: Mapping[str, Tensor], model: TimmModel) -> str:
+    own = model.state_dict()
+    wrong = [
+        f"{name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}"
+        for name, value in tensors.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    return _some("wrong shape:", wrong)
+
+
+def _told(problem: Exception) -> str:
+    """An error's first two lines: the first of torch's says only that there is one."""
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    return " ".join(lines[:2])
+    return " ".join(lines[:2]) or type(problem).__name__
 
 
 def _some(kind: str, names: list[str]) -> str:
@@ -95,40 +107,23 @@ def _some(kind: str, names: list[str]) -> str:
 def _load_npz(model: VisionTransformer, path: Path) -> None:
     try:
         model.load_pretrained(str(path))
-    except (ValueError, KeyError, RuntimeError, OSError) as problem:
-        raise BackboneError(f"{path} is not a Google ViT checkpoint of this architecture: {problem}") from None
+    except Exception as problem:  # zipfile's and NumPy's own errors, and timm's on arrays of other shapes
+        raise BackboneError(f"{path} is not a Google ViT checkpoint of this architecture: {_told(problem)}") from None
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        if path.suffix == ".safetensors":
-            tensors: dict[str, Tensor] = load_file(path)
-            return tensors
-        # MAE and DeiT store their training arguments beside the weights; a Namespace holds no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as problem:
-        raise BackboneError(f"{path} is damaged: {problem}") from None
-    except pickle.UnpicklingError:
-        raise BackboneError(
-            f"{path} holds more than tensors and is refused; save its state_dict as .safetensors first"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as problem:
-        raise BackboneError(f"cannot read the weights {path}: {_first_line(problem)}") from None
-    if not isinstance(loaded, Mapping):
-        raise BackboneError(f"{path} holds no state dict")
-    return loaded
-
-
-def _unwrap(loaded: Mapping[str, Any], path: Path, model: TimmModel) -> dict[str, Tensor]:
+def _unwrap(loaded: object, path: Path, model: TimmModel) -> dict[str, Tensor]:
+    state = plain_dict(loaded)
+    if state is None:
+        raise BackboneError(f"{path} holds no state dict but a {type(loaded).__name__}")
     for wrapper in _WRAPPERS:
-        inner = loaded.get(wrapper)
-        if isinstance(inner, Mapping):
-            loaded = inner
+        inner = plain_dict(state.get(wrapper))
+        if inner is not None:
+            state = inner
+    found = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     own = model.state_dict().keys()  # a ConvNeXt's head ends in a norm of the backbone
     tensors: dict[str, Tensor] = {}
-    for name, value in loaded.items():
-        if not isinstance(value, Tensor) or "momentum_encoder." in name:
+    for name, value in plain_tensors(found, path, BackboneError).items():
+        if "momentum_encoder." in name:
             continue
         short = name
         while short.startswith(_PREFIXES):

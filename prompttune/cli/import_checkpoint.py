@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -100,7 +101,9 @@ def _labels(text: str | None) -> list[str] | None:
     try:
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else text.split(",")
     except (OSError, UnicodeDecodeError) as problem:
-        raise UsageError(f"cannot read the labels {file}: {problem}") from None
+        if not isinstance(problem, OSError) or problem.errno != errno.ENAMETOOLONG:
+            raise UsageError(f"cannot read the labels {file}: {problem}") from None
+        lines = text.split(",")
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -22,6 +22,8 @@ from prompttune.errors import CheckpointError, UsageError
 SAME_WEIGHTS = 1e-6
 """Largest difference between weights that are called the same."""
 HEAD_PARTS = ("weight", "bias")
+LARGEST_SIDE = 8192
+"""Pixels; shapes that say more are not believed."""
 Names = Callable[[str], tuple[str, ...]]
 """From timm's name of a backbone tensor to the file's names, whose tensors are joined along axis 0."""
 
@@ -78,10 +80,23 @@ class Layout(ABC):
         names = self.backbone_names(source)
         if names is None:
             return None
-        places, patches = source.shape(names("pos_embed")[0]), source.shape(names("patch_embed.proj.weight")[0])
-        if places is None or patches is None or len(places) != 3 or len(patches) != 4:
-            return None
-        return math.isqrt(places[1] - 1) * patches[-1]
+        return image_side(source, names("pos_embed")[0], names("patch_embed.proj.weight")[0], prefix_tokens=1)
+
+
+def image_side(source: Source, places: str, patches: str, *, prefix_tokens: int) -> int | None:
+    """Side in pixels of the images that were trained at, or None where the shapes do not say it.
+
+    Args:
+        source: the file.
+        places: name of a tensor [1, P + R C, D] with a row for each of P prefix tokens and of R C patches.
+        patches: name of the patch embedding's weight [D, 3, p, p].
+        prefix_tokens: P.
+    """
+    rows, kernel = source.shape(places), source.shape(patches)
+    if rows is None or kernel is None or len(rows) != 3 or len(kernel) != 4 or rows[1] <= prefix_tokens:
+        return None
+    side = math.isqrt(rows[1] - prefix_tokens) * kernel[-1]
+    return side if 0 < side <= LARGEST_SIDE else None
 
 
 def timm_names(prefix: str) -> Names:
@@ -171,12 +186,12 @@ def same_weights(found: Mapping[str, Tensor], backbone: Backbone, where: str) ->
 
 def take_head(source: Source, stem: str, backbone: Backbone) -> dict[str, Tensor] | None:
     """The linear head called ``stem``, or None."""
-    shape = source.shape(f"{stem}.weight")
-    if shape is None:
+    if f"{stem}.weight" not in source:
         return None
+    classes = source.size(f"{stem}.weight", 0, 2)
     return {
-        "weight": source.take(f"{stem}.weight", (shape[0], backbone.width)),
-        "bias": source.take(f"{stem}.bias", (shape[0],)),
+        "weight": source.take(f"{stem}.weight", (classes, backbone.width)),
+        "bias": source.take(f"{stem}.bias", (classes,)),
     }
 
 

@@ -8,15 +8,16 @@ else ``qkv``; both exact.
 The weight is α / r, or α / sqrt(r) with ``use_rslora``. Blocks of their own rank (``rank_pattern``) are padded with
 zeros to the largest, their own α (``alpha_pattern``) goes into ``up``, blocks without an adapter get zeros.
 ``modules_to_save`` may hold the head. Whatever changes the arithmetic otherwise (DoRA, biases, other modules, initial
-weights that change the base model) is refused by name.
+weights that change the base model) is refused by name, and so is a rank in the config that the tensors do not have.
 """
 
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -49,6 +50,9 @@ PLAIN = {
 VARIANT = "use_"
 """Switches of PEFT's variants of LoRA."""
 RSLORA = "use_rslora"
+RANKS, ALPHAS = "rank_pattern", "alpha_pattern"
+"""Tables of values of their own for some blocks, by regular expressions."""
+FLOAT32 = torch.finfo(torch.float32)
 
 
 class PeftSource(Source):
@@ -92,21 +96,30 @@ class PeftLayout(Layout):
             raise CheckpointError(f"LoRA runs on a ViT, {backbone.name} is none")
         out = backbone.num_heads * backbone.head_dim
         adapted = [index for index in range(backbone.depth) if f"{_stem(index)}.lora_A.weight" in source]
-        ranks = {index: source.size(f"{_stem(index)}.lora_A.weight", 0, 2) for index in adapted}
+        ranks = {index: _rank(source, index) for index in adapted}
         if not adapted:
             other = listed(source.names()) or "nothing"
             raise CheckpointError(f"{source.where} adapts no attn.qkv of {backbone.name}'s blocks; it holds {other}")
+        pairs = {
+            index: (
+                source.take(f"{_stem(index)}.lora_A.weight", (own, backbone.width)),
+                source.take(f"{_stem(index)}.lora_B.weight", (3 * out, own)),
+            )
+            for index, own in ranks.items()
+        }
+        head = take_head(source, "head", backbone)
+        source.check(f"lora over {backbone.name}")
         rank = max(ranks.values())
         alpha = _alpha(source.config, rank)
         down = torch.zeros(backbone.depth, rank, backbone.width)
         up = torch.zeros(3, backbone.depth, out, rank)
-        for index, own in ranks.items():
-            down[index, :own] = source.take(f"{_stem(index)}.lora_A.weight", (own, backbone.width))
-            joint = source.take(f"{_stem(index)}.lora_B.weight", (3 * out, own))
+        for index, (single, joint) in pairs.items():
+            own = ranks[index]
+            down[index, :own] = single
             factor = _scale(source.config, index, own) / (alpha / rank)
             up[:, index, :, :own] = (joint if factor == 1 else joint * factor).unflatten(0, (3, out))
-        head = take_head(source, "head", backbone)
-        source.check(f"lora over {backbone.name}")
+        if not (up * (alpha / rank)).isfinite().all():
+            raise CheckpointError(f"{source.where}: its α over its rank is too large for float32")
         targets = _targets(up[1], given, source.where)
         parts = {"query": up[0], "key": up[1], "value": up[2]}
         tensors = {}
@@ -114,7 +127,7 @@ class PeftLayout(Layout):
             tensors[f"{name}.down"], tensors[f"{name}.up"] = down.clone(), parts[name].clone()
         settings = {"rank": rank, "alpha": alpha, "targets": targets}
         refuse_given(given, settings)
-        settings["dropout"] = given.get("dropout", float(source.config.get("lora_dropout") or 0.0))
+        settings["dropout"] = given.get("dropout", float(source.config.get("lora_dropout") or 0))
         return Foreign("lora", settings, {}, tensors, head)
 
 
@@ -128,21 +141,48 @@ def _targets(keys: Tensor, given: Mapping[str, Any], where: str) -> str:
 
 def _check_config(config: Mapping[str, Any], path: Path) -> None:
     if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path} is a PEFT adapter of type {config.get('peft_type')!r}, not LORA")
+        raise CheckpointError(f"{path} is a PEFT adapter of type {reprlib.repr(config.get('peft_type'))}, not LORA")
     wrong = [
-        f"{name} {value!r}"
+        f"{name} {reprlib.repr(value)}"
         for name, value in config.items()
         if value and ((name in PLAIN and value not in PLAIN[name]) or (name.startswith(VARIANT) and name != RSLORA))
     ]
     if wrong:
         raise CheckpointError(f"{path} is not plain LoRA: {', '.join(wrong)}")
-    for name in ("rank_pattern", "alpha_pattern"):
+    _check_numbers(config, path / CONFIG)
+
+
+def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
+    for name in (RANKS, ALPHAS):
         if not isinstance(config.get(name) or {}, Mapping):
-            raise CheckpointError(f"{path / CONFIG}: {name} is no table")
-    for name in ("r", "lora_alpha"):
-        value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise CheckpointError(f"{path / CONFIG}: {name} must be a number above 0, not {value!r}")
+            raise CheckpointError(f"{path}: {name} is no table")
+
+    alpha: Any = config.get("lora_alpha")
+    dropout = config.get("lora_dropout")
+    for name, value in [("r", config.get("r")), *_entries(config, RANKS)]:
+        if type(value) is not int or value <= 0:
+            raise _wrong(path, name, "a whole number above 0", value)
+    for name, value in [("lora_alpha", alpha), *_entries(config, ALPHAS)]:
+        if not _is_number(value):
+            raise _wrong(path, name, "a number that float32 holds", value)
+    if alpha < FLOAT32.tiny:
+        raise _wrong(path, "lora_alpha", "a number above 0 that float32 holds", alpha)
+    if dropout is not None and not (_is_number(dropout) and 0 <= dropout < 1):
+        raise _wrong(path, "lora_dropout", "a number from 0 to below 1", dropout)
+
+
+def _entries(config: Mapping[str, Any], table: str) -> list[tuple[str, Any]]:
+    """A table's values by what the messages call them."""
+    return [(f"{table} {reprlib.repr(pattern)}", value) for pattern, value in (config.get(table) or {}).items()]
+
+
+def _wrong(path: Path, name: str, wanted: str, value: object) -> CheckpointError:
+    return CheckpointError(f"{path}: {name} must be {wanted}, not {reprlib.repr(value)}")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    """Whether float32 can hold ``value``; JSON has NaN, infinity and integers of any length."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= FLOAT32.max
 
 
 def _plain_name(name: str) -> str:
@@ -164,14 +204,29 @@ def _alpha(config: Mapping[str, Any], rank: int) -> float:
     return alpha * rank**0.5 if config.get(RSLORA) else alpha
 
 
+def _rank(source: PeftSource, index: int) -> int:
+    """The rank of one block's product, which its tensors and the config agree on."""
+    name = f"{_stem(index)}.lora_A.weight"
+    own, wanted = source.size(name, 0, 2), _of_block(source.config, RANKS, index, source.config["r"])
+    if own != wanted:
+        raise CheckpointError(
+            f"{source.where}: {name} has rank {own}, {CONFIG} says {reprlib.repr(wanted)} by r and rank_pattern; give "
+            "the two files of one training"
+        )
+    return own
+
+
 def _scale(config: Mapping[str, Any], index: int, rank: int) -> float:
-    """The weight of one block's product; patterns are matched as PEFT does."""
-    alpha = float(config["lora_alpha"])
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
+    """The weight of one block's product."""
+    return _weight(config, float(_of_block(config, ALPHAS, index, config["lora_alpha"])), rank)
+
+
+def _of_block(config: Mapping[str, Any], table: str, index: int, usual: Any) -> Any:
+    """The value of the first pattern that names a block, matched as PEFT does, else the usual one."""
+    for pattern, value in (config.get(table) or {}).items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", _stem(index)):
-                alpha = float(value)
-                break
-        except (re.error, TypeError, ValueError):
-            raise CheckpointError(f"{CONFIG}: alpha_pattern {pattern!r}: {value!r} cannot be read") from None
-    return _weight(config, alpha, rank)
+                return value
+        except (re.error, OverflowError, RecursionError):
+            raise CheckpointError(f"{CONFIG}: {table} {reprlib.repr(pattern)} is no regular expression") from None
+    return usual

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from prompttune.backbones import Backbone, load_backbone
 from prompttune.checkpoints.format import CONFIG_FILE
 from prompttune.checkpoints.importing.gapt import GaPTLayout
-from prompttune.checkpoints.importing.layout import Foreign, Layout, take_backbone
+from prompttune.checkpoints.importing.layout import Foreign, Layout, Names, take_backbone
 from prompttune.checkpoints.importing.peft import PeftLayout
 from prompttune.checkpoints.importing.sa2vp import SA2VPLayout
 from prompttune.checkpoints.importing.source import Source
@@ -101,7 +104,8 @@ def import_checkpoint(
         backbone: what it was trained over: timm's name, or one that is loaded already.
         image_size: side of the images in pixels; by default what the file says, else the backbone's own.
         weights: the backbone's, as :func:`load_backbone` takes them. Those in the file, if it holds any, must be equal.
-        save_backbone: a ``.safetensors`` file to write the checkpoint's own backbone to, and to take as ``weights``.
+        save_backbone: a ``.safetensors`` file to write the checkpoint's own backbone to, and to take as ``weights``. It
+            is written once the checkpoint is.
         labels: class names in the order of the logits; by default ``"0" .. "C-1"``. A file without a head needs them.
         normalisation: one of :data:`NORMALISATIONS`; by default what the released code uses.
         crop_pct, crop_mode, interpolation: of the evaluation transform, see :class:`Preprocess`.
@@ -109,7 +113,8 @@ def import_checkpoint(
         overwrite: replace a checkpoint in ``output``.
 
     Raises:
-        UsageError: an unknown layout or setting, or something that the file does not say is not given.
+        UsageError: an unknown layout or setting, something that the file does not say is not given, or ``output``
+            would replace a folder that holds another of these files.
         CheckpointError: the file cannot be read or does not fit the backbone or the method.
         BackboneError: the backbone's weights cannot be found.
     """
@@ -122,21 +127,26 @@ def import_checkpoint(
                 f"{layout} takes no setting {name!r}; what its files do not hold: {', '.join(kind.settings)}"
             )
     _check_output(folder, overwrite)
+    target = None if save_backbone is None else Path(save_backbone).expanduser()
+    used = _weights_file(backbone.weights if isinstance(backbone, Backbone) else weights)
+    _check_inside(folder, {"checkpoint": Path(file), "backbone": target, "weights": used})
     if backbone is None:
         raise UsageError(
             f"give the backbone that the task was trained over; the released code takes {kind.usual_backbone}"
         )
+    if target is not None:
+        _check_target(target, folder, Path(file), backbone, weights, overwrite)
     source = kind.open(Path(file))
-    frozen = _backbone(kind, source, backbone, image_size, weights, save_backbone, overwrite)
-    found = kind.convert(source, frozen, given)
-    preprocess = frozen.default_preprocess()
-    preprocess = preprocess.normalised(normalisation or kind.normalisation)
-    chosen = interpolation or kind.interpolation or preprocess.interpolation
-    preprocess = replace(preprocess, crop_pct=crop_pct, crop_mode=crop_mode, interpolation=chosen)
-    model = _model(found, frozen, given, list(labels) if labels is not None else None, preprocess, source.where)
-    model.metrics = {"imported": {"from": layout, "code": kind.code, "file": Path(file).name}}
-    with replacing_folder(folder) as temporary:
-        model.save(temporary)
+    with _backbone(kind, source, backbone, image_size, weights, target) as frozen:
+        found = kind.convert(source, frozen, given)
+        preprocess = frozen.default_preprocess()
+        preprocess = preprocess.normalised(normalisation or kind.normalisation)
+        chosen = interpolation or kind.interpolation or preprocess.interpolation
+        preprocess = replace(preprocess, crop_pct=crop_pct, crop_mode=crop_mode, interpolation=chosen)
+        model = _model(found, frozen, given, list(labels) if labels is not None else None, preprocess, source.where)
+        model.metrics = {"imported": {"from": layout, "code": kind.code, "file": Path(file).name}}
+        with replacing_folder(folder) as temporary:
+            model.save(temporary)
     assumed = {name: value for name, value in found.assumed.items() if name not in given}
     return Imported(model, folder, layout, assumed, source.ignored, found.backbone, found.head is not None, found.notes)
 
@@ -152,37 +162,80 @@ def _check_output(folder: Path, overwrite: bool) -> None:
         raise UsageError(f"{folder} holds files but no checkpoint that could be overwritten; give another folder")
 
 
+def _weights_file(weights: str | Path) -> Path | None:
+    """The file that ``weights`` names, if it names one."""
+    path = Path(weights).expanduser()
+    return path if path.is_file() else None
+
+
+def _check_inside(folder: Path, files: Mapping[str, Path | None]) -> None:
+    """Refuse an output that would take a file with it: the folder is replaced as a whole."""
+    output = folder.resolve()
+    for what, path in files.items():
+        if path is not None and path.resolve().is_relative_to(output):
+            raise UsageError(
+                f"the {what} {path} is inside the output {folder}, which is replaced as a whole; give another folder"
+            )
+
+
+def _check_target(
+    target: Path, folder: Path, file: Path, backbone: str | Backbone, weights: str | Path, overwrite: bool
+) -> None:
+    """Refuse a place for the file's own backbone."""
+    if isinstance(backbone, Backbone):
+        raise UsageError("save_backbone needs the backbone's name, not a backbone that is loaded already")
+    if str(weights) != "auto":
+        raise UsageError(
+            f"--save-backbone takes the checkpoint's own backbone, --weights {weights} another one: give one of the two"
+        )
+    if target.suffix != ".safetensors":
+        raise UsageError(f"the backbone is saved as .safetensors, not as {target.name}")
+    if target.is_dir() or target.resolve() in (file.resolve(), *folder.resolve().parents):
+        raise UsageError(f"the backbone cannot be saved over {target}; give another file")
+    if target.exists() and not overwrite:
+        raise UsageError(f"{target} exists; give --overwrite, or another file")
+
+
+@contextlib.contextmanager
 def _backbone(
     kind: Layout,
     source: Source,
     backbone: str | Backbone,
     image_size: int | None,
     weights: str | Path,
-    save_backbone: str | Path | None,
-    overwrite: bool,
-) -> Backbone:
-    """The backbone that the task belongs to."""
+    target: Path | None,
+) -> Iterator[Backbone]:
+    """The backbone that the task belongs to; ``target`` holds it when the block ends without an error."""
     if isinstance(backbone, Backbone):
-        if save_backbone is not None:
-            raise UsageError("save_backbone needs the backbone's name, not a backbone that is loaded already")
-        return backbone
+        yield backbone
+        return
     size = image_size or kind.image_size(source)
-    if save_backbone is None:
-        return load_backbone(backbone, size, weights)
-    names, target = kind.backbone_names(source), Path(save_backbone)
+    if target is None:
+        yield load_backbone(backbone, size, weights)
+        return
+    names = kind.backbone_names(source)
     if names is None:
         raise UsageError(f"{source.where} holds no backbone to save")
-    if target.suffix != ".safetensors":
-        raise UsageError(f"the backbone is saved as .safetensors, not as {target.name}")
-    if target.exists() and not overwrite:
-        raise UsageError(f"{target} exists; give --overwrite, or another file")
+    tensors = _own_backbone(source, names, backbone, size)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        draft = Path(folder) / target.name  # by its own name, which weights_source tells
+        save_file(tensors, draft, metadata={"format": "pt"})
+        del tensors  # as large as the backbone
+        frozen = load_backbone(backbone, size, draft)
+        frozen.weights = str(target.absolute())
+        yield frozen
+        with replacing(target) as temporary:
+            draft.replace(temporary)
+
+
+def _own_backbone(source: Source, names: Names, backbone: str, size: int | None) -> dict[str, Tensor]:
+    """The backbone in the file, by timm's names; it stays in ``source``."""
     look = source.fork()
     skeleton = load_backbone(backbone, size, "random")
     tensors = take_backbone(look, names, skeleton)
     look.check(f"{backbone} at {skeleton.image_size} pixels", all_taken=False)
-    with replacing(target) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    return load_backbone(backbone, size, target)
+    return tensors
 
 
 def _model(

@@ -22,7 +22,6 @@ windows; the file does not tell, and such a task is not this method.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +33,7 @@ from prompttune.checkpoints.importing.layout import (
     Foreign,
     Layout,
     Names,
+    image_side,
     jax_vit_names,
     need_class_token,
     need_swin,
@@ -72,10 +72,9 @@ class SA2VPLayout(Layout):
 
     def image_size(self, source: Source) -> int | None:
         """See :meth:`Layout.image_size`; on a Swin the map has a token for each patch."""
-        places, patches = source.shape(SWIN_MAP), source.shape(f"{SWIN}patch_embed.proj.weight")
-        if places is None or patches is None:
+        if SWIN_MAP not in source:
             return super().image_size(source)
-        return math.isqrt(places[1]) * patches[-1]
+        return image_side(source, SWIN_MAP, f"{SWIN}patch_embed.proj.weight", prefix_tokens=0)
 
     def convert(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
         """See :meth:`Layout.convert`."""

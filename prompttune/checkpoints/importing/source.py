@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
-import codecs
-import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from prompttune.errors import CheckpointError, first_line
+from prompttune.errors import CheckpointError
+from prompttune.foreign import PickledArray, plain_dict, plain_tensors, read_foreign
 
 WRAPPERS = ("model", "state_dict", "model_state", "module")
 """Keys under which training code stores a state dict; those beside it (optimiser, epoch, arguments) are left out."""
 PREFIXES = ("module.", "_orig_mod.")
 """What data parallelism and torch.compile put in front of every name."""
 SHOWN_NAMES = 4
-_reconstruct = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
-_PLAIN: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    # SA²VP stores its command line's arguments; a Namespace holds no code.
-    argparse.Namespace,
-    # VPT stores prompts as NumPy arrays; of floats alone, so that no array can hold other objects.
-    (_reconstruct, "numpy.core.multiarray._reconstruct"),
-    (_reconstruct, "numpy._core.multiarray._reconstruct"),
-    np.ndarray,
-    np.dtype,
-    type(np.dtype("float32")),
-    type(np.dtype("float64")),
-    codecs.encode,
-]
-"""What may stand in a file besides tensors and plain values."""
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LARGEST_AXIS = 2**17
+"""More prompts, ranks or classes than any task has."""
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
@@ -46,37 +29,19 @@ def read_file(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise CheckpointError(f"no checkpoint file at {path}")
-    loaded = _load(path)
-    for wrapper in WRAPPERS:
-        inner = loaded.get(wrapper) if isinstance(loaded, Mapping) else None
-        if isinstance(inner, Mapping):
-            loaded = inner
-            break
-    if not isinstance(loaded, Mapping):
+    loaded = read_foreign(path, CheckpointError)
+    state = plain_dict(loaded)
+    if state is None:
         raise CheckpointError(f"{path} holds no state dict but a {type(loaded).__name__}")
-    tensors = {
-        str(name): torch.as_tensor(value) for name, value in loaded.items() if isinstance(value, Tensor | np.ndarray)
-    }
-    if not tensors:
+    for wrapper in WRAPPERS:
+        inner = plain_dict(state.get(wrapper))
+        if inner is not None:
+            state = inner
+            break
+    found = {name: value for name, value in state.items() if isinstance(value, Tensor | PickledArray)}
+    if not found:
         raise CheckpointError(f"{path} holds no tensors")
-    return _without_prefixes(tensors)
-
-
-def _load(path: Path) -> Any:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals(_PLAIN):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as problem:
-        raise CheckpointError(f"{path} is damaged: {first_line(problem)}") from None
-    except pickle.UnpicklingError:
-        raise CheckpointError(
-            f"{path} holds more than tensors and plain values, so reading it could run code: it is refused; "
-            "save its state dict alone, with torch.save(checkpoint['model'], file)"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as problem:
-        raise CheckpointError(f"cannot read {path}: {first_line(problem)}") from None
+    return _without_prefixes(plain_tensors(found, path, CheckpointError))
 
 
 def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -100,6 +65,7 @@ class Source:
         self._left = dict(tensors)
         self._missing: list[str] = []
         self._wrong: list[str] = []
+        self._infinite: list[str] = []
 
     def __contains__(self, name: str) -> bool:
         return name in self._left
@@ -117,13 +83,16 @@ class Source:
         """One axis of a tensor that everything else is measured by.
 
         Raises:
-            CheckpointError: it is not there, has another number of axes, or is empty.
+            CheckpointError: it is not there, has another number of axes, is empty, or the axis longer than
+                :data:`LARGEST_AXIS`.
         """
         shape = self.shape(name)
         if shape is None:
             raise CheckpointError(f"{self.where} lacks {name}; it has {listed(sorted(self._left))}")
         if len(shape) != ndim or 0 in shape:
             raise CheckpointError(f"{self.where}: {name} is {shape}, expected {ndim} axes")
+        if shape[axis] > LARGEST_AXIS:
+            raise CheckpointError(f"{self.where}: {name} is {shape}, more than the {LARGEST_AXIS} that a task may have")
         return shape[axis]
 
     def take(self, name: str, shape: Sequence[int]) -> Tensor:
@@ -133,11 +102,16 @@ class Source:
             self._missing.append(name)
         elif tuple(found.shape) != tuple(shape):
             self._wrong.append(f"{name} is {tuple(found.shape)}, expected {tuple(shape)}")
-        elif found.dtype.is_floating_point:
-            return found.detach().float().contiguous()
+        elif found.dtype in FLOATS:
+            taken = found.float().contiguous()
+            if not taken.isfinite().all():
+                self._infinite.append(name)
+            return taken
         else:
-            self._wrong.append(f"{name} holds {str(found.dtype).removeprefix('torch.')}, not floats")
-        return torch.zeros(tuple(shape))
+            self._wrong.append(
+                f"{name} holds {str(found.dtype).removeprefix('torch.')}, not floats of 16, 32 or 64 bits"
+            )
+        return torch.zeros(()).expand(tuple(shape))  # a file's sizes may be enormous: no memory for them
 
     def ignore(self, names: Iterable[str]) -> None:
         """Leave tensors out, for a reason that the layout's documentation gives."""
@@ -165,6 +139,7 @@ class Source:
                 ("missing", self._missing),
                 ("unexpected", sorted(self._left) if all_taken else []),
                 ("wrong shape", self._wrong),
+                ("not finite", self._infinite),
             )
             if names
         ]
