@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 from huggingface_hub import constants, get_session
@@ -13,10 +14,14 @@ logger = logging.getLogger("prompttune")
 
 def hub_answers() -> bool:
     """Whether the hub can be reached at all: its own client retries for nearly a minute when it cannot."""
-    if constants.HF_HUB_OFFLINE:
-        return False
+    return not constants.HF_HUB_OFFLINE and endpoint_answers(constants.ENDPOINT)
+
+
+@functools.cache
+def endpoint_answers(address: str) -> bool:
+    """Whether a hub answers, asked once in a process: of a hub that hangs, every question costs the whole time-out."""
     try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+        get_session().head(address, timeout=HUB_TIMEOUT_S)
     except Exception as problem:  # the client's HTTP library, and so its errors, differ between versions
         logger.info("Hugging Face hub out of reach: %s", problem)
         return False

@@ -56,7 +56,7 @@ def write_recipe(path: Path, **changes: Any) -> Path:
         "title": "tiny tasks",
         "seeds": [3, 4],
         "search_seed": 9,
-        "defaults": {**TINY, "epochs": 1, "batch_size": 8, "lr": 1e-3, "tensorboard": False, "eval_every": 1000},
+        "defaults": {**TINY, "epochs": 1, "batch_size": 8, "lr": 1e-3, "tensorboard": False},
         "tasks": {
             name: {"group": group, "data": f"vtab/{name}/train800val200/test", "search": f"vtab/{name}/train800/val200"}
             for name, group in (("a", "one"), ("b", "two"))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from torchvision import datasets
 
 from prompttune.errors import DataError, UsageError
+from prompttune.hub import endpoint_answers, hub_answers
 from prompttune.protocols.missing import available_tasks
 from prompttune.protocols.recipe import load_recipe
 from prompttune.training.data import load_data
@@ -20,6 +22,12 @@ from tests.protocol_data import write_fgvc, write_vtab
 
 REPO = "someone/benchmarks"
 PLACE = f"hf://datasets/{REPO}"
+
+
+@pytest.fixture(autouse=True)
+def nothing_asked_yet() -> None:
+    """A port of an earlier test may be another one's."""
+    endpoint_answers.cache_clear()
 
 
 @pytest.fixture
@@ -37,6 +45,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Hub, 
 
         def cut() -> None:
             open_hub.close()
+            endpoint_answers.cache_clear()
 
         yield hub, cut
 
@@ -72,6 +81,43 @@ def test_a_repository_that_is_not_there_is_named(hub: tuple[Hub, Callable[[], No
     cut()
     with pytest.raises(DataError, match="out of reach, and its cache holds nothing"):
         load_data("vtab/dtd/train800/test", root="hf://datasets/someone/else")
+
+
+def test_what_the_hubs_client_raises_is_one_line_unless_the_cache_serves(
+    hub: tuple[Hub, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_data("vtab/dtd/train800/test", root=f"{PLACE}/deep/vtab")
+    with pytest.raises(DataError, match=r"cannot look into hf://datasets/a--b/c: .*a--b") as caught:
+        load_data("vtab/dtd/train800/test", root="hf://datasets/a--b/c")
+    assert "\n" not in str(caught.value)
+
+    def time_out(*_: object, **__: object) -> None:
+        raise ValueError("read\ntime-out")  # no OSError, like those of the client's HTTP library
+
+    monkeypatch.setattr(HfApi, "get_paths_info", time_out)
+    load_data("vtab/dtd/train800/test", root=f"{PLACE}/deep/vtab")
+    with pytest.raises(DataError, match="cannot look into hf://datasets/someone/else: read time-out"):
+        load_data("vtab/dtd/train800/test", root="hf://datasets/someone/else")
+    monkeypatch.setattr("prompttune.training.data.roots.snapshot_download", time_out)
+    with pytest.raises(DataError, match=f"cannot fetch data of {PLACE}: read time-out"):
+        HubRoot.read(PLACE).fetch(["deep"])
+
+
+def test_a_hub_that_never_answers_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr("prompttune.hub.HUB_TIMEOUT_S", 0.1)
+        assert not hub_answers()
+        asked, _ = silent.accept()
+        asked.close()
+        for ask in (lambda: data_root(PLACE).fetch(["a"]), lambda: data_root(PLACE).missing(["a"])):
+            with pytest.raises(DataError, match="out of reach, and its cache holds nothing"):
+                ask()
+        silent.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            silent.accept()
 
 
 @pytest.mark.parametrize(
@@ -133,7 +179,31 @@ def test_a_download_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(datasets, "CIFAR10", refuse)
     recipe = load_recipe("hta")
     task = next(task for task, entry in recipe.tasks.items() if "/cifar10/" in entry.data)
-    with pytest.raises(DataError, match=r"cannot download tv/cifar10, train, into .*: no route to host"):
+    with pytest.raises(
+        DataError, match=r"1 of 1 data sets .*\n .*cannot download tv/cifar10, train, into .*: no route"
+    ):
         available_tasks(recipe, [task], str(tmp_path), skip=False, fetch=True)
+    write_fgvc(tmp_path, "nabirds")
+    told: list[str] = []
+    both = available_tasks(recipe, [task, "nabirds"], str(tmp_path), skip=True, fetch=True, tell=told.append)
+    assert both == ["nabirds"]
+    assert told == [f"{task}: cannot download tv/cifar10, train, into {tmp_path}: no route to host"]
     with pytest.raises(UsageError, match="downloaded into a folder"):
         available_tasks(recipe, [task], PLACE, skip=False, fetch=True)
+
+
+def test_nothing_is_downloaded_before_what_cannot_be_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+
+    def note(spec: str, root: str | None) -> None:
+        fetched.append(spec)
+
+    monkeypatch.setattr("prompttune.protocols.missing.download", note)
+    recipe = load_recipe("hta")
+    with pytest.raises(DataError, match="1 of 2 data sets are missing") as caught:
+        available_tasks(recipe, ["cifar10", "nabirds"], str(tmp_path), skip=False, fetch=True)
+    assert ("nabirds" in str(caught.value), "cifar10" in str(caught.value), fetched) == (True, False, [])
+    planned = available_tasks(recipe, ["cifar10", "nabirds"], str(tmp_path), skip=True, fetch=True, dry=True)
+    assert (planned, fetched) == (["cifar10"], [])
+    assert available_tasks(recipe, ["cifar10", "nabirds"], str(tmp_path), skip=True, fetch=True) == ["cifar10"]
+    assert fetched == ["tv/cifar10/train80/val20"], "one data set is fetched once, whatever its splits"

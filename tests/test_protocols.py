@@ -14,15 +14,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from prompttune.backbones import load_backbone
-from prompttune.errors import DataError, TrainingError, UsageError
+from prompttune.errors import CheckpointError, DataError, UsageError
 from prompttune.methods import METHODS
 from prompttune.protocols import plots
 from prompttune.protocols.latency import Latency
 from prompttune.protocols.missing import available_tasks
-from prompttune.protocols.plan import RunSpec, make_plan
+from prompttune.protocols.plan import RECORD_FILE, RunSpec, make_plan
 from prompttune.protocols.recipe import BUILT_IN, Recipe, chosen, load_recipe, read_recipe
 from prompttune.protocols.runner import Outcome, Pace
-from prompttune.protocols.search import choose_settings, make_search
+from prompttune.protocols.search import Decision, decide, make_search, pending
 from prompttune.protocols.summary import Cell, summarise
 from prompttune.protocols.tables import cells, header, markdown
 from prompttune.training import TrainConfig
@@ -77,9 +77,32 @@ def test_reported_images_choose_nothing(name: str) -> None:
     recipe = load_recipe(name)
     for one in make_plan(recipe, recipe.labels[:1], list(recipe.tasks), [0], ROOT):
         config = one.config(Path())
-        assert config.eval_every > config.epochs  # no epoch is picked by its score
+        assert (config.eval_every > config.epochs, config.patience) == (True, None)  # no epoch is picked by its score
     for task in recipe.tasks.values():
         assert task.search is None or not task.search.endswith("/test")
+
+
+def test_no_setting_lets_reported_images_choose_an_epoch(tmp_path: Path) -> None:
+    recipe = read_recipe(write_recipe(tmp_path / "r.yaml"))
+    settings = recipe.settings("linear", "a", {"eval_every": 1, "patience": 1})
+    assert (settings["eval_every"], settings["patience"]) == (1_000_000, None)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "label", "task", "seed", "digest"),
+    [
+        ("demo", "linear", "digits", 0, "7baddae1e63e68b0"),
+        ("demo-ablation", "no adapter", "digits", 0, "4983e99dcd2b2cdf"),
+        ("vtab-1k", "linear", "dtd", 42, "82c8afbc09d4c203"),
+        ("fgvc", "linear", "nabirds", 42, "341156eff914f0ac"),
+        ("hta", "linear", "svhn", 42, "051a19e162be52ef"),
+    ],
+)
+def test_digests_stay_those_of_the_results_that_carry_them(
+    protocol: str, label: str, task: str, seed: int, digest: str
+) -> None:
+    (one,) = make_plan(load_recipe(protocol), [label], [task], [seed], ROOT)
+    assert one.digest == digest
 
 
 def test_vtab_has_the_published_tasks_and_settings() -> None:
@@ -128,6 +151,22 @@ def test_settings_go_from_the_defaults_to_the_overrides(tmp_path: Path) -> None:
         ({"grids": {"linear": {"lr": 1e-3}}}, "must be a list"),
         ({"variants": {"x": {"method": "nope"}}}, "unknown method"),
         ({"something": 1}, "unknown part"),
+        ({"seeds": [2**63]}, "below 2**63"),
+        ({"seeds": [True]}, "seeds must be"),
+        ({"search_seed": "abc"}, "search_seed must be a whole number"),
+        ({"search_seed": 1.7}, "search_seed must be a whole number"),
+        ({"tasks": {"a": {"data": "demo/digits", "search": 5}}}, "'search' of the task a must name data, not 5"),
+        ({"tasks": {"a": {"data": "demo/digits", "search": "demo/digits"}}}, "on the images that are reported"),
+        ({"tasks": {"a": {"data": "vtab/x/train800val200/test", "search": "vtab/x/train800/test"}}}, "are reported"),
+        ({"defaults": {"eval-every": 1}}, "defaults: eval_every is not open"),
+        ({"methods": {"linear": {"patience": 2}}}, "methods.linear: patience is not open"),
+        ({"grids": {"linear": {"eval_every": [1, 2]}}}, "grids.linear: eval_every is not open"),
+        ({"defaults": {"task": "segmentation"}}, "protocols compare classifications"),
+        ({"defaults": {"method": "linear"}}, "the entries of methods and variants name it"),
+        ({"methods": {"linear": {"data": "x"}}}, "methods.linear: data is no setting of a recipe"),
+        ({"tasks": {"a": {"data": "demo/digits", "settings": {"seed": 1}}}}, "give seeds and search_seed"),
+        ({"defaults": {"output": "x"}}, "give --output"),
+        ({"defaults": {"data_root": "x"}}, "give --data-root"),
     ],
 )
 def test_wrong_recipe_is_refused_in_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -160,19 +199,62 @@ def test_wrong_setting_names_the_run() -> None:
         spec(lr=-1).config(Path())
 
 
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        ('{"settings_digest": "DIGEST"}', CheckpointError, "has no accuracy and classes"),
+        ('{"settings_digest": "DIGEST", "error": "nan"}', CheckpointError, "has no accuracy"),  # no candidate
+        ("{", CheckpointError, "cannot read the record of a run"),
+        ('{"settings_digest": "0"}', UsageError, "was trained with other settings"),
+    ],
+)
+def test_a_record_that_is_of_no_use_says_what_to_do(
+    tmp_path: Path, content: str, error: type[Exception], message: str
+) -> None:
+    folder = spec().folder(tmp_path)
+    folder.mkdir(parents=True)
+    (folder / RECORD_FILE).write_text(content.replace("DIGEST", spec().digest))
+    with pytest.raises(error, match=message) as caught:
+        spec().record(tmp_path)
+    assert f"remove the folder {folder} to train it again" in str(caught.value)
+
+
 # choosing
 
 
-def outcome(lr: float, accuracy: float | None) -> Outcome:
-    tried = dataclasses.replace(spec(lr=lr), candidate={"lr": lr})
-    return Outcome(tried, None if accuracy is None else {"accuracy": accuracy}, None if accuracy is not None else "nan")
+def outcome(lr: float, accuracy: float | None, *, diverged: bool = True, task: str = "a") -> Outcome:
+    tried = dataclasses.replace(spec(lr=lr), task=task, candidate={"lr": lr})
+    if accuracy is None:
+        return Outcome(tried, error="diverged: the loss is nan", diverged=diverged)
+    return Outcome(tried, {"accuracy": accuracy})
 
 
 def test_best_accuracy_is_chosen_and_ties_take_the_smallest_rate() -> None:
-    assert choose_settings([outcome(0.1, 0.5), outcome(0.2, 0.7), outcome(0.4, None)]) == {("a", "linear"): {"lr": 0.2}}
-    assert choose_settings([outcome(0.3, 0.7), outcome(0.2, 0.7), outcome(0.1, 0.6)]) == {("a", "linear"): {"lr": 0.2}}
-    with pytest.raises(TrainingError, match="no setting of linear on a could be trained"):
-        choose_settings([outcome(0.1, None)])
+    for found in (
+        [outcome(0.1, 0.5), outcome(0.2, 0.7), outcome(0.4, None)],
+        [outcome(0.3, 0.7), outcome(0.2, 0.7), outcome(0.1, 0.6)],
+    ):
+        assert decide(found) == Decision({("a", "linear"): {"lr": 0.2}}, [], {})
+
+
+def test_a_choice_waits_for_what_failed_and_leaves_the_others() -> None:
+    decision = decide(
+        [
+            outcome(0.1, 0.5),
+            outcome(0.2, 0.9, task="waits"),
+            outcome(0.1, None, task="waits", diverged=False),
+            outcome(0.1, None, task="barren"),
+            outcome(0.2, None, task="barren"),
+        ]
+    )
+    assert (decision.choices, decision.waiting) == ({("a", "linear"): {"lr": 0.1}}, [("waits", "linear")])
+    assert decision.barren == {
+        ("barren", "linear"): "no setting of 2 can be chosen, the first diverged: the loss is nan"
+    }
+    plan = [dataclasses.replace(spec(lr=5.0), task=task) for task in ("a", "waits", "barren")]
+    search = [outcome(0.1, 0.5, task=one.task).spec for one in plan]
+    shown = {one.task: one.settings["lr"] for one in pending(plan, search, decision)}
+    assert shown == {"a": 5.0, "waits": "chosen by the search", "barren": "chosen by the search"}
 
 
 def test_what_is_said_already_is_not_searched(tmp_path: Path) -> None:

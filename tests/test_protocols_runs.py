@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+import prompttune.training.loop
 from prompttune.cli.main import cli
+from prompttune.errors import TrainingError
 from prompttune.model import PromptModel
+from prompttune.protocols import worker
+from prompttune.training import TrainConfig
 from tests.protocol_data import picture, write_recipe, write_vtab
 from tests.training_helpers import no_pictures, one_thread  # noqa: F401
 
@@ -120,10 +126,21 @@ def test_missing_data_and_wrong_names_start_nothing(base: list[Any], tmp_path: P
         (["--set", "lr"], "takes name=value"),
         (["--set", "lr=-1"], "lr must be above 0"),
         (["--seeds", "1,1"], "different whole numbers"),
+        (["--seeds", str(2**63)], "below 2**63"),
+        (["--set", "eval_every=1"], "eval_every is not open"),
+        (["--set", "patience=3"], "patience is not open"),
+        (["--set", "task=segmentation"], "protocols compare classifications"),
+        (["--set", "lr=[1"], "--set lr=[1: cannot read the value"),
+        (["--set", "epochs=.inf"], "epochs must be a whole number, not inf"),
+        (["--backbone", "nope"], "unknown backbone 'nope'"),
+        (["--device", "cuda:77"], "device cuda:77 is not there"),
     ):
         refused = command(*base, "--skip-missing", *words)
         assert refused.exit_code == 2, words
         assert message in refused.stderr
+        assert refused.stderr.count("Error: ") == 1
+    lost = command(*base, "--skip-missing", "--weights", tmp_path / "gone.pth")
+    assert (lost.exit_code, lost.stderr.endswith(f"no weights file at {tmp_path}/gone.pth\n")) == (1, True)
     assert not (tmp_path / "out").exists()
     for methods, message in (("linear", "settings are still to be chosen"), ("vpt-shallow", "no run of this plan is")):
         early = command(*base, "--methods", methods, "--skip-missing", "--table-only")
@@ -131,6 +148,139 @@ def test_missing_data_and_wrong_names_start_nothing(base: list[Any], tmp_path: P
     skipped = command(*base, "--skip-missing", "--dry-run")
     assert skipped.exit_code == 0
     assert "skipped, its data are missing: b" in skipped.stderr
+
+
+Fail = Callable[[TrainConfig], None]
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fail], None]:
+    """Replace what every run does first."""
+    train = prompttune.training.loop.train
+
+    def install(fail: Fail) -> None:
+        def failing_train(config: TrainConfig, *args: Any, **kwargs: Any) -> Any:
+            fail(config)
+            return train(config, *args, **kwargs)
+
+        monkeypatch.setattr(prompttune.training.loop, "train", failing_train)
+
+    return install
+
+
+def test_a_point_that_diverges_is_a_result_that_is_never_chosen(
+    base: list[Any], tmp_path: Path, failing: Callable[[Fail], None]
+) -> None:
+    trained: list[str] = []
+    nan = "the loss is nan at epoch 1, step 1"
+    tried_in_vain = [("a", "0.01"), ("b", "0.001"), ("b", "0.01")]
+
+    def diverge(config: TrainConfig) -> None:
+        trained.append(config.output)
+        if config.lr == 1e-2 or config.data == "vtab/b/train800/val200":
+            raise TrainingError(f"{nan}; try a lower --lr; the last good state is in x")
+
+    failing(diverge)
+    words = [*base, "--methods", "linear", "--seeds", "3", "--no-latency"]
+    for call in ("first", "second"):
+        result = command(*words, "--quiet")
+        assert result.exit_code == 1
+        assert result.stderr == f"b/linear: left out: no setting of 2 can be chosen, the first diverged: {nan}\n"
+        assert len(trained) == 5, f"{call}: four points and the one run that could be chosen for"
+    tried = rows_of(tmp_path / "out" / "search.csv")
+    figures = [(row["task"], row["tried_lr"], bool(row["accuracy"]), row["error"]) for row in tried]
+    assert figures == [("a", "0.001", True, ""), *((*point, False, nan) for point in tried_in_vain)]
+    table = command(*words, "--table-only")
+    assert (table.exit_code, "b/linear: no setting of 2" in table.stderr) == (0, True)
+    planned = json.loads(command(*words, "--dry-run", "--json").stdout)["runs"]
+    assert [run["state"] for run in planned] == ["finished", "diverged", "diverged", "diverged", "finished", "left out"]
+
+
+def test_runs_wait_for_a_point_that_failed(base: list[Any], tmp_path: Path, failing: Callable[[Fail], None]) -> None:
+    broken = True
+
+    def fail(config: TrainConfig) -> None:
+        if broken and config.lr == 1e-2:
+            raise ValueError("a disk is\nfull")
+
+    failing(fail)
+    words = [*base, "--methods", "linear", "--tasks", "a", "--no-latency"]
+    result = command(*words)
+    assert result.exit_code == 1
+    assert "a/linear/lr=0.01: ValueError: a disk is full" in result.stderr
+    assert "a/linear: left out, for a setting of its search could not be tried" in result.stderr
+    assert not (tmp_path / "out" / "runs").exists()
+    broken = False
+    assert command(*words).exit_code == 0
+
+
+def test_a_worker_survives_an_error_of_any_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("top1")
+
+    monkeypatch.setattr(worker, "run_one", fail)
+    ours, theirs = multiprocessing.Pipe()
+    for message in ("run", "run", None):
+        ours.send(message)
+    worker.serve_runs(theirs, tmp_path, 1)
+    assert [ours.recv(), ours.recv()] == [("error", "KeyError: 'top1'")] * 2
+
+
+def test_figures_survive_a_measurement_that_fails(
+    base: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        assert (tmp_path / "out" / "summary.json").exists()
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr("prompttune.protocols.benchmark.measure", fail)
+    result = command(*base, "--methods", "vpt-shallow", "--seeds", "3", "--tasks", "a", "--quiet")
+    assert (result.exit_code, result.stderr) == (0, "latencies are missing: RuntimeError: out of memory\n")
+    assert (tmp_path / "out" / "accuracy.png").exists()
+    assert "vpt-shallow" in result.stdout
+
+
+def test_what_stands_in_a_runs_way_is_told_in_words_of_this_command(
+    base: list[Any], tmp_path: Path, failing: Callable[[Fail], None]
+) -> None:
+    once = [*base, "--methods", "vpt-shallow", "--tasks", "a", "--seeds", "3", "--no-latency"]
+    folder = tmp_path / "out" / "runs" / "a" / "vpt-shallow" / "seed3"
+    folder.mkdir(parents=True)
+    (folder / "last.safetensors").write_text("broken")
+    result = command(*once)
+    assert result.exit_code == 1
+    assert "last.safetensors is damaged" in result.stderr
+    assert "--overwrite" not in result.stderr
+    assert f"; remove the folder {folder} to train it again\n" in result.stderr
+
+    def diverge(config: TrainConfig) -> None:
+        raise TrainingError("the loss is nan; try a lower --lr or --grad-clip 1; the last good state is in x")
+
+    failing(diverge)
+    assert f"the loss is nan; give a lower lr or grad_clip=1 with --set or a recipe and remove the folder {folder}" in (
+        command(*once).stderr
+    )
+
+
+def test_home_in_an_output_is_one_place(base: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    words = [*base, "--methods", "vpt-shallow", "--tasks", "a", "--seeds", "3", "--no-latency", "--output=~/x"]
+    results = [command(*words) for _ in range(2)]
+    assert [result.exit_code for result in results] == [0, 0], results[0].output
+    assert "1 finished before" in results[1].stderr
+    assert (tmp_path / "home" / "x" / "results.csv").exists()
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.slow
+def test_modules_in_the_users_folder_do_not_reach_the_workers(
+    base: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "yaml.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    result = command(*base, "--methods", "vpt-shallow", "--seeds", "3", "--jobs", 2, "--no-latency")
+    assert result.exit_code == 0, result.output
 
 
 def start(words: list[Any]) -> subprocess.Popen[str]:

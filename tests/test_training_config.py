@@ -43,6 +43,7 @@ def test_flat_names_do_not_collide() -> None:
     [
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"epochs": 2.5}, "epochs must be a whole number"),
+        ({"epochs": float("inf")}, "epochs must be a whole number"),
         ({"lr": 0}, "lr must be above 0"),
         ({"lr": float("nan")}, "lr must be above 0"),
         ({"lr": "fast"}, "lr must be a number"),

@@ -56,6 +56,7 @@ def test_own_settings_go_before_defaults_and_overrides_before_both(bars: Path, t
         ([{"name": "a", "output": "o"}, {"name": "b", "output": "o"}], {}, "two tasks .* have the output o"),
         ([{"name": "a", "epoch": 3}], {}, "task a: unknown setting 'epoch'; did you mean epochs"),
         ([{"name": "a", "method": "linear", "rank": 3}], {}, "task a: rank is a setting of sa2vp, .*, not of linear"),
+        ([{"name": "a", "method": ["x"]}], {"defaults": {"data": "d", "rank": 3}}, r"task a: unknown method \['x'\]"),
         ([{"name": "a"}], {"default": {}}, "did you mean defaults"),
         ([{"name": "a"}], {"defaults": {"epoch": 3}}, "unknown setting 'epoch'"),
         ([{"name": "a"}], {"defaults": [1]}, "defaults of .* must be settings"),
@@ -75,6 +76,15 @@ def test_an_override_that_suits_no_task_is_refused(bars: Path, tmp_path: Path) -
         UsageError, match="num_prompts is a setting of lspt, gapt, vpt-shallow, vpt-deep, e2vpt, expres, not of linear"
     ):
         load_tasks(file, {"num_prompts": 3})
+
+
+def test_an_error_of_any_kind_is_its_tasks_own(bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise KeyError("top1")
+
+    monkeypatch.setattr("prompttune.training.multi.train", fail)
+    file = write_tasks(tmp_path, [{"name": "a"}, {"name": "b"}], shared(bars, tmp_path / "runs"))
+    assert [outcome.error for outcome in train_tasks(load_tasks(file))] == ["KeyError: 'top1'"] * 2
 
 
 def test_a_backbone_is_loaded_once_and_a_failing_task_stops_no_other(

@@ -3,102 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
-import yaml
 from rich.console import Console
 
+from prompttune.cli.benchmark_options import common_options, data_options, words
 from prompttune.cli.benchmark_progress import Board
-from prompttune.errors import UsageError, choose
 from prompttune.protocols.benchmark import Job, Report, report_finished, run_benchmark
+from prompttune.protocols.plan import RunSpec
 from prompttune.protocols.recipe import chosen, load_recipe
-from prompttune.protocols.search import finished_choices, pending
-from prompttune.training.config import known_names
+from prompttune.protocols.search import decided_so_far, pending
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 INTERRUPTED = 130
-RESERVED = {
-    "output": "--output",
-    "seed": "--seeds",
-    "method": "--methods",
-    "data": "--tasks",
-    "data_root": "--data-root",
-}
-"""Settings that have an option of their own here."""
-
-
-def _words(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    return None if value is None else tuple(one.strip() for one in value.split(",") if one.strip())
-
-
-def _seeds(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    words = [one.strip() for one in value.split(",")]
-    if not all(one.isdecimal() for one in words) or len(set(words)) < len(words):
-        raise click.BadParameter("give different whole numbers, such as 0,1,2")
-    return tuple(int(one) for one in words)
-
-
-def _settings(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
-    """``name=value`` to settings; a value is read as YAML does."""
-    made = {}
-    for text in values:
-        name, equals, value = text.partition("=")
-        name = choose("setting", name.strip().replace("-", "_"), known_names())
-        if not equals:
-            raise UsageError(f"--set takes name=value, not {text!r}")
-        if name in RESERVED:
-            raise UsageError(f"--set {name}: use {RESERVED[name]}")
-        made[name] = yaml.safe_load(value)
-    return made
-
-
-_OPTIONS = [
-    click.option("--tasks", metavar="A,B,…", callback=_words, help="Tasks of the protocol.  [default: all]"),
-    click.option("--seeds", metavar="0,1,…", callback=_seeds, help="Seeds of the runs.  [default: the recipe's]"),
-    click.option("--output", "-o", type=click.Path(path_type=Path, file_okay=False), help="Folder of the benchmark."),
-    click.option("--jobs", type=click.IntRange(1), help="Runs at once, each with its share of the CPU cores.  "
-                 "[default: a core each, 4 at most; 1 on a GPU]"),
-    click.option("--backbone", metavar="NAME", help="timm name, in place of the recipe's."),
-    click.option("--image-size", type=click.IntRange(1), help="Side of the input in pixels, in place of the recipe's."),
-    click.option("--weights", metavar="SOURCE", help="auto, random, random:SEED or a file, in place of the recipe's."),
-    click.option("--device", help="auto, cpu, cuda or cuda:INDEX."),
-    click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", callback=_settings,
-                 help="A setting of `prompttune train` for every run whose method has it; may be repeated."),
-    click.option("--recipe", "recipe_file", type=click.Path(path_type=Path, dir_okay=False),
-                 help="YAML file in place of the package's recipe."),
-    click.option("--dry-run", is_flag=True, help="Print the runs and what is left of them; train nothing."),
-    click.option("--table-only", is_flag=True,
-                 help="Tabulate and plot the runs that are finished so far; train nothing."),
-    click.option("--latency/--no-latency", default=True, show_default=True,
-                 help="Time each method's forward beside the plain backbone at the end."),
-    click.option("--json", "as_json", is_flag=True, help="Print the table and all runs as JSON."),
-    click.option("--quiet", is_flag=True, help="Show no progress."),
-]  # fmt: skip
-
-
-_methods = click.option("--methods", metavar="A,B,…", callback=_words, help="Methods to compare.  [default: all]")
-_DATA_OPTIONS = [
-    click.option("--data-root", metavar="PLACE",
-                 help="Folder of the data sets, or hf://datasets/OWNER/NAME[@REVISION][/FOLDER] for one on the hub."),
-    click.option("--skip-missing", is_flag=True, help="Go on without the data sets that are not there."),
-]  # fmt: skip
-
-
-def _options(command: Command) -> Command:
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
-
-
-def _data_options(command: Command) -> Command:
-    for option in reversed(_DATA_OPTIONS):
-        command = option(command)
-    return command
+_methods = click.option("--methods", metavar="A,B,…", callback=words, help="Methods to compare.  [default: all]")
 
 
 @click.group()
@@ -112,7 +32,7 @@ def benchmark() -> None:
 
 @benchmark.command()
 @_methods
-@_options
+@common_options
 @click.pass_context
 def demo(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: Any) -> None:
     """Compare methods on the built-in tasks: digits, location, orientation, count.
@@ -129,8 +49,8 @@ def demo(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: Any)
 
 
 @benchmark.command("demo-ablation")
-@click.option("--variants", metavar="A,B,…", callback=_words, help="Variants to compare.  [default: all]")
-@_options
+@click.option("--variants", metavar="A,B,…", callback=words, help="Variants to compare.  [default: all]")
+@common_options
 @click.pass_context
 def demo_ablation(ctx: click.Context, /, variants: tuple[str, ...] | None, **options: Any) -> None:
     """Compare SA²VP with and without each of its parts, as Table 5 of its paper does, on the built-in tasks.
@@ -144,8 +64,8 @@ def demo_ablation(ctx: click.Context, /, variants: tuple[str, ...] | None, **opt
 
 @benchmark.command("vtab-1k")
 @_methods
-@_data_options
-@_options
+@data_options
+@common_options
 @click.pass_context
 def vtab_1k(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: Any) -> None:
     """Compare methods on VTAB-1k: 19 tasks of 1,000 images, means of three groups.
@@ -163,8 +83,8 @@ def vtab_1k(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: A
 
 @benchmark.command()
 @_methods
-@_data_options
-@_options
+@data_options
+@common_options
 @click.pass_context
 def fgvc(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: Any) -> None:
     """Compare methods on five fine-grained data sets, with VPT's splits.
@@ -181,9 +101,9 @@ def fgvc(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: Any)
 
 @benchmark.command()
 @_methods
-@_data_options
+@data_options
 @click.option("--download", is_flag=True, help="Fetch the data sets of torchvision that are missing into the folder.")
-@_options
+@common_options
 @click.pass_context
 def hta(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: Any) -> None:
     """Compare methods on the ten data sets of head-tuning adaptation (DAM-VP).
@@ -219,20 +139,26 @@ def _run(
 ) -> None:
     from prompttune.protocols.missing import available_tasks
 
-    recipe = load_recipe(protocol, recipe_file)
+    # a shell leaves the ~ of --output=~/folder alone
+    recipe = load_recipe(protocol, recipe_file.expanduser() if recipe_file is not None else None)
     overrides = {**{name: value for name, value in place.items() if value is not None}, **changes}
     wanted = chosen("task", tasks, list(recipe.tasks))
     job = Job(
         recipe=recipe,
         labels=chosen("variant" if recipe.variants else "method", labels, recipe.labels),
-        tasks=available_tasks(recipe, wanted, overrides.get("data_root"), skip=skip_missing, fetch=download),
+        tasks=available_tasks(
+            recipe,
+            wanted,
+            overrides.get("data_root"),
+            skip=skip_missing,
+            fetch=download,
+            dry=dry_run or table_only,
+            tell=lambda line: click.echo(f"skipped, its data are missing: {line}", err=True),
+        ),
         seeds=seeds or recipe.seeds,
         overrides=overrides,
-        output=output or Path("runs") / f"benchmark-{recipe.protocol}",
+        output=(output or Path("runs") / f"benchmark-{recipe.protocol}").expanduser(),
     )
-    for task in wanted:
-        if task not in job.tasks:
-            click.echo(f"skipped, its data are missing: {task}", err=True)
     if dry_run:
         _print_plan(job, as_json)
         return
@@ -265,23 +191,28 @@ def _show(ctx: click.Context, job: Job, report: Report, as_json: bool) -> None:
         wide = Console(width=None if Console().is_terminal else 400)
         wide.print(rich_table(report.summary))
         click.echo(f"top-1 in percent, mean ± sample deviation over seeds; runs and files: {job.output}")
-    for outcome in report.failures:
-        click.echo(f"{outcome.spec.name}: {outcome.error}", err=True)
+    for line in (*report.notes, *(f"{failure.run}: {failure.error}" for failure in report.failures)):
+        click.echo(line, err=True)
     if report.failures:
         ctx.exit(1)
 
 
 def _print_plan(job: Job, as_json: bool) -> None:
     search = job.search()
-    choices = finished_choices(search, job.output)
-    final = job.plan(choices or {})
-    shown = [*search, *(final if choices is not None else pending(final, search))]
+    decision = decided_so_far(search, job.output)
+
+    def state(spec: RunSpec) -> str:
+        if spec.candidate is None and decision.is_open(spec):
+            return "left out" if (spec.task, spec.label) in decision.barren else "to do"
+        return spec.state(job.output)
+
+    shown = [*search, *pending(job.plan(decision.choices), search, decision)]
     rows: list[dict[str, Any]] = [
         {
             "run": spec.name,
             "stage": "final" if spec.candidate is None else "search",
             "group": spec.group,
-            "state": spec.state(job.output) if spec.candidate is not None or choices is not None else "to do",
+            "state": state(spec),
             "settings": dict(spec.settings),
         }
         for spec in shown
@@ -292,6 +223,6 @@ def _print_plan(job: Job, as_json: bool) -> None:
     for row in rows:
         words = " ".join(f"{name}={value}" for name, value in row["settings"].items())
         click.echo(f"{row['state']:8}  {row['stage']:6}  {row['run']}  {words}")
-    left = sum(row["state"] != "finished" for row in rows)
+    left = sum(row["state"] in ("to do", "begun") for row in rows)
     searching = f", {len(search)} of them to choose settings" if search else ""
     click.echo(f"{job.recipe.protocol}: {len(rows)} runs{searching}; {left} to train; output: {job.output}")

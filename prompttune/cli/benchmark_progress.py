@@ -47,7 +47,7 @@ class Board:
         if outcome.row is not None:
             figures = f"top-1 {outcome.row['accuracy']:.2%}  {outcome.row['seconds']:.0f} s"
         else:
-            figures = f"failed: {outcome.error}"
+            figures = str(outcome.error) if outcome.diverged else f"failed: {outcome.error}"
         self._print(f"{pace.done}/{pace.total}  {outcome.spec.name}  {figures}  {_left(pace)}".rstrip())
         self.update(pace)
 

@@ -11,14 +11,23 @@ from typing import Any
 from prompttune.errors import UsageError
 from prompttune.files import write_json, write_text
 from prompttune.protocols.latency import Latency, measure
-from prompttune.protocols.plan import RunSpec, make_plan
+from prompttune.protocols.plan import RECORD_FILE, RunSpec, make_plan
 from prompttune.protocols.recipe import Recipe
 from prompttune.protocols.runner import Listener, Outcome, Pace, execute
-from prompttune.protocols.search import Choices, finished_choices, make_search, run_search
+from prompttune.protocols.search import Choices, Decision, decided_so_far, make_search, run_search
 from prompttune.protocols.summary import Summary, summarise
 from prompttune.protocols.tables import markdown, write_rows
+from prompttune.training.multi import describe_failure
 
 RESULTS, TABLE, SUMMARY, LATENCY, PLOT = "results.csv", "summary.md", "summary.json", "latency.csv", "accuracy.png"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that failed, or the runs of a method on a task whose settings could not be chosen."""
+
+    run: str
+    error: str
 
 
 @dataclass(frozen=True)
@@ -27,12 +36,10 @@ class Report:
 
     summary: Summary
     outcomes: Sequence[Outcome]
-    latencies: Sequence[Latency]
-
-    @property
-    def failures(self) -> list[Outcome]:
-        """Runs that failed."""
-        return [outcome for outcome in self.outcomes if outcome.error is not None]
+    latencies: Sequence[Latency] = ()
+    failures: Sequence[Failure] = ()
+    notes: Sequence[str] = ()
+    """What a user should know beside the failures, a line each."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -40,7 +47,7 @@ class Report:
             **self.summary.to_dict(),
             "latencies": [dataclasses.asdict(one) for one in self.latencies],
             "runs": _rows(self.outcomes),
-            "failures": [{"run": outcome.spec.name, "error": outcome.error} for outcome in self.failures],
+            "failures": [dataclasses.asdict(one) for one in self.failures],
         }
 
 
@@ -73,13 +80,44 @@ class Job:
 def run_benchmark(job: Job, jobs: int, listener: Listener, *, latency: bool = True) -> Report:
     """Choose settings where the recipe says so, train every run, and write the files of both to the output.
 
-    See :func:`prompttune.protocols.search.run_search` and :func:`prompttune.protocols.runner.execute`.
+    See :func:`prompttune.protocols.search.run_search` and :func:`prompttune.protocols.runner.execute`. Where a setting
+    could not be tried, or none can be chosen, the runs that wait for it are left out, and the report says so.
+
+    Raises:
+        UsageError: a setting, a backbone's name or a device is wrong; nothing has been trained.
+        BackboneError: weights are missing or do not fit; nothing has been trained.
     """
     search = job.search()
-    job.plan({})  # what is wrong with the reported runs is said before the search trains for days
-    plan = job.plan(run_search(search, job.output, jobs, listener))
-    outcomes = execute(plan, job.output, jobs, _Writer(job, plan, listener))
-    return _conclude(job, plan, outcomes, latency)
+    # what is wrong with the reported runs is said before the search trains for days
+    _check_backbones([*search, *job.plan({})], job.output)
+    decision, tried = run_search(search, job.output, jobs, listener)
+    plan = job.plan(decision.choices)
+    ready = [spec for spec in plan if not decision.is_open(spec)]
+    outcomes = execute(ready, job.output, jobs, _Writer(job, plan, ready, listener))
+    failures = [*_failures(tried), *_without_choice(decision), *_failures(outcomes)]
+    return _conclude(job, plan, outcomes, latency, failures=failures)
+
+
+def _check_backbones(specs: Sequence[RunSpec], output: Path) -> None:
+    """Load each backbone of the runs that are left once: a wrong name, file or device would fail them one by one."""
+    from prompttune.backbones import load_backbone
+    from prompttune.training.scoring import resolve_device
+
+    configs = [spec.config(output) for spec in specs if not (spec.folder(output) / RECORD_FILE).exists()]
+    for device in dict.fromkeys(config.device for config in configs):
+        resolve_device(device)
+    for key in dict.fromkeys((config.backbone, config.image_size, config.weights) for config in configs):
+        load_backbone(*key)
+
+
+def _failures(outcomes: Sequence[Outcome]) -> list[Failure]:
+    return [Failure(one.spec.name, one.error) for one in outcomes if one.error is not None and not one.diverged]
+
+
+def _without_choice(decision: Decision) -> list[Failure]:
+    waiting = dict.fromkeys(decision.waiting, "left out, for a setting of its search could not be tried")
+    reasons = {**waiting, **{pair: f"left out: {why}" for pair, why in decision.barren.items()}}
+    return [Failure("/".join(pair), why) for pair, why in reasons.items()]
 
 
 def report_finished(job: Job, *, latency: bool = True) -> Report:
@@ -88,21 +126,36 @@ def report_finished(job: Job, *, latency: bool = True) -> Report:
     Raises:
         UsageError: no run is finished, or settings are still to be chosen.
     """
-    choices = finished_choices(job.search(), job.output)
-    if choices is None:
+    decision = decided_so_far(job.search(), job.output)
+    plan = job.plan(decision.choices)
+    rows = {spec: spec.record(job.output) for spec in plan if not decision.is_open(spec)}
+    outcomes = [Outcome(spec, row, kept=True) for spec, row in rows.items() if row is not None]
+    if not outcomes and decision.waiting:
         raise UsageError(f"settings are still to be chosen in {job.output}: there is nothing to tabulate yet")
-    plan = job.plan(choices)
-    outcomes = [Outcome(spec, row, kept=True) for spec in plan if (row := spec.record(job.output)) is not None]
     if not outcomes:
         raise UsageError(f"no run of this plan is finished in {job.output}; --dry-run lists them")
     _write_rows(job, plan, _rows(outcomes))
-    return _conclude(job, plan, outcomes, latency)
+    notes = [f"{task}/{label}: {why}" for (task, label), why in decision.barren.items()]
+    return _conclude(job, plan, outcomes, latency, notes=notes)
 
 
-def _conclude(job: Job, plan: Sequence[RunSpec], outcomes: Sequence[Outcome], latency: bool) -> Report:
-    """Summary, latencies and plot; the rows are written already."""
-    latencies = _latencies(outcomes) if latency else []
-    report = Report(_tabulate(job, plan, _rows(outcomes)), outcomes, latencies)
+def _conclude(
+    job: Job,
+    plan: Sequence[RunSpec],
+    outcomes: Sequence[Outcome],
+    latency: bool,
+    failures: Sequence[Failure] = (),
+    notes: Sequence[str] = (),
+) -> Report:
+    """Summary and plot, then again with the latencies once they are measured; the rows are written already."""
+    report = Report(_tabulate(job, plan, _rows(outcomes)), outcomes, failures=failures, notes=notes)
+    _write(report, job.output)
+    if not latency:
+        return report
+    try:
+        report = dataclasses.replace(report, latencies=_latencies(outcomes))
+    except Exception as problem:  # days of training are not lost to a figure beside them
+        return dataclasses.replace(report, notes=[*notes, f"latencies are missing: {describe_failure(problem)}"])
     _write(report, job.output)
     return report
 
@@ -114,8 +167,8 @@ def _rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 class _Writer:
     """Passes the news on and brings ``results.csv`` and the table up to date after every run."""
 
-    def __init__(self, job: Job, plan: Sequence[RunSpec], listener: Listener) -> None:
-        self.job, self.plan, self.listener = job, plan, listener
+    def __init__(self, job: Job, plan: Sequence[RunSpec], ready: Sequence[RunSpec], listener: Listener) -> None:
+        self.job, self.plan, self.ready, self.listener = job, plan, ready, listener
 
     def begin(self, pace: Pace) -> None:
         self.listener.begin(pace)
@@ -129,7 +182,7 @@ class _Writer:
         self._write()
 
     def _write(self) -> None:
-        rows = [row for spec in self.plan if (row := spec.record(self.job.output)) is not None]
+        rows = [row for spec in self.ready if (row := spec.record(self.job.output)) is not None]
         _write_rows(self.job, self.plan, rows)
 
 

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from prompttune.errors import DataError, UsageError
 from prompttune.protocols.recipe import Recipe
 from prompttune.training.data.benchmarks import KINDS, download, missing_files
+from prompttune.training.data.roots import HUB_PREFIX
+from prompttune.training.multi import describe_failure
 
 LAYOUTS = {
     "vtab": "DATA_ROOT/NAME/train800.txt, val200.txt, train800val200.txt and test.txt with lines 'path label'",
     "fgvc": "DATA_ROOT/NAME/train.json, val.json and test.json of image path to class id",
     "tv": "torchvision's folders below DATA_ROOT",
 }
+DOWNLOADED = "tv/"
+"""Start of the specifications whose data can be downloaded."""
 
 
 def available_tasks(
-    recipe: Recipe, tasks: Sequence[str], root: str | None, *, skip: bool, fetch: bool = False
+    recipe: Recipe,
+    tasks: Sequence[str],
+    root: str | None,
+    *,
+    skip: bool,
+    fetch: bool = False,
+    dry: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> list[str]:
     """The tasks whose data are there.
 
@@ -25,7 +36,10 @@ def available_tasks(
         tasks: those that were asked for.
         root: ``--data-root``.
         skip: leave out what is missing.
-        fetch: download the data sets of torchvision that are missing, into the folder ``root``.
+        fetch: download the data sets of torchvision that are missing, into the folder ``root``. What cannot be
+            downloaded is told before; a download that fails leaves its data set missing.
+        dry: take what would be downloaded for there, and download nothing.
+        tell: called with a line for each task that is left out.
 
     Raises:
         UsageError: a task needs ``--data-root`` and there is none, or it is no folder to download into.
@@ -35,20 +49,62 @@ def available_tasks(
     kinds = {spec.partition("/")[0] for found in specs.values() for spec in found} & set(KINDS)
     if kinds and root is None:
         raise UsageError(f"{recipe.protocol} needs the folder of its data: give --data-root ({_layouts(kinds)})")
-    if fetch:
-        for spec in dict.fromkeys(spec for found in specs.values() for spec in found):
-            download(spec, root)
+    if fetch and root is not None and root.startswith(HUB_PREFIX):
+        raise UsageError(f"data sets of torchvision are downloaded into a folder, not to {root}")
     absent = {
-        task: list(dict.fromkeys(path for spec in found for path in missing_files(spec, root)))
-        for task, found in specs.items()
+        task: {spec: paths for spec in found if (paths := missing_files(spec, root))} for task, found in specs.items()
     }
-    missing = {task: paths for task, paths in absent.items() if paths}
-    if missing and (not skip or len(missing) == len(tasks)):
+    expected = _layouts(kinds)
+    if not fetch:
+        return _there({task: _flat(found) for task, found in absent.items()}, expected, skip, tell)
+    fixed = {
+        task: _flat({spec: paths for spec, paths in found.items() if not spec.startswith(DOWNLOADED)})
+        for task, found in absent.items()
+    }
+    if dry:
+        return _there(fixed, expected, skip, tell)
+    wanted = [task for task in _there(fixed, expected, skip) if absent[task]]
+    problems = _download([spec for task in wanted for spec in absent[task]], root)
+    for task in wanted:
+        fixed[task] = list(dict.fromkeys(problems[spec] for spec in absent[task] if spec in problems))
+    return _there(fixed, expected, skip, tell)
+
+
+def _flat(absent: Mapping[str, Sequence[str]]) -> list[str]:
+    return list(dict.fromkeys(path for paths in absent.values() for path in paths))
+
+
+def _download(specs: Sequence[str], root: str | None) -> dict[str, str]:
+    """Fetch data sets; one line for each specification of a data set that could not be, which is tried once."""
+    problems: dict[str, str] = {}
+    tried: dict[str, str | None] = {}
+    for spec in specs:
+        name = "/".join(spec.split("/")[:2])
+        if name not in tried:
+            try:
+                download(spec, root)
+                tried[name] = None
+            except Exception as problem:  # of the network, of an archive that is cut short, of a full disk
+                tried[name] = describe_failure(problem)
+        if (line := tried[name]) is not None:
+            problems[spec] = line
+    return problems
+
+
+def _there(
+    absent: Mapping[str, Sequence[str]], expected: str, skip: bool, tell: Callable[[str], None] | None = None
+) -> list[str]:
+    """The tasks that lack nothing; raises :class:`DataError` as :func:`available_tasks` does."""
+    missing = {task: lines for task, lines in absent.items() if lines}
+    if missing and (not skip or len(missing) == len(absent)):
         lines = [f"  {task}: {', '.join(paths)}" for task, paths in missing.items()]
-        hint = "" if len(missing) == len(tasks) else "; --skip-missing goes on without"
-        head = f"{len(missing)} of {len(tasks)} data sets are missing (expected: {_layouts(kinds)}){hint}"
+        hint = "" if len(missing) == len(absent) else "; --skip-missing goes on without"
+        head = f"{len(missing)} of {len(absent)} data sets are missing (expected: {expected}){hint}"
         raise DataError("\n".join([head, *lines]))
-    return [task for task in tasks if task not in missing]
+    for task, paths in missing.items():
+        if tell is not None:
+            tell(f"{task}: {', '.join(paths)}")
+    return [task for task in absent if task not in missing]
 
 
 def _layouts(kinds: set[str]) -> str:

@@ -20,6 +20,10 @@ from prompttune.training.state import RunFolder
 
 RECORD_FILE = "benchmark.json"
 """Written last into the folder of a run, once it is finished."""
+ERROR = "error"
+"""In the record of a candidate that diverged, which has no figures: what happened."""
+_FIGURES = ("accuracy", "classes", "trainable_parameters", "parameters_beside_head", "share_of_backbone", "seed")
+"""What a table needs of a record."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,28 +79,39 @@ class RunSpec:
         return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:16]
 
     def record(self, output: Path) -> dict[str, Any] | None:
-        """The row of a run that is finished; None if it is not.
+        """The row of a run that is finished; None if it is not. That of a candidate that diverged has :data:`ERROR`.
 
         Raises:
             UsageError: it was trained with other settings.
             CheckpointError: the record is damaged.
         """
-        file = self.folder(output) / RECORD_FILE
-        if not file.exists():
+        folder = self.folder(output)
+        if not (folder / RECORD_FILE).exists():
             return None
-        row = read_json(file, CheckpointError, "record of a run")
+        try:
+            row = read_json(folder / RECORD_FILE, CheckpointError, "record of a run")
+        except CheckpointError as problem:
+            raise CheckpointError(f"{problem}; {train_again(folder)}") from None
         if row.get("settings_digest") != self.digest:
             raise UsageError(
-                f"{file.parent} was trained with other settings ({row.get('settings_digest')}, now {self.digest}); "
-                "give another --output, or remove it"
+                f"{folder} was trained with other settings ({row.get('settings_digest')}, now {self.digest}); "
+                f"give another --output, or {train_again(folder)}"
             )
+        diverged = self.candidate is not None and isinstance(row.get(ERROR), str)
+        if not diverged and (lost := [name for name in _FIGURES if not isinstance(row.get(name), int | float)]):
+            raise CheckpointError(f"{folder / RECORD_FILE} has no {' and '.join(lost)}; {train_again(folder)}")
         return row
 
     def state(self, output: Path) -> str:
-        """``finished``, ``begun`` or ``to do``; raises as :meth:`record` does."""
-        if self.record(output) is not None:
-            return "finished"
+        """``finished``, ``diverged``, ``begun`` or ``to do``; raises as :meth:`record` does."""
+        if (row := self.record(output)) is not None:
+            return "diverged" if ERROR in row else "finished"
         return "begun" if RunFolder(self.folder(output)).last.exists() else "to do"
+
+
+def train_again(folder: Path) -> str:
+    """What a user does about a run that stands in the way of its like."""
+    return f"remove the folder {folder} to train it again"
 
 
 def make_plan(

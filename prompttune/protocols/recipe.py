@@ -8,7 +8,7 @@ Recipes are YAML files of this package, or a user's own::
     defaults: {epochs: 4, lr: 5e-3}          # settings of `prompttune train`, by name
     tasks:
       digits: {group: natural, data: demo/digits, settings: {}}
-      # `search`, beside `data`: where the settings of a method with a grid are chosen
+      # `search`, beside `data`: where the settings of a method with a grid are chosen; without it none are searched
     methods:                                 # settings of a method, over the defaults
       linear: {lr: 5e-2}
     grids:                                   # settings that are chosen on held-out images, by method or `default`
@@ -17,7 +17,8 @@ Recipes are YAML files of this package, or a user's own::
     variants:                                # instead of plain methods, where the recipe is an ablation
       full: {method: sa2vp}
 
-A method without an entry takes the defaults. An entry of a method that is not registered is ignored.
+A method without an entry takes the defaults. An entry of a method that is not registered is ignored. What the protocol
+itself decides is no setting of a recipe: :func:`check_open`.
 """
 
 from __future__ import annotations
@@ -31,12 +32,26 @@ from typing import Any
 from prompttune.errors import UsageError, choose
 from prompttune.methods import METHODS
 from prompttune.training.config import check_belongs, known_names, method_fields, read_yaml
+from prompttune.training.data.benchmarks import KINDS
+from prompttune.training.multi import suiting
 
 BUILT_IN = ("demo", "demo-ablation", "vtab-1k", "fgvc", "hta")
 _PARTS = ("protocol", "title", "seeds", "search_seed", "defaults", "tasks", "methods", "grids", "variants")
 ANY = "default"
 """Grid of the methods that have none of their own."""
 _TASK_PARTS = ("group", "data", "search", "settings", "methods")
+SCORED_ONCE: Mapping[str, Any] = {"eval_every": 1_000_000, "patience": None}
+"""Settings of every run, so that the last epoch alone is scored: the images that are reported choose no epoch."""
+_ELSEWHERE = {
+    "method": "the entries of methods and variants name it",
+    "data": "a task names it",
+    "seed": "give seeds and search_seed",
+    "output": "give --output",
+    "data_root": "give --data-root",
+}
+"""Settings that are none of a recipe's, and where they are given."""
+SEED_LIMIT = 2**63
+"""Seeds are below: torch takes no others."""
 
 
 @dataclass(frozen=True)
@@ -102,13 +117,21 @@ class Recipe:
             **entry.methods.get(method, {}),
             **variant,
             **suiting(overrides, method),
+            **SCORED_ONCE,
         }
 
 
-def suiting(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """The settings without those of other methods."""
-    fields = method_fields()
-    return {name: value for name, value in settings.items() if name not in fields or method in fields[name]}
+def check_open(name: str, value: Any) -> None:
+    """Raise :class:`UsageError` if a setting is the protocol's own, which neither a recipe nor a user gives."""
+    if name in SCORED_ONCE:
+        raise UsageError(f"{name} is not open: every run is scored after its last epoch alone; leave it out")
+    if name == "task" and value != "classification":
+        raise UsageError(f"task {value!r}: protocols compare classifications; leave it out")
+
+
+def is_seed(value: Any) -> bool:
+    """Whether a value can seed a run."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < SEED_LIMIT
 
 
 def load_recipe(name: str, file: Path | None = None) -> Recipe:
@@ -133,8 +156,11 @@ def read_recipe(path: Path) -> Recipe:
     if not tasks:
         raise UsageError(f"{path} needs 'tasks', a mapping of names to group and data")
     seeds = document.get("seeds", [0])
-    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
-        raise UsageError(f"{path}: seeds must be a list of whole numbers from 0, not {seeds!r}")
+    if not isinstance(seeds, list) or not seeds or not all(map(is_seed, seeds)):
+        raise UsageError(f"{path}: seeds must be a list of whole numbers from 0, below 2**63, not {seeds!r}")
+    search_seed = document.get("search_seed", 0)
+    if not is_seed(search_seed):
+        raise UsageError(f"{path}: search_seed must be a whole number from 0, below 2**63, not {search_seed!r}")
     defaults = _settings(path, "defaults", _mapping(path, document, "defaults"))
     return Recipe(
         protocol=str(document.get("protocol", path.stem)),
@@ -145,7 +171,7 @@ def read_recipe(path: Path) -> Recipe:
         methods=_by_method(path, "methods", _mapping(path, document, "methods")),
         variants=_variants(path, _mapping(path, document, "variants")),
         grids=_grids(path, _mapping(path, document, "grids")),
-        search_seed=int(document.get("search_seed", 0)),
+        search_seed=search_seed,
     )
 
 
@@ -157,11 +183,14 @@ def _mapping(path: Path, document: Mapping[str, Any], key: str) -> dict[str, Any
 
 
 def _settings(path: Path, where: str, values: Mapping[str, Any], method: str | None = None) -> dict[str, Any]:
-    """Names of settings with underscores, each known, and one of ``method`` where that is given."""
+    """Names of settings with underscores, each known and a recipe's, and one of ``method`` where that is given."""
     named = {name.replace("-", "_"): value for name, value in values.items()}
-    for name in named:
+    for name, value in named.items():
         try:
             choose("setting", name, known_names())
+            if name in _ELSEWHERE:
+                raise UsageError(f"{name} is no setting of a recipe: {_ELSEWHERE[name]}")
+            check_open(name, value)
             if method is not None and name in method_fields():
                 check_belongs(name, method)
         except UsageError as problem:
@@ -180,16 +209,31 @@ def _by_method(path: Path, where: str, entries: Mapping[str, Any]) -> dict[str, 
 def _task(path: Path, name: str, entry: Mapping[str, Any]) -> TaskEntry:
     for key in entry:
         choose(f"part of the task {name} of {path.name}", key, _TASK_PARTS)
-    if not isinstance(entry.get("data"), str):
+    data, search = entry.get("data"), entry.get("search")
+    if not isinstance(data, str):
         raise UsageError(f"{path}: the task {name} needs 'data'")
+    if search is not None and not isinstance(search, str):
+        raise UsageError(f"{path}: 'search' of the task {name} must name data, not {search!r}")
+    if search is not None and _scored(search) == _scored(data):
+        raise UsageError(
+            f"{path}: the task {name} chooses settings on the images that are reported ({data}): "
+            "give 'search' held-out images, or leave it out"
+        )
     return TaskEntry(
         name=name,
         group=str(entry.get("group", "")),
-        data=entry["data"],
-        search=entry.get("search"),
+        data=data,
+        search=search,
         settings=_settings(path, f"tasks.{name}", _mapping(path, entry, "settings")),
         methods=_by_method(path, f"tasks.{name}", _mapping(path, entry, "methods")),
     )
+
+
+def _scored(data: str) -> str:
+    """The part of a specification that says which images are scored."""
+    kind, _, name = data.partition("/")
+    parts = name.split("/")
+    return f"{kind}/{parts[0]}/{parts[-1]}" if kind in KINDS else data
 
 
 def _variants(path: Path, entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -16,9 +16,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
-from prompttune.errors import PrompttuneError, UsageError
-from prompttune.protocols.plan import RunSpec
-from prompttune.protocols.worker import Backbones, describe_failure, run_one, share_teller
+from prompttune.errors import UsageError
+from prompttune.protocols.plan import ERROR, RunSpec
+from prompttune.protocols.worker import Backbones, run_one, share_teller
+from prompttune.training.multi import describe_failure
 
 MOST_JOBS = 4
 """Runs at once on a CPU if nothing is said; each has a backbone of its own in memory."""
@@ -33,6 +34,15 @@ class Outcome:
     error: str | None = None
     kept: bool = False
     """Whether it had been finished by an earlier call."""
+    diverged: bool = False
+    """Whether the error is a candidate's result, which is not tried again."""
+
+    @classmethod
+    def of(cls, spec: RunSpec, row: dict[str, Any], *, kept: bool = False) -> Outcome:
+        """From the record that a run left."""
+        if ERROR in row:
+            return cls(spec, error=f"diverged: {row[ERROR]}", kept=kept, diverged=True)
+        return cls(spec, row, kept=kept)
 
 
 class Listener(Protocol):
@@ -124,7 +134,7 @@ def execute(specs: Sequence[RunSpec], output: Path, jobs: int, listener: Listene
             raise UsageError("two runs of the plan have the same task, label and seed")
         for spec in specs:
             if (row := spec.record(output)) is not None:
-                outcomes[spec] = Outcome(spec, row, kept=True)
+                outcomes[spec] = Outcome.of(spec, row, kept=True)
         todo = [spec for spec in specs if spec not in outcomes]
         jobs = max(1, min(jobs, len(todo)))
         pace = Pace(len(specs), jobs, kept=len(outcomes), waiting=list(todo))
@@ -174,8 +184,8 @@ def _in_process(pace: Pace, output: Path, listener: Listener) -> Iterator[Outcom
         spec = _start(pace)
         tell = share_teller(lambda share, spec=spec: _progress(pace, spec, share, listener))  # type: ignore[misc]
         try:
-            outcome = Outcome(spec, run_one(spec, output, backbones, tell))
-        except (PrompttuneError, OSError, RuntimeError) as problem:  # torch reports exhausted memory as RuntimeError
+            outcome = Outcome.of(spec, run_one(spec, output, backbones, tell))
+        except Exception as problem:  # whatever it is, it is this run's
             outcome = Outcome(spec, error=describe_failure(problem))
         yield _end(pace, outcome, listener)
 
@@ -219,11 +229,11 @@ def _hire(pace: Pace, output: Path) -> _Worker:
     """Start a process with its first run.
 
     A program of its own: a forked process inherits torch's threads half, and multiprocessing's spawned one runs the
-    caller's main module again.
+    caller's main module again. ``-P`` keeps the modules of the folder that the user stands in out of it.
     """
     ours, theirs = multiprocessing.Pipe()
     words = (theirs.fileno(), os.getpid(), max(1, cores() // pace.jobs), output)
-    command = [sys.executable, "-m", "prompttune.protocols", *map(str, words)]
+    command = [sys.executable, "-P", "-m", "prompttune.protocols", *map(str, words)]
     process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
     theirs.close()
     worker = _Worker(process, ours, _start(pace))
@@ -247,4 +257,4 @@ def _hear(worker: _Worker, pace: Pace, listener: Listener) -> Outcome | None:
     if kind == "share":
         _progress(pace, worker.spec, value, listener)
         return None
-    return Outcome(worker.spec, value) if kind == "row" else Outcome(worker.spec, error=value)
+    return Outcome.of(worker.spec, value) if kind == "row" else Outcome(worker.spec, error=value)

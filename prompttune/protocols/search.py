@@ -5,19 +5,37 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prompttune.errors import TrainingError
 from prompttune.files import write_json
 from prompttune.protocols.plan import RunSpec
 from prompttune.protocols.recipe import Recipe
 from prompttune.protocols.runner import Listener, Outcome, execute
 from prompttune.protocols.tables import write_rows
 
-Choices = dict[tuple[str, str], dict[str, Any]]
-"""Chosen settings by task and label."""
+Pair = tuple[str, str]
+"""Task and label."""
+Choices = dict[Pair, dict[str, Any]]
+"""Chosen settings."""
 SEARCH, CHOSEN = "search.csv", "chosen.json"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a search comes to. A task and label of its plan is in one of the three."""
+
+    choices: Choices
+    waiting: Sequence[Pair] = ()
+    """Where a setting is still to be tried: a choice made without it could be another one later."""
+    barren: Mapping[Pair, str] = dataclasses.field(default_factory=dict)
+    """Where every setting diverged, and how the first did."""
+
+    def is_open(self, spec: RunSpec) -> bool:
+        """Whether the settings of a run that is reported are not known."""
+        pair = (spec.task, spec.label)
+        return pair in self.waiting or pair in self.barren
 
 
 def make_search(
@@ -43,47 +61,46 @@ def make_search(
     return specs
 
 
-def run_search(plan: Sequence[RunSpec], output: Path, jobs: int, listener: Listener) -> Choices:
-    """Carry out a search; ``search.csv`` and ``chosen.json`` tell what was tried and what was chosen.
-
-    Raises:
-        TrainingError: no point of a grid could be trained; the message names the method, the task and one reason.
-    """
+def run_search(plan: Sequence[RunSpec], output: Path, jobs: int, listener: Listener) -> tuple[Decision, list[Outcome]]:
+    """Carry out a search; ``search.csv`` and ``chosen.json`` tell what was tried and what was chosen."""
     if not plan:
-        return {}
+        return Decision({}), []
     outcomes = execute(plan, output, jobs, listener)
-    rows = [{**outcome.row, **_tried(outcome)} for outcome in outcomes if outcome.row is not None]
+    rows = [{**row, **_tried(spec)} for spec in plan if (row := spec.record(output)) is not None]
     write_rows(output / SEARCH, rows)
-    choices = choose_settings(outcomes)
+    decision = decide(outcomes)
     write_json(
         output / CHOSEN,
-        [{"task": task, "label": label, "settings": settings} for (task, label), settings in choices.items()],
+        [{"task": task, "label": label, "settings": settings} for (task, label), settings in decision.choices.items()],
     )
-    return choices
+    return decision, outcomes
 
 
-def _tried(outcome: Outcome) -> dict[str, Any]:
-    return {f"tried_{name}": value for name, value in (outcome.spec.candidate or {}).items()}
+def _tried(spec: RunSpec) -> dict[str, Any]:
+    return {f"tried_{name}": value for name, value in (spec.candidate or {}).items()}
 
 
-def choose_settings(outcomes: Sequence[Outcome]) -> Choices:
-    """The point of the best accuracy for each task and label; of equals that of the smallest learning rate.
+def decide(outcomes: Sequence[Outcome]) -> Decision:
+    """Choose the best accuracy for each task and label, among equals the smallest learning rate.
 
-    VPT's code breaks ties so, for stability; a run that failed is no candidate.
-
-    Raises:
-        TrainingError: see :func:`run_search`.
+    VPT's code breaks ties so, for stability. What diverged is never chosen; what has no result yet keeps the choice
+    open.
     """
-    groups: dict[tuple[str, str], list[Outcome]] = {}
+    groups: dict[Pair, list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault((outcome.spec.task, outcome.spec.label), []).append(outcome)
     choices: Choices = {}
-    for (task, label), found in groups.items():
+    waiting: list[Pair] = []
+    barren: dict[Pair, str] = {}
+    for pair, found in groups.items():
         done = [outcome for outcome in found if outcome.row is not None]
-        if not done:
-            raise TrainingError(f"no setting of {label} on {task} could be trained; the first: {found[0].error}")
-        choices[task, label] = dict(max(done, key=_rank).spec.candidate or {})
-    return choices
+        if len(done) + sum(outcome.diverged for outcome in found) < len(found):
+            waiting.append(pair)
+        elif not done:
+            barren[pair] = f"no setting of {len(found)} can be chosen, the first {found[0].error}"
+        else:
+            choices[pair] = dict(max(done, key=_rank).spec.candidate or {})
+    return Decision(choices, waiting, barren)
 
 
 def _rank(outcome: Outcome) -> tuple[float, float]:
@@ -91,20 +108,15 @@ def _rank(outcome: Outcome) -> tuple[float, float]:
     return accuracy, -outcome.spec.config(Path()).lr
 
 
-def finished_choices(plan: Sequence[RunSpec], output: Path) -> Choices | None:
-    """What a finished search chose, without training; None if a run of it is left."""
-    outcomes = []
-    for spec in plan:
-        row = spec.record(output)
-        if row is None:
-            return None
-        outcomes.append(Outcome(spec, row, kept=True))
-    return choose_settings(outcomes)
+def decided_so_far(plan: Sequence[RunSpec], output: Path) -> Decision:
+    """What a search has come to, without training."""
+    rows = ((spec, spec.record(output)) for spec in plan)
+    return decide([Outcome(spec) if row is None else Outcome.of(spec, row, kept=True) for spec, row in rows])
 
 
-def pending(plan: Sequence[RunSpec], search: Sequence[RunSpec]) -> list[RunSpec]:
-    """The plan with a placeholder where the search has yet to choose; for showing, not for training."""
-    open_names = {(spec.task, spec.label): list(spec.candidate or {}) for spec in search}
+def pending(plan: Sequence[RunSpec], search: Sequence[RunSpec], decision: Decision) -> list[RunSpec]:
+    """The plan with a placeholder where the search has not chosen; for showing, not for training."""
+    open_names = {(spec.task, spec.label): list(spec.candidate or {}) for spec in search if decision.is_open(spec)}
     return [
         dataclasses.replace(
             spec,

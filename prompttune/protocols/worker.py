@@ -11,9 +11,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prompttune.errors import PrompttuneError
+from prompttune.errors import CheckpointError, TrainingError, UsageError
 from prompttune.files import write_json
-from prompttune.protocols.plan import RECORD_FILE, RunSpec
+from prompttune.protocols.plan import ERROR, RECORD_FILE, RunSpec, train_again
+from prompttune.training.multi import describe_failure
 from prompttune.training.progress import OnProgress, Progress
 
 if TYPE_CHECKING:
@@ -23,13 +24,16 @@ Backbones = dict[tuple[str, int | None, str], "Backbone"]
 """What a process has loaded, by name, image size and weights; the last one alone is kept."""
 SHARE_STEP = 0.01
 """A worker tells how far its run is in steps of this share."""
+_ADVICE, _OVERWRITE = "; try ", "; start again with --overwrite"
+"""Parts of the errors of training that name its options."""
 
 
 def run_one(spec: RunSpec, output: Path, backbones: Backbones, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Train a run, or go on with it, and write its record; the row of figures.
 
-    The checkpoint of the last epoch counts, whatever the epochs before it reached: the recipes validate after it
-    alone. The state that a run is resumed from is dropped once the record is there.
+    The checkpoint of the last epoch counts, whatever the epochs before it reached: the protocol validates after it
+    alone. The state that a run is resumed from is dropped once the record is there. A candidate that diverges has a
+    result too, a record without figures: trained again, it would diverge again.
     """
     from prompttune.backbones import load_backbone
     from prompttune.training.loop import train
@@ -41,11 +45,46 @@ def run_one(spec: RunSpec, output: Path, backbones: Backbones, on_progress: OnPr
         backbones.clear()
         backbones[key] = load_backbone(*key)
     backbone = backbones[key]
-    result = train(config, backbone, resume=True, on_progress=on_progress)
-    row = _row(spec, backbone, result.metrics)
-    write_json(result.path / RECORD_FILE, row)
-    RunFolder(result.path).last.unlink(missing_ok=True)
+    folder = RunFolder.of(config.output)
+    try:
+        row = _row(spec, backbone, train(config, backbone, resume=True, on_progress=on_progress).metrics)
+    except TrainingError as problem:
+        if spec.candidate is None:
+            raise _told_here(problem, folder.path) from None
+        row = _row_of_diverged(spec, problem)
+    except (CheckpointError, UsageError) as problem:
+        raise _told_here(problem, folder.path) from None
+    write_json(folder.path / RECORD_FILE, row)
+    folder.last.unlink(missing_ok=True)
     return row
+
+
+def _told_here(
+    problem: TrainingError | CheckpointError | UsageError, folder: Path
+) -> TrainingError | CheckpointError | UsageError:
+    """A run's error without the options of ``prompttune train``, which a benchmark does not have."""
+    text = str(problem)
+    what, advice, _ = text.partition(_ADVICE)
+    if isinstance(problem, TrainingError):
+        if not advice:
+            return problem
+        return TrainingError(f"{what}; give a lower lr or grad_clip=1 with --set or a recipe and {train_again(folder)}")
+    if str(folder) not in text:  # nothing that stands in the folder is to blame
+        return problem
+    return type(problem)(f"{text.removesuffix(_OVERWRITE)}; {train_again(folder)}")
+
+
+def _row_of_diverged(spec: RunSpec, problem: TrainingError) -> dict[str, Any]:
+    return {
+        "protocol": spec.protocol,
+        "group": spec.group,
+        "task": spec.task,
+        "label": spec.label,
+        "method": spec.settings["method"],
+        "seed": spec.seed,
+        "settings_digest": spec.digest,
+        ERROR: str(problem).partition(_ADVICE)[0],
+    }
 
 
 def _row(spec: RunSpec, backbone: Backbone, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -82,12 +121,6 @@ def _row(spec: RunSpec, backbone: Backbone, metrics: dict[str, Any]) -> dict[str
     }
 
 
-def describe_failure(problem: BaseException) -> str:
-    """One line for a run that failed."""
-    text = " ".join(str(problem).split()) or type(problem).__name__
-    return text if isinstance(problem, PrompttuneError) else f"{type(problem).__name__}: {text}"
-
-
 def share_teller(tell: Callable[[float], None]) -> OnProgress:
     """From a run's news to the share of its training that is done, told in steps."""
     told = 0.0
@@ -121,7 +154,7 @@ def serve_runs(channel: Connection, output: Path, threads: int) -> None:
             channel.send(("row", row))
         except BrokenPipeError:
             return
-        except (PrompttuneError, OSError, RuntimeError) as problem:  # torch reports exhausted memory as RuntimeError
+        except Exception as problem:  # whatever it is, it is this run's
             channel.send(("error", describe_failure(problem)))
 
 

@@ -65,7 +65,7 @@ class Setting:
         try:
             # YAML 1.1 reads 5e-3 as text, so text that spells a number is taken as that number
             made = self.type(value) if self.type is not str or isinstance(value, str | int | float) else None
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise refused from None
         if made is None or (self.type is int and isinstance(value, float) and made != value):
             raise refused

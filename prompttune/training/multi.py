@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prompttune.errors import PrompttuneError, UsageError, choose
+from prompttune.methods import METHODS
 from prompttune.training.config import TrainConfig, check_belongs, known_names, method_fields, read_yaml
 from prompttune.training.loop import TrainResult, train
 
@@ -87,15 +88,16 @@ def _read_task(path: Path, entry: Mapping[str, Any], defaults: Mapping[str, Any]
         raise UsageError(f"every task of {path} needs a name that can be a folder, not {name!r}")
     parent = overrides.get("output", defaults.get("output", DEFAULT_PARENT))
     output = own.pop("output", None) or str(Path(str(parent)) / name)
-    method = overrides.get("method", own.get("method", defaults.get("method", TrainConfig.method)))
-    settings = {**_suiting(defaults, method), **own, **_suiting(overrides, method), "output": output}
+    wanted = overrides.get("method", own.get("method", defaults.get("method", TrainConfig.method)))
     try:
+        method = choose("method", wanted, METHODS)
+        settings = {**suiting(defaults, method), **own, **suiting(overrides, method), "output": output}
         return Task(name, TrainConfig.from_flat(settings))
     except UsageError as problem:
         raise UsageError(f"task {name}: {problem}") from None
 
 
-def _suiting(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
+def suiting(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
     """The settings without those of other methods."""
     fields = method_fields()
     return {name: value for name, value in settings.items() if name not in fields or method in fields[name]}
@@ -139,11 +141,17 @@ def train_tasks(
                 backbones[key] = _load(*key)
             result = train(task.config, backbones[key], resume=resume, overwrite=overwrite, on_progress=on_progress)
             outcomes.append(TaskOutcome(task, result))
-        except (PrompttuneError, OSError, RuntimeError) as problem:  # torch reports exhausted memory as RuntimeError
-            outcomes.append(TaskOutcome(task, error=" ".join(str(problem).split())))
+        except Exception as problem:  # whatever it is, it is this task's
+            outcomes.append(TaskOutcome(task, error=describe_failure(problem)))
         if key not in keys[index + 1 :]:
             backbones.pop(key, None)
     return outcomes
+
+
+def describe_failure(problem: BaseException) -> str:
+    """One line for a run that failed."""
+    text = " ".join(str(problem).split()) or type(problem).__name__
+    return text if isinstance(problem, PrompttuneError) else f"{type(problem).__name__}: {text}"
 
 
 def _load(name: str, image_size: int | None, weights: str) -> Backbone:

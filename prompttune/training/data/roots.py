@@ -6,9 +6,10 @@ what a run reads is fetched, into the hub's cache, and what the cache holds serv
 
 from __future__ import annotations
 
+import contextlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,10 @@ from prompttune.hub import hub_answers
 
 HUB_PREFIX = "hf://"
 _HUB_ROOT = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<folder>.+?))?/*")
+
+
+class _HubFailedError(DataError):
+    """The hub's client failed otherwise than by a refusal."""
 
 
 class DataRoot(ABC):
@@ -72,45 +77,63 @@ class HubRoot(DataRoot):
         return "/".join(filter(None, (f"hf://datasets/{self.repo}{revision}", self.folder)))
 
     def missing(self, paths: Sequence[str]) -> list[str]:
-        """See :class:`DataRoot`; asks the hub, or its cache if the hub is out of reach."""
-        if not hub_answers():
-            return LocalRoot(self._cached()).missing(paths)
+        """See :class:`DataRoot`; asks the hub, or its cache if the hub is out of reach.
+
+        Raises:
+            DataError: the repository is not there or not open to this user, or the hub fails.
+        """
         inside = {self._inside(path): path for path in paths}
+        if not hub_answers():
+            return self._cached().missing(paths)
         try:
-            found = HfApi().get_paths_info(self.repo, list(inside), repo_type="dataset", revision=self.revision)
-        except (RepositoryNotFoundError, GatedRepoError) as problem:
-            raise self._refused(problem) from None
-        except OSError as problem:
-            raise DataError(f"cannot look into {self}: {' '.join(str(problem).split())}") from None
+            with self._told("look into"):
+                found = HfApi().get_paths_info(self.repo, list(inside), repo_type="dataset", revision=self.revision)
+        except _HubFailedError:  # it may have gone since it was last asked
+            with contextlib.suppress(DataError):
+                return self._cached().missing(paths)
+            raise
         there = {entry.path for entry in found}
         return [f"{self}/{path}" for within, path in inside.items() if within not in there]
 
     def fetch(self, paths: Sequence[str]) -> Path:
-        """See :class:`DataRoot`. Fetches what the hub's cache lacks.
+        """See :class:`DataRoot`. Fetches what the hub's cache lacks, if the hub can be reached.
 
         Raises:
             DataError: the repository is not there or not open to this user, or a file cannot be fetched.
         """
         wanted = [pattern for path in map(self._inside, paths) for pattern in (path, f"{path}/*")]
-        try:
-            place = snapshot_download(self.repo, repo_type="dataset", revision=self.revision, allow_patterns=wanted)
-        except (RepositoryNotFoundError, GatedRepoError) as problem:
-            raise self._refused(problem) from None
-        except OSError as problem:
-            raise DataError(f"cannot fetch data of {self}: {' '.join(str(problem).split())}") from None
-        return Path(place) / self.folder
+        return self._snapshot("fetch data of", wanted, offline=not hub_answers())
 
     def _inside(self, path: str) -> str:
         return "/".join(filter(None, (self.folder, path)))
 
-    def _cached(self) -> Path:
-        try:  # whatever part of the repository is there: nothing is asked for by name
+    def _cached(self) -> LocalRoot:
+        """Whatever part of the repository is on this machine: nothing is asked for by name."""
+        return LocalRoot(self._snapshot("look into", [], offline=True))
+
+    def _snapshot(self, what: str, patterns: list[str], *, offline: bool) -> Path:
+        with self._told(what):
             place = snapshot_download(
-                self.repo, repo_type="dataset", revision=self.revision, local_files_only=True, allow_patterns=[]
+                self.repo,
+                repo_type="dataset",
+                revision=self.revision,
+                local_files_only=offline,
+                allow_patterns=patterns,
             )
+        return Path(place) / self.folder
+
+    @contextlib.contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """Make what the hub's client raises one line."""
+        try:
+            yield
+        except (RepositoryNotFoundError, GatedRepoError) as problem:
+            raise self._refused(problem) from None
         except LocalEntryNotFoundError:
             raise DataError(f"{self}: the hub is out of reach, and its cache holds nothing of this") from None
-        return Path(place) / self.folder
+        except Exception as problem:  # the client's HTTP library, and so its errors, differ between versions
+            reason = " ".join(str(problem).split()) or type(problem).__name__
+            raise _HubFailedError(f"cannot {what} {self}: {reason}") from None
 
     def _refused(self, problem: Exception) -> DataError:
         why = "it is gated: accept its terms on the hub" if isinstance(problem, GatedRepoError) else "no such data set"
