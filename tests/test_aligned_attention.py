@@ -56,6 +56,11 @@ def test_mask_is_finite_in_half_precision():
     assert torch.isfinite(window_mask((4, 4), 1, 3).half()).all()
 
 
+@pytest.mark.parametrize(("side", "window", "masked"), [(24, 3, True), (27, 3, False), (27, 5, True), (37, 7, True)])
+def test_the_way_follows_grid_and_window(side, window, masked):
+    assert AlignedAttention((side, side), 1, window).masked is masked
+
+
 @pytest.mark.parametrize("window", [0, 2, -3])
 def test_a_window_without_a_centre_is_refused(window):
     with pytest.raises(UsageError, match="odd"):

@@ -12,7 +12,7 @@ import prompttune as pt
 from prompttune.cli.main import cli
 from prompttune.errors import CheckpointError, TrainingError, UsageError
 from prompttune.export.layout import empty_bank, stack_states
-from prompttune.methods.damvp.clustering import find_centres
+from prompttune.methods.damvp.clustering import find_centres, gather_features
 from prompttune.methods.damvp.learning import MetaSettings, learn_prompt
 from prompttune.methods.damvp.meta import read_prompt
 from prompttune.methods.damvp.method import add_border, nearest_clusters
@@ -137,12 +137,19 @@ def test_more_clusters_than_images_are_refused():
     assert find_centres(blobs()[0][:1], pt.DAMVPConfig()).shape == (1, 8)
 
 
+def test_features_that_are_not_finite_are_refused(plain):
+    images = torch.full((2, 3, 32, 32), float("nan"))
+    with pytest.raises(TrainingError, match="features of some image are not finite"):
+        gather_features(plain, [(images, torch.zeros(2))], 2)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"clusters": 0}, "clusters must be at least 1"),
         ({"cluster_distance": 0.0}, "above 0"),
         ({"clusters": 2, "cluster_distance": 3.0}, "not both"),
+        ({"clusters": 20}, "clusters 20 is above max_clusters 16"),
         ({"prompt_size": 16}, "leaves nothing of an image of 32"),
     ],
 )

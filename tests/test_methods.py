@@ -202,6 +202,9 @@ def test_supervision_of_the_prompt_pathway_is_a_switch(vit, images):
         ("sa2vp", {"base_weight": 1.5}, "base_weight"),
         ("lspt", {"num_prompts": 0}, "num_prompts"),
         ("lspt", {"long_term": 1}, "must be of type bool"),
+        ("lspt", {"long_term": False, "cell_rank": 2}, "no cell to set cell_rank of"),
+        ("sa2vp", {"gamma": float("nan")}, "gamma must be finite"),
+        ("sa2vp", {"gamma": float("-inf")}, "gamma must be finite"),
         ("linear", {"rank": 4}, "its settings: none"),
     ],
 )
@@ -217,6 +220,15 @@ def test_settings_survive_json(vit):
     assert isinstance(config.gamma, float)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.rank = 3
+
+
+@pytest.mark.parametrize(
+    ("same", "changes"),
+    [({"attention": "global"}, {"window": 5}), ({"adapter": False}, {"activation": "relu"})],
+)
+def test_settings_without_a_meaning_keep_no_tasks_apart(same, changes):
+    assert pt.SA2VPConfig(**same, **changes).graph_settings() == pt.SA2VPConfig(**same).graph_settings()
+    assert pt.SA2VPConfig(**changes).graph_settings() != pt.SA2VPConfig().graph_settings()
 
 
 def test_prompt_layers_follow_the_depth(vit):

@@ -349,6 +349,8 @@ def test_pruning_needs_epochs_on_both_sides():
     settings = METHODS["e2vpt"](prune_at=0.01)
     assert [settings.epochs_before_pruning(epochs) for epochs in (2, 3, 100, 250)] == [1, 1, 1, 2]
     assert METHODS["e2vpt"](prune_at=0.99).epochs_before_pruning(3) == 2
+    half_of_one = config("-", "-", method="e2vpt", epochs=1, num_prompts=1, prune_tokens=0.5, prune_segments=0)
+    assert not half_of_one.method_config().prunes, "nothing to prune, so nothing is rewound"
 
 
 @pytest.mark.parametrize(

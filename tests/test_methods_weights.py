@@ -120,12 +120,23 @@ def test_gapt_with_open_gates_is_vpt_shallow(vit, images):
 
 
 def test_gapt_temperatures_are_bounded_and_come_back(vit):
-    method = pt.GaPTConfig(num_prompts=3).build(vit)
+    """Training bounds the parameter itself: behind the bound it would go on drifting, and take as long to come back."""
+    method = pt.GaPTConfig(num_prompts=2).build(vit).eval()
     method.temperatures.data[:3] = torch.tensor([-3.0, 0.5, 50.0])
-    state = method.task_state()
-    torch.testing.assert_close(state["sharpness"][0, :3], torch.tensor([100.0, 2.0, 0.1]))
-    state["sharpness"].sum().backward()
-    assert (method.temperatures.grad != 0).all()  # plain clamping would cut off those outside for good
+    torch.testing.assert_close(method.task_state()["sharpness"][0, :3], torch.tensor([100.0, 2.0, 0.1]))
+    assert method.temperatures[2] == 50, "evaluation changes no parameter"
+    method.train()
+    optimiser = torch.optim.SGD(method.parameters(), lr=0.5)
+
+    def steps(count, wanted):
+        for _ in range(count):
+            optimiser.zero_grad()
+            (1 / method.task_state()["sharpness"] - wanted).square().mean().backward()
+            optimiser.step()
+        return method.values_by_block()["temperature"]
+
+    assert (steps(60, 1000.0) == 10).all()
+    torch.testing.assert_close(steps(60, 2.0), torch.full((vit.depth,), 2.0), atol=0.01, rtol=0)
 
 
 def test_a_task_of_lower_rank_is_padded_with_zeros(vit, images):
@@ -231,6 +242,8 @@ def test_ssf_refuses_a_gated_mlp(vit, monkeypatch):
         ("gapt", {"num_prompts": 0}, "num_prompts must be above 0"),
         ("gapt", {"pool": "means"}, "did you mean mean"),
         ("gapt", {"dropout": -0.1}, "dropout must be"),
+        ("gapt", {"gate_init": float("inf")}, "gate_init must be finite"),
+        ("adaptformer", {"adapter_scale": float("nan")}, "adapter_scale must be finite"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(method, settings, message):

@@ -143,7 +143,8 @@ class VitBackbone(Backbone):
         Each from its own rows of the weight: splitting one large product would copy it.
         """
         attention = self.attention(index)
-        rows = slice(part * attention.attn_dim, (part + 1) * attention.attn_dim)
+        width = self.num_heads * self.head_dim
+        rows = slice(part * width, (part + 1) * width)
         bias = attention.qkv.bias
         return F.linear(normed, attention.qkv.weight[rows], None if bias is None else bias[rows])
 

@@ -15,8 +15,9 @@ from prompttune.errors import UsageError, choose
 from prompttune.layers.attention import attend
 
 IMPLEMENTATIONS = ("auto", "masked", "gathered")
-MASKED_TOKENS = 640
-"""Up to this many tokens one masked N x N product is quicker than gathering windows (``benchmarks/attention.py``)."""
+MASKED_TOKENS_A_KEY = 71
+"""Up to this many tokens for each of a window's c² keys, one masked N x N product is quicker than gathering windows
+(``benchmarks/attention.py``)."""
 HIDDEN = -1e4
 """Added to hidden scores: finite, so that no row can become NaN, and within float16; exp of it is exactly 0."""
 
@@ -75,7 +76,8 @@ class AlignedAttention(nn.Module):
             raise UsageError(f"window must be an odd number of patches, not {window}")
         self.num_prefix_tokens = num_prefix_tokens
         self.window = window
-        small = num_prefix_tokens + grid[0] * grid[1] <= MASKED_TOKENS
+        tokens = num_prefix_tokens + grid[0] * grid[1]
+        small = window is not None and tokens <= MASKED_TOKENS_A_KEY * window**2
         self.masked = implementation == "masked" or (implementation == "auto" and small)
         self.mask: Tensor | None
         self.neighbours: Tensor | None

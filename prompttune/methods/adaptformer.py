@@ -20,7 +20,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.layers.bottleneck import Bottleneck, bottleneck, of_block, stacked, stacked_layout
 from prompttune.layers.probe import probe
-from prompttune.methods.base import RANK, Features, Layout, Method, MethodConfig, State, setting
+from prompttune.methods.base import RANK, Features, Layout, Method, MethodConfig, MethodOver, State, setting
 from prompttune.methods.maps import Levels, MapReader
 
 
@@ -39,7 +39,7 @@ class AdaptFormerConfig(MethodConfig):
         return AdaptFormer(self, backbone)
 
 
-class AdaptFormer(Method):
+class AdaptFormer(MethodOver[VitBackbone]):
     """``adapters.{i}`` with ``down`` D to r and ``up`` r to D, for every block."""
 
     backbones = (VitBackbone,)
@@ -47,7 +47,7 @@ class AdaptFormer(Method):
 
     def __init__(self, config: AdaptFormerConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        assert isinstance(backbone, VitBackbone)
+        backbone = self.backbone
         self.config = config
         self.adapters = nn.ModuleList(_adapter(backbone.width, config.rank) for _ in range(backbone.depth))
 
@@ -57,13 +57,12 @@ class AdaptFormer(Method):
 
     def state_layout(self) -> Layout:
         """See :meth:`Method.state_layout`."""
-        backbone = self._backbone[0]
+        backbone = self.backbone
         return stacked_layout("adapters", backbone.depth, backbone.width, RANK)
 
     def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; there is no prompt pathway."""
-        backbone = self._backbone[0]
-        assert isinstance(backbone, VitBackbone)
+        backbone = self.backbone
         reader, tokens = MapReader(backbone, levels), backbone.embed(images)  # [B, N, D]
         for index in range(backbone.depth):
             attended = backbone.self_attention(index, tokens, reader.whole)  # [B, 1 or N, D]

@@ -12,14 +12,15 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
 from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
 from prompttune.errors import BackboneError, UsageError, choose
-from prompttune.limits import LIMITS, out_of_bounds
+from prompttune.limits import out_of_bounds
 
+Kind = TypeVar("Kind", bound=Backbone, covariant=True)
 State = dict[str, Tensor]
 Layout = dict[str, tuple[int | str, ...]]
 """Shape of each state tensor without its leading dimension; a string names an axis that differs between tasks
@@ -81,7 +82,7 @@ class MethodConfig:
     def _check_limits(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, (int, float)) and LIMITS & field.metadata.keys():
+            if isinstance(value, (int, float)):
                 problem = out_of_bounds(field.name, value, field.metadata)
                 self.require(problem is None, problem or "")
 
@@ -235,6 +236,15 @@ class Method(nn.Module):
     def parameters_left(self) -> int:
         """How many trained parameters the task still needs: all, unless the method has pruned some."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+
+class MethodOver(Method, Generic[Kind]):
+    """A method that drives one kind of backbone, ``backbones = (Kind,)``, and sees it typed."""
+
+    @property
+    def backbone(self) -> Kind:
+        """The frozen backbone; :class:`Method` has checked its kind."""
+        return cast(Kind, self._backbone[0])
 
 
 def build_for(config: MethodConfig, backbone: Backbone, methods: tuple[type[Method], ...]) -> Method:

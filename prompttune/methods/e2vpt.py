@@ -31,8 +31,8 @@ from prompttune.backbones.vit import VitBackbone, merge_heads
 from prompttune.errors import BackboneError, TrainingError
 from prompttune.layers.attention import attend
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, Method, MethodConfig, State, setting
-from prompttune.methods.vpt import prompt_bound, without_prompts
+from prompttune.methods.base import Features, Layout, Method, MethodConfig, MethodOver, State, setting
+from prompttune.methods.vpt import prompt_bound, with_prompts, without_prompts
 
 ROUNDING = 1e-9
 """Keeps a share such as 0.29 of 100 at 29."""
@@ -59,8 +59,18 @@ class E2VPTConfig(MethodConfig):
 
     @property
     def prunes(self) -> bool:
-        """Whether anything is pruned."""
-        return self.prune_tokens > 0 or self.prune_segments > 0
+        """Whether anything is pruned: a small share of few prompts may be none."""
+        return self.pruned_tokens > 0 or self.pruned_segments > 0
+
+    @property
+    def pruned_tokens(self) -> int:
+        """How many prompt tokens are pruned."""
+        return int(self.prune_tokens * self.num_prompts + ROUNDING)
+
+    @property
+    def pruned_segments(self) -> int:
+        """How many segments of each prompt token are pruned."""
+        return int(self.prune_segments * self.segments + ROUNDING)
 
     def epochs_before_pruning(self, epochs: int) -> int:
         """How many of a run's epochs come before the pruning; at least one, and at least one follows."""
@@ -78,7 +88,7 @@ class E2VPTConfig(MethodConfig):
         return E2VPT(self, backbone)
 
 
-class E2VPT(Method):
+class E2VPT(MethodOver[VitBackbone]):
     """``prompts`` [L, P, D] (or [1, P, D]), ``key`` [L, H, n, d], ``value`` likewise unless shared.
 
     With pruning also, not trained by gradient: ``masks.token`` [P], ``masks.segment`` [P, R], and ``initial.*``, what
@@ -89,7 +99,7 @@ class E2VPT(Method):
 
     def __init__(self, config: E2VPTConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        assert isinstance(backbone, VitBackbone)
+        backbone = self.backbone
         self.config = config
         layers, bound = backbone.depth if config.deep else 1, prompt_bound(backbone)
         self.prompts = nn.Parameter(torch.empty(layers, config.num_prompts, backbone.width).uniform_(-bound, bound))
@@ -148,17 +158,16 @@ class E2VPT(Method):
 
     def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; there is no prompt pathway."""
-        backbone = self._backbone[0]
-        assert isinstance(backbone, VitBackbone)
-        prefix, count = backbone.num_prefix_tokens, self.config.num_prompts
+        backbone = self.backbone
+        count = self.config.num_prompts
         tokens = backbone.embed(images)  # [B, N, D]
         prompts, keys = self._rows(state["prompts"], tokens), self._rows(state["keys"], tokens)
         # drop-out draws for keys and values apart, as released
         values = self._rows(state["keys" if self.config.share_kv else "values"], tokens)
-        tokens = torch.cat((tokens[:, :prefix], prompts[:, 0], tokens[:, prefix:]), dim=1)  # [B, N + P, D]
+        tokens = with_prompts(backbone, tokens, prompts[:, 0])  # [B, N + P, D]
         for index in range(backbone.depth):
             if index > 0 and self.config.deep:
-                tokens = torch.cat((tokens[:, :prefix], prompts[:, index], tokens[:, prefix + count :]), dim=1)
+                tokens = with_prompts(backbone, tokens, prompts[:, index], replaced=count)
             normed = backbone.norm1(index, tokens)
             key, value = backbone.key_value(index, normed)  # [B, H, N + P, d]
             key, value = torch.cat((keys[:, index], key), dim=2), torch.cat((values[:, index], value), dim=2)
@@ -208,11 +217,10 @@ class E2VPT(Method):
 
     def _prune(self, tokens: Tensor, segments: Tensor) -> None:
         """Set to 0 the masks of the least important tokens [P], and of each token's least important segments [P, R]."""
-        for mask, importance, share in (
-            (self.masks["token"], tokens, self.config.prune_tokens),
-            (self.masks["segment"], segments, self.config.prune_segments),
+        for mask, importance, pruned in (
+            (self.masks["token"], tokens, self.config.pruned_tokens),
+            (self.masks["segment"], segments, self.config.pruned_segments),
         ):
-            pruned = int(share * importance.shape[-1] + ROUNDING)
             least = importance.argsort(dim=-1, stable=True)[..., :pruned]
             mask.fill_(1.0).scatter_(-1, least, 0.0)
 

@@ -25,7 +25,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone, merge_heads
 from prompttune.layers.attention import attend
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, Method, MethodConfig, State, setting
+from prompttune.methods.base import Features, Layout, Method, MethodConfig, MethodOver, State, setting
 from prompttune.methods.vpt import prompt_bound
 
 QUERY, KEY, VALUE = range(3)
@@ -50,7 +50,7 @@ class EXPRESConfig(MethodConfig):
         return EXPRES(self, backbone)
 
 
-class EXPRES(Method):
+class EXPRES(MethodOver[VitBackbone]):
     """``prompts`` [P, D]; ``norm`` [L, P, D], ``qkv`` [L, 3, P, H d] and ``proj`` [L, P, D], those switched on."""
 
     backbones = (VitBackbone,)
@@ -58,7 +58,7 @@ class EXPRES(Method):
 
     def __init__(self, config: EXPRESConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        assert isinstance(backbone, VitBackbone)
+        backbone = self.backbone
         self.config = config
         count, depth, width = config.num_prompts, backbone.depth, backbone.width
         bound, heads = prompt_bound(backbone), backbone.num_heads * backbone.head_dim
@@ -66,13 +66,6 @@ class EXPRES(Method):
         self.norm = _zeros(depth, count, width) if config.norm_residual else None
         self.qkv = _zeros(depth, 3, count, heads) if config.qkv_residual else None
         self.proj = _zeros(depth, count, width) if config.proj_residual else None
-
-    @property
-    def backbone(self) -> VitBackbone:
-        """The frozen backbone, typed."""
-        backbone = self._backbone[0]
-        assert isinstance(backbone, VitBackbone)
-        return backbone
 
     def task_state(self) -> State:
         """``prompts`` [1, P, D]; ``qkv`` [1, L, 3, P, H d] and ``proj`` [1, L, P, D], shifts behind the projections."""

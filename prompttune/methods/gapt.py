@@ -5,11 +5,10 @@ block, mixes the prompts that leave the block with those that entered it: ``g ou
 the prompts past a block. Every block's attention has a learnable temperature t, ``softmax(q k^T / (t sqrt(d)))``.
 
 Follows the released code (https://github.com/ryongithub/GatedPromptTuning): g = sigmoid(logit), all logits at
-``-gate_init``; temperatures at 1, held within [0.01, 10]. g and 1 / t fold into the state. Deviations: the released
-code writes the bounded temperature back into its parameter in each step; here the bound acts on the value alone and
-gradients pass it unchanged, so a temperature comes back from outside as it does there. The released code pools MoCo's
-class token, and for MAE the mean of prompts and patches, with the norm behind it: ``pool`` ``backbone`` and
-``mean``. A backbone that pools its patches pools them without the prompts under ``backbone``, as VPT does here.
+``-gate_init``; temperatures at 1, written back into [0.01, 10] in front of each step. g and 1 / t fold into the state.
+The released code pools MoCo's class token, and for MAE the mean of prompts and patches, with the norm behind it:
+``pool`` ``backbone`` and ``mean``. A backbone that pools its patches pools them without the prompts under
+``backbone``, as VPT does here.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone, merge_heads
 from prompttune.layers.attention import attend
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, Method, MethodConfig, State, setting
-from prompttune.methods.vpt import prompt_bound, without_prompts
+from prompttune.methods.base import Features, Layout, Method, MethodConfig, MethodOver, State, setting
+from prompttune.methods.vpt import prompt_bound, with_prompts, without_prompts
 
 COLDEST, HOTTEST = 0.01, 10.0
 """Bounds of the temperatures."""
@@ -52,14 +51,14 @@ class GaPTConfig(MethodConfig):
         return GaPT(self, backbone)
 
 
-class GaPT(Method):
+class GaPT(MethodOver[VitBackbone]):
     """``prompts`` [P, D], ``gates`` [L - 1] before their sigmoid, ``temperatures`` [L]."""
 
     backbones = (VitBackbone,)
 
     def __init__(self, config: GaPTConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        assert isinstance(backbone, VitBackbone)
+        backbone = self.backbone
         self.config = config
         bound = prompt_bound(backbone)
         self.prompts = nn.Parameter(torch.empty(config.num_prompts, backbone.width).uniform_(-bound, bound))
@@ -68,9 +67,12 @@ class GaPT(Method):
 
     def task_state(self) -> State:
         """``prompts`` [1, P, D]; ``gates`` [1, L - 1], g; ``sharpness`` [1, L], 1 / t."""
-        bounded = self.temperatures.clamp(COLDEST, HOTTEST)
-        # The value is the bounded one, the gradient that of the temperature itself.
-        temperatures = bounded.detach() + (self.temperatures - self.temperatures.detach())
+        temperatures: Tensor = self.temperatures
+        if self.training:  # the parameter itself, or it would drift on behind the bound and not come back
+            with torch.no_grad():
+                temperatures.clamp_(COLDEST, HOTTEST)
+        else:
+            temperatures = temperatures.clamp(COLDEST, HOTTEST)
         return {
             "prompts": self.prompts.unsqueeze(0),
             "gates": self.gates.sigmoid().unsqueeze(0),
@@ -79,7 +81,7 @@ class GaPT(Method):
 
     def state_layout(self) -> Layout:
         """See :meth:`Method.state_layout`."""
-        depth = self._backbone[0].depth
+        depth = self.backbone.depth
         return {"prompts": tuple(self.prompts.shape), "gates": (depth - 1,), "sharpness": (depth,)}
 
     def values_by_block(self) -> dict[str, Tensor]:
@@ -91,18 +93,17 @@ class GaPT(Method):
 
     def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; there is no prompt pathway."""
-        backbone = self._backbone[0]
-        assert isinstance(backbone, VitBackbone)
+        backbone = self.backbone
         prefix, count = backbone.num_prefix_tokens, self.config.num_prompts
         tokens = backbone.embed(images)  # [B, N, D]
         prompts = state["prompts"].expand(tokens.shape[0], -1, -1)  # [B, P, D]
         prompts = F.dropout(prompts, self.config.dropout, self.training)
-        tokens = torch.cat((tokens[:, :prefix], prompts, tokens[:, prefix:]), dim=1)  # [B, N + P, D]
+        tokens = with_prompts(backbone, tokens, prompts)  # [B, N + P, D]
         for index in range(backbone.depth - 1):
             tokens = self._block(backbone, index, tokens, state)
             gate = state["gates"][:, index, None, None]  # [1 or B, 1, 1]
             prompts = prompts + gate * (tokens[:, prefix : prefix + count] - prompts)
-            tokens = torch.cat((tokens[:, :prefix], prompts, tokens[:, prefix + count :]), dim=1)
+            tokens = with_prompts(backbone, tokens, prompts, replaced=count)
             probe(f"block{index}", tokens)
         tokens = self._block(backbone, backbone.depth - 1, tokens, state)
         if self.config.pool == "mean":

@@ -23,7 +23,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone, merge_heads
 from prompttune.layers.attention import attend
 from prompttune.layers.probe import probe
-from prompttune.methods.base import RANK, Features, Layout, Method, MethodConfig, State, setting
+from prompttune.methods.base import RANK, Features, Layout, Method, MethodConfig, MethodOver, State, setting
 from prompttune.methods.maps import Levels, MapReader
 
 QUERY, KEY, VALUE = range(3)
@@ -60,7 +60,7 @@ class LowRank(nn.Module):
             nn.init.kaiming_uniform_(down, a=math.sqrt(5))
 
 
-class LoRA(Method):
+class LoRA(MethodOver[VitBackbone]):
     """``query`` and ``value``, with ``targets qkv`` also ``key``, a :class:`LowRank` each."""
 
     backbones = (VitBackbone,)
@@ -69,7 +69,7 @@ class LoRA(Method):
 
     def __init__(self, config: LoRAConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        assert isinstance(backbone, VitBackbone)
+        backbone = self.backbone
         self.config = config
         self.targets = TARGETS[config.targets]
         out = backbone.num_heads * backbone.head_dim
@@ -89,8 +89,7 @@ class LoRA(Method):
 
     def state_layout(self) -> Layout:
         """See :meth:`Method.state_layout`."""
-        backbone = self._backbone[0]
-        assert isinstance(backbone, VitBackbone)
+        backbone = self.backbone
         depth, width, out = backbone.depth, backbone.width, backbone.num_heads * backbone.head_dim
         layout: Layout = {}
         for name in self.targets:
@@ -100,8 +99,7 @@ class LoRA(Method):
 
     def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; there is no prompt pathway."""
-        backbone = self._backbone[0]
-        assert isinstance(backbone, VitBackbone)
+        backbone = self.backbone
         reader, tokens = MapReader(backbone, levels), backbone.embed(images)  # [B, N, D]
         for index in range(backbone.depth):
             attended = self._attention(backbone, index, tokens, state, reader.whole)

@@ -22,9 +22,9 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.layers.probe import probe
 from prompttune.layers.prompt_lstm import PromptLSTMCell, lstm_step
-from prompttune.methods.base import Features, Layout, Method, MethodConfig, State, setting
+from prompttune.methods.base import Features, Layout, Method, MethodConfig, MethodOver, State, setting
 from prompttune.methods.maps import Levels, MapReader
-from prompttune.methods.vpt import prompt_bound, without_prompts
+from prompttune.methods.vpt import prompt_bound, with_prompts, without_prompts
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,16 @@ class LSPTConfig(MethodConfig):
     cell_rank: int | None = setting(None, "rank of the LSTM cell's matrices; none keeps them full", above=0)
     dropout: float = setting(0.0, "drop-out on the prompts that enter block 0, while training", low=0, below=1)
 
+    def check(self) -> None:
+        """See :meth:`MethodConfig.check`."""
+        self.require(self.long_term or self.cell_rank is None, "without long_term there is no cell to set cell_rank of")
+
     def build(self, backbone: Backbone) -> Method:
         """See :meth:`MethodConfig.build`."""
         return LSPT(self, backbone)
 
 
-class LSPT(Method):
+class LSPT(MethodOver[VitBackbone]):
     """``prompts`` [L, P, D]: P^0 enters block 0; P^1 .. P^{L-1} are the LSTM's inputs after blocks 0 .. L-2."""
 
     backbones = (VitBackbone,)
@@ -53,7 +57,7 @@ class LSPT(Method):
 
     def __init__(self, config: LSPTConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        assert isinstance(backbone, VitBackbone)
+        backbone = self.backbone
         self.config = config
         self.width = backbone.width
         layers = backbone.depth if config.long_term else 1
@@ -75,25 +79,20 @@ class LSPT(Method):
 
     def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; there is no prompt pathway."""
-        backbone = self._backbone[0]
-        assert isinstance(backbone, VitBackbone)
+        backbone = self.backbone
         prefix, count = backbone.num_prefix_tokens, self.config.num_prompts
         reader = MapReader(backbone, levels, count)
         tokens = backbone.embed(images)  # [B, N, D]
         prompts = state["prompts"].expand(tokens.shape[0], -1, -1)  # [B, P, D]
         prompts = F.dropout(prompts, self.config.dropout, self.training)
         cell = torch.zeros_like(prompts)
-        tokens = torch.cat((tokens[:, :prefix], prompts, tokens[:, prefix:]), dim=1)  # [B, N + P, D]
+        tokens = with_prompts(backbone, tokens, prompts)  # [B, N + P, D]
         for index in range(backbone.depth - 1):
             tokens = backbone.run_block(index, tokens)
             reader.read(index, tokens)
-            head, prompts, patches = (
-                tokens[:, :prefix],
-                tokens[:, prefix : prefix + count],
-                tokens[:, prefix + count :],
-            )
+            prompts, patches = tokens[:, prefix : prefix + count], tokens[:, prefix + count :]
             prompts, cell = self._code(index, prompts, patches, cell, state)
-            tokens = torch.cat((head, prompts, patches), dim=1)
+            tokens = with_prompts(backbone, tokens, prompts, replaced=count)
             probe(f"block{index}", tokens)
         tokens = backbone.run_last_block(tokens, reader.whole)
         reader.read(backbone.depth - 1, tokens)

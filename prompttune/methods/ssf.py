@@ -21,7 +21,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone, merge_heads
 from prompttune.layers.attention import attend
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, Method, MethodConfig, State
+from prompttune.methods.base import Features, Layout, Method, MethodConfig, MethodOver, State
 
 INIT_STD = 0.02
 
@@ -37,7 +37,7 @@ class SSFConfig(MethodConfig):
         return SSF(self, backbone)
 
 
-class SSF(Method):
+class SSF(MethodOver[VitBackbone]):
     """``scale.{place}`` and ``shift.{place}`` for the places of :func:`places`, blocks stacked."""
 
     backbones = (VitBackbone,)
@@ -45,7 +45,7 @@ class SSF(Method):
 
     def __init__(self, config: SSFConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        assert isinstance(backbone, VitBackbone)
+        backbone = self.backbone
         backbone.check_plain_mlp(config.method)
         shapes = places(backbone)
         self.scale = nn.ParameterDict({place: torch.empty(shape) for place, shape in shapes.items()})
@@ -56,8 +56,7 @@ class SSF(Method):
 
     def task_state(self) -> State:
         """``scale.*`` and ``shift.*``; the shifts of ``proj`` and ``fc2`` as LayerScale leaves them."""
-        backbone = self._backbone[0]
-        assert isinstance(backbone, VitBackbone)
+        backbone = self.backbone
         shapes = places(backbone)
         state = {f"scale.{place}": self.scale[place].unsqueeze(0) for place in shapes}
         state |= {f"shift.{place}": self.shift[place].unsqueeze(0) for place in shapes}
@@ -71,14 +70,12 @@ class SSF(Method):
 
     def state_layout(self) -> Layout:
         """See :meth:`Method.state_layout`."""
-        backbone = self._backbone[0]
-        assert isinstance(backbone, VitBackbone)
+        backbone = self.backbone
         return {f"{kind}.{place}": shape for kind in ("scale", "shift") for place, shape in places(backbone).items()}
 
     def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; there is no prompt pathway."""
-        backbone = self._backbone[0]
-        assert isinstance(backbone, VitBackbone)
+        backbone = self.backbone
         tokens = backbone.place(_adapt(backbone.embed_patches(images), state, "patches"))  # [B, N, D]
         for index in range(backbone.depth):
             tokens = backbone.read(index, tokens) + _attention(backbone, index, tokens, state)

@@ -23,7 +23,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.swin import SwinBackbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, Method, MethodConfig, State, build_for, setting
+from prompttune.methods.base import Features, Layout, Method, MethodConfig, MethodOver, State, build_for, setting
 from prompttune.methods.maps import Levels, MapReader
 
 
@@ -57,6 +57,12 @@ def prompt_bound(backbone: VitBackbone | SwinBackbone) -> float:
     return float((6.0 / (3 * backbone.patch_size**2 + width)) ** 0.5)
 
 
+def with_prompts(backbone: VitBackbone, tokens: Tensor, prompts: Tensor, replaced: int = 0) -> Tensor:
+    """Tokens [B, N, D] with prompts [B, P, D] behind the prefix tokens, in the place of the ``replaced`` ones there."""
+    prefix = backbone.num_prefix_tokens
+    return torch.cat((tokens[:, :prefix], prompts, tokens[:, prefix + replaced :]), dim=1)
+
+
 def without_prompts(backbone: VitBackbone, tokens: Tensor, count: int) -> Tensor:
     """Tokens [B, N + P, D] that left the last block, less the P prompts; token 0 alone passes as it is."""
     if backbone.pools_class_token:
@@ -65,7 +71,7 @@ def without_prompts(backbone: VitBackbone, tokens: Tensor, count: int) -> Tensor
     return torch.cat((tokens[:, :prefix], tokens[:, prefix + count :]), dim=1)
 
 
-class VPT(Method):
+class VPT(MethodOver[VitBackbone]):
     """Prompts [L, P, D]: L is the depth for deep prompts, 1 for shallow ones."""
 
     backbones = (VitBackbone,)
@@ -73,7 +79,7 @@ class VPT(Method):
 
     def __init__(self, config: VPTShallowConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        assert isinstance(backbone, VitBackbone)
+        backbone = self.backbone
         self.config = config
         layers = backbone.depth if config.deep else 1
         bound = prompt_bound(backbone)
@@ -89,17 +95,16 @@ class VPT(Method):
 
     def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; there is no prompt pathway."""
-        backbone = self._backbone[0]
-        assert isinstance(backbone, VitBackbone)
-        prefix, count = backbone.num_prefix_tokens, self.config.num_prompts
+        backbone = self.backbone
+        count = self.config.num_prompts
         reader = MapReader(backbone, levels, count)
         tokens = backbone.embed(images)  # [B, N, D]
         prompts = state["prompts"].expand(tokens.shape[0], -1, -1, -1)  # [B, L, P, D]
         prompts = F.dropout(prompts, self.config.dropout, self.training)
-        tokens = torch.cat((tokens[:, :prefix], prompts[:, 0], tokens[:, prefix:]), dim=1)  # [B, N + P, D]
+        tokens = with_prompts(backbone, tokens, prompts[:, 0])  # [B, N + P, D]
         for index in range(backbone.depth):
             if index > 0 and self.config.deep:
-                tokens = torch.cat((tokens[:, :prefix], prompts[:, index], tokens[:, prefix + count :]), dim=1)
+                tokens = with_prompts(backbone, tokens, prompts[:, index], replaced=count)
             if index < backbone.depth - 1:
                 tokens = backbone.run_block(index, tokens)
                 reader.read(index, tokens)
@@ -109,27 +114,20 @@ class VPT(Method):
         return Features(backbone.pool(without_prompts(backbone, tokens, count)), maps=reader.maps)
 
 
-class SwinVPT(Method):
+class SwinVPT(MethodOver[SwinBackbone]):
     """VPT over a Swin: ``prompts.{i}`` [blocks, P, D] for each stage i, or ``prompts.0`` [1, P, D] alone if shallow."""
 
     backbones = (SwinBackbone,)
 
     def __init__(self, config: VPTShallowConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        assert isinstance(backbone, SwinBackbone)
+        backbone = self.backbone
         self.config = config
         bound, count = prompt_bound(backbone), config.num_prompts
         sizes = [(len(stage.blocks), count, stage.width) for stage in backbone.stages]
         if not config.deep:
             sizes = [(1, count, backbone.stages[0].width)]
         self.prompts = nn.ParameterList(torch.empty(size).uniform_(-bound, bound) for size in sizes)
-
-    @property
-    def backbone(self) -> SwinBackbone:
-        """The frozen backbone, typed."""
-        backbone = self._backbone[0]
-        assert isinstance(backbone, SwinBackbone)
-        return backbone
 
     def task_state(self) -> State:
         """Shallow: ``prompts`` [1, P, D]. Deep: a block's prompts are only seen there, so their keys and values fold.

@@ -70,7 +70,8 @@ def balanced_weights(labels: Sequence[int] | None, classes: int) -> Tensor:
 def make_optimizer(config: TrainConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
     """The optimiser over a task's trained parameters, in their order, one group.
 
-    Weight decay falls on every tensor, biases and norms too, as in the papers' code.
+    Weight decay falls on every tensor, biases and norms too; SA²VP's and VPT's released code leave biases and most
+    vectors out, at 1e-4 a small difference.
     """
     values = list(parameters.values())
     if config.optimizer == "sgd":

@@ -13,7 +13,11 @@ from prompttune.methods.damvp.config import DAMVPConfig
 
 
 def gather_features(backbone: Backbone, batches: Iterable[tuple[Tensor, Tensor]], most: int) -> Tensor:
-    """Pooled features of the plain backbone of at most ``most`` images, float32 [N, D] on the CPU."""
+    """Pooled features of the plain backbone of at most ``most`` images, float32 [N, D] on the CPU.
+
+    Raises:
+        TrainingError: there is no image, or the backbone's features of one are not finite.
+    """
     gathered: list[Tensor] = []
     count = 0
     with torch.no_grad():
@@ -24,7 +28,10 @@ def gather_features(backbone: Backbone, batches: Iterable[tuple[Tensor, Tensor]]
                 break
     if not count:
         raise TrainingError("dam-vp found no image to cluster")
-    return torch.cat(gathered)
+    features = torch.cat(gathered)
+    if not features.isfinite().all():
+        raise TrainingError("dam-vp cannot cluster: the backbone's features of some image are not finite")
+    return features
 
 
 def find_centres(features: Tensor, config: DAMVPConfig) -> Tensor:

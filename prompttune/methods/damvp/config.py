@@ -37,6 +37,10 @@ class DAMVPConfig(MethodConfig):
         """See :meth:`MethodConfig.check`."""
         distance = self.cluster_distance
         self.require(self.clusters is None or distance is None, "give clusters or cluster_distance, not both")
+        self.require(
+            self.clusters is None or self.clusters <= self.max_clusters,
+            f"clusters {self.clusters} is above max_clusters {self.max_clusters}",
+        )
 
     def resolved(self, backbone: Backbone) -> DAMVPConfig:
         """The border's width for this backbone's image."""

@@ -13,7 +13,9 @@ q, k and v; both pathways go through the frozen weights as one batch; the last b
 Deviations from the released code are settings, the released form being the default: ``activation`` (the code uses
 GELU, Eq. 3 says ReLU), ``fusion`` (the code passes a new prompt map through the block, Eq. 5 adds it directly). The
 one default that differs is ``init``: with ``up`` at zero a task starts from the frozen backbone's own features and
-learns in a few epochs; ``released`` draws ``up`` at random.
+learns in a few epochs; ``released`` draws ``up`` at random. One difference has no setting: the released script puts
+the backbone into training mode too, whose configuration drops out 0.1 behind the embeddings and in every frozen MLP;
+here the backbone is always in evaluation mode, which is what lets the prompt pathway fold while training as well.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.conv import ConvBackbone
@@ -56,6 +57,13 @@ class SA2VPConfig(MethodConfig):
         if layers is not None:
             rising = all(a < b for a, b in itertools.pairwise(layers))
             self.require(len(layers) > 0 and layers[0] == 0 and rising, f"prompt_layers {layers} must rise from 0")
+
+    def graph_settings(self) -> dict[str, Any]:
+        """See :meth:`MethodConfig.graph_settings`; those that have no meaning beside the others are left out."""
+        idle = {"window"} if self.attention == "global" else set()
+        if not self.adapter:
+            idle.add("activation")
+        return {name: value for name, value in super().graph_settings().items() if name not in idle}
 
     def resolved(self, backbone: Backbone) -> SA2VPConfig:
         """Prompt layers filled in for the blocks in which the pathways meet: all of a ViT's, one stage's elsewhere."""

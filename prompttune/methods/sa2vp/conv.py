@@ -33,7 +33,7 @@ LARGEST_HEAD = 64
 NORM_EPS = 1e-6
 
 
-class ConvSA2VP(Pathways):
+class ConvSA2VP(Pathways[ConvBackbone]):
     """One task of SA²VP over convolutions: ``prompts.0``, and ``adapters.{i}`` for every block of the stage."""
 
     backbones = (ConvBackbone,)
@@ -48,13 +48,6 @@ class ConvSA2VP(Pathways):
         )
         self.head_dim = max(size for size in range(1, LARGEST_HEAD + 1) if stage.width % size == 0)
         self.prompts["0"] = PromptMap(backbone.grid, 0, backbone.stem_width, config)
-
-    @property
-    def backbone(self) -> ConvBackbone:
-        """The frozen backbone, typed."""
-        backbone = self._backbone[0]
-        assert isinstance(backbone, ConvBackbone)
-        return backbone
 
     @property
     def stage(self) -> ConvStage:

@@ -11,7 +11,7 @@ from prompttune.layers.adapter import Adapter, apply_adapter
 from prompttune.layers.aligned_attention import AlignedAttention
 from prompttune.layers.bottleneck import PARTS, of_block, stacked_layout
 from prompttune.layers.probe import probe
-from prompttune.methods.base import RANK, Layout, Method, State
+from prompttune.methods.base import RANK, Kind, Layout, MethodOver, State
 from prompttune.methods.sa2vp.config import SA2VPConfig
 
 
@@ -77,7 +77,7 @@ def scaled_grid(grid: tuple[int, int], scale: float) -> tuple[int, int]:
     return max(1, round(scale * grid[0])), max(1, round(scale * grid[1]))
 
 
-class Pathways(Method):
+class Pathways(MethodOver[Kind]):
     """Base of SA²VP over a backbone: adapters for the blocks where the pathways meet, and the aligned attention.
 
     Args:

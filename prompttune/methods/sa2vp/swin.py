@@ -25,7 +25,7 @@ from prompttune.methods.sa2vp.config import SWIN_STAGE, SA2VPConfig
 from prompttune.methods.sa2vp.parts import Pathways, PromptMap, probe_pathways
 
 
-class SwinSA2VP(Pathways):
+class SwinSA2VP(Pathways[SwinBackbone]):
     """One task of SA²VP over a Swin: ``prompts.0``, and ``adapters.{i}`` for every block of the stage."""
 
     backbones = (SwinBackbone,)
@@ -38,13 +38,6 @@ class SwinSA2VP(Pathways):
         )
         embedded = backbone.stages[0]
         self.prompts["0"] = PromptMap(embedded.grid, 0, embedded.width, config)
-
-    @property
-    def backbone(self) -> SwinBackbone:
-        """The frozen backbone, typed."""
-        backbone = self._backbone[0]
-        assert isinstance(backbone, SwinBackbone)
-        return backbone
 
     @property
     def stage(self) -> Stage:

@@ -14,7 +14,7 @@ from prompttune.methods.sa2vp.config import SA2VPConfig
 from prompttune.methods.sa2vp.parts import Pathways, PromptMap, probe_pathways
 
 
-class SA2VP(Pathways):
+class SA2VP(Pathways[VitBackbone]):
     """One task of SA²VP over a ViT: ``prompts.{i}`` for the prompt layers, ``adapters.{i}`` for every block."""
 
     backbones = (VitBackbone,)
@@ -34,13 +34,6 @@ class SA2VP(Pathways):
             self.prompts[str(index)] = PromptMap(
                 backbone.grid, backbone.num_prefix_tokens, backbone.width, config, scaled=index > 0
             )
-
-    @property
-    def backbone(self) -> VitBackbone:
-        """The frozen backbone, typed."""
-        backbone = self._backbone[0]
-        assert isinstance(backbone, VitBackbone)
-        return backbone
 
     # ------------------------------------------------------------------ state
 
