@@ -56,11 +56,16 @@ def first_line(problem: BaseException) -> str:
     return lines[0].strip() if lines else type(problem).__name__
 
 
+MOST_NAMES = 40
+"""So many names of what is known are told at most."""
+
+
 def choose(kind: str, name: object, known: Iterable[str]) -> str:
     """Return ``name`` if it is one of ``known``, else raise a :class:`UsageError` that names the nearest."""
     options = list(known)
     if isinstance(name, str) and name in options:
         return name
     near = difflib.get_close_matches(str(name), options, n=3)
-    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(options)}"
+    more = f" and {len(options) - MOST_NAMES} more" if len(options) > MOST_NAMES else ""
+    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(options[:MOST_NAMES])}{more}"
     raise UsageError(f"unknown {kind} {name!r}; {hint}")
