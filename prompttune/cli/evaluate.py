@@ -125,7 +125,7 @@ def _settings(ctx: click.Context, checkpoint: Path, given: dict[str, Any]) -> di
         remembered = {name: value for name, value in read_yaml(file).items() if name in REMEMBERED}
         try:
             remembered = _checked(remembered)
-        except (UsageError, OverflowError) as problem:  # OverflowError: a number without end, or of hundreds of digits
+        except UsageError as problem:
             raise UsageError(f"{file} is damaged: {problem}; give --data") from None
     chosen = {**defaults, **remembered, **typed}
     return {**chosen, "workers": chosen["workers"] or 0}
