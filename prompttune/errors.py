@@ -34,6 +34,19 @@ class TrainingError(PrompttuneError):
     """Training cannot go on."""
 
 
+class DivergedError(TrainingError):
+    """The loss or a parameter is no longer finite.
+
+    Args:
+        what: what was seen.
+        advice: what to do about it where the run was started.
+    """
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(f"{what}; {advice}")
+        self.what = what
+
+
 class EngineError(PrompttuneError):
     """An engine folder, or a task in it, is missing, damaged or does not fit."""
 

@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 
 import prompttune.training.loop
 from prompttune.cli.main import cli
-from prompttune.errors import TrainingError
+from prompttune.errors import DivergedError, TrainingError
 from prompttune.model import PromptModel
 from prompttune.protocols import worker
 from prompttune.training import TrainConfig
@@ -178,7 +178,7 @@ def test_a_point_that_diverges_is_a_result_that_is_never_chosen(
     def diverge(config: TrainConfig) -> None:
         trained.append(config.output)
         if config.lr == 1e-2 or config.data == "vtab/b/train800/val200":
-            raise TrainingError(f"{nan}; try a lower --lr; the last good state is in x")
+            raise DivergedError(nan, "try a lower --lr; the last good state is in x")
 
     failing(diverge)
     words = [*base, "--methods", "linear", "--seeds", "3", "--no-latency"]
@@ -196,18 +196,27 @@ def test_a_point_that_diverges_is_a_result_that_is_never_chosen(
     assert [run["state"] for run in planned] == ["finished", "diverged", "diverged", "diverged", "finished", "left out"]
 
 
-def test_runs_wait_for_a_point_that_failed(base: list[Any], tmp_path: Path, failing: Callable[[Fail], None]) -> None:
+@pytest.mark.parametrize(
+    ("problem", "told"),
+    [
+        (ValueError("a disk is\nfull"), "ValueError: a disk is full"),
+        (TrainingError("found no image"), "found no image"),  # training that cannot go on need not have diverged
+    ],
+)
+def test_runs_wait_for_a_point_that_failed(
+    base: list[Any], tmp_path: Path, failing: Callable[[Fail], None], problem: Exception, told: str
+) -> None:
     broken = True
 
     def fail(config: TrainConfig) -> None:
         if broken and config.lr == 1e-2:
-            raise ValueError("a disk is\nfull")
+            raise problem
 
     failing(fail)
     words = [*base, "--methods", "linear", "--tasks", "a", "--no-latency"]
     result = command(*words)
     assert result.exit_code == 1
-    assert "a/linear/lr=0.01: ValueError: a disk is full" in result.stderr
+    assert f"a/linear/lr=0.01: {told}\n" in result.stderr
     assert "a/linear: left out, for a setting of its search could not be tried" in result.stderr
     assert not (tmp_path / "out" / "runs").exists()
     broken = False
@@ -254,7 +263,7 @@ def test_what_stands_in_a_runs_way_is_told_in_words_of_this_command(
     assert f"; remove the folder {folder} to train it again\n" in result.stderr
 
     def diverge(config: TrainConfig) -> None:
-        raise TrainingError("the loss is nan; try a lower --lr or --grad-clip 1; the last good state is in x")
+        raise DivergedError("the loss is nan", "try a lower --lr or --grad-clip 1; the last good state is in x")
 
     failing(diverge)
     assert f"the loss is nan; give a lower lr or grad_clip=1 with --set or a recipe and remove the folder {folder}" in (

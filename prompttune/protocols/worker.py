@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prompttune.errors import CheckpointError, TrainingError, UsageError
+from prompttune.errors import CheckpointError, DivergedError, TrainingError, UsageError
 from prompttune.files import write_json
 from prompttune.protocols.plan import ERROR, RECORD_FILE, RunSpec, train_again
 from prompttune.training.multi import describe_failure
@@ -24,8 +24,8 @@ Backbones = dict[tuple[str, int | None, str], "Backbone"]
 """What a process has loaded, by name, image size and weights; the last one alone is kept."""
 SHARE_STEP = 0.01
 """A worker tells how far its run is in steps of this share."""
-_ADVICE, _OVERWRITE = "; try ", "; start again with --overwrite"
-"""Parts of the errors of training that name its options."""
+_OVERWRITE = "; start again with --overwrite"
+"""End of the errors of resuming that names an option of theirs."""
 
 
 def run_one(spec: RunSpec, output: Path, backbones: Backbones, on_progress: OnProgress | None = None) -> dict[str, Any]:
@@ -48,9 +48,10 @@ def run_one(spec: RunSpec, output: Path, backbones: Backbones, on_progress: OnPr
     folder = RunFolder.of(config.output)
     try:
         row = _row(spec, backbone, train(config, backbone, resume=True, on_progress=on_progress).metrics)
-    except TrainingError as problem:
+    except DivergedError as problem:
         if spec.candidate is None:
-            raise _told_here(problem, folder.path) from None
+            advice = f"give a lower lr or grad_clip=1 with --set or a recipe and {train_again(folder.path)}"
+            raise TrainingError(f"{problem.what}; {advice}") from None
         row = _row_of_diverged(spec, problem)
     except (CheckpointError, UsageError) as problem:
         raise _told_here(problem, folder.path) from None
@@ -59,22 +60,15 @@ def run_one(spec: RunSpec, output: Path, backbones: Backbones, on_progress: OnPr
     return row
 
 
-def _told_here(
-    problem: TrainingError | CheckpointError | UsageError, folder: Path
-) -> TrainingError | CheckpointError | UsageError:
+def _told_here(problem: CheckpointError | UsageError, folder: Path) -> CheckpointError | UsageError:
     """A run's error without the options of ``prompttune train``, which a benchmark does not have."""
     text = str(problem)
-    what, advice, _ = text.partition(_ADVICE)
-    if isinstance(problem, TrainingError):
-        if not advice:
-            return problem
-        return TrainingError(f"{what}; give a lower lr or grad_clip=1 with --set or a recipe and {train_again(folder)}")
     if str(folder) not in text:  # nothing that stands in the folder is to blame
         return problem
     return type(problem)(f"{text.removesuffix(_OVERWRITE)}; {train_again(folder)}")
 
 
-def _row_of_diverged(spec: RunSpec, problem: TrainingError) -> dict[str, Any]:
+def _row_of_diverged(spec: RunSpec, problem: DivergedError) -> dict[str, Any]:
     return {
         "protocol": spec.protocol,
         "group": spec.group,
@@ -83,7 +77,7 @@ def _row_of_diverged(spec: RunSpec, problem: TrainingError) -> dict[str, Any]:
         "method": spec.settings["method"],
         "seed": spec.seed,
         "settings_digest": spec.digest,
-        ERROR: str(problem).partition(_ADVICE)[0],
+        ERROR: problem.what,
     }
 
 

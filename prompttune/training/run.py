@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prompttune.errors import DataError, TrainingError
+from prompttune.errors import DataError, DivergedError
 from prompttune.model import PromptModel
 from prompttune.training.data import Batch, CorruptImages, DataSplits, load_data, make_loader, on_device
 from prompttune.training.data.mask_loading import make_mask_loader
@@ -295,15 +295,15 @@ class Run:
         if result is not None and not math.isfinite(result.loss or 0.0):
             raise self._diverged(f"the validation loss is {result.loss} after epoch {epoch + 1}", lr)
 
-    def _diverged(self, what: str, lr: float) -> TrainingError:
+    def _diverged(self, what: str, lr: float) -> DivergedError:
         hints = [f"a lower --lr (it was {lr:.3g} here)"]
         hints += ["--precision fp32"] if self.config.precision != "fp32" else []
         hints += ["--grad-clip 1"] if self.config.grad_clip is None else []
         folder, best = self.keeper.folder, self.progression.best_epoch
         kept = f", the best checkpoint (epoch {best}) in {folder.path}" if best else ""
-        return TrainingError(
-            f"{what}; try {' or '.join(hints)}; the last good state (epoch {self.progression.epoch}) "
-            f"is in {folder.last}{kept}"
+        return DivergedError(
+            what,
+            f"try {' or '.join(hints)}; the last good state (epoch {self.progression.epoch}) is in {folder.last}{kept}",
         )
 
     def _introduce(self) -> None:
