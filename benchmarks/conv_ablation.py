@@ -29,12 +29,12 @@ import prompttune as pt
 from benchmarks.common import RESULTS
 from prompttune.backbones.base import Backbone, fingerprint_of
 from prompttune.backbones.conv import ConvBackbone
+from prompttune.data.builtin import load_builtin
 from prompttune.methods import LinearConfig, MethodConfig
 from prompttune.methods.base import Method
 from prompttune.methods.sa2vp.conv import ConvSA2VP
 from prompttune.preprocess import Preprocess
 from prompttune.serve.bench.machine import machine_columns, write_csv
-from prompttune.training.data.builtin import load_builtin
 
 SIZE = 64
 PRETRAINED_ON, LEARNT = ("orientation", "count"), ("digits", "location")

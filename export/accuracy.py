@@ -23,8 +23,8 @@ from prompttune.export.gate import Gate
 from prompttune.export.samples import Samples, read_images
 
 if TYPE_CHECKING:
-    from prompttune.training.data import ImageSource
-    from prompttune.training.data.masks import MaskSource
+    from prompttune.data import ImageSource
+    from prompttune.data.masks import MaskSource
 
 NAMED = 10
 """Images whose logits are not finite that are named."""

@@ -37,7 +37,7 @@ def measure_maps(
     Raises:
         DataError: none of the images can be read.
     """
-    from prompttune.training.data.mask_transforms import NEAREST
+    from prompttune.data.mask_transforms import NEAREST
 
     labelled = list(source.classes) == list(task.labels)
     tally, size, bad = MapTally(gate.noise), max(gate.batch_sizes), NotFinite()

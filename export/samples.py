@@ -13,8 +13,8 @@ from prompttune.export.figures import Array
 from prompttune.export.folder import Task
 
 if TYPE_CHECKING:
-    from prompttune.training.data import ImageSource
-    from prompttune.training.data.masks import MaskSource
+    from prompttune.data import ImageSource
+    from prompttune.data.masks import MaskSource
 
 Data = str | Mapping[str, str] | None
 """One data set for every task, or one for each task by name, or none."""
@@ -46,8 +46,8 @@ class Samples:
 
     def source(self, task: str) -> ImageSource | MaskSource | None:
         """The validation images that belong to a task, None without data."""
-        from prompttune.training.data import load_data
-        from prompttune.training.data.masks import load_masks
+        from prompttune.data import load_data
+        from prompttune.data.masks import load_masks
 
         spec = self.spec(task)
         if spec is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from prompttune.training.data import ImageSource
+from prompttune.data import ImageSource
 
 
 def picture(seed: int, side: int = 12) -> Image.Image:

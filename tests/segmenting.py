@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import prompttune as pt
-from prompttune.training.data.shape_masks import CLASSES
+from prompttune.data.shape_masks import CLASSES
 from tests.drawing import drawn_backbone
 from tests.engines import backbone, config_of, workshop
 from tests.reference.draw import draw

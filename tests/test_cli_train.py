@@ -15,10 +15,10 @@ from click.testing import CliRunner, Result
 from prompttune.cli.main import cli
 from prompttune.cli.options import SettingOption, method_options, training_options
 from prompttune.cli.train import train as train_command
+from prompttune.data import Augment
 from prompttune.methods import METHODS
 from prompttune.training import Progress, TrainConfig, TrainResult, train
 from prompttune.training.config import augment_fields
-from prompttune.training.data import Augment
 from tests.training_helpers import CLASSES, config, no_pictures, one_thread, settings, write_folder  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -248,8 +248,8 @@ def test_one_reptile_step_is_its_equation(bars, plain, tmp_path):
     chosen = MetaSettings(steps=1, inner_steps=1, lr=2.0, step_size=0.5, batch_size=48)
     file = tmp_path / "meta.safetensors"
     learn_prompt(plain, [str(bars)], file, config=pt.DAMVPConfig(clusters=2), settings=chosen)
+    from prompttune.data.rng import derive_seed
     from prompttune.methods.damvp.learning import _Task
-    from prompttune.training.data.rng import derive_seed
 
     torch.manual_seed(derive_seed("meta", 0))
     task = _Task(plain, pt.DAMVPConfig(clusters=2).resolved(plain), str(bars), chosen, torch.device("cpu"))

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from skimage.measure import label as label_regions
 from sklearn.datasets import load_digits
 
+from prompttune.data import ImageSource, load_data
+from prompttune.data.builtin import ShapeSource
+from prompttune.data.shapes import BINS, GAP, PLACED_RADII, SIDE, TURNED
 from prompttune.errors import UsageError
-from prompttune.training.data import ImageSource, load_data
-from prompttune.training.data.builtin import ShapeSource
-from prompttune.training.data.shapes import BINS, GAP, PLACED_RADII, SIDE, TURNED
 
 SHAPES = ("location", "orientation", "count")
 

@@ -13,9 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prompttune.errors import DataError, UsageError
-from prompttune.preprocess import Preprocess
-from prompttune.training.data import (
+from prompttune.data import (
     Augment,
     Batch,
     CorruptImages,
@@ -24,7 +22,9 @@ from prompttune.training.data import (
     load_data,
     make_loader,
 )
-from prompttune.training.data.transforms import is_exact
+from prompttune.data.transforms import is_exact
+from prompttune.errors import DataError, UsageError
+from prompttune.preprocess import Preprocess
 from tests.data_helpers import picture, spoil, write_classes
 
 PREPROCESS = Preprocess(image_size=10, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))

@@ -11,12 +11,12 @@ import pytest
 from huggingface_hub import HfApi, constants
 from torchvision import datasets
 
+from prompttune.data import load_data
+from prompttune.data.roots import HubRoot, data_root
 from prompttune.errors import DataError, UsageError
 from prompttune.hub import endpoint_answers, hub_answers
 from prompttune.protocols.missing import available_tasks
 from prompttune.protocols.recipe import load_recipe
-from prompttune.training.data import load_data
-from prompttune.training.data.roots import HubRoot, data_root
 from tests.fake_hub import Hub, serving
 from tests.protocol_data import write_fgvc, write_vtab
 
@@ -98,7 +98,7 @@ def test_what_the_hubs_client_raises_is_one_line_unless_the_cache_serves(
     load_data("vtab/dtd/train800/test", root=f"{PLACE}/deep/vtab")
     with pytest.raises(DataError, match="cannot look into hf://datasets/someone/else: read time-out"):
         load_data("vtab/dtd/train800/test", root="hf://datasets/someone/else")
-    monkeypatch.setattr("prompttune.training.data.roots.snapshot_download", time_out)
+    monkeypatch.setattr("prompttune.data.roots.snapshot_download", time_out)
     with pytest.raises(DataError, match=f"cannot fetch data of {PLACE}: read time-out"):
         HubRoot.read(PLACE).fetch(["deep"])
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from prompttune.data import ImageSource, load_data
+from prompttune.data.splitting import split_indices
 from prompttune.errors import DataError, UsageError
-from prompttune.training.data import ImageSource, load_data
-from prompttune.training.data.splitting import split_indices
 from tests.data_helpers import descriptions, picture, write_classes
 
 

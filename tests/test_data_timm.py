@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from prompttune.data import load_data, make_loader
 from prompttune.errors import DataError, MissingExtraError, UsageError
 from prompttune.preprocess import Preprocess
-from prompttune.training.data import load_data, make_loader
 from tests.data_helpers import descriptions, picture, spoil, write_classes
 
 # -- torch/

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from prompttune.backbones import load_backbone
+from prompttune.data import Augment, load_data
 from prompttune.errors import CheckpointError, DataError, UsageError
 from prompttune.methods import METHODS
 from prompttune.protocols import plots
@@ -26,7 +27,6 @@ from prompttune.protocols.search import Decision, decide, make_search, pending
 from prompttune.protocols.summary import Cell, summarise
 from prompttune.protocols.tables import cells, header, markdown
 from prompttune.training import TrainConfig
-from prompttune.training.data import Augment, load_data
 from tests.protocol_data import TINY, write_fgvc, write_recipe, write_vtab
 
 ROOT = {"data_root": "/data"}

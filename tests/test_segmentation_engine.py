@@ -12,6 +12,7 @@ from PIL import Image
 
 import prompttune as pt
 from prompttune.cli.main import cli
+from prompttune.data.masks import load_masks
 from prompttune.errors import EngineError, UsageError
 from prompttune.export import EngineFolder
 from prompttune.export.figures import Tally
@@ -21,7 +22,6 @@ from prompttune.export.tasks import Fit, engine_model
 from prompttune.preprocess import Preprocess
 from prompttune.serve.infer import InferSettings, infer
 from prompttune.serve.masks import class_map, mask_of_image, palette, seen_box
-from prompttune.training.data.masks import load_masks
 from tests.engines import exported, noise
 from tests.segmenting import LABELS, engine_of, saved, tiny
 

@@ -11,14 +11,14 @@ from click.testing import CliRunner
 from PIL import Image
 
 from prompttune.cli.main import cli
+from prompttune.data import Augment
+from prompttune.data.mask_loading import make_mask_loader
+from prompttune.data.mask_transforms import JointTransform
+from prompttune.data.masks import indexed, load_masks
 from prompttune.errors import DataError, UsageError
 from prompttune.evaluation.segmentation import PixelTally
 from prompttune.preprocess import Preprocess
 from prompttune.training import TrainConfig, train
-from prompttune.training.data import Augment
-from prompttune.training.data.mask_loading import make_mask_loader
-from prompttune.training.data.mask_transforms import JointTransform
-from prompttune.training.data.masks import indexed, load_masks
 from prompttune.training.segmenting import PixelCriterion, PixelScores, evaluate_segmentation
 from tests.segmenting import write_ade20k, write_blocks
 

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from prompttune.backbones import load_backbone
+from prompttune.data import load_data
 from prompttune.errors import DataError, UsageError
 from prompttune.methods import LinearConfig
 from prompttune.model import PromptModel
 from prompttune.training import evaluate
-from prompttune.training.data import load_data
 from prompttune.training.scoring import Scores, match_classes, resolve_device
 from tests.training_helpers import CLASSES, SIDE, write_folder
 

@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 import prompttune as pt
+from prompttune.data import load_data
 from prompttune.errors import PrompttuneError
 from prompttune.export.parity import ParityReport
 from prompttune.serve.engine import Prediction
-from prompttune.training.data import load_data
 
 BACKBONE, IMAGE_SIZE = "vit_small_patch14_dinov2", 56
 RECIPE: dict[str, Any] = {"batch_size": 40, "lr": 5e-3, "schedule": "onecycle", "tensorboard": False}

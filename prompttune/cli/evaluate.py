@@ -20,10 +20,10 @@ from prompttune.cli.sections import SectionedCommand
 from prompttune.errors import CheckpointError, UsageError
 from prompttune.evaluation.result import percent
 from prompttune.evaluation.segmentation import SegmentationEvaluation
+from prompttune.fields import coerce_all, settings_of
 from prompttune.files import write_json
 from prompttune.limits import out_of_bounds
 from prompttune.training.config import TrainConfig, read_yaml
-from prompttune.training.fields import coerce_all, settings_of
 from prompttune.training.scoring import SPLITS, EvaluationResult
 from prompttune.training.scoring import evaluate as evaluate_model
 from prompttune.training.state import RunFolder

@@ -9,8 +9,8 @@ import click
 from click.core import ParameterSource
 
 from prompttune.errors import UsageError
+from prompttune.fields import Setting, settings_of
 from prompttune.training.config import TrainConfig, augment_fields, method_fields
-from prompttune.training.fields import Setting, settings_of
 
 NOTHING = "none"
 """How an option is told to have no value."""

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from prompttune.data import CorruptImages, ImageSource, load_data, make_loader
 from prompttune.errors import DataError
 from prompttune.explanation.settings import ExplainSettings
 from prompttune.explanation.subjects import Subject
-from prompttune.training.data import CorruptImages, ImageSource, load_data, make_loader
 
 PERPLEXITY = 30.0
 """scikit-learn's and the paper's usual value; a third of the images at most."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from prompttune.data import ImageSource
 from prompttune.errors import UsageError
 from prompttune.explanation import drawing
 from prompttune.explanation.embedding import embed, features_of, sources_of
@@ -20,7 +21,6 @@ from prompttune.explanation.settings import OF_IMAGES, ExplainSettings
 from prompttune.explanation.subjects import Subject, load_subjects
 from prompttune.files import replacing, write_json
 from prompttune.model import PromptModel
-from prompttune.training.data import ImageSource
 from prompttune.training.scoring import resolve_device
 
 PAGE_FILE, VALUES_FILE = "explanation.html", "explanation.json"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from prompttune.data.benchmarks import KINDS, download, missing_files
+from prompttune.data.roots import HUB_PREFIX
 from prompttune.errors import DataError, UsageError
 from prompttune.protocols.recipe import Recipe
-from prompttune.training.data.benchmarks import KINDS, download, missing_files
-from prompttune.training.data.roots import HUB_PREFIX
 from prompttune.training.multi import describe_failure
 
 LAYOUTS = {

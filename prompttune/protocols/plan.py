@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from prompttune.errors import CheckpointError, UsageError
+from prompttune.fields import settings_of
 from prompttune.files import read_json
 from prompttune.methods import METHODS, MethodConfig
 from prompttune.protocols.recipe import Recipe
 from prompttune.training.config import TrainConfig, augment_fields
-from prompttune.training.fields import settings_of
 from prompttune.training.state import RunFolder
 
 RECORD_FILE = "benchmark.json"

@@ -29,10 +29,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from prompttune.data.benchmarks import KINDS
 from prompttune.errors import UsageError, choose
 from prompttune.methods import METHODS
 from prompttune.training.config import check_belongs, known_names, method_fields, read_yaml
-from prompttune.training.data.benchmarks import KINDS
 from prompttune.training.multi import suiting
 
 BUILT_IN = ("demo", "demo-ablation", "vtab-1k", "fgvc", "hta")

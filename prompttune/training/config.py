@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prompttune.data import Augment
 from prompttune.errors import UsageError, choose
+from prompttune.fields import Setting, coerce_all, setting, settings_of
 from prompttune.limits import out_of_bounds
 from prompttune.methods import METHODS, MethodConfig, config_from_dict
 from prompttune.preprocess import CROP_MODES, INTERPOLATIONS, NORMALISATIONS, Preprocess
 from prompttune.segmentation.config import HEADS, TASKS, SegmentationConfig
-from prompttune.training.data import Augment
-from prompttune.training.fields import Setting, coerce_all, setting, settings_of
 
 if TYPE_CHECKING:
     from prompttune.backbones import Backbone

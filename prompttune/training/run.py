@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from prompttune.data import Batch, CorruptImages, DataSplits, load_data, make_loader, on_device
+from prompttune.data.mask_loading import make_mask_loader
+from prompttune.data.mask_transforms import JointTransform
+from prompttune.data.masks import MaskSplits, load_masks
+from prompttune.data.rng import derive_seed
 from prompttune.errors import DataError, DivergedError
 from prompttune.model import PromptModel
-from prompttune.training.data import Batch, CorruptImages, DataSplits, load_data, make_loader, on_device
-from prompttune.training.data.mask_loading import make_mask_loader
-from prompttune.training.data.mask_transforms import JointTransform
-from prompttune.training.data.masks import MaskSplits, load_masks
-from prompttune.training.data.rng import derive_seed
 from prompttune.training.keep import Keeper, Result
 from prompttune.training.launch import gather_lines, loader_workers, on_rank_zero, sum_over
 from prompttune.training.measures import measures_for

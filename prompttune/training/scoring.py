@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from prompttune.data import Batch, CorruptImages, EpochLoader, ImageSource, load_data, make_loader
 from prompttune.errors import DataError, UsageError, choose
 from prompttune.evaluation.result import Evaluation
 from prompttune.evaluation.tally import Tally
 from prompttune.model import PromptModel
-from prompttune.training.data import Batch, CorruptImages, EpochLoader, ImageSource, load_data, make_loader
 
 if TYPE_CHECKING:
     from prompttune.backbones import Backbone

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prompttune.data.mask_loading import make_mask_loader
+from prompttune.data.mask_transforms import JointTransform
+from prompttune.data.masks import MaskSource, load_masks
 from prompttune.errors import DataError, UsageError, choose
 from prompttune.evaluation.segmentation import PixelTally, SegmentationEvaluation
 from prompttune.model import PromptModel
 from prompttune.segmentation.config import IGNORE_INDEX
-from prompttune.training.data.mask_loading import make_mask_loader
-from prompttune.training.data.mask_transforms import JointTransform
-from prompttune.training.data.masks import MaskSource, load_masks
 from prompttune.training.scoring import SPLITS, resolve_device, score_all
 
 if TYPE_CHECKING:

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
+from prompttune.data import EpochLoader, load_data, make_loader, on_device
+from prompttune.data.rng import derive_seed
 from prompttune.errors import DataError, TrainingError, UsageError
 from prompttune.methods.damvp.config import DAMVPConfig
 from prompttune.methods.damvp.meta import write_prompt
 from prompttune.methods.damvp.method import DAMVP
 from prompttune.model import PromptModel
-from prompttune.training.data import EpochLoader, load_data, make_loader, on_device
-from prompttune.training.data.rng import derive_seed
 
 
 @dataclass(frozen=True, kw_only=True)

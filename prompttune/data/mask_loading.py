@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from prompttune.training.data.loading import Batch, EpochLoader, Sample, Samples, make_loader
-from prompttune.training.data.mask_transforms import JointTransform
-from prompttune.training.data.masks import MaskSource
+from prompttune.data.loading import Batch, EpochLoader, Sample, Samples, make_loader
+from prompttune.data.mask_transforms import JointTransform
+from prompttune.data.masks import MaskSource
 
 
 class MaskSamples(Samples):

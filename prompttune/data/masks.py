@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from prompttune.data.splitting import SEEDS
 from prompttune.errors import DataError, UsageError
 from prompttune.images import is_image, opened, read_oriented, turn_upright
 from prompttune.segmentation.config import IGNORE_INDEX
-from prompttune.training.data.splitting import SEEDS
 
 Mask = NDArray[np.uint8]
 """[height, width]: the class index of each pixel, or :data:`IGNORE_INDEX`."""
@@ -185,7 +185,7 @@ def load_masks(
         raise UsageError(f"limit must be at least 1, not {limit}")
     kind, _, name = spec.partition("/")
     if kind == "demo":
-        from prompttune.training.data.shape_masks import load_shape_masks
+        from prompttune.data.shape_masks import load_shape_masks
 
         splits = load_shape_masks(name)
     else:

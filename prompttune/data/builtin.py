@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from prompttune.data import shapes
+from prompttune.data.base import DataSplits, ImageSource
 from prompttune.errors import choose
-from prompttune.training.data import shapes
-from prompttune.training.data.base import DataSplits, ImageSource
 
 DIGITS_TRAIN = 1000
 SHAPES_TRAIN, SHAPES_VAL = 1000, 400

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from prompttune.data import shapes
+from prompttune.data.masks import Mask, MaskSource, MaskSplits
 from prompttune.errors import choose
-from prompttune.training.data import shapes
-from prompttune.training.data.masks import Mask, MaskSource, MaskSplits
 
 TRAIN, VAL = 600, 200
 """Images of the two splits."""

@@ -9,9 +9,7 @@ from typing import Any
 from PIL import Image
 from timm.data.dataset_factory import create_dataset
 
-from prompttune.errors import DataError, MissingExtraError, UsageError
-from prompttune.images import read_image, to_rgb
-from prompttune.training.data.base import (
+from prompttune.data.base import (
     VALIDATION_NAMES,
     DataSplits,
     ImageSource,
@@ -19,7 +17,9 @@ from prompttune.training.data.base import (
     check_same_classes,
     shortened,
 )
-from prompttune.training.data.splitting import hold_out
+from prompttune.data.splitting import hold_out
+from prompttune.errors import DataError, MissingExtraError, UsageError
+from prompttune.images import read_image, to_rgb
 
 FOLDER_NAMES = ("image_folder", "folder")
 """timm's names for torchvision's ``ImageFolder``."""

@@ -1,9 +1,9 @@
 """Data: image folders, CSV tables, timm's data sets and built-ins, augmented and batched reproducibly."""
 
-from prompttune.training.data.base import DataSplits, FileSource, ImageSource, Subset
-from prompttune.training.data.loading import Batch, CorruptImages, EpochLoader, make_loader, on_device
-from prompttune.training.data.sources import load_data
-from prompttune.training.data.transforms import Augment
+from prompttune.data.base import DataSplits, FileSource, ImageSource, Subset
+from prompttune.data.loading import Batch, CorruptImages, EpochLoader, make_loader, on_device
+from prompttune.data.sources import load_data
+from prompttune.data.transforms import Augment
 
 __all__ = [
     "Augment",

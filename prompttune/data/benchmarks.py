@@ -7,7 +7,7 @@
 - ``tv/NAME/TRAIN/EVAL``: torchvision's data set below ``<root>``; :func:`download` fetches it. Of a data set without
   validation images, ``train80`` and ``val20`` are parts of the training images, the same for every seed.
 
-``<root>`` is a folder, or on the Hugging Face hub: :mod:`prompttune.training.data.roots`.
+``<root>`` is a folder, or on the Hugging Face hub: :mod:`prompttune.data.roots`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 
 from PIL import Image
 
+from prompttune.data.base import DataSplits, FileSource, ImageSource, Subset, check_class_count
+from prompttune.data.roots import DataRoot, LocalRoot, data_root
+from prompttune.data.splitting import split_indices
 from prompttune.errors import DataError, UsageError, choose
 from prompttune.images import to_rgb
-from prompttune.training.data.base import DataSplits, FileSource, ImageSource, Subset, check_class_count
-from prompttune.training.data.roots import DataRoot, LocalRoot, data_root
-from prompttune.training.data.splitting import split_indices
 
 KINDS = ("vtab", "fgvc", "tv")
 FGVC_IMAGE_FOLDERS = ("", "images", "Images")

@@ -12,15 +12,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from prompttune.data.base import ImageSource
+from prompttune.data.rng import derive_seed, generators_kept, seed_generators
+from prompttune.data.transforms import Transform, is_exact
 from prompttune.errors import DataError, UsageError
 from prompttune.preprocess import UnresizableError
-from prompttune.training.data.base import ImageSource
-from prompttune.training.data.rng import derive_seed, generators_kept, seed_generators
-from prompttune.training.data.transforms import Transform, is_exact
 
 if TYPE_CHECKING:
-    from prompttune.training.data.mask_transforms import JointTransform
-    from prompttune.training.data.masks import MaskSource
+    from prompttune.data.mask_transforms import JointTransform
+    from prompttune.data.masks import MaskSource
 
 Key = tuple[int, int]
 """Epoch and index of an image: the epoch goes with the index to processes that outlive an epoch."""

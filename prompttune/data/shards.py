@@ -17,11 +17,11 @@ from typing import Any
 
 from PIL import Image
 
+from prompttune.data.base import VALIDATION_NAMES, DataSplits, ImageSource, check_class_count
+from prompttune.data.splitting import hold_out
+from prompttune.data.timm_factory import numbered
 from prompttune.errors import DataError, MissingExtraError
 from prompttune.images import EXTENSIONS, read_image
-from prompttune.training.data.base import VALIDATION_NAMES, DataSplits, ImageSource, check_class_count
-from prompttune.training.data.splitting import hold_out
-from prompttune.training.data.timm_factory import numbered
 
 INFO_FILES = ("_info.json", "info.json")
 """timm's description of the splits."""

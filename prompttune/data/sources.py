@@ -6,15 +6,15 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+from prompttune.data.base import DataSplits
+from prompttune.data.benchmarks import KINDS as BENCHMARK_KINDS
+from prompttune.data.benchmarks import load_benchmark
+from prompttune.data.builtin import load_builtin
+from prompttune.data.folder import load_folder
+from prompttune.data.roots import HUB_PREFIX
+from prompttune.data.splitting import at_most
+from prompttune.data.table import load_table
 from prompttune.errors import DataError, UsageError
-from prompttune.training.data.base import DataSplits
-from prompttune.training.data.benchmarks import KINDS as BENCHMARK_KINDS
-from prompttune.training.data.benchmarks import load_benchmark
-from prompttune.training.data.builtin import load_builtin
-from prompttune.training.data.folder import load_folder
-from prompttune.training.data.roots import HUB_PREFIX
-from prompttune.training.data.splitting import at_most
-from prompttune.training.data.table import load_table
 
 
 def load_data(
@@ -24,7 +24,7 @@ def load_data(
 
     Args:
         spec: ``demo/NAME`` (built in), ``torch/NAME``, ``hfds/NAME`` or ``wds/NAME`` (timm's data set factory),
-            ``vtab/…``, ``fgvc/…`` or ``tv/…`` (see :mod:`prompttune.training.data.benchmarks`), a ``.csv`` file or a
+            ``vtab/…``, ``fgvc/…`` or ``tv/…`` (see :mod:`prompttune.data.benchmarks`), a ``.csv`` file or a
             folder of images. A folder whose own name begins so is written ``./demo/…``.
         val_fraction: share of each class held out where the data have no validation split of their own.
         seed: seed of that split, and of the choice that ``limit`` makes.
@@ -64,19 +64,19 @@ def _load(spec: str, val_fraction: float, seed: int, root: str | None) -> DataSp
 
 
 def _load_torch(name: str, root: str | None, val_fraction: float, seed: int) -> DataSplits:
-    from prompttune.training.data.timm_factory import load_torch
+    from prompttune.data.timm_factory import load_torch
 
     return load_torch(name, root, val_fraction, seed)
 
 
 def _load_hfds(name: str, root: str | None, val_fraction: float, seed: int) -> DataSplits:
-    from prompttune.training.data.timm_factory import load_hfds
+    from prompttune.data.timm_factory import load_hfds
 
     return load_hfds(name, root, val_fraction, seed)
 
 
 def _load_wds(name: str, root: str | None, val_fraction: float, seed: int) -> DataSplits:
-    from prompttune.training.data.shards import load_wds
+    from prompttune.data.shards import load_wds
 
     return load_wds(name, root, val_fraction, seed)
 

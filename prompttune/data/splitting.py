@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from prompttune.data.base import DataSplits, ImageSource, Subset
 from prompttune.errors import DataError
-from prompttune.training.data.base import DataSplits, ImageSource, Subset
 
 SEEDS = 2**32
 """Number of seeds that NumPy's generator knows."""

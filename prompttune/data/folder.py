@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from prompttune.errors import DataError
-from prompttune.images import is_image
-from prompttune.training.data.base import (
+from prompttune.data.base import (
     VALIDATION_NAMES,
     DataSplits,
     FileSource,
     check_class_count,
     check_same_classes,
 )
-from prompttune.training.data.splitting import hold_out
+from prompttune.data.splitting import hold_out
+from prompttune.errors import DataError
+from prompttune.images import is_image
 
 
 def load_folder(folder: Path, val_fraction: float, seed: int) -> DataSplits:

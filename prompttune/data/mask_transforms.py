@@ -14,10 +14,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import to_pil_image
 from torchvision.transforms.v2 import functional as F
 
+from prompttune.data.masks import Mask
+from prompttune.data.transforms import Augment
 from prompttune.errors import UsageError
 from prompttune.preprocess import Preprocess
-from prompttune.training.data.masks import Mask
-from prompttune.training.data.transforms import Augment
 from prompttune.transform import RESIZED_HERE, EvaluationTransform
 
 NEAREST = InterpolationMode.NEAREST_EXACT

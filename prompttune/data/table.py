@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from prompttune.errors import DataError
-from prompttune.training.data.base import (
+from prompttune.data.base import (
     VALIDATION_NAMES,
     DataSplits,
     FileSource,
     check_class_count,
     shortened,
 )
-from prompttune.training.data.splitting import hold_out
+from prompttune.data.splitting import hold_out
+from prompttune.errors import DataError
 
 TRAIN = "train"
 
