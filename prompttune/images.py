@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,14 +14,27 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-EXTENSIONS = frozenset(
-    f".{name}"
-    for name in (
-        *("avif", "bmp", "dib", "gif", "jfif", "jp2", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "pnm", "ppm"),
-        *("tga", "tif", "tiff", "webp"),
-    )
-)
+from prompttune.errors import MissingExtraError
+
+HEIF_EXTENSIONS = frozenset((".heic", ".heif", ".hif"))
+HEIF_INSTALLED = importlib.util.find_spec("pillow_heif") is not None
+
+
+def _endings(names: str) -> frozenset[str]:
+    return frozenset(f".{name}" for name in names.split())
+
+
+EXTENSIONS = _endings(
+    "apng avif bmp dib gif j2k jfif jp2 jpe jpeg jpf jpg jpx mpo pbm pgm png pnm ppm tga tif tiff webp"
+) | (HEIF_EXTENSIONS if HEIF_INSTALLED else frozenset())
 """Names with these endings are taken for images, in upper or lower case."""
+UNREAD_EXTENSIONS = (
+    HEIF_EXTENSIONS
+    | _endings("ai bpg cdr cur dcm dds dicom djvu emf eps exr fit fits flif hdr heics icns ico jls jxl jxr kra pcx pfm")
+    | _endings("psb psd qoi sgi svg svgz wdp wmf xbm xcf xpm")
+    | _endings("3fr arw cr2 cr3 crw dcr dng erf iiq kdc mef mos mrw nef nrw orf pef raf raw rw2 rwl sr2 srf srw x3f")
+) - EXTENSIONS
+"""Names with these endings are pictures that are not read, in upper or lower case."""
 
 SIXTEEN_BIT = 0xFFFF
 
@@ -27,6 +42,18 @@ SIXTEEN_BIT = 0xFFFF
 def is_image(name: str) -> bool:
     """Whether a file name is that of an image: a known extension, not hidden."""
     return not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS
+
+
+def is_unread_image(name: str) -> bool:
+    """Whether a file name is that of a picture in a format that is not read, not hidden."""
+    return not name.startswith(".") and Path(name).suffix.lower() in UNREAD_EXTENSIONS
+
+
+def unread_remedy(name: str) -> str:
+    """What to do about a file for which :func:`is_unread_image` holds, such as ``convert it to PNG or JPEG``."""
+    if Path(name).suffix.lower() in HEIF_EXTENSIONS:
+        return str(MissingExtraError("pillow-heif", "heif"))
+    return "convert it to PNG or JPEG"
 
 
 class TooManyPixelsError(OSError):
@@ -73,10 +100,18 @@ def opened(file: str | Path | BinaryIO, formats: Sequence[str] | None = None) ->
         OSError: it cannot be read; the message is the reason, without the file's name.
     """
     try:
+        if formats is None:
+            _register_heif()
         with Image.open(file, formats=None if formats is None else tuple(formats)) as image:
             yield image
     except TooManyPixelsError:
         raise
+    except UnidentifiedImageError as problem:
+        if formats is not None:
+            raise OSError(f"not an image, or of another format than {', '.join(formats)}") from problem
+        if not HEIF_INSTALLED and _is_heif(file):
+            raise OSError(f"a HEIC image: {MissingExtraError('pillow-heif', 'heif')}") from problem
+        raise OSError("not an image, or of an unknown format") from problem
     except Image.DecompressionBombError as problem:
         raise TooManyPixelsError(_reason(problem)) from problem
     except Exception as problem:  # a damaged file makes Pillow's many decoders raise whatever their code raises
@@ -94,9 +129,23 @@ def turn_upright(image: Image.Image) -> int:
     return next((known for known in range(2, 9) if known == orientation), 1)
 
 
+@functools.cache
+def _register_heif() -> None:
+    if HEIF_INSTALLED:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+
+
+def _is_heif(file: str | Path | BinaryIO) -> bool:
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(Path(file).open("rb")) if isinstance(file, str | Path) else file
+        stream.seek(0)
+        header = stream.read(12)
+    return header[4:8] == b"ftyp" and header[8:] in (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1")
+
+
 def _reason(problem: Exception) -> str:
-    if isinstance(problem, UnidentifiedImageError):
-        return "not an image, or of an unknown format"
     text = problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
     return " ".join(text.split()) or type(problem).__name__
 

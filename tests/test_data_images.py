@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from pillow_heif import register_heif_opener
 from skimage.data import astronaut
 
-from prompttune.images import TooManyPixelsError, is_image, read_image, to_rgb
+from prompttune.images import TooManyPixelsError, is_image, is_unread_image, read_image, to_rgb, unread_remedy
 from tests.data_helpers import picture
 
 
@@ -24,6 +27,42 @@ def test_image_names(name: str) -> None:
 @pytest.mark.parametrize("name", [".hidden.jpg", "._a.jpg", "notes.txt", "jpg", "a.npy", "a.jpg.bak"])
 def test_other_names(name: str) -> None:
     assert not is_image(name)
+
+
+@pytest.mark.parametrize("name", ["a.CR2", "b.jxl", "c.psd", "d.dcm", "e.svg"])
+def test_pictures_that_are_not_read_are_known_by_name(name: str) -> None:
+    assert is_unread_image(name)
+    assert not is_image(name)
+    assert "PNG" in unread_remedy(name)
+    assert not is_unread_image(f".{name}")
+
+
+def test_heic_is_read_as_other_files_are(tmp_path: Path) -> None:
+    assert is_image("IMG_1.HEIC")
+    register_heif_opener()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(astronaut()[:64, :32]).save(tmp_path / "a.heic", exif=exif.tobytes(), quality=-1, chroma=444)
+    upright = np.rot90(astronaut()[:64, :32], -1)
+    assert np.abs(np.asarray(read_image(tmp_path / "a.heic")).astype(int) - upright).max() <= 2
+
+
+WITHOUT_HEIF = """
+import sys; sys.modules["pillow_heif"] = None
+from prompttune.images import is_image, is_unread_image, read_image, unread_remedy
+assert is_unread_image("a.HEIC") and not is_image("a.heic")
+try: read_image(sys.argv[1])
+except OSError as problem: print(problem)
+print(unread_remedy("a.heic"))
+"""
+
+
+def test_heic_without_its_library_names_the_extra(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    command = [sys.executable, "-c", WITHOUT_HEIF, str(tmp_path / "a.jpg")]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    remedy = "pillow-heif is not installed: pip install 'prompttune[heif]'"
+    assert lines == [f"a HEIC image: {remedy}", remedy]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "LAB"])
@@ -111,7 +150,7 @@ def test_every_damaged_byte_is_read_or_refused(tmp_path: Path) -> None:
 
 def test_only_the_formats_asked_for_are_read() -> None:
     assert read_image(io.BytesIO(png(picture(0))), formats=("PNG",)).size == (12, 12)
-    with pytest.raises(OSError, match="not an image, or of an unknown format"):
+    with pytest.raises(OSError, match="not an image, or of another format than JPEG, WEBP"):
         read_image(io.BytesIO(png(picture(0))), formats=("JPEG", "WEBP"))
 
 

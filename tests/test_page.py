@@ -364,7 +364,9 @@ def test_the_servers_refusal_is_shown_in_its_words(page: Page, complaints: list[
     expect(page.locator("#trial-task")).to_have_value("colours")
     drop(page, np.random.default_rng(0).bytes(100))
     problem = page.locator("#trial-answer .problem")
-    expect(problem).to_have_text("image of row 0 cannot be read: not an image, or of an unknown format")
+    expect(problem).to_have_text(
+        "image of row 0 cannot be read: not an image, or of another format than JPEG, PNG, WEBP"
+    )
     page.locator("#trial-task").fill("../nobody")
     page.locator("#trial-task").press("Tab")
     expect(problem).not_to_contain_text("row 0")
