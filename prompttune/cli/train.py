@@ -33,6 +33,8 @@ prompttune train --data photos/ --class-weights balanced --patience 5 --output r
 prompttune train --data demo/shapes-seg --task segmentation --head linear --method lspt --image-size 112 \
     --epochs 10 --output runs/shapes-seg
 prompttune train --config runs/photos/train_config.yaml --resume
+prompttune train --config runs/photos/train_config.yaml --resume --epochs 200
+prompttune train --data more-photos/ --init-from runs/photos --output runs/more-photos
 prompttune train --config runs/photos/train_config.yaml --lr 5e-4 --output runs/photos-slow
 prompttune train --tasks tasks.yaml --output runs --resume
 
@@ -57,7 +59,11 @@ NOTES = {
     help="YAML file of settings, by the names of the options; the command line goes before it.",
 )
 @click.option("--tasks", "tasks_file", type=click.Path(path_type=Path), help="YAML file of several tasks to train.")
-@click.option("--resume", is_flag=True, help="Go on after the last whole epoch in the output folder.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on after the last whole epoch in the output folder; more --epochs than before extend the run.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the run in the output folder.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON on the standard output.")

@@ -209,6 +209,9 @@ class Method(nn.Module):
                 [B], on the device of the parameters, shuffled; they are read as far as they are iterated.
         """
 
+    def start_from_loaded(self) -> None:
+        """Called in place of :meth:`begin_training` when a run starts from another checkpoint's parameters."""
+
     def take_sizes(self, stored: Mapping[str, Tensor]) -> None:
         """Give parameters whose size :meth:`begin_training` chose the size of ``stored`` ones, before these are loaded.
 

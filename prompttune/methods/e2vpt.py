@@ -201,6 +201,16 @@ class E2VPT(MethodOver[VitBackbone]):
         return True
 
     @torch.no_grad()
+    def start_from_loaded(self) -> None:
+        """See :meth:`Method.start_from_loaded`: pruned prompts are zeros that may grow; what is here is rewound to."""
+        if self.config.prunes:
+            self.prompts.mul_(self.mask())
+            for mask in self.masks.values():
+                mask.fill_(1.0)
+            for name, value in self.initial.items():
+                value.copy_(self.get_parameter(name))
+
+    @torch.no_grad()
     def _observe(self, gradient: Tensor) -> None:
         """Add one step's |dL/dmask|, all masks being 1: the sum of gradient times prompt over what a mask covers.
 

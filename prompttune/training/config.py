@@ -65,7 +65,10 @@ class TrainConfig:
     )
 
     output: str = setting(help="folder of the run", free=True)
-    epochs: int = setting(100, help="passes over the training images", low=1)
+    init_from: str | None = setting(
+        None, help="checkpoint folder whose parameters the run starts from; rows of its head are matched by class name"
+    )
+    epochs: int = setting(100, help="passes over the training images; a resumed run may have more", low=1, grows=True)
     batch_size: int = setting(64, help="images of a step, on each device", low=1)
     lr: float = setting(1e-3, help="highest learning rate", above=0)
     optimizer: str = setting("adamw", help="optimiser", choices=OPTIMIZERS)
@@ -79,7 +82,9 @@ class TrainConfig:
     label_smoothing: float = setting(0.0, help="label smoothing", low=0, below=1)
     class_weights: str = setting("none", help="balanced: weigh classes by 1/frequency", choices=("none", "balanced"))
     grad_clip: float | None = setting(None, help="largest norm of the gradient", above=0)
-    patience: int | None = setting(None, help="stop after so many validations without a better top-1", low=1)
+    patience: int | None = setting(
+        None, help="stop after so many validations without a better top-1", low=1, grows=True
+    )
     eval_every: int = setting(1, help="epochs between two validations", low=1)
     seed: int = setting(0, help="seed of the split, the order, the augmentation and the initialisation", low=0)
 
@@ -213,18 +218,26 @@ class TrainConfig:
         return cls(**split["own"], augment_settings=split["augment"], method_settings=split["method"])
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """What differs from another run's :meth:`to_flat`, in words; settings that change no result are ignored.
+        """What keeps a run of another :meth:`to_flat` from going on with these settings, in words.
 
-        A setting that the other run does not name yet, because its version had none, counts as its default.
+        Settings that change no result are ignored, and so are more epochs and more patience. A setting that the other
+        run does not name yet, because its version had none, counts as its default.
         """
         mine = self.to_flat()
         other = {**self._defaults(), **other}
-        free = {name for name, known in settings_of(TrainConfig).items() if known.metadata.get("free")}
+        known = settings_of(TrainConfig)
         return [
             f"{name} is {mine.get(name)!r}, was {other.get(name)!r}"
             for name in {**other, **mine}
-            if name not in free and mine.get(name) != other.get(name)
+            if not (name in known and _may_become(known[name], other.get(name), mine.get(name)))
+            and mine.get(name) != other.get(name)
         ]
+
+
+def _may_become(known: Setting, old: Any, new: Any) -> bool:
+    """Whether a resumed run may have another value of a setting; None is a patience without end."""
+    grew = known.metadata.get("grows") and old is not None and (new is None or new > old)
+    return bool(known.metadata.get("free") or grew)
 
 
 def _check_range(known: Setting, value: Any) -> None:

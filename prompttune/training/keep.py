@@ -64,6 +64,7 @@ class Keeper:
             if names := [name for name, value in self.identity.items() if saved.identity.get(name) != value]:
                 raise UsageError(f"cannot resume {self.folder.path}: {' and '.join(names)} changed since it began")
             self.progression, self.best = saved.progression, saved.best
+            self.progression.status = "running"  # it may have been over, and is extended
             if self.best:
                 self.load_best()
                 self._save_best()

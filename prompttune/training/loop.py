@@ -54,7 +54,9 @@ def train(
     Args:
         config: every setting.
         backbone: a loaded backbone to train over, shared with other tasks; None loads the one that ``config`` names.
-        resume: go on after the last whole epoch in ``config.output``, from the start if there is none.
+        resume: go on after the last whole epoch in ``config.output``, from the start if there is none. With more
+            epochs than before the run is extended: from the step that it has reached, the learning rate follows the
+            schedule over the new number of epochs.
         overwrite: replace an earlier run in ``config.output``.
         on_progress: called with the news, in the first process.
 
@@ -71,7 +73,12 @@ def train(
         saved = states.load(folder.last)
         if differences := config.differences(saved.settings):
             raise UsageError(f"cannot resume {folder.path} with other settings: {'; '.join(differences)}")
-        if saved.progression.is_over:
+        if saved.progression.is_over and not saved.progression.goes_on(config.epochs, config.patience):
+            if config.epochs > saved.settings["epochs"]:
+                raise UsageError(
+                    f"{folder.path} stopped early after epoch {saved.progression.epoch}: its patience of "
+                    f"{config.patience} is spent; with more epochs, give a higher --patience or --patience none too"
+                )
             return _result(folder, saved.progression, was_over=True)
     backbone = backbone or _load_backbone(config)
     _check_backbone(config, backbone)

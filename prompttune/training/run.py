@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from prompttune.data.masks import MaskSplits, load_masks
 from prompttune.data.rng import derive_seed
 from prompttune.errors import DataError, DivergedError
 from prompttune.model import PromptModel
+from prompttune.training.initial import take_parameters
 from prompttune.training.keep import Keeper, Result
 from prompttune.training.launch import gather_lines, loader_workers, on_rank_zero, sum_over
 from prompttune.training.measures import measures_for
@@ -65,10 +67,14 @@ class Run:
             segmentation=config.segmentation_config(),
         ).to(fabric.device)
         self._make_loaders()
-        if saved is None:
-            self._begin_training()
-        else:
+        self.start: str | None = None
+        """What was taken from ``init_from``, in words."""
+        if saved is not None:
             self.model.take_sizes(saved.task)
+        elif config.init_from is not None:
+            self.start = take_parameters(self.model, Path(config.init_from).expanduser())
+        else:
+            self._begin_training()
         optimizer = make_optimizer(config, self.model.trained_parameters())
         self.keeper = Keeper(config, fabric, self.model, optimizer, self._identity())
         self._set_up(optimizer)
@@ -151,8 +157,8 @@ class Run:
         try:
             self.keeper.begin(saved)
             self.corrupt.add(self.progression.corrupt)
-            self._introduce()
-            while self.progression.epoch < self.config.epochs and not self._is_stale():
+            self._introduce(saved)
+            while self.progression.goes_on(self.config.epochs, self.config.patience):
                 self._epoch()
             self._finish()
         finally:
@@ -164,13 +170,11 @@ class Run:
         """How far the run has come."""
         return self.keeper.progression
 
-    def _is_stale(self) -> bool:
-        return self.config.patience is not None and self.progression.stale >= self.config.patience
-
     def _epoch(self) -> None:
         began, epoch = time.perf_counter(), self.progression.epoch
         record = self._train_epoch(epoch)
-        if self.model.method.end_epoch(epoch, self.config.epochs):
+        # a run that was extended has its pruning behind it, whatever share of the new number of epochs that was
+        if not self.progression.rewound and self.model.method.end_epoch(epoch, self.config.epochs):
             self._rewind(epoch)
         is_last = epoch + 1 == self.config.epochs
         result = self._validate() if is_last or (epoch + 1) % self.config.eval_every == 0 else None
@@ -306,15 +310,21 @@ class Run:
             f"try {' or '.join(hints)}; the last good state (epoch {self.progression.epoch}) is in {folder.last}{kept}",
         )
 
-    def _introduce(self) -> None:
+    def _introduce(self, saved: Saved | None) -> None:
         identity, backbone = self.keeper.identity, self.model.backbone
         self._note(
             f"{self._named()} over {backbone.name} at {backbone.image_size} px ({backbone.weights_source}), "
             f"{identity['task_parameters']:,} parameters; {self.config.data}: {identity['train_images']} training and "
             f"{identity['val_images']} validation images of {len(self.data.classes)} classes; on {self.fabric.device}"
         )
-        if self.progression.epoch:
-            self._note(f"resuming after epoch {self.progression.epoch} of {self.config.epochs}")
+        if self.start is not None:
+            self._note(self.start)
+        if saved is not None and self.progression.epoch:
+            before = saved.settings["epochs"]
+            longer = (
+                "" if before == self.config.epochs else f"; it had {before}: the schedule is that of the new number"
+            )
+            self._note(f"resuming after epoch {self.progression.epoch} of {self.config.epochs}{longer}")
 
     def _named(self) -> str:
         return f"{self.config.method} with a {self.config.head} head" if self.segments else self.config.method

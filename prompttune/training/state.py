@@ -72,8 +72,12 @@ class Progression:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether the run came to its end."""
         return self.status != "running"
+
+    def goes_on(self, epochs: int, patience: int | None) -> bool:
+        """Whether a run of so many epochs has another one, its patience not being spent."""
+        return self.epoch < epochs and (patience is None or self.stale < patience)
 
 
 @dataclass
