@@ -104,8 +104,7 @@ VARIANTS: dict[str, MethodConfig] = {
 
 def read(task: str, split: str, count: int) -> tuple[Tensor, Tensor]:
     """The first images of a split, normalised [N, 3, S, S], and their labels [N]."""
-    splits = load_builtin(task)
-    source = splits.train if split == "train" else splits.val
+    source = load_builtin(task).named[split]
     transform = Preprocess(SIZE, MEAN, STD, "bilinear").transform()
     pairs = [source.load(index) for index in range(min(count, len(source)))]
     return torch.stack([transform(image) for image, _ in pairs]), torch.tensor([label for _, label in pairs])
@@ -133,7 +132,10 @@ def pretrained(epochs: int, count: int) -> ConvBackbone:
         stem_type="deep",
         output_stride=8,
     )
-    tasks = [(*read(task, "train", count), nn.Linear(48, len(load_builtin(task).classes))) for task in PRETRAINED_ON]
+    tasks = [
+        (*read(task, "train", count), nn.Linear(48, len(load_builtin(task).named["train"].classes)))
+        for task in PRETRAINED_ON
+    ]
     parameters = [*model.parameters(), *(parameter for *_, head in tasks for parameter in head.parameters())]
     optimiser = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=1e-2)
     generator = torch.Generator().manual_seed(0)
@@ -205,7 +207,7 @@ def main(pretrain_epochs: int, epochs: int, images: int, only: tuple[str, ...], 
         for name in only or VARIANTS:
             started = time.process_time()
             torch.manual_seed(0)
-            model = pt.PromptModel(backbone, VARIANTS[name], len(load_builtin(task).classes))
+            model = pt.PromptModel(backbone, VARIANTS[name], len(load_builtin(task).named["train"].classes))
             learn(model, *train, epochs)
             own = sum(parameter.numel() for parameter in model.method.parameters())
             rows.append(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from prompttune.data import ImageSource, load_data
+from prompttune.data import ImageSource, Subset, file_at, load_data, load_parts
+from prompttune.data.files import Walk
 from prompttune.data.splitting import split_indices
 from prompttune.errors import DataError, UsageError
 from tests.data_helpers import descriptions, picture, write_classes
@@ -46,9 +49,126 @@ def test_training_folder_alone_is_split(tmp_path: Path) -> None:
     assert (len(data.train), len(data.val)) == (8, 2)
 
 
-def test_a_class_may_be_called_train(tmp_path: Path) -> None:
-    write_classes(tmp_path, {"car": 3, "train": 3})
-    assert load_data(str(tmp_path)).classes == ["car", "train"]
+SPELLINGS = ["Train:Val", "training:validation", "training_set:test_set", "TRAIN:dev", "Train-Images:Testing",
+             "train2017:val2017", "trainset:valid", "train:Eval"]  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_splits_by_any_usual_name(tmp_path: Path, spelling: str) -> None:
+    train, held = spelling.split(":")
+    write_classes(tmp_path / train, {"cat": 3, "dog": 2})
+    write_classes(tmp_path / held, {"cat": 1, "dog": 1}, start=50)
+    data = load_data(str(tmp_path))
+    assert data.classes == ["cat", "dog"]
+    assert (len(data.train), len(data.val)) == (5, 2)
+
+
+def test_the_parts_of_a_data_set(tmp_path: Path) -> None:
+    for number, (split, count) in enumerate((("train", 3), ("val", 2), ("test", 1))):
+        write_classes(tmp_path / "set" / split, {"a": count, "b": count}, start=10 * number)
+    parts = load_parts(str(tmp_path / "set"))
+    assert {split: len(source) for split, source in parts.named.items()} == {"train": 6, "val": 4, "test": 2}
+    assert file_at(parts.named["test"], 1) == (tmp_path / "set" / "test" / "b" / "000.png", "test/b/000.png")
+    whole = load_parts(str(tmp_path / "set" / "test"))
+    assert list(whole.named) == ["all"]
+    assert file_at(Subset(whole.named["all"], [1]), 0) == (tmp_path / "set" / "test" / "b" / "000.png", "b/000.png")
+    assert load_parts("demo/digits").named["val"].classes[:2] == ["0", "1"]
+    assert file_at(load_parts("demo/digits").named["val"], 0) is None
+
+
+def test_a_data_set_that_is_scored_needs_no_training_images(tmp_path: Path) -> None:
+    write_classes(tmp_path / "Test", {"a": 2, "b": 0, "zebra": 1})
+    parts = load_parts(str(tmp_path))
+    assert list(parts.named) == ["test"]
+    assert parts.named["test"].classes == ["a", "b", "zebra"]
+    assert parts.named["test"].labels() == [0, 0, 2]
+    with pytest.raises(DataError, match="has no images to train on, only a split test"):
+        load_data(str(tmp_path))
+
+
+def test_validation_may_lack_a_class(tmp_path: Path) -> None:
+    write_classes(tmp_path / "train", {"a": 2, "b": 2, "c": 2})
+    write_classes(tmp_path / "val", {"c": 1, "b": 1})
+    val = load_data(str(tmp_path)).val
+    assert val.classes == ["a", "b", "c"]
+    assert val.labels() == [1, 2]
+    assert val.load(1)[1] == 2
+
+
+def test_test_images_without_class_folders_do_not_validate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_classes(tmp_path / "train", {"nok": 5, "ok": 5})
+    write_classes(tmp_path, {"test": 6})
+    data = load_data(str(tmp_path))
+    assert (data.classes, len(data.train), len(data.val)) == (["nok", "ok"], 8, 2)
+    assert f"{tmp_path}/test has no class folders, so its 6 images have no labels" in caplog.text
+
+
+def test_a_split_inside_a_folder_of_its_name(tmp_path: Path) -> None:
+    write_classes(tmp_path / "training_set" / "training_set", {"a": 3, "b": 3})
+    write_classes(tmp_path / "test_set" / "test_set", {"a": 1, "b": 1})
+    data = load_data(str(tmp_path))
+    assert (data.classes, len(data.train), len(data.val)) == (["a", "b"], 6, 2)
+
+
+@pytest.mark.parametrize(
+    ("folders", "words"),
+    [
+        (["train/a", "train/b", "Train/a", "Train/b"], "the folders .* mean the same split"),
+        (["train/a", "train/b", "val/a", "valid/a"], "the folders .* mean the same split"),
+        (["car", "train"], r"folders of splits \(train\) beside other folders with images \(car\)"),
+        (["valid", "invalid"], "rename a class that is called as a split"),
+        (["train", "test"], "train has no class folders"),
+        (["cat/train", "cat/test", "dog/train", "dog/test"], "cat holds folders of splits .* split before the class"),
+        (["pets/train/a", "pets/train/b", "pets/val/a"], "pets holds folders of splits .* give that folder"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_told_apart(tmp_path: Path, folders: list[str], words: str) -> None:
+    for number, name in enumerate(folders):
+        write_classes(tmp_path, {name: 2}, start=10 * number)
+    with pytest.raises(DataError, match=words):
+        load_data(str(tmp_path))
+
+
+def test_class_names_are_compared_in_one_unicode_form(tmp_path: Path) -> None:
+    for split, form in (("train", "NFC"), ("val", "NFD")):
+        write_classes(tmp_path / split, {unicodedata.normalize(form, "café"): 2, "tea": 2})
+    data = load_data(str(tmp_path))
+    assert data.classes == ["café", "tea"]
+    assert len(data.val) == 4
+    write_classes(tmp_path / "train", {unicodedata.normalize("NFD", "café"): 2})
+    with pytest.raises(DataError, match="two class folders café, which differ in their Unicode form alone"):
+        load_data(str(tmp_path))
+
+
+def test_a_class_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    write_classes(tmp_path, {"a": 2, os.fsdecode(b"\x94L"): 2})
+    with pytest.raises(DataError, match=r"class folder b'\\x94L' in .* is not text in UTF-8: rename it"):
+        load_data(str(tmp_path))
+
+
+def test_links_bring_each_file_once(tmp_path: Path) -> None:
+    data, pool = tmp_path / "data", tmp_path / "pool"
+    write_classes(data, {"cat": 3, "dog": 3})
+    write_classes(pool, {"more": 2})
+    for name, target in (
+        ("cat/all", "."), ("cat/up", ".."), ("cat/top", "../.."), ("cat/0.png", "../dog/000.png"),
+        ("cat/dogs", "../dog"), ("cat/pool", "../../pool/more"), ("dog/pool", "../../pool/more"), ("wolf", "../pool"),
+    ):  # fmt: skip
+        (data / name).symlink_to(target)
+    found = Walk(data)
+    assert found.images == [f"{name}/00{index}.png" for name in ("cat", "cat/pool", "dog") for index in range(3)
+                            if (name, index) != ("cat/pool", 2)]  # fmt: skip
+    with pytest.raises(DataError, match=r"class folder .*wolf holds no image; its files have been found elsewhere"):
+        load_data(str(data))
+    (data / "wolf").unlink()
+    assert counts(load_parts(str(data)).named["all"]) == {"cat": 5, "dog": 3}
+
+
+def test_a_link_to_nowhere_is_an_image_that_cannot_be_read(tmp_path: Path) -> None:
+    write_classes(tmp_path, {"a": 1})
+    (tmp_path / "a" / "gone.png").symlink_to("nowhere.png")
+    (tmp_path / "a" / "self").symlink_to("self")
+    assert Walk(tmp_path).images == ["a/000.png", "a/gone.png"]
 
 
 def test_which_files_are_images(tmp_path: Path) -> None:
@@ -184,8 +304,11 @@ def test_a_table_with_splits(tmp_path: Path) -> None:
         ("path,label\n,a\n", "line 2: no path"),
         ("path,label\n0.png,a\n1.png,a\n", "only one class, a"),
         ("path,label\n0.png,a\n1.png,b\n0.png,b\n", "line 4: 0.png stands on line 2 already"),
-        ("path,label,split\n0.png,a,train\n1.png,b,trian\n", "line 3: the split must be train or val, not 'trian'"),
-        ("path,label,split\n0.png,a,val\n", "no row with split train"),
+        (
+            "path,label,split\n0.png,a,train\n1.png,b,trian\n",
+            "line 3: the split must be train, val or test, not 'trian'",
+        ),
+        ("path,label,split\n0.png,a,val\n", "has no images to train on, only a split val"),
         ("path,label,split\n0.png,a,train\n1.png,b,train\n2.png,c,val\n", "line 4: the label 'c' occurs in no"),
     ],
 )

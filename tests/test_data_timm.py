@@ -80,7 +80,7 @@ def test_torch_data_that_are_refused(tmp_path: Path) -> None:
         load_data("torch/mnist")
     with pytest.raises(UsageError, match="Unknown torchvision dataset nothing"):
         load_data("torch/nothing", root=str(tmp_path))
-    with pytest.raises(DataError, match="cannot load torch/image_folder, train, from"):
+    with pytest.raises(DataError, match=r"no folder .*nowhere"):
         load_data("torch/image_folder", root=str(tmp_path / "nowhere"))
 
 
@@ -253,8 +253,10 @@ def test_shard_folders_that_are_refused(shards: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read the shard .*pets-train-1.tar"):
         load_data("wds/pets", root=str(shards.parent))
     describe_splits(shards)
-    (shards / "info.json").write_text('{"splits": {"val": {}}}')
-    with pytest.raises(DataError, match="describes no split train, only val"):
+    described = json.loads((shards / "info.json").read_text())
+    del described["splits"]["train"]
+    (shards / "info.json").write_text(json.dumps(described))
+    with pytest.raises(DataError, match="no images to train on, only a split val"):
         load_data("wds/pets", root=str(shards.parent))
     (shards / "info.json").write_text('{"splits": {"train": {}}}')
     with pytest.raises(DataError, match="does not describe splits as timm wants it"):

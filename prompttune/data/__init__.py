@@ -1,8 +1,8 @@
 """Data: image folders, CSV tables, timm's data sets and built-ins, augmented and batched reproducibly."""
 
-from prompttune.data.base import DataSplits, FileSource, ImageSource, Subset
+from prompttune.data.base import DataSplits, FileSource, ImageSource, Parts, Subset, file_at
 from prompttune.data.loading import Batch, CorruptImages, EpochLoader, make_loader, on_device
-from prompttune.data.sources import load_data
+from prompttune.data.sources import load_data, load_parts
 from prompttune.data.transforms import Augment
 
 __all__ = [
@@ -13,8 +13,11 @@ __all__ = [
     "EpochLoader",
     "FileSource",
     "ImageSource",
+    "Parts",
     "Subset",
+    "file_at",
     "load_data",
+    "load_parts",
     "make_loader",
     "on_device",
 ]

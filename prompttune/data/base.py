@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,9 +11,6 @@ from PIL import Image
 
 from prompttune.errors import DataError
 from prompttune.images import read_image
-
-VALIDATION_NAMES = ("val", "validation", "valid", "test")
-"""Names of a split to validate on; the first that a data set has is taken."""
 
 
 class ImageSource(Protocol):
@@ -54,11 +51,32 @@ class DataSplits:
     """The specification that it was loaded by."""
 
 
-class FileSource(ImageSource):
-    """Image files with a class index each."""
+@dataclass(frozen=True)
+class Parts:
+    """The splits that a data set has of itself. Nothing is held out."""
 
-    def __init__(self, paths: Sequence[Path], labels: Sequence[int], classes: Sequence[str]) -> None:
+    named: Mapping[str, ImageSource]
+    """By split: some of ``train``, ``val`` and ``test``, or ``all`` alone for a data set without splits. Each source
+    has classes of its own, some of which may have no image."""
+    name: str
+    """Where they come from, for messages."""
+    unfit: str | None = None
+    """Why no model can be trained on them, such as a class folder without images; they can be scored all the same."""
+
+
+class FileSource(ImageSource):
+    """Image files with a class index each.
+
+    Args:
+        paths: the files.
+        labels: class index of each.
+        classes: names by index.
+        root: folder of the data set.
+    """
+
+    def __init__(self, paths: Sequence[Path], labels: Sequence[int], classes: Sequence[str], root: Path) -> None:
         self.paths = list(paths)
+        self.root = root
         self.classes = list(classes)
         self._labels = list(labels)
 
@@ -103,6 +121,48 @@ class Subset(ImageSource):
         return None if labels is None else [labels[index] for index in self.indices]
 
 
+class Renumbered(ImageSource):
+    """A source whose classes have the indices that they have among ``classes``, which names all of them."""
+
+    def __init__(self, source: ImageSource, classes: Sequence[str]) -> None:
+        self.source = source
+        self.classes = list(classes)
+        places = {name: index for index, name in enumerate(classes)}
+        self._index = [places[name] for name in source.classes]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """See :class:`ImageSource`."""
+        image, label = self.source.load(index)
+        return image, self._index[label]
+
+    def describe(self, index: int) -> str:
+        """The source's description of the image."""
+        return self.source.describe(index)
+
+    def labels(self) -> list[int] | None:
+        """See :class:`ImageSource`."""
+        labels = self.source.labels()
+        return None if labels is None else [self._index[label] for label in labels]
+
+
+def file_at(source: ImageSource, index: int) -> tuple[Path, str] | None:
+    """The file of an image, and its path below the data set's folder with forward slashes.
+
+    The path is as it is for a file outside that folder. None where the image is not a file of its own.
+    """
+    while isinstance(source, Subset | Renumbered):
+        index = source.indices[index] if isinstance(source, Subset) else index
+        source = source.source
+    if not isinstance(source, FileSource):
+        return None
+    path = source.paths[index]
+    below = path.relative_to(source.root) if path.is_relative_to(source.root) else path
+    return path, below.as_posix()
+
+
 def check_class_count(classes: Sequence[str], where: str) -> None:
     """Raise :class:`DataError` unless there are two classes or more."""
     if len(classes) < 2:
@@ -110,16 +170,21 @@ def check_class_count(classes: Sequence[str], where: str) -> None:
         raise DataError(f"{where} has {named}; a classifier needs two or more")
 
 
-def check_same_classes(train: Sequence[str], val: Sequence[str], where: str) -> None:
-    """Raise :class:`DataError` if the classes of the two splits differ; the message names the differences."""
-    parts = [
-        f"only in {split}: {shortened(sorted(set(mine) - set(others)))}"
-        for split, mine, others in (("training", train, val), ("validation", val, train))
-        if set(mine) - set(others)
-    ]
-    if parts:
+def with_classes(held: ImageSource, classes: Sequence[str], where: str) -> ImageSource:
+    """The images to validate on, numbered as the training classes, of which they may lack some.
+
+    Raises:
+        DataError: they have a class that training has not; the message names the differences.
+    """
+    if held.classes == list(classes):
+        return held
+    if strange := sorted(set(held.classes) - set(classes)):
+        missing = sorted(set(classes) - set(held.classes))
+        parts = [f"only in training: {shortened(missing)}"] if missing else []
+        parts.append(f"only in validation: {shortened(strange)}")
         raise DataError(f"the training and validation classes of {where} differ; {'; '.join(parts)}; "
                         "give both the same class names")  # fmt: skip
+    return Renumbered(held, classes)
 
 
 def shortened(names: Sequence[str], limit: int = 5) -> str:

@@ -20,8 +20,9 @@ from typing import Any
 
 from PIL import Image
 
-from prompttune.data.base import DataSplits, FileSource, ImageSource, Subset, check_class_count
+from prompttune.data.base import FileSource, ImageSource, Parts, Subset
 from prompttune.data.roots import DataRoot, LocalRoot, data_root
+from prompttune.data.split_names import TEST, TRAIN, VAL, split_of
 from prompttune.data.splitting import split_indices
 from prompttune.errors import DataError, UsageError, choose
 from prompttune.images import to_rgb
@@ -66,7 +67,7 @@ class _Name:
         return self.root.fetch(self.expected if self.kind == "tv" else [self.name])
 
 
-def load_benchmark(kind: str, name: str, root: str | None) -> DataSplits:
+def load_benchmark(kind: str, name: str, root: str | None) -> Parts:
     """Load two splits of a benchmark's data set; see this module's description.
 
     Raises:
@@ -77,8 +78,7 @@ def load_benchmark(kind: str, name: str, root: str | None) -> DataSplits:
     if absent := wanted.root.missing(wanted.expected):
         raise DataError(f"{kind}/{name}: no {absent[0]}")
     train, val = {"vtab": _vtab, "fgvc": _fgvc, "tv": _torchvision}[kind](wanted, wanted.fetched())
-    check_class_count(train.classes, f"{kind}/{name}")
-    return DataSplits(train, val, list(train.classes), f"{kind}/{name}")
+    return Parts({TRAIN: train, TEST if split_of(wanted.held) == TEST else VAL: val}, f"{kind}/{name}")
 
 
 def missing_files(spec: str, root: str | None) -> list[str]:
@@ -120,7 +120,7 @@ def _vtab(wanted: _Name, root: Path) -> tuple[ImageSource, ImageSource]:
     # a class may have no image in 800, so every list that is there tells of the classes
     classes = [str(number) for number in range(1 + max(label for rows in lists.values() for _, label in rows))]
     train, held = (
-        FileSource([base / path for path, _ in rows], [label for _, label in rows], classes)
+        FileSource([base / path for path, _ in rows], [label for _, label in rows], classes, base)
         for rows in (lists[wanted.train], lists[wanted.held])
     )
     return train, held
@@ -156,7 +156,7 @@ def _fgvc(wanted: _Name, root: Path) -> tuple[ImageSource, ImageSource]:
         raise DataError(f"{base / wanted.held}.json: the class {strange[0]} occurs in no image of {wanted.train}.json")
     index = {str(one): number for number, one in enumerate(ids)}
     sources = [
-        FileSource([images / path for path in rows], [index[str(one)] for one in rows.values()], list(index))
+        FileSource([images / path for path in rows], [index[str(one)] for one in rows.values()], list(index), base)
         for rows in (train, held)
     ]
     return sources[0], sources[1]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prompttune.data import shapes
-from prompttune.data.base import DataSplits, ImageSource
+from prompttune.data.base import ImageSource, Parts
 from prompttune.errors import choose
 
 DIGITS_TRAIN = 1000
@@ -95,7 +95,7 @@ class ShapeSource(ImageSource):
         return [self._label(index) for index in range(self._size)]
 
 
-def _load_digits() -> DataSplits:
+def _load_digits() -> Parts:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -109,15 +109,15 @@ def _load_digits() -> DataSplits:
         ArraySource(images[sorted(part)], [labels[index] for index in sorted(part)], classes, f"demo/digits/{split}")
         for split, part in zip(("train", "val"), parts, strict=True)
     )
-    return DataSplits(train, val, classes, "demo/digits")
+    return Parts({"train": train, "val": val}, "demo/digits")
 
 
-def _load_shapes(task: str) -> DataSplits:
-    train, val = ShapeSource(task, "train", SHAPES_TRAIN), ShapeSource(task, "val", SHAPES_VAL)
-    return DataSplits(train, val, train.classes, f"demo/{task}")
+def _load_shapes(task: str) -> Parts:
+    sizes = {"train": SHAPES_TRAIN, "val": SHAPES_VAL}
+    return Parts({split: ShapeSource(task, split, size) for split, size in sizes.items()}, f"demo/{task}")
 
 
-def load_builtin(name: str) -> DataSplits:
+def load_builtin(name: str) -> Parts:
     """Load ``digits``, ``location``, ``orientation`` or ``count``.
 
     Images and splits are always the same, whatever the seed and the validation fraction of a run, so that figures

@@ -1,68 +1,156 @@
-"""Folders of images: one folder a class, in ``train/`` and ``val/`` or to be split."""
+"""Folders of images: one folder a class, below folders of splits or without splits."""
 
 from __future__ import annotations
 
+import logging
 import os
+import unicodedata
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from prompttune.data.base import (
-    VALIDATION_NAMES,
-    DataSplits,
-    FileSource,
-    check_class_count,
-    check_same_classes,
-)
-from prompttune.data.splitting import hold_out
+from prompttune.data.base import FileSource, ImageSource, Parts, shortened
+from prompttune.data.files import Walk, components
+from prompttune.data.split_names import ALL, SPLITS, TRAIN, split_of
 from prompttune.errors import DataError
-from prompttune.images import is_image
+
+logger = logging.getLogger("prompttune")
+
+UNLABELLED = frozenset({"unknown", "unlabeled", "unlabelled"})
+"""Names, beside those of splits and words such as ``images``, of the only folder of images without classes."""
 
 
-def load_folder(folder: Path, val_fraction: float, seed: int) -> DataSplits:
-    """Read ``train/`` and ``val/`` (or ``validation/``, ``valid/``, ``test/``), or one folder of class folders.
+@dataclass
+class _Tree:
+    """A folder as the walk found it."""
 
-    The latter, and a ``train/`` alone, is split by ``val_fraction``. Classes are numbered in the order of their
-    names; images are found at any depth below their class folder; hidden files and folders are ignored.
+    folders: dict[str, _Tree] = field(default_factory=lambda: defaultdict(_Tree))
+    """Visible folders by name."""
+    images: list[str] = field(default_factory=list)
+    """Images directly in it, relative to the walk's root."""
+
+    @classmethod
+    def of(cls, found: Walk) -> _Tree:
+        top = cls()
+        for name in found.folders:
+            top.at(components(name))
+        for name in found.images:
+            top.at(components(name)[:-1]).images.append(name)
+        return top
+
+    def at(self, names: Sequence[str]) -> _Tree:
+        place = self
+        for name in names:
+            place = place.folders[name]
+        return place
+
+    def all_images(self) -> list[str]:
+        return [*self.images, *(image for below in self.folders.values() for image in below.all_images())]
+
+
+def read_folder(folder: Path) -> Parts:
+    """Read class folders, which stand in folders of splits (``train/cat``) or directly in the folder (``cat``).
+
+    :func:`~prompttune.data.split_names.split_of` tells the names of splits, which are never taken for classes. Images
+    are found at any depth below their class folder, as :class:`~prompttune.data.files.Walk` finds them. Classes are
+    numbered in the order of their names, in Unicode's form NFC. A split without class folders has no labels: it is left
+    out, with a warning, beside a split that has them.
 
     Raises:
-        DataError: the folder is missing or has fewer than two classes, a class folder holds no image, the classes
-            of the two splits differ, or nothing can be held out.
+        DataError: the folder is missing or has no class folders, or its splits and classes cannot be told apart; the
+            message says what was found and what to write.
     """
     if not folder.is_dir():
         raise DataError(f"no folder {folder}")
-    train = folder / "train"
-    if not _class_folders(train):
-        return hold_out(_read_split(folder), val_fraction, seed, str(folder))
-    for name in VALIDATION_NAMES:
-        if (folder / name).is_dir():
-            source, val = _read_split(train), _read_split(folder / name)
-            check_same_classes(source.classes, val.classes, str(folder))
-            return DataSplits(source, val, source.classes, str(folder))
-    return hold_out(_read_split(train), val_fraction, seed, str(folder))
+    tree = _Tree.of(Walk(folder))
+    places = _splits(folder, tree) or {ALL: (folder, tree)}
+    named: dict[str, ImageSource] = {}
+    unfit: list[str] = []
+    for split in (ALL, *SPLITS):
+        if split not in places:
+            continue
+        place, part = places[split]
+        if split != TRAIN and split != ALL and len(places) > 1 and _is_unlabelled(part):
+            images = len(part.all_images())
+            logger.warning("%s has no class folders, so its %d images have no labels: they are not used", place, images)
+            continue
+        source, empty = _classes(place, part, folder)
+        named[split] = source
+        unfit += empty
+    return Parts(named, str(folder), next(iter(unfit), None))
 
 
-def _class_folders(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+def _splits(folder: Path, tree: _Tree) -> dict[str, tuple[Path, _Tree]]:
+    """Place and content of each split; nothing for a folder without splits."""
+    found: dict[str, list[str]] = {}
+    for name in tree.folders:
+        if split := split_of(name):
+            found.setdefault(split, []).append(name)
+    others = [name for name, below in tree.folders.items() if not split_of(name) and below.all_images()]
+    if found and others:
+        names = [name for several in found.values() for name in several]
+        raise DataError(
+            f"{folder} has folders of splits ({shortened(names)}) beside other folders with images "
+            f"({shortened(others)}); put every class folder into a split, or rename a class that is called as a split"
+        )
+    if double := next((names for names in found.values() if len(names) > 1), None):
+        raise DataError(f"the folders {' and '.join(double)} of {folder} mean the same split: keep one of them")
+    return {split: _unwrapped(folder / names[0], tree.folders[names[0]], split) for split, names in found.items()}
 
 
-def _read_split(folder: Path) -> FileSource:
-    found = {entry.name: _images(entry) for entry in _class_folders(folder)}
-    if not found:
-        raise DataError(f"{folder} has no class folders; put the images of each class into a folder of its own")
-    if empty := [name for name, images in found.items() if not images]:
-        raise DataError(f"class folder {folder / empty[0]} holds no image; add images or remove the folder")
-    classes = list(found)
-    check_class_count(classes, str(folder))
-    paths = [path for images in found.values() for path in images]
-    labels = [index for index, images in enumerate(found.values()) for _ in images]
-    return FileSource(paths, labels, classes)
+def _unwrapped(place: Path, tree: _Tree, split: str) -> tuple[Path, _Tree]:
+    """A split that an archive has put into another folder of its name: ``training_set/training_set``."""
+    while len(tree.folders) == 1 and not tree.images and split_of(only := next(iter(tree.folders))) == split:
+        place, tree = place / only, tree.folders[only]
+    return place, tree
 
 
-def _images(folder: Path) -> list[Path]:
-    """Image files at any depth, through links, in the order of their paths."""
-    images: list[Path] = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        images += [Path(parent, name) for name in files if is_image(name)]
-    return sorted(images)
+def _is_unlabelled(tree: _Tree) -> bool:
+    """Whether a split has images, or nothing, instead of class folders."""
+    names = [name for name, below in tree.folders.items() if below.all_images()]
+    return not tree.folders or (len(names) == 1 and not tree.images and names[0].casefold() in UNLABELLED)
+
+
+def _classes(place: Path, tree: _Tree, root: Path) -> tuple[FileSource, list[str]]:
+    """The images of class folders, and what a training would refuse about them."""
+    if not tree.folders:
+        raise DataError(f"{place} has no class folders; put the images of each class into a folder of its own")
+    if tree.images:
+        logger.warning("%d images directly in %s are in no class folder: they are not used", len(tree.images), place)
+    classes: dict[str, str] = {}
+    for name, below in tree.folders.items():
+        _check_class(place, name, below)
+        label = unicodedata.normalize("NFC", name)
+        if classes.setdefault(label, name) != name:
+            raise DataError(
+                f"{place} has two class folders {label}, which differ in their Unicode form alone: keep one"
+            )
+    images = {label: tree.folders[classes[label]].all_images() for label in sorted(classes)}
+    return _source(images, root), [_why_empty(place / classes[label]) for label, found in images.items() if not found]
+
+
+def _source(images: Mapping[str, Sequence[str]], root: Path) -> FileSource:
+    paths = [root / name for found in images.values() for name in sorted(found, key=components)]
+    labels = [index for index, found in enumerate(images.values()) for _ in found]
+    return FileSource(paths, labels, list(images), root)
+
+
+def _check_class(place: Path, name: str, tree: _Tree) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"the name of the class folder {os.fsencode(name)!r} in {place} is not text in UTF-8: rename it"
+        ) from None
+    below = [one for one in tree.folders if split_of(one)]
+    if len({split_of(one) for one in below}) > 1:
+        raise DataError(
+            f"{place / name} holds folders of splits ({shortened(below)}); give that folder as the data set, or write "
+            f"the split before the class: {below[0]}/{name}"
+        )
+
+
+def _why_empty(folder: Path) -> str:
+    why = "; its files have been found elsewhere already" if folder.is_symlink() else ""
+    return f"class folder {folder} holds no image{why}; add images or remove the folder"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,15 +18,16 @@ from typing import Any
 
 from PIL import Image
 
-from prompttune.data.base import VALIDATION_NAMES, DataSplits, ImageSource, check_class_count
-from prompttune.data.splitting import hold_out
+from prompttune.data.base import ImageSource, Parts
+from prompttune.data.split_names import ALL, TEST, split_of, splits_in
 from prompttune.data.timm_factory import numbered
 from prompttune.errors import DataError, MissingExtraError
 from prompttune.images import EXTENSIONS, read_image
 
+logger = logging.getLogger("prompttune")
+
 INFO_FILES = ("_info.json", "info.json")
 """timm's description of the splits."""
-TRAIN_NAMES = ("train", "training")
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,12 @@ class ShardSource(ImageSource):
         return list(self._labels)
 
 
-def load_wds(name: str, root: str | None, val_fraction: float, seed: int) -> DataSplits:
+def load_wds(name: str, root: str | None) -> Parts:
     """Load local shards from the folder ``root``/``name``, from ``root`` if there is no such folder.
 
-    Splits are those of timm's ``_info.json``; without that file, shards belong to the split whose name stands in
-    theirs, and all of them are split by ``val_fraction`` if none is named. Classes are numbered; images with a
-    negative label are left out, as timm does.
+    Splits are those of timm's ``_info.json``; without that file, a shard belongs to the split whose name stands in its
+    own, and all of them are one if none is named. Classes are numbered; images with a negative label are left out, as
+    timm does. A test split that has no labels is left out, with a warning.
 
     Raises:
         MissingExtraError: webdataset is not installed.
@@ -89,16 +91,20 @@ def load_wds(name: str, root: str | None, val_fraction: float, seed: int) -> Dat
         raise MissingExtraError("webdataset", "data") from None
     folder = _folder(name, root)
     splits = _described_splits(name, folder) or _named_splits(folder)
-    found = {split: list(_samples(part)) for split, part in splits.items()}
+    found: dict[str, list[tuple[_Member, int]]] = {}
+    for split, part in splits.items():
+        try:
+            found[split] = list(_samples(part))
+        except DataError as problem:
+            if split != TEST or len(splits) < 2:
+                raise
+            logger.warning("the split %s of %s is not used: %s", split, folder, problem)
     classes = numbered([label for samples in found.values() for _, label in samples])
-    check_class_count(classes, str(folder))
-    train, *val = (
-        ShardSource([image for image, _ in samples], [label for _, label in samples], classes)
-        for samples in found.values()
-    )
-    if not val:
-        return hold_out(train, val_fraction, seed, str(folder))
-    return DataSplits(train, val[0], classes, str(folder))
+    named = {
+        split: ShardSource([image for image, _ in samples], [label for _, label in samples], classes)
+        for split, samples in found.items()
+    }
+    return Parts(named, str(folder))
 
 
 def _folder(name: str, root: str | None) -> Path:
@@ -111,17 +117,13 @@ def _folder(name: str, root: str | None) -> Path:
 
 
 def _described_splits(name: str, folder: Path) -> dict[str, _Split]:
-    """The splits of the description file, training first; none if there is no such file."""
+    """The splits of the description file; none if there is no such file."""
     file = next((folder / known for known in INFO_FILES if (folder / known).is_file()), None)
     if file is None:
         return {}
     try:
         known = json.loads(file.read_text(encoding="utf-8"))["splits"]
-        train = next(split for split in TRAIN_NAMES if split in known)
-        held = [split for split in VALIDATION_NAMES if split in known][:1]
-        return {split: _timm_split(name, folder, split) for split in (train, *held)}
-    except StopIteration:
-        raise DataError(f"{file} describes no split {TRAIN_NAMES[0]}, only {', '.join(known) or 'none'}") from None
+        return {split: _timm_split(name, folder, theirs) for theirs in known if (split := split_of(theirs))}
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise DataError(f"{file} does not describe splits as timm wants it: {problem!r}") from None
 
@@ -134,16 +136,19 @@ def _timm_split(name: str, folder: Path, split: str) -> _Split:
 
 
 def _named_splits(folder: Path) -> dict[str, _Split]:
-    """Splits by the names of the shards, training first."""
+    """Splits by the names of the shards."""
     shards = sorted(folder.glob("*.tar"))
     if not shards:
         raise DataError(f"{folder} holds no .tar shards")
-    train = [shard for shard in shards if TRAIN_NAMES[0] in shard.name]
-    if not train:
-        return {"all": _Split(shards, "")}
-    others = [shard for shard in shards if shard not in train]
-    held = next((part for name in VALIDATION_NAMES if (part := [shard for shard in others if name in shard.name])), [])
-    return {"train": _Split(train, "")} | ({"val": _Split(held, "")} if held else {})
+    found: dict[str, list[Path]] = {}
+    for shard in shards:
+        splits = splits_in(shard.name)
+        if len(splits) > 1:
+            raise DataError(f"the name of the shard {shard} has several splits in it: {' and '.join(sorted(splits))}")
+        found.setdefault(next(iter(splits), ALL), []).append(shard)
+    if ALL in found and len(found) > 1:
+        raise DataError(f"the name of the shard {found[ALL][0]} tells no split, those of others do: rename it")
+    return {split: _Split(part, "") for split, part in found.items()}
 
 
 def _samples(split: _Split) -> Iterator[tuple[_Member, int]]:

@@ -1,4 +1,4 @@
-"""From what a user names to a data set in two splits."""
+"""From what a user names to a data set: the splits that it has, or two to train with."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from prompttune.data.base import DataSplits
+from prompttune.data.base import DataSplits, Parts, check_class_count, with_classes
 from prompttune.data.benchmarks import KINDS as BENCHMARK_KINDS
 from prompttune.data.benchmarks import load_benchmark
 from prompttune.data.builtin import load_builtin
-from prompttune.data.folder import load_folder
+from prompttune.data.folder import read_folder
 from prompttune.data.roots import HUB_PREFIX
-from prompttune.data.splitting import at_most
-from prompttune.data.table import load_table
+from prompttune.data.split_names import ALL, TEST, TRAIN, VAL
+from prompttune.data.splitting import at_most, hold_out
+from prompttune.data.table import read_table
 from prompttune.errors import DataError, UsageError
 
 
 def load_data(
     spec: str, *, val_fraction: float = 0.2, seed: int = 0, root: str | None = None, limit: int | None = None
 ) -> DataSplits:
-    """Load a data set.
+    """Load a data set to train with: its training images, and those that choose the epoch.
+
+    The latter are those of the split ``val``, else of ``test``, else a share of each class that is held out.
 
     Args:
-        spec: ``demo/NAME`` (built in), ``torch/NAME``, ``hfds/NAME`` or ``wds/NAME`` (timm's data set factory),
-            ``vtab/…``, ``fgvc/…`` or ``tv/…`` (see :mod:`prompttune.data.benchmarks`), a ``.csv`` file or a
-            folder of images. A folder whose own name begins so is written ``./demo/…``.
+        spec: see :func:`load_parts`, as are ``root`` and ``limit``.
         val_fraction: share of each class held out where the data have no validation split of their own.
         seed: seed of that split, and of the choice that ``limit`` makes.
         root: folder that a relative path belongs to, and that timm's data sets are kept in.
@@ -33,19 +34,60 @@ def load_data(
 
     Raises:
         UsageError: an unknown name, a fraction or a limit out of range.
-        DataError: the data are missing, empty or contradict themselves; one line that says what to do.
+        DataError: the data are missing, empty or contradict themselves, have fewer than two classes, or validation
+            images of a class without training images; one line that says what to do.
         MissingExtraError: a library of the extra ``data`` is needed.
     """
     if not 0.0 < val_fraction < 1.0:
         raise UsageError(f"val_fraction must be above 0 and below 1, not {val_fraction}")
+    _check_limit(limit)
+    parts = _load(spec, root)
+    trained = next((split for split in (TRAIN, ALL) if split in parts.named), None)
+    if trained is None:
+        raise DataError(f"{parts.name} has no images to train on, only a split {' and '.join(parts.named)}")
+    if parts.unfit:
+        raise DataError(parts.unfit)
+    train = parts.named[trained]
+    check_class_count(train.classes, parts.name)
+    held = next((parts.named[split] for split in (VAL, TEST) if split in parts.named), None)
+    if held is None:
+        splits = hold_out(train, val_fraction, seed, parts.name)
+    else:
+        splits = DataSplits(train, with_classes(held, train.classes, parts.name), train.classes, spec)
+    return dataclasses.replace(
+        splits, train=at_most(splits.train, limit, seed), val=at_most(splits.val, limit, seed), name=spec
+    )
+
+
+def load_parts(spec: str, *, root: str | None = None, limit: int | None = None, seed: int = 0) -> Parts:
+    """Load the splits that a data set has of itself, to score them or to look at them: nothing is held out.
+
+    Args:
+        spec: ``demo/NAME`` (built in), ``torch/NAME``, ``hfds/NAME`` or ``wds/NAME`` (timm's data set factory),
+            ``vtab/…``, ``fgvc/…`` or ``tv/…`` (see :mod:`prompttune.data.benchmarks`), a ``.csv`` file or a
+            folder of images. A folder whose own name begins so is written ``./demo/…``.
+        root: folder that a relative path belongs to, and that timm's data sets are kept in.
+        limit: use at most so many images of each split, each class represented if there are enough.
+        seed: seed of that choice.
+
+    Raises:
+        UsageError: an unknown name, or a limit out of range.
+        DataError: the data are missing, empty or contradict themselves; one line that says what to do.
+        MissingExtraError: a library of the extra ``data`` is needed.
+    """
+    _check_limit(limit)
+    parts = _load(spec, root)
+    return dataclasses.replace(
+        parts, named={split: at_most(source, limit, seed) for split, source in parts.named.items()}
+    )
+
+
+def _check_limit(limit: int | None) -> None:
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, not {limit}")
-    splits = _load(spec, val_fraction, seed, root)
-    train, val = at_most(splits.train, limit, seed), at_most(splits.val, limit, seed)
-    return dataclasses.replace(splits, train=train, val=val, name=spec)
 
 
-def _load(spec: str, val_fraction: float, seed: int, root: str | None) -> DataSplits:
+def _load(spec: str, root: str | None) -> Parts:
     kind, _, name = spec.partition("/")
     if kind == "demo":
         return load_builtin(name)
@@ -53,42 +95,39 @@ def _load(spec: str, val_fraction: float, seed: int, root: str | None) -> DataSp
         raise UsageError(f"{root}: data of {', '.join(f'{one}/NAME' for one in BENCHMARK_KINDS)} are read from there; "
                          f"hfds/OWNER/NAME reads a data set of the hub, {spec} does not")  # fmt: skip
     if kind.lower() in _FACTORY and name:
-        return _FACTORY[kind.lower()](name, root, val_fraction, seed)
+        return _FACTORY[kind.lower()](name, root)
     path = Path(root or "").expanduser() / Path(spec).expanduser()
     if path.suffix.lower() == ".csv":
-        return load_table(path, val_fraction, seed)
+        return read_table(path)
     if not path.is_dir():
         raise DataError(f"no data at {path}; give a folder of images, a .csv file, demo/NAME, "
                         f"{', '.join(f'{kind}/NAME' for kind in _FACTORY)}")  # fmt: skip
-    return load_folder(path, val_fraction, seed)
+    return read_folder(path)
 
 
-def _load_torch(name: str, root: str | None, val_fraction: float, seed: int) -> DataSplits:
+def _load_torch(name: str, root: str | None) -> Parts:
     from prompttune.data.timm_factory import load_torch
 
-    return load_torch(name, root, val_fraction, seed)
+    return load_torch(name, root)
 
 
-def _load_hfds(name: str, root: str | None, val_fraction: float, seed: int) -> DataSplits:
+def _load_hfds(name: str, root: str | None) -> Parts:
     from prompttune.data.timm_factory import load_hfds
 
-    return load_hfds(name, root, val_fraction, seed)
+    return load_hfds(name, root)
 
 
-def _load_wds(name: str, root: str | None, val_fraction: float, seed: int) -> DataSplits:
+def _load_wds(name: str, root: str | None) -> Parts:
     from prompttune.data.shards import load_wds
 
-    return load_wds(name, root, val_fraction, seed)
+    return load_wds(name, root)
 
 
-def _load_benchmark(kind: str) -> Callable[[str, str | None, float, int], DataSplits]:
-    def load(name: str, root: str | None, val_fraction: float, seed: int) -> DataSplits:  # noqa: ARG001
-        return load_benchmark(kind, name, root)
-
-    return load
+def _load_benchmark(kind: str) -> Callable[[str, str | None], Parts]:
+    return lambda name, root: load_benchmark(kind, name, root)
 
 
-_FACTORY: dict[str, Callable[[str, str | None, float, int], DataSplits]] = {
+_FACTORY: dict[str, Callable[[str, str | None], Parts]] = {
     "torch": _load_torch,
     "hfds": _load_hfds,
     "wds": _load_wds,

@@ -7,17 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from prompttune.data.base import (
-    VALIDATION_NAMES,
-    DataSplits,
-    FileSource,
-    check_class_count,
-    shortened,
-)
-from prompttune.data.splitting import hold_out
+from prompttune.data.base import FileSource, Parts, shortened
+from prompttune.data.split_names import ALL, SPLITS, TEST, TRAIN, VAL, split_of
 from prompttune.errors import DataError
-
-TRAIN = "train"
 
 
 @dataclass(frozen=True)
@@ -28,33 +20,28 @@ class _Row:
     line: int
 
 
-def load_table(file: Path, val_fraction: float, seed: int) -> DataSplits:
+def read_table(file: Path) -> Parts:
     """Read a CSV file with a header of ``path,label`` or ``path,label,split``; more columns are ignored.
 
-    Paths are relative to the file. Labels are names, numbered in their sorted order. ``split`` is ``train`` or
-    ``val`` (or ``validation``, ``valid``, ``test``: the first of these that occurs is used, the others are not);
-    without it, and where all rows train, ``val_fraction`` of each class is held out.
+    Paths are relative to the file. Labels are names, numbered in their sorted order. ``split`` is a usual name of a
+    split, see :func:`~prompttune.data.split_names.split_of`.
 
     Raises:
-        DataError: the file is missing or empty, lacks a column or has fewer than two classes; a line, given by its
-            number, has no path or label, an unknown split, or an image that stood before.
+        DataError: the file is missing or empty, or lacks a column; a line, given by its number, has no path or label,
+            an unknown split, or an image that stood before.
     """
     rows = _read_rows(file)
     _check_rows(rows, file)
-    parts = {name: [row for row in rows if row.split == name] for name in (TRAIN, *VALIDATION_NAMES)}
-    held = next((parts[name] for name in VALIDATION_NAMES if parts[name]), [])
-    train = parts[TRAIN]
-    if not train:
-        raise DataError(f"{file} has no row with split {TRAIN}")
-    classes = sorted({row.label for row in train})
-    check_class_count(classes, str(file))
-    if strange := [row for row in held if row.label not in classes]:
-        row = strange[0]
-        raise DataError(f"{file} line {row.line}: the label {row.label!r} occurs in no training row")
-    source = _source(train, classes, file.parent)
-    if not held:
-        return hold_out(source, val_fraction, seed, str(file))
-    return DataSplits(source, _source(held, classes, file.parent), classes, str(file))
+    splits = {split: [row for row in rows if row.split == split] for split in (ALL, *SPLITS)}
+    known = {row.label for row in splits[TRAIN]}
+    strange = next((row for row in splits[VAL] or splits[TEST] if known and row.label not in known), None)
+    return Parts(
+        {split: _source(part, file.parent) for split, part in splits.items() if part},
+        str(file),
+        None
+        if strange is None
+        else f"{file} line {strange.line}: the label {strange.label!r} occurs in no training row",
+    )
 
 
 def _read_rows(file: Path) -> list[_Row]:
@@ -75,8 +62,17 @@ def _rows(reader: csv.DictReader[str], file: Path) -> Iterator[_Row]:
     reader.fieldnames = columns
     for row in reader:
         values = {name: (row[name] or "").strip() for name in ("path", "label")}
-        split = (row["split"] or "").strip() if "split" in columns else TRAIN
-        yield _Row(values["path"], values["label"], split, reader.line_num)
+        yield _Row(
+            values["path"], values["label"], _split(row, columns, f"{file} line {reader.line_num}"), reader.line_num
+        )
+
+
+def _split(row: dict[str, str], columns: list[str], where: str) -> str:
+    if "split" not in columns:
+        return ALL
+    if (split := split_of(row["split"] or "")) is None:
+        raise DataError(f"{where}: the split must be train, val or test, not {row['split']!r}")
+    return split
 
 
 def _check_rows(rows: list[_Row], file: Path) -> None:
@@ -88,13 +84,12 @@ def _check_rows(rows: list[_Row], file: Path) -> None:
         for name, value in (("path", row.path), ("label", row.label)):
             if not value:
                 raise DataError(f"{where}: no {name}")
-        if row.split not in (TRAIN, *VALIDATION_NAMES):
-            raise DataError(f"{where}: the split must be {TRAIN} or val, not {row.split!r}")
         if (first := seen.setdefault(row.path, row.line)) != row.line:
             # an image listed twice could train and validate
             raise DataError(f"{where}: {row.path} stands on line {first} already; list each image once")
 
 
-def _source(rows: list[_Row], classes: list[str], folder: Path) -> FileSource:
+def _source(rows: list[_Row], folder: Path) -> FileSource:
+    classes = sorted({row.label for row in rows})
     index = {name: number for number, name in enumerate(classes)}
-    return FileSource([folder / row.path for row in rows], [index[row.label] for row in rows], classes)
+    return FileSource([folder / row.path for row in rows], [index[row.label] for row in rows], classes, folder)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from timm.data.dataset_factory import create_dataset
 
-from prompttune.data.base import (
-    VALIDATION_NAMES,
-    DataSplits,
-    ImageSource,
-    check_class_count,
-    check_same_classes,
-    shortened,
-)
-from prompttune.data.splitting import hold_out
+from prompttune.data.base import ImageSource, Parts, shortened
+from prompttune.data.folder import read_folder
+from prompttune.data.split_names import ALL, TRAIN, VAL, split_of
 from prompttune.errors import DataError, MissingExtraError, UsageError
 from prompttune.images import read_image, to_rgb
+
+logger = logging.getLogger("prompttune")
 
 FOLDER_NAMES = ("image_folder", "folder")
 """timm's names for torchvision's ``ImageFolder``."""
@@ -103,10 +100,10 @@ def numbered(labels: Sequence[int]) -> list[str]:
     return [str(number) for number in range(max(labels, default=-1) + 1)]
 
 
-def load_torch(name: str, root: str | None, val_fraction: float, seed: int) -> DataSplits:
+def load_torch(name: str, root: str | None) -> Parts:
     """Load torchvision's data set ``name`` from ``root``, downloading it first if it is not there.
 
-    ``image_folder`` reads ``root`` itself; without a folder for validation it is split by ``val_fraction``.
+    ``image_folder`` reads ``root`` itself as any other folder.
 
     Raises:
         UsageError: an unknown name, or no ``root``.
@@ -115,17 +112,10 @@ def load_torch(name: str, root: str | None, val_fraction: float, seed: int) -> D
     if root is None:
         raise UsageError(f"torch/{name} needs the folder that the data are kept in: give --data-root")
     place = Path(root).expanduser()
-    train = _torch_split(name, place, "train")
-    check_class_count(train.classes, train.name)
-    held: str | None = "validation"
     if name.lower() in FOLDER_NAMES:
-        # without a folder of that name, timm would take the training images for validation too
-        held = next((split for split in VALIDATION_NAMES if (place / split).is_dir()), None)
-    if held is None:
-        return hold_out(train, val_fraction, seed, str(place))
-    val = _torch_split(name, place, held)
-    check_same_classes(train.classes, val.classes, f"torch/{name} in {place}")
-    return DataSplits(train, val, train.classes, f"torch/{name}")
+        return read_folder(place)
+    train, held = (_torch_split(name, place, split) for split in ("train", "validation"))
+    return Parts({TRAIN: train, VAL: held}, f"torch/{name} in {place}")
 
 
 def _torch_split(name: str, root: Path, split: str) -> TorchSource:
@@ -138,15 +128,16 @@ def _torch_split(name: str, root: Path, split: str) -> TorchSource:
     return TorchSource(dataset, f"torch/{name}/{split}")
 
 
-def load_hfds(name: str, root: str | None, val_fraction: float, seed: int) -> DataSplits:
+def load_hfds(name: str, root: str | None) -> Parts:
     """Load the Hugging Face data set ``name``, or the one in a local folder ``name``; ``root`` is the cache.
 
-    Without a split for validation it is split by ``val_fraction``. The image and the label are the columns of these
-    names, else the only ones of their kind.
+    The image and the label are the columns of these names, else the only ones of their kind. A split whose images have
+    no labels is left out, with a warning, beside one that has them.
 
     Raises:
         MissingExtraError: the library is not installed.
-        DataError: the data cannot be found, fetched or read, or have no image or label column.
+        DataError: the data cannot be found, fetched or read, have no image or label column, or splits that nobody can
+            tell apart.
     """
     try:
         import datasets
@@ -156,25 +147,34 @@ def load_hfds(name: str, root: str | None, val_fraction: float, seed: int) -> Da
         loaded = datasets.load_dataset(name, cache_dir=root)
     except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as problem:
         raise DataError(f"cannot load hfds/{name}: {' '.join(str(problem).split())}") from None
-    splits = list(loaded)
-    trained = "train" if "train" in splits else splits[0]
-    held = next((split for split in VALIDATION_NAMES if split in splits and split != trained), None)
-    features = loaded[trained].features
+    splits = _hfds_splits(list(loaded), f"hfds/{name}")
+    features = loaded[next(iter(splits.values()))].features
     columns = {
         "input_key": _column(features, "image", datasets.Image, name),
         "target_key": _column(features, "label", datasets.ClassLabel, name),
     }
     readers = {
-        split: create_dataset(f"hfds/{name}", root=root, split=split, **columns).reader
-        for split in (trained, held)
-        if split is not None
+        split: create_dataset(f"hfds/{name}", root=root, split=theirs, **columns).reader
+        for split, theirs in splits.items()
     }
-    sources = _hfds_sources(readers, columns["target_key"], f"hfds/{name}")
-    train = sources[trained]
-    check_class_count(train.classes, f"hfds/{name}")
-    if held is None:
-        return hold_out(train, val_fraction, seed, f"hfds/{name}")
-    return DataSplits(train, sources[held], train.classes, f"hfds/{name}")
+    return Parts(_hfds_sources(readers, splits, columns["target_key"], f"hfds/{name}"), f"hfds/{name}")
+
+
+def _hfds_splits(names: list[str], where: str) -> dict[str, str]:
+    """The data set's own name of each split that it has."""
+    if len(names) == 1 and split_of(names[0]) is None:
+        return {ALL: names[0]}
+    found: dict[str, str] = {}
+    for name in names:
+        if (split := split_of(name)) is None:
+            logger.warning("%s: the split %s is not used: its name is that of no usual split", where, name)
+        elif split in found:
+            raise DataError(f"the splits {found[split]} and {name} of {where} mean the same")
+        else:
+            found[split] = name
+    if not found:
+        raise DataError(f"{where} has the splits {shortened(names)}, none of which is called train, val or test")
+    return found
 
 
 def _column(features: Any, usual: str, kind: type[Any], name: str) -> str:
@@ -188,16 +188,22 @@ def _column(features: Any, usual: str, kind: type[Any], name: str) -> str:
     return str(fitting[0])
 
 
-def _hfds_sources(readers: dict[str, Any], column: str, name: str) -> dict[str, HfdsSource]:
+def _hfds_sources(
+    readers: Mapping[str, Any], names: Mapping[str, str], column: str, where: str
+) -> dict[str, ImageSource]:
     """A source for each split, with the same classes."""
     values = {split: list(reader.dataset[column]) for split, reader in readers.items()}
+    unlabelled = [split for split, part in values.items() if any(value is None or value == -1 for value in part)]
+    for split in unlabelled:
+        what = f"{where} has images without a label in its split {names[split]}"
+        if split in (ALL, TRAIN) or len(values) == 1:
+            raise DataError(what)
+        logger.warning("%s: it is not used", what)
+        del values[split]
     every = [value for part in values.values() for value in part]
-    for split, part in values.items():
-        if any(value is None or value == -1 for value in part):
-            raise DataError(f"{name} has images without a label in its split {split}")
-    classes, index = _classes(every, next(iter(readers.values())).class_to_idx, name)
+    classes, index = _classes(every, next(iter(readers.values())).class_to_idx, where)
     return {
-        split: HfdsSource(readers[split], [index[value] for value in part], classes, f"{name}/{split}")
+        split: HfdsSource(readers[split], [index[value] for value in part], classes, f"{where}/{names[split]}")
         for split, part in values.items()
     }
 
