@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from errno import ENOSPC
 
 
 class PrompttuneError(Exception):
@@ -67,6 +68,25 @@ def first_line(problem: BaseException) -> str:
     """The first line of an error's text, or its type where it has none."""
     lines = str(problem).strip().splitlines()
     return lines[0].strip() if lines else type(problem).__name__
+
+
+NO_MEMORY = "out of memory"
+_NO_MEMORY_SIGNS = ("can't allocate memory", NO_MEMORY, "bad_alloc", "bad allocation", "failed to allocate memory")
+"""How libraries tell that memory ran out, in small letters."""
+
+
+def describe_failure(problem: BaseException) -> str:
+    """One line for whatever ended a piece of work."""
+    text = " ".join(str(problem).split())
+    if isinstance(problem, PrompttuneError):
+        return text
+    if isinstance(problem, MemoryError) or any(sign in text.lower() for sign in _NO_MEMORY_SIGNS):
+        return f"{NO_MEMORY}; use smaller batches, fewer workers or threads, or a smaller image size ({text[:200]})"
+    if isinstance(problem, OSError) and problem.strerror:
+        where = f": {problem.filename}" if problem.filename else ""
+        advice = "; free some space and start again, with --resume where there is a run" * (problem.errno == ENOSPC)
+        return f"{problem.strerror}{where}{advice}"
+    return f"{type(problem).__name__}: {text}" if text else type(problem).__name__
 
 
 MOST_NAMES = 40

@@ -6,13 +6,18 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from prompttune.errors import PrompttuneError
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def sha256_file(path: Path) -> str:
@@ -47,13 +52,26 @@ def replacing(path: Path) -> Iterator[Path]:
     os.close(descriptor)
     temporary = Path(name)
     try:
-        yield temporary
+        with _system_errors(path):
+            yield temporary
         temporary.chmod(0o666 & ~_umask())
         sync_file(temporary)
         temporary.replace(path)
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _system_errors(path: Path) -> Iterator[None]:
+    """What a library in Rust (safetensors) tells of a failed write in its own words becomes an :class:`OSError`."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as problem:
+        if (found := _OS_ERROR.search(str(problem))) is None:
+            raise
+        code = int(found[1])
+        raise OSError(code, os.strerror(code), str(path)) from problem
 
 
 def _umask() -> int:

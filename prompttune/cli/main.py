@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any
 
 import click
 
 from prompttune import __version__
-from prompttune.errors import PrompttuneError
+from prompttune.errors import NO_MEMORY, PrompttuneError, describe_failure
 
 COMMANDS = {
     "train": ("prompttune.cli.train", "Train one task, or several, over a frozen backbone."),
@@ -30,6 +31,10 @@ COMMANDS = {
     "demo": ("prompttune.cli.demo", "Run the main job end to end on real images."),
     "doctor": ("prompttune.cli.doctor", "Show versions, devices, providers and weights found."),
 }
+
+
+TRACEBACK = "PROMPTTUNE_TRACEBACK"
+"""Environment variable: set, an error that is not one of prompttune's own is shown with its traceback."""
 
 
 class LazyGroup(click.Group):
@@ -54,15 +59,21 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; an error that prompttune raises on purpose becomes one line and an exit code."""
+        """Run a command; whatever ends it early becomes one line and an exit code."""
         try:
             return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
         except PrompttuneError as problem:
             click.echo(f"Error: {problem}", err=True)
             ctx.exit(problem.exit_code)
-        except OSError as problem:
-            where = f": {problem.filename}" if problem.filename else ""
-            click.echo(f"Error: {problem.strerror or problem}{where}", err=True)
+        except Exception as problem:
+            if os.environ.get(TRACEBACK):
+                raise
+            line = describe_failure(problem)
+            expected = isinstance(problem, OSError) or line.startswith(NO_MEMORY)
+            hint = "" if expected else f"; prompttune did not expect this: {TRACEBACK}=1 shows where it happened"
+            click.echo(f"Error: {line}{hint}", err=True)
             ctx.exit(1)
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
+import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.reduction import DupFd
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -46,6 +52,69 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory."""
         return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.corrupt)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # torch would send tensors from worker processes through /dev/shm: 64 MB in a container, and where that is
+        # full the process that waits for the batch waits for ever
+        return _received, (_sent(self.images), _sent(self.targets), self.corrupt)
+
+
+def _sent(tensor: Tensor) -> tuple[Any, ...]:
+    """A tensor on its way to another process: in anonymous memory where the system has it, else as bytes."""
+    array = tensor.numpy()
+    if not array.nbytes or not hasattr(os, "memfd_create"):
+        return (array,)
+    descriptor = os.memfd_create("batch")
+    try:
+        with open(descriptor, "wb", closefd=False) as stream:
+            array.tofile(stream)
+        return DupFd(descriptor), array.dtype.str, array.shape
+    finally:
+        os.close(descriptor)
+
+
+def _received(images: tuple[Any, ...], targets: tuple[Any, ...], corrupt: list[str]) -> Batch:
+    return Batch(_tensor(*images), _tensor(*targets), corrupt)
+
+
+def _tensor(source: Any, dtype: str | None = None, shape: tuple[int, ...] = ()) -> Tensor:
+    if dtype is None:
+        return torch.from_numpy(source)
+    descriptor = source.detach()
+    try:
+        memory = mmap.mmap(descriptor, 0)
+    finally:
+        os.close(descriptor)
+    return torch.from_numpy(np.frombuffer(memory, dtype).reshape(shape))
+
+
+_DEAD_WORKER = re.compile(r"DataLoader worker \(pid\S* (?P<pid>[\d, ]+)\) (?P<fate>[^.\n]*)")
+_FAILED_WORKER = re.compile(r"Caught (?P<kind>\w+) in (?:DataLoader worker process|pin memory thread)")
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """A block that takes batches: what ends a worker process becomes one line.
+
+    torch raises it where it learns of it, which may be in the middle of a training step.
+
+    Raises:
+        DataError: a worker process was killed, ended by itself, or ran out of memory or of something else.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as problem:
+        if (dead := _DEAD_WORKER.search(str(problem))) is not None:
+            what = f"a loading worker (pid {dead['pid']}) {dead['fate'].strip()}"
+        elif (failed := _FAILED_WORKER.search(str(problem))) is not None:
+            reason = str(problem).strip().splitlines()[-1]
+            what = f"a loading worker failed: {reason or failed['kind']}"
+        else:
+            raise
+        raise DataError(
+            f"{what}; the usual cause is too little memory: give fewer --workers (0 loads without workers), and "
+            "--resume continues a run that was training"
+        ) from None
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -210,7 +279,8 @@ class EpochLoader:
         self._batches.epoch = epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        yield from self._loader
+        with loading():
+            yield from self._loader
 
 
 def make_loader(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prompttune.errors import UsageError
+from prompttune.errors import UsageError, describe_failure
 from prompttune.files import write_json, write_text
 from prompttune.protocols.latency import Latency, measure
 from prompttune.protocols.plan import RECORD_FILE, RunSpec, make_plan
@@ -17,7 +17,6 @@ from prompttune.protocols.runner import Listener, Outcome, Pace, execute
 from prompttune.protocols.search import Choices, Decision, decided_so_far, make_search, run_search
 from prompttune.protocols.summary import Summary, summarise
 from prompttune.protocols.tables import markdown, write_rows
-from prompttune.training.multi import describe_failure
 
 RESULTS, TABLE, SUMMARY, LATENCY, PLOT = "results.csv", "summary.md", "summary.json", "latency.csv", "accuracy.png"
 

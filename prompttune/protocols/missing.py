@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from prompttune.data.benchmarks import KINDS, download, missing_files
 from prompttune.data.roots import HUB_PREFIX
-from prompttune.errors import DataError, UsageError
+from prompttune.errors import DataError, UsageError, describe_failure
 from prompttune.protocols.recipe import Recipe
-from prompttune.training.multi import describe_failure
 
 LAYOUTS = {
     "vtab": "DATA_ROOT/NAME/train800.txt, val200.txt, train800val200.txt and test.txt with lines 'path label'",

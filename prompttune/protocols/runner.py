@@ -16,10 +16,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
-from prompttune.errors import UsageError
+from prompttune.errors import UsageError, describe_failure
 from prompttune.protocols.plan import ERROR, RunSpec
 from prompttune.protocols.worker import Backbones, run_one, share_teller
-from prompttune.training.multi import describe_failure
 
 MOST_JOBS = 4
 """Runs at once on a CPU if nothing is said; each has a backbone of its own in memory."""

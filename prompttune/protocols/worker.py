@@ -11,10 +11,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prompttune.errors import CheckpointError, DivergedError, TrainingError, UsageError
+from prompttune.errors import CheckpointError, DivergedError, TrainingError, UsageError, describe_failure
 from prompttune.files import write_json
 from prompttune.protocols.plan import ERROR, RECORD_FILE, RunSpec, train_again
-from prompttune.training.multi import describe_failure
 from prompttune.training.progress import OnProgress, Progress
 
 if TYPE_CHECKING:

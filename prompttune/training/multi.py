@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prompttune.errors import PrompttuneError, UsageError, choose
+from prompttune.errors import UsageError, choose, describe_failure
 from prompttune.methods import METHODS
 from prompttune.training.config import TrainConfig, check_belongs, known_names, method_fields, read_yaml
 from prompttune.training.loop import TrainResult, train
@@ -146,12 +146,6 @@ def train_tasks(
         if key not in keys[index + 1 :]:
             backbones.pop(key, None)
     return outcomes
-
-
-def describe_failure(problem: BaseException) -> str:
-    """One line for a run that failed."""
-    text = " ".join(str(problem).split()) or type(problem).__name__
-    return text if isinstance(problem, PrompttuneError) else f"{type(problem).__name__}: {text}"
 
 
 def _load(name: str, image_size: int | None, weights: str) -> Backbone:

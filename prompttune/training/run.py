@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prompttune.data import Batch, CorruptImages, DataSplits, load_data, make_loader, on_device
+from prompttune.data import Batch, CorruptImages, DataSplits, load_data, loading, make_loader, on_device
 from prompttune.data.mask_loading import make_mask_loader
 from prompttune.data.mask_transforms import JointTransform
 from prompttune.data.masks import MaskSplits, load_masks
@@ -152,6 +152,7 @@ class Run:
         module = torch.compile(objective) if self.config.compile else objective
         self.objective, self.optimizer = self.fabric.setup(module, optimizer)
 
+    @loading()
     def go(self, saved: Saved | None) -> Progression:
         """Train from the start or from a saved state to the end; the run folder holds the result."""
         try:

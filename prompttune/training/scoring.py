@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from prompttune.data import Batch, CorruptImages, EpochLoader, ImageSource, load_data, make_loader
+from prompttune.data import Batch, CorruptImages, EpochLoader, ImageSource, load_data, loading, make_loader
 from prompttune.errors import DataError, UsageError, choose
 from prompttune.evaluation.result import Evaluation
 from prompttune.evaluation.tally import Tally
@@ -106,6 +106,7 @@ def score(
             on_batch(batch)
 
 
+@loading()
 def score_all(
     model: PromptModel,
     loaders: Sequence[EpochLoader],
