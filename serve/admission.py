@@ -7,6 +7,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from prompttune.serve.protocol.calls import LEAVING
 from prompttune.serve.protocol.types import UnavailableError
 from prompttune.serve.traffic import Traffic
 
@@ -55,7 +56,7 @@ class Admission:
 
     def _check(self, coming: Counter[str]) -> None:
         if self.closed:
-            raise UnavailableError("the server is shutting down: ask another one")
+            raise UnavailableError(LEAVING)
         after = self.rows + coming.total()
         retry_after_s = max(_SHORTEST_RETRY_S, self.rows / max(self._traffic.rows_per_s(), 1.0))
         if after > self.most:

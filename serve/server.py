@@ -6,25 +6,28 @@ import asyncio
 import contextlib
 import logging
 import signal
-import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import grpc.aio
 import uvicorn
 
-from prompttune.errors import EngineError
 from prompttune.serve.assembly import EngineSettings, make_service
+from prompttune.serve.listening import WILDCARDS, bracketed, listen
 from prompttune.serve.protocol.grpc_server import add_port, grpc_server
 from prompttune.serve.protocol.http_server import http_config
 from prompttune.serve.protocol.rest import rest_application
 from prompttune.serve.protocol.settings import TransportSettings
+from prompttune.serve.protocol.state import State
 from prompttune.serve.service import Service, ServiceSettings
 
 LOG = logging.getLogger("prompttune.serve")
 
-BACKLOG = 2048
-LEAVING_S = 5
-"""For the transports to send what they have, after the last answer."""
+SENDING_S = 5.0
+"""For the transports to send the last answers, if all were given in time."""
+DISMISSING_S = 0.5
+"""The same when the time to drain is over."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class ServerSettings:
     grpc_port: int | None = 8001
     """0 takes a free one, None serves HTTP alone."""
     drain_s: float = 30.0
-    """For requests inside to be answered when the server is told to stop."""
+    """For requests inside to be answered when the server is told to stop; the others then get 503."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class Server:
         self._on_listening = on_listening
         self._on_ready = on_ready
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
+        self._state = State()
+        self._sending_s = DISMISSING_S
 
     def stop(self) -> None:
         """Drain and leave; asked twice, leave without draining."""
@@ -94,9 +99,9 @@ class Server:
         service = make_service(self._settings.engine, self._settings.service)
         try:
             with self._signals(signals):
-                async with self._http(service) as http, self._grpc(service) as grpc:
+                async with self._transports(service) as addresses:
                     if self._on_listening is not None:
-                        self._on_listening(Addresses(http, grpc))
+                        self._on_listening(addresses)
                     if await self._warm_up(service):
                         await self._stop.wait()
                         await self._drain(service)
@@ -104,33 +109,39 @@ class Server:
             await service.close()
 
     @contextlib.asynccontextmanager
-    async def _http(self, service: Service) -> AsyncIterator[str]:
-        settings = self._settings
-        listening = _listen(settings.host, settings.http_port)
-        application = rest_application(service, settings.transport)
-        server = _Http(http_config(application, settings.transport, LEAVING_S))
-        serving = asyncio.create_task(server.serve([listening]))
-        host, port = listening.getsockname()[:2]
+    async def _transports(self, service: Service) -> AsyncIterator[Addresses]:
+        """Both transports, on the same addresses; they end together."""
+        settings, transport = self._settings, self._settings.transport
+        listening = listen(settings.host, settings.http_port)
+        config = http_config(rest_application(service, transport, self._state), transport)
+        http, grpc = _Http(config), grpc_server(service, transport, self._state)
+        with contextlib.ExitStack() as unused:
+            for one in listening:
+                unused.callback(one.close)
+            hosts = [one.getsockname()[0] for one in listening]
+            grpc_port = None if settings.grpc_port is None else self._add_ports(grpc, hosts, settings.grpc_port)
+            unused.pop_all()
+        serving = asyncio.create_task(http.serve(listening))
+        await grpc.start()
+        host = bracketed(settings.host)
+        scheme = "https" if transport.tls else "http"
         try:
-            yield f"{'https' if settings.transport.tls else 'http'}://{_bracketed(host)}:{port}"
+            yield Addresses(
+                f"{scheme}://{host}:{listening[0].getsockname()[1]}",
+                None if grpc_port is None else f"{host}:{grpc_port}",
+            )
         finally:
-            server.should_exit = True
-            await serving
+            config.timeout_graceful_shutdown = self._sending_s  # type: ignore[assignment]  # it waits for fractions too
+            http.should_exit = True
+            await asyncio.gather(serving, grpc.stop(self._sending_s))
 
-    @contextlib.asynccontextmanager
-    async def _grpc(self, service: Service) -> AsyncIterator[str | None]:
-        settings = self._settings
-        if settings.grpc_port is None:
-            yield None
-            return
-        server = grpc_server(service, settings.transport)
-        host = _bracketed(settings.host)
-        port = add_port(server, f"{host}:{settings.grpc_port}", settings.transport.tls)
-        await server.start()
-        try:
-            yield f"{host}:{port}"
-        finally:
-            await server.stop(LEAVING_S)
+    def _add_ports(self, server: grpc.aio.Server, hosts: Sequence[str], port: int) -> int:
+        """Let gRPC listen where HTTP does; it takes a wildcard for both families itself."""
+        if self._settings.host in WILDCARDS:
+            hosts = [self._settings.host]
+        for host in hosts:
+            port = add_port(server, f"{bracketed(host)}:{port}", self._settings.transport.tls)
+        return port
 
     async def _warm_up(self, service: Service) -> bool:
         """Whether the service is ready; False if it was told to stop before it was."""
@@ -150,13 +161,21 @@ class Server:
 
     async def _drain(self, service: Service) -> None:
         LOG.info("draining")
-        draining = asyncio.create_task(service.drain(self._settings.drain_s))
+        self._state.calls.leave()
+        draining = asyncio.create_task(self._emptied(service))
         hurrying = asyncio.create_task(self._hurry.wait())
         await asyncio.wait([draining, hurrying], return_when=asyncio.FIRST_COMPLETED)
-        hurrying.cancel()
-        if not draining.done() or not draining.result():
-            draining.cancel()
-            LOG.warning("leaving with requests unanswered")
+        for one in (draining, hurrying):
+            one.cancel()
+        if unanswered := self._state.calls.dismiss():
+            LOG.warning("leaving: requests that still waited are answered with 503", extra={"requests": unanswered})
+
+    async def _emptied(self, service: Service) -> None:
+        """Return when every call has been answered, or its time is over."""
+        until = time.monotonic() + self._settings.drain_s
+        await service.drain(self._settings.drain_s)
+        if await self._state.calls.empty(until - time.monotonic()):
+            self._sending_s = min(SENDING_S, max(DISMISSING_S, until - time.monotonic()))
 
     @contextlib.contextmanager
     def _signals(self, wanted: bool) -> Iterator[None]:
@@ -169,15 +188,3 @@ class Server:
         finally:
             for one in handled:
                 loop.remove_signal_handler(one)
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except OSError as problem:
-        raise EngineError(f"cannot listen on {host}:{port} for HTTP: {problem.strerror or problem}") from None

@@ -17,6 +17,7 @@ from prompttune.serve.protocol.grpc_server import add_port, grpc_server
 from prompttune.serve.protocol.http_server import http_config
 from prompttune.serve.protocol.rest import rest_application
 from prompttune.serve.protocol.settings import TransportSettings
+from prompttune.serve.protocol.state import State
 from prompttune.serve.protocol.types import (
     IndexEntry,
     InferRequest,
@@ -169,7 +170,7 @@ class Running:
 @contextlib.contextmanager
 def serving(settings: TransportSettings | None = None, service: FakeService | None = None) -> Iterator[Running]:
     """Both transports on free ports of 127.0.0.1, stopped at the end."""
-    settings, service = settings or TransportSettings(), service or FakeService()
+    settings, service, state = settings or TransportSettings(), service or FakeService(), State()
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -178,13 +179,13 @@ def serving(settings: TransportSettings | None = None, service: FakeService | No
     with stack:
         stack.callback(_stop_loop, loop, thread)
         running = Running(service, loop, f"127.0.0.1:{listening.getsockname()[1]}", "")
-        http = uvicorn.Server(http_config(rest_application(service, settings), settings, drain_s=1))
+        http = uvicorn.Server(http_config(rest_application(service, settings, state), settings, drain_s=1))
         serving_http = asyncio.run_coroutine_threadsafe(http._serve([listening]), loop)
         stack.callback(serving_http.result, WAIT_S)
         stack.callback(setattr, http, "should_exit", True)
 
         async def start_grpc() -> tuple[Any, int]:
-            server = grpc_server(service, settings)
+            server = grpc_server(service, settings, state)
             port = add_port(server, "127.0.0.1:0", settings.tls)
             await server.start()
             return server, port

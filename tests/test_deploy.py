@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 from prompttune.cli.main import cli
+from prompttune.serve.server import DISMISSING_S
+from prompttune.serve.workers.process import CLOSE_S
 from tests import kserve_models
 
 ROOT = Path(__file__).parent.parent
@@ -156,6 +158,37 @@ def test_pods_end_after_their_requests_and_hold_few_rights(folder: Path) -> None
         assert rights["capabilities"] == {"drop": ["ALL"]}
         for probe, path in (("startup", "ready"), ("readiness", "ready"), ("liveness", "live")):
             assert container[f"{probe}Probe"]["httpGet"]["path"] == f"/v2/health/{path}"
+
+
+def serve_options(words: list[str]) -> dict[str, Any]:
+    """The options of ``prompttune serve`` as it would read them."""
+    command = cli.get_command(None, "serve")  # type: ignore[arg-type]  # the lazy group looks at the name alone
+    assert command is not None
+    return command.make_context("serve", words).params
+
+
+LEAVING_S = DISMISSING_S + CLOSE_S + 2
+"""Behind the drain: the last errors are sent, the worker ends its batch, the process goes."""
+
+
+@pytest.mark.parametrize("path", sorted(DEPLOY.rglob("*.yaml")), ids=lambda path: str(path.relative_to(DEPLOY)))
+def test_a_pod_is_not_killed_before_it_has_drained(path: Path) -> None:
+    resource = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(resource, dict) or resource.get("kind") not in SERVED:
+        return
+    pod = resource["spec"]["template"]["spec"] if "template" in resource["spec"] else resource["spec"]["predictor"]
+    (container,) = pod["containers"]
+    pause = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    drain = serve_options(container["args"][1:])["drain_seconds"]
+    assert pause + drain + LEAVING_S <= pod["terminationGracePeriodSeconds"]
+
+
+def test_docker_waits_for_the_drain() -> None:
+    drain = serve_options(["engine"])["drain_seconds"]
+    text = "".join(path.read_text(encoding="utf-8") for path in (*(ROOT / "docs").glob("*.md"), ROOT / "Dockerfile"))
+    times = [int(seconds) for seconds in re.findall(r"(?:docker stop --time|--stop-timeout) (\d+)", text)]
+    assert times
+    assert min(times) >= drain + LEAVING_S
 
 
 @needs_kubectl

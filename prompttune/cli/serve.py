@@ -21,7 +21,14 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 OWN_TASKS = ""
 """``--watch`` without a folder."""
-_NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "tritonclient": "tritonclient", "grpcio": "grpc"}
+_NEEDED = {
+    "fastapi": "fastapi",
+    "uvicorn": "uvicorn",
+    "tritonclient": "tritonclient",
+    "grpcio": "grpc",
+    "grpcio-health-checking": "grpc_health",
+    "grpcio-reflection": "grpc_reflection",
+}
 """Packages of the extra and the modules that they carry."""
 
 
@@ -37,7 +44,7 @@ def size(_context: click.Context, _parameter: click.Parameter, value: str) -> in
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.option(
     "--host", default="127.0.0.1", show_default=True, envvar="PROMPTTUNE_HOST", show_envvar=True,
-    help="Address to listen on; 0.0.0.0 for all.",
+    help="Address or name to listen on, the same for both transports; 0.0.0.0 or :: for all of IPv4 and IPv6.",
 )  # fmt: skip
 @click.option("--http-port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--grpc-port", type=click.IntRange(0, 65535), default=8001, show_default=True, help="0 takes a free one.")
@@ -91,8 +98,21 @@ def size(_context: click.Context, _parameter: click.Parameter, value: str) -> in
 @click.option("--max-images", type=click.IntRange(1), default=256, show_default=True, help="Of one request.")
 @click.option("--max-pixels", type=click.IntRange(1), default=50_000_000, show_default=True, help="Of one image.")
 @click.option(
+    "--keep-alive-seconds", type=click.IntRange(1), default=75, show_default=True,
+    help="Time that an HTTP connection may wait for its next request; longer than a proxy in front keeps it.",
+)  # fmt: skip
+@click.option(
+    "--forwarded-allow-ips", default="", metavar="ADDRESSES",
+    help="Proxies whose X-Forwarded-For, -Proto, -Host and -Prefix are believed: addresses and networks, separated by "
+    "commas, or * for all.  [default: none]",
+)  # fmt: skip
+@click.option(
+    "--root-path", default="", metavar="PATH",
+    help="Path prefix under which a proxy shows the server, such as /vision.",
+)  # fmt: skip
+@click.option(
     "--drain-seconds", type=click.FloatRange(0), default=30.0, show_default=True,
-    help="For requests inside to be answered after SIGTERM.",
+    help="Time after SIGTERM for requests inside to be answered; the others then get 503.",
 )  # fmt: skip
 @click.option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True,
@@ -131,6 +151,7 @@ def _settings(engine: Path, options: dict[str, Any]) -> ServerSettings:
     from prompttune.export.runtimes import RuntimeOptions
     from prompttune.serve.assembly import EngineSettings
     from prompttune.serve.limits import Limits
+    from prompttune.serve.protocol.forwarded import read_prefix, read_proxies
     from prompttune.serve.protocol.security import Guard, Tls, read_tokens
     from prompttune.serve.protocol.settings import TransportSettings
     from prompttune.serve.server import ServerSettings
@@ -169,6 +190,9 @@ def _settings(engine: Path, options: dict[str, Any]) -> ServerSettings:
             tls=None
             if options["tls_certificate"] is None
             else Tls(options["tls_certificate"], options["tls_key"], options["tls_client_ca"]),
+            idle_seconds=options["keep_alive_seconds"],
+            proxies=read_proxies(options["forwarded_allow_ips"]),
+            root_path=read_prefix(options["root_path"]),
         ),
         host=options["host"],
         http_port=options["http_port"],

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from prompttune.serve.protocol import grpc_codec
+from prompttune.serve.protocol.calls import Calls
 from prompttune.serve.protocol.decoding import Decoders
 from prompttune.serve.protocol.grpc_stream import answer_stream
 from prompttune.serve.protocol.logs import RequestRecord
@@ -19,9 +20,10 @@ _LONGEST_S = 365 * 24 * 3600
 class Inference:
     """``ModelInfer`` and ``ModelStreamInfer``."""
 
-    def __init__(self, service: InferenceService, settings: TransportSettings) -> None:
+    def __init__(self, service: InferenceService, settings: TransportSettings, calls: Calls) -> None:
         self._service = service
         self._settings = settings
+        self._calls = calls
         self._threads = Decoders()
 
     async def answer(self, message: Any, context: Any, record: RequestRecord) -> Any:
@@ -37,7 +39,8 @@ class Inference:
         """Classify the requests of a stream, each answered when it is done."""
 
         async def answer(message: Any, record: RequestRecord) -> Any:
-            return await self.answer(message, context, record)
+            with self._calls.inside():
+                return await self.answer(message, context, record)
 
         return answer_stream(messages, answer, self._settings.stream_requests)
 

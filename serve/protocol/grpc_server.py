@@ -10,15 +10,20 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from prompttune.errors import EngineError
+from prompttune.serve.protocol.calls import Calls
+from prompttune.serve.protocol.grpc_health import SERVER_NAMES, Health
 from prompttune.serve.protocol.grpc_infer import Inference
 from prompttune.serve.protocol.grpc_servicer import Servicer
 from prompttune.serve.protocol.logs import RequestRecord, new_request_id, usable_id
 from prompttune.serve.protocol.security import Access, Tls
 from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.settings import TransportSettings
+from prompttune.serve.protocol.state import State
 from prompttune.serve.protocol.types import ServeError, UnavailableError
 from prompttune.serve.tracing import continued
 
@@ -27,7 +32,8 @@ logger = logging.getLogger(__name__)
 SERVICE = "GRPCInferenceService"
 PROTOCOL_OVERHEAD = 64 * 1024
 """Bytes of a message beside its tensors."""
-_OPEN_CALLS = frozenset({"ServerLive", "ServerReady"})
+_OPEN_CALLS = frozenset({"ServerLive", "ServerReady", "Check"})
+_HEALTH = "grpc.health.v1.Health"
 _CONTROL_CALLS = frozenset({"RepositoryModelLoad", "RepositoryModelUnload"})
 _KEEPALIVE_MS, _KEEPALIVE_ANSWER_MS = 60_000, 20_000
 Call = Callable[[Any, Any, RequestRecord], Awaitable[Any]]
@@ -35,8 +41,12 @@ Call = Callable[[Any, Any, RequestRecord], Awaitable[Any]]
 StreamCall = Callable[[AsyncIterator[Any], Any], AsyncGenerator[Any, None]]
 
 
-def grpc_server(service: InferenceService, settings: TransportSettings) -> grpc.aio.Server:
-    """A server without a port; call it on the loop that runs ``service``, then :func:`add_port` and ``start``."""
+def grpc_server(service: InferenceService, settings: TransportSettings, state: State | None = None) -> grpc.aio.Server:
+    """A server without a port; call it on the loop that runs ``service``, then :func:`add_port` and ``start``.
+
+    ``state`` is what it shares with the HTTP application, where there is one.
+    """
+    calls = (state or State()).calls
     largest = settings.limits.body_bytes + PROTOCOL_OVERHEAD
     server = grpc.aio.server(
         options=[
@@ -50,8 +60,10 @@ def grpc_server(service: InferenceService, settings: TransportSettings) -> grpc.
             ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 6),
         ]
     )
-    guarded = _guarded(Servicer(service), Inference(service, settings), settings)
+    guarded = _guarded(Servicer(service), Inference(service, settings, calls), settings, calls)
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(guarded, server)
+    health_pb2_grpc.add_HealthServicer_to_server(_guarded_health(Health(service, calls), settings, calls), server)
+    reflection.enable_server_reflection((SERVER_NAMES[1], _HEALTH, reflection.SERVICE_NAME), server)
     return server
 
 
@@ -77,16 +89,38 @@ def _credentials(tls: Tls) -> Any:
     )
 
 
-def _guarded(servicer: Servicer, inference: Inference, settings: TransportSettings) -> SimpleNamespace:
+def _guarded(servicer: Servicer, inference: Inference, settings: TransportSettings, calls: Calls) -> SimpleNamespace:
     """Every call of the protocol, wrapped; one that nobody answers fails here."""
-    calls: dict[str, Any] = {
-        "ModelInfer": _wrapped("ModelInfer", inference.answer, settings),
+    found: dict[str, Any] = {
+        "ModelInfer": _wrapped("ModelInfer", inference.answer, settings, calls),
         "ModelStreamInfer": _wrapped_stream("ModelStreamInfer", inference.answer_stream, settings),
     }
     for method in service_pb2.DESCRIPTOR.services_by_name[SERVICE].methods:
-        if method.name not in calls:
-            calls[method.name] = _wrapped(method.name, _described(getattr(servicer, method.name)), settings)
-    return SimpleNamespace(**calls)
+        if method.name not in found:
+            found[method.name] = _wrapped(method.name, _described(getattr(servicer, method.name)), settings, calls)
+    return SimpleNamespace(**found)
+
+
+def _guarded_health(health: Health, settings: TransportSettings, calls: Calls) -> SimpleNamespace:
+    """The server's health is open to probes; a model's needs what its readiness over HTTP needs."""
+
+    def check(message: Any, context: Any) -> None:
+        access = Access.OPEN if message.service in SERVER_NAMES else Access.INFERENCE
+        settings.guard.check(access, _metadata(context, "authorization"))
+
+    async def answer(message: Any, context: Any, _: RequestRecord) -> Any:
+        check(message, context)
+        return await health.check(message)
+
+    async def watch(message: Any, context: Any) -> AsyncGenerator[Any, None]:
+        try:
+            check(message, context)
+        except ServeError as problem:
+            await _abort(context, problem)
+        async for response in health.watch(message):
+            yield response
+
+    return SimpleNamespace(Check=_wrapped("Check", answer, settings, calls), Watch=watch)
 
 
 def _described(call: Callable[[Any], Awaitable[Any]]) -> Call:
@@ -106,12 +140,12 @@ def access_of(call: str) -> Access:
     return Access.OPEN if call in _OPEN_CALLS else Access.INFERENCE
 
 
-def _wrapped(name: str, call: Call, settings: TransportSettings) -> Callable[[Any, Any], Awaitable[Any]]:
+def _wrapped(name: str, call: Call, settings: TransportSettings, calls: Calls) -> Callable[[Any, Any], Awaitable[Any]]:
     async def answer(message: Any, context: Any) -> Any:
         record, status = _record(name, context, settings), "CANCELLED"
         try:
             settings.guard.check(access_of(name), _metadata(context, "authorization"))
-            with continued(_strings(context)):
+            with continued(_strings(context)), calls.inside():
                 response = await call(message, context, record)
             status = "OK"
             return response

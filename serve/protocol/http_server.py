@@ -10,6 +10,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from prompttune.serve.protocol.forwarded import BehindProxy
 from prompttune.serve.protocol.settings import TransportSettings
 
 
@@ -17,7 +18,7 @@ def http_config(application: ASGIApp, settings: TransportSettings, drain_s: int 
     """uvicorn's configuration; ``drain_s`` is what running answers get when it stops, in seconds."""
     tls = settings.tls
     return uvicorn.Config(
-        application,
+        BehindProxy(application, settings.proxies, settings.root_path),
         http=_limited_protocol(settings),
         ws="none",
         lifespan="off",
@@ -25,7 +26,7 @@ def http_config(application: ASGIApp, settings: TransportSettings, drain_s: int 
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=int(settings.idle_seconds),
+        timeout_keep_alive=settings.idle_seconds,
         timeout_graceful_shutdown=drain_s,
         ssl_certfile=tls.certificate if tls else None,
         ssl_keyfile=tls.key if tls else None,

@@ -23,6 +23,7 @@ from prompttune.serve.protocol.rest_pages import add_pages, status_routes
 from prompttune.serve.protocol.rest_shared import error_answer, serve_error_answer
 from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.settings import TransportSettings
+from prompttune.serve.protocol.state import State
 from prompttune.serve.protocol.types import ServeError
 
 _ABOUT = 'Every task is a model; the model `mixed` takes a task for each image. Errors are `{"error": "…"}`.'
@@ -44,8 +45,12 @@ class _Application(FastAPI):
         return self.openapi_schema
 
 
-def rest_application(service: InferenceService, settings: TransportSettings) -> FastAPI:
-    """The application; it needs no lifespan, and calls ``service`` on the loop that runs it."""
+def rest_application(service: InferenceService, settings: TransportSettings, state: State | None = None) -> FastAPI:
+    """The application; it needs no lifespan, and calls ``service`` on the loop that runs it.
+
+    ``state`` is what it shares with the gRPC server, where there is one.
+    """
+    state = state or State()
     application = _Application(
         title="prompttune", version=prompttune.__version__, description=_ABOUT, docs_url=None, redoc_url=None
     )
@@ -62,7 +67,7 @@ def rest_application(service: InferenceService, settings: TransportSettings) -> 
     application.add_exception_handler(ServeError, _serve_error)
     application.add_exception_handler(HTTPException, _http_error)
     application.add_exception_handler(RequestValidationError, _invalid)
-    application.add_middleware(ObserveRequests, id_length=settings.limits.id_length)
+    application.add_middleware(ObserveRequests, id_length=settings.limits.id_length, calls=state.calls)
     return application
 
 

@@ -8,8 +8,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from prompttune.serve.protocol.calls import Calls
 from prompttune.serve.protocol.logs import RequestRecord, new_request_id, usable_id
-from prompttune.serve.protocol.rest_shared import RECORD, error_answer
+from prompttune.serve.protocol.rest_shared import RECORD, error_answer, serve_error_answer
+from prompttune.serve.protocol.types import UnavailableError
 from prompttune.serve.tracing import continued
 
 logger = logging.getLogger(__name__)
@@ -21,9 +23,10 @@ _ROUTINE = ("/v2/health/", "/metrics", "/status")
 class ObserveRequests:
     """ASGI middleware; no request data but ids, names and counts reaches the log."""
 
-    def __init__(self, app: ASGIApp, id_length: int) -> None:
+    def __init__(self, app: ASGIApp, id_length: int, calls: Calls) -> None:
         self._app = app
         self._id_length = id_length
+        self._calls = calls
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application, and log."""
@@ -39,12 +42,20 @@ class ObserveRequests:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = header_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = header_id
+                if self._calls.leaving:
+                    headers["Connection"] = "close"
             await send(message)
 
+        # What answers GET answers HEAD too; the server sends no body then.
+        answered = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         try:
-            with continued(Headers(scope=scope)):
-                await self._app(scope, receive, observed)
+            with continued(Headers(scope=scope)), self._calls.inside():
+                await self._app(answered, receive, observed)
+        except UnavailableError as problem:
+            if status == 0:
+                await serve_error_answer(problem)(scope, receive, observed)
         except ClientDisconnect:
             status = _CLIENT_LEFT
         except Exception:
@@ -56,7 +67,7 @@ class ObserveRequests:
             record.finish(status or _CLIENT_LEFT)
 
     def _record(self, scope: Scope) -> RequestRecord:
-        path: str = scope["path"]
+        path: str = scope["path"].removeprefix(scope.get("root_path", ""))
         return RequestRecord(
             "http",
             f"{scope['method']} {path}",

@@ -26,7 +26,11 @@ class TransportSettings:
     """Until the body of an HTTP request must be complete."""
     head_bytes: int = 64 * 1024
     """Of an HTTP request line and headers."""
-    idle_seconds: float = 30.0
-    """That an HTTP connection may wait for its next request."""
+    idle_seconds: int = 75
+    """That an HTTP connection may wait for its next request: longer than a proxy keeps it, which is often 60."""
+    proxies: tuple[str, ...] = ()
+    """Addresses and networks of proxies whose ``X-Forwarded-*`` headers are believed; ``*`` for all."""
+    root_path: str = ""
+    """Path prefix under which a proxy shows the server, without a slash at its end."""
     stream_requests: int = 64
     """Requests of one gRPC stream that may run at once; the next are read when one is answered."""

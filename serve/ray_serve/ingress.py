@@ -66,7 +66,8 @@ class Ingress:
         body = bytes(await read_body(request, self._transport.limits, self._transport.body_seconds))
         scope = request.scope
         path = scope["path"].removeprefix(scope["root_path"])
-        head = Head(request.method, path, scope["query_string"], list(scope["headers"]))
+        headers, root_path = list(scope["headers"]), scope["root_path"]
+        head = Head(request.method, path, scope["query_string"], headers, scope["scheme"], root_path)
         task = _task_of(head)
         answer = await self._ask(head, body, task)
         if task and answer.status == 200:

@@ -20,6 +20,9 @@ class Head(NamedTuple):
     """Decoded, behind the prefix of the application."""
     query: bytes
     headers: Headers
+    scheme: str = "http"
+    root_path: str = ""
+    """The application's prefix, for redirects and the documentation."""
 
 
 class Answer(NamedTuple):

@@ -28,7 +28,7 @@ from prompttune.serve.waiting import to_the_end
 from prompttune.serve.workers.base import Answer, Key, Worker, WorkerDiedError, WorkerSettings, WorkerStats
 from prompttune.serve.workers.messages import Message, failed, pack, pack_settings, slots_of, slots_size, unpack
 
-_CLOSE_S = 30.0
+CLOSE_S = 5.0
 """What the batches that run may still take when the worker is closed."""
 _POLL_S = 0.005
 _DIED = "the engine worker ended before it answered: it crashed, was killed or ran out of memory"
@@ -221,17 +221,17 @@ class ProcessWorker(Worker):
             self._process.kill()  # the channels then end, and say so
 
     async def close(self) -> None:
-        """See :meth:`Worker.close`; batches that take longer than half a minute get :class:`WorkerDiedError`."""
+        """See :meth:`Worker.close`; batches that take longer than five seconds get :class:`WorkerDiedError`."""
         self._closed = True
         for channel in (self._batches, self._loads):
             channel.refuse("the engine worker is closed")
         try:
             if self._started:
                 self._batches.finish()
-                async with asyncio.timeout(_CLOSE_S):
+                async with asyncio.timeout(CLOSE_S):
                     await self._gone()
         except TimeoutError:
-            _LOG.warning("the engine worker's batch takes longer than %d s: it is ended now", _CLOSE_S)
+            _LOG.warning("the engine worker's batch takes longer than %d s: it is ended now", CLOSE_S)
         finally:
             self._end()
         await self._gone()

@@ -1,0 +1,69 @@
+"""The calls that a server is answering, over both transports, so that it can leave without cutting one off silently."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from prompttune.serve.protocol.types import UnavailableError
+
+LEAVING = "the server is shutting down: ask another one"
+
+
+class Calls:
+    """Everything is called on one event loop."""
+
+    def __init__(self) -> None:
+        self.leaving = False
+        """Whether the server has been told to stop: connections close behind their next answer."""
+        self._over = False
+        self._inside: set[asyncio.Task[Any]] = set()
+        self._dismissed: set[asyncio.Task[Any]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """The current task answers a call until the block ends.
+
+        Raises:
+            UnavailableError: the server's time is over, before the call or in the middle of it.
+        """
+        if self._over:
+            raise UnavailableError(LEAVING)
+        task = asyncio.current_task()
+        assert task is not None, "calls are answered by tasks"
+        self._inside.add(task)
+        self._idle.clear()
+        try:
+            yield
+        except asyncio.CancelledError:
+            if task not in self._dismissed or task.uncancel():  # the client has left as well
+                raise
+            raise UnavailableError(LEAVING) from None
+        finally:
+            self._inside.discard(task)
+            self._dismissed.discard(task)
+            if not self._inside:
+                self._idle.set()
+
+    def leave(self) -> None:
+        """The server has been told to stop; calls are still answered."""
+        self.leaving = True
+
+    async def empty(self, seconds: float) -> bool:
+        """Wait until no call is inside, ``seconds`` at most; whether it is so."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        return self._idle.is_set()
+
+    def dismiss(self) -> int:
+        """End every call with :class:`UnavailableError`, and those that still come; how many were inside."""
+        self._over = True
+        self._dismissed |= self._inside
+        for task in self._inside:
+            task.cancel()
+        return len(self._inside)

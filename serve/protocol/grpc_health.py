@@ -1,0 +1,62 @@
+"""gRPC's own health protocol, which load balancers and Kubernetes ask.
+
+https://github.com/grpc/grpc/blob/master/doc/health-checking.md
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from grpc_health.v1 import health_pb2
+
+from prompttune.serve.protocol.calls import Calls
+from prompttune.serve.protocol.elements import shown
+from prompttune.serve.protocol.service import InferenceService
+from prompttune.serve.protocol.types import NotFoundError
+
+SERVER_NAMES = ("", "inference.GRPCInferenceService")
+"""Services that stand for the whole server; any other name is a model's."""
+LOOK_EVERY_S = 0.25
+
+
+class Health:
+    """Status of the server and of each model, read from the service at each question."""
+
+    def __init__(self, service: InferenceService, calls: Calls) -> None:
+        self._service = service
+        self._calls = calls
+
+    def status(self, name: str) -> Any:
+        """A ``ServingStatus``; nothing serves while the server leaves."""
+        states = health_pb2.HealthCheckResponse
+        ready = self._service.ready() if name in SERVER_NAMES else self._service.model_ready(name)
+        if ready and not self._calls.leaving:
+            return states.SERVING
+        if name not in SERVER_NAMES:
+            try:
+                self._service.statistics(name)
+            except NotFoundError:
+                return states.SERVICE_UNKNOWN
+        return states.NOT_SERVING
+
+    async def check(self, message: Any) -> Any:
+        """The status now; :class:`NotFoundError` for no such model."""
+        status = self.status(message.service)
+        if status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
+            raise NotFoundError(f"there is no model {shown(message.service)}")
+        return health_pb2.HealthCheckResponse(status=status)
+
+    async def watch(self, message: Any) -> AsyncGenerator[Any, None]:
+        """The status now and after each change; ends once it has said that the server leaves."""
+        last = None
+        while True:
+            leaving = self._calls.leaving
+            status = self.status(message.service)
+            if status != last:
+                yield health_pb2.HealthCheckResponse(status=status)
+            if leaving:
+                return
+            last = status
+            await asyncio.sleep(LOOK_EVERY_S)
