@@ -213,6 +213,17 @@ def test_what_nobody_expected_is_one_line_too(place: Path, monkeypatch: pytest.M
     assert isinstance(_invoke("evaluate").exception, KeyError)
 
 
+def test_a_reader_that_leaves_ends_a_command_quietly() -> None:
+    command = f"{sys.executable} -m prompttune.cli.main --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_a_pipe_to_something_else_that_breaks_is_one_line(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.functional, "linear", _raising(BrokenPipeError(errno.EPIPE, "Broken pipe")))
+    assert _line(_invoke("evaluate")) == "Error: Broken pipe"
+
+
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="mounting needs root and unshare")
 def test_a_disk_that_is_full_when_tensors_are_saved_is_one_line(place: Path) -> None:
     """safetensors tells of it in an error of its own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -62,19 +62,27 @@ class LazyGroup(click.Group):
         """Run a command; whatever ends it early becomes one line and an exit code."""
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except PrompttuneError as problem:
             click.echo(f"Error: {problem}", err=True)
             ctx.exit(problem.exit_code)
         except Exception as problem:
-            if os.environ.get(TRACEBACK):
-                raise
+            if os.environ.get(TRACEBACK) or (isinstance(problem, BrokenPipeError) and _is_unread(sys.stdout)):
+                raise  # click ends quietly where nobody reads the output any more
             line = describe_failure(problem)
             expected = isinstance(problem, OSError) or line.startswith(NO_MEMORY)
             hint = "" if expected else f"; prompttune did not expect this: {TRACEBACK}=1 shows where it happened"
             click.echo(f"Error: {line}{hint}", err=True)
             ctx.exit(1)
+
+
+def _is_unread(stream: TextIO) -> bool:
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -214,7 +214,8 @@ def _in_workers(pace: Pace, output: Path, listener: Listener) -> Iterator[Outcom
                 yield _end(pace, outcome, listener)
                 if worker.process.poll() is None and pace.waiting:
                     worker.spec = _start(pace)
-                    worker.channel.send(worker.spec)
+                    with contextlib.suppress(BrokenPipeError):  # it has just died: the next message says so
+                        worker.channel.send(worker.spec)
                 else:
                     workers.remove(worker)
                     _dismiss(worker)
