@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import prompttune as pt
 from prompttune.cli.main import cli
-from prompttune.errors import CheckpointError, TrainingError, UsageError
+from prompttune.errors import CheckpointError, DataError, TrainingError, UsageError
 from prompttune.export.layout import empty_bank, stack_states
 from prompttune.methods.damvp.clustering import find_centres, gather_features
 from prompttune.methods.damvp.learning import MetaSettings, learn_prompt
@@ -241,6 +241,18 @@ def test_meta_learning_lowers_the_loss_and_training_starts_from_it(bars, plain, 
     file.unlink()  # a task does not need what it began from
     assert torch.equal(pt.PromptModel.load(tmp_path / "task", plain).method.prompts, model.method.prompts)
     assert torch.allclose(read_prompt(tmp_path / "task", plain, size), prompt)
+
+
+def test_meta_learning_tells_of_images_that_cannot_be_read(plain, tmp_path, caplog):
+    data = write_folder(tmp_path / "data", train=4, val=1)
+    files = sorted((data / "train").rglob("*.png"))
+    files[0].write_bytes(b"no image")
+    learn_prompt(plain, [str(data)], tmp_path / "start", settings=MetaSettings(steps=1, inner_steps=1))
+    assert f"unreadable image: {files[0]}" in caplog.text
+    for file in files:
+        file.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"16 images cannot be read \(limit 10\), first: .*not an image"):
+        learn_prompt(plain, [str(data)], tmp_path / "start", settings=MetaSettings(steps=1, inner_steps=1))
 
 
 def test_one_reptile_step_is_its_equation(bars, plain, tmp_path):

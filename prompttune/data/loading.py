@@ -117,9 +117,13 @@ def loading() -> Iterator[None]:
         ) from None
 
 
-def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and targets of every batch of which an image could be read."""
+def on_device(
+    batches: Iterable[Batch], device: torch.device, corrupt: CorruptImages | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and targets of every batch of which an image could be read; ``corrupt`` counts the others."""
     for batch in batches:
+        if corrupt is not None:
+            corrupt.add(batch.corrupt)
         if len(batch.targets):
             yield batch.to(device)
 

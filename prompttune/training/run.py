@@ -142,7 +142,7 @@ class Run:
             shuffle=True,
             seed=derive_seed("begin", self.config.seed),
         )
-        yield from on_device(loader, device)
+        yield from on_device(loader, device, CorruptImages(self.config.max_corrupt))
 
     def _set_up(self, optimizer: torch.optim.Optimizer) -> None:
         weights = None

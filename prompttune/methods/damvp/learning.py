@@ -9,6 +9,7 @@ that of the step with the lowest loss, which depends on its batches; no weight d
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,13 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
-from prompttune.data import EpochLoader, load_data, make_loader, on_device
+from prompttune.data import CorruptImages, EpochLoader, load_data, make_loader, on_device
 from prompttune.data.rng import derive_seed
 from prompttune.errors import DataError, TrainingError, UsageError
 from prompttune.methods.damvp.config import DAMVPConfig
 from prompttune.methods.damvp.meta import write_prompt
 from prompttune.methods.damvp.method import DAMVP
 from prompttune.model import PromptModel
+
+logger = logging.getLogger("prompttune")
+MAX_CORRUPT = 10
+"""Unreadable images of a data set that are tolerated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +130,10 @@ class _Task:
             shuffle=True,
             seed=derive_seed("meta", settings.seed),
         )
-        self.method.begin_training(on_device(self.loader, device))
+        corrupt = CorruptImages(MAX_CORRUPT)
+        self.method.begin_training(on_device(self.loader, device, corrupt))
+        for line in corrupt.lines:
+            logger.warning("unreadable image: %s", line)
         self.batches = _forever(self.loader, device)
         self.criterion = nn.CrossEntropyLoss()
 
