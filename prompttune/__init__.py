@@ -14,6 +14,7 @@ _LAZY = {
     "PromptModel": "prompttune.model",
     "Output": "prompttune.model",
     "Preprocess": "prompttune.preprocess",
+    "read_image": "prompttune.images:open_image",
     "SA2VPConfig": "prompttune.methods",
     "LSPTConfig": "prompttune.methods",
     "GaPTConfig": "prompttune.methods",
@@ -71,6 +72,7 @@ __all__ = [
     "export_engine",
     "import_checkpoint",
     "load_backbone",
+    "read_image",
     "train",
     "validate_engine",
 ]
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
     from prompttune.errors import PrompttuneError
     from prompttune.explanation import explain
     from prompttune.export import ExportSettings, export_engine, validate_engine
+    from prompttune.images import open_image as read_image
     from prompttune.methods import (
         AdapterConfig,
         AdaptFormerConfig,

@@ -1,23 +1,27 @@
-"""Reading image files: whatever Pillow decodes becomes upright 8-bit RGB, by one rule for every data set."""
+"""Reading images: whatever Pillow decodes becomes upright 8-bit RGB, by one rule for every door."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import importlib.util
+import io
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from prompttune.errors import MissingExtraError
+from prompttune.errors import DataError, MissingExtraError, PrompttuneError, UsageError
+from prompttune.pixels import grey_of, mend_byte_order, to_rgb
 
 HEIF_EXTENSIONS = frozenset((".heic", ".heif", ".hif"))
 HEIF_INSTALLED = importlib.util.find_spec("pillow_heif") is not None
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1")
 
 
 def _endings(names: str) -> frozenset[str]:
@@ -36,7 +40,8 @@ UNREAD_EXTENSIONS = (
 ) - EXTENSIONS
 """Names with these endings are pictures that are not read, in upper or lower case."""
 
-SIXTEEN_BIT = 0xFFFF
+ORIENTATIONS = range(2, 9)
+"""EXIF's orientations that are not upright."""
 
 
 def is_image(name: str) -> bool:
@@ -60,73 +65,118 @@ class TooManyPixelsError(OSError):
     """An image is larger than the caller takes, or than Pillow does."""
 
 
-def read_image(
-    file: str | Path | BinaryIO, *, formats: Sequence[str] | None = None, max_pixels: int | None = None
-) -> Image.Image:
-    """Decode an image file, turn it upright after its EXIF orientation and convert it with :func:`to_rgb`.
+ImageFile: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
+ImageLike: TypeAlias = ImageFile | NDArray[np.uint8]
+"""A path, an encoded image in memory or in an open binary file, a PIL image, or RGB pixels [height, width, 3]."""
 
-    Of an animated image this is the first frame.
+
+def open_image(source: ImageLike) -> Image.Image:
+    """Read one image as every command does; this is the package's public ``read_image``.
 
     Args:
-        file: what to read.
+        source: a path, an encoded image (bytes or an open binary file), a PIL image of any mode, or a NumPy array of
+            RGB pixels, uint8 [height, width, 3]. A PIL image is not changed.
+
+    Returns:
+        The image upright after its EXIF orientation and in 8-bit RGB, as :func:`prompttune.pixels.to_rgb` converts it.
+
+    Raises:
+        DataError: it cannot be read; one line with the file's name.
+        UsageError: it is none of these, or an array of another type or shape.
+    """
+    try:
+        return read_image(source)
+    except OSError as problem:
+        name = f"the image {os.fspath(source)}" if isinstance(source, str | os.PathLike) else "an image"
+        raise DataError(f"cannot read {name}: {problem}") from None
+
+
+def read_image(
+    source: ImageLike, *, formats: Sequence[str] | None = None, max_pixels: int | None = None
+) -> Image.Image:
+    """Read one image as :func:`open_image` does, for callers who name the source themselves.
+
+    An animated image gives its first frame, a PIL image the frame where it stands.
+
+    Args:
+        source: what to read.
         formats: Pillow's names of the formats to read, such as ``JPEG``; None reads all that Pillow knows.
         max_pixels: width times height at most, looked up in the header before any pixel is decoded.
 
     Raises:
         TooManyPixelsError: it has more pixels.
         OSError: it cannot be read; the message is the reason, without the file's name.
+        UsageError: it is of no known type, or an array of another type or shape.
     """
-    return read_oriented(file, formats=formats, max_pixels=max_pixels)[0]
+    return read_oriented(source, formats=formats, max_pixels=max_pixels)[0]
 
 
 def read_oriented(
-    file: str | Path | BinaryIO, *, formats: Sequence[str] | None = None, max_pixels: int | None = None
+    source: ImageLike, *, formats: Sequence[str] | None = None, max_pixels: int | None = None
 ) -> tuple[Image.Image, int]:
-    """As :func:`read_image`, and the EXIF orientation that the file had: 1 where it is upright or has none."""
-    with opened(file, formats) as image:
+    """Read an image, and tell the EXIF orientation that the file had: 1 where it is upright or has none."""
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
+            shape = list(source.shape)
+            raise UsageError(f"an array of pixels must be uint8 [height, width, 3] in RGB, not {source.dtype} {shape}")
+        source = Image.fromarray(source)
+    with opened(source, formats) as image:
         if max_pixels is not None and image.width * image.height > max_pixels:
             raise TooManyPixelsError(f"{image.width} x {image.height} pixels, more than {max_pixels}")
-        orientation = turn_upright(image)
-        upright = to_rgb(image)
-    return upright, orientation
+        grey = grey_of(image)
+        upright, orientation = turn_upright(image)
+        return to_rgb(upright, grey), orientation
 
 
 @contextlib.contextmanager
-def opened(file: str | Path | BinaryIO, formats: Sequence[str] | None = None) -> Iterator[Image.Image]:
-    """Open an image file; what its decoder raises before the block ends becomes an :class:`OSError`.
+def opened(source: ImageFile, formats: Sequence[str] | None = None) -> Iterator[Image.Image]:
+    """Open an image that is no array; what its decoder raises before the block ends becomes an :class:`OSError`.
 
     Raises:
         TooManyPixelsError: it has more pixels than Pillow takes.
         OSError: it cannot be read; the message is the reason, without the file's name.
+        UsageError: it is of no known type.
     """
+    if not isinstance(source, str | os.PathLike | bytes | Image.Image) and not hasattr(source, "read"):
+        kind = type(source).__name__
+        raise UsageError(f"an image is a path, bytes, a PIL image or a uint8 array, not of the type {kind}")
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
+        if isinstance(file, Image.Image):
+            yield file
+            return
         if formats is None:
             _register_heif()
         with Image.open(file, formats=None if formats is None else tuple(formats)) as image:
             yield image
-    except TooManyPixelsError:
+    except (TooManyPixelsError, PrompttuneError):
         raise
     except UnidentifiedImageError as problem:
-        if formats is not None:
-            raise OSError(f"not an image, or of another format than {', '.join(formats)}") from problem
-        if not HEIF_INSTALLED and _is_heif(file):
-            raise OSError(f"a HEIC image: {MissingExtraError('pillow-heif', 'heif')}") from problem
-        raise OSError("not an image, or of an unknown format") from problem
+        reason = _reason(problem) if isinstance(file, Image.Image) else _unidentified(file, formats)
+        raise OSError(reason) from problem
     except Image.DecompressionBombError as problem:
         raise TooManyPixelsError(_reason(problem)) from problem
     except Exception as problem:  # a damaged file makes Pillow's many decoders raise whatever their code raises
         raise OSError(_reason(problem)) from problem
 
 
-def turn_upright(image: Image.Image) -> int:
-    """Decode an image, turn it after its EXIF orientation and return that: 1 where it is upright or has none."""
+def turn_upright(image: Image.Image) -> tuple[Image.Image, int]:
+    """Decode an image and turn it after its EXIF orientation.
+
+    Returns:
+        The upright image, the same one where there is nothing to turn; and the orientation that the file had, 1 where
+        it is upright or has none.
+    """
+    mend_byte_order(image)
+    # of a TIFF, which Pillow turns as it decodes
+    orientation = getattr(image, "tag_v2", {}).get(ExifTags.Base.Orientation)
     image.load()
-    orientation: object = 1
     # damaged metadata hides the orientation, not the picture
     with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-        ImageOps.exif_transpose(image, in_place=True)
-    return next((known for known in range(2, 9) if known == orientation), 1)
+        found = image.getexif().get(ExifTags.Base.Orientation)
+        if found in ORIENTATIONS:
+            orientation, image = found, ImageOps.exif_transpose(image)
+    return image, next((known for known in ORIENTATIONS if known == orientation), 1)
 
 
 @functools.cache
@@ -137,44 +187,21 @@ def _register_heif() -> None:
         pillow_heif.register_heif_opener()
 
 
-def _is_heif(file: str | Path | BinaryIO) -> bool:
+def _unidentified(file: str | os.PathLike[str] | BinaryIO, formats: Sequence[str] | None) -> str:
+    """Why no decoder takes a file."""
+    if formats is not None:
+        return f"not an image, or of another format than {', '.join(formats)}"
     with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(Path(file).open("rb")) if isinstance(file, str | Path) else file
+        stream = stack.enter_context(Path(file).open("rb")) if isinstance(file, str | os.PathLike) else file
         stream.seek(0)
         header = stream.read(12)
-    return header[4:8] == b"ftyp" and header[8:] in (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1")
+    if not HEIF_INSTALLED and header[4:8] == b"ftyp" and header[8:] in _HEIF_BRANDS:
+        return f"a HEIC image: {MissingExtraError('pillow-heif', 'heif')}"
+    if header[:4] in (b"II*\0", b"MM\0*"):
+        return "a TIFF image that is damaged, or of a kind that is not read: convert it to 8 or 16 bits, unsigned"
+    return "not an image, or of an unknown format"
 
 
 def _reason(problem: Exception) -> str:
     text = problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
     return " ".join(text.split()) or type(problem).__name__
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to 8-bit RGB.
-
-    16-bit grey is scaled from [0, 65535] to [0, 255], not clipped; 32-bit and floating point grey has no agreed
-    range and is stretched from its least to its greatest value. What is transparent is laid over white.
-    """
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = Image.fromarray(_grey_to_8_bit(np.asarray(image), image.mode))
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def _grey_to_8_bit(values: NDArray[np.generic], mode: str) -> NDArray[np.uint8]:
-    grey = values.astype(np.float64)  # eight bytes a pixel: nothing below makes another copy
-    low, high = 0.0, float(SIXTEEN_BIT)
-    # older versions of Pillow open 16-bit PNG files in mode I
-    if mode == "F" or grey.min() < low or grey.max() > high:
-        np.nan_to_num(grey, copy=False, posinf=0.0, neginf=0.0)
-        low, high = float(grey.min()), float(grey.max())
-    span = (high - low) or 1.0
-    grey -= low
-    grey /= span
-    grey *= 255.0
-    return np.rint(grey, out=grey).astype(np.uint8)

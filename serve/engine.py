@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from prompttune.backbones import Backbone
-from prompttune.errors import DataError, EngineError, UsageError, choose
+from prompttune.errors import EngineError, UsageError, choose
 from prompttune.export.folder import EngineFolder, check_task_name
 from prompttune.export.gate import engine_gate
 from prompttune.export.layout import bank_dtype
@@ -20,13 +21,13 @@ from prompttune.export.proof import fold_proven
 from prompttune.export.runtimes import Array, Runtime, RuntimeOptions, open_runtime
 from prompttune.export.samples import Samples
 from prompttune.export.tasks import Fit, check_fit, engine_backbone
-from prompttune.images import read_image, to_rgb
+from prompttune.images import ImageLike, open_image
 from prompttune.preprocess import Preprocess
 from prompttune.serve.answers import TOP_K, Score, likeliest, softmax
 from prompttune.serve.bank import BakedBank, Bank, Entry, Snapshot
 from prompttune.serve.masks import class_map
 
-ImageLike = str | Path | Image.Image
+PIXELS = "or give pixels, uint8 [H, W, 3] in RGB"
 Images = Tensor | NDArray[np.float32] | ImageLike | Sequence[ImageLike]
 
 
@@ -203,8 +204,9 @@ class Engine:
         """Classify images, each for its own task, in one call.
 
         Args:
-            images: normalised float32 [B, 3, S, S], or PIL images or paths of image files; those go through the
-                evaluation transform of their row's task.
+            images: normalised float32 [B, 3, S, S]; or one image or a sequence of them, each a path, the bytes of an
+                image file, a PIL image or RGB pixels (uint8 [H, W, 3]), which go through
+                :func:`prompttune.read_image` and the evaluation transform of their row's task.
             tasks: a task name for each row, or one for all.
             top_k: how many classes to return at most.
 
@@ -238,12 +240,13 @@ class Engine:
 
     def _answers(self, images: Images, tasks: str | Sequence[str]) -> tuple[list[str], list[TaskLogits]]:
         """The task of each row, and what it says."""
-        single = isinstance(images, (str, Path, Image.Image))
+        pixels = isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim < 4
+        single = pixels or isinstance(images, (str, os.PathLike, bytes, Image.Image)) or hasattr(images, "read")
         rows: Tensor | NDArray[np.float32] | Sequence[ImageLike] = [images] if single else images  # type: ignore[list-item,assignment]
         names = _per_row(tasks, len(rows))
         with self._bank.lease() as snapshot:
             entries = [self._entry(snapshot.entries, name) for name in names]
-            if isinstance(rows, (Tensor, np.ndarray)):
+            if isinstance(rows, Tensor) or (isinstance(rows, np.ndarray) and rows.dtype != np.uint8):
                 batch = self._batch(rows)
             else:
                 batch = np.stack([self._prepare(row, entry) for row, entry in zip(rows, entries, strict=True)])
@@ -256,16 +259,7 @@ class Engine:
         return self._transforms[preprocess]
 
     def _prepare(self, image: ImageLike, entry: Entry) -> Array:
-        if isinstance(image, (str, Path)):
-            try:
-                image = read_image(image)
-            except OSError as problem:
-                raise DataError(f"cannot read the image {image}: {problem}") from None
-        elif isinstance(image, Image.Image):
-            image = to_rgb(image)
-        else:
-            raise UsageError(f"images must be a float32 batch, PIL images or paths, not {type(image).__name__}")
-        prepared: Array = self.transform(entry.task.preprocess)(image).numpy()
+        prepared: Array = self.transform(entry.task.preprocess)(open_image(image)).numpy()
         return prepared
 
     def _batch(self, images: Tensor | NDArray[np.float32]) -> Array:
@@ -275,9 +269,10 @@ class Engine:
             raise UsageError(f"images must be a tensor or an array, not {type(images).__name__}")
         size = self.image_size
         if array.ndim != 4 or array.shape[1:] != (3, size, size) or not len(array):
-            raise UsageError(f"images must be [B, 3, {size}, {size}] with B at least 1, not {list(array.shape)}")
+            shape = f"[B, 3, {size}, {size}] with B at least 1, not {list(array.shape)}"
+            raise UsageError(f"images must be {shape}; {PIXELS}")
         if array.dtype != np.float32:
-            raise UsageError(f"images must be float32 and normalised, not {array.dtype}")
+            raise UsageError(f"images must be float32 and normalised, not {array.dtype}; {PIXELS}")
         return np.ascontiguousarray(array)
 
     def _run(self, batch: Array, entries: Sequence[Entry], snapshot: Snapshot) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import warnings
 from functools import lru_cache
 
@@ -66,10 +65,7 @@ class Decoder:
     def _prepare(self, preprocess: Preprocess, payload: Payload) -> Array:
         row, data = payload.row, payload.data
         try:
-            if isinstance(data, bytes):
-                image = read_image(io.BytesIO(data), formats=FORMATS, max_pixels=self._limits.pixels)
-            else:
-                image = Image.fromarray(data)
+            image = read_image(data, formats=FORMATS, max_pixels=self._limits.pixels)  # type: ignore[arg-type]
             self._check_sides(preprocess, image)
             prepared: Array = self._transform(preprocess)(image).numpy()
         except TooManyPixelsError as problem:

@@ -70,7 +70,7 @@ def test_paths_pictures_and_tensors_agree(engine, tmp_path):
         (np.zeros((1, 3, SIZE, SIZE), np.uint8), "task0", "not uint8"),
         (noise(2), ["task0"], "2 images but 1 tasks"),
         (noise(1), "tusk0", "unknown task 'tusk0'; did you mean task0"),
-        ([3.5], "task0", "PIL images or paths, not float"),
+        ([3.5], "task0", "a PIL image or a uint8 array, not of the type float"),
     ],
 )
 def test_wrong_input_is_one_clear_line(engine, images, tasks, message):

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import click
 import numpy as np
-from PIL import Image
 
 import prompttune as pt
 from benchmarks.engines import workshop
@@ -103,7 +102,7 @@ def main(files: int, corrupt: int, results: Path) -> None:
     with workshop() as folder:
         engine = pt.Engine(make_engine(folder, TINY), threads=2)
         bad = fill(folder / "images", files, corrupt, np.random.default_rng(0))
-        expected = [engine.predict(Image.open(io.BytesIO(jpeg(seed))), "task0")[0].label for seed in range(50)]
+        expected = [engine.predict(jpeg(seed), "task0")[0].label for seed in range(50)]
         memory: list[tuple[int, int]] = []
         settings = InferSettings(
             engine.folder.path, (str(folder / "images"),), (str(folder / "rows.jsonl"),), ("task0",)

@@ -33,6 +33,9 @@ $asking
 
 The parameters of the model's configuration tell each task's labels, its version, and how its images are prepared.
 $padding
+The client needs `pip install 'tritonclient[http]'`, and prompttune (`pip install .` in a clone): `read_image` turns an
+image upright and brings its transparency, bit depth and colours to what the model was trained on.
+
 ```python
 $client```
 """)
@@ -66,17 +69,16 @@ import json
 
 import numpy as np
 ${more}import tritonclient.http as triton
-from PIL import Image
 from tritonclient.utils import np_to_triton_dtype
 
-from prompttune.preprocess import Preprocess
+import prompttune as pt
 
 client = triton.InferenceServerClient("localhost:8000")
 parameters = client.get_model_config("$name")["parameters"]
 task = json.loads(parameters["tasks"]["string_value"])["$task"]
 
-image = Image.open("image.png").convert("RGB")
-pixels = Preprocess.from_dict(task["preprocess"]).transform()(image).numpy()[None]
+image = pt.read_image("image.png")
+pixels = pt.Preprocess.from_dict(task["preprocess"]).transform()(image).numpy()[None]
 ${arrays}inputs = []
 for name, array in arrays.items():
     inputs.append(triton.InferInput(name, array.shape, np_to_triton_dtype(array.dtype)))

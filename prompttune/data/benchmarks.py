@@ -25,7 +25,7 @@ from prompttune.data.roots import DataRoot, LocalRoot, data_root
 from prompttune.data.split_names import TEST, TRAIN, VAL, split_of
 from prompttune.data.splitting import split_indices
 from prompttune.errors import DataError, UsageError, choose
-from prompttune.images import to_rgb
+from prompttune.images import read_image
 
 KINDS = ("vtab", "fgvc", "tv")
 FGVC_IMAGE_FOLDERS = ("", "images", "Images")
@@ -213,7 +213,7 @@ class _TorchvisionSource(ImageSource):
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """See :class:`ImageSource`."""
-        return to_rgb(self.data[index][0]), self._labels[index]
+        return read_image(self.data[index][0]), self._labels[index]
 
     def describe(self, index: int) -> str:
         """Name, split and index."""

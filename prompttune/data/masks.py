@@ -136,8 +136,8 @@ def read_numbers(path: Path) -> tuple[NDArray[np.int64], int]:
     try:
         with opened(path) as picture:
             if (mode := picture.mode) in INDEX_MODES:
-                orientation = turn_upright(picture)
-                return np.asarray(picture).astype(np.int64), orientation
+                upright, orientation = turn_upright(picture)
+                return np.asarray(upright).astype(np.int64), orientation
     except OSError as problem:
         raise OSError(f"the annotation {path.name} cannot be read ({problem})") from None
     raise ValueError(f"the annotation {path.name} has colours ({mode}), not a class number a pixel")

@@ -7,7 +7,6 @@ the tar files are then looked up once and read where they stand, so that shards 
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import tarfile
@@ -63,7 +62,7 @@ class ShardSource(ImageSource):
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """See :class:`ImageSource`."""
-        return read_image(io.BytesIO(self.images[index].read())), self._labels[index]
+        return read_image(self.images[index].read()), self._labels[index]
 
     def describe(self, index: int) -> str:
         """Path of the shard, and the name inside it."""

@@ -14,7 +14,7 @@ from prompttune.data.base import ImageSource, Parts, shortened
 from prompttune.data.folder import read_folder
 from prompttune.data.split_names import ALL, TRAIN, VAL, split_of
 from prompttune.errors import DataError, MissingExtraError, UsageError
-from prompttune.images import read_image, to_rgb
+from prompttune.images import read_image
 
 logger = logging.getLogger("prompttune")
 
@@ -48,7 +48,7 @@ class TorchSource(ImageSource):
     def load(self, index: int) -> tuple[Image.Image, int]:
         """See :class:`ImageSource`."""
         image, target = self.dataset[index]
-        return to_rgb(image), int(target)
+        return read_image(image), int(target)
 
     def describe(self, index: int) -> str:
         """The path where the data set is made of files, else its name and the index."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +44,7 @@ class BytesPayload:
 
     def open(self) -> Image.Image:
         """Decode the bytes."""
-        return read_image(io.BytesIO(self.data))
+        return read_image(self.data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ class ArrayPayload:
 
     def open(self) -> Image.Image:
         """Wrap the pixels."""
-        return Image.fromarray(self.pixels)
+        return read_image(self.pixels)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -44,7 +43,7 @@ class CellPayload:
         if not value:
             raise OSError(EMPTY_CELL)
         if isinstance(value, bytes):
-            return read_image(io.BytesIO(value))
+            return read_image(value)
         if is_url(value):
             raise OSError(NO_URLS)
         return read_image(self.table.parent / value)

@@ -65,7 +65,7 @@ class MemberPayload:
             raise OSError(f"cannot read the shard: {problem.strerror or first_line(problem)}") from None
         if len(data) < self.size:
             raise OSError("the shard is cut short inside this member")
-        return read_image(io.BytesIO(data))
+        return read_image(data)
 
 
 class ShardSource(Bounded):

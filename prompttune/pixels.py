@@ -1,0 +1,121 @@
+"""Pixels of every kind become 8-bit RGB by one rule, whatever file or program they come from."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, TiffImagePlugin
+
+UNIT_FLOATS = 16
+"""Floating point grey is on a scale from 0 to 1 unless it exceeds this: resampling and HDR go somewhat beyond 1."""
+_SPARED = 1000
+"""One pixel in so many may lie beyond either end of a stretched scale, at least one in an image of 64 or more."""
+_SWAPPED_TWICE = {"I;16BS": "I;16S", "I;32BS": "I;32S", "F;32BF": "F;32F"}
+"""Pillow's raw modes of compressed TIFFs of the other byte order, although libtiff swapped their samples already."""
+
+
+class Grey(NamedTuple):
+    """What a file says about its grey values and Pillow's mode does not."""
+
+    white: int | None = None
+    """The greatest value of an unsigned number; None where the file leaves the range open."""
+    kind: str | None = None
+    """NumPy's type of the stored numbers, where Pillow takes them for another one of that size."""
+    inverted: bool = False
+    """The least value is white, and Pillow does not turn it round."""
+
+
+def grey_of(image: Image.Image) -> Grey:
+    """How to read the grey values of an image that was opened, by its bit depth and sample format; before it is turned.
+
+    An image that was copied or converted no longer says so, and its mode alone counts.
+    """
+    white = 2**16 - 1 if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM") else None
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return Grey(white)
+    bits, form = (
+        image.tag_v2.get(tag, (1,))[0] for tag in (TiffImagePlugin.BITSPERSAMPLE, TiffImagePlugin.SAMPLEFORMAT)
+    )
+    kind = {(8, 2): "i1", (32, 1): "u4"}.get((bits, form)) if image.mode in ("L", "I") else None
+    inverted = image.mode[0] in "IF" and image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+    return Grey(white and 2**bits - 1, kind, inverted)
+
+
+def mend_byte_order(image: Image.Image) -> None:
+    """Before an image is decoded: keep Pillow from swapping the bytes of a compressed big-endian TIFF a second time."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and sys.byteorder == "little":
+        image.tile = [
+            tile._replace(args=(_SWAPPED_TWICE.get(tile.args[0], tile.args[0]), *tile.args[1:]))
+            if tile.codec_name == "libtiff" and isinstance(tile.args, tuple)
+            else tile
+            for tile in image.tile
+        ]
+
+
+def to_rgb(image: Image.Image, grey: Grey | None = None) -> Image.Image:
+    """Convert an image of any mode to 8-bit RGB; docs/images.md states the rule.
+
+    Unsigned grey of n bits is scaled from [0, 2^n - 1] to [0, 255]. Signed, 32-bit and floating point grey has no
+    agreed range: 0 to 255, or 0 to 1 of floating point, stay what they are, and the scale is widened to the image's
+    least and greatest value where they lie beyond, one pixel in a thousand apart. LAB is CIE's with white D50. Colour
+    profiles are not applied. What is transparent is laid over white.
+
+    Args:
+        image: of any mode; an RGB image without transparency is returned as it is.
+        grey: of :func:`grey_of` where the image was turned since it was opened; None asks it here.
+    """
+    grey = grey_of(image) if grey is None else grey
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode[0] in "IF" or grey.kind:
+        return _grey_to_8_bit(image, grey).convert("RGB")
+    if image.mode == "LAB":
+        rgb = ImageCms.applyTransform(image, _lab_to_srgb())
+        assert rgb is not None  # only in place there is none
+        return rgb
+    if image.has_transparency_data:
+        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+@functools.cache
+def _lab_to_srgb() -> ImageCms.ImageCmsTransform:
+    profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    # Pillow's own conversion looks colours up in a coarse table and is off by up to 33 levels
+    return ImageCms.buildTransform(*profiles, "LAB", "RGB", flags=ImageCms.Flags.NOOPTIMIZE)
+
+
+def _grey_to_8_bit(image: Image.Image, about: Grey) -> Image.Image:
+    values = np.asarray(image)
+    if about.kind:
+        values = values.view(about.kind)
+    low, high = (0.0, float(about.white)) if about.white else _bounds(values)
+    grey = values.astype(np.float64)  # eight bytes a pixel: nothing below makes another copy
+    np.nan_to_num(grey, copy=False, nan=0.0, posinf=high, neginf=low)
+    np.clip(grey, low, high, out=grey)
+    grey -= low
+    grey *= 255.0 / (high - low)
+    levels = np.rint(grey, out=grey).astype(np.uint8)
+    if about.inverted:
+        levels = 255 - levels
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):  # of a 16-bit PNG
+        levels[values == transparent] = 255
+    return Image.fromarray(levels)
+
+
+def _bounds(values: NDArray[np.generic]) -> tuple[float, float]:
+    """The ends of the scale of grey values without an agreed range."""
+    flat = values[np.isfinite(values)] if values.dtype.kind == "f" else values.ravel()
+    if not flat.size:
+        return 0.0, 1.0
+    spared = max(flat.size // _SPARED, int(flat.size >= 64))
+    ordered = np.partition(flat, (spared, flat.size - 1 - spared))
+    least, greatest = float(ordered[spared]), float(ordered[-1 - spared])
+    white = 1.0 if values.dtype.kind == "f" and greatest <= UNIT_FLOATS else 255.0
+    return min(least, 0.0), max(greatest, white)
