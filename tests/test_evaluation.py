@@ -268,7 +268,10 @@ def test_rows_that_cannot_be_scored_are_counted() -> None:
     assert list(found) == ["t", "other", "nobody"]
     one = found["t"]
     assert one.evaluation is not None
-    assert (one.evaluation.n, one.evaluation.top1, one.evaluation.loss) == (2, 0.5, None)
+    assert (one.evaluation.n, one.evaluation.top1, one.evaluation.loss) == (4, 0.25, None)
+    assert one.evaluation.confusions()["x"] == {"a": 2}
+    alone = evaluation_of_rows([Row("t", **answer, target="x")], {"t": ["a", "b"]})["t"]
+    assert (alone.evaluation, alone.unknown, alone.told_of_unknown) == (None, 1, "nothing is scored")
     assert (one.errors, one.unlabelled, one.unknown, one.unknown_labels) == (1, 1, 2, ("x",))
     assert found["other"].evaluation is found["nobody"].evaluation is None
     assert found["other"].to_dict() == {"n": 0, "errors": 1, "unlabelled": 0, "unknown": 0, "unknown_labels": []}

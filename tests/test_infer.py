@@ -144,13 +144,13 @@ def test_labels_are_evaluated(engine, tmp_path):
     scored = [row for row in rows if row.target != "unheard"]
     assert len(scored) == 12
     found = summary.evaluation["task1"]
-    assert (found.evaluation.n, found.unknown) == (12, 1)
-    assert found.evaluation.top1 == np.mean([row.label == row.target for row in scored])
+    assert (found.evaluation.n, found.unknown) == (13, 1)
+    assert found.evaluation.top1 == np.mean([row.label == row.target for row in rows])
     assert found.evaluation.loss == pytest.approx(np.mean([-np.log(row.target_probability) for row in scored]))
     report = invoke(tmp_path / "images", "--task", "task1", "--labels", "folder", "--report", tmp_path / "report")
     assert report.exit_code == 0, report.stderr
     assert f"{found.evaluation.top1:.2%}" in report.stderr
-    assert "unheard" in report.stderr
+    assert "1 true labels are none of its classes, such as unheard; they are counted as wrong" in report.stderr
     figures = json.loads((tmp_path / "report" / "evaluation.json").read_text())["tasks"]["task1"]
     assert figures["top1"] == found.evaluation.top1
     assert (tmp_path / "report" / "confusion-task1.png").stat().st_size > 1000

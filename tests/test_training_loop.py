@@ -52,7 +52,7 @@ def test_run_folder_holds_what_is_promised(finished: tuple[TrainResult, list[Pro
     names = {item.name for item in result.path.iterdir()}
     assert names == {
         "prompt_config.json", MODEL, "README.md", "last.safetensors", "train_config.yaml", "metrics.json",
-        "curves.png", "confusion_matrix.png", "tensorboard",
+        "curves.png", "confusion_matrix.png", "tensorboard", "held_out.json",
     }  # fmt: skip
     assert any((result.path / "tensorboard").iterdir())
     metrics = json.loads((result.path / "metrics.json").read_text())

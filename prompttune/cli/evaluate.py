@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -17,31 +16,30 @@ from rich.table import Table
 from prompttune.checkpoints import read_config
 from prompttune.cli.options import DATA_SETTINGS, setting_options
 from prompttune.cli.sections import SectionedCommand
-from prompttune.errors import CheckpointError, UsageError
+from prompttune.errors import UsageError
 from prompttune.evaluation.result import percent
+from prompttune.evaluation.scored import DEFAULT_SPLIT, SPLITS
 from prompttune.evaluation.segmentation import SegmentationEvaluation
-from prompttune.fields import coerce_all, settings_of
+from prompttune.fields import settings_of
 from prompttune.files import write_json
-from prompttune.limits import out_of_bounds
-from prompttune.training.config import TrainConfig, read_yaml
-from prompttune.training.scoring import SPLITS, EvaluationResult
+from prompttune.training.config import TrainConfig
+from prompttune.training.own_data import data_settings
+from prompttune.training.scoring import EvaluationResult
 from prompttune.training.scoring import evaluate as evaluate_model
-from prompttune.training.state import RunFolder
 
 EXAMPLES = """
 prompttune evaluate runs/digits
 prompttune evaluate runs/shapes-seg --json
-prompttune evaluate runs/photos --data other-photos/ --split all --json
+prompttune evaluate runs/photos --data other-photos/ --json
+prompttune evaluate runs/photos --data photos/ --split test
 """
 SHOWN_CLASSES = 40
-SETTINGS = (*DATA_SETTINGS, "seed", "batch_size", "device")
-REMEMBERED = ("data", "data_root", "val_fraction", "reduce_zero_label", "limit", "seed", "max_corrupt")
-"""Settings that are taken from the run where no other data is named."""
+SETTINGS = (*(name for name in DATA_SETTINGS if name != "val_fraction"), "seed", "batch_size", "device")
 
 
 @click.command(cls=SectionedCommand, examples=EXAMPLES)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--split", type=click.Choice(SPLITS), default=SPLITS[0], show_default=True, help="Which images to score.")
+@click.option("--split", type=click.Choice(SPLITS), help=f"Images to score.  [default: {DEFAULT_SPLIT}]")
 @click.option("--weights", help="Where to take the backbone's weights from, if not from where training took them.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for evaluation.json and confusion_matrix.png.")
 @click.option(
@@ -51,12 +49,9 @@ REMEMBERED = ("data", "data_root", "val_fraction", "reduce_zero_label", "limit",
 )
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-@click.pass_context
 def evaluate(
-    ctx: click.Context,
-    /,
     checkpoint: Path,
-    split: str,
+    split: str | None,
     weights: str | None,
     output: Path | None,
     report: Path | None,
@@ -68,14 +63,16 @@ def evaluate(
 
     Of a segmentation: IoU of each class, their mean, and the share of right pixels.
 
-    Without --data, the validation images that the run itself held out are scored.
+    Without --data, the validation images that the run itself held out are scored, whatever has been added to its data.
+    With --data, a data set without splits is scored whole.
     """
-    chosen = _settings(ctx, checkpoint, settings)
+    typed = {name: value for name, value in settings.items() if value is not None}
+    data = data_settings(checkpoint, typed.get("data"), typed)["data"]
     segments = read_config(checkpoint).get("segmentation") is not None
     if segments and report is not None:
         raise UsageError("--report shows a classification: give --output, which takes a segmentation's figures")
-    # Masks bring their own validation split; a class has no label 0 to leave out.
-    chosen.pop("val_fraction" if segments else "reduce_zero_label")
+    if not segments:
+        typed.pop("reduce_zero_label", None)  # a class has no label 0 to leave out
     scorer: Callable[..., EvaluationResult | SegmentationEvaluation] = evaluate_model
     if segments:
         from prompttune.training.segmenting import evaluate_segmentation as scorer
@@ -86,59 +83,29 @@ def evaluate(
             split=split,
             weights=weights,
             on_batch=lambda done, total: bar.update(task, completed=done, total=total),
-            **chosen,
+            **{"batch_size": TrainConfig.batch_size, **typed},
         )
-    document = {"checkpoint": str(checkpoint), "data": chosen["data"], "split": split, **result.to_dict()}
+    assert result.chosen is not None
+    head = {"checkpoint": str(checkpoint), "data": data, "split": result.chosen.split, "notes": result.notes}
+    document = {**head, **result.to_dict()}
     if output is not None:
         _write(output, document, result)
     if isinstance(result, EvaluationResult) and report is not None:
         _report(report, document, result)
     if as_json:
         click.echo(json.dumps(document, indent=2, ensure_ascii=False))
-        return
-    if isinstance(result, EvaluationResult):
+    elif isinstance(result, EvaluationResult):
         _show(result)
     else:
         _show_segmentation(result, document["class_pixels"])
-    for line in result.corrupt:
-        click.echo(f"unreadable image: {line}", err=True)
+    click.echo(f"scored {result.n} images: {result.chosen.what}", err=True)
+    for line in (*result.notes, *(f"unreadable image: {line}" for line in result.corrupt)):
+        click.echo(line, err=True)
 
 
 evaluate.params.extend(
     setting_options([known for name, known in settings_of(TrainConfig).items() if name in SETTINGS], "Data")
 )
-
-
-def _settings(ctx: click.Context, checkpoint: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """The command line's settings, over the run's where its own data is meant, over the defaults."""
-    typed = _checked(
-        {name: value for name, value in given.items() if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-    )
-    defaults = {name: known.default for name, known in settings_of(TrainConfig).items() if name in SETTINGS}
-    remembered: dict[str, Any] = {}
-    if "data" not in typed:
-        file = RunFolder(checkpoint).settings
-        if not checkpoint.is_dir():
-            raise CheckpointError(f"no checkpoint folder at {checkpoint}")
-        if not file.exists():
-            raise UsageError(f"{checkpoint} does not say what it was trained on: give --data")
-        remembered = {name: value for name, value in read_yaml(file).items() if name in REMEMBERED}
-        try:
-            remembered = _checked(remembered)
-        except UsageError as problem:
-            raise UsageError(f"{file} is damaged: {problem}; give --data") from None
-    chosen = {**defaults, **remembered, **typed}
-    return {**chosen, "workers": chosen["workers"] or 0}
-
-
-def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings brought to their types and held to their bounds; :class:`UsageError` names one that does not fit."""
-    known = settings_of(TrainConfig)
-    made = coerce_all(values, known, "setting")
-    for name, value in made.items():
-        if isinstance(value, int | float) and (problem := out_of_bounds(name, value, known[name].metadata)):
-            raise UsageError(problem)
-    return made
 
 
 def _write(folder: Path, document: dict[str, Any], result: EvaluationResult | SegmentationEvaluation) -> None:

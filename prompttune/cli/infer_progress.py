@@ -92,8 +92,8 @@ def evaluation_table(evaluations: Mapping[str, TaskEvaluation]) -> None:
     """Accuracy and calibration of each task, on standard error: standard output may be rows."""
     table = make_table(("task",), ("images", "top-1", "top-5", "balanced", "macro F1", "loss", "ECE", "not scored"))
     for task, one in evaluations.items():
-        out = str(one.errors + one.unlabelled + one.unknown)
         found = one.evaluation
+        out = str(one.errors + one.unlabelled + (one.unknown if found is None else 0))
         if found is None:
             table.add_row(task, "0", *["-"] * 6, out)
             continue
@@ -104,4 +104,5 @@ def evaluation_table(evaluations: Mapping[str, TaskEvaluation]) -> None:
     for task, one in evaluations.items():
         if one.unknown:
             named = ", ".join(one.unknown_labels)
-            click.echo(f"{task}: {one.unknown} true labels are none of its classes, such as {named}", err=True)
+            words = f"{one.unknown} true labels are none of its classes, such as {named}; {one.told_of_unknown}"
+            click.echo(f"{task}: {words}", err=True)

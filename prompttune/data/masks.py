@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from prompttune.data.splitting import SEEDS
+from prompttune.data.base import Parts, Subset
+from prompttune.data.split_names import ALL, TEST, TRAIN, VAL, split_of
+from prompttune.data.splitting import at_most
 from prompttune.errors import DataError, UsageError
 from prompttune.images import is_image, opened, read_oriented, turn_upright
 from prompttune.segmentation.config import IGNORE_INDEX
@@ -20,7 +21,6 @@ from prompttune.segmentation.config import IGNORE_INDEX
 Mask = NDArray[np.uint8]
 """[height, width]: the class index of each pixel, or :data:`IGNORE_INDEX`."""
 
-TRAINING, VALIDATION = "training", "validation"
 NAMES_FILE = "classes.txt"
 ADE20K_NAMES_FILE = "objectInfo150.txt"
 LAYOUT = "images/training, annotations/training, images/validation and annotations/validation"
@@ -50,6 +50,10 @@ class MaskSource(Protocol):
         """Where the image comes from."""
         ...
 
+    def labels(self) -> list[int] | None:
+        """None, which is what this gives: an image has no class of its own."""
+        ...
+
 
 @dataclass(frozen=True)
 class MaskSplits:
@@ -62,26 +66,6 @@ class MaskSplits:
     """The specification that it was loaded by."""
 
 
-class MaskSubset(MaskSource):
-    """Some images of a source, in the order of ``indices``."""
-
-    def __init__(self, source: MaskSource, indices: Sequence[int]) -> None:
-        self.source = source
-        self.indices = list(indices)
-        self.classes = source.classes
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def load(self, index: int) -> tuple[Image.Image, Mask]:
-        """See :class:`MaskSource`."""
-        return self.source.load(self.indices[index])
-
-    def describe(self, index: int) -> str:
-        """The source's description of the image."""
-        return self.source.describe(self.indices[index])
-
-
 class FileMaskSource(MaskSource):
     """Image files, each with an annotation file whose pixels are class numbers.
 
@@ -89,10 +73,14 @@ class FileMaskSource(MaskSource):
         pairs: image and annotation.
         classes: names by index.
         reduce_zero_label: the annotation's 0 is no class, 1 is the class of index 0 and so on.
+        root: folder of the data set.
     """
 
-    def __init__(self, pairs: Sequence[tuple[Path, Path]], classes: Sequence[str], reduce_zero_label: bool) -> None:
+    def __init__(
+        self, pairs: Sequence[tuple[Path, Path]], classes: Sequence[str], reduce_zero_label: bool, root: Path
+    ) -> None:
         self.pairs = list(pairs)
+        self.root = root
         self.classes = list(classes)
         self.reduce_zero_label = reduce_zero_label
 
@@ -159,6 +147,16 @@ def indexed(numbers: NDArray[np.int64], reduce_zero_label: bool) -> Mask:
     return np.where(ignored, IGNORE_INDEX, numbers).astype(np.uint8)
 
 
+def mask_files_at(source: Any, index: int) -> tuple[Path, Path, str] | None:
+    """Image and annotation, and the image's path below the data set's folder; None for what is not files."""
+    while isinstance(source, Subset):
+        index, source = source.indices[index], source.source
+    if not isinstance(source, FileMaskSource):
+        return None
+    image, mask = source.pairs[index]
+    return image, mask, image.relative_to(source.root).as_posix()
+
+
 def load_masks(
     spec: str,
     *,
@@ -167,15 +165,14 @@ def load_masks(
     seed: int = 0,
     reduce_zero_label: bool = True,
 ) -> MaskSplits:
-    """Load a data set of masks.
+    """Load a data set of masks to train with: the split ``train``, and ``val``, else ``test``, to validate on.
 
     Args:
-        spec: ``demo/shapes-seg``, or a folder as ADE20K has it: ``images/training``, ``annotations/training``,
-            ``images/validation`` and ``annotations/validation``, an annotation called as its image.
+        spec: see :func:`load_mask_parts`, as are ``root`` and ``reduce_zero_label``.
         root: folder that a relative path belongs to.
         limit: use at most so many images of each split.
         seed: seed of the choice that ``limit`` makes.
-        reduce_zero_label: in a folder, number 0 is no class.
+        reduce_zero_label: number 0 of a folder's annotations means that a pixel has no class.
 
     Raises:
         UsageError: an unknown name, or a limit out of range.
@@ -183,41 +180,72 @@ def load_masks(
     """
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, not {limit}")
+    parts = load_mask_parts(spec, root=root, reduce_zero_label=reduce_zero_label)
+    train = parts.named.get(TRAIN)
+    val = parts.named.get(VAL, parts.named.get(TEST))
+    if train is None or val is None:
+        raise DataError(f"{parts.name} has no split {TRAIN if train is None else VAL}; a training reads {LAYOUT}")
+    # numbers without names are names themselves, so the shorter list is the beginning of the longer one
+    classes = max(train.classes, val.classes, key=len)
+    if not 2 <= len(classes) <= IGNORE_INDEX:
+        raise DataError(f"{parts.name} has {len(classes)} classes; a segmentation needs from 2 to {IGNORE_INDEX}")
+    train.classes = val.classes = classes
+    held: Any = at_most(val, limit, seed)
+    trained: Any = at_most(train, limit, seed)
+    return MaskSplits(trained, held, classes, spec)
+
+
+def load_mask_parts(spec: str, *, root: str | None = None, reduce_zero_label: bool = True) -> Parts:
+    """Load the splits that a data set of masks has, to score them; the sources are :class:`MaskSource`.
+
+    Args:
+        spec: ``demo/shapes-seg``, or a folder as ADE20K has it: ``images/training``, ``annotations/training``,
+            ``images/validation`` and ``annotations/validation``, an annotation called as its image. The splits may
+            have other usual names, see :func:`~prompttune.data.split_names.split_of`, and without any the images
+            stand in ``images`` and ``annotations`` themselves. A test split without annotations is left out.
+        root: folder that a relative path belongs to.
+        reduce_zero_label: number 0 of a folder's annotations means that a pixel has no class.
+
+    Raises:
+        UsageError: an unknown name.
+        DataError: the data are missing or incomplete; one line that says what to do.
+    """
     kind, _, name = spec.partition("/")
     if kind == "demo":
         from prompttune.data.shape_masks import load_shape_masks
 
-        splits = load_shape_masks(name)
-    else:
-        splits = _load_folder(Path(root or "").expanduser() / Path(spec).expanduser(), reduce_zero_label)
-    train, val = _at_most(splits.train, limit, seed), _at_most(splits.val, limit, seed)
-    return dataclasses.replace(splits, train=train, val=val, name=spec)
-
-
-def _at_most(source: MaskSource, limit: int | None, seed: int) -> MaskSource:
-    if limit is None or len(source) <= limit:
-        return source
-    order = np.random.RandomState(seed % SEEDS).permutation(len(source))
-    return MaskSubset(source, sorted(order[:limit].tolist()))
-
-
-def _load_folder(folder: Path, reduce_zero_label: bool) -> MaskSplits:
+        return load_shape_masks(name)
+    folder = Path(root or "").expanduser() / Path(spec).expanduser()
     if not folder.is_dir():
         raise DataError(f"no data at {folder}; give a folder with {LAYOUT}, or demo/shapes-seg")
-    train, val = (_pairs(folder, split) for split in (TRAINING, VALIDATION))
-    classes = _classes(folder, [*train, *val], reduce_zero_label)
-    if not 2 <= len(classes) <= IGNORE_INDEX:
-        raise DataError(f"{folder} has {len(classes)} classes; a segmentation needs from 2 to {IGNORE_INDEX}")
-    sources = [FileMaskSource(pairs, classes, reduce_zero_label) for pairs in (train, val)]
-    return MaskSplits(sources[0], sources[1], classes, str(folder))
+    images, annotations = (_split_folders(folder / part) for part in ("images", "annotations"))
+    if images.keys() > {TEST} and TEST not in annotations:
+        images.pop(TEST, None)
+    named: dict[str, Any] = {}
+    for split, place in images.items():
+        if split not in annotations:
+            raise DataError(f"no folder {folder / 'annotations' / place.name}; a segmentation reads {LAYOUT}")
+        pairs = _pairs(place, annotations[split])
+        named[split] = FileMaskSource(pairs, _classes(folder, pairs, reduce_zero_label), reduce_zero_label, folder)
+    return Parts(named, str(folder))
 
 
-def _pairs(folder: Path, split: str) -> list[tuple[Path, Path]]:
+def _split_folders(folder: Path) -> dict[str, Path]:
+    """The folder of each split, or the folder itself where none is one of a split."""
+    if not folder.is_dir():
+        raise DataError(f"no folder {folder}; a segmentation reads {LAYOUT}")
+    found: dict[str, Path] = {}
+    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if split := split_of(place.name):
+            if split in found:
+                raise DataError(f"the folders {found[split].name} and {place.name} of {folder} mean the same split: "
+                                "keep one of them")  # fmt: skip
+            found[split] = place
+    return found or {ALL: folder}
+
+
+def _pairs(images: Path, annotations: Path) -> list[tuple[Path, Path]]:
     """Images of a split in the order of their names, each with its annotation."""
-    images, annotations = folder / "images" / split, folder / "annotations" / split
-    for part in (images, annotations):
-        if not part.is_dir():
-            raise DataError(f"no folder {part}; a segmentation reads {LAYOUT}")
     masks = {path.stem: path for path in sorted(annotations.iterdir()) if path.suffix.lower() == ".png"}
     found = sorted(path for path in images.iterdir() if is_image(path.name))
     if not found:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from prompttune.data import shapes
-from prompttune.data.masks import Mask, MaskSource, MaskSplits
+from prompttune.data.base import Parts
+from prompttune.data.masks import Mask, MaskSource
 from prompttune.errors import choose
 
 TRAIN, VAL = 600, 200
@@ -82,11 +84,12 @@ class ShapeMaskSource(MaskSource):
         return f"demo/{NAME}/{self.split}[{index}]"
 
 
-def load_shape_masks(name: str) -> MaskSplits:
+def load_shape_masks(name: str) -> Parts:
     """Load ``shapes-seg``: always the same 600 training and 200 validation images.
 
     Raises:
         UsageError: an unknown name.
     """
     choose("demo data set of masks", name, [NAME])
-    return MaskSplits(ShapeMaskSource("train", TRAIN), ShapeMaskSource("val", VAL), list(CLASSES), f"demo/{name}")
+    named: dict[str, Any] = {"train": ShapeMaskSource("train", TRAIN), "val": ShapeMaskSource("val", VAL)}
+    return Parts(named, f"demo/{name}")

@@ -146,5 +146,5 @@ def _unknown(task: str, one: Evaluation | TaskEvaluation) -> Iterable[str]:
         names = ", ".join(one.unknown_labels)
         yield (
             f'<p class="warning">{escape(task)}: {one.unknown} true labels are none of its classes, such as '
-            f"{escape(names)}</p>"
+            f"{escape(names)}; {one.told_of_unknown}</p>"
         )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from prompttune.evaluation.scored import class_notes
 
 Counts = NDArray[np.int64]
 
@@ -81,12 +84,21 @@ class Evaluation:
     n: int
     """Images scored."""
     labels: tuple[str, ...]
+    """Names of the C classes; the last ``unseen`` of them are classes of the data that the model does not have."""
     confusion: Counts
     """Counts [C, C]: true class by predicted class, in the order of ``labels``."""
     not_finite: Counts
     """Images of each class [C] whose logits are not finite. They count as wrong and are in no column of
     ``confusion`` and in no bin of ``calibration``."""
     calibration: Calibration
+    unseen: int = 0
+    """Classes that only the data have. Their images count as wrong everywhere but in the loss, which is the mean over
+    the others."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know about classes that only the model or only the data have, a line each."""
+        return class_notes(self.labels, self.unseen, self.support.tolist())
 
     @property
     def support(self) -> Counts:
@@ -154,11 +166,18 @@ class Evaluation:
             "macro_f1": self.macro_f1,
             "ece": self.ece,
             "not_finite": int(self.not_finite.sum()),
+            "unseen": unseen_counts(self.labels, self.unseen, self.support),
             "per_class": self.per_class,
             "report": {label: asdict(figures) for label, figures in self.report.items()},
             "confusion": self.confusions(),
             "calibration": self.calibration.bins(),
         }
+
+
+def unseen_counts(labels: Sequence[str], unseen: int, support: Counts) -> dict[str, int]:
+    """How much there is of each class that only the data have."""
+    known = len(labels) - unseen
+    return dict(zip(labels[known:], support[known:].tolist(), strict=True))
 
 
 def row_shares(confusion: Counts, support: Counts) -> NDArray[np.float64]:

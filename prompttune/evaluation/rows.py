@@ -17,6 +17,10 @@ _NAMED = 8
 """Unknown labels that are named."""
 
 
+OTHERS = "(other classes)"
+"""Stands for true labels that are none of a task's classes, if they are several."""
+
+
 class ScoredRow(Protocol):
     """What is read of a row."""
 
@@ -60,9 +64,15 @@ class TaskEvaluation:
     unlabelled: int = 0
     """Rows without a true label."""
     unknown: int = 0
-    """Rows whose true label is none of the task's classes."""
+    """Rows whose true label is none of the task's classes. They count as wrong, together as one more class, if other
+    rows are scored."""
     unknown_labels: tuple[str, ...] = ()
     """Some of these labels."""
+
+    @property
+    def told_of_unknown(self) -> str:
+        """What becomes of the unknown ones, in words."""
+        return "nothing is scored" if self.evaluation is None else "they are counted as wrong"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON: those of the evaluation, or ``n`` of 0 alone, and the rows left out."""
@@ -81,7 +91,7 @@ class _Task:
     def __init__(self, labels: Sequence[str]) -> None:
         self.labels = tuple(labels)
         self.index = {label: number for number, label in enumerate(labels)}
-        self.tally = Tally(len(labels))
+        self.tally = Tally(len(labels), unseen=1)
         self.pending: list[tuple[int, int, float, float, float]] = []
         self.errors = self.unlabelled = self.unknown = 0
         self.unknown_labels: list[str] = []
@@ -91,11 +101,11 @@ class _Task:
             self.errors += 1
         elif row.target is None:
             self.unlabelled += 1
-        elif row.target not in self.index:
-            self.unknown += 1
-            if row.target not in self.unknown_labels and len(self.unknown_labels) < _NAMED:
-                self.unknown_labels.append(row.target)
         else:
+            if row.target not in self.index:
+                self.unknown += 1
+                if row.target not in self.unknown_labels and len(self.unknown_labels) < _NAMED:
+                    self.unknown_labels.append(row.target)
             self.pending.append(self._scored(row, row.target))
             if len(self.pending) == _PENDING:
                 self.flush()
@@ -106,7 +116,7 @@ class _Task:
         if predicted is not None and predicted not in self.index:
             raise DataError(f"a row of task {row.task!r} has the label {predicted!r}, which is none of its classes")
         return (
-            self.index[target],
+            self.index.get(target, len(self.labels)),
             0 if predicted is None else self.index[predicted],
             math.nan if confidence is None or predicted is None else confidence,
             self._in_top5(target, [name for name, _ in row.top_k]),
@@ -115,6 +125,8 @@ class _Task:
 
     def _in_top5(self, target: str, ranked: Sequence[str]) -> float:
         best = ranked[:TOP_K]
+        if target not in self.index:
+            return 0.0
         if target in best or len(self.labels) <= TOP_K:
             return 1.0
         return 0.0 if len(best) == TOP_K else math.nan
@@ -127,9 +139,10 @@ class _Task:
     def result(self) -> TaskEvaluation:
         self.flush()
         counts = self.tally.arrays()
-        scored = int(counts["confusion"].sum() + counts["not_finite"].sum())
+        known = int(counts["confusion"][:-1].sum() + counts["not_finite"][:-1].sum())
+        extra = (self.unknown_labels[0] if len(self.unknown_labels) == 1 else OTHERS,) if self.unknown else ()
         return TaskEvaluation(
-            self.tally.result(self.labels) if scored else None,
+            self.tally.result((*self.labels, *extra)) if known else None,
             errors=self.errors,
             unlabelled=self.unlabelled,
             unknown=self.unknown,
@@ -149,7 +162,7 @@ class RowScores:
         self._tasks: dict[str, _Task] = {}
 
     def add(self, row: ScoredRow) -> None:
-        """Count a row. One with an error, without a true label or with one that the task has not is not scored.
+        """Count a row. One with an error or without a true label is not scored.
 
         A task that ``labels_of`` does not have may have rows with errors alone.
 

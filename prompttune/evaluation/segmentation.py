@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prompttune.errors import DataError
+from prompttune.evaluation.result import unseen_counts
+from prompttune.evaluation.scored import Chosen, class_notes
 from prompttune.segmentation.config import IGNORE_INDEX
 
 Counts = NDArray[np.int64]
@@ -29,6 +31,16 @@ class SegmentationEvaluation:
     """Mean cross entropy of a pixel, in nats."""
     corrupt: tuple[str, ...] = ()
     """One line for each image that could not be read."""
+    unseen: int = 0
+    """Number of classes that only the data have, the last of ``labels``; their pixels count as wrong."""
+    chosen: Chosen | None = None
+    """Which images were scored; None in the course of a training."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know about the images and their classes, a line each."""
+        own = class_notes(self.labels, self.unseen, self.confusion.sum(axis=1).tolist(), "pixels")
+        return [*(() if self.chosen is None else self.chosen.notes), *own]
 
     @property
     def pixels(self) -> int:
@@ -64,6 +76,7 @@ class SegmentationEvaluation:
             "n": self.n,
             "pixels": self.pixels,
             "iou": self.iou,
+            "unseen": unseen_counts(self.labels, self.unseen, self.confusion.sum(axis=1)),
             "class_pixels": dict(zip(self.labels, self.confusion.sum(axis=1).tolist(), strict=True)),
             "confusion": self.confusion.tolist(),
             "corrupt": list(self.corrupt),
@@ -75,12 +88,14 @@ class PixelTally:
 
     Args:
         classes: number of classes C.
+        unseen: number of further classes that only the masks have; their pixels are wrong, and in no loss.
     """
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, unseen: int = 0) -> None:
         self.classes = classes
+        self.rows = classes + unseen
         self.sums: dict[str, NDArray[Any]] = {
-            "confusion": np.zeros((classes, classes), dtype=np.int64),
+            "confusion": np.zeros((self.rows, self.rows), dtype=np.int64),
             "images": np.zeros((), dtype=np.int64),
             "loss": np.zeros((), dtype=np.float64),
         }
@@ -94,8 +109,8 @@ class PixelTally:
             loss: cross entropy summed over the pixels that have a class, in nats.
         """
         known = targets != IGNORE_INDEX
-        cells = targets[known].astype(np.int64) * self.classes + predicted[known]
-        counts = np.bincount(cells, minlength=self.classes**2).reshape(self.classes, self.classes)
+        cells = targets[known].astype(np.int64) * self.rows + predicted[known]
+        counts = np.bincount(cells, minlength=self.rows**2).reshape(self.rows, self.rows)
         self.sums["confusion"] += counts
         self.sums["images"] += len(targets)
         self.sums["loss"] += loss
@@ -112,5 +127,7 @@ class PixelTally:
         pixels = int(confusion.sum())
         if not pixels:
             raise DataError("no pixel could be scored: every image is unreadable or has no class in its mask")
-        loss = float(self.sums["loss"]) / pixels if with_loss else None
-        return SegmentationEvaluation(tuple(labels), confusion, int(self.sums["images"]), loss, tuple(corrupt))
+        learnt = int(confusion[: self.classes].sum())
+        loss = (float(self.sums["loss"]) / learnt if learnt else math.nan) if with_loss else None
+        unseen = self.rows - self.classes
+        return SegmentationEvaluation(tuple(labels), confusion, int(self.sums["images"]), loss, tuple(corrupt), unseen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,15 +28,18 @@ class Tally:
     """Sums over images; those of several processes add up. Their size depends on the number of classes alone.
 
     Args:
-        classes: number of classes C; targets and predictions are indices below it.
+        classes: number of classes C; predictions are indices below it.
+        unseen: number of further classes U that only the images have; targets are indices below C + U. An image of
+            one is a wrong answer, and its loss, which is infinite, is not in the mean.
     """
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, unseen: int = 0) -> None:
         self.classes = classes
+        self.rows = classes + unseen
         whole = ("top5", "top5_unknown", "loss_unknown")
         self._sums: dict[str, NDArray[Any]] = {
-            "confusion": np.zeros((classes, classes), dtype=np.int64),
-            "not_finite": np.zeros(classes, dtype=np.int64),
+            "confusion": np.zeros((self.rows, self.rows), dtype=np.int64),
+            "not_finite": np.zeros(self.rows, dtype=np.int64),
             **{name: np.zeros((), dtype=np.int64) for name in whole},
             "loss": np.zeros((), dtype=np.float64),
             "bin_counts": np.zeros(BINS, dtype=np.int64),
@@ -70,9 +74,10 @@ class Tally:
         unknown = np.full(chosen.shape, np.nan)
         known = unknown if in_top5 is None else np.asarray(in_top5, dtype=np.float64)
         shares = unknown if target_probabilities is None else np.asarray(target_probabilities, dtype=np.float64)
-        losses = -np.log(np.maximum(shares, _SMALLEST))
+        indices = np.asarray(targets)
+        losses = np.where(indices < self.classes, -np.log(np.maximum(shares, _SMALLEST)), 0.0)
         self._sums["loss_unknown"] += np.isnan(losses).sum()
-        self._count(np.asarray(targets), np.asarray(predictions), chosen, known, np.nan_to_num(losses))
+        self._count(indices, np.asarray(predictions), chosen, known, np.nan_to_num(losses))
 
     def add_logits(self, logits: ArrayLike, targets: ArrayLike) -> None:
         """Count images by their logits [N, C] and true classes [N]; of equal logits the first is the likelier.
@@ -90,10 +95,11 @@ class Tally:
             self._add_logits(values[start : start + step].astype(np.float64), indices[start : start + step])
 
     def _add_logits(self, logits: Floats, targets: NDArray[Any]) -> None:
-        self._check(targets)
+        self._check(targets, self.rows)
         finite = np.isfinite(logits).all(axis=1)
         logits[~finite] = 0.0
-        of_target = np.take_along_axis(logits, targets[:, None], axis=1)  # [N, 1]
+        known = targets < self.classes
+        of_target = np.take_along_axis(logits, np.where(known, targets, 0)[:, None], axis=1)  # [N, 1]
         earlier = np.arange(self.classes) < targets[:, None]
         ranks = ((logits > of_target) | ((logits == of_target) & earlier)).sum(axis=1)
         largest = logits.max(axis=1)
@@ -103,8 +109,8 @@ class Tally:
             targets,
             logits.argmax(axis=1),
             np.where(finite, 1 / sums, np.nan),
-            (ranks < TOP_K).astype(np.float64),
-            np.where(finite, losses, np.nan),
+            ((ranks < TOP_K) & known).astype(np.float64),
+            np.where(known, np.where(finite, losses, np.nan), 0.0),
         )
 
     def _count(
@@ -115,8 +121,8 @@ class Tally:
         in_top5: Floats,
         losses: Floats,
     ) -> None:
-        self._check(targets)
-        self._check(predictions)
+        self._check(targets, self.rows)
+        self._check(predictions, self.classes)
         sums, finite = self._sums, np.isfinite(confidences)
         np.add.at(sums["not_finite"], targets[~finite], 1)
         top5 = in_top5[finite]
@@ -131,9 +137,9 @@ class Tally:
         np.add.at(sums["bin_correct"], bins, targets == predictions)
         np.add.at(sums["bin_confidence"], bins, confidences)
 
-    def _check(self, indices: NDArray[Any]) -> None:
-        if indices.size and (indices.min() < 0 or indices.max() >= self.classes):
-            raise ValueError(f"class indices from {indices.min()} to {indices.max()} for {self.classes} classes")
+    def _check(self, indices: NDArray[Any], classes: int) -> None:
+        if indices.size and (indices.min() < 0 or indices.max() >= classes):
+            raise ValueError(f"class indices from {indices.min()} to {indices.max()} for {classes} classes")
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The sums themselves: int64 and float64 arrays by name, the same names and shapes for as many classes."""
@@ -148,7 +154,7 @@ class Tally:
         """The figures.
 
         Args:
-            labels: names of the C classes.
+            labels: names of the C + U classes; unseen ones at the end that have no image may be left out.
 
         Raises:
             DataError: there was no image.
@@ -158,13 +164,17 @@ class Tally:
         n = int(sums["confusion"].sum() + sums["not_finite"].sum())
         if not n:
             raise DataError("there is no readable image to evaluate on")
+        size = len(labels)
+        known = int(sums["confusion"][: self.classes].sum() + sums["not_finite"][: self.classes].sum())
+        loss = float(sums["loss"]) / known if known else math.nan
         return Evaluation(
             top1=right / n,
             top5=None if sums["top5_unknown"] else int(sums["top5"]) / n,
-            loss=None if sums["loss_unknown"] else float(sums["loss"]) / n,
+            loss=None if sums["loss_unknown"] else loss,
             n=n,
             labels=tuple(labels),
-            confusion=sums["confusion"],
-            not_finite=sums["not_finite"],
+            confusion=sums["confusion"][:size, :size],
+            not_finite=sums["not_finite"][:size],
             calibration=Calibration(sums["bin_counts"], sums["bin_correct"], sums["bin_confidence"]),
+            unseen=size - self.classes,
         )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
-Phase = Literal["note", "train", "validate", "epoch"]
+Phase = Literal["note", "list", "train", "validate", "epoch"]
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,13 @@ class Progress:
     """One piece of news from a run."""
 
     phase: Phase
-    """``note``: only ``text``; ``train``, ``validate``: after each batch; ``epoch``: after each epoch."""
+    """``note``: only ``text``; ``list``: after each validation image that the run lists before it begins; ``train``,
+    ``validate``: after each batch; ``epoch``: after each epoch."""
     epoch: int = 0
     """Counted from 1."""
     epochs: int = 0
     step: int = 0
-    """Batches done of this phase."""
+    """Batches done of this phase, or images listed."""
     steps: int = 0
     loss: float = 0.0
     """Mean training loss of this epoch so far."""
@@ -160,10 +161,11 @@ class Display:
         figures = f"loss {news.loss:.4f}  {news.measure} {news.accuracy:.1%}  " if news.phase == "train" else ""
         figures += f"{news.images_per_second:.0f} images/s  {duration(news.seconds_left)} left"
         word = "epoch" if news.phase == "train" else "validation"
+        listing = news.phase == "list"
         self._bars.update(
             self._task,
-            description=f"{word} {news.epoch}/{news.epochs}",
+            description="reading validation images" if listing else f"{word} {news.epoch}/{news.epochs}",
             completed=news.step,
             total=news.steps,
-            figures=figures,
+            figures="" if listing else figures,
         )

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prompttune.data import Batch, CorruptImages, DataSplits, load_data, loading, make_loader, on_device
+from prompttune.data import Batch, CorruptImages, DataSplits, loading, make_loader, on_device
 from prompttune.data.mask_loading import make_mask_loader
 from prompttune.data.mask_transforms import JointTransform
-from prompttune.data.masks import MaskSplits, load_masks
+from prompttune.data.masks import MaskSplits
 from prompttune.data.rng import derive_seed
-from prompttune.errors import DataError, DivergedError
+from prompttune.errors import DataError, DivergedError, UsageError
 from prompttune.model import PromptModel
+from prompttune.training.held_out import HELD_OUT_FILE, HeldOut
 from prompttune.training.initial import take_parameters
 from prompttune.training.keep import Keeper, Result
 from prompttune.training.launch import gather_lines, loader_workers, on_rank_zero, sum_over
@@ -29,6 +30,7 @@ from prompttune.training.optim import (
     make_optimizer,
     set_learning_rate,
 )
+from prompttune.training.own_data import load_splits
 from prompttune.training.progress import Clock, OnProgress, Phase, Progress
 from prompttune.training.scoring import Scores, score
 from prompttune.training.segmenting import PixelScores, right_pixels
@@ -156,7 +158,16 @@ class Run:
     def go(self, saved: Saved | None) -> Progression:
         """Train from the start or from a saved state to the end; the run folder holds the result."""
         try:
+            listed = None if saved is None else HeldOut.read(self.keeper.folder.path)
+            if listed is not None and not listed.lists(self.data.val):
+                raise UsageError(
+                    f"cannot resume {self.keeper.folder.path}: {self.config.data} has changed since it began, so that "
+                    f"other images would validate than {HELD_OUT_FILE} lists; restore the data, or start a new run"
+                )
             self.keeper.begin(saved)
+            if listed is None and self.fabric.is_global_zero:
+                held = HeldOut.of(self.data.val, len(self.data.train), self._tell_listed)
+                held.write(self.keeper.folder.path, self.config.data)
             self.corrupt.add(self.progression.corrupt)
             self._introduce(saved)
             while self.progression.goes_on(self.config.epochs, self.config.patience):
@@ -334,6 +345,10 @@ class Run:
         if self.on_progress is not None:
             self.on_progress(Progress("note", text=text))
 
+    def _tell_listed(self, done: int, images: int) -> None:
+        if self.on_progress is not None:
+            self.on_progress(Progress("list", step=done, steps=images))
+
     def _tell(self, phase: Phase, epoch: int, step: int = 0, **news: Any) -> None:
         if self.on_progress is None:
             return
@@ -359,12 +374,7 @@ class Run:
 
 
 def _load_splits(config: TrainConfig) -> DataSplits | MaskSplits:
-    data: DataSplits | MaskSplits
-    shared: dict[str, Any] = {"seed": config.seed, "root": config.data_root, "limit": config.limit}
-    if config.task == "segmentation":
-        data = load_masks(config.data, reduce_zero_label=config.reduce_zero_label, **shared)
-    else:
-        data = load_data(config.data, val_fraction=config.val_fraction, **shared)
+    data = load_splits(config.to_flat(), config.task == "segmentation")
     if not len(data.train) or not len(data.val):
         raise DataError(
             f"{config.data} gives {len(data.train)} training and {len(data.val)} validation images; both are needed"

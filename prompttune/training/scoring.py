@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from prompttune.data import Batch, CorruptImages, EpochLoader, ImageSource, load_data, loading, make_loader
-from prompttune.errors import DataError, UsageError, choose
+from prompttune.data import Batch, CorruptImages, EpochLoader, ImageSource, loading, make_loader
+from prompttune.errors import UsageError
 from prompttune.evaluation.result import Evaluation
+from prompttune.evaluation.scored import Chosen, match_classes
 from prompttune.evaluation.tally import Tally
 from prompttune.model import PromptModel
+from prompttune.training.own_data import choose_images, data_settings
 
 if TYPE_CHECKING:
     from prompttune.backbones import Backbone
-
-SPLITS = ("val", "train", "all")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +33,13 @@ class EvaluationResult(Evaluation):
     """Mean cross entropy, in nats; NaN if a logit was not finite."""
     corrupt: tuple[str, ...] = ()
     """One line for each image that could not be read."""
+    chosen: Chosen | None = None
+    """Which images were scored; None in the course of a training."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know about the images and their classes, a line each."""
+        return [*(() if self.chosen is None else self.chosen.notes), *super().notes]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -42,8 +49,8 @@ class EvaluationResult(Evaluation):
 class Scores:
     """Sums over batches of tensors; those of several processes add up."""
 
-    def __init__(self, classes: int) -> None:
-        self.tally = Tally(classes)
+    def __init__(self, classes: int, unseen: int = 0) -> None:
+        self.tally = Tally(classes, unseen)
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
         """Count a batch: logits [B, C], class indices [B]."""
@@ -59,7 +66,7 @@ class Scores:
         """
         whole = self.tally
         if reduce is not None:
-            whole = Tally(self.tally.classes)
+            whole = Tally(self.tally.classes, self.tally.rows - self.tally.classes)
             whole.merge({name: reduce(torch.from_numpy(part)).numpy() for name, part in self.tally.arrays().items()})
         result = whole.result(labels)
         values = {one.name: getattr(result, one.name) for one in dataclasses.fields(result)}
@@ -91,7 +98,7 @@ def score(
         batches: images [B, 3, S, S] and class indices [B] of the data, or masks of them.
         scores: where to count.
         device: where the model stands.
-        columns: the model's class of each class of the data, [classes of the data]; None if they are the same.
+        columns: what to count each class of the data as, [classes of the data]; None if they are the model's.
         autocast: context of the forward pass.
         on_batch: called after each batch.
     """
@@ -115,14 +122,15 @@ def score_all(
     *,
     device: torch.device,
     max_corrupt: int,
-    columns: Tensor | None = None,
+    columns: Sequence[Tensor | None],
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """:func:`score` over loaders of so many ``images`` in all; the model keeps its mode.
 
     Args:
-        model, scores, device, columns: see :func:`score`.
+        model, scores, device: see :func:`score`.
         loaders: one a source.
+        columns: see :func:`score`, for each of them.
         images: of all of them, for the progress.
         max_corrupt: unreadable images that are tolerated.
         on_batch: called with the images done and the images to do.
@@ -143,32 +151,10 @@ def score_all(
             on_batch(done, images)
 
     was_training = model.training
-    for loader in loaders:
-        score(model, loader, scores, device=device, columns=columns, on_batch=count)
+    for loader, mapping in zip(loaders, columns, strict=True):
+        score(model, loader, scores, device=device, columns=mapping, on_batch=count)
     model.train(was_training)
     return corrupt.lines
-
-
-def match_classes(classes: Sequence[str], labels: Sequence[str]) -> Tensor | None:
-    """The model's index of each class of the data, [classes]; None if the two lists are the same.
-
-    Raises:
-        DataError: the names differ; the message names the differences.
-    """
-    if list(classes) == list(labels):
-        return None
-    missing, extra = sorted(set(labels) - set(classes)), sorted(set(classes) - set(labels))
-    if missing or extra:
-        parts = [f"only in the data: {_shortened(extra)}"] if extra else []
-        parts += [f"only in the checkpoint: {_shortened(missing)}"] if missing else []
-        raise DataError(f"the classes of the data are not the checkpoint's; {'; '.join(parts)}")
-    index = {label: position for position, label in enumerate(labels)}
-    return torch.tensor([index[name] for name in classes])
-
-
-def _shortened(names: Sequence[str], limit: int = 8) -> str:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
 
 
 def resolve_device(device: str) -> torch.device:
@@ -188,17 +174,16 @@ def resolve_device(device: str) -> torch.device:
 
 def evaluate(
     checkpoint: PromptModel | str | Path,
-    data: str | ImageSource,
+    data: str | ImageSource | None = None,
     *,
-    split: str = "val",
+    split: str | None = None,
     data_root: str | None = None,
-    val_fraction: float = 0.2,
-    seed: int = 0,
+    seed: int | None = None,
     limit: int | None = None,
     batch_size: int = 64,
     workers: int = 0,
     device: str = "auto",
-    max_corrupt: int = 10,
+    max_corrupt: int | None = None,
     backbone: Backbone | None = None,
     weights: str | None = None,
     on_batch: Callable[[int, int], None] | None = None,
@@ -207,50 +192,52 @@ def evaluate(
 
     Args:
         checkpoint: a model, or the folder of a checkpoint.
-        data: a data set as ``train`` takes it, or an image source.
-        split: ``val``, ``train`` or ``all``; ignored for an image source.
-        data_root: see ``TrainConfig.data_root``, as are ``val_fraction``, ``seed``, ``limit`` and ``max_corrupt``;
-            the same fraction and seed as in training give the same validation images.
-        val_fraction: share held out where the data names no validation split.
-        seed: seed of that split.
-        limit: use at most so many images.
+        data: a data set as ``train`` takes it, or an image source. None takes the images that the run in
+            ``checkpoint`` held out, see :mod:`prompttune.training.held_out`.
+        split: ``val``, ``test``, ``train`` or ``all``; None takes ``val``, else ``test``, else the whole data set. A
+            data set without splits has ``all`` alone. Ignored for an image source.
+        data_root: see ``TrainConfig.data_root``, as are ``seed``, ``limit`` and ``max_corrupt``; None takes the run's
+            where the data are the run's, else the default.
+        seed: seed of the choice that ``limit`` makes.
+        limit: use at most so many images of each split.
         batch_size: images of a forward pass.
         workers: loader processes.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:INDEX``.
         max_corrupt: unreadable images that are tolerated.
         backbone: a loaded backbone to use, None to load the checkpoint's.
         weights: where to take the backbone's weights from instead.
-        on_batch: called with the images done and the images to do.
+        on_batch: called with the images done and the images to do; also while held-out images are checked.
+
+    Returns:
+        The figures. Classes are matched by name: images of a class that the model does not have count as wrong.
 
     Raises:
-        UsageError: an unknown split or device.
+        UsageError: an unknown split or device, or a model alone, without data.
         CheckpointError: the checkpoint is missing or damaged.
-        DataError: the data cannot be read, or its classes are not the model's.
+        DataError: the data cannot be read or have no such split, no class is in both, or a held-out image is missing
+            or has changed.
     """
-    choose("split", split, SPLITS)
     place = resolve_device(device)
-    sources = _sources(data, split, val_fraction=val_fraction, seed=seed, root=data_root, limit=limit)
-    model = (
-        checkpoint
-        if isinstance(checkpoint, PromptModel)
-        else PromptModel.load(checkpoint, backbone=backbone, weights=weights)
-    ).to(place)
-    columns = match_classes(sources[0].classes, model.labels)
-    scores, transform = Scores(len(model.labels)), model.preprocess.transform()
+    settings = data_settings(checkpoint, data, {"data_root": data_root, "seed": seed, "max_corrupt": max_corrupt})
+    chosen = choose_images(checkpoint, data, split, settings, limit=limit, on_image=on_batch)
+    model = opened(checkpoint, backbone, weights).to(place)
+    matched = match_classes(chosen.sources, model.labels)
+    scores, transform = Scores(len(model.labels), matched.unseen), model.preprocess.transform()
     loaders = [
-        make_loader(source, transform, batch_size=batch_size, shuffle=False, seed=seed, workers=workers)
-        for source in sources
+        make_loader(source, transform, batch_size=batch_size, shuffle=False, seed=0, workers=workers)
+        for source in chosen.sources
     ]
-    images = sum(len(source) for source in sources)
+    columns = [torch.from_numpy(one) for one in matched.columns]
+    images = sum(map(len, chosen.sources))
     corrupt = score_all(
         model, loaders, images, scores,
-        device=place, max_corrupt=max_corrupt, columns=columns, on_batch=on_batch,
+        device=place, max_corrupt=settings["max_corrupt"], columns=columns, on_batch=on_batch,
     )  # fmt: skip
-    return scores.result(model.labels, corrupt)
+    return dataclasses.replace(scores.result(matched.labels, corrupt), chosen=chosen)
 
 
-def _sources(data: str | ImageSource, split: str, **settings: Any) -> list[ImageSource]:
-    if not isinstance(data, str):
-        return [data]
-    splits = load_data(data, **settings)
-    return {"val": [splits.val], "train": [splits.train], "all": [splits.train, splits.val]}[split]
+def opened(checkpoint: PromptModel | str | Path, backbone: Backbone | None, weights: str | None) -> PromptModel:
+    """The model itself, or that of a checkpoint's folder."""
+    if isinstance(checkpoint, PromptModel):
+        return checkpoint
+    return PromptModel.load(checkpoint, backbone=backbone, weights=weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 
 from prompttune.data.mask_loading import make_mask_loader
 from prompttune.data.mask_transforms import JointTransform
-from prompttune.data.masks import MaskSource, load_masks
-from prompttune.errors import DataError, UsageError, choose
+from prompttune.data.masks import MaskSource
+from prompttune.errors import DataError, UsageError
+from prompttune.evaluation.scored import Matched, match_classes
 from prompttune.evaluation.segmentation import PixelTally, SegmentationEvaluation
 from prompttune.model import PromptModel
 from prompttune.segmentation.config import IGNORE_INDEX
-from prompttune.training.scoring import SPLITS, resolve_device, score_all
+from prompttune.training.own_data import choose_images, data_settings
+from prompttune.training.scoring import opened, resolve_device, score_all
 
 if TYPE_CHECKING:
     from prompttune.backbones import Backbone
@@ -58,13 +61,14 @@ def right_pixels(logits: Tensor, targets: Tensor) -> Tensor:
 class PixelScores:
     """Sums over batches of tensors; those of several processes add up."""
 
-    def __init__(self, classes: int) -> None:
-        self.tally = PixelTally(classes)
+    def __init__(self, classes: int, unseen: int = 0) -> None:
+        self.tally = PixelTally(classes, unseen)
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
         """Count a batch: logits [B, C, h, w], masks [B, H, W]."""
         resized = at_mask_size(logits, targets)
-        loss = F.cross_entropy(resized, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        learnt = targets.where(targets < self.tally.classes, IGNORE_INDEX)
+        loss = F.cross_entropy(resized, learnt, ignore_index=IGNORE_INDEX, reduction="sum")
         self.tally.add(resized.argmax(dim=1).cpu().numpy(), targets.cpu().numpy(), float(loss))
 
     def result(
@@ -77,7 +81,7 @@ class PixelScores:
         """
         if reduce is None:
             return self.tally.result(labels, corrupt)
-        whole = PixelTally(self.tally.classes)
+        whole = PixelTally(self.tally.classes, self.tally.rows - self.tally.classes)
         for name, part in self.tally.sums.items():
             whole.sums[name] = reduce(torch.from_numpy(part)).numpy()
         return whole.result(labels, corrupt)
@@ -85,17 +89,17 @@ class PixelScores:
 
 def evaluate_segmentation(
     checkpoint: PromptModel | str | Path,
-    data: str | MaskSource,
+    data: str | MaskSource | None = None,
     *,
-    split: str = "val",
+    split: str | None = None,
     data_root: str | None = None,
-    reduce_zero_label: bool = True,
-    seed: int = 0,
+    reduce_zero_label: bool | None = None,
+    seed: int | None = None,
     limit: int | None = None,
     batch_size: int = 16,
     workers: int = 0,
     device: str = "auto",
-    max_corrupt: int = 10,
+    max_corrupt: int | None = None,
     backbone: Backbone | None = None,
     weights: str | None = None,
     on_batch: Callable[[int, int], None] | None = None,
@@ -107,10 +111,10 @@ def evaluate_segmentation(
 
     Args:
         checkpoint: a model, or the folder of a checkpoint.
-        data: a data set as :func:`load_masks` takes it, or a source.
-        split: ``val``, ``train`` or ``all``; ignored for a source.
-        data_root: see :func:`load_masks`, as are ``reduce_zero_label``, ``seed`` and ``limit``.
-        reduce_zero_label: in a folder, number 0 is no class.
+        data: a data set as :func:`load_masks` takes it, or a source; None takes the images that the run held out.
+        split: see :func:`prompttune.training.scoring.evaluate`, as are the others.
+        data_root: see :func:`load_masks`.
+        reduce_zero_label: in a folder, number 0 is no class; None takes the run's setting, else True.
         seed: seed of the choice that ``limit`` makes.
         limit: use at most so many images of each split.
         batch_size: images of a forward pass.
@@ -121,39 +125,43 @@ def evaluate_segmentation(
         weights: where to take the backbone's weights from instead.
         on_batch: called with the images done and the images to do.
 
+    Returns:
+        The figures. Classes are matched by name: pixels of a class that the model does not have count as wrong.
+
     Raises:
         UsageError: an unknown split or device, or the checkpoint is no segmentation.
         CheckpointError: the checkpoint is missing or damaged.
-        DataError: the data cannot be read, or its classes are not the model's.
+        DataError: as :func:`prompttune.training.scoring.evaluate`.
     """
-    choose("split", split, SPLITS)
     place = resolve_device(device)
-    if isinstance(data, str):
-        found = load_masks(data, root=data_root, limit=limit, seed=seed, reduce_zero_label=reduce_zero_label)
-        sources = {"val": [found.val], "train": [found.train], "all": [found.train, found.val]}[split]
-    else:
-        sources = [data]
-    if not isinstance(checkpoint, PromptModel):
-        checkpoint = PromptModel.load(checkpoint, backbone=backbone, weights=weights)
-    model = checkpoint.to(place)
+    given = {"data_root": data_root, "reduce_zero_label": reduce_zero_label, "seed": seed, "max_corrupt": max_corrupt}
+    settings = data_settings(checkpoint, data, given)
+    chosen = choose_images(checkpoint, data, split, settings, masks=True, limit=limit, on_image=on_batch)
+    model = opened(checkpoint, backbone, weights).to(place)
     if model.segmentation is None:
         raise UsageError("the checkpoint is a classification: give images with a class each")
-    for source in sources:
-        check_same_labels(source.classes, model.labels)
-    scores, joint = PixelScores(len(model.labels)), JointTransform(model.preprocess)
+    matched = match_classes(chosen.sources, model.labels)
+    scores, joint = PixelScores(len(model.labels), matched.unseen), JointTransform(model.preprocess)
     loaders = [
-        make_mask_loader(source, joint, batch_size=batch_size, shuffle=False, seed=seed, workers=workers)
-        for source in sources
+        make_mask_loader(source, joint, batch_size=batch_size, shuffle=False, seed=0, workers=workers)
+        for source in chosen.sources
     ]
-    images = sum(len(source) for source in sources)
-    corrupt = score_all(model, loaders, images, scores, device=place, max_corrupt=max_corrupt, on_batch=on_batch)
-    return scores.result(model.labels, corrupt)
+    corrupt = score_all(
+        model, loaders, sum(map(len, chosen.sources)), scores,
+        device=place, max_corrupt=settings["max_corrupt"], columns=pixel_columns(matched), on_batch=on_batch,
+    )  # fmt: skip
+    return dataclasses.replace(scores.result(matched.labels, corrupt), chosen=chosen)
 
 
-def check_same_labels(classes: Sequence[str], labels: Sequence[str]) -> None:
-    """Raise :class:`DataError` unless the data's classes are the model's, in the same order."""
-    if list(classes) != list(labels):
-        raise DataError(
-            f"the classes of the data are not the checkpoint's: {len(classes)} ({', '.join(classes[:5])} ...) "
-            f"against {len(labels)} ({', '.join(labels[:5])} ...)"
-        )
+def pixel_columns(matched: Matched) -> list[Tensor]:
+    """What to count each value of the masks of each source as [256].
+
+    Raises:
+        DataError: model and data have more classes together than a mask can tell apart.
+    """
+    if len(matched.labels) > IGNORE_INDEX:
+        raise DataError(f"model and data have {len(matched.labels)} classes together, masks tell {IGNORE_INDEX} apart")
+    tables = [torch.full((IGNORE_INDEX + 1,), IGNORE_INDEX) for _ in matched.columns]
+    for table, columns in zip(tables, matched.columns, strict=True):
+        table[: len(columns)] = torch.from_numpy(columns)
+    return tables

@@ -19,6 +19,7 @@ from prompttune.files import replacing, write_json, write_text
 from prompttune.training.measures import CLASSIFICATION, Measures
 
 FORMAT_VERSION = 1
+HELD_OUT_FILE = "held_out.json"
 _METADATA = "prompttune"
 _TASK, _BEST, _OPTIMIZER = "task", "best", "optimizer"
 
@@ -219,7 +220,7 @@ class RunFolder:
         """Make the folder, and remove what an earlier run wrote in it, nothing else that may stand there."""
         self.path.mkdir(parents=True, exist_ok=True)
         names = [file.name for file in (self.last, self.settings, self.metrics, self.curves, self.confusion)]
-        for name in (*names, CONFIG_FILE, MODEL_FILE, CARD_FILE):
+        for name in (*names, HELD_OUT_FILE, CONFIG_FILE, MODEL_FILE, CARD_FILE):
             (self.path / name).unlink(missing_ok=True)
             for leftover in self.path.glob(f".{name}.*"):
                 leftover.unlink()
