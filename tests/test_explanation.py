@@ -21,6 +21,7 @@ from prompttune.backbones import VitBackbone
 from prompttune.cli import explain as command
 from prompttune.cli.main import cli
 from prompttune.errors import DataError, MissingExtraError, UsageError
+from prompttune.evaluation.scored import SPLITS
 from prompttune.explanation import PARTS, ExplainSettings, drawing
 from prompttune.explanation.attention import block_attention
 from prompttune.explanation.cam import MappedModel, grad_cam, last_layer
@@ -31,7 +32,6 @@ from prompttune.explanation.subjects import Subject, load_subjects
 from prompttune.layers.probe import recording
 from prompttune.methods import METHODS, GaPTConfig, LinearConfig, LSPTConfig, SA2VPConfig
 from prompttune.preprocess import Preprocess
-from prompttune.training.scoring import SPLITS
 from tests.drawing import default_configs, drawn_backbone, drawn_model
 from tests.test_report import Page
 from tests.training_helpers import write_folder

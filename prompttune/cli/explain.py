@@ -20,7 +20,7 @@ prompttune explain runs/digits-sa2vp photos/ --point 120,80 --show similarity --
 prompttune explain runs/digits-sa2vp runs/digits-gapt --data demo/digits --output report/
 """
 PARTS = ("attention", "grad-cam", "similarity", "tsne", "values")
-SPLITS = ("val", "train", "all")
+SPLITS = ("val", "test", "train", "all")
 
 
 class Pair(click.ParamType[Any]):
@@ -72,7 +72,9 @@ def _heads(ctx: click.Context, param: click.Parameter, value: str) -> str | int:
 @click.option("--label", "target", help="Explain this label with Grad-CAM.  [default: the one that is predicted]")
 @click.option("--limit", type=click.IntRange(1), default=16, show_default=True, help="Images to explain at most.")
 @click.option("--data", help="Labelled images for t-SNE: a folder, CSV, data set name or built-in, as for train.")
-@click.option("--split", type=click.Choice(SPLITS), default="val", show_default=True, help="Which of these to show.")
+@click.option(
+    "--split", type=click.Choice(SPLITS), help="Images of these to show.  [default: val, else test, else all]"
+)
 @click.option("--data-limit", type=click.IntRange(1), default=500, show_default=True, help="How many of these at most.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of t-SNE.")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Images of a forward pass.")

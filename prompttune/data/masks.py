@@ -51,8 +51,9 @@ class MaskSource(Protocol):
         ...
 
     def labels(self) -> list[int] | None:
-        """None, which is what this gives: an image has no class of its own."""
-        ...
+        """None, unless the images have classes of their own: those of masks have none."""
+        found: list[int] | None = None
+        return found
 
 
 @dataclass(frozen=True)

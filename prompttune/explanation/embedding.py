@@ -6,6 +6,7 @@ distances between groups; the accuracy of each image's nearest other image, in t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,8 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prompttune.data import CorruptImages, ImageSource, load_data, make_loader
+from prompttune.data import CorruptImages, ImageSource, load_parts, make_loader
+from prompttune.data.base import Renumbered
 from prompttune.errors import DataError
+from prompttune.evaluation.scored import Chosen, choose_split
 from prompttune.explanation.settings import ExplainSettings
 from prompttune.explanation.subjects import Subject
 
@@ -41,12 +44,14 @@ class Embedding:
     """Share of the images whose nearest other image, by the features' distance, is of their class."""
 
 
-def sources_of(data: str | ImageSource, settings: ExplainSettings) -> list[ImageSource]:
-    """The labelled images to show."""
+def images_of(data: str | ImageSource, settings: ExplainSettings) -> Chosen:
+    """The labelled images to show, all of them with the same classes."""
     if not isinstance(data, str):
-        return [data]
-    splits = load_data(data, seed=settings.seed, limit=settings.data_limit)
-    return {"val": [splits.val], "train": [splits.train], "all": [splits.train, splits.val]}[settings.split]
+        return Chosen([data], "all", "the images that were given")
+    parts = load_parts(data, seed=settings.seed, limit=settings.data_limit)
+    chosen = choose_split(parts.named, parts.name, settings.split)
+    classes = list(dict.fromkeys(name for source in chosen.sources for name in source.classes))
+    return dataclasses.replace(chosen, sources=[Renumbered(source, classes) for source in chosen.sources])
 
 
 @torch.no_grad()

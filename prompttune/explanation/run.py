@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from prompttune.data import ImageSource
 from prompttune.errors import UsageError
 from prompttune.explanation import drawing
-from prompttune.explanation.embedding import embed, features_of, sources_of
+from prompttune.explanation.embedding import embed, features_of, images_of
 from prompttune.explanation.inputs import find_images, read_pictures
 from prompttune.explanation.page import write_page
 from prompttune.explanation.pictures import PictureExplainer
@@ -185,7 +185,8 @@ def _embed(
     settings: ExplainSettings,
     tell: Progress,
 ) -> None:
-    sources = sources_of(data, settings)
+    chosen = images_of(data, settings)
+    sources = chosen.sources
     each = sum(-(-len(source) // settings.batch_size) for source in sources)
     done, embeddings = 0, []
 
@@ -202,6 +203,7 @@ def _embed(
     result.draw("t-SNE", title, "tsne", drawing.embedding_figure(embeddings))
     result.values["tsne"] = {
         "data": data if isinstance(data, str) else None,
+        "split": chosen.split,
         "images": len(embeddings[0].targets),
         "seed": settings.seed,
         "nearest_neighbour_accuracy": {one.name: one.nearest_accuracy for one in embeddings},

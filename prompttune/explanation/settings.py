@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prompttune.errors import UsageError, choose
-from prompttune.training.scoring import SPLITS
+from prompttune.evaluation.scored import SPLITS
 
 PARTS = ("attention", "grad-cam", "similarity", "tsne", "values")
 """Parts of an explanation, in the order of the page."""
@@ -39,8 +39,9 @@ class ExplainSettings:
     """Label whose logit Grad-CAM explains; None takes the one that each run predicts."""
     limit: int = 16
     """Images that are explained at most."""
-    split: str = SPLITS[0]
-    """Images of the labelled data that t-SNE shows: ``val``, ``train`` or ``all``."""
+    split: str | None = None
+    """Images of the labelled data that t-SNE shows: ``val``, ``test``, ``train`` or ``all``; None takes ``val``, else
+    ``test``, else all of them."""
     data_limit: int = 500
     """Images of a split that t-SNE shows at most, each class represented."""
     seed: int = 0
@@ -53,7 +54,8 @@ class ExplainSettings:
     def __post_init__(self) -> None:
         for part in self.show or ():
             choose("part", part, PARTS)
-        choose("split", self.split, SPLITS)
+        if self.split is not None:
+            choose("split", self.split, SPLITS)
         if isinstance(self.heads, str):
             choose("heads", self.heads, HEADS)
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):

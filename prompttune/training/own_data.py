@@ -16,8 +16,8 @@ from prompttune.evaluation.scored import SPLITS, Chosen, choose_split
 from prompttune.fields import coerce_all, settings_of
 from prompttune.limits import out_of_bounds
 from prompttune.training.config import TrainConfig, read_yaml
-from prompttune.training.held_out import HELD_OUT_FILE, HeldOut, OnImage
-from prompttune.training.state import RunFolder
+from prompttune.training.held_out import HeldOut, OnImage
+from prompttune.training.state import HELD_OUT_FILE, RunFolder
 
 REMEMBERED = ("data", "data_root", "val_fraction", "reduce_zero_label", "limit", "seed", "max_corrupt")
 """Settings that are taken from the run where no other data is named."""
@@ -119,7 +119,7 @@ def _held_out(
     if split == "val":
         return Chosen(held, split, f"the images that the run held out of {parts.name}")
     train = _trained(listed, parts, found, settings, masks)
-    notes = ()
+    notes: tuple[str, ...] = ()
     if len(train) != listed.train_images:
         notes = (f"{parts.name} has changed since the run: it was trained on {listed.train_images} images, and now "
                  f"{len(train)} are there that it did not hold out",)  # fmt: skip
@@ -147,7 +147,7 @@ def _trained(
 def _split_anew(split: str, settings: Mapping[str, Any], masks: bool) -> Chosen:
     splits = load_splits(settings, masks)
     sources = {"val": [splits.val], "train": [splits.train], "all": [splits.train, splits.val]}[split]
-    notes = ()
+    notes: tuple[str, ...] = ()
     if not splits.name.startswith(BUILT_IN):
         notes = (f"the run has no {HELD_OUT_FILE}, an earlier version trained it: its data are split anew, and "
                  "otherwise than in training if images were added or removed since",)  # fmt: skip

@@ -18,7 +18,7 @@ from prompttune.data.masks import MaskSplits
 from prompttune.data.rng import derive_seed
 from prompttune.errors import DataError, DivergedError, UsageError
 from prompttune.model import PromptModel
-from prompttune.training.held_out import HELD_OUT_FILE, HeldOut
+from prompttune.training.held_out import HeldOut
 from prompttune.training.initial import take_parameters
 from prompttune.training.keep import Keeper, Result
 from prompttune.training.launch import gather_lines, loader_workers, on_rank_zero, sum_over
@@ -34,7 +34,7 @@ from prompttune.training.own_data import load_splits
 from prompttune.training.progress import Clock, OnProgress, Phase, Progress
 from prompttune.training.scoring import Scores, score
 from prompttune.training.segmenting import PixelScores, right_pixels
-from prompttune.training.state import Progression, Saved
+from prompttune.training.state import HELD_OUT_FILE, Progression, Saved
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
