@@ -15,6 +15,7 @@ from matplotlib.ticker import PercentFormatter
 
 from prompttune.evaluation.result import Counts, Evaluation, row_shares, worst_cells
 from prompttune.files import replacing
+from prompttune.fonts import readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -164,12 +165,13 @@ def _figure(width: float, height: float) -> Figure:
 
 def save_png(figure: Figure, path: Path) -> None:
     """Write a figure to a PNG file, atomically."""
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, readable(figure):
         figure.savefig(temporary, format="png", dpi=DPI)
 
 
 def png_bytes(figure: Figure) -> bytes:
     """A figure as the bytes of a PNG file."""
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=DPI)
+    with readable(figure):
+        figure.savefig(stream, format="png", dpi=DPI)
     return stream.getvalue()

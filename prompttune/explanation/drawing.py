@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from prompttune.explanation.embedding import Embedding
+from prompttune.fonts import readable
 
 Pixels = NDArray[np.float32]
 """RGB in [0, 1], [height, width, 3]."""
@@ -209,7 +210,8 @@ def embedding_figure(embeddings: Sequence[Embedding]) -> Figure:
 def compact_png(figure: Figure) -> bytes:
     """A figure as a PNG file of 256 colours: a third of the size, and the eye sees no difference in such pictures."""
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=DPI, facecolor="white")
+    with readable(figure):
+        figure.savefig(stream, format="png", dpi=DPI, facecolor="white")
     with Image.open(stream) as full:
         few = full.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE)
     small = io.BytesIO()

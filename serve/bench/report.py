@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from prompttune.files import replacing
+from prompttune.fonts import readable
 from prompttune.serve.bench.subjects import ENGINE
 from prompttune.serve.bench.timing import Latency, Ratio
 
@@ -174,7 +175,7 @@ def plot_report(report: BenchReport, path: Path) -> None:
         f"{report.threads} threads",
         fontsize=9,
     )
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, readable(figure):
         figure.savefig(temporary, format="png", dpi=DPI)
 
 

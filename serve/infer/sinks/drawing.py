@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from pathlib import Path
 
-import matplotlib as mpl
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from prompttune.fonts import JOINERS, Face
 from prompttune.serve.infer.rows import Row
 
 INK = (255, 255, 255)
@@ -25,19 +23,10 @@ _LONGEST_TASK = 0.4
 """Share of a line that a task's name may take from the label."""
 
 
-@functools.cache
-def font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib brings: Latin, Greek, Cyrillic, Arabic and more, but no Chinese or Japanese.
-
-    Args:
-        size: height of the letters in pixels.
-    """
-    return ImageFont.truetype(str(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
-
-
-def shortened(text: str, face: ImageFont.FreeTypeFont, width: float) -> str:
+def shortened(text: str, face: Face, width: float) -> str:
     """The text on one line, with … for its end where it is wider than ``width`` pixels; ``""`` if nothing fits."""
-    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text[:_LONGEST_TEXT]).split())
+    letters = (letter if letter.isprintable() or letter in JOINERS else " " for letter in text[:_LONGEST_TEXT])
+    text = " ".join("".join(letters).split())
     if face.getlength(text) <= width:
         return text
     fits, beyond = 0, len(text)
@@ -51,7 +40,7 @@ def shortened(text: str, face: ImageFont.FreeTypeFont, width: float) -> str:
     return cut if face.getlength(cut) <= width else ""
 
 
-def wrapped(text: str, face: ImageFont.FreeTypeFont, width: float, lines: int) -> list[str]:
+def wrapped(text: str, face: Face, width: float, lines: int) -> list[str]:
     """The text broken between words into at most ``lines`` lines of ``width`` pixels, shortened where it is longer."""
     found: list[str] = []
     line = ""
@@ -67,7 +56,7 @@ def wrapped(text: str, face: ImageFont.FreeTypeFont, width: float, lines: int) -
     return [*found, shortened(line, face, width)] if line else found
 
 
-def caption(row: Row, face: ImageFont.FreeTypeFont, width: float, named: bool = True) -> str:
+def caption(row: Row, face: Face, width: float, named: bool = True) -> str:
     """A row on one line of ``width`` pixels: task, label and probability, or task and error.
 
     What is too long is shortened in the label, so that the probability stays.
@@ -98,7 +87,7 @@ def annotate(picture: Image.Image, rows: Sequence[Row], *, size: int | None = No
     """
     drawn = picture.copy()
     size = size or max(SMALLEST_TEXT, min(drawn.size) // _TEXTS_IN_HEIGHT)
-    face = font(size)
+    face = Face(size)
     margin, step = size // 2, size * 5 // 4
     width = drawn.width - 2 * margin
     fitting = max(1, (drawn.height - margin) // step)
@@ -114,7 +103,7 @@ def annotate(picture: Image.Image, rows: Sequence[Row], *, size: int | None = No
     drawn.paste(Image.blend(ground, Image.new("RGB", ground.size, _PANEL), _PANEL_OPACITY), box)
     draw = ImageDraw.Draw(drawn)
     for number, (line, ink) in enumerate(lines):
-        draw.text((margin, margin // 2 + number * step), line, fill=ink, font=face)
+        face.draw(draw, (margin, margin // 2 + number * step), line, ink)
     return drawn
 
 

@@ -13,10 +13,11 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from prompttune.files import replacing, write_text
+from prompttune.fonts import Face
 from prompttune.segmentation.config import IGNORE_INDEX
 from prompttune.serve.infer.rows import Answer, Row
 from prompttune.serve.infer.sinks.appended import Taking, state_number
-from prompttune.serve.infer.sinks.drawing import font, shortened
+from prompttune.serve.infer.sinks.drawing import shortened
 from prompttune.serve.infer.work import TaskFacts
 from prompttune.serve.masks import Mask, mask_of_image, palette
 
@@ -81,12 +82,12 @@ def indexed_picture(mask: Mask, classes: int) -> Image.Image:
 def legend(labels: tuple[str, ...]) -> Image.Image:
     """The colour and the name of each class, one below the other."""
     picture = Image.new("RGB", (_WIDTH, 2 * _MARGIN + _STEP * len(labels)), _PAPER)
-    draw, face = ImageDraw.Draw(picture), font(_TEXT)
+    draw, face = ImageDraw.Draw(picture), Face(_TEXT)
     for index, (label, colour) in enumerate(zip(labels, palette(len(labels)).tolist(), strict=True)):
         top, right = _MARGIN + _STEP * index, _MARGIN + _SWATCH
         draw.rectangle((_MARGIN, top, right, top + _SWATCH), fill=tuple(colour))
         text = shortened(f"{index} {label}", face, _WIDTH - right - 2 * _MARGIN)
-        draw.text((right + _MARGIN, top), text, fill=_INK, font=face)
+        face.draw(draw, (right + _MARGIN, top), text, _INK)
     return picture
 
 

@@ -14,9 +14,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from prompttune.errors import DataError
 from prompttune.files import replacing
+from prompttune.fonts import Face
 from prompttune.serve.infer.rows import Answer
 from prompttune.serve.infer.sinks.appended import Taking, gone, state_number
-from prompttune.serve.infer.sinks.drawing import caption, centred, contained, font, shortened, wrapped
+from prompttune.serve.infer.sinks.drawing import caption, centred, contained, shortened, wrapped
 
 MARK = "prompttune contact sheet"
 """In the metadata of every page, so that no other picture is taken for one."""
@@ -180,23 +181,23 @@ class ContactSheet:
         else:
             field = centred(contained(answer.picture, self._side, self._side), self._side, self._side, _MAT)
         tile.paste(field, (_MARGIN, _MARGIN))
-        draw, face = ImageDraw.Draw(tile), font(_TEXT)
+        draw, face = ImageDraw.Draw(tile), Face(_TEXT)
         for number, (line, ink) in enumerate(self._caption(answer)):
-            draw.text((_MARGIN, _MARGIN + self._side + 1 + number * _STEP), line, fill=ink, font=face)
+            face.draw(draw, (_MARGIN, _MARGIN + self._side + 1 + number * _STEP), line, ink)
         return tile
 
     def _crossed(self, reason: str) -> Image.Image:
         field = Image.new("RGB", (self._side, self._side), _MAT)
-        draw, face, end = ImageDraw.Draw(field), font(_TEXT), self._side - 1
+        draw, face, end = ImageDraw.Draw(field), Face(_TEXT), self._side - 1
         draw.line((0, 0, end, end), fill=_CROSS, width=2)
         draw.line((0, end, end, 0), fill=_CROSS, width=2)
         lines = wrapped(reason, face, self._side - 2 * _MARGIN, max(1, self._side // _STEP - 1))
         for number, line in enumerate(lines):
-            draw.text((_MARGIN, _MARGIN + number * _STEP), line, fill=_ERROR_INK, font=face)
+            face.draw(draw, (_MARGIN, _MARGIN + number * _STEP), line, _ERROR_INK)
         return field
 
     def _caption(self, answer: Answer) -> list[tuple[str, tuple[int, int, int]]]:
-        rows, face = answer.rows, font(_TEXT)
+        rows, face = answer.rows, Face(_TEXT)
         if not rows:
             return []
         lines = [(shortened(_name(answer), face, self._side), _INK)]
