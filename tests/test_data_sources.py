@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from prompttune.data import ImageSource, Subset, file_at, load_data, load_parts
-from prompttune.data.files import Walk
+from prompttune.data.files import Walk, find_images
 from prompttune.data.splitting import split_indices
 from prompttune.errors import DataError, UsageError
 from tests.data_helpers import descriptions, picture, write_classes
@@ -300,7 +300,7 @@ def test_a_table_with_splits(tmp_path: Path) -> None:
         ("path,label\n", "has a header but no rows"),
         ("file,label\n0.png,a\n", r"line 1: no column path \(columns: file, label\)"),
         ("path,label\n0.png,a\n1.png,\n", "line 3: no label"),
-        ("path,label\n0.png,a\n1.png\n", "line 3: no label"),
+        ("path,label\n0.png,a\n1.png\n", "line 3 has 1 cells and the header 2"),
         ("path,label\n,a\n", "line 2: no path"),
         ("path,label\n0.png,a\n1.png,a\n", "only one class, a"),
         ("path,label\n0.png,a\n1.png,b\n0.png,b\n", "line 4: 0.png stands on line 2 already"),
@@ -318,7 +318,87 @@ def test_tables_that_are_refused(tmp_path: Path, text: str, words: str) -> None:
     assert str(tmp_path / "images.csv") in str(caught.value)
 
 
-def test_a_table_that_is_no_text(tmp_path: Path) -> None:
-    (tmp_path / "images.csv").write_bytes(b"path,label\n\xff\xfe.png,a\n")
-    with pytest.raises(DataError, match="cannot read"):
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"path,label\n0.png,caf\xe9\n", "line 2 is not in UTF-8: save it as UTF-8"),
+        ("path,label\n0.png,a\n".encode("utf-16"), "is in UTF-16: save it as UTF-8"),
+        ("path,label\n0.png,a\n".encode("utf-16-le"), "is in UTF-16: save it as UTF-8"),
+        (b"path,label\n0.png,a\n" + b"1.png,a\0\n", "line 3 holds a zero byte"),
+        (b"path;label\n0.png;a\n", "line 1: no column path and label, and its columns are separated by semicolons"),
+        (b"path\tlabel\n0.png\ta\n", "separated by tabs: save it with commas"),
+        (b"path,label,path\n0.png,a,1.png\n", "2 columns are called path"),
+        (b"path,label\n0.png,fish, fresh water\n", "line 2 has 3 cells and the header 2; put quotes around"),
+        (b'path,label\n0.png,"a\n1.png,b\n2.png,"c"\n', r"line 2: the quotes do not match"),
+        (b'path,label\n0.png,"a\n1.png,b\n2.png,c"\n', r"line 2: the quote that opens there closes on line 4"),
+        (b'path,label\n\n0.png,"a\n1.png,b\n', r"line 3: the quotes do not match .*close the quote that opens there"),
+        (b"path,label\n0.png,a\n1.png,NaN\n", "line 3: the label 'NaN' stands for a missing one"),
+        (b"path,label\n0.png,a\n1.png,None\n", "line 3: the label 'None' stands for a missing one"),
+        (b"path,label\ncat\\0.png,a\ndog\\1.png,b\n", r"line 2: cat\\0.png has the separators of Windows"),
+        (b"path,label\n" + b"iVBORw0KGgo" * 20 + b",a\n", "line 2: the column path holds base64 text"),
+        (b"path,label\n" + b"iVBORw0KGgo" * 20_000 + b",a\n", "line 2: a cell of more than 131072 characters"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_table(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "images.csv").write_bytes(content)
+    with pytest.raises(DataError, match=words) as caught:
         load_data(str(tmp_path / "images.csv"))
+    assert str(tmp_path / "images.csv") in str(caught.value)
+
+
+def test_what_a_table_may_hold(tmp_path: Path) -> None:
+    """Spellings of splits and headers, empty rows of a spreadsheet, Windows' paths, either form of Unicode."""
+    write_classes(tmp_path, {"one": 3, unicodedata.normalize("NFD", "é"): 1})
+    rows = [
+        "Path,LABEL,Split,",
+        "one\\000.png,café,Training,",
+        f"one/001.png,{unicodedata.normalize('NFD', 'café')},TRAIN,",
+        "one/002.png,tea,train_set,",
+        ",,,",
+        "é/000.png,tea,Valid,",
+    ]
+    (tmp_path / "images.csv").write_text("\r\n".join(rows), encoding="utf-8-sig", newline="")
+    data = load_data(str(tmp_path / "images.csv"))
+    assert data.classes == ["café", "tea"]
+    assert (data.train.labels(), data.val.labels()) == ([0, 0, 1], [1])
+    for source in (data.train, data.val):
+        for index in range(len(source)):
+            source.load(index)
+
+
+def test_the_splits_of_a_table(tmp_path: Path) -> None:
+    rows = ["0.png,a,train", "1.png,b,train", "2.png,a,test", "3.png,zebra,test", "4.png,b,dev"]
+    parts = load_parts(table(tmp_path, "\n".join(["path,label,split", *rows])))
+    assert {split: source.classes for split, source in parts.named.items()} == {
+        "train": ["a", "b"], "val": ["b"], "test": ["a", "zebra"]
+    }  # fmt: skip
+    assert file_at(parts.named["val"], 0) == (tmp_path / "4.png", "4.png")
+
+
+# -- what is read
+
+
+def test_formats_that_are_not_read_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_classes(tmp_path / "data", {"cat": 4, "dog": 4, "emu": 0})
+    for name in ("cat/IMG_1.NEF", "cat/IMG_2.nef", "dog/art.psd", "dog/.x.psd"):
+        (tmp_path / "data" / name).write_bytes(b"")
+    assert len(find_images([tmp_path / "data"])) == 8
+    words = f"3 files in {tmp_path / 'data'} are not read: 2 .nef, 1 .psd; convert it to PNG or JPEG"
+    assert caplog.messages == [words]
+    (tmp_path / "data" / "emu" / "IMG_1.nef").write_bytes(b"")
+    with pytest.raises(DataError, match=r"class folder .*emu holds no image that is read here: 1 \.nef; convert it"):
+        load_data(str(tmp_path / "data"))
+    with pytest.raises(DataError, match=r"no images below .*emu: 1 \.nef; convert it to PNG or JPEG"):
+        find_images([tmp_path / "data" / "emu"])
+
+
+def test_every_command_finds_the_same_images(tmp_path: Path) -> None:
+    write_classes(tmp_path, {"cat": 2, "dog": 2})
+    write_classes(tmp_path / "cat", {"a": 1, ".hidden": 1})
+    (tmp_path / "cat" / "loop").symlink_to("..")
+    (tmp_path / "cat" / "again").symlink_to(".")
+    parts = load_parts(str(tmp_path)).named["all"]
+    found = [str(path) for path in find_images([tmp_path])]
+    assert descriptions(parts) == found == [str(tmp_path / name) for name in Walk(tmp_path).images]
+    assert [str(path) for path in find_images([f"{tmp_path}/**/*.png"])] == found
+    assert [path.name for path in find_images([f"{tmp_path}/c?t/*.png"])] == ["000.png", "001.png"]

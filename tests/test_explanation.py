@@ -405,8 +405,8 @@ def test_a_swin_is_explained_without_attention(workplace: Path) -> None:
     [
         (["pictures"], 2, "none of .*pictures is the folder of a checkpoint"),
         (["runs/first"], 2, "nothing to look at"),
-        (["runs/first", "missing.png"], 1, "no image or folder at .*missing.png"),
-        (["runs/first", "empty"], 1, "neither a checkpoint folder nor a folder with images"),
+        (["runs/first", "missing.png"], 2, "no file or folder .*missing.png"),
+        (["runs/first", "empty"], 1, "no images below .*empty"),
         (["runs/first", "pictures/broken.jpg"], 1, "none of the 1 images can be read"),
         (["runs/first", "pictures/z.png", "--layers", "0,99"], 2, "no layer 99: the backbone has 6"),
         (["runs/first", "pictures/z.png", "--layers", "2,2"], 2, "each named once"),

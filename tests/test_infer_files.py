@@ -2,14 +2,16 @@
 
 import os
 import pickle
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from prompttune.data.files import find_images
 from prompttune.errors import DataError, UsageError
-from prompttune.serve.infer.sources.files import FileSource, ListSource, find_images
+from prompttune.serve.infer.sources.files import FileSource, ListSource
 from prompttune.serve.infer.sources.labels import Labels, target_index
 
 
@@ -147,6 +149,30 @@ def test_lists_that_name_nothing(tmp_path):
         ListSource(tmp_path / "nowhere.txt")
 
 
+def test_lists_in_another_encoding(tmp_path):
+    for content, message in (
+        ("a.png\n".encode("utf-16"), r"the list .* is in UTF-16: save it as UTF-8"),
+        (b"a.png\nb.png\n0123456789\0.png\n", r"the list .* line 3 holds a zero byte"),
+    ):
+        (tmp_path / "list.txt").write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            ListSource(tmp_path / "list.txt")
+
+
+def test_paths_of_another_system(tmp_path):
+    save(tmp_path / "photos" / unicodedata.normalize("NFD", "é.png"), 7)
+    lines = ["photos\\é.png", "photos/é.png", "C:\\photos\\é.png", "photos\\gone.png"]
+    (tmp_path / "list.txt").write_bytes("\r\n".join(lines).encode() + b"\r\nphotos/\xe9.png")
+    items = list(ListSource(tmp_path / "list.txt").items())
+    assert [item.payload and item.payload.open().getpixel((0, 0))[0] for item in items] == [7, 7, None, None, None]
+    assert "has the separators of Windows, and there is no file" in items[2].error
+    assert "its name is not in UTF-8: save the list as UTF-8" in items[4].error
+    labels = Labels.parse(write_labels(tmp_path, "photos\\é.png,a", "D:\\x\\other.png,b", "none.png,NaN"))
+    assert [labels.of(item.payload.path) for item in items[:2]] == ["a", "a"]
+    assert labels.of(tmp_path / "other.png") == "b"
+    assert labels.of(tmp_path / "none.png") is None
+
+
 def test_labels_of_folders(photos, monkeypatch):
     labels = Labels.parse("folder")
     assert [item.target for item in FileSource(find_images([str(photos)]), labels).items()] == ["a"] * 3 + ["c"] * 3
@@ -211,9 +237,9 @@ def test_labels_of_lists(photos, tmp_path):
     [
         (["a.png,x", "b.png,y", "./a.png,z"], "path,label", r"line 4: \./a\.png stands on line 2 already"),
         ([",x"], "path,label", r"line 2: no path"),
-        (["a.png,x"], "file,label", r"line 1: no column path; labels need the header path,label"),
-        (["a,b.png,x"], "path,label", r"line 2: more cells than the header"),
-        (['"a.png,x'], "path,label", r"cannot read the labels .*unexpected end of data"),
+        (["a.png,x"], "file,label", r"line 1: no column path \(columns: file, label\); the header must be path,label"),
+        (["a,b.png,x"], "path,label", r"line 2 has 3 cells and the header 2"),
+        (['"a.png,x'], "path,label", r"the labels .* line 2: the quotes do not match"),
     ],
 )
 def test_damaged_label_tables(tmp_path, rows, header, message):
@@ -239,6 +265,7 @@ def test_labels_that_are_not_there(tmp_path):
         ("-1", ["cat", "dog"], True, None),
         ("١", ["cat", "dog"], True, None),
         ("0", ["1", "0"], True, 1),
+        (unicodedata.normalize("NFD", "café"), ["tea", "café"], False, 1),
         ("9" * 5000, ["cat"], True, None),
     ],
 )

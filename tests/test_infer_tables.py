@@ -1,5 +1,6 @@
 """Images of tables: what their rows become, in each format, and what is said about those that are damaged."""
 
+import base64
 import builtins
 import io
 import json
@@ -89,8 +90,8 @@ def test_rows_of_another_width_are_errors(tmp_path):
     (tmp_path / "t.tsv").write_text("path\tlabel\na.png\nb.png\tx\ty\nc.png\tx\t\nd.png\tx\n")
     items = list(TableSource(tmp_path / "t.tsv", label_column="label").items())
     assert [item.error for item in items] == [
-        "line 2 has 1 cells and the header 2",
-        "line 3 has 3 cells and the header 2",
+        "line 2 has 1 cells and the header 2; put quotes around a cell with a comma",
+        "line 3 has 3 cells and the header 2; put quotes around a cell with a comma",
         None,
         None,
     ]
@@ -101,8 +102,8 @@ def test_rows_of_another_width_are_errors(tmp_path):
     ("content", "message"),
     [
         (b"", r"the table .* is empty; its first line must name the columns"),
-        (b'path\na.png\n"b.png\nc.png\n', r"cannot read the table .*t\.csv near line 4: unexpected end of data"),
-        (b"path\ncaf\xe9.png\n", r"the table .*t\.csv is not UTF-8: save it so"),
+        (b'path\na.png\n"b.png\nc.png\n', r"the table .*t\.csv line 3: the quotes do not match"),
+        (b"path\ncaf\xe9.png\n", r"the table .*t\.csv line 2 is not in UTF-8: save it as UTF-8"),
     ],
 )
 def test_damaged_csv_is_found_before_anything_starts(tmp_path, content, message):
@@ -133,6 +134,17 @@ def test_files_that_are_no_tables(tmp_path):
         TableSource(tmp_path / "t.csv")
     with pytest.raises(UsageError, match=r"unknown kind of table '\.xlsx'; known: \.arrow, \.csv"):
         TableSource(tmp_path / "t.xlsx")
+
+
+def test_base64_is_named_and_not_repeated(tmp_path):
+    text = base64.b64encode(encoded(7) * 9).decode()
+    texts = [text, f"data:image/png;base64;{text}"]
+    (tmp_path / "t.csv").write_text("\n".join(["image", *texts]))
+    write(tmp_path, "t.parquet", pa.table({"image": texts}))
+    for name in ("t.csv", "t.parquet"):
+        items = list(TableSource(tmp_path / name).items())
+        assert [item.source for item in items] == [str(tmp_path / name)] * 2
+        assert [item.error[:40] for item in items] == ["the column image holds base64 text: imag"] * 2
 
 
 @every_format

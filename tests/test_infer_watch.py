@@ -68,6 +68,21 @@ def test_what_is_there_comes_first_and_then_what_arrives(folder: Path) -> None:
     assert watched.source.counts() == {"skipped": 0, "dropped": 0}
 
 
+def test_hidden_folders_are_left_out_whenever_they_come(folder: Path) -> None:
+    (folder / ".before").mkdir()
+    (folder / ".before" / "a.png").write_bytes(png())
+    (folder / "first.png").write_bytes(png())
+    watched = Watched(folder)
+    assert watched.next() == f"{folder}/first.png"
+    (folder / ".before" / "b.png").write_bytes(png())
+    (folder / ".after").mkdir()
+    (folder / ".after" / "c.png").write_bytes(png())
+    (folder / "last.png").write_bytes(png())
+    assert watched.next() == f"{folder}/last.png"
+    watched.source.close()
+    assert watched.pulled.rest() == []
+
+
 def test_a_folder_moved_in_brings_its_images(folder: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()

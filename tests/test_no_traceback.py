@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from prompttune.cli.main import TRACEBACK, cli
-from prompttune.data import loading, make_loader
+from prompttune.data.loading import loading, make_loader
 from prompttune.errors import DataError
 from prompttune.training import train
 from prompttune.training.state import RunFolder

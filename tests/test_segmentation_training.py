@@ -146,7 +146,7 @@ def test_class_names_in_another_encoding_are_told_in_one_line(tmp_path, names):
     folder = write_ade20k(tmp_path, names)
     with (folder / names).open("a", encoding="latin-1") as stream:
         stream.write("3\t.5\t1\t1\tTür\n")
-    with pytest.raises(DataError, match=f"{names} is not in UTF-8: save") as caught:
+    with pytest.raises(DataError, match=rf"{names} line \d+ is not in UTF-8: save") as caught:
         load_masks(str(folder))
     assert "\n" not in str(caught.value)
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
+import glob
+import logging
 import os
+import re
 import stat
-from collections.abc import Callable
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from prompttune.errors import DataError
-from prompttune.images import is_image
+from prompttune.errors import DataError, UsageError
+from prompttune.images import is_image, is_unread_image, unread_remedy
+
+logger = logging.getLogger("prompttune")
 
 HIDDEN = "."
+NO_URLS = "prompttune reads no URLs: download it first"
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 class Walk:
@@ -24,33 +35,50 @@ class Walk:
     Args:
         root: the folder.
         refuse: called for each folder that may not be entered; None raises :class:`DataError`, which names it.
+        wanted: whether a file of such a name counts; images by default.
 
     Attributes:
         images: paths relative to the root, with forward slashes, in the order of the names of their components.
         folders: the folders below the root in that order, relative to it, links to folders among them.
+        unread: pictures of formats that are not read, in that order.
     """
 
-    def __init__(self, root: Path, refuse: Callable[[OSError], None] | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        refuse: Callable[[OSError], None] | None = None,
+        wanted: Callable[[str], bool] = is_image,
+    ) -> None:
         self.root = root
         self.images: list[str] = []
         self.folders: list[str] = []
+        self.unread: list[str] = []
+        self._wanted = wanted
         self._refuse = refuse or _refuse
         self._links: list[str] = []
         self._files: set[tuple[int, int]] = set()
         """Device and inode, which tell a file from every other one."""
-        self._entered = {_identity(above.stat()) for above in root.resolve().parents}
+        self._entered: set[tuple[int, int]] = set()
+        for above in root.resolve().parents:
+            with contextlib.suppress(OSError):
+                self._entered.add(_identity(above.stat()))
         self._enter("")
         while self._links:
             links, self._links = sorted(self._links, key=components), []
             for link in links:
                 self._follow(link)
-        self.images.sort(key=components)
-        self.folders.sort(key=components)
+        for found in (self.images, self.folders, self.unread):
+            found.sort(key=components)
 
     @property
     def paths(self) -> list[Path]:
         """The images, with the root in front."""
         return [self.root / name for name in self.images]
+
+    def warn(self) -> None:
+        """Log one line about the pictures that are not read, if there are any."""
+        if self.unread:
+            logger.warning("%d files in %s are not read: %s", len(self.unread), self.root, why_unread(self.unread))
 
     def _enter(self, start: str) -> None:
         """Find what lies below a folder without a link in between."""
@@ -75,9 +103,11 @@ class Walk:
                 elif entry.is_dir(follow_symlinks=False):
                     self.folders.append(name)
                     waiting.append(name)
-                elif is_image(entry.name) and entry.is_file(follow_symlinks=False):
+                elif self._wanted(entry.name) and entry.is_file(follow_symlinks=False):
                     self.images.append(name)
                     self._files.add((status.st_dev, entry.inode()))
+                elif is_unread_image(entry.name):
+                    self.unread.append(name)
 
     def _follow(self, name: str) -> None:
         link = self.root / name
@@ -85,16 +115,118 @@ class Walk:
             status = link.stat()
             target, holder = link.resolve(), link.parent.resolve()
         except (OSError, RuntimeError):  # it leads nowhere, or in a circle
-            if is_image(link.name):
+            if self._wanted(link.name):
                 self.images.append(name)
             return
         if stat.S_ISDIR(status.st_mode):
             self.folders.append(name)
             if not holder.is_relative_to(target):
                 self._enter(name)
-        elif is_image(link.name) and stat.S_ISREG(status.st_mode) and _identity(status) not in self._files:
+        elif self._wanted(link.name) and stat.S_ISREG(status.st_mode) and _identity(status) not in self._files:
             self._files.add(_identity(status))
             self.images.append(name)
+
+
+def find_images(inputs: Sequence[str | Path]) -> list[Path]:
+    """Image files in the order of ``inputs``: files, folders (all images below, see :class:`Walk`) and glob patterns.
+
+    A file that is named is taken whatever its extension.
+
+    Raises:
+        UsageError: an input that does not exist or is a URL, a pattern that matches nothing.
+        DataError: a folder without images, or one that cannot be read.
+    """
+    return [path for one in inputs for path in _found(one)]
+
+
+def _found(one: str | Path) -> list[Path]:
+    path = Path(one)
+    if path.is_dir():
+        found = Walk(path)
+        if not found.images:
+            raise DataError(f"no images below {path}" + (f": {why_unread(found.unread)}" if found.unread else ""))
+        found.warn()
+        return found.paths
+    if path.exists():
+        return [path]
+    if is_url(str(one)):
+        raise UsageError(f"{one}: {NO_URLS}")
+    if glob.has_magic(str(one)):
+        return matches(str(one))
+    raise UsageError(f"no file or folder {one}")
+
+
+def matches(pattern: str) -> list[Path]:
+    """The files that a glob pattern matches, in the order of their paths; ``**`` stands for folders at any depth.
+
+    Raises:
+        UsageError: there is none.
+    """
+    parts = Path(pattern).parts
+    if "**" in parts:
+        # glob itself runs through a link to a folder above again and again
+        first = next(place for place, part in enumerate(parts) if glob.has_magic(part))
+        below = re.compile("".join("(?:.+/)?" if one == "**" else f"{_regex(one)}/" for one in parts[first:]))
+        root = Path(*parts[:first])
+        known = Walk(root, wanted=lambda _: True).paths if root.is_dir() else []
+        found = [path for path in known if below.fullmatch(f"{path.relative_to(root).as_posix()}/")]
+    else:
+        found = [path for path in map(Path, sorted(glob.glob(pattern), key=components)) if path.is_file()]  # noqa: PTH207  # Path.glob takes no absolute pattern
+    if not found:
+        raise UsageError(f"nothing matches {pattern}")
+    return found
+
+
+def _regex(part: str) -> str:
+    """What a component of a pattern matches, without the mark of the end."""
+    return re.sub(r"\\[Zz]$", "", fnmatch.translate(part).replace(".*", "[^/]*"))
+
+
+def is_url(text: str) -> bool:
+    """Whether a path is none: ``https://…``, ``s3://…`` and so on."""
+    return _URL.match(text) is not None
+
+
+def find_file(folder: Path, written: str) -> Path:
+    """The file that a table or a list means by a path, which is relative to ``folder`` or absolute.
+
+    As it is written, if there is such a file or nothing else to try; else in another form of Unicode, or with ``/`` for
+    the separators of Windows.
+    """
+    plain = folder / written
+    if (written.isascii() and "\\" not in written) or exists(plain):
+        return plain
+    slashed = written.replace("\\", "/")
+    forms = (unicodedata.normalize(form, text) for text in (written, slashed) for form in ("NFC", "NFD"))
+    return next((path for form in forms if exists(path := folder / form)), plain)
+
+
+def windows_path(folder: Path, written: str) -> str | None:
+    """Why a path with the separators of Windows may lead to nothing; None for one that has none."""
+    if "\\" not in written:
+        return None
+    slashed = folder / written.replace("\\", "/")
+    return f"{written} has the separators of Windows, and there is no file {slashed} either; write paths with /"
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file; none has a name that is too long or holds a zero byte."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a relative path leads to or through something hidden."""
+    return any(part.startswith(HIDDEN) and part not in (".", "..") for part in path.parts)
+
+
+def why_unread(names: Sequence[str]) -> str:
+    """How many pictures of which formats are not read, and what to do about them."""
+    counts = Counter(Path(name).suffix.lower() for name in names)
+    remedies = dict.fromkeys(unread_remedy(f"x{suffix}") for suffix in counts)
+    return "; ".join([", ".join(f"{count} {suffix}" for suffix, count in counts.most_common()), *remedies])
 
 
 def components(path: str) -> list[str]:

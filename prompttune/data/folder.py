@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-import unicodedata
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from prompttune.data.base import FileSource, ImageSource, Parts, shortened
-from prompttune.data.files import Walk, components
+from prompttune.data.files import Walk, components, why_unread
 from prompttune.data.split_names import ALL, SPLITS, TRAIN, split_of
+from prompttune.data.text import is_text, nfc
 from prompttune.errors import DataError
 
 logger = logging.getLogger("prompttune")
@@ -29,6 +29,8 @@ class _Tree:
     """Visible folders by name."""
     images: list[str] = field(default_factory=list)
     """Images directly in it, relative to the walk's root."""
+    unread: list[str] = field(default_factory=list)
+    """Pictures directly in it of formats that are not read."""
 
     @classmethod
     def of(cls, found: Walk) -> _Tree:
@@ -37,6 +39,8 @@ class _Tree:
             top.at(components(name))
         for name in found.images:
             top.at(components(name)[:-1]).images.append(name)
+        for name in found.unread:
+            top.at(components(name)[:-1]).unread.append(name)
         return top
 
     def at(self, names: Sequence[str]) -> _Tree:
@@ -46,7 +50,13 @@ class _Tree:
         return place
 
     def all_images(self) -> list[str]:
-        return [*self.images, *(image for below in self.folders.values() for image in below.all_images())]
+        return [image for tree in self.everything() for image in tree.images]
+
+    def everything(self) -> Iterator[_Tree]:
+        """It, and what lies below."""
+        yield self
+        for below in self.folders.values():
+            yield from below.everything()
 
 
 def read_folder(folder: Path) -> Parts:
@@ -63,7 +73,9 @@ def read_folder(folder: Path) -> Parts:
     """
     if not folder.is_dir():
         raise DataError(f"no folder {folder}")
-    tree = _Tree.of(Walk(folder))
+    found = Walk(folder)
+    found.warn()
+    tree = _Tree.of(found)
     places = _splits(folder, tree) or {ALL: (folder, tree)}
     named: dict[str, ImageSource] = {}
     unfit: list[str] = []
@@ -121,13 +133,15 @@ def _classes(place: Path, tree: _Tree, root: Path) -> tuple[FileSource, list[str
     classes: dict[str, str] = {}
     for name, below in tree.folders.items():
         _check_class(place, name, below)
-        label = unicodedata.normalize("NFC", name)
+        label = nfc(name)
         if classes.setdefault(label, name) != name:
             raise DataError(
                 f"{place} has two class folders {label}, which differ in their Unicode form alone: keep one"
             )
     images = {label: tree.folders[classes[label]].all_images() for label in sorted(classes)}
-    return _source(images, root), [_why_empty(place / classes[label]) for label, found in images.items() if not found]
+    return _source(images, root), [
+        _why_empty(place / classes[label], tree.folders[classes[label]]) for label, found in images.items() if not found
+    ]
 
 
 def _source(images: Mapping[str, Sequence[str]], root: Path) -> FileSource:
@@ -137,12 +151,10 @@ def _source(images: Mapping[str, Sequence[str]], root: Path) -> FileSource:
 
 
 def _check_class(place: Path, name: str, tree: _Tree) -> None:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
+    if not is_text(name):
         raise DataError(
             f"the name of the class folder {os.fsencode(name)!r} in {place} is not text in UTF-8: rename it"
-        ) from None
+        )
     below = [one for one in tree.folders if split_of(one)]
     if len({split_of(one) for one in below}) > 1:
         raise DataError(
@@ -151,6 +163,9 @@ def _check_class(place: Path, name: str, tree: _Tree) -> None:
         )
 
 
-def _why_empty(folder: Path) -> str:
+def _why_empty(folder: Path, tree: _Tree) -> str:
+    what = f"class folder {folder} holds no image"
+    if unread := [name for below in tree.everything() for name in below.unread]:
+        return f"{what} that is read here: {why_unread(unread)}"
     why = "; its files have been found elsewhere already" if folder.is_symlink() else ""
-    return f"class folder {folder} holds no image{why}; add images or remove the folder"
+    return f"{what}{why}; add images or remove the folder"

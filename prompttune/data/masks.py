@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,15 +12,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prompttune.data.base import Parts, Subset
+from prompttune.data.files import Walk, components
 from prompttune.data.split_names import ALL, TEST, TRAIN, VAL, split_of
 from prompttune.data.splitting import at_most
+from prompttune.data.text import nfc, text_lines
 from prompttune.errors import DataError, UsageError
-from prompttune.images import is_image, opened, read_oriented, turn_upright
+from prompttune.images import opened, read_oriented, turn_upright
 from prompttune.segmentation.config import IGNORE_INDEX
 
 Mask = NDArray[np.uint8]
 """[height, width]: the class index of each pixel, or :data:`IGNORE_INDEX`."""
 
+IMAGES, ANNOTATIONS = "images", "annotations"
 NAMES_FILE = "classes.txt"
 ADE20K_NAMES_FILE = "objectInfo150.txt"
 LAYOUT = "images/training, annotations/training, images/validation and annotations/validation"
@@ -219,65 +222,67 @@ def load_mask_parts(spec: str, *, root: str | None = None, reduce_zero_label: bo
     folder = Path(root or "").expanduser() / Path(spec).expanduser()
     if not folder.is_dir():
         raise DataError(f"no data at {folder}; give a folder with {LAYOUT}, or demo/shapes-seg")
-    images, annotations = (_split_folders(folder / part) for part in ("images", "annotations"))
+    found = Walk(folder)
+    found.warn()
+    images, annotations = (_split_folders(found, top) for top in (IMAGES, ANNOTATIONS))
     if images.keys() > {TEST} and TEST not in annotations:
         images.pop(TEST, None)
     named: dict[str, Any] = {}
     for split, place in images.items():
         if split not in annotations:
-            raise DataError(f"no folder {folder / 'annotations' / place.name}; a segmentation reads {LAYOUT}")
-        pairs = _pairs(place, annotations[split])
+            wanted = place.replace(IMAGES, ANNOTATIONS, 1)
+            raise DataError(f"no folder {folder / wanted}; a segmentation reads {LAYOUT}")
+        pairs = _pairs(found, place, annotations[split])
         named[split] = FileMaskSource(pairs, _classes(folder, pairs, reduce_zero_label), reduce_zero_label, folder)
     return Parts(named, str(folder))
 
 
-def _split_folders(folder: Path) -> dict[str, Path]:
-    """The folder of each split, or the folder itself where none is one of a split."""
-    if not folder.is_dir():
-        raise DataError(f"no folder {folder}; a segmentation reads {LAYOUT}")
-    found: dict[str, Path] = {}
-    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
-        if split := split_of(place.name):
+def _split_folders(walk: Walk, top: str) -> dict[str, str]:
+    """The folder of each split, or the folder itself where none is one of a split, relative to the data set's."""
+    if top not in walk.folders:
+        raise DataError(f"no folder {walk.root / top}; a segmentation reads {LAYOUT}")
+    found: dict[str, str] = {}
+    for name in walk.folders:
+        parts = components(name)
+        if len(parts) == 2 and parts[0] == top and (split := split_of(parts[1])):
             if split in found:
-                raise DataError(f"the folders {found[split].name} and {place.name} of {folder} mean the same split: "
+                raise DataError(f"the folders {found[split]} and {name} of {walk.root} mean the same split: "
                                 "keep one of them")  # fmt: skip
-            found[split] = place
-    return found or {ALL: folder}
+            found[split] = name
+    return found or {ALL: top}
 
 
-def _pairs(images: Path, annotations: Path) -> list[tuple[Path, Path]]:
-    """Images of a split in the order of their names, each with its annotation."""
-    masks = {path.stem: path for path in sorted(annotations.iterdir()) if path.suffix.lower() == ".png"}
-    found = sorted(path for path in images.iterdir() if is_image(path.name))
+def _pairs(walk: Walk, images: str, annotations: str) -> list[tuple[Path, Path]]:
+    """Images of a split in the order of their paths, each with the annotation of its path and name."""
+    places = {
+        PurePath(name).with_suffix(""): name for name in _below(walk, annotations) if name.lower().endswith(".png")
+    }
+    found = _below(walk, images)
     if not found:
-        raise DataError(f"{images} holds no image")
-    if missing := [path.name for path in found if path.stem not in masks]:
-        raise DataError(f"{missing[0]} has no annotation {Path(missing[0]).stem}.png in {annotations} "
-                        f"({len(missing)} of {len(found)} images have none)")  # fmt: skip
-    return [(path, masks[path.stem]) for path in found]
+        raise DataError(f"{walk.root / images} holds no image")
+    pairs = {name: places.get(annotations / PurePath(name).relative_to(images).with_suffix("")) for name in found}
+    if missing := [name for name, place in pairs.items() if place is None]:
+        raise DataError(f"{walk.root / missing[0]} has no annotation {PurePath(missing[0]).stem}.png in "
+                        f"{walk.root / annotations} ({len(missing)} of {len(found)} images have none)")  # fmt: skip
+    return [(walk.root / name, walk.root / place) for name, place in pairs.items() if place is not None]
+
+
+def _below(walk: Walk, folder: str) -> list[str]:
+    return [name for name in walk.images if name.startswith(f"{folder}/")]
 
 
 def _classes(folder: Path, pairs: Sequence[tuple[Path, Path]], reduce_zero_label: bool) -> list[str]:
     """Class names: of ``classes.txt``, of ADE20K's own list, or the numbers that occur."""
     if (folder / NAMES_FILE).is_file():
-        names = [line.strip() for line in _lines(folder / NAMES_FILE) if line.strip()]
+        names = [nfc(line.strip()) for line in text_lines(folder / NAMES_FILE, "the class names") if line.strip()]
     elif (folder / ADE20K_NAMES_FILE).is_file():
-        rows = _lines(folder / ADE20K_NAMES_FILE)[1:]
+        rows = list(text_lines(folder / ADE20K_NAMES_FILE, "the class names"))[1:]
         names = [row.split("\t")[-1].strip() for row in rows if row.strip()]
     else:
         return _numbered(pairs, reduce_zero_label)
     if len(set(names)) < len(names):
         raise DataError(f"the class names of {folder} are not all different")
     return names
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise DataError(f"{file} is not in UTF-8: save the class names in that encoding") from None
-    except OSError as problem:
-        raise DataError(f"cannot read {file}: {problem}") from None
 
 
 def _numbered(pairs: Sequence[tuple[Path, Path]], reduce_zero_label: bool) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from prompttune.errors import DataError, UsageError
-from prompttune.images import is_image, read_image
+from prompttune.images import read_image
 from prompttune.preprocess import LONGEST_SIDE, Preprocess, UnresizableError
 
 VIEW_SIDE = 336
@@ -31,34 +30,6 @@ class Picture:
     """Its path."""
     image: Image.Image
     """Upright RGB."""
-
-
-def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """Image files, and those in folders at any depth, in the order given and within a folder of their paths.
-
-    Raises:
-        DataError: a path does not exist, or a folder holds no image.
-    """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = _images_in(path)
-            if not inside:
-                raise DataError(f"{path} is neither a checkpoint folder nor a folder with images")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            raise DataError(f"no image or folder at {path}")
-    return list(dict.fromkeys(found))
-
-
-def _images_in(folder: Path) -> list[Path]:
-    images: list[Path] = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        images += [Path(parent, name) for name in files if is_image(name)]
-    return sorted(images)
 
 
 def read_pictures(

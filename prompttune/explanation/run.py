@@ -11,10 +11,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from prompttune.data import ImageSource
+from prompttune.data.files import find_images
 from prompttune.errors import UsageError
 from prompttune.explanation import drawing
 from prompttune.explanation.embedding import embed, features_of, images_of
-from prompttune.explanation.inputs import find_images, read_pictures
+from prompttune.explanation.inputs import read_pictures
 from prompttune.explanation.page import write_page
 from prompttune.explanation.pictures import PictureExplainer
 from prompttune.explanation.settings import OF_IMAGES, ExplainSettings
@@ -114,7 +115,7 @@ def explain(
         chosen.leave_out(part, "it needs images; give files or folders of them", result.notes)
     if data is None:
         chosen.leave_out("tsne", "it needs labelled images; give --data", result.notes)
-    found = find_images(images)
+    found = list(dict.fromkeys(find_images(images)))
     subjects = load_subjects(runs, resolve_device(chosen.device), weights)
     pictures, corrupt = read_pictures(found, chosen.limit, [one.preprocess for one in subjects])
     result.corrupt += corrupt

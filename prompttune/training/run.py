@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prompttune.data import Batch, CorruptImages, DataSplits, loading, make_loader, on_device
+from prompttune.data import Batch, CorruptImages, DataSplits, make_loader, on_device
+from prompttune.data.loading import loading
 from prompttune.data.mask_loading import make_mask_loader
 from prompttune.data.mask_transforms import JointTransform
 from prompttune.data.masks import MaskSplits

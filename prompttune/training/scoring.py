@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from prompttune.data import Batch, CorruptImages, EpochLoader, ImageSource, loading, make_loader
+from prompttune.data import Batch, CorruptImages, EpochLoader, ImageSource, make_loader
+from prompttune.data.loading import loading
 from prompttune.errors import UsageError
 from prompttune.evaluation.result import Evaluation
 from prompttune.evaluation.scored import Chosen, match_classes

@@ -15,7 +15,7 @@ from PIL import Image
 from prompttune.errors import DataError, PrompttuneError
 from prompttune.images import read_image
 from prompttune.serve.infer.sources.arrow import IMAGE_FIELDS, open_table, reading
-from prompttune.serve.infer.sources.common import EMPTY_CELL, NO_URLS, is_url
+from prompttune.serve.infer.sources.common import EMPTY_CELL, file_of
 
 KEPT_ROWS = 32
 """Rows behind the newest piece that stay, for threads that come a little later."""
@@ -44,9 +44,10 @@ class CellPayload:
             raise OSError(EMPTY_CELL)
         if isinstance(value, bytes):
             return read_image(value)
-        if is_url(value):
-            raise OSError(NO_URLS)
-        return read_image(self.table.parent / value)
+        file, error = file_of(self.table.parent, value)
+        if file is None:
+            raise OSError(error)
+        return file.open()
 
 
 class _Cells:

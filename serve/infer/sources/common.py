@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from prompttune.data.files import NO_URLS, exists, find_file, is_url, windows_path
+from prompttune.data.text import NO_BASE64, is_base64, is_text
 from prompttune.serve.infer.items import FilePayload, Item
 
-NO_URLS = "prompttune reads no URLs: download it first"
 NO_TASK = "no task"
 EMPTY_CELL = "the image cell is empty"
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 class Bounded:
@@ -55,11 +54,6 @@ class Bounded:
         raise NotImplementedError
 
 
-def is_url(text: str) -> bool:
-    """Whether a path is none: ``https://…``, ``s3://…`` and so on."""
-    return _URL.match(text) is not None
-
-
 def printable(name: str) -> str:
     """A file name as text that every output can hold: bytes of it that are no UTF-8 stand as ``\\xff``."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -79,8 +73,28 @@ def text_of(value: object) -> str | None:
     return None if value is None or value == "" else str(value)
 
 
+def file_of(folder: Path, written: str) -> tuple[FilePayload | None, str | None]:
+    """Where the image is that a path means, or why there is none; see :func:`~prompttune.data.files.find_file`."""
+    if is_url(written):
+        return None, NO_URLS
+    path = find_file(folder, written)
+    if (why := windows_path(folder, written)) is not None and not exists(path):
+        return None, why
+    if not is_text(written) and not exists(path):
+        return None, "there is no such file, and its name is not in UTF-8: save the list as UTF-8"
+    return FilePayload(path), None
+
+
 def path_item(
-    written: str | None, folder: Path, container: Path, row: int, *, task: str | None, target: str | None, no_task: bool
+    written: str | None,
+    folder: Path,
+    container: Path,
+    row: int,
+    column: str,
+    *,
+    task: str | None,
+    target: str | None,
+    no_task: bool,
 ) -> Item:
     """The item of a row that names its image by a path.
 
@@ -89,17 +103,19 @@ def path_item(
         folder: what a relative path belongs to.
         container: the table; the item's source where there is no path.
         row: number of the row.
+        column: where the path stands.
         task: task of this row.
         target: true label of this row.
         no_task: whether a task must stand in every row.
     """
     source = printable(written or str(container))
+    payload, error = None, None
     if not written:
         error = EMPTY_CELL
+    elif is_base64(written):
+        source, error = printable(str(container)), f"the column {column} holds base64 text: {NO_BASE64}"
     elif no_task and task is None:
         error = NO_TASK
-    elif is_url(written):
-        error = NO_URLS
     else:
-        return Item(source, FilePayload(folder / written), row=row, task=task, target=target)
-    return Item(source, row=row, task=task, target=target, error=error)
+        payload, error = file_of(folder, written)
+    return Item(source, payload, row=row, task=task, target=target, error=error)

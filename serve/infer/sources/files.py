@@ -2,62 +2,18 @@
 
 from __future__ import annotations
 
-import glob
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from prompttune.errors import DataError, UsageError, first_line
-from prompttune.images import is_image
+from prompttune.data.files import exists, find_file, is_url
+from prompttune.data.text import text_lines
+from prompttune.errors import DataError, UsageError
 from prompttune.serve.infer.items import FilePayload, Item
-from prompttune.serve.infer.sources.common import NO_URLS, Bounded, is_url, printable
+from prompttune.serve.infer.sources.common import Bounded, file_of, printable
 from prompttune.serve.infer.sources.labels import Labels
 
 COMMENT = "#"
-
-
-def find_images(inputs: Sequence[str]) -> list[Path]:
-    """Image files in the order of ``inputs``: files, folders (all images below, sorted) and glob patterns.
-
-    A file that is named is taken whatever its extension.
-
-    Raises:
-        UsageError: an input that does not exist or is a URL, a pattern that matches nothing.
-        DataError: a folder without images, or one that cannot be read.
-    """
-    found: list[Path] = []
-    for one in inputs:
-        path = Path(one)
-        if path.is_dir():
-            below = list(images_below(path, _refuse))
-            if not below:
-                raise DataError(f"no images below {path}")
-            found += below
-        elif path.exists():
-            found.append(path)
-        elif is_url(one):
-            raise UsageError(f"{one}: {NO_URLS}")
-        elif glob.has_magic(one):
-            matches = [Path(match) for match in sorted(glob.glob(one, recursive=True))]  # noqa: PTH207  # Path.glob takes no absolute pattern
-            files = [match for match in matches if match.is_file()]
-            if not files:
-                raise UsageError(f"nothing matches {one}")
-            found += files
-        else:
-            raise UsageError(f"no file or folder {one}")
-    return found
-
-
-def images_below(folder: Path, refuse: Callable[[OSError], None] | None = None) -> Iterator[Path]:
-    """Images of a folder and of those below it, sorted; ``refuse`` is told of a folder that may not be entered."""
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders.sort()
-        yield from (Path(parent) / name for name in sorted(files) if is_image(name))
-
-
-def _refuse(problem: OSError) -> None:
-    """A folder that may not be entered would otherwise be left out without a word."""
-    raise DataError(f"cannot read the folder {problem.filename}: {problem.strerror}")
 
 
 class FileSource(Bounded):
@@ -126,32 +82,17 @@ class ListSource(Bounded):
         for _, line in self._lines():
             total += 1
             if folder is None and not os.path.isabs(line) and not is_url(line):  # noqa: PTH117  # a Path a line is slow
-                folder = next((one for one in (Path(), beside) if _exists(one / line)), None)
+                folder = next((one for one in (Path(), beside) if exists(find_file(one, line))), None)
         return total, beside if folder is None else folder
 
     def _lines(self) -> Iterator[tuple[int, str]]:
-        try:
-            # surrogateescape: a list made by find has the bytes of the names, whatever their encoding
-            with self._path.open(encoding="utf-8-sig", errors="surrogateescape") as stream:
-                for number, line in enumerate(stream):
-                    name = line.removesuffix("\n")
-                    if name.strip() and not name.startswith(COMMENT):
-                        yield number, name
-        except OSError as problem:
-            raise DataError(f"cannot read the list {self._path}: {problem.strerror or first_line(problem)}") from None
+        # a list made by find has the bytes of the names, whatever their encoding
+        for number, name in enumerate(text_lines(self._path, "the list", any_bytes=True)):
+            if name.strip() and not name.startswith(COMMENT):
+                yield number, name
 
     def _items(self) -> Iterator[Item]:
         for number, line in self._lines():
-            if is_url(line):
-                yield Item(printable(line), row=number, error=NO_URLS)
-                continue
-            path = self._folder / line
-            target = self._labels.of(path, written=line) if self._labels else None
-            yield Item(printable(line), FilePayload(path), row=number, target=target)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # such as a name that is too long: its row says so when it is opened
-        return False
+            payload, error = file_of(self._folder, line)
+            target = self._labels.of(payload.path, written=line) if self._labels and payload else None
+            yield Item(printable(line), payload, row=number, target=target, error=error)

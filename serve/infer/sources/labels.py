@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from prompttune.data.files import exists, find_file
+from prompttune.data.text import labelled_rows, nfc
 from prompttune.errors import DataError, UsageError
 
 FOLDER = "folder"
-PATH_COLUMN, LABEL_COLUMN = "path", "label"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class LabelTable:
     3. by its file name alone, where one row has that name and the file which that row means is not on this machine.
 
     Args:
-        file: the table. A row without a label leaves its image without one.
+        file: the table. A row without a label, or with a word such as ``nan`` that stands for none, leaves its image
+            without one.
 
     Raises:
         UsageError: there is no such file.
@@ -79,14 +80,19 @@ class LabelTable:
         """Place of the row that alone has a file name, None where several have it."""
         self._real_folder = functools.lru_cache(maxsize=4096)(_real_folder)
         lines: dict[str, int] = {}
-        for line, path, label in _rows(file):
-            if not path:
-                raise DataError(f"{file} line {line}: no path")
+        try:
+            rows = list(labelled_rows(file, "the labels"))
+        except FileNotFoundError:
+            raise UsageError(f"no file {file} for --labels") from None
+        for row in rows:
+            path = row.path if exists(file.parent / row.path) else row.path.replace("\\", "/")
             place = self._place(path if path.startswith("/") else f"{file.parent}/{path}")
-            if (first := lines.setdefault(place, line)) != line:
-                raise DataError(f"{file} line {line}: {path} stands on line {first} already; list each image once")
-            self._written[os.path.normpath(path)] = self._placed[place] = label or None
-            name = path.rpartition("/")[2]
+            if (first := lines.setdefault(place, row.line)) != row.line:
+                raise DataError(
+                    f"{file} line {row.line}: {row.path} stands on line {first} already; list each image once"
+                )
+            self._written[nfc(os.path.normpath(path))] = self._placed[place] = row.label
+            name = place.rpartition("/")[2]
             self._named[name] = None if name in self._named else place
 
     def of(self, path: Path, written: str | None = None) -> str | None:
@@ -96,20 +102,20 @@ class LabelTable:
             path: where the file is.
             written: its path as the user wrote it, if that differs.
         """
-        key = os.path.normpath(path if written is None else written)
+        key = nfc(os.path.normpath(path if written is None else written))
         if key in self._written:
             return self._written[key]
         place = self._place(str(path))
         if place in self._placed:
             return self._placed[place]
-        other = self._named.get(path.name)
+        other = self._named.get(nfc(path.name))
         # a row that means a file which is there says nothing about its namesakes
-        return None if other is None or Path(other).exists() else self._placed[other]
+        return None if other is None or exists(find_file(Path(), other)) else self._placed[other]
 
     def _place(self, path: str) -> str:
         """Where a file is, whichever way leads there; a file that is a link stays what its name says."""
         folder, slash, name = path.rpartition("/")
-        return f"{self._real_folder(folder or slash)}/{name}"
+        return nfc(f"{self._real_folder(folder or slash)}/{name}")
 
 
 def _real_folder(folder: str) -> str:
@@ -117,26 +123,6 @@ def _real_folder(folder: str) -> str:
         return str(Path(folder).resolve())
     except (OSError, RuntimeError, ValueError):  # no path at all: its row says so when it is opened
         return folder
-
-
-def _rows(file: Path) -> Iterator[tuple[int, str, str]]:
-    """Line, path and label of each row."""
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-            if missing := [name for name in (PATH_COLUMN, LABEL_COLUMN) if name not in reader.fieldnames]:
-                raise DataError(f"{file} line 1: no column {' and '.join(missing)}; labels need the header path,label")
-            for row in reader:
-                if any(row.get(None) or ()):
-                    raise DataError(
-                        f"{file} line {reader.line_num}: more cells than the header; put quotes around commas"
-                    )
-                yield reader.line_num, (row[PATH_COLUMN] or "").strip(), (row[LABEL_COLUMN] or "").strip()
-    except FileNotFoundError:
-        raise UsageError(f"no file {file} for --labels") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as problem:
-        raise DataError(f"cannot read the labels {file}: {problem}") from None
 
 
 def target_index(target: str, labels: Sequence[str], as_index: bool) -> int | None:
@@ -150,6 +136,9 @@ def target_index(target: str, labels: Sequence[str], as_index: bool) -> int | No
     """
     if target in labels:
         return labels.index(target)
+    forms = [nfc(label) for label in labels] if not target.isascii() else []
+    if nfc(target) in forms:
+        return forms.index(nfc(target))
     if as_index and target.isascii() and target.isdigit() and len(target) < 10 and int(target) < len(labels):
         return int(target)
     return None

@@ -12,10 +12,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
+from prompttune.data.files import find_images, matches
 from prompttune.errors import UsageError, choose
 from prompttune.serve.infer.items import Item, Source
 from prompttune.serve.infer.sources.common import Bounded
-from prompttune.serve.infer.sources.files import FileSource, ListSource, find_images
+from prompttune.serve.infer.sources.files import FileSource, ListSource
 from prompttune.serve.infer.sources.labels import Labels
 from prompttune.serve.infer.sources.live import LiveSource, is_stream
 from prompttune.serve.infer.sources.names import INPUT_FORMATS, STDIN_FORMS
@@ -174,10 +175,7 @@ def _expanded(text: str) -> list[str]:
 def _matches(text: str) -> list[str]:
     if Path(text).exists() or not glob.has_magic(text):
         return [text]
-    matches = [match for match in sorted(glob.glob(text, recursive=True)) if Path(match).is_file()]  # noqa: PTH207  # Path.glob takes no absolute pattern
-    if not matches:
-        raise UsageError(f"nothing matches {text}")
-    return matches
+    return [str(path) for path in matches(text)]
 
 
 def _kind(name: str, settings: SourceSettings) -> str:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from prompttune.errors import DataError, first_line
-from prompttune.serve.infer.items import BytesPayload, FilePayload, Item, Payload
-from prompttune.serve.infer.sources.common import NO_URLS, is_url, printable
+from prompttune.serve.infer.items import BytesPayload, Item, Payload
+from prompttune.serve.infer.sources.common import file_of, printable
 from prompttune.serve.infer.sources.files import COMMENT
 from prompttune.serve.infer.sources.labels import Labels
 from prompttune.serve.infer.sources.waiting import Unbounded
@@ -114,11 +114,12 @@ class ListReader(_Lines):
         written = os.fsdecode(line)
         if written.startswith(COMMENT):
             return None
-        if is_url(written):
-            return Item(printable(written), row=row, error=NO_URLS)
-        path = Path(written)
-        target = self._labels.of(path, written=written) if self._labels else None
-        return Item(printable(written), FilePayload(path), row, target=target)
+        if "\0" in written:
+            shown = written.replace("\0", "")
+            return Item(printable(shown), row=row, error="the line holds a zero byte: write a path a line, in UTF-8")
+        payload, error = file_of(Path(), written)
+        target = self._labels.of(payload.path, written=written) if self._labels and payload else None
+        return Item(printable(written), payload, row, target=target, error=error)
 
 
 class JsonReader(_Lines):
@@ -200,9 +201,10 @@ def _payload(values: dict[str, Any]) -> Payload:
     if path is not None:
         if not isinstance(path, str):
             raise _LineError("path is not a text")
-        if is_url(path):
-            raise _LineError(NO_URLS)
-        return FilePayload(Path(path))
+        file, error = file_of(Path(), path)
+        if file is None:
+            raise _LineError(str(error))
+        return file
     if not isinstance(image, str):
         raise _LineError("image is not base64 text")
     if image.startswith("data:"):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from prompttune.data.text import csv_rows, misfit
 from prompttune.errors import DataError, UsageError, choose
 from prompttune.serve.infer.items import Item
 from prompttune.serve.infer.sources.arrow import ARROW_SUFFIXES, IMAGE_FIELDS, class_names, open_table, reading
@@ -142,50 +143,34 @@ class _Csv:
 
     def __init__(self, path: Path, *columns: str | None) -> None:
         self._path = path
-        with contextlib.closing(self._rows()) as rows:
-            self._header = next(rows, (0, []))[1]
-            if not any(self._header):
-                raise DataError(f"the table {path} is empty; its first line must name the columns")
-            self._columns = _choose(path, [(name, "path") for name in self._header], *columns)
-            self.total: int | None = sum(1 for _ in rows)
+        rows = self._rows()
+        self._header = next(rows, (0, []))[1]
+        if not any(self._header):
+            raise DataError(f"the table {path} is empty; its first line must name the columns")
+        self._columns = _choose(path, [(name, "path") for name in self._header], *columns)
+        self.total: int | None = sum(1 for _ in rows)
         self._places = {name: self._header.index(name) for name in self._columns.texts}
 
-    def _rows(self) -> Generator[tuple[int, list[str]], None, None]:
+    def _rows(self) -> Iterator[tuple[int, list[str]]]:
         """Number of the line and cells of each row, the header first."""
-        reader: Any = None
-        try:
-            with self._path.open(encoding="utf-8-sig", newline="") as stream:
-                # strict: a quote that nobody closes would swallow all the rows behind it
-                reader = csv.reader(stream, CSV_DIALECTS[self._path.suffix.lower()], strict=True)
-                for cells in reader:
-                    if cells:
-                        yield reader.line_num, [cell.strip() for cell in cells]
-        except UnicodeDecodeError:
-            raise DataError(f"the table {self._path} is not UTF-8: save it so") from None
-        except (OSError, csv.Error) as problem:
-            where = f" near line {reader.line_num}" if reader else ""
-            raise DataError(f"cannot read the table {self._path}{where}: {problem}") from None
+        return csv_rows(self._path, "the table", CSV_DIALECTS[self._path.suffix.lower()])
 
     def items(self) -> Iterator[Item]:
-        with contextlib.closing(self._rows()) as rows:
-            next(rows, None)
-            for row, (line, cells) in enumerate(rows):
-                yield self._item(row, line, cells)
+        for row, (line, cells) in enumerate(itertools.islice(self._rows(), 1, None)):
+            yield self._item(row, line, cells)
 
     def _item(self, row: int, line: int, cells: list[str]) -> Item:
-        width = len(self._header)
         values = {name: cells[place] or None for name, place in self._places.items() if place < len(cells)}
         columns = self._columns
         image = values.get(columns.image)
-        if len(cells) < width or any(cells[width:]):
-            # one comma too many or too few moves the other cells to a wrong column
-            error = f"line {line} has {len(cells)} cells and the header {width}"
-            return Item(printable(image or str(self._path)), row=row, error=error)
+        if problem := misfit(cells, len(self._header)):
+            return Item(printable(image or str(self._path)), row=row, error=f"line {line} {problem}")
         return path_item(
             image,
             self._path.parent,
             self._path,
             row,
+            columns.image,
             task=values.get(columns.task or ""),
             target=values.get(columns.label or ""),
             no_task=columns.task is not None,
@@ -225,7 +210,10 @@ class _Arrow:
         target = self._target(label)
         no_task = self._columns.task is not None
         if self._columns.kind == "path":
-            return path_item(image, self._path.parent, self._path, row, task=task, target=target, no_task=no_task)
+            return path_item(
+                image, self._path.parent, self._path, row, self._columns.image,
+                task=task, target=target, no_task=no_task,
+            )  # fmt: skip
         if no_task and task is None:
             return Item(printable(str(self._path)), row=row, target=target, error=NO_TASK)
         return Item(printable(str(self._path)), payload, row=row, task=task, target=target)

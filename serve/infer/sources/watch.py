@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from prompttune.data.files import Walk, is_hidden
 from prompttune.errors import DataError, first_line
 from prompttune.images import is_image
 from prompttune.serve.infer import libraries
 from prompttune.serve.infer.items import FilePayload, Item
 from prompttune.serve.infer.sources.common import printable
-from prompttune.serve.infer.sources.files import images_below
 from prompttune.serve.infer.sources.waiting import Unbounded
 
 SETTLE_S = 0.5
@@ -156,7 +156,9 @@ class WatchedFolder(Unbounded):
 
     def _first_look(self) -> None:
         now = time.time()
-        for path in images_below(self._root):
+        found = Walk(self._root, refuse=_leave_out)
+        found.warn()
+        for path in found.paths:
             if self._stopping.is_set():
                 return
             done = self._existing and self._done(self._source(path))
@@ -184,7 +186,10 @@ class WatchedFolder(Unbounded):
             found = [path for _, path in changed] if watching else [self._root]
             watching = True
             for path in map(Path, found):
-                for image in images_below(path) if path.is_dir() else (path,) if is_image(path.name) else ():
+                if is_hidden(path.relative_to(self._root)):
+                    continue
+                below = Walk(path, refuse=_leave_out).paths if path.is_dir() else [path] * is_image(path.name)
+                for image in below:
                     self._arrivals.note(image)
             self._give()
 
@@ -196,6 +201,10 @@ class WatchedFolder(Unbounded):
 
     def _source(self, path: Path) -> str:
         return printable(str(self._folder / path.relative_to(self._root)))
+
+
+def _leave_out(problem: OSError) -> None:
+    """A folder of a moment ago may be gone, or closed to this user until its owner opens it."""
 
 
 def open_for_writing(path: Path) -> bool:
