@@ -140,8 +140,12 @@ def test_a_watched_folder_is_answered_once_over_two_runs(tmp_path):
 
     watch(expected=3)
     (folder / "0004.png").write_bytes(encoded(4))
-    watch("--resume", expected=1)
-    assert [row.source.rsplit("/", 1)[1] for row in rows_of(output)] == [f"{index:04}.png" for index in range(5)]
+    (folder / "0001.png").write_bytes(encoded(9))  # while nobody watches
+    (folder / "0002.png").touch()
+    watch("--resume", expected=2)
+    names = [row.source.rsplit("/", 1)[1] for row in rows_of(output)]
+    assert names[:4] == [f"{index:04}.png" for index in range(4)]
+    assert sorted(names[4:]) == ["0001.png", "0004.png"]
     assert all(row.error is None for row in rows_of(output))
 
 

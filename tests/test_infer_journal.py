@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -15,23 +16,23 @@ from hypothesis import strategies as st
 from prompttune.errors import DataError, UsageError
 from prompttune.serve.infer import journal as module
 from prompttune.serve.infer.items import FilePayload, Item
-from prompttune.serve.infer.journal import InputsDigest, Journal, Progress, Record, skip_inputs
+from prompttune.serve.infer.journal import Journal, Progress, Record
+from prompttune.serve.infer.ledger import Trace
+from prompttune.serve.infer.sinks.appended import PARTS
 from prompttune.serve.infer.sinks.parquet import ParquetParts
 from prompttune.serve.infer.sinks.parquet_folder import clear
 from prompttune.serve.infer.sinks.text import CsvRows, JsonLines
 from tests.sink_helpers import Crash, answer, contents, crash_at
 
 SETTINGS = {"engine": "engines/a", "tasks": ["birds"], "top_k": 5, "stride": None}
-PROGRESS = Progress(7, 2, 14, 1, "ab12", ({"bytes": 10, "rows": 14}, {}), {"skipped": 3}, {"birds": [0.5, 1 / 3]})
+PROGRESS = Progress(
+    7, 2, 14, 1, sinks=({"bytes": 10, "rows": 14}, {}), counts={"skipped": 3}, smoothing={"birds": [0.5, 1 / 3]}
+)
 
 
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "new" / "rows.jsonl.journal.json"
-
-
-def items(number=6):
-    return [Item(f"{index}.png", FilePayload(Path("x")), row=index) for index in range(number)]
 
 
 def test_a_record_comes_back_as_it_was(path):
@@ -41,9 +42,9 @@ def test_a_record_comes_back_as_it_was(path):
         assert Journal(path).read() == Record(SETTINGS)
         journal.write(PROGRESS)
         assert Journal(path).read() == Record(SETTINGS, PROGRESS)
-        journal.finish(PROGRESS, {"rows": 14})
-        assert Journal(path).read() == Record(SETTINGS, PROGRESS, True, {"rows": 14})
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+        journal.end(replace(PROGRESS, ended=7), True, {"rows": 14})
+        assert Journal(path).read() == Record(SETTINGS, replace(PROGRESS, ended=7), True, {"rows": 14})
+    assert sorted(file.name for file in path.parent.iterdir()) == [path.name, "rows.jsonl.journal.ledger"]
 
 
 def test_a_run_goes_on_under_the_settings_that_it_had(path):
@@ -52,8 +53,34 @@ def test_a_run_goes_on_under_the_settings_that_it_had(path):
         journal.write(PROGRESS)
     with Journal(path) as journal:
         assert journal.resume(SETTINGS).progress == PROGRESS
+        journal.go_on()
+        journal.note(b"a line\n")
         journal.write(Progress(9))
-    assert Journal(path).read() == Record(SETTINGS, Progress(9))
+    assert Journal(path).read() == Record(SETTINGS, Progress(9, ledger=7))
+
+
+def test_lines_of_the_ledger_that_no_record_counts_are_cut_off(path):
+    with Journal(path) as journal:
+        journal.begin(SETTINGS)
+        journal.note(b"one\n")
+        journal.write(Progress(1))
+        journal.note(b"two\n")
+        assert journal.sync() == 8  # and a crash
+    with Journal(path) as journal:
+        journal.resume(SETTINGS)
+        journal.go_on()
+        journal.note(b"three\n")
+        journal.write(Progress(2))
+        assert journal.ledger.read_bytes() == b"one\nthree\n"
+
+
+def test_what_ended_has_not_ended_once_it_goes_on(path):
+    with Journal(path) as journal:
+        journal.begin(SETTINGS)
+        journal.end(replace(PROGRESS, ended=0), True, {})
+        journal.resume(SETTINGS)
+        journal.go_on()
+    assert Journal(path).read() == Record(SETTINGS, PROGRESS)
 
 
 @pytest.mark.parametrize(
@@ -96,10 +123,11 @@ def test_without_a_record_there_is_nothing_to_go_on_from(path):
     [
         ("{", DataError, "cannot read the record of the run"),
         ("[]", DataError, "is not a JSON object"),
-        ('{"format": 1}', DataError, "is damaged"),
-        ('{"format": 1, "settings": {}, "progress": {"sinks": [], "colour": 3}}', DataError, "is damaged"),
-        ('{"format": 1, "settings": {}, "progress": 3}', DataError, "is damaged"),
-        ('{"format": 99}', UsageError, r"a later version of prompttune wrote .* \(format 99\)"),
+        ('{"format": 2}', DataError, "is damaged"),
+        ('{"format": 2, "settings": {}, "progress": {"sinks": [], "colour": 3}}', DataError, "is damaged"),
+        ('{"format": 2, "settings": {}, "progress": 3}', DataError, "is damaged"),
+        ('{"format": 99}', UsageError, r"a later version of prompttune wrote .* \(format 99\): finish .* with that"),
+        ('{"format": 1}', UsageError, r"an earlier version of prompttune wrote .* \(format 1\): finish the run with"),
     ],
 )
 def test_a_damaged_record_is_one_line(tmp_path, text, error, line):
@@ -143,7 +171,7 @@ def test_a_killed_run_holds_nothing(path):
         other.communicate()
     with Journal(path) as journal:
         journal.begin(SETTINGS)
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert sorted(file.name for file in path.parent.iterdir()) == [path.name, "rows.jsonl.journal.ledger"]
 
 
 def test_a_lock_that_its_holder_removes_meanwhile_is_taken_anew(path, monkeypatch):
@@ -189,7 +217,7 @@ def test_a_journal_that_cannot_be_replaced_stays(path):
     with Journal(path) as journal:
         journal.begin(SETTINGS)
         journal.write(PROGRESS)
-        for number in range(4):  # the folder, the file on the disk, its new name
+        for number in range(4):  # the file on the disk, its new name, the folder
             with crash_at(number):
                 journal.write(Progress(99))
             assert json.loads(path.read_text())["progress"]["inputs"] == (7 if number < 3 else 99)
@@ -201,58 +229,16 @@ def test_a_journal_that_cannot_be_replaced_stays(path):
 @pytest.mark.parametrize(
     "change", [{"source": "b"}, {"row": 2}, {"row": None}, {"frame": 1}, {"task": "birds"}, {"target": "owl"}]
 )
-def test_the_digest_tells_inputs_apart(change):
-    values = {"source": "a", "row": 1, **change}
-    one, other = InputsDigest(), InputsDigest()
-    one.add(Item("a", None, row=1))
-    other.add(Item(**values))
-    assert one.hex != other.hex
+def test_a_trace_tells_inputs_apart(change):
+    before = Trace.of(Item("a", None, row=1))
+    assert Trace.parse(before.line) == before
+    assert before.same(Item("a", None, row=1))
+    assert not before.same(Item(**{"source": "a", "row": 1, **change}))
 
 
-@given(number=st.integers(0, 6))
-def test_the_digest_goes_on_from_its_text(number):
-    whole, part = InputsDigest(), InputsDigest()
-    for item in items():
-        whole.add(item)
-    for item in items()[:number]:
-        part.add(item)
-    copied, restored = part.copy(), InputsDigest(part.hex)
-    part.add(Item("another"))
-    for item in items()[number:]:
-        copied.add(item)
-        restored.add(item)
-    assert copied.hex == restored.hex == whole.hex
-    assert len(whole.hex) == 64
-
-
-def test_a_file_name_that_is_no_unicode_has_a_digest():
-    digest = InputsDigest()
-    digest.add(Item("f\udcff.png"))
-    assert digest.hex
-
-
-def digest_of(taken):
-    digest = InputsDigest()
-    for item in taken:
-        digest.add(item)
-    return digest.hex
-
-
-def test_answered_inputs_are_passed_over():
-    left = iter(items())
-    digest = skip_inputs(left, Progress(inputs=4, digest=digest_of(items(4))))
-    assert next(left).row == 4
-    digest.add(items()[4])
-    assert digest.hex == digest_of(items(5))
-    assert skip_inputs(iter([]), Progress()).hex == ""
-
-
-def test_other_inputs_are_refused():
-    progress = Progress(inputs=4, digest=digest_of(items(4)))
-    with pytest.raises(DataError, match="it had answered 4, and there are 3; begin again with --overwrite"):
-        skip_inputs(iter(items(3)), progress)
-    with pytest.raises(DataError, match="order of the first 4 have changed; begin again with --overwrite"):
-        skip_inputs(iter([items()[number] for number in (1, 0, 2, 3)]), progress)
+def test_a_file_name_that_is_no_unicode_has_a_trace():
+    item = Item("f\udcff.png", FilePayload(Path("f\udcff.png")))
+    assert Trace.parse(Trace.of(item).line).same(item)
 
 
 # A whole run: sinks first, then the journal
@@ -277,6 +263,7 @@ def attempt(folder, every):
             journal.begin(SETTINGS)
         else:
             journal.resume(SETTINGS)
+            journal.go_on()
             sinks = [make(folder, state) for make, state in zip(MAKERS, states, strict=True)]
         written = record.progress.inputs if record else 0
         for one in ANSWERS[written:]:
@@ -284,14 +271,18 @@ def attempt(folder, every):
                 sink.write(one)
             written += 1
             if written % every == 0:
-                journal.write(Progress(inputs=written, sinks=tuple(sink.commit() for sink in sinks)))
+                journal.write(Progress(inputs=written, sinks=tuple(map(committed, sinks))))
         for sink in sinks:
             sink.finish()
-        journal.finish(Progress(inputs=written, sinks=tuple(sink.commit() for sink in sinks)))
+        journal.end(Progress(inputs=written, sinks=tuple(map(committed, sinks))), True)
+
+
+def committed(sink):
+    return {name: value for name, value in sink.commit().items() if name != PARTS}
 
 
 def files(folder):
-    return {name: data for name, data in contents(folder).items() if ".lock" not in name}
+    return {name: data for name, data in contents(folder).items() if not name.endswith((".lock", ".ledger"))}
 
 
 @settings(max_examples=40)

@@ -437,6 +437,9 @@ def test_a_whole_job_begun_here_and_ended_there(joined, tmp_path):
     summary, rows = run(images, output=tmp_path / "both.jsonl", **one_thread, resume=True, ray=RaySettings(parcel=8))
     assert (summary.inputs, summary.errors, len(rows)) == (40, 1, 40)
     assert (tmp_path / "both.jsonl").read_bytes() == (tmp_path / "here.jsonl").read_bytes()
+    (images / "0030.png").write_bytes((images / "0031.png").read_bytes())  # one that the cluster has answered
+    with pytest.raises(DataError, match=r"0030\.png is not what it was"):
+        run(images, output=tmp_path / "both.jsonl", **one_thread, resume=True, ray=RaySettings(parcel=8))
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -145,10 +146,25 @@ def test_a_plan_goes_on_where_another_ended(count, size, parts, data):
     done = data.draw(st.integers(0, len(chunks)))
     after = Progress()
     if done:
-        after = Progress(inputs=marks[done - 1].inputs, chunks=done, digest=marks[done - 1].digest)
-    rest, left = planned(count, size, shard=shard, after=after)
+        after = Progress(inputs=marks[done - 1].inputs, chunks=done)
+    rest = Plan(Numbers(count), size, shard=shard, after=after)
+    passed = [int(item.source) for item in islice(rest.items, after.inputs)]
+    assert passed == [number for chunk in chunks[:done] for number in chunk]
+    assert rest.more() == (done < len(chunks))
+    left = [[int(item.source) for item in chunk] for chunk in rest.chunks()]
     assert left == chunks[done:]
     assert [rest.answered() for _ in left] == marks[done:]
+
+
+def test_inputs_that_came_since_fill_up_the_last_chunk():
+    for shard in (Shard(), Shard(1, 2)):
+        before, _ = planned(10, 4, shard=shard)
+        inputs = [number for chunk in planned(10, 4, shard=shard)[1] for number in chunk]
+        plan = Plan(Numbers(19), 4, shard=shard, after=Progress(inputs=len(inputs), chunks=9))
+        assert [int(item.source) for item in islice(plan.items, len(inputs))] == inputs
+        assert before.total == len(inputs)
+        answered = inputs + [int(item.source) for chunk in plan.chunks() for item in chunk]
+        assert answered == [number for chunk in planned(19, 4, shard=shard)[1] for number in chunk]
 
 
 class Arriving(Unbounded):

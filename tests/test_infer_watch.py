@@ -111,7 +111,7 @@ def test_a_changed_image_comes_again_and_an_unchanged_one_does_not(folder: Path)
 def test_what_was_answered_before_is_skipped_and_counted(folder: Path) -> None:
     for name in "abc":
         (folder / f"{name}.png").write_bytes(png())
-    watched = Watched(folder, done=lambda source: not source.endswith("b.png"))
+    watched = Watched(folder, done=lambda item: not item.source.endswith("b.png"))
     assert watched.next() == f"{folder}/b.png"
     (folder / "a.png").write_bytes(png(9))
     assert watched.next() == f"{folder}/a.png"  # new content while it is watched

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -13,7 +14,7 @@ from PIL import Image
 import prompttune as pt
 from prompttune.cli.main import cli
 from prompttune.data.masks import load_masks
-from prompttune.errors import EngineError, UsageError
+from prompttune.errors import DataError, EngineError, UsageError
 from prompttune.export import EngineFolder
 from prompttune.export.figures import Tally
 from prompttune.export.gate import Gate
@@ -139,6 +140,14 @@ def test_rows_and_overlays_of_pictures(engine, photos, tmp_path):
     (photos / "broken.png").write_bytes(b"no picture")
     try:
         assert infer(settings).inputs == 4
+        resumed = replace(settings, resume=True)
+        assert infer(resumed).finished
+        overlay = tmp_path / "overlays" / "000001-1.mask.png"
+        before = overlay.read_bytes()
+        overlay.write_bytes(before + b"?")
+        with pytest.raises(DataError, match=r"000001-1\.mask\.png was changed after it was written"):
+            infer(resumed)
+        overlay.write_bytes(before)
     finally:
         (photos / "broken.png").unlink()
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]

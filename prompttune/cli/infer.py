@@ -105,7 +105,8 @@ def _outputs(command: Any) -> Any:
                 help="Where the rows go; may be repeated."),
         _option("Outputs", "--overwrite", is_flag=True, help="Replace outputs of an earlier run."),
         _option("Outputs", "--resume", is_flag=True,
-                help="Go on with an interrupted run: the same rows as if it had not been."),
+                help="Go on with an interrupted run, or answer inputs that came at the end of a finished one.  Refused "
+                "where an answered input or an output has changed."),
         _option("Outputs", "--max-errors", type=click.IntRange(0),
                 help="Stop, exit code 1, after more inputs with errors.  [default: any number]"),
         _option("Outputs", "--json", "as_json", is_flag=True,
@@ -179,9 +180,16 @@ def infer(ctx: click.Context, /, **options: Any) -> None:
         raise UsageError("--report shows an evaluation: say with --labels where the true labels are")
     signals: list[int] = []
     try:
-        with Display() as display, prepared(
-            settings, stdin=standard_input, stdout=sys.stdout, on_progress=display.advance
-        ) as ready:  # fmt: skip
+        with (
+            Display() as display,
+            prepared(
+                settings,
+                stdin=standard_input,
+                stdout=sys.stdout,
+                on_progress=display.advance,
+                on_check=display.check,
+            ) as ready,
+        ):
             if ready.job is None:
                 click.echo(f"nothing left to do: all {ready.before.inputs} inputs are answered", err=True)
                 return

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 LINE_S = 30.0
 """Between two lines where there is no terminal to draw a bar on."""
+CHECK_S = 0.1
+"""Between two updates of the bar, which come by the thousand while inputs are compared."""
 
 
 class Display:
@@ -39,6 +41,7 @@ class Display:
             transient=True,
             disable=not self._console.is_terminal,
         )
+        self._checked = 0.0
         self._task = self._bar.add_task("opening", total=None, speed=0.0, errors=0)
 
     def __enter__(self) -> Self:
@@ -49,6 +52,12 @@ class Display:
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+    def check(self, done: int, total: int) -> None:
+        """Some of what an earlier run did has been compared with what is there, in any unit."""
+        if done == total or time.monotonic() - self._checked > CHECK_S:
+            self._checked = time.monotonic()
+            self._bar.update(self._task, description="comparing inputs and outputs", total=total, completed=done)
 
     def begin(self, before: JobProgress, total: int | None) -> None:
         """The job begins; ``before`` is what earlier runs of it have done."""

@@ -141,6 +141,7 @@ def answers_of(scored: Sequence[Scored], work: Work) -> list[Answer]:
             tuple(_row(one.decoded, outcome, work) for outcome in one.outcomes),
             one.decoded.picture,
             one.decoded.item.arrived,
+            one.decoded.trace,
         )
         for one in scored
     ]

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from prompttune.export.runtimes import Array
+from prompttune.images import read_image
 from prompttune.preprocess import Preprocess
-from prompttune.serve.infer.items import Item
+from prompttune.serve.infer.items import Encoded, Item, Payload
+from prompttune.serve.infer.ledger import Trace, content_digest
 from prompttune.serve.infer.work import Work
 
 if TYPE_CHECKING:
@@ -34,22 +36,33 @@ class Decoded:
     """Normalised float32 [3, S, S]."""
     picture: Image.Image | None = None
     error: str | None = None
+    trace: bytes = b""
+    """The input as a :mod:`~prompttune.serve.infer.ledger` has it."""
 
 
 def decode(item: Item, work: Work) -> Decoded:
     """Open one input and transform it for its tasks; one that cannot be read is told, never raised."""
-    bare = dataclasses.replace(item, payload=None)
+    bare, trace = dataclasses.replace(item, payload=None), Trace.of(item)
     if item.payload is None:
-        return Decoded(bare, error=item.error or "no image")
+        return Decoded(bare, error=item.error or "no image", trace=trace.line)
     wanted = {work.known[task].preprocess: None for task in work.tasks_of(item.task) if task in work.known}
     if not wanted:
-        return Decoded(bare)  # of its rows each says that there is no such task
+        return Decoded(bare, trace=trace.line)  # of its rows each says that there is no such task
     try:
-        image = item.payload.open()
+        image, trace = _read(item.payload, trace)
         arrays = {preprocess: _prepared(image, preprocess) for preprocess in wanted}
     except (OSError, ValueError) as problem:  # ValueError: sides that differ too much to be resized
-        return Decoded(bare, error=" ".join(str(problem).split()) or type(problem).__name__)
-    return Decoded(bare, arrays, _picture(image, work.picture_side))
+        return Decoded(bare, error=" ".join(str(problem).split()) or type(problem).__name__, trace=trace.line)
+    return Decoded(bare, arrays, _picture(image, work.picture_side), trace=trace.line)
+
+
+def _read(payload: Payload, trace: Trace) -> tuple[Image.Image, Trace]:
+    """The image, and the trace with the digest of what it was decoded from."""
+    if not isinstance(payload, Encoded):
+        return payload.open(), trace
+    with payload.stream() as stream:
+        image = read_image(stream)
+        return image, trace._replace(content=content_digest(stream))
 
 
 def _prepared(image: Image.Image, preprocess: Preprocess) -> Array:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,26 +26,48 @@ class Payload(Protocol):
         """
 
 
+class Encoded:
+    """An image as the bytes of an image file, wherever they are."""
+
+    __slots__ = ()
+
+    def stream(self) -> BinaryIO:
+        """Open the bytes.
+
+        Raises:
+            OSError: they cannot be read; the message is the reason, without the source's name.
+        """
+        raise NotImplementedError
+
+    def open(self) -> Image.Image:
+        """Decode the bytes."""
+        with self.stream() as stream:
+            return read_image(stream)
+
+
 @dataclass(frozen=True, slots=True)
-class FilePayload:
+class FilePayload(Encoded):
     """An image file."""
 
     path: Path
 
-    def open(self) -> Image.Image:
-        """Read the file."""
-        return read_image(self.path)
+    def stream(self) -> BinaryIO:
+        """Open the file."""
+        try:
+            return self.path.open("rb")
+        except (OSError, ValueError) as problem:
+            raise OSError(getattr(problem, "strerror", None) or str(problem)) from None
 
 
 @dataclass(frozen=True, slots=True)
-class BytesPayload:
+class BytesPayload(Encoded):
     """An encoded image in memory."""
 
     data: bytes
 
-    def open(self) -> Image.Image:
-        """Decode the bytes."""
-        return read_image(self.data)
+    def stream(self) -> BinaryIO:
+        """Wrap the bytes."""
+        return io.BytesIO(self.data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +104,13 @@ class Item:
     """Why there is nothing to decode, such as an empty cell of a table."""
     arrived: float | None = None
     """``time.monotonic()`` when a frame of a live stream was received; latency counts from it."""
+    container: Path | None = None
+    """Table, shard or video file that it is in."""
+
+    @property
+    def file(self) -> Path | None:
+        """The file that the image is in; None for a stream."""
+        return self.payload.path if isinstance(self.payload, FilePayload) else self.container
 
 
 class Source(Protocol):

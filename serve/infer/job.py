@@ -14,8 +14,10 @@ from prompttune.serve.infer.executors import Executor
 from prompttune.serve.infer.items import Source
 from prompttune.serve.infer.journal import Journal, Progress
 from prompttune.serve.infer.latency import Latency
+from prompttune.serve.infer.ledger import output_line
 from prompttune.serve.infer.plan import Plan
 from prompttune.serve.infer.rows import Answer
+from prompttune.serve.infer.sinks.appended import PARTS
 from prompttune.serve.infer.sinks.base import Sink
 
 COMMIT_S = 2.0
@@ -128,7 +130,7 @@ class Job:
         except PrompttuneError as problem:
             if not self._writing:
                 with suppress(OSError, PrompttuneError):
-                    self._commit()
+                    self._commit(ended=True)
             problem.args = (f"{problem}{self._hint()}",)
             raise
         finally:
@@ -162,13 +164,14 @@ class Job:
             if self._scores is not None:
                 for row in answer.rows:
                     self._scores.add(row)
+            if self._journal is not None and answer.arrived is None:  # a live frame cannot be asked for again
+                self._journal.note(answer.trace)
         self._latency.written(answers)
         mark, before = self._plan.answered(), self._progress
         self._progress = replace(
             before,
             inputs=mark.inputs,
             chunks=mark.chunks,
-            digest=mark.digest,
             rows=before.rows + sum(len(answer.rows) for answer in answers),
             errors=before.errors + sum(any(row.error for row in answer.rows) for answer in answers),
             smoothing=self._executor.state(),
@@ -183,23 +186,35 @@ class Job:
                 f"more than the {self._max_errors} that --max-errors allows"
             )
 
-    def _commit(self, summary: Summary | None = None) -> None:
+    def _commit(self, ended: bool = False) -> None:
         """Sinks first, the journal last: what it says is on the disk, and what it does not say is cut off later."""
-        if not self._uncommitted and summary is None:
+        if not self._uncommitted and not ended:
             return
-        states = tuple(dict(sink.commit()) for sink in self._sinks)
-        self._progress = replace(self._progress, sinks=states, counts=dict(self._source.counts()))
-        if self._journal is not None and summary is not None and summary.finished:
-            self._journal.finish(self._progress, summary.to_dict())
+        self._commit_sinks()
+        if self._journal is not None and ended:
+            self._journal.end(replace(self._progress, ended=self._progress.ledger))
         elif self._journal is not None:
             self._journal.write(self._progress)
         self._uncommitted = False
 
+    def _commit_sinks(self) -> None:
+        states = [dict(sink.commit()) for sink in self._sinks]
+        parts = [part for state in states for part in state.pop(PARTS, ())]
+        self._progress = replace(self._progress, sinks=tuple(states), counts=dict(self._source.counts()))
+        if self._journal is not None:
+            for part in parts:
+                self._journal.note(output_line(part))
+            self._progress = replace(self._progress, ledger=self._journal.sync())
+
     def _end(self, started: float) -> Summary:
         finished = not (self._stopped and self._source.bounded)
-        for sink in self._sinks:
-            if finished or not sink.commit():  # a sink that cannot go on later is closed properly now
+        self._commit_sinks()
+        before = self._progress  # new inputs go on from before the outputs were finished
+        for sink, state in zip(self._sinks, before.sinks, strict=True):
+            if finished or not state:  # a sink that cannot go on later is closed properly now
                 sink.finish()
+        self._commit_sinks()
+        self._progress = replace(before, ended=self._progress.ledger)
         seconds = time.perf_counter() - started
         summary = Summary(
             inputs=self._progress.inputs,
@@ -212,7 +227,8 @@ class Job:
             latency=self._latency.figures(),
             evaluation={} if self._scores is None else self._scores.results(),
         )
-        self._commit(summary)
+        if self._journal is not None:
+            self._journal.end(self._progress, finished, summary.to_dict() if finished else None)
         return summary
 
     def _hint(self) -> str:

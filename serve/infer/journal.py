@@ -2,56 +2,30 @@
 
 Every few seconds the sinks are committed, then the journal is replaced. In that order: a crash between the two leaves
 sinks that hold more than the journal says, which is cut off when they are opened again and written once more. The other
-way round it would name rows that nobody has. The inputs that an answered row came from are counted and digested, so
-that a run goes on with the inputs after them and with no others.
+way round it would name rows that nobody has. A ledger beside it has a line for each input that was answered and for
+each part of an output that was written, so that a run goes on with the same inputs and outputs and with no others.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Self
 
 from prompttune.errors import DataError, UsageError
 from prompttune.files import read_json, write_json
-from prompttune.serve.infer.items import Item
+from prompttune.serve.infer.sinks.appended import AppendedFile
 
-FORMAT = 1
+FORMAT = 2
 """Version of the record."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 _LOG = logging.getLogger("prompttune.infer")
-
-
-class InputsDigest:
-    """A digest over inputs in order: sha256 of the digest before and the next input. It can go on from its hex.
-
-    Args:
-        value: hex of an earlier digest; empty begins.
-    """
-
-    def __init__(self, value: str = "") -> None:
-        self._value = bytes.fromhex(value)
-
-    def add(self, item: Item) -> None:
-        """Take the next input: its source, row, frame, task and label, not its image."""
-        identity = json.dumps([item.source, item.row, item.frame, item.task, item.target])
-        self._value = hashlib.sha256(self._value + identity.encode("ascii")).digest()
-
-    @property
-    def hex(self) -> str:
-        """The digest; empty before the first input."""
-        return self._value.hex()
-
-    def copy(self) -> InputsDigest:
-        """One that goes on by itself."""
-        return InputsDigest(self.hex)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +38,10 @@ class Progress:
     rows: int = 0
     errors: int = 0
     """Inputs with an error in one of their rows."""
-    digest: str = ""
-    """:class:`InputsDigest` of those inputs."""
+    ledger: int = 0
+    """Bytes of the ledger that tell of them."""
+    ended: int | None = None
+    """The same after the outputs were finished; None unless the run ended in order."""
     sinks: tuple[Mapping[str, Any], ...] = ()
     """States of the sinks, in the order of the outputs; empty before the first commit."""
     counts: Mapping[str, int] = field(default_factory=dict)
@@ -120,6 +96,8 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.ledger = path.with_name(f"{path.name.removesuffix('.json')}.ledger")
+        self._lines: AppendedFile | None = None
         self._lock: IO[bytes] | None = None
         self._record: Record | None = None
 
@@ -151,13 +129,16 @@ class Journal:
 
         Raises:
             DataError: it is damaged.
-            UsageError: a later version of prompttune wrote it.
+            UsageError: another version of prompttune wrote it.
         """
         if not self.path.exists():
             return None
         values = read_json(self.path, DataError, "record of the run")
-        if isinstance(version := values.pop("format", None), int) and version > FORMAT:
-            raise UsageError(f"a later version of prompttune wrote {self.path} (format {version}): use that version")
+        if isinstance(version := values.pop("format", None), int) and version != FORMAT:
+            raise UsageError(
+                f"{'a later' if version > FORMAT else 'an earlier'} version of prompttune wrote {self.path} "
+                f"(format {version}): finish the run with that version, or begin again with --overwrite"
+            )
         try:
             progress = dict(values.pop("progress"))
             self._record = Record(progress=Progress(**{**progress, "sinks": tuple(progress["sinks"])}), **values)
@@ -171,10 +152,11 @@ class Journal:
         Args:
             settings: plain values that must be the same when it goes on.
         """
+        self._lines = AppendedFile(self.ledger)
         self._replace(Record(_plain(settings)))
 
     def resume(self, settings: Mapping[str, Any]) -> Record:
-        """The record of the run that is to go on with these settings; :meth:`write` goes on with it.
+        """The record of the run that is to go on with these settings; :meth:`go_on` comes next.
 
         Raises:
             UsageError: there is none, or its settings differ.
@@ -186,27 +168,48 @@ class Journal:
         record.check(settings)
         return record
 
+    def go_on(self) -> None:
+        """Go on from the record, before anything of the outputs is touched: the run has not ended any more.
+
+        Raises:
+            DataError: the ledger is not what it was.
+        """
+        record = self._record or Record({})
+        self._replace(Record(record.settings, replace(record.progress, ended=None)))
+        self._lines = AppendedFile(self.ledger, record.progress.ledger)
+
+    def note(self, line: bytes) -> None:
+        """Take a line of the ledger; it counts from the next :meth:`write` on."""
+        self._begun().append(line)
+
+    def sync(self) -> int:
+        """Bring the ledger to the disk; its size."""
+        return self._begun().sync()
+
     def write(self, progress: Progress) -> None:
         """Record how far the run has come, once the sinks are committed.
 
         Raises:
             OSError: the file cannot be written; the record before stays.
         """
-        self._replace(Record(self._begun().settings, progress))
+        self.end(replace(progress, ledger=self.sync()))
 
-    def finish(self, progress: Progress, summary: Any = None) -> None:
+    def end(self, progress: Progress, finished: bool = False, summary: Any = None) -> None:
         """Record that the run has ended: after the sinks have finished and committed, before they are closed.
 
         Args:
-            progress: all of it.
+            progress: all of it, with its places in the ledger.
+            finished: no input is left.
             summary: plain values about the run.
         """
-        self._replace(Record(self._begun().settings, progress, finished=True, summary=summary))
+        self._begun()
+        self._replace(Record((self._record or Record({})).settings, progress, finished, summary))
 
-    def _begun(self) -> Record:
-        if self._record is None:
-            raise RuntimeError("begin() or resume() comes first")
-        return self._record
+    def _begun(self) -> AppendedFile:
+        if self._lines is None:
+            raise RuntimeError("begin() or go_on() comes first")
+        self._lines.new_parts()
+        return self._lines
 
     def _replace(self, record: Record) -> None:
         if self._lock is None:
@@ -244,33 +247,3 @@ def _is_at(path: Path, stream: IO[bytes]) -> bool:
         return os.path.samestat(path.stat(), os.fstat(stream.fileno()))
     except FileNotFoundError:
         return False
-
-
-def skip_inputs(items: Iterator[Item], progress: Progress) -> InputsDigest:
-    """Pass over the inputs that a run has answered, and make sure that they are those.
-
-    Args:
-        items: all inputs, from the first; afterwards the next one is the first without rows.
-        progress: of the interrupted run.
-
-    Returns:
-        Their digest, to go on with.
-
-    Raises:
-        DataError: they are not the same.
-    """
-    digest = InputsDigest()
-    for number in range(progress.inputs):
-        item = next(items, None)
-        if item is None:
-            raise DataError(
-                f"the inputs are not those of the interrupted run: it had answered {progress.inputs}, "
-                f"and there are {number}; begin again with --overwrite"
-            )
-        digest.add(item)
-    if digest.hex != progress.digest:
-        raise DataError(
-            f"the inputs are not those of the interrupted run: names or order of the first {progress.inputs} have "
-            "changed; begin again with --overwrite"
-        )
-    return digest

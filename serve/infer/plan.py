@@ -7,12 +7,12 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import cast
 
 from prompttune.errors import UsageError
 from prompttune.serve.infer.items import Item, Source
-from prompttune.serve.infer.journal import Progress, skip_inputs
+from prompttune.serve.infer.journal import Progress
 from prompttune.serve.infer.sources.waiting import Unbounded
 
 
@@ -50,8 +50,6 @@ class Mark:
     """Of this shard, answered so far."""
     inputs: int = 0
     """In them."""
-    digest: str = ""
-    """Of these inputs, see :class:`~prompttune.serve.infer.journal.InputsDigest`; empty where nobody can compare."""
 
 
 class Plan:
@@ -80,6 +78,7 @@ class Plan:
         self._limit = limit
         self._after = after or Progress()
         self._marks: deque[Mark] = deque()
+        self._items = self._mine() if source.bounded else None
         self._stop = threading.Event()
 
     @property
@@ -103,28 +102,41 @@ class Plan:
         """The next chunk, in order, has been answered: where the inputs stand."""
         return self._marks.popleft()
 
+    @property
+    def items(self) -> Iterator[Item] | None:
+        """The inputs of this shard, those of an earlier run first, which are to be taken before :meth:`chunks` is.
+
+        None where they cannot be read again.
+        """
+        return self._items
+
+    def more(self) -> bool:
+        """Whether there is a next input, which is not taken."""
+        first = list(islice(self._items or (), 1))
+        self._items = chain(first, self._items or ())
+        return bool(first)
+
     def chunks(self) -> Iterator[list[Item]]:
         """The chunks to be answered, in order.
 
         Raises:
-            DataError: the inputs are not those that the earlier run has answered, or cannot be read any further.
+            DataError: the inputs cannot be read any further.
         """
-        inputs, digest = self._after.inputs, None
-        if self._source.bounded:
-            items = self._mine()
-            digest = skip_inputs(items, self._after)
-            chunks = iter(lambda: list(islice(items, self._size)), [])
-        else:
-            chunks = cast(Unbounded, self._source).chunks(self._size)
+        inputs, bounded = self._after.inputs, self._source.bounded
+        chunks = self._bounded() if bounded else cast(Unbounded, self._source).chunks(self._size)
         for number, chunk in enumerate(chunks, self._after.chunks + 1):
             inputs += len(chunk)
-            if digest is not None:
-                for item in chunk:
-                    digest.add(item)
-            self._marks.append(Mark(number, inputs, "" if digest is None else digest.hex))
+            self._marks.append(Mark(number, inputs))
             yield chunk
-            if digest is not None and self._stop.is_set():
+            if bounded and self._stop.is_set():
                 return
+
+    def _bounded(self) -> Iterator[list[Item]]:
+        """The first chunk fills up what an earlier run's last one had room for: inputs may have come since."""
+        size = self._size - self._after.inputs % self._size
+        while chunk := list(islice(self._items or (), size)):
+            yield chunk
+            size = self._size
 
     def _mine(self) -> Iterator[Item]:
         """The inputs of this shard's chunks."""

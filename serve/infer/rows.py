@@ -92,3 +92,5 @@ class Answer:
     """The image, no larger than the sinks ask for; None if none does or it could not be read."""
     arrived: float | None = None
     """See :class:`~prompttune.serve.infer.items.Item`."""
+    trace: bytes = field(default=b"", compare=False, repr=False)
+    """The input as a :mod:`~prompttune.serve.infer.ledger` has it."""

@@ -21,11 +21,12 @@ from prompttune.serve.engine import Engine
 from prompttune.serve.infer.executors import Executor, Here, OnRay
 from prompttune.serve.infer.job import Job, Summary
 from prompttune.serve.infer.journal import Journal, Progress
+from prompttune.serve.infer.ledger import Trace, check, traces
 from prompttune.serve.infer.local import Decoding
 from prompttune.serve.infer.plan import Plan, Shard
 from prompttune.serve.infer.rows import Row
 from prompttune.serve.infer.sinks.base import Sink
-from prompttune.serve.infer.sinks.opening import check_outputs, journal_path, open_sinks
+from prompttune.serve.infer.sinks.opening import check_outputs, check_unfinished, journal_path, open_sinks
 from prompttune.serve.infer.smoothing import Smoother
 from prompttune.serve.infer.sources.live import masked
 from prompttune.serve.infer.sources.opening import STANDARD_INPUT, Opened, SourceSettings, open_source
@@ -100,6 +101,7 @@ def prepared(
     stdout: TextIO,
     engine: Engine | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
+    on_check: Callable[[int, int], None] = lambda *_: None,
 ) -> Iterator[Prepared]:
     """Open everything that a job needs, and hold its journal until the block ends.
 
@@ -109,6 +111,7 @@ def prepared(
         stdout: standard output.
         engine: an open engine to use, one call at a time; None opens the folder's.
         on_progress: told after every chunk, in the thread that runs the job.
+        on_check: told how much of what an earlier run has done is compared with what is there, and of how much.
 
     Raises:
         UsageError: a setting means nothing, an input is missing, an output is in the way.
@@ -116,8 +119,13 @@ def prepared(
     """
     segments = _segments(settings)
     check_outputs(settings.outputs, overwrite=settings.overwrite, resume=settings.resume, segments=segments)
-    answered: set[str] = set()
-    opened = open_source(settings.inputs, settings.source, stdin=stdin, done=answered.__contains__)
+    answered: dict[str, Trace] = {}
+    opened = open_source(
+        settings.inputs,
+        settings.source,
+        stdin=stdin,
+        done=lambda item: (trace := answered.get(Trace.of(item).name)) is not None and trace.same(item),
+    )
     with ExitStack() as stack:
         stack.callback(opened.source.close)
         _check_source(settings, opened)
@@ -125,17 +133,32 @@ def prepared(
         work = _work(settings, folder, opened)
         path, record = journal_path(settings.outputs), None
         journal = None if path is None else stack.enter_context(Journal(path))
-        values = _recorded(settings, folder, work)
+        values = _recorded(settings, folder, work, opened)
         if journal is not None and settings.resume:
             record = journal.resume(values)
-            if record.finished and opened.source.bounded:
-                yield Prepared(None, before=record.progress)
-                return
         before = Progress() if record is None else record.progress
+        plan = Plan(
+            opened.source,
+            work.chunk_inputs,
+            shard=settings.shard,
+            limit=settings.source.limit if opened.source.bounded else None,
+            after=before,
+        )
+        if journal is not None and record is not None:
+            size = before.ledger if before.ended is None else before.ended
+            check(journal.ledger, size, plan.items, before.ended is not None, on_check)
+            if record.finished and opened.source.bounded and not plan.more():
+                yield Prepared(None, before=before)
+                return
+            check_unfinished(settings.outputs, before.sinks)
+            if settings.source.watch:
+                answered.update((trace.name, trace) for trace in traces(journal.ledger, before.ledger))
         calls = 1
         if engine is None and settings.ray is None:
             calls, threads = calls_at_once(settings.options, folder)
             engine = open_engine(replace(settings.options, threads=threads), folder, work)
+        if journal is not None and record is not None:
+            journal.go_on()
         sinks = open_sinks(
             settings.outputs,
             labelled=work.labelled,
@@ -149,16 +172,7 @@ def prepared(
             stack.callback(sink.close)
         if journal is not None and record is None:
             journal.begin(values)
-        if settings.source.watch:
-            answered.update(row.source for row in _earlier_rows(sinks, before))
         work = replace(work, picture_side=_picture_side(sinks))
-        plan = Plan(
-            opened.source,
-            work.chunk_inputs,
-            shard=settings.shard,
-            limit=settings.source.limit if opened.source.bounded else None,
-            after=before,
-        )
         job = Job(
             opened.source,
             plan,
@@ -284,7 +298,7 @@ def _work(settings: InferSettings, folder: EngineFolder, opened: Opened) -> Work
     )
 
 
-def _recorded(settings: InferSettings, folder: EngineFolder, work: Work) -> dict[str, Any]:
+def _recorded(settings: InferSettings, folder: EngineFolder, work: Work, opened: Opened) -> dict[str, Any]:
     """What a resumed run must share, so that its rows are those of a run that was never interrupted."""
     source = settings.source
     files = {name: file.sha256 for name, file in sorted(folder.manifest.files.items())}
@@ -293,7 +307,8 @@ def _recorded(settings: InferSettings, folder: EngineFolder, work: Work) -> dict
         "engine": _digest(files),
         "task": list(work.tasks),
         "task versions": _digest(versions),
-        "inputs": [masked(one) for one in settings.inputs],
+        # those that can be read again are compared one by one
+        "inputs": None if opened.source.bounded else [masked(one) for one in settings.inputs],
         "output": list(settings.outputs),
         "batch-size": work.batch_size,
         "top-k": work.top_k,

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from prompttune.errors import DataError
 from prompttune.files import sync_folder
 
 BUFFER_BYTES = 2**20
 """Held in memory at most between two writes."""
+
+
+PARTS = "parts written"
+"""Key in what :meth:`Sink.commit` gives: each :class:`Part` that came since the last commit."""
+
+
+class Part(NamedTuple):
+    """What was written to a file, by which a later run can tell that it is still there."""
+
+    path: str
+    start: int
+    end: int
+    digest: str
+    """Hex sha256 of the bytes between."""
+    grows: bool = True
+    """More may follow; otherwise this is all of the file."""
+    passing: bool = False
+    """The file is there for a while only, and a sink knows what took its place."""
 
 
 class AppendedFile:
@@ -24,14 +43,18 @@ class AppendedFile:
         path: the file; its folder is made.
         kept: bytes of it to go on from, the rest is cut off; None begins an empty file.
         buffer: bytes to hold in memory at most.
+        passing: see :class:`Part`.
 
     Raises:
         DataError: the file is not what it was when ``kept`` bytes of it were written.
         OSError: it cannot be written.
     """
 
-    def __init__(self, path: Path, kept: int | None = None, buffer: int = BUFFER_BYTES) -> None:
+    def __init__(self, path: Path, kept: int | None = None, buffer: int = BUFFER_BYTES, passing: bool = False) -> None:
         self.path = path
+        self._passing = passing
+        self._parts: list[Part] = []
+        self._digest = hashlib.sha256()
         self._limit = buffer
         self._waiting: list[bytes] = []
         self._held = 0
@@ -43,6 +66,7 @@ class AppendedFile:
         else:
             _cut(path, kept)
             self._written = kept
+        self._digested = self._written
 
     @property
     def size(self) -> int:
@@ -64,6 +88,7 @@ class AppendedFile:
         with self.path.open("r+b") as stream:
             stream.seek(self._written)
             stream.write(data)
+        self._digest.update(data)
         self._waiting, self._held = [], 0
         self._written += len(data)
         self._synced = False
@@ -76,7 +101,16 @@ class AppendedFile:
                 os.fsync(stream.fileno())
             sync_folder(self.path.parent)
             self._synced = True
+        if self._digested < self._written:
+            digest, self._digest = self._digest.hexdigest(), hashlib.sha256()
+            self._parts.append(Part(str(self.path), self._digested, self._written, digest, passing=self._passing))
+            self._digested = self._written
         return self._written
+
+    def new_parts(self) -> list[Part]:
+        """What :meth:`sync` has brought to the disk, each part once."""
+        parts, self._parts = self._parts, []
+        return parts
 
 
 def _cut(path: Path, kept: int) -> None:
@@ -124,6 +158,23 @@ class Taking:
         """
         if self._halfway:
             raise DataError(f"{self._path} was stopped in the middle of an input: go on with --resume")
+
+
+def part_digest(stream: BinaryIO, start: int, end: int) -> str:
+    """Hex sha256 of the bytes of an open file between two places."""
+    digest = hashlib.sha256()
+    stream.seek(start)
+    while start < end and (block := stream.read(min(BUFFER_BYTES, end - start))):
+        digest.update(block)
+        start += len(block)
+    return digest.hexdigest()
+
+
+def whole_file(path: Path) -> Part:
+    """The part that is all of a finished file."""
+    with path.open("rb") as stream:
+        end = stream.seek(0, os.SEEK_END)
+        return Part(str(path), 0, end, part_digest(stream, 0, end), grows=False)
 
 
 def gone(path: Path) -> DataError:

@@ -27,7 +27,8 @@ class Sink(Protocol):
 
         Returns:
             Plain values from which a sink of the same kind goes on as if nothing had come between; empty where a
-            sink cannot.
+            sink cannot. Beside them, under :data:`~prompttune.serve.infer.sinks.appended.PARTS`, what came to its
+            files since the last commit.
         """
 
     def finish(self) -> None:

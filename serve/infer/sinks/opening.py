@@ -225,6 +225,24 @@ def check_outputs(
         _check_ours(path, kind)
 
 
+def check_unfinished(outputs: Sequence[str], states: Sequence[State]) -> None:
+    """Refuse an output that was finished and cannot take further inputs; nothing is touched.
+
+    Raises:
+        UsageError: a contact sheet in JPEG, whose last page would lose detail each time.
+    """
+    for output, state in zip(outputs, states, strict=False):
+        path = Path(output)
+        if path.suffix.lower() in (".jpg", ".jpeg") and state.get("tiles"):
+            from prompttune.serve.infer.sinks.sheet import unfinished_folder
+
+            if not unfinished_folder(path).is_dir():
+                raise UsageError(
+                    f"{output} is finished and JPEG pages take no further inputs: choose a .png, or begin again with "
+                    "--overwrite"
+                )
+
+
 def _check_apart(outputs: Sequence[str]) -> None:
     seen: dict[Path, str] = {}
     for output in outputs:

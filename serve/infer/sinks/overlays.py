@@ -16,7 +16,7 @@ from prompttune.files import replacing, write_text
 from prompttune.fonts import Face
 from prompttune.segmentation.config import IGNORE_INDEX
 from prompttune.serve.infer.rows import Answer, Row
-from prompttune.serve.infer.sinks.appended import Taking, state_number
+from prompttune.serve.infer.sinks.appended import PARTS, Part, Taking, state_number, whole_file
 from prompttune.serve.infer.sinks.drawing import shortened
 from prompttune.serve.infer.work import TaskFacts
 from prompttune.serve.masks import Mask, mask_of_image, palette
@@ -111,6 +111,7 @@ class OverlayFolder:
         self._path = path
         self._tasks = tasks
         self._taking = Taking(path)
+        self._files: list[Part] = []
         self._inputs = 0 if state is None else state_number(state, "inputs")
         path.mkdir(parents=True, exist_ok=True)
         for name, facts in tasks.items():
@@ -120,6 +121,7 @@ class OverlayFolder:
                 for index, (label, colour) in enumerate(zip(facts.labels, colours, strict=True))
             ]
             write_text(path / f"legend-{name}.json", json.dumps(values, ensure_ascii=False, indent=1) + "\n")
+            self._files.append(whole_file(path / f"legend-{name}.json"))
             self._save(legend(facts.labels), f"legend-{name}.png")
 
     def write(self, answer: Answer) -> None:
@@ -148,10 +150,12 @@ class OverlayFolder:
         mark.add_text("Software", MARK)
         with replacing(self._path / name) as temporary:
             picture.save(temporary, format="PNG", pnginfo=mark)
+        self._files.append(whole_file(self._path / name))
 
     def commit(self) -> Mapping[str, Any]:
         """The number of inputs: each file is on the disk already, and is written again under the same name."""
-        return {"inputs": self._inputs}
+        files, self._files = self._files, []
+        return {"inputs": self._inputs, PARTS: files}
 
     def finish(self) -> None:
         """Nothing is held back."""

@@ -14,7 +14,16 @@ from urllib.parse import quote, unquote
 from prompttune.errors import DataError
 from prompttune.files import replacing
 from prompttune.serve.infer.rows import COLUMNS, LABELLED_COLUMNS, Answer, Row
-from prompttune.serve.infer.sinks.appended import AppendedFile, Taking, committed_lines, gone, state_number
+from prompttune.serve.infer.sinks.appended import (
+    PARTS,
+    AppendedFile,
+    Part,
+    Taking,
+    committed_lines,
+    gone,
+    state_number,
+    whole_file,
+)
 from prompttune.serve.infer.sinks.parquet_folder import (
     SPOOL,
     make_folder,
@@ -147,10 +156,9 @@ class ParquetParts:
             DataError: an error came in the middle of an input.
         """
         self._taking.check()
-        for task in self._tasks.values():
-            task.sync()
+        parts = [part for task in self._tasks.values() for part in task.sync()]
         self._committed = self._state()
-        return self._committed
+        return {**self._committed, PARTS: parts}
 
     def _state(self) -> dict[str, Any]:
         tasks = {name: task.state() for name, task in self._tasks.items()}
@@ -187,6 +195,7 @@ class _Task:
         self.parts = 0
         self.rows = 0
         self.spool: AppendedFile | None = None
+        self._files: list[Part] = []
         if state is not None:
             self.parts, self.rows = state_number(state, "parts"), state_number(state, "rows")
             self._restore(state_number(state, "bytes"))
@@ -204,7 +213,7 @@ class _Task:
             with replacing(spool) as temporary, temporary.open("wb") as stream:
                 for row in islice(_rows_of(part, self._name), self.rows):
                     stream.write(_line(row, labelled))
-        self.spool = AppendedFile(spool, size, _SPOOL_BUFFER)
+        self.spool = AppendedFile(spool, size, _SPOOL_BUFFER, passing=True)
 
     def _spool_file(self) -> Path:
         return spool_file(self._folder, self._name, self.parts)
@@ -213,14 +222,17 @@ class _Task:
         """Take a row."""
         if self.spool is None:
             make_folder(self._spool_file().parent)
-            self.spool = AppendedFile(self._spool_file(), buffer=_SPOOL_BUFFER)
+            self.spool = AppendedFile(self._spool_file(), buffer=_SPOOL_BUFFER, passing=True)
         self.spool.append(line)
         self.rows += 1
 
-    def sync(self) -> None:
-        """Bring the spool to the disk."""
+    def sync(self) -> list[Part]:
+        """Bring the spool to the disk; what is new since the last time."""
+        files, self._files = self._files, []
         if self.spool is not None:
             self.spool.sync()
+            files += self.spool.new_parts()
+        return files
 
     def state(self) -> dict[str, int]:
         """What to go on from."""
@@ -234,6 +246,7 @@ class _Task:
         make_folder(path.parent)
         with replacing(path) as temporary:
             _write_part(temporary, committed_lines(self.spool.path, self.spool.size), self._schema)
+        self._files.append(whole_file(path))
         self.spool.path.unlink()
         self.parts, self.rows, self.spool = self.parts + 1, 0, None
 

@@ -16,7 +16,7 @@ from prompttune.errors import DataError
 from prompttune.files import replacing
 from prompttune.fonts import Face
 from prompttune.serve.infer.rows import Answer
-from prompttune.serve.infer.sinks.appended import Taking, gone, state_number
+from prompttune.serve.infer.sinks.appended import PARTS, Part, Taking, gone, state_number, whole_file
 from prompttune.serve.infer.sinks.drawing import caption, centred, contained, shortened, wrapped
 
 MARK = "prompttune contact sheet"
@@ -106,6 +106,7 @@ class ContactSheet:
         self._canvas = self._blank(columns, rows_per_page)
         self._pages = self._tiles = 0
         self._committed = (0, 0)
+        self._files: list[Part] = []
         self._finished = False
         path.parent.mkdir(parents=True, exist_ok=True)
         if state is not None:
@@ -172,6 +173,7 @@ class ContactSheet:
                 page.save(temporary, format="PNG", pnginfo=mark)
             else:
                 page.save(temporary, format="JPEG", quality=JPEG_QUALITY, comment=MARK.encode())
+        self._files.append(whole_file(path))
 
     def _tile(self, answer: Answer) -> Image.Image:
         tile = Image.new("RGB", (self._width, self._height), _PAPER)
@@ -227,7 +229,8 @@ class ContactSheet:
                 if file not in needed:
                     file.unlink()
             self._committed = (self._pages, self._tiles)
-        return {"pages": self._pages, "tiles": self._tiles}
+        files, self._files = self._files, []
+        return {"pages": self._pages, "tiles": self._tiles, PARTS: files}
 
     def _keep(self) -> None:
         with replacing(self._unfinished(self._pages)) as temporary:

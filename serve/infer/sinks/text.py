@@ -11,7 +11,7 @@ from typing import Any, Literal, TextIO
 
 from prompttune.errors import DataError
 from prompttune.serve.infer.rows import COLUMNS, LABELLED_COLUMNS, Answer, Row
-from prompttune.serve.infer.sinks.appended import AppendedFile, Taking, committed_lines, state_number
+from prompttune.serve.infer.sinks.appended import PARTS, AppendedFile, Taking, committed_lines, state_number
 
 Form = Literal["jsonl", "csv"]
 
@@ -94,14 +94,14 @@ class _TextRows:
         Raises:
             DataError: an error came in the middle of an input.
         """
-        self._taking.check()
-        self._committed = self._file.sync()
-        self._committed_rows = self._rows
-        return {"bytes": self._committed, "rows": self._committed_rows}
+        self.finish()
+        return {"bytes": self._committed, "rows": self._committed_rows, PARTS: self._file.new_parts()}
 
     def finish(self) -> None:
         """Bring the rows to the disk."""
-        self.commit()
+        self._taking.check()
+        self._committed = self._file.sync()
+        self._committed_rows = self._rows
 
     def close(self) -> None:
         """Nothing is open between two writes."""

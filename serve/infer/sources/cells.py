@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
+import io
 import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
+from typing import Any, BinaryIO
 
 from prompttune.errors import DataError, PrompttuneError
-from prompttune.images import read_image
+from prompttune.serve.infer.items import Encoded
 from prompttune.serve.infer.sources.arrow import IMAGE_FIELDS, open_table, reading
 from prompttune.serve.infer.sources.common import EMPTY_CELL, file_of
 
@@ -23,7 +22,7 @@ OPEN_TABLES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class CellPayload:
+class CellPayload(Encoded):
     """An image in a cell of a Parquet or Arrow table: encoded, or in a file that the cell names."""
 
     table: Path
@@ -32,8 +31,8 @@ class CellPayload:
     row: int
     """Row of the group."""
 
-    def open(self) -> Image.Image:
-        """Decode the image; neighbours of a row are read with it and kept for those who ask next."""
+    def stream(self) -> BinaryIO:
+        """Read the image; neighbours of a row are read with it and kept for those who ask next."""
         try:
             value = _cells(self.table, self.column).read(self.group, self.row)
         except PrompttuneError as problem:
@@ -43,11 +42,11 @@ class CellPayload:
         if not value:
             raise OSError(EMPTY_CELL)
         if isinstance(value, bytes):
-            return read_image(value)
+            return io.BytesIO(value)
         file, error = file_of(self.table.parent, value)
         if file is None:
             raise OSError(error)
-        return file.open()
+        return file.stream()
 
 
 class _Cells:

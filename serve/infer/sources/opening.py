@@ -124,7 +124,7 @@ def open_source(
     settings: SourceSettings,
     *,
     stdin: Callable[[], BinaryIO],
-    done: Callable[[str], bool] = lambda _: False,
+    done: Callable[[Item], bool] = lambda _: False,
 ) -> Opened:
     """Open what is named: files, folders, quoted globs, lists, tables, shards, videos; or one stream, or ``-``.
 
@@ -132,7 +132,7 @@ def open_source(
         inputs: their names.
         settings: how to read them.
         stdin: opens standard input.
-        done: of a watched folder, tells of a source whether an earlier run has answered it.
+        done: of a watched folder, tells of an image whether an earlier run has answered it as it is.
 
     Raises:
         UsageError: an input that is not there, a combination that means nothing.
@@ -222,7 +222,7 @@ def _open(kind: str, names: Sequence[str], settings: SourceSettings) -> list[Sou
 
 
 def _open_endless(
-    name: str, settings: SourceSettings, stdin: Callable[[], BinaryIO], done: Callable[[str], bool]
+    name: str, settings: SourceSettings, stdin: Callable[[], BinaryIO], done: Callable[[Item], bool]
 ) -> Opened:
     """A source that is read once and may have no end."""
     if settings.watch:

@@ -17,13 +17,11 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
-
-from PIL import Image
+from typing import BinaryIO, Self
 
 from prompttune.errors import UsageError, first_line
-from prompttune.images import EXTENSIONS, read_image
-from prompttune.serve.infer.items import BytesPayload, Item, Payload
+from prompttune.images import EXTENSIONS
+from prompttune.serve.infer.items import BytesPayload, Encoded, Item, Payload
 from prompttune.serve.infer.sources.common import NO_TASK, Bounded, printable, text_of
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -47,7 +45,7 @@ def is_shard(name: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class MemberPayload:
+class MemberPayload(Encoded):
     """An encoded image inside a tar file that is not compressed."""
 
     shard: Path
@@ -55,8 +53,8 @@ class MemberPayload:
     """Where its bytes begin."""
     size: int
 
-    def open(self) -> Image.Image:
-        """Read and decode the member."""
+    def stream(self) -> BinaryIO:
+        """Read the member."""
         try:
             with self.shard.open("rb") as stream:
                 stream.seek(self.offset)
@@ -65,7 +63,7 @@ class MemberPayload:
             raise OSError(f"cannot read the shard: {problem.strerror or first_line(problem)}") from None
         if len(data) < self.size:
             raise OSError("the shard is cut short inside this member")
-        return read_image(data)
+        return io.BytesIO(data)
 
 
 class ShardSource(Bounded):
@@ -108,7 +106,8 @@ class ShardSource(Bounded):
             if key is None:
                 reason = next(members).name
                 where = f"damaged behind sample {row - 1}" if row else "not a tar file, or damaged at its beginning"
-                yield Item(printable(str(self._path)), row=row, error=f"the shard is {where}: {reason}")
+                error = f"the shard is {where}: {reason}"
+                yield Item(printable(str(self._path)), row=row, error=error, container=self._path)
                 return
             yield self._sample(key, row, members)
 
@@ -141,7 +140,7 @@ class ShardSource(Bounded):
         else:
             error = NO_TASK if self._task and task is None else None
         payload = image.payload if image and error is None else None
-        return Item(source, payload, row=row, task=task, target=target, error=error)
+        return Item(source, payload, row=row, task=task, target=target, error=error, container=self._path)
 
     def _members(self) -> Iterator[_Member]:
         """The members in order; where the file is damaged, one without a key whose name is the reason."""

@@ -216,7 +216,7 @@ class _Arrow:
             )  # fmt: skip
         if no_task and task is None:
             return Item(printable(str(self._path)), row=row, target=target, error=NO_TASK)
-        return Item(printable(str(self._path)), payload, row=row, task=task, target=target)
+        return Item(printable(str(self._path)), payload, row=row, task=task, target=target, container=self._path)
 
     def _target(self, label: Any) -> str | None:
         if self._classes is None or not isinstance(label, int):

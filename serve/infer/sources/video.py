@@ -92,7 +92,7 @@ class VideoSource:
                 continue
             given += 1
             payload = None if found.frame is None else FramePayload(found.frame)
-            yield Item(self._path, payload, frame=number, timestamp=seconds, error=found.error)
+            yield Item(self._path, payload, None, number, seconds, error=found.error, container=Path(self._path))
 
     def counts(self) -> Mapping[str, int]:
         """``frames`` so far, ``skipped`` ones among them, and ``damaged`` ones: refused, incomplete or missing."""

@@ -109,7 +109,7 @@ class WatchedFolder(Unbounded):
     Args:
         folder: what to watch.
         existing: whether to give the images that are there already.
-        done: tells of a ``source`` that is there at the start whether it has been answered before.
+        done: tells of an image that is there at the start whether it has been answered before, as it is.
         limit: items to give at most.
         buffer: items that wait at most.
         settle_s: see :class:`Arrivals`.
@@ -125,7 +125,7 @@ class WatchedFolder(Unbounded):
         folder: str | Path,
         *,
         existing: bool = True,
-        done: Callable[[str], bool] = lambda _: False,
+        done: Callable[[Item], bool] = lambda _: False,
         limit: int | None = None,
         buffer: int = 64,
         settle_s: float = SETTLE_S,
@@ -161,7 +161,7 @@ class WatchedFolder(Unbounded):
         for path in found.paths:
             if self._stopping.is_set():
                 return
-            done = self._existing and self._done(self._source(path))
+            done = self._existing and self._done(self._item(path))
             self._skipped += done
             if done or not self._existing:
                 self._arrivals.pass_over(path)
@@ -197,10 +197,10 @@ class WatchedFolder(Unbounded):
         for path in self._arrivals.complete():
             if self._stopping.is_set():
                 return
-            self._waiting.put(Item(self._source(path), FilePayload(path)))
+            self._waiting.put(self._item(path))
 
-    def _source(self, path: Path) -> str:
-        return printable(str(self._folder / path.relative_to(self._root)))
+    def _item(self, path: Path) -> Item:
+        return Item(printable(str(self._folder / path.relative_to(self._root))), FilePayload(path))
 
 
 def _leave_out(problem: OSError) -> None:
