@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from prompttune.errors import DataError, MissingExtraError, PrompttuneError, UsageError
-from prompttune.pixels import grey_of, mend_byte_order, to_rgb
+from prompttune.pixels import grey_of, mend, to_rgb
 
 HEIF_EXTENSIONS = frozenset((".heic", ".heif", ".hif"))
 HEIF_INSTALLED = importlib.util.find_spec("pillow_heif") is not None
@@ -167,7 +167,7 @@ def turn_upright(image: Image.Image) -> tuple[Image.Image, int]:
         The upright image, the same one where there is nothing to turn; and the orientation that the file had, 1 where
         it is upright or has none.
     """
-    mend_byte_order(image)
+    mend(image)
     # of a TIFF, which Pillow turns as it decodes
     orientation = getattr(image, "tag_v2", {}).get(ExifTags.Base.Orientation)
     image.load()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,13 @@ _SPARED = 1000
 """One pixel in so many may lie beyond either end of a stretched scale, at least one in an image of 64 or more."""
 _SWAPPED_TWICE = {"I;16BS": "I;16S", "I;32BS": "I;32S", "F;32BF": "F;32F"}
 """Pillow's raw modes of compressed TIFFs of the other byte order, although libtiff swapped their samples already."""
+
+_PNG_SCALES: Mapping[object, Callable[[Any], Any]] = {
+    "L;2": lambda grey: grey * 85,
+    "L;4": lambda grey: grey * 17,
+    "RGB;16B": lambda colour: tuple(value >> 8 for value in colour),
+}
+"""PNG's raw modes whose pixels Pillow brings to 8 bits, but not the colour that is transparent."""
 
 
 class Grey(NamedTuple):
@@ -45,15 +53,15 @@ def grey_of(image: Image.Image) -> Grey:
     return Grey(white and 2**bits - 1, kind, inverted)
 
 
-def mend_byte_order(image: Image.Image) -> None:
-    """Before an image is decoded: keep Pillow from swapping the bytes of a compressed big-endian TIFF a second time."""
-    if isinstance(image, TiffImagePlugin.TiffImageFile) and sys.byteorder == "little":
-        image.tile = [
-            tile._replace(args=(_SWAPPED_TWICE.get(tile.args[0], tile.args[0]), *tile.args[1:]))
-            if tile.codec_name == "libtiff" and isinstance(tile.args, tuple)
-            else tile
-            for tile in image.tile
-        ]
+def mend(image: Image.Image) -> None:
+    """Before an image is decoded: set right what Pillow would misread in compressed TIFFs and transparent PNGs."""
+    if len(getattr(image, "tile", ())) != 1:  # it is decoded, or of another kind
+        return
+    (tile,) = image.tile  # type: ignore[attr-defined]
+    if tile.codec_name == "libtiff" and sys.byteorder == "little" and tile.args[0] in _SWAPPED_TWICE:
+        image.tile = [tile._replace(args=(_SWAPPED_TWICE[tile.args[0]], *tile.args[1:]))]  # type: ignore[attr-defined]
+    elif tile.args in _PNG_SCALES and "transparency" in image.info:
+        image.info["transparency"] = _PNG_SCALES[tile.args](image.info["transparency"])
 
 
 def to_rgb(image: Image.Image, grey: Grey | None = None) -> Image.Image:

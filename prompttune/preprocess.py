@@ -74,7 +74,9 @@ class Preprocess:
         return dataclasses.replace(self, mean=tuple(mean), std=tuple(std))
 
     def transform(self) -> Callable[[Image.Image], torch.Tensor]:
-        """Return a function from an RGB PIL image to a normalised float32 tensor [3, image_size, image_size].
+        """Return a function from a PIL image to a normalised float32 tensor [3, image_size, image_size].
+
+        The image goes through :func:`prompttune.read_image` first; one that was read by it stays as it is.
 
         The function raises :class:`UnresizableError` where :meth:`check_sides` does.
         """

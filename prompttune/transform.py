@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from prompttune.images import read_image
 from prompttune.preprocess import Preprocess
 
 RESIZED_HERE = ("bicubic", "bilinear")
@@ -31,7 +32,7 @@ class EvaluationTransform:
     preprocess: Preprocess
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Transform an RGB image into a normalised float32 tensor [3, S, S].
+        """Transform an image, read by :func:`read_image`, into a normalised float32 tensor [3, S, S].
 
         Raises:
             UnresizableError: its sides differ too much, see :meth:`Preprocess.check_sides`.
@@ -49,6 +50,7 @@ class EvaluationTransform:
 
     def resized(self, image: Image.Image) -> Tensor:
         """The image resized and not yet cropped, uint8 [3, height, width]; errors as in a call."""
+        image = read_image(image)  # one that was read so stays as it is
         size, interpolation = self._resized_size(*image.size), InterpolationMode(self.preprocess.interpolation)
         # A channel after the other within a pixel, as Pillow has them and torchvision is quickest with.
         pixels: Tensor = F.resize_image(F.pil_to_tensor(image), size, interpolation, antialias=True)
@@ -74,11 +76,12 @@ class EvaluationTransform:
 
 @dataclass(frozen=True)
 class CheckedSides:
-    """The first step of a transform that timm makes: :meth:`Preprocess.check_sides`, the image as it is."""
+    """The first step of a transform that timm makes: :func:`read_image` and :meth:`Preprocess.check_sides`."""
 
     preprocess: Preprocess
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """Return the image; errors as :class:`EvaluationTransform` raises them."""
+        """Return the image as it is read; errors as :class:`EvaluationTransform` raises them."""
+        image = read_image(image)
         self.preprocess.check_sides(*image.size)
         return image

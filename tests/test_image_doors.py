@@ -8,12 +8,14 @@ import functools
 import io
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image, ImageOps
 from pillow_heif import register_heif_opener
 from skimage.data import astronaut
@@ -150,7 +152,7 @@ def test_python_inference_and_training_read_alike(folder: Path, name: str) -> No
         "infer, pixels": ArrayPayload(np.asarray(image)).open(),
         "infer, table": cell.open(),
         "infer, shard": member.open(),
-        "training": FileSource([path], [0], ["a", "b"]).load(0)[0],
+        "training": FileSource([path], [0], ["a", "b"], folder).load(0)[0],
         "explain": read_pictures([path], 1, [])[0][0].image,
     }
     expected = tensor(image)
@@ -190,6 +192,8 @@ def test_a_converted_or_turned_image_is_turned_once() -> None:
     lazy = Image.open(io.BytesIO(kinds()["exif6.jpg"]))
     expected = tensor(pt.read_image(lazy))
     assert tensor(pt.read_image(lazy.convert("RGB"))) == expected
+    for transform in (TRANSFORM, replace(TRANSFORM, crop_mode="border")):
+        assert torch.equal(transform.transform()(lazy), transform.transform()(pt.read_image(lazy)))
     assert tensor(pt.read_image(ImageOps.exif_transpose(lazy))) == expected
     assert tensor(pt.read_image(pt.read_image(pt.read_image(lazy)))) == expected
 

@@ -129,10 +129,40 @@ def test_a_kind_of_tiff_that_is_not_read_says_so() -> None:
             read_image(tiff(GREY, kind, order=order))
 
 
-def test_transparent_grey_of_16_bits_is_white() -> None:
-    stream = io.BytesIO()
-    Image.fromarray(np.array([[1000, 40000]], dtype=np.uint16)).save(stream, "PNG", transparency=1000)
-    assert levels(stream.getvalue()).tolist() == [[255, 156]]
+@pytest.mark.parametrize(
+    ("bits", "pixels", "transparent", "expected"),
+    [
+        (1, b"\x40", 0, [255, 255]),
+        (2, b"\x70", 1, [255, 255]),
+        (2, b"\x70", 2, [85, 255]),
+        (4, b"\x3a", 3, [255, 170]),
+        (8, b"\x03\xaa", 3, [255, 170]),
+        (16, b"\x03\xe8\x9c\x40", 1000, [255, 156]),
+    ],
+)
+def test_a_transparent_grey_of_any_depth_is_white(
+    bits: int, pixels: bytes, transparent: int, expected: list[int]
+) -> None:
+    assert levels(png(bits, 0, pixels, struct.pack(">H", transparent))).tolist() == [expected]
+
+
+def test_a_transparent_colour_of_16_bits_is_white() -> None:
+    pixels, transparent = (
+        struct.pack(">6H", 1000, 2000, 3000, 40000, 20000, 10000),
+        struct.pack(">3H", 1000, 2000, 3000),
+    )
+    assert np.asarray(read_image(png(16, 2, pixels, transparent))).tolist() == [[[255] * 3, [156, 78, 39]]]
+
+
+def png(bits: int, colour: int, pixels: bytes, transparent: bytes) -> bytes:
+    """Two pixels side by side."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 2, 1, bits, colour, 0, 0, 0)),
+        *((b"tRNS", transparent), (b"IDAT", zlib.compress(b"\0" + pixels)), (b"IEND", b"")),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
 
 
 # ------------------------------------------------------------------ colours
