@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -140,9 +140,11 @@ def test_class_names_are_compared_in_one_unicode_form(tmp_path: Path) -> None:
         load_data(str(tmp_path))
 
 
-def test_a_class_folder_whose_name_is_no_text(tmp_path: Path) -> None:
-    write_classes(tmp_path, {"a": 2, os.fsdecode(b"\x94L"): 2})
-    with pytest.raises(DataError, match=r"class folder b'\\x94L' in .* is not text in UTF-8: rename it"):
+@pytest.mark.parametrize("name", ["\udc94L", "a/\udcff"])
+def test_names_that_are_no_text(tmp_path: Path, name: str) -> None:
+    write_classes(tmp_path, {"a": 2, "b": 2})
+    write_classes(tmp_path, {name: 2})
+    with pytest.raises(DataError, match=r"the name b'.*\\x.*' in .* is not text in UTF-8: rename it"):
         load_data(str(tmp_path))
 
 
@@ -402,3 +404,24 @@ def test_every_command_finds_the_same_images(tmp_path: Path) -> None:
     assert descriptions(parts) == found == [str(tmp_path / name) for name in Walk(tmp_path).images]
     assert [str(path) for path in find_images([f"{tmp_path}/**/*.png"])] == found
     assert [path.name for path in find_images([f"{tmp_path}/c?t/*.png"])] == ["000.png", "001.png"]
+
+
+def test_only_one_file_looks_for_images_in_folders() -> None:
+    """One walk for all commands; the other places list folders of their own making."""
+    own = {
+        "prompttune/training/state.py", "prompttune/checkpoints/importing/run.py", "prompttune/files.py",
+        "prompttune/cli/doctor.py", "export/build.py", "export/quantise.py", "export/folder.py",
+        "serve/infer/sinks/opening.py", "serve/infer/sinks/overlays.py", "serve/infer/sinks/sheet.py",
+        "serve/infer/sinks/parquet_folder.py", "serve/catalogue.py",
+    }  # fmt: skip
+    root = Path(__file__).parents[1]
+    walking = re.compile(r"os\.walk|\.rglob\(|\.iterdir\(|glob\(|scandir|listdir")
+    found = {
+        str(file.relative_to(root))
+        for package in ("prompttune", "export", "serve")
+        for file in (root / package).rglob("*.py")
+        if walking.search(file.read_text(encoding="utf-8"))
+    }
+    assert found - own == {"prompttune/data/files.py"}
+    for name in found & own:
+        assert "is_image" not in (root / name).read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import struct
@@ -238,6 +239,7 @@ def without(member: str) -> dict[str, bytes]:
         (without("0001.cls"), "sample 0001 in .* has no .cls member"),
         (samples(0, 2) | {"0002.png": b"", "0002.cls": b"cat"}, "label of sample 0002 in .* is not a class index"),
         ({}, "only one class|no classes"),
+        (dict(reversed(samples(0, 2).items())) | {"._0001.png": b"", "2.left.jpg": b""}, "sample 2 in .* has no .cls"),
     ],
 )
 def test_shards_that_are_refused(shards: Path, members: dict[str, bytes], words: str) -> None:
@@ -246,6 +248,30 @@ def test_shards_that_are_refused(shards: Path, members: dict[str, bytes], words:
     write_shard(next(shards.iterdir()), members)
     with pytest.raises(DataError, match=words):
         load_data("wds/pets", root=str(shards.parent))
+
+
+def test_shards_that_are_cut_or_compressed_are_refused(shards: Path) -> None:
+    whole = (shards / "pets-train-0.tar").read_bytes()
+    (shards / "pets-train-0.tar").write_bytes(whole[: whole.rindex(b"0002.PNG")])
+    with pytest.raises(DataError, match=r"cannot read the shard .*pets-train-0.tar: it is cut short"):
+        load_data("wds/pets", root=str(shards.parent))
+    (shards / "pets-train-0.tar").write_bytes(gzip.compress(whole))
+    with pytest.raises(DataError, match=r"sample 0000 in .*pets-train-0.tar: its image is a link or compressed"):
+        load_data("wds/pets", root=str(shards.parent))
+
+
+@pytest.mark.parametrize("name", ["constraint-0.tar", "train-test-0.tar"])
+def test_shards_of_no_split_beside_those_of_one_are_refused(shards: Path, name: str) -> None:
+    (shards / "pets-val-0.tar").rename(shards / name)
+    with pytest.raises(DataError, match=r"the name of the shard .*0.tar (tells no split|has several splits)"):
+        load_data("wds/pets", root=str(shards.parent))
+
+
+def test_test_shards_without_labels_are_not_used(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_shard(shards / "pets-test-0.tar", {name: data for name, data in samples(7, 2).items() if "cls" not in name})
+    data = load_data("wds/pets", root=str(shards.parent))
+    assert len(data.val) == 2
+    assert "the split test of" in caplog.text
 
 
 def test_shard_folders_that_are_refused(shards: Path) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from prompttune.data.tars import is_shard
 from prompttune.errors import UsageError
 from prompttune.serve.infer.items import BytesPayload
-from prompttune.serve.infer.sources.shards import MemberPayload, ShardSource, expand_braces, is_shard
+from prompttune.serve.infer.sources.shards import MemberPayload, ShardSource, expand_braces
 
 MODES = {"s.tar": "w", "s.tar.gz": "w:gz", "s.tgz": "w:gz", "s.tar.bz2": "w:bz2", "s.tar.xz": "w:xz"}
 every_compression = pytest.mark.parametrize("name", MODES)

@@ -206,7 +206,7 @@ def windows_path(folder: Path, written: str) -> str | None:
     if "\\" not in written:
         return None
     slashed = folder / written.replace("\\", "/")
-    return f"{written} has the separators of Windows, and there is no file {slashed} either; write paths with /"
+    return f"{written} has the separators of Windows, and nothing is at {slashed} either; write paths with /"
 
 
 def exists(path: Path) -> bool:

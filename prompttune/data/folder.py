@@ -74,6 +74,8 @@ def read_folder(folder: Path) -> Parts:
     if not folder.is_dir():
         raise DataError(f"no folder {folder}")
     found = Walk(folder)
+    if strange := next((name for name in (*found.folders, *found.images) if not is_text(name)), None):
+        raise DataError(f"the name {os.fsencode(strange)!r} in {folder} is not text in UTF-8: rename it")
     found.warn()
     tree = _Tree.of(found)
     places = _splits(folder, tree) or {ALL: (folder, tree)}
@@ -151,10 +153,6 @@ def _source(images: Mapping[str, Sequence[str]], root: Path) -> FileSource:
 
 
 def _check_class(place: Path, name: str, tree: _Tree) -> None:
-    if not is_text(name):
-        raise DataError(
-            f"the name of the class folder {os.fsencode(name)!r} in {place} is not text in UTF-8: rename it"
-        )
     below = [one for one in tree.folders if split_of(one)]
     if len({split_of(one) for one in below}) > 1:
         raise DataError(

@@ -1,15 +1,14 @@
 """WebDataset shards on a local disk, read by index.
 
 timm's reader streams shards: the order it shuffles them into depends on the number of workers, and an image that cannot
-be read is dropped without a word. Here timm says which shards a split has and where the labels are; the members of
-the tar files are then looked up once and read where they stand, so that shards behave like any other data set.
+be read is dropped without a word. Here timm says which shards a split has and where the labels are; their members are
+then looked up by :mod:`prompttune.data.tars`, so that shards behave like any other data set.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,12 @@ from typing import Any
 from PIL import Image
 
 from prompttune.data.base import ImageSource, Parts
+from prompttune.data.files import Walk
 from prompttune.data.split_names import ALL, TEST, split_of, splits_in
+from prompttune.data.tars import DamagedShardError, Member, image_of, is_shard, read_member, samples
 from prompttune.data.timm_factory import numbered
 from prompttune.errors import DataError, MissingExtraError
-from prompttune.images import EXTENSIONS, read_image
+from prompttune.images import read_image
 
 logger = logging.getLogger("prompttune")
 
@@ -30,16 +31,11 @@ INFO_FILES = ("_info.json", "info.json")
 
 
 @dataclass(frozen=True)
-class _Member:
+class _Image:
     shard: Path
     name: str
     offset: int
     size: int
-
-    def read(self) -> bytes:
-        with self.shard.open("rb") as stream:
-            stream.seek(self.offset)
-            return stream.read(self.size)
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ class _Split:
 class ShardSource(ImageSource):
     """Images inside tar files."""
 
-    def __init__(self, images: Sequence[_Member], labels: Sequence[int], classes: Sequence[str]) -> None:
+    def __init__(self, images: Sequence[_Image], labels: Sequence[int], classes: Sequence[str]) -> None:
         self.images = list(images)
         self.classes = list(classes)
         self._labels = list(labels)
@@ -62,7 +58,8 @@ class ShardSource(ImageSource):
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """See :class:`ImageSource`."""
-        return read_image(self.images[index].read()), self._labels[index]
+        image = self.images[index]
+        return read_image(read_member(image.shard, image.offset, image.size)), self._labels[index]
 
     def describe(self, index: int) -> str:
         """Path of the shard, and the name inside it."""
@@ -74,7 +71,7 @@ class ShardSource(ImageSource):
 
 
 def load_wds(name: str, root: str | None) -> Parts:
-    """Load local shards from the folder ``root``/``name``, from ``root`` if there is no such folder.
+    """Load local shards from the folder ``root``/``name``, else from ``root``.
 
     Splits are those of timm's ``_info.json``; without that file, a shard belongs to the split whose name stands in its
     own, and all of them are one if none is named. Classes are numbered; images with a negative label are left out, as
@@ -82,7 +79,7 @@ def load_wds(name: str, root: str | None) -> Parts:
 
     Raises:
         MissingExtraError: webdataset is not installed.
-        DataError: there is no such folder, or a shard cannot be read or lacks images or labels.
+        DataError: the folder does not exist, or a shard cannot be read or lacks images or labels.
     """
     try:
         import webdataset  # noqa: F401  # timm's reader needs it
@@ -90,7 +87,7 @@ def load_wds(name: str, root: str | None) -> Parts:
         raise MissingExtraError("webdataset", "data") from None
     folder = _folder(name, root)
     splits = _described_splits(name, folder) or _named_splits(folder)
-    found: dict[str, list[tuple[_Member, int]]] = {}
+    found: dict[str, list[tuple[_Image, int]]] = {}
     for split, part in splits.items():
         try:
             found[split] = list(_samples(part))
@@ -116,7 +113,7 @@ def _folder(name: str, root: str | None) -> Path:
 
 
 def _described_splits(name: str, folder: Path) -> dict[str, _Split]:
-    """The splits of the description file; none if there is no such file."""
+    """The splits of the description file; none without such a file."""
     file = next((folder / known for known in INFO_FILES if (folder / known).is_file()), None)
     if file is None:
         return {}
@@ -136,7 +133,7 @@ def _timm_split(name: str, folder: Path, split: str) -> _Split:
 
 def _named_splits(folder: Path) -> dict[str, _Split]:
     """Splits by the names of the shards."""
-    shards = sorted(folder.glob("*.tar"))
+    shards = [path for path in Walk(folder, wanted=is_shard).paths if path.parent == folder]
     if not shards:
         raise DataError(f"{folder} holds no .tar shards")
     found: dict[str, list[Path]] = {}
@@ -150,47 +147,30 @@ def _named_splits(folder: Path) -> dict[str, _Split]:
     return {split: _Split(part, "") for split, part in found.items()}
 
 
-def _samples(split: _Split) -> Iterator[tuple[_Member, int]]:
+def _samples(split: _Split) -> Iterator[tuple[_Image, int]]:
     """The image and the label of each sample of a split."""
     for shard in split.shards:
-        for key, members in _grouped(shard):
-            image = next((member for extension, member in members.items() if f".{extension}" in EXTENSIONS), None)
-            if image is None:
-                raise DataError(f"sample {key} in {shard} has no image")
-            if (label := _label(key, members, split.label_key, shard)) >= 0:
-                yield image, label
+        try:
+            # all of them first: a sample that damage has cut would lack an image or a label
+            for members in list(samples(shard, ("json",) if split.label_key else ("cls",))):
+                where = f"sample {members[0].key} in {shard}"
+                image = image_of(members)
+                if image is None:
+                    raise DataError(f"{where} has no image")
+                if image.offset is None:
+                    raise DataError(f"{where}: its image is a link or compressed: store it as a file, in a plain .tar")
+                if (label := _label(members, split.label_key, where)) >= 0:
+                    yield _Image(shard, image.name, image.offset, image.size), label
+        except DamagedShardError as problem:
+            raise DataError(f"cannot read the shard {shard}: {problem}") from None
 
 
-def _grouped(shard: Path) -> Iterator[tuple[str, dict[str, _Member]]]:
-    """Members of a shard that follow one another and share a name: the name, and the members by extension."""
-    from webdataset.tariterators import base_plus_ext
-
-    key: str | None = None
-    members: dict[str, _Member] = {}
+def _label(members: Sequence[Member], field: str, where: str) -> int:
+    kind = "json" if field else "cls"
+    content = next((one.content for one in members if one.kind == kind and one.content is not None), None)
+    if content is None:
+        raise DataError(f"{where} has no .{kind} member for its label")
     try:
-        with tarfile.open(shard, "r:") as archive:
-            for entry in archive:
-                base, extension = base_plus_ext(entry.name) if entry.isfile() else (None, None)
-                if base is None or extension is None:
-                    continue
-                if base != key:
-                    if members:
-                        yield str(key), members
-                    key, members = base, {}
-                members[extension.lower()] = _Member(shard, entry.name, entry.offset_data, entry.size)
-    except (OSError, tarfile.TarError) as problem:
-        raise DataError(f"cannot read the shard {shard}: {problem}; shards are uncompressed tar files") from None
-    if members:
-        yield str(key), members
-
-
-def _label(key: str, members: dict[str, _Member], field: str, shard: Path) -> int:
-    member = members.get("json" if field else "cls")
-    where = f"sample {key} in {shard}"
-    if member is None:
-        raise DataError(f"{where} has no .{'json' if field else 'cls'} member for its label")
-    try:
-        content = member.read()
         return int(json.loads(content)[field]) if field else int(content)
     except (ValueError, KeyError, TypeError) as problem:
         raise DataError(f"the label of {where} is not a class index: {problem!r}") from None

@@ -33,7 +33,7 @@ def text_lines(file: Path, what: str, *, any_bytes: bool = False) -> Iterator[st
         any_bytes: keep bytes that are not UTF-8 as surrogates: file names may hold any.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: it does not exist.
         DataError: it cannot be read, or is in another encoding; the message names the line.
     """
     try:
@@ -56,7 +56,7 @@ def text_lines(file: Path, what: str, *, any_bytes: bool = False) -> Iterator[st
 
 
 def is_text(name: str) -> bool:
-    """Whether a name is text, not bytes that are no UTF-8."""
+    """Whether a name is text, not bytes of another encoding."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -131,7 +131,7 @@ def labelled_rows(file: Path, what: str) -> Iterator[LabelledRow]:
     """The rows of a CSV file whose header has ``path``, ``label`` and perhaps ``split``; more columns are ignored.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: it does not exist.
         DataError: it cannot be read, lacks a column, or a line has too many or too few cells or no path.
     """
     rows = csv_rows(file, what)

@@ -13,6 +13,7 @@ from timm.data.dataset_factory import create_dataset
 from prompttune.data.base import ImageSource, Parts, shortened
 from prompttune.data.folder import read_folder
 from prompttune.data.split_names import ALL, TRAIN, VAL, split_of
+from prompttune.data.text import nfc
 from prompttune.errors import DataError, MissingExtraError, UsageError
 from prompttune.images import read_image
 
@@ -211,12 +212,12 @@ def _hfds_sources(
 def _classes(values: Sequence[Any], class_to_idx: dict[str, int], name: str) -> tuple[list[str], dict[Any, int]]:
     """Class names, and the class index of every value that the label column holds."""
     if class_to_idx:
-        classes = sorted(class_to_idx, key=class_to_idx.__getitem__)
+        classes = [nfc(name) for name in sorted(class_to_idx, key=class_to_idx.__getitem__)]
     elif all(isinstance(value, int) and value >= 0 for value in values):
         classes = numbered(values)
     elif all(isinstance(value, str) for value in values):
-        classes = sorted(set(values))
-        return classes, {label: number for number, label in enumerate(classes)}
+        classes = sorted({nfc(value) for value in values})
+        return classes, {value: classes.index(nfc(value)) for value in set(values)}
     else:
         raise DataError(f"the labels of {name} are neither class indices nor names")
     return classes, {number: number for number in range(len(classes))}

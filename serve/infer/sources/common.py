@@ -81,7 +81,7 @@ def file_of(folder: Path, written: str) -> tuple[FilePayload | None, str | None]
     if (why := windows_path(folder, written)) is not None and not exists(path):
         return None, why
     if not is_text(written) and not exists(path):
-        return None, "there is no such file, and its name is not in UTF-8: save the list as UTF-8"
+        return None, "no such file, and its name is not in UTF-8: save the list as UTF-8"
     return FilePayload(path), None
 
 

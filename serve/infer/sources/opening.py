@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from prompttune.data.files import find_images, matches
+from prompttune.data.tars import is_shard
 from prompttune.errors import UsageError, choose
 from prompttune.serve.infer.items import Item, Source
 from prompttune.serve.infer.sources.common import Bounded
@@ -21,7 +22,7 @@ from prompttune.serve.infer.sources.labels import Labels
 from prompttune.serve.infer.sources.live import LiveSource, is_stream
 from prompttune.serve.infer.sources.names import INPUT_FORMATS, STDIN_FORMS
 from prompttune.serve.infer.sources.raw import RawFrames
-from prompttune.serve.infer.sources.shards import ShardSource, expand_braces, is_shard
+from prompttune.serve.infer.sources.shards import ShardSource, expand_braces
 from prompttune.serve.infer.sources.stdin import JsonReader, ListReader
 from prompttune.serve.infer.sources.tables import TABLE_SUFFIXES, TableSource
 from prompttune.serve.infer.sources.video import VideoSource, is_video

@@ -1,47 +1,27 @@
-"""WebDataset shards: tar files in which the members of a sample follow one another and share a name.
-
-The convention is that of https://github.com/webdataset/webdataset: a sample's key is the member's path up to the first
-dot of its base name, and what follows that dot is the kind of member.
-"""
+"""Images of WebDataset shards, see :mod:`prompttune.data.tars`."""
 
 from __future__ import annotations
 
 import io
-import itertools
 import json
-import lzma
-import posixpath
 import re
-import tarfile
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
-from prompttune.errors import UsageError, first_line
-from prompttune.images import EXTENSIONS
+from prompttune.data.tars import DamagedShardError, Member, image_of, read_member, samples
+from prompttune.errors import UsageError
 from prompttune.serve.infer.items import BytesPayload, Encoded, Item, Payload
 from prompttune.serve.infer.sources.common import NO_TASK, Bounded, printable, text_of
 
-SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-"""Files with these endings, in upper or lower case, are shards."""
 JSON_PREFIX = "json:"
-TEXT_BYTES = 2**24
-"""A member that holds a label or a task is read up to this size."""
 NAMED_MEMBERS = 5
 """Members of a sample that an error names at most."""
 MOST_NAMES = 10**6
 """What braces may stand for at most."""
 
-_DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
-"""What ``tarfile`` and the decompressors raise about a damaged file."""
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
-
-
-def is_shard(name: str) -> bool:
-    """Whether a file name is that of a shard."""
-    return name.lower().endswith(SHARD_SUFFIXES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +35,7 @@ class MemberPayload(Encoded):
 
     def stream(self) -> BinaryIO:
         """Read the member."""
-        try:
-            with self.shard.open("rb") as stream:
-                stream.seek(self.offset)
-                data = stream.read(self.size)
-        except OSError as problem:
-            raise OSError(f"cannot read the shard: {problem.strerror or first_line(problem)}") from None
-        if len(data) < self.size:
-            raise OSError("the shard is cut short inside this member")
-        return io.BytesIO(data)
+        return io.BytesIO(read_member(self.shard, self.offset, self.size))
 
 
 class ShardSource(Bounded):
@@ -101,92 +73,40 @@ class ShardSource(Bounded):
         return {"further_images": self._further} if self._further else {}
 
     def _items(self) -> Iterator[Item]:
-        samples = itertools.groupby(self._members(), key=lambda member: member.key)
-        for row, (key, members) in enumerate(samples):
-            if key is None:
-                reason = next(members).name
-                where = f"damaged behind sample {row - 1}" if row else "not a tar file, or damaged at its beginning"
-                error = f"the shard is {where}: {reason}"
-                yield Item(printable(str(self._path)), row=row, error=error, container=self._path)
-                return
-            yield self._sample(key, row, members)
+        texts = [key.kind for key in (self._label, self._task) if key is not None]
+        row = 0
+        try:
+            for members in samples(self._path, texts):
+                yield self._sample(row, members)
+                row += 1
+        except DamagedShardError as problem:
+            where = f"damaged behind sample {row - 1}" if row else "not a tar file, or damaged at its beginning"
+            error = f"the shard is {where}: {problem}"
+            yield Item(printable(str(self._path)), row=row, error=error, container=self._path)
 
-    def _sample(self, key: str, row: int, members: Iterator[_Member]) -> Item:
-        whole: _Member | None = None
-        partly: _Member | None = None
-        images = 0
-        texts: dict[str, bytes] = {}
-        names: list[str] = []
-        for member in members:
-            images += member.is_image
-            if f".{member.kind}" in EXTENSIONS:
-                whole = whole or member
-            elif member.is_image:
-                partly = partly or member
-            elif len(names) <= NAMED_MEMBERS:
-                names.append(member.kind)
-            if member.text is not None:
-                texts.setdefault(member.kind, member.text)
-        image = whole or partly
-        self._further += max(images - 1, 0)
+    def _sample(self, row: int, members: Sequence[Member]) -> Item:
+        image = image_of(members)
+        self._further += max(sum(member.is_image for member in members) - 1, 0)
+        texts = {member.kind: member.content for member in reversed(members) if member.content is not None}
         target = self._label.of(texts) if self._label else None
         task = self._task.of(texts) if self._task else None
-        source = printable(f"{self._path}/{image.name if image else key}")
+        source = printable(f"{self._path}/{image.name if image else members[0].key}")
+        payload = None if image is None else self._payload(image)
         if image is None:
+            names = [member.kind for member in members]
             more = ", …" if len(names) > NAMED_MEMBERS else ""
             error: str | None = f"the sample has no image; its members: {', '.join(names[:NAMED_MEMBERS])}{more}"
-        elif image.payload is None:
+        elif payload is None:
             error = "the image is a link inside the shard: store it as a file"
         else:
             error = NO_TASK if self._task and task is None else None
-        payload = image.payload if image and error is None else None
+        payload = payload if error is None else None
         return Item(source, payload, row=row, task=task, target=target, error=error, container=self._path)
 
-    def _members(self) -> Iterator[_Member]:
-        """The members in order; where the file is damaged, one without a key whose name is the reason."""
-        try:
-            with tarfile.open(self._path, "r:*", tarinfo=_Header) as archive:
-                while (header := archive.next()) is not None:
-                    archive.members = []  # type: ignore[attr-defined]  # tarfile would hold the header of every member
-                    if header.size < 0:
-                        raise tarfile.ReadError("a member of negative size")
-                    folder, base = posixpath.split(header.name)
-                    stem, dot, kind = base.partition(".")
-                    if stem and dot and (header.isreg() or header.islnk() or header.issym()):
-                        yield self._member(archive, header, posixpath.join(folder, stem), kind.lower())
-        except _DAMAGE as problem:
-            yield _Member(None, first_line(problem), "")
-
-    def _member(self, archive: tarfile.TarFile, header: tarfile.TarInfo, key: str, kind: str) -> _Member:
-        if not header.isreg():
-            return _Member(key, header.name, kind)
-        if any(wanted and wanted.kind == kind for wanted in (self._label, self._task)):
-            return _Member(key, header.name, kind, text=_content(archive, header, TEXT_BYTES))
-        member = _Member(key, header.name, kind)
-        if not member.is_image:
-            return member
-        payload: Payload
-        if isinstance(archive.fileobj, io.BufferedReader) and not header.issparse():
-            payload = MemberPayload(self._path, header.offset_data, header.size)
-        else:
-            payload = BytesPayload(_content(archive, header, header.size))
-        return _Member(key, header.name, kind, payload)
-
-
-@dataclass(frozen=True, slots=True)
-class _Member:
-    key: str | None
-    name: str
-    kind: str
-    """What follows the first dot, in lower case."""
-    payload: Payload | None = None
-    """Of an image that is a file."""
-    text: bytes | None = None
-    """Of a member that holds a label or a task."""
-
-    @property
-    def is_image(self) -> bool:
-        return posixpath.splitext(f"_.{self.kind}")[1] in EXTENSIONS
+    def _payload(self, image: Member) -> Payload | None:
+        if image.offset is not None:
+            return MemberPayload(self._path, image.offset, image.size)
+        return None if image.content is None else BytesPayload(image.content)
 
 
 @dataclass(frozen=True)
@@ -216,26 +136,6 @@ class _Key:
 def _scalar(value: object) -> object:
     """A list or an object is no label."""
     return None if isinstance(value, list | dict) else value
-
-
-class _Header(tarfile.TarInfo):
-    """Tells a damaged end from a proper one: ``tarfile`` takes each header that it cannot read for the end."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        if len(buf) < tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("it is cut short: there is no mark of the end")
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError:
-            if not any(buf):  # the mark of the end
-                raise
-            raise tarfile.ReadError("the header of a member is damaged") from None
-
-
-def _content(archive: tarfile.TarFile, header: tarfile.TarInfo, most: int) -> bytes:
-    stream = archive.extractfile(header)
-    return b"" if stream is None else stream.read(most)
 
 
 def expand_braces(text: str) -> list[str]:

@@ -1,0 +1,145 @@
+"""WebDataset shards: tar files in which the members of a sample follow one another and share a name.
+
+The convention is that of https://github.com/webdataset/webdataset: a sample's key is the member's path up to the first
+dot of its base name, and what follows that dot is the kind of member. Members are looked up once and read where they
+stand.
+"""
+
+from __future__ import annotations
+
+import io
+import lzma
+import posixpath
+import tarfile
+import zlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from prompttune.errors import PrompttuneError, first_line
+from prompttune.images import is_image
+
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+"""Files with these endings, in upper or lower case, are shards."""
+TEXT_BYTES = 2**24
+"""A member that holds text is read up to this size."""
+
+_DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
+"""What ``tarfile`` and the decompressors raise about a damaged file."""
+
+
+class DamagedShardError(PrompttuneError):
+    """A shard is damaged or cut short, or no tar file at all; the message is the reason, without its name."""
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file name is that of a shard."""
+    return name.lower().endswith(SHARD_SUFFIXES)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A member of a sample."""
+
+    key: str
+    name: str
+    kind: str
+    """What follows the first dot, in lower case."""
+    size: int
+    offset: int | None = None
+    """Where its bytes stand in the file; None in a compressed shard, and for a link."""
+    content: bytes | None = None
+    """Of text that was asked for, and of an image that has no offset."""
+
+    @property
+    def is_image(self) -> bool:
+        """Whether its last extension is that of an image."""
+        return is_image(f"_.{self.kind}")
+
+
+def samples(shard: Path, texts: Collection[str] = ()) -> Iterator[list[Member]]:
+    """The members of each sample, in order.
+
+    Args:
+        shard: the file, whatever compression Python's ``tarfile`` knows.
+        texts: kinds of members whose content is read too.
+
+    Raises:
+        DamagedShardError: it cannot be read any further; all that stands before the damage has been given.
+    """
+    damage: Exception | None = None
+    members: list[Member] = []
+    try:
+        for member in _members(shard, texts):
+            if members and member.key != members[0].key:
+                yield members
+                members = []
+            members.append(member)
+    except _DAMAGE as problem:
+        damage = problem
+    if members:
+        yield members
+    if damage is not None:
+        raise DamagedShardError(first_line(damage))
+
+
+def image_of(members: Collection[Member]) -> Member | None:
+    """The image of a sample: its first member whose kind is an image's (``jpg``), else by its end (``left.jpg``)."""
+    images = [member for member in members if member.is_image]
+    return next((member for member in images if "." not in member.kind), next(iter(images), None))
+
+
+def read_member(shard: Path, offset: int, size: int) -> bytes:
+    """The bytes of a member; raises :class:`OSError`, whose message is the reason, if they are not there."""
+    try:
+        with shard.open("rb") as stream:
+            stream.seek(offset)
+            data = stream.read(size)
+    except OSError as problem:
+        raise OSError(f"cannot read the shard: {problem.strerror or first_line(problem)}") from None
+    if len(data) < size:
+        raise OSError("the shard is cut short inside this member")
+    return data
+
+
+def _members(shard: Path, texts: Collection[str]) -> Iterator[Member]:
+    with tarfile.open(shard, "r:*", tarinfo=_Header) as archive:
+        while (header := archive.next()) is not None:
+            archive.members = []  # type: ignore[attr-defined]  # tarfile would hold the header of every member
+            if header.size < 0:
+                raise tarfile.ReadError("a member of negative size")
+            folder, base = posixpath.split(header.name)
+            stem, dot, kind = base.partition(".")
+            if stem and dot and (header.isreg() or header.islnk() or header.issym()):
+                yield _member(archive, header, posixpath.join(folder, stem), kind.lower(), texts)
+
+
+def _member(archive: tarfile.TarFile, header: tarfile.TarInfo, key: str, kind: str, texts: Collection[str]) -> Member:
+    bare = Member(key, header.name, kind, header.size)
+    if not header.isreg():
+        return bare
+    offset = header.offset_data if isinstance(archive.fileobj, io.BufferedReader) and not header.issparse() else None
+    most = TEXT_BYTES if kind in texts else header.size if bare.is_image and offset is None else None
+    content = None if most is None else _content(archive, header, most)
+    return Member(key, header.name, kind, header.size, offset, content)
+
+
+def _content(archive: tarfile.TarFile, header: tarfile.TarInfo, most: int) -> bytes:
+    stream = archive.extractfile(header)
+    return b"" if stream is None else stream.read(most)
+
+
+class _Header(tarfile.TarInfo):
+    """Tells a damaged end from a proper one: ``tarfile`` takes each header that it cannot read for the end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        if len(buf) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("it is cut short: there is no mark of the end")
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError:
+            if not any(buf):  # the mark of the end
+                raise
+            raise tarfile.ReadError("the header of a member is damaged") from None
