@@ -7,6 +7,7 @@
       model.onnx, model.onnx.data    written once, never touched by adding or removing a task
       tasks/<name>/task.json         labels, preprocessing, settings, source, digest of the state
       tasks/<name>/state.safetensors the task's folded state
+      versions/<name>.json           how many versions of a task there have been
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 
 from prompttune.errors import EngineError, UsageError, choose
 from prompttune.export.layout import Layout, TensorSpec, bind_axes
+from prompttune.export.versions import count_version
 from prompttune.files import read_json, replacing_folder, sha256_file, sync_file, write_json
 from prompttune.preprocess import Preprocess
 
@@ -357,6 +359,14 @@ class EngineFolder:
         bind_axes(self.manifest.layout, task.shapes(), f"task {name!r}")
         with replacing_folder(self.path / TASKS / name) as temporary:
             save_task(task, temporary, self.manifest)
+            count_version(self.path, name, task.version, self._digest_of(name))
+
+    def _digest_of(self, name: str) -> str:
+        """The version of a task that lies here, empty for none."""
+        try:
+            return read_record(self.path / TASKS / name).version
+        except EngineError:
+            return ""
 
     def check_free(self, name: str, replace: bool) -> None:
         """Raise :class:`UsageError` unless a task may be written under ``name``."""
@@ -379,6 +389,8 @@ class EngineFolder:
         """
         self.check_open()
         folder = self.path / TASKS / choose("task", name, self.tasks())
+        if digest := self._digest_of(name):
+            count_version(self.path, name, digest, digest)
         aside = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
         folder.replace(aside / name)  # the rename is atomic, deleting file by file is not
         shutil.rmtree(aside)

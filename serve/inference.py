@@ -21,11 +21,14 @@ from prompttune.serve.images import Decoder
 from prompttune.serve.lane import Lane
 from prompttune.serve.limits import Limits
 from prompttune.serve.metrics import Metrics
+from prompttune.serve.models import Model
+from prompttune.serve.protocol.elements import shown
 from prompttune.serve.protocol.types import (
     MIXED,
     DeadlineError,
     InferRequest,
     InferResponse,
+    NotFoundError,
     ServeError,
     UnavailableError,
 )
@@ -49,6 +52,7 @@ class _Answered:
     """The rows of one task in a request."""
 
     record: TaskRecord
+    number: int
     outcome: Outcome
     decode_s: float
 
@@ -86,6 +90,8 @@ class Inference:
         self._image_size = image_size
         self._metrics = metrics
         self._traffic = traffic
+        self.mixed = Model(MIXED, number=1)
+        """What is counted of requests that take a task for each row."""
 
     async def infer(self, request: InferRequest, timeout_s: float) -> InferResponse:
         """Answer a request, within ``timeout_s`` or what it asks for itself, the shorter one.
@@ -118,6 +124,8 @@ class Inference:
             raise ServeError(str(problem)) from None
         finally:
             self._count_request(tasks, count, time.monotonic() - began, status)
+            if request.model == MIXED:
+                self.mixed.count_request(time.monotonic() - began, status != "ok")
 
     def _count_request(self, tasks: Iterable[str], rows: int, seconds: float, status: str) -> None:
         failed = status != "ok"
@@ -140,7 +148,12 @@ class Inference:
         places: dict[str, list[int]] = {}
         for place, task in enumerate(rows.tasks):
             places.setdefault(task, []).append(place)
-        version = "" if request.model == MIXED else request.version
+        mixed = request.model == MIXED
+        if mixed and not self.mixed.named(request.version):
+            raise NotFoundError(
+                f"the model {MIXED!r} has the version {self.mixed.number}, not {shown(request.version)}"
+            )
+        version = "" if mixed else request.version
         for task in places:
             self._repository.model(task).current(version)
         answered = dict(
@@ -159,21 +172,25 @@ class Inference:
                 logits[place] = row[: len(one.record.labels)]
         began = time.monotonic()
         outputs = write_outputs(rows, logits, [answered[task].record for task in rows.tasks])
+        write_s = time.monotonic() - began
         for task, one in answered.items():
-            model = self._repository.models[task]
-            model.count(one.outcome, len(places[task]))
-            model.statistics.compute_input.add(one.decode_s)
-            model.statistics.compute_output.add(time.monotonic() - began)
+            self._repository.models[task].count(one.outcome, len(places[task]), one.decode_s, write_s)
             self._metrics.rows.labels(task).inc(len(places[task]))
             self._metrics.decode_seconds.observe(one.decode_s)
             self._metrics.queue_seconds.observe(one.outcome.queue_s)
-        told = "" if request.model == MIXED else answered[request.model].record.version
-        return InferResponse(request.model, told, request.id, outputs)
+        if mixed:
+            decode_s = max(one.decode_s for one in answered.values())
+            self.mixed.count(_together([one.outcome for one in answered.values()]), len(rows.tasks), decode_s, write_s)
+            return InferResponse(MIXED, str(self.mixed.number), request.id, outputs)
+        one = answered[request.model]
+        parameters = {"task_version": one.record.version}
+        return InferResponse(request.model, str(one.number), request.id, outputs, parameters)
 
     async def _answer_task(self, name: str, version: str, payloads: Sequence[Payload], priority: int) -> _Answered:
         """Answer the rows of one task, all with one version of it."""
         for _ in range(ATTEMPTS):
-            record = self._repository.model(name).current(version)
+            model = self._repository.model(name)
+            record, number = model.current(version), model.number
             began = time.monotonic()
             with span("decode", task=name, rows=len(payloads)):
                 images = await self._prepare(record.preprocess, payloads)
@@ -188,13 +205,23 @@ class Inference:
             except WorkerDiedError:
                 continue
             else:
-                return _Answered(record, outcome, decode_s)
+                return _Answered(record, number, outcome, decode_s)
         raise UnavailableError(f"the task {name!r} is changing, or its worker does not stay up: try again")
 
     async def _prepare(self, preprocess: Preprocess, payloads: Sequence[Payload]) -> Sequence[Array]:
         if all(payload.normalised for payload in payloads):  # what busy clients send: spare them a task for each row
             return [cast(Array, payload.data) for payload in payloads]
         return await gathered(self._decoder.prepare(preprocess, payload) for payload in payloads)
+
+
+def _together(outcomes: Sequence[Outcome]) -> Outcome:
+    """What a request of several tasks went through; they may have shared batches."""
+    return Outcome(
+        [row for one in outcomes for row in one.logits],
+        queue_s=max(one.queue_s for one in outcomes),
+        infer_s=max(one.infer_s for one in outcomes),
+        batches=list(dict.fromkeys(batch for one in outcomes for batch in one.batches)),
+    )
 
 
 def least_busy(lanes: Sequence[Lane], key: Key) -> Lane:

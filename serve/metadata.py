@@ -11,24 +11,28 @@ from prompttune.serve.protocol.types import MIXED, ModelMetadata, TensorMetadata
 PLATFORM = "prompttune"
 
 
-def task_metadata(manifest: Manifest, record: TaskRecord, max_rows: int) -> ModelMetadata:
-    """Of one task; ``max_rows`` is the largest number of images of a request."""
+def task_metadata(manifest: Manifest, record: TaskRecord, number: int, max_rows: int) -> ModelMetadata:
+    """Of one task; ``number`` counts its versions, ``max_rows`` is the largest number of images of a request."""
     return ModelMetadata(
         record.name,
-        [record.version],
+        [str(number)],
         PLATFORM,
         [_image(manifest)],
         _outputs(len(record.labels)),
         record.labels,
         max_rows,
-        {**_parameters(manifest), "preprocess": json.dumps(record.preprocess.to_dict())},
+        {
+            **_parameters(manifest),
+            "task_version": record.version,
+            "preprocess": json.dumps(record.preprocess.to_dict()),
+        },
     )
 
 
-def mixed_metadata(manifest: Manifest, max_rows: int) -> ModelMetadata:
+def mixed_metadata(manifest: Manifest, number: int, max_rows: int) -> ModelMetadata:
     """Of the model that takes a task for each row."""
-    inputs = [_image(manifest), TensorMetadata("task", "BYTES", (-1,))]
-    return ModelMetadata(MIXED, [], PLATFORM, inputs, _outputs(-1), [], max_rows, _parameters(manifest))
+    inputs = [_image(manifest), TensorMetadata("task", "BYTES", (-1, 1))]
+    return ModelMetadata(MIXED, [str(number)], PLATFORM, inputs, _outputs(-1), [], max_rows, _parameters(manifest))
 
 
 def _image(manifest: Manifest) -> TensorMetadata:

@@ -10,6 +10,7 @@ from typing import Any
 
 from prompttune.export.folder import TaskRecord
 from prompttune.serve.batcher import Outcome
+from prompttune.serve.protocol.elements import shown
 from prompttune.serve.protocol.types import Duration, IndexEntry, ModelStatistics, NotFoundError
 from prompttune.serve.traffic import LATENCIES_KEPT, percentiles_ms
 from prompttune.serve.workers import Key
@@ -25,6 +26,8 @@ class Model:
     name: str
     record: TaskRecord | None = None
     """The version that answers; None while there is none."""
+    number: int = 0
+    """Of that version; 0 before the first."""
     state: str = UNAVAILABLE
     reason: str = ""
     unloaded: bool = False
@@ -37,11 +40,11 @@ class Model:
     """Seconds of the last requests."""
 
     def __post_init__(self) -> None:
-        self.statistics = ModelStatistics(self.name, "")
+        self.statistics = ModelStatistics(self.name, str(self.number or ""))
 
     @property
     def version(self) -> str:
-        """Of the record, empty without one."""
+        """Digest of the record, empty without one."""
         return self.record.version if self.record else ""
 
     @property
@@ -57,15 +60,21 @@ class Model:
         """
         if self.state != READY or self.record is None:
             raise NotFoundError(f"the task {self.name!r} is not available: {self.reason or self.state.lower()}")
-        if version and version != self.record.version:
-            raise NotFoundError(f"the task {self.name!r} has the version {self.record.version}, not {version!r}")
+        if not self.named(version):
+            has = f"{self.number} ({self.record.version})"
+            raise NotFoundError(f"the task {self.name!r} has the version {has}, not {shown(version)}")
         return self.record
 
-    def replace(self, record: TaskRecord) -> Key | None:
+    def named(self, version: str) -> bool:
+        """Whether ``version`` is the one that answers, by its number or its digest; an empty one always is."""
+        return version in ("", str(self.number), self.version)
+
+    def replace(self, record: TaskRecord, number: int) -> Key | None:
         """Answer with ``record`` from now on; the key of the version before, if that is another one."""
         old = self.key
+        self.number = number
         self.record, self.state, self.reason, self.unloaded, self.refused = record, READY, "", False, ""
-        self.statistics.version = record.version
+        self.statistics.version = str(number)
         return old if old != self.key else None
 
     def retire(self, reason: str) -> Key | None:
@@ -76,16 +85,18 @@ class Model:
 
     def entry(self) -> IndexEntry:
         """The line of the repository index."""
-        return IndexEntry(self.name, self.version, self.state, self.reason)
+        return IndexEntry(self.name, str(self.number) if self.record else "", self.state, self.reason)
 
-    def count(self, outcome: Outcome, rows: int) -> None:
+    def count(self, outcome: Outcome, rows: int, decode_s: float, write_s: float) -> None:
         """An answer of ``rows`` rows, without what its whole request counts."""
         statistics = self.statistics
         statistics.last_inference_ms = int(time.time() * 1000)
         statistics.inference_count += rows
         statistics.execution_count += len(outcome.batches)
         statistics.queue.add(outcome.queue_s)
+        statistics.compute_input.add(decode_s)
         statistics.compute_infer.add(outcome.infer_s)
+        statistics.compute_output.add(write_s)
         for size, seconds in outcome.batches:
             statistics.batches.setdefault(size, Duration()).add(seconds)
 
@@ -100,7 +111,8 @@ class Model:
         labels = self.record.labels if self.record else ()
         return {
             "name": self.name,
-            "version": self.version,
+            "version": str(self.number) if self.record else "",
+            "task_version": self.version,
             "state": self.state,
             "reason": self.reason,
             "resident": resident,

@@ -11,6 +11,7 @@ from prompttune.export.folder import TaskRecord
 from prompttune.serve.catalogue import Catalogue
 from prompttune.serve.lane import Lane
 from prompttune.serve.models import LOADING, READY, Model
+from prompttune.serve.numbers import Numbers
 from prompttune.serve.protocol.types import BadRequestError, NotFoundError, UnavailableError
 from prompttune.serve.workers import Key, VersionGoneError, WorkerDiedError
 
@@ -22,11 +23,13 @@ class Repository:
 
     Args:
         catalogue: the tasks on disk.
+        numbers: counts the versions of each task.
         lanes: where a task is tried before it answers.
     """
 
-    def __init__(self, catalogue: Catalogue, lanes: Sequence[Lane]) -> None:
+    def __init__(self, catalogue: Catalogue, numbers: Numbers, lanes: Sequence[Lane]) -> None:
         self._catalogue = catalogue
+        self._numbers = numbers
         self._lanes = lanes
         self._reading = asyncio.Lock()
         self._models: dict[str, Model] = {}
@@ -46,10 +49,14 @@ class Repository:
             raise NotFoundError(f"there is no task {name!r}: the repository index lists them")
         return self._models[name]
 
-    def begin(self, records: Mapping[str, TaskRecord], problems: Mapping[str, str]) -> None:
+    async def begin(self, records: Mapping[str, TaskRecord], problems: Mapping[str, str]) -> None:
         """Take in what the first look at the disk found; states are read when they are asked for."""
-        for name, record in records.items():
-            self._models.setdefault(name, Model(name)).replace(record)
+
+        def count() -> list[int]:
+            return [self._numbers.number(name, record.version) for name, record in records.items()]
+
+        for (name, record), number in zip(records.items(), await asyncio.to_thread(count), strict=True):
+            self._models.setdefault(name, Model(name)).replace(record, number)
         for name, problem in problems.items():
             LOG.warning("a task cannot be served: %s", problem, extra={"task": name})
             self._models.setdefault(name, Model(name)).retire(problem)
@@ -161,8 +168,9 @@ class Repository:
             if model.state == LOADING:
                 model.retire("it could not be loaded")
             raise
-        await self._drop(model.replace(record))
-        LOG.info("task ready", extra={"task": record.name, "version": record.version})
+        number = await asyncio.to_thread(self._numbers.number, record.name, record.version)
+        await self._drop(model.replace(record, number))
+        LOG.info("task ready", extra={"task": record.name, "version": number, "task_version": record.version})
 
     async def _drop(self, key: Key | None) -> None:
         if key is not None:

@@ -20,7 +20,9 @@ from prompttune.serve.lane import Lane
 from prompttune.serve.limits import Limits
 from prompttune.serve.metadata import mixed_metadata, task_metadata
 from prompttune.serve.metrics import Metrics
-from prompttune.serve.models import READY
+from prompttune.serve.models import READY, UNAVAILABLE, Model
+from prompttune.serve.numbers import Numbers
+from prompttune.serve.protocol.elements import shown
 from prompttune.serve.protocol.types import (
     MIXED,
     IndexEntry,
@@ -28,6 +30,7 @@ from prompttune.serve.protocol.types import (
     InferResponse,
     ModelMetadata,
     ModelStatistics,
+    NotFoundError,
     ServerMetadata,
 )
 from prompttune.serve.repository import Repository
@@ -89,7 +92,7 @@ class Service:
         self._metrics = metrics
         self._traffic = traffic
         self._admission = Admission(settings.max_queue, traffic)
-        self._repository = Repository(catalogue, lanes)
+        self._repository = Repository(catalogue, Numbers(folder.path), lanes)
         self._catalogue = catalogue
         self._decoder = Decoder(settings.decode_workers, settings.limits)
         self._inference = Inference(
@@ -115,7 +118,7 @@ class Service:
             PrompttuneError: the engine cannot be opened.
         """
         scan = await asyncio.to_thread(self._catalogue.scan)
-        self._repository.begin(scan.records, scan.problems)
+        await self._repository.begin(scan.records, scan.problems)
         await gathered(lane.start() for lane in self._lanes)
         for lane in self._lanes:
             await self._fill(lane)
@@ -179,9 +182,9 @@ class Service:
     def model_ready(self, name: str, version: str = "") -> bool:
         """See the interface."""
         if name == MIXED:
-            return self.ready() and not version
+            return self.ready() and self._inference.mixed.named(version)
         model = self._repository.models.get(name)
-        return model is not None and model.state == READY and version in ("", model.version) and self.ready()
+        return model is not None and model.state == READY and model.named(version) and self.ready()
 
     # ----------------------------------------------------------------- metadata
 
@@ -192,23 +195,35 @@ class Service:
     def model_metadata(self, name: str, version: str = "") -> ModelMetadata:
         """See the interface."""
         manifest, rows = self._folder.manifest, self._settings.limits.rows
-        if name == MIXED and not version:
-            return mixed_metadata(manifest, rows)
-        return task_metadata(manifest, self._repository.model(name).current(version), rows)
+        if name == MIXED:
+            return mixed_metadata(manifest, self._mixed(version).number, rows)
+        model = self._repository.model(name)
+        return task_metadata(manifest, model.current(version), model.number, rows)
+
+    def _mixed(self, version: str) -> Model:
+        """The model that takes a task for each row, whose only version is 1."""
+        mixed = self._inference.mixed
+        if not mixed.named(version):
+            raise NotFoundError(f"the model {MIXED!r} has the version {mixed.number}, not {shown(version)}")
+        return mixed
 
     def index(self, ready: bool = False) -> Sequence[IndexEntry]:
         """See the interface."""
         entries = [model.entry() for _, model in sorted(self._repository.models.items())]
+        entries.append(IndexEntry(MIXED, str(self._inference.mixed.number), READY if self.ready() else UNAVAILABLE))
         return [entry for entry in entries if entry.state == READY or not ready]
 
     def statistics(self, name: str = "", version: str = "") -> Sequence[ModelStatistics]:
         """See the interface."""
+        if name == MIXED:
+            return [self._mixed(version).statistics]
         if name:
             model = self._repository.model(name)
             if version:
                 model.current(version)
             return [model.statistics]
-        return [model.statistics for _, model in sorted(self._repository.models.items())]
+        models = [model.statistics for _, model in sorted(self._repository.models.items())]
+        return [*models, self._inference.mixed.statistics]
 
     # ------------------------------------------------------------------ control
 

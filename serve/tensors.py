@@ -191,10 +191,11 @@ def _from_base64(text: bytes, row: int) -> bytes:
 def _tasks(tensor: InputTensor, rows: int) -> list[str]:
     if tensor.datatype != "BYTES":
         raise BadRequestError(f"task must be BYTES, not {_short(tensor.datatype)}")
-    _check_shape(tensor, ("N",))
+    if tensor.data.shape[1:] != (1,):  # Triton's tools send a column
+        _check_shape(tensor, ("N",))
     if len(tensor.data) != rows:
         raise BadRequestError(f"{rows} images but {len(tensor.data)} tasks: name one for each image")
-    return [_task(name, row) for row, name in enumerate(tensor.data)]
+    return [_task(name, row) for row, name in enumerate(tensor.data.ravel())]
 
 
 def _task(name: bytes, row: int) -> str:

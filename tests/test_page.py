@@ -120,7 +120,8 @@ def _worker(device: str, **changes: Any) -> dict[str, Any]:
 def task(name: str, **changes: Any) -> dict[str, Any]:
     return {
         "name": name,
-        "version": "0123456789ab",
+        "version": "3",
+        "task_version": "0123456789ab",
         "state": "READY",
         "reason": "",
         "resident": True,

@@ -1,6 +1,7 @@
 """Tasks that come and go while a server runs: whole or not at all, and the old version stays if the new one fails."""
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from prompttune.export.folder import TaskRecord
 from prompttune.preprocess import Preprocess
 from prompttune.serve.catalogue import Scan
 from prompttune.serve.lane import Lane
+from prompttune.serve.numbers import Numbers
 from prompttune.serve.protocol.types import BadRequestError, NotFoundError, UnavailableError
 from prompttune.serve.repository import Repository
 from prompttune.serve.workers import Key
@@ -42,11 +44,11 @@ def scenario(test, lanes=1, **versions):
         workers = [FakeWorker() for _ in range(lanes)]
         made = [Lane(SETTINGS, lambda _, worker=worker: worker, 3, 0.0, lambda *_: None) for worker in workers]
         catalogue = FakeCatalogue(**versions)
-        repository = Repository(catalogue, made)
+        repository = Repository(catalogue, Numbers(Path(os.devnull)), made)
         for lane in made:
             await lane.start()
         scan = catalogue.scan()
-        repository.begin(scan.records, scan.problems)
+        await repository.begin(scan.records, scan.problems)
         try:
             async with asyncio.timeout(10):
                 await test(repository, catalogue, made, workers)
@@ -58,7 +60,7 @@ def scenario(test, lanes=1, **versions):
 
 
 def states(repository):
-    return {entry.name: (entry.version, entry.state) for entry in (m.entry() for m in repository.models.values())}
+    return {one.name: (one.version, one.state) for one in repository.models.values()}
 
 
 def test_loads_a_new_task_before_it_answers():

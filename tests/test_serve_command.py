@@ -63,6 +63,36 @@ def test_answers_are_the_engines(server, engine, library):
             assert {one.decode() for one in answer.as_numpy("task_version")} == {engine.version(task)}
 
 
+@pytest.mark.parametrize("library", [triton_grpc, triton_http])
+def test_mixed_is_asked_as_tritons_tools_do(server, engine, library):
+    """Version, shapes and statistics of the model, from its metadata and configuration alone."""
+    address = server.grpc if library is triton_grpc else server.http.removeprefix("http://")
+    as_json = {"as_json": True} if library is triton_grpc else {}
+    images, names = noise(2), np.array([["task0"], ["task1"]], dtype=object)
+    with library.InferenceServerClient(address) as client:
+        metadata = client.get_model_metadata("mixed", **as_json)
+        [version] = metadata["versions"]
+        config = client.get_model_config("mixed", str(int(version)), **as_json)
+        config = config.get("config", config)
+        [dims] = [one["dims"] for one in config["input"] if one["name"] == "task"]
+        assert [int(one) for one in dims] == [1]
+        image, task = (
+            library.InferInput("image", list(images.shape), "FP32"),
+            library.InferInput("task", [2, 1], "BYTES"),
+        )
+        image.set_data_from_numpy(images)
+        task.set_data_from_numpy(names)
+        answer = client.infer("mixed", [image, task], model_version=version)
+        assert [one.decode() for one in answer.as_numpy("task_version")] == [engine.version(n) for n in names[:, 0]]
+        for name, number in (("mixed", version), ("task0", "1")):
+            [found] = client.get_inference_statistics(name, number, **as_json)["model_stats"]
+            assert (found["version"], int(found["inference_count"]) > 0) == (number, True)
+            assert client.is_model_ready(name, number)
+        index = client.get_model_repository_index(**as_json)
+        versions = {one["name"]: one["version"] for one in (index["models"] if as_json else index)}
+        assert (versions["task0"], versions["mixed"]) == ("1", "1")
+
+
 def test_tasks_come_and_go_while_it_serves(server, folder, engine):
     images = noise(2)
     with triton_grpc.InferenceServerClient(server.grpc) as client:

@@ -178,8 +178,10 @@ def test_tasks_of_rows() -> None:
     assert "2 images but 1 tasks" in refusal(request(tensor(2), names(["a"]), model=MIXED))
     assert "task of row 1 is not UTF-8" in refusal(request(tensor(2), names(["a", b"\xff"]), model=MIXED))
     assert "has 256 bytes" in refusal(request(tensor(1), names(["a" * 256]), model=MIXED))
-    square = InputTensor("task", "BYTES", bytes_array(["a", "b"], (2, 1)))
-    assert "must be [N], not [2, 1]" in refusal(request(tensor(2), square, model=MIXED))
+    column = InputTensor("task", "BYTES", bytes_array(["a", "b"], (2, 1)))
+    assert read(request(tensor(2), column, model=MIXED)).tasks == ["a", "b"]
+    square = InputTensor("task", "BYTES", bytes_array(["a", "b"], (1, 2)))
+    assert "must be [N], not [1, 2]" in refusal(request(tensor(2), square, model=MIXED))
     number = InputTensor("task", "INT32", np.zeros(2, dtype=np.int32))
     assert "task must be BYTES" in refusal(request(tensor(2), number, model=MIXED))
 

@@ -93,7 +93,7 @@ async def _ask(address, tasks, images, expected, tally, until, seed) -> None:
 
 
 def _check(answer, expected, number, tally) -> None:
-    version = answer.get_response().model_version
+    version = answer.get_response().parameters["task_version"].string_param
     named = {one.decode() for one in answer.as_numpy("task_version")}
     right = expected.get(version)
     logits = answer.as_numpy("logits")

@@ -18,7 +18,7 @@ const COLUMNS = [
   { title: "Task", value: (task) => task.name },
   { title: "State", value: (task) => task.state, fill: showState },
   { title: "Resident", value: (task) => (task.resident ? 0 : 1), show: (task) => (task.resident ? "yes" : "no") },
-  { title: "Version", value: (task) => task.version || null, mono: true },
+  { title: "Version", value: (task) => Number(task.version) || null, number: true, hint: (task) => task.task_version },
   { title: "Labels", value: (task) => task.num_classes, number: true, show: (task) => count(task.num_classes), hint: labelsOf },
   { title: "Requests", value: (task) => task.requests, number: true, show: (task) => count(task.requests) },
   { title: "Errors", value: (task) => task.errors, number: true, show: (task) => count(task.errors), failing: (task) => task.errors > 0 },
@@ -60,7 +60,7 @@ export class TaskTable {
 
   /** Shows other figures; `now` is the server's clock. */
   update(tasks, now) {
-    this.tasks = tasks.map((task) => ({ ...task, text: `${task.name} ${task.version} ${task.labels.join(" ")}`.toLowerCase() }));
+    this.tasks = tasks.map((task) => ({ ...task, text: `${task.name} ${task.task_version ?? ""} ${task.labels.join(" ")}`.toLowerCase() }));
     this.now = now;
     this.draw();
   }

@@ -111,7 +111,8 @@ function scores(answer, ms) {
       meter(shares[index]),
     ),
   );
-  const version = answer.model_version ? `, version ${answer.model_version}` : "";
+  const digest = answer.parameters?.task_version;
+  const version = answer.model_version ? `, version ${answer.model_version}${digest ? ` (${digest})` : ""}` : "";
   return [
     html("ol", { class: "scores", "aria-label": "Likeliest labels" }, ...rows),
     html("p", { class: "hint" }, `${answer.model_name}${version}, ${Math.round(ms)} ms there and back`),

@@ -130,7 +130,7 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class InferResponse:
-    """An answer. ``version`` is the task's version that gave all of it, empty for :data:`MIXED`."""
+    """An answer. ``version`` is the number of the task's version that gave all of it."""
 
     model: str
     version: str

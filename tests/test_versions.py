@@ -1,0 +1,189 @@
+"""Versions of tasks are numbers that count up, wherever and however a task is replaced."""
+
+import asyncio
+import contextlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import prompttune as pt
+from prompttune.errors import EngineError
+from prompttune.export.folder import EngineFolder
+from prompttune.serve.models import READY
+from prompttune.serve.protocol.types import InferRequest, InputTensor, NotFoundError, bytes_array
+from prompttune.serve.service import ServiceSettings
+from tests.engines import copied, exported
+from tests.serving import noise, outputs, request, running, within
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return EngineFolder(copied("sa2vp", tmp_path))
+
+
+@contextlib.asynccontextmanager
+async def asked(folder, name="task0"):
+    """A server, and a way to ask it for a version's number and digest."""
+    async with running(folder.path) as service:
+
+        async def ask(version=""):
+            inputs = request(name, noise(1)).inputs
+            answer = await service.infer(InferRequest(name, inputs, version=version))
+            assert {one.decode() for one in outputs(answer)["task_version"]} == {answer.parameters["task_version"]}
+            return int(answer.version), answer.parameters["task_version"]
+
+        yield service, ask
+
+
+def numbers_of(folder, *changes, name="task0"):
+    """What a server says after each change: the number, the same in the index, the metadata and the statistics."""
+    found = []
+
+    async def test():
+        async with asked(folder, name) as (service, ask):
+            for change in changes:
+                change()
+                with contextlib.suppress(NotFoundError):
+                    await service.load(name)
+                number, digest = await ask()
+                assert await ask(str(number)) == await ask(digest) == (number, digest)
+                assert service.model_ready(name, str(number))
+                assert service.model_ready(name, digest)
+                [entry] = [one for one in service.index() if one.name == name]
+                versions = service.model_metadata(name, str(number)).versions
+                [statistics] = service.statistics(name, str(number))
+                assert [entry.version] == list(versions) == [statistics.version] == [str(number)]
+                for other in (number - 1, number + 1, f"0{number}", f"{number}.0", "latest"):
+                    assert not service.model_ready(name, str(other))
+                    with pytest.raises(NotFoundError, match=f"has the version {number}"):
+                        await ask(str(other))
+                found.append(number)
+
+    within(60, test())
+    return found
+
+
+def write(folder, source, name="task0"):
+    task = folder.read_task(source)
+    return lambda: folder.write_task(name, task, replace=True)
+
+
+def copy(folder, source, name="task0"):
+    """A task that somebody copies over another, without telling prompttune."""
+    files = {one.name: one.read_bytes() for one in (folder.path / "tasks" / source).iterdir()}
+
+    def change():
+        for file, content in files.items():
+            (folder.path / "tasks" / name / file).write_bytes(content)
+
+    return change
+
+
+def nothing():
+    pass
+
+
+@pytest.mark.parametrize("replaced", [write, copy])
+def test_a_replaced_task_gets_the_next_number_and_keeps_it(folder, replaced):
+    old, new = replaced(folder, "task0"), replaced(folder, "task1")
+    assert numbers_of(folder, nothing, new, nothing, old, new) == [1, 2, 2, 3, 4]
+    assert numbers_of(folder, nothing, new, old) == [4, 4, 5]
+
+
+def test_numbers_count_while_no_server_runs_and_outlive_the_task(folder):
+    old, new = write(folder, "task0"), write(folder, "task1")
+    old()
+    assert numbers_of(folder, nothing) == [1]
+    new()
+    old()
+    folder.remove_task("task0")
+    new()
+    assert numbers_of(folder, nothing, nothing) == [4, 4]
+    folder.remove_task("task0")
+    new()
+    assert numbers_of(folder, nothing) == [4], "the same content is the same version"
+
+
+def test_a_read_only_engine_counts_in_memory(folder, monkeypatch):
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("prompttune.serve.numbers.write_number", refuse)
+    new = copy(folder, "task1")
+    assert numbers_of(folder, nothing, new) == [1, 2]
+    assert numbers_of(folder, nothing) == [1]
+    assert not (folder.path / "versions").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"number": 0, "version": "x"}', '{"number": "2", "version": 1}'])
+def test_a_damaged_number_is_named_and_does_not_stop_a_server(folder, content, caplog):
+    new = write(folder, "task1")
+    path = folder.path / "versions" / "task0.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    assert numbers_of(folder, nothing) == [1]
+    assert str(path) in caplog.text
+    with pytest.raises(EngineError, match=r"task0\.json"):
+        new()
+
+
+def test_a_number_survives_a_copy_of_the_engine(folder, tmp_path):
+    write(folder, "task1")()
+    assert json.loads((folder.path / "versions/task0.json").read_text())["number"] == 2
+    other = EngineFolder(shutil.copytree(folder.path, tmp_path / "other"))
+    assert numbers_of(other, nothing) == [2]
+
+
+def test_a_watched_task_counts_too(folder, tmp_path):
+    watched = tmp_path / "watched"
+    shutil.copytree(folder.path / "tasks/task0", watched / "more")
+
+    async def test():
+        settings = ServiceSettings(watch_interval_s=0.01)
+        async with running(folder.path, settings, watch=[watched]) as service:
+            assert service.model_ready("more", "1")
+            for file in (folder.path / "tasks/task1").iterdir():
+                shutil.copy(file, watched / "more" / file.name)
+            while not service.model_ready("more", "2"):
+                await asyncio.sleep(0.01)
+
+    within(30, test())
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+def test_mixed_is_a_model_as_tools_know_them(shape):
+    names = ["task0", "task1", "task0"]
+    engine = pt.Engine(exported("sa2vp"))
+
+    async def test():
+        async with running(exported("sa2vp")) as service:
+            metadata = service.model_metadata("mixed", "1")
+            assert list(metadata.versions) == ["1"]
+            assert {one.name: tuple(one.shape) for one in metadata.inputs}["task"] == (-1, 1)
+            assert [(one.version, one.state) for one in service.index(ready=True) if one.name == "mixed"] == [
+                ("1", READY)
+            ]
+            inputs = [InputTensor("image", "FP32", noise(3)), InputTensor("task", "BYTES", bytes_array(names, shape))]
+            answer = await service.infer(InferRequest("mixed", inputs, version="1"))
+            assert answer.version == "1"
+            assert [one.decode() for one in outputs(answer)["task"]] == names
+            np.testing.assert_allclose(outputs(answer)["logits"][1], engine.logits(noise(3), "task1")[1, :3], atol=1e-5)
+            [one] = service.statistics("mixed", "1")
+            assert (one.version, one.success.count, one.fail.count, one.inference_count) == ("1", 1, 0, 3)
+            assert (one.queue.count, one.compute_input.count, one.compute_output.count) == (1, 1, 1)
+            assert one.compute_infer.ns > 0
+            assert [rows for rows, _ in one.batches.items()]
+            assert "mixed" in [one.name for one in service.statistics()]
+            for call in (service.model_metadata, service.statistics):
+                with pytest.raises(NotFoundError, match="version 1"):
+                    call("mixed", "2")
+            with pytest.raises(NotFoundError, match="version 1"):
+                await service.infer(InferRequest("mixed", inputs, version="2"))
+            assert not service.model_ready("mixed", "2")
+            wrong = InputTensor("task", "BYTES", bytes_array(names, (1, 3)))
+            with pytest.raises(Exception, match="task"):
+                await service.infer(InferRequest("mixed", [inputs[0], wrong]))
+
+    within(30, test())
