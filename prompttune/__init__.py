@@ -29,11 +29,17 @@ _LAZY = {
     "LinearConfig": "prompttune.methods",
     "FullConfig": "prompttune.methods",
     "DAMVPConfig": "prompttune.methods",
+    "methods": "prompttune.methods:",
+    "describe": "prompttune.methods.describing",
+    "register_method": "prompttune.methods:register",
+    "register_backbone": "prompttune.backbones",
     "import_checkpoint": "prompttune.checkpoints.importing",
     "SegmentationConfig": "prompttune.segmentation",
     "TrainConfig": "prompttune.training",
     "train": "prompttune.training",
     "evaluate": "prompttune.training",
+    "loss": "prompttune.training.optim",
+    "features": "prompttune.embedding",
     "explain": "prompttune.explanation",
     "ExportSettings": "prompttune.export",
     "export_engine": "prompttune.export",
@@ -67,19 +73,26 @@ __all__ = [
     "VPTDeepConfig",
     "VPTShallowConfig",
     "__version__",
+    "describe",
     "evaluate",
     "explain",
     "export_engine",
+    "features",
     "import_checkpoint",
     "load_backbone",
+    "loss",
+    "methods",
     "read_image",
+    "register_backbone",
+    "register_method",
     "train",
     "validate_engine",
 ]
 
 if TYPE_CHECKING:
-    from prompttune.backbones import Backbone, load_backbone
+    from prompttune.backbones import Backbone, load_backbone, register_backbone
     from prompttune.checkpoints.importing import import_checkpoint
+    from prompttune.embedding import features
     from prompttune.errors import PrompttuneError
     from prompttune.explanation import explain
     from prompttune.export import ExportSettings, export_engine, validate_engine
@@ -100,11 +113,14 @@ if TYPE_CHECKING:
         VPTDeepConfig,
         VPTShallowConfig,
     )
+    from prompttune.methods import register as register_method
+    from prompttune.methods.describing import describe, methods
     from prompttune.model import Output, PromptModel
     from prompttune.preprocess import Preprocess
     from prompttune.segmentation import SegmentationConfig
     from prompttune.serve import Engine
     from prompttune.training import TrainConfig, evaluate, train
+    from prompttune.training.optim import loss
 
 
 __getattr__ = lazy_names(__name__, _LAZY)

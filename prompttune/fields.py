@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,8 @@ class Setting:
     """``int``, ``float``, ``bool``, ``str``, or the type of a tuple's items."""
     default: Any
     help: str = ""
-    choices: tuple[Any, ...] | None = None
+    choices: Collection[Any] | None = None
+    """Values to choose from; a collection may grow meanwhile."""
     optional: bool = False
     """Whether None is a value."""
     is_tuple: bool = False
@@ -44,6 +46,8 @@ class Setting:
 
     def coerce(self, value: Any) -> Any:
         """Bring a value to the field's type; raise :class:`UsageError` if that loses anything."""
+        if read := self.metadata.get("read"):
+            return read(value)
         if value is None:
             if not self.optional:
                 raise UsageError(f"{self.name} needs {SCALARS[self.type]}, not nothing")
@@ -64,7 +68,8 @@ class Setting:
             return value
         try:
             # YAML 1.1 reads 5e-3 as text, so text that spells a number is taken as that number
-            made = self.type(value) if self.type is not str or isinstance(value, str | int | float) else None
+            plain = self.type is not str or isinstance(value, str | int | float | os.PathLike)
+            made = self.type(value) if plain else None
         except (TypeError, ValueError, OverflowError):
             raise refused from None
         if made is None or (self.type is int and isinstance(value, float) and made != value):
@@ -75,7 +80,10 @@ class Setting:
 
 
 def setting(default: Any = dataclasses.MISSING, *, help: str, **metadata: Any) -> Any:  # noqa: A002
-    """A dataclass field with help text; ``choices`` and other metadata as keywords."""
+    """A dataclass field with help text; ``choices`` and other metadata as keywords.
+
+    ``kind`` is the type on the command line where the field takes more in Python, and ``read`` brings that to a value.
+    """
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
@@ -94,20 +102,19 @@ def _read_fields(cls: Any) -> dict[str, Setting]:
     hints = typing.get_type_hints(cls)
     found: dict[str, Setting] = {}
     for field in dataclasses.fields(cls):
-        if (kind := _read_type(hints[field.name])) is None or not field.init:
+        if (kind := _read_type(field.metadata.get("kind", hints[field.name]))) is None or not field.init:
             continue
         made, optional, is_tuple, length = kind
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         default = None if required else field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        choices = field.metadata.get("choices")
         found[field.name] = Setting(
             name=field.name,
             type=made,
             default=default,
             help=str(field.metadata.get("help", "")),
-            choices=None if choices is None else tuple(choices),
+            choices=field.metadata.get("choices"),
             optional=optional,
             is_tuple=is_tuple,
             length=length,

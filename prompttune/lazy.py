@@ -13,14 +13,17 @@ def lazy_names(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
 
     Args:
         package: its ``__name__``.
-        names: public name → module, with ``:other`` behind it where it is called otherwise there.
+        names: public name → module, with ``:other`` behind it where it is called otherwise there, or ``:`` where it
+            is the module itself.
     """
 
     def find(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module, _, other = names[name].partition(":")
-        value = getattr(importlib.import_module(module), other or name)
+        module, colon, other = names[name].partition(":")
+        value = importlib.import_module(module)
+        if other or not colon:
+            value = getattr(value, other or name)
         setattr(sys.modules[package], name, value)
         return value
 

@@ -22,5 +22,9 @@ def out_of_bounds(name: str, value: float, limits: Mapping[str, Any]) -> str | N
     told = {key: limits[key] for key in _TESTS if key in limits}
     if math.isfinite(value) and all(_TESTS[key][1](value, limit) for key, limit in told.items()):
         return None
-    wanted = " and ".join(f"{_TESTS[key][0]} {limit}" for key, limit in told.items())
-    return f"{name} must be {wanted or 'finite'}, not {value}"
+    return f"{name} must be {bounds_of(limits) or 'finite'}, not {value}"
+
+
+def bounds_of(limits: Mapping[str, Any]) -> str:
+    """The bounds in words, such as ``at least 1 and below 5``; empty without any."""
+    return " and ".join(f"{words} {limits[key]}" for key, (words, _) in _TESTS.items() if key in limits)

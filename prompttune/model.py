@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prompttune.backbones.base import Backbone
 from prompttune.errors import UsageError
 from prompttune.layers.probe import probe
+from prompttune.methods import config_from_dict
 from prompttune.methods.base import CLASSES, Layout, Method, MethodConfig, State
 from prompttune.preprocess import Preprocess
 from prompttune.segmentation.config import SegmentationConfig, check_maps
@@ -31,6 +32,8 @@ class Output:
     """The shared head on the prompt pathway, of the shape of ``logits``."""
     aux_features: Tensor | None = None
     """Pooled features of the prompt pathway, [B, D]."""
+    base_loss_weight: float = 1.0
+    """λ of the method, by which :func:`prompttune.loss` weighs ``logits`` against ``aux_logits``."""
 
 
 class PromptModel(nn.Module):
@@ -38,19 +41,20 @@ class PromptModel(nn.Module):
 
     Args:
         backbone: may be shared by many tasks.
-        config: which method, and its settings.
+        config: which method, and its settings; or the method's name, with its settings as keywords.
         num_classes: needed unless ``labels`` are given.
         labels: class names in the order of the logits; by default ``"0" .. "C-1"``.
         preprocess: evaluation transform; by default the backbone's own, squashed to its image size.
         segmentation: answer for each place of an image, with this head; None answers for the image.
+        settings: of the method that is given by its name.
 
     Raises:
-        UsageError: bad labels, or a transform of another size.
+        UsageError: an unknown method or setting, bad labels, or a transform of another size.
         BackboneError: the method does not run on the backbone, or gives no maps of patch tokens there.
 
     Example:
         >>> backbone = load_backbone("vit_small_patch14_dinov2", image_size=56)
-        >>> model = PromptModel(backbone, SA2VPConfig(rank=16), num_classes=10)
+        >>> model = PromptModel(backbone, "sa2vp", 10, rank=16)
         >>> model(images).logits.shape
         torch.Size([4, 10])
     """
@@ -58,13 +62,15 @@ class PromptModel(nn.Module):
     def __init__(
         self,
         backbone: Backbone,
-        config: MethodConfig,
+        config: MethodConfig | str,
         num_classes: int | None = None,
         labels: list[str] | None = None,
         preprocess: Preprocess | None = None,
         segmentation: SegmentationConfig | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__()
+        config = _config(config, settings)
         labels = _labels(num_classes, labels)
         if preprocess is not None and preprocess.image_size != backbone.image_size:
             raise UsageError(
@@ -87,6 +93,7 @@ class PromptModel(nn.Module):
             check_maps(self.method, self.config.method, backbone)
             self.levels = segmentation.levels(backbone.depth)
             self.head = segmentation.build(backbone, len(labels))
+        self._fixed = self.task_parameters().keys() - self.trained_parameters().keys()
 
     @property
     def task(self) -> str:
@@ -109,6 +116,12 @@ class PromptModel(nn.Module):
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Those of :meth:`task_parameters` that gradients train; a method sets the others itself."""
         return {name: parameter for name, parameter in self.task_parameters().items() if parameter.requires_grad}
+
+    def requires_grad_(self, requires_grad: bool = True) -> PromptModel:
+        """Let what trains train, or freeze it; the backbone and what a method sets itself stay frozen."""
+        for name, parameter in self.task_parameters().items():
+            parameter.requires_grad_(requires_grad and name not in self._fixed)
+        return self
 
     def take_sizes(self, stored: Mapping[str, Tensor]) -> None:
         """Make room for stored task parameters whose size a run's begin chose; see :meth:`Method.take_sizes`."""
@@ -135,20 +148,25 @@ class PromptModel(nn.Module):
             images: normalised [B, 3, S, S].
             state: tensors as :meth:`task_state` gives them, leading dimension 1, or B for a task a row.
             aux: compute the prompt pathway's output too, where the method has one.
+
+        Raises:
+            UsageError: images of another type or shape.
         """
+        self.backbone.check_images(images)
         if self.segmentation is not None:
             return self._segment(images, state, aux)
         found = self.method(images, state, aux)
         features, aux_features = found.features, found.aux_features
         probe("features", features)
         aux_logits = None if aux_features is None else _classify(aux_features, state)
-        return Output(_classify(features, state), features, aux_logits, aux_features)
+        return Output(_classify(features, state), features, aux_logits, aux_features, self.config.base_loss_weight)
 
     def _segment(self, images: Tensor, state: State, aux: bool) -> Output:
         """See :meth:`forward_state`: logits for each place."""
         found = self.method(images, state, aux, self.levels)
         aux_logits = self.head(found.aux_maps, state) if found.aux_maps else None
-        return Output(self.head(found.maps, state), found.features, aux_logits, found.aux_features)
+        logits, weight = self.head(found.maps, state), self.config.base_loss_weight
+        return Output(logits, found.features, aux_logits, found.aux_features, weight)
 
     def forward(self, images: Tensor, aux: bool | None = None) -> Output:
         """Run one task.
@@ -181,6 +199,18 @@ class PromptModel(nn.Module):
         from prompttune.checkpoints import load_checkpoint
 
         return load_checkpoint(Path(path), backbone, weights)
+
+
+def _config(config: MethodConfig | str, settings: Mapping[str, Any]) -> MethodConfig:
+    if isinstance(config, str):
+        return config_from_dict(config, settings)
+    if not isinstance(config, MethodConfig):
+        raise UsageError(
+            f"a method is given by its name or its config, such as SA2VPConfig(rank=16), not by {config!r}"
+        )
+    if settings:
+        raise UsageError(f"{', '.join(settings)}: a config has its settings in it; give them with a method's name")
+    return config
 
 
 def _class_head(width: int, classes: int) -> nn.Linear:

@@ -76,15 +76,17 @@ def assert_one_line(result: Result, code: int, *words: str) -> None:
 
 # -- options
 
+OPTIONS = train_command.get_params(click.Context(train_command))
+
 
 def test_every_setting_of_every_dataclass_is_an_option() -> None:
     fields = {field.name for cls in (TrainConfig, Augment, *METHODS.values()) for field in dataclasses.fields(cls)}
-    offered = {option.known.name for option in train_command.params if isinstance(option, SettingOption)}
+    offered = {option.known.name for option in OPTIONS if isinstance(option, SettingOption)}
     assert offered == fields - {"method_settings", "augment_settings"}
 
 
 def test_option_names_and_help_are_complete() -> None:
-    names = [name for option in train_command.params for name in (*option.opts, *option.secondary_opts)]
+    names = [name for option in OPTIONS for name in (*option.opts, *option.secondary_opts)]
     assert len(names) == len(set(names)), "two options have the same name"
     for option in training_options():
         assert isinstance(option, click.Option)

@@ -238,10 +238,11 @@ def test_prompt_layers_follow_the_depth(vit):
 
 
 def test_a_name_cannot_be_registered_twice():
+    @dataclasses.dataclass(frozen=True)
     class Again(MethodConfig):
         method = "sa2vp"
 
-    with pytest.raises(ValueError, match="registered already"):
+    with pytest.raises(UsageError, match="'sa2vp' is registered already, by prompttune"):
         register(Again)
     assert METHODS["sa2vp"] is pt.SA2VPConfig
 

@@ -2,8 +2,8 @@
 
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.conv import ConvBackbone
-from prompttune.backbones.loading import load_backbone
+from prompttune.backbones.loading import load_backbone, register_backbone
 from prompttune.backbones.swin import SwinBackbone
 from prompttune.backbones.vit import VitBackbone
 
-__all__ = ["Backbone", "ConvBackbone", "SwinBackbone", "VitBackbone", "load_backbone"]
+__all__ = ["Backbone", "ConvBackbone", "SwinBackbone", "VitBackbone", "load_backbone", "register_backbone"]

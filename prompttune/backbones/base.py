@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from prompttune.errors import UsageError
 from prompttune.preprocess import Preprocess
 
 
@@ -76,6 +77,28 @@ class Backbone(nn.Module):
         self.model = model.requires_grad_(False)
         super().train(False)
 
+    def check_images(self, images: Tensor) -> None:
+        """Check the type and shape of normalised images, which a traced graph need not do again.
+
+        Raises:
+            UsageError: they are not floats [B, 3, image_size, image_size]; the message says what to do.
+        """
+        size = self.image_size
+        wanted = f"{getattr(self, 'name', type(self).__name__)} takes normalised float images [B, 3, {size}, {size}]"
+        if not isinstance(images, Tensor):
+            raise UsageError(f"{wanted}, not {type(images).__name__}: make a tensor with model.preprocess.transform()")
+        shape = list(images.shape)
+        hint = "make them with model.preprocess.transform(), or load the backbone with their image_size"
+        if not images.is_floating_point():
+            raise UsageError(f"{wanted}, not {images.dtype}: make them with model.preprocess.transform()")
+        if images.dim() == 4 and images.shape[1:] == (3, size, size):
+            return
+        if images.dim() == 3:
+            hint = "add the batch axis with images[None]"
+        elif images.dim() == 4 and images.shape[3] == 3 != images.shape[1]:
+            hint = "put the channels second with images.permute(0, 3, 1, 2)"
+        raise UsageError(f"{wanted}, not {shape}: {hint}")
+
     def train(self, mode: bool = True) -> Backbone:  # noqa: ARG002
         """Stay in evaluation mode: drop-out and the like belong to the methods."""
         return super().train(False)
@@ -95,6 +118,9 @@ class Backbone(nn.Module):
             images: normalised [B, 3, image_size, image_size].
 
         Returns:
-            [B, D].
+            [B, D]; no graph is kept for gradients, unless the images need them.
+
+        Raises:
+            UsageError: images of another shape, see :meth:`check_images`.
         """
         raise NotImplementedError

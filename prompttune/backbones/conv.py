@@ -135,6 +135,7 @@ class ConvBackbone(Backbone):
 
     def forward(self, images: Tensor) -> Tensor:
         """See :meth:`Backbone.forward`."""
+        self.check_images(images)
         return self.pool(self.run_stages(self.embed(images), range(len(self.stages))))
 
     def embed(self, images: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from prompttune.backbones import conv, swin, vit
 from prompttune.backbones.base import Backbone, fingerprint_of
@@ -18,8 +20,9 @@ from prompttune.backbones.files import TimmModel, load_file_into
 from prompttune.backbones.wheel import MODEL as WHEEL_MODEL
 from prompttune.backbones.wheel import PACKAGE as WHEEL_PACKAGE
 from prompttune.backbones.wheel import find_wheel, read_wheel
-from prompttune.errors import BackboneError, UsageError, choose
+from prompttune.errors import BackboneError, PrompttuneError, UsageError, choose, describe_failure
 from prompttune.hub import hub_answers
+from prompttune.registry import Registry
 
 SUPPORTED = f"{vit.SUPPORTED}; {swin.SUPPORTED}; {conv.SUPPORTED}"
 _SIZED_MODULES = ["vision_transformer", "deit"]
@@ -27,6 +30,30 @@ _MODULES = [*_SIZED_MODULES, "swin_transformer", "resnet", "convnext"]
 """timm modules whose models may be supported; each model is checked again once it is built."""
 
 logger = logging.getLogger("prompttune")
+
+Builder = Callable[[int | None, str], nn.Module]
+"""Takes ``image_size`` and ``weights`` as :func:`load_backbone` does, and makes a timm model of a supported
+architecture with its weights loaded, or a :class:`Backbone` of a class of its own."""
+
+
+def register_backbone(name: str, build: Builder) -> Builder:
+    """Make a backbone of another package known by a name.
+
+    An entry point of the group ``prompttune.backbones`` with that name and ``build`` for its value does the same.
+    ``build`` runs under the seed of ``random:SEED``, and a path that it is given is absolute.
+
+    Raises:
+        UsageError: timm has a model of that name, or another backbone has it.
+    """
+    if not callable(build):
+        raise UsageError(f"the backbone {name} is registered by a function of image_size and weights, not by {build!r}")
+    if timm.is_model(name.split(".")[0]):
+        raise UsageError(f"timm has a model named {name!r}: give the backbone another name")
+    BACKBONES.add(name, build)
+    return build
+
+
+BACKBONES: Registry[Builder] = Registry("backbone", "prompttune.backbones", register_backbone)
 
 
 def load_backbone(name: str, image_size: int | None = None, weights: str | Path = "auto") -> Backbone:
@@ -46,11 +73,15 @@ def load_backbone(name: str, image_size: int | None = None, weights: str | Path 
         UsageError: an unknown name, an image size that does not divide, a bad seed.
         BackboneError: an architecture that is not supported, weights that cannot be found, read or matched.
     """
-    _check_name(name)
     spec = str(weights)
+    if name in BACKBONES:
+        backbone = _registered(name, image_size, spec)
+        logger.info("backbone %s: weights from %s", name, backbone.weights_source)
+        return backbone
+    _check_name(name)
     if spec == "auto":
         model, spec, source = _auto(name)
-    elif spec == "random" or spec.startswith("random:"):
+    elif is_random(spec):
         model, spec, source = _random(name, spec)
     else:
         model = _build(name)
@@ -58,14 +89,8 @@ def load_backbone(name: str, image_size: int | None = None, weights: str | Path 
         load_file_into(model, path)
         spec = str(path.absolute())
         source = f"file {path.name}"
-    fingerprint = fingerprint_of(model.state_dict())
-    config = model.pretrained_cfg
     backbone = _wrap(model, name, image_size)
-    backbone.name = name
-    backbone.mean = tuple(config["mean"])
-    backbone.std = tuple(config["std"])
-    backbone.interpolation = config.get("interpolation", "bicubic")
-    backbone.weights, backbone.weights_source, backbone.fingerprint = spec, source, fingerprint
+    backbone.weights, backbone.weights_source = spec, source
     logger.info("backbone %s: weights from %s", name, source)
     return backbone
 
@@ -73,7 +98,7 @@ def load_backbone(name: str, image_size: int | None = None, weights: str | Path 
 def _check_name(name: str) -> None:
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
-        choose("backbone", architecture, timm.list_models(module=_MODULES))
+        choose("backbone", architecture, [*BACKBONES, *timm.list_models(module=_MODULES)])
     if not timm.models.is_model_in_modules(architecture, _MODULES):
         raise BackboneError(f"{name} is not supported; supported: {SUPPORTED}")
 
@@ -88,26 +113,37 @@ def _build(name: str, **settings: Any) -> TimmModel:
         raise BackboneError(f"{name} is not supported ({problem}); supported: {SUPPORTED}") from None
     except (RuntimeError, ValueError) as problem:
         raise BackboneError(f"timm cannot build {name}: {problem}") from None
+    _check_supported(model, name)
+    return model
+
+
+def _check_supported(model: nn.Module, name: str) -> None:
     if isinstance(model, SwinTransformer):
         swin.check_supported(model, name)
     elif isinstance(model, conv.CONV_MODELS):
         conv.check_supported(model, name)
     else:
         vit.check_supported(model, name)
-    return model
 
 
 def _wrap(model: TimmModel, name: str, image_size: int | None) -> Backbone:
-    """The backbone over ``model``, for images of a size."""
+    """The backbone over a supported timm model with its own weights, for images of a size."""
+    fingerprint, config = fingerprint_of(model.state_dict()), model.pretrained_cfg
+    backbone = _sized(model, name, image_size)
+    backbone.name, backbone.fingerprint = name, fingerprint
+    backbone.mean, backbone.std = tuple(config["mean"]), tuple(config["std"])
+    backbone.interpolation = config.get("interpolation", "bicubic")
+    return backbone
+
+
+def _sized(model: TimmModel, name: str, image_size: int | None) -> Backbone:
     if isinstance(model, conv.CONV_MODELS):
         size = int(model.pretrained_cfg["input_size"][-1]) if image_size is None else image_size
         if size <= 0:
             raise UsageError(f"image size must be above 0, not {size}")
         return conv.ConvBackbone(model, size)
     _resize(model, name, image_size)
-    backbone = swin.SwinBackbone(model) if isinstance(model, SwinTransformer) else vit.VitBackbone(model)
-    backbone.image_size = int(model.patch_embed.img_size[0])
-    return backbone
+    return swin.SwinBackbone(model) if isinstance(model, SwinTransformer) else vit.VitBackbone(model)
 
 
 def _resize(model: VisionTransformer | SwinTransformer, name: str, image_size: int | None) -> None:
@@ -122,14 +158,25 @@ def _resize(model: VisionTransformer | SwinTransformer, name: str, image_size: i
     model.set_input_size((image_size, image_size))
 
 
-def _random(name: str, spec: str) -> tuple[TimmModel, str, str]:
+def is_random(spec: str) -> bool:
+    """Whether weights are to be drawn: ``random`` or ``random:SEED``."""
+    return spec == "random" or spec.startswith("random:")
+
+
+def seed_of(spec: str) -> int:
+    """The seed in ``random:SEED``, 0 without."""
     _, _, seed = spec.partition(":")
     if seed and not seed.isdigit():
         raise UsageError(f"weights {spec!r}: the seed must be a whole number, as in random:0")
+    return int(seed or 0)
+
+
+def _random(name: str, spec: str) -> tuple[TimmModel, str, str]:
+    seed = seed_of(spec)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(seed or 0))
+        torch.manual_seed(seed)
         model = _build(name)
-    return model, f"random:{int(seed or 0)}", f"random initialisation, seed {int(seed or 0)}"
+    return model, f"random:{seed}", f"random initialisation, seed {seed}"
 
 
 def _auto(name: str) -> tuple[TimmModel, str, str]:
@@ -170,3 +217,40 @@ def _cached(model: TimmModel) -> Path | None:
         if isinstance(found, str):
             return Path(found)
     return None
+
+
+_OWN = ("image_size", "width", "depth", "grid", "mean", "std", "interpolation")
+"""What a :class:`Backbone` of another package sets itself."""
+
+
+def _registered(name: str, image_size: int | None, spec: str) -> Backbone:
+    """The backbone that a registered function makes."""
+    if spec != "auto" and not is_random(spec):
+        spec = str(Path(spec).expanduser().absolute())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(spec) if is_random(spec) else 0)
+        try:
+            made = BACKBONES[name](image_size, spec)
+        except PrompttuneError:
+            raise
+        except Exception as problem:  # whatever a foreign package does is one line
+            raise BackboneError(f"the backbone {name} cannot be built: {describe_failure(problem)}") from problem
+    if isinstance(made, Backbone):
+        backbone = made
+    elif not hasattr(made, "pretrained_cfg"):
+        raise BackboneError(
+            f"the backbone {name} is neither a Backbone nor a model of timm.create_model, but {type(made).__name__}"
+        )
+    else:
+        _check_supported(made, name)
+        backbone = _wrap(made, name, image_size)
+    if missing := [part for part in _OWN if not hasattr(backbone, part)]:
+        raise BackboneError(f"the backbone {name} sets no {', '.join(missing)}")
+    if image_size not in (None, backbone.image_size):
+        raise BackboneError(f"the backbone {name} takes images of {backbone.image_size} pixels, not of {image_size}")
+    backbone.name, backbone.weights = name, spec
+    if not hasattr(backbone, "fingerprint"):
+        backbone.fingerprint = fingerprint_of(backbone.state_dict())
+    if not hasattr(backbone, "weights_source"):
+        backbone.weights_source = f"{spec}, by {BACKBONES[name].__module__}"
+    return backbone

@@ -88,6 +88,7 @@ class SwinBackbone(Backbone):
 
     def __init__(self, model: SwinTransformer) -> None:
         super().__init__(model)
+        self.image_size = int(model.patch_embed.img_size[0])
         rows, columns = model.patch_embed.grid_size
         self.grid = (int(rows), int(columns))
         self.patch_size = int(model.patch_embed.patch_size[0])
@@ -131,6 +132,7 @@ class SwinBackbone(Backbone):
 
     def forward(self, images: Tensor) -> Tensor:
         """See :meth:`Backbone.forward`."""
+        self.check_images(images)
         return self.pool(self.run_stages(self.embed(images), range(len(self.stages))))
 
     def embed(self, images: Tensor) -> Tensor:

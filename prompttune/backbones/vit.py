@@ -55,6 +55,7 @@ class VitBackbone(Backbone):
 
     def __init__(self, model: VisionTransformer) -> None:
         super().__init__(model)
+        self.image_size = int(model.patch_embed.img_size[0])
         rows, columns = model.patch_embed.grid_size
         self.grid = (int(rows), int(columns))
         self.width = int(model.embed_dim)
@@ -83,6 +84,7 @@ class VitBackbone(Backbone):
 
     def forward(self, images: Tensor) -> Tensor:
         """See :meth:`Backbone.forward`."""
+        self.check_images(images)
         tokens = self.embed(images)
         for index in range(self.depth - 1):
             tokens = self.run_block(index, tokens)

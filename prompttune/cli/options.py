@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -79,8 +80,15 @@ def method_options() -> list[click.Parameter]:
         else:
             default = f"  [default: {', '.join(f'{_spelled(value)} ({name})' for name, value in defaults.items())}]"
         text = f"{'; '.join(helps)}{default}  [{', '.join(owners)}]"
-        options.append(SettingOption(first, "Method settings", text))
+        options.append(SettingOption(_shared(list(owners.values())), "Method settings", text))
     return options
+
+
+def _shared(owners: list[Setting]) -> Setting:
+    """One option for the settings of one name: it takes what any of the methods takes, each refuses the rest itself."""
+    choices = [tuple(known.choices or ()) for known in owners]
+    every = tuple(dict.fromkeys(value for values in choices for value in values)) if all(choices) else None
+    return dataclasses.replace(owners[0], choices=every, optional=any(known.optional for known in owners))
 
 
 def training_options() -> list[click.Parameter]:
@@ -116,7 +124,7 @@ def given_settings(ctx: click.Context) -> dict[str, Any]:
     """The settings that stand on the command line, by name."""
     return {
         option.known.name: ctx.params[option.known.name]
-        for option in ctx.command.params
+        for option in ctx.command.get_params(ctx)
         if isinstance(option, SettingOption)
         and ctx.get_parameter_source(option.known.name) is ParameterSource.COMMANDLINE
     }

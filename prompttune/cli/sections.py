@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
@@ -21,12 +21,31 @@ class SectionOption(click.Option):
 
 
 class SectionedCommand(click.Command):
-    """A command whose help groups the settings; options of its own come first."""
+    """A command whose help groups the settings; options of its own come first.
 
-    def __init__(self, *args: Any, examples: str = "", notes: Mapping[str, str] | None = None, **attrs: Any) -> None:
+    Args:
+        examples: for the end of the help.
+        notes: texts by section.
+        settings: makes further options, anew for each call: a method may have been registered meanwhile.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        examples: str = "",
+        notes: Mapping[str, str] | None = None,
+        settings: Callable[[], list[click.Parameter]] = list,
+        **attrs: Any,
+    ) -> None:
         super().__init__(*args, **attrs)
         self.examples = examples
         self.notes = notes or {}
+        self.settings = settings
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The command's own options, its settings, then ``--help``."""
+        own = super().get_params(ctx)
+        return [*own[: len(self.params)], *self.settings(), *own[len(self.params) :]]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options section by section."""

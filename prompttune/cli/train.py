@@ -17,8 +17,6 @@ from prompttune.cli.options import given_settings, training_options
 from prompttune.cli.sections import SectionedCommand
 from prompttune.errors import PrompttuneError, UsageError
 from prompttune.training.config import TrainConfig, read_yaml
-from prompttune.training.loop import TrainResult
-from prompttune.training.measures import measures_for
 from prompttune.training.multi import Task, TaskOutcome, load_tasks, train_tasks
 from prompttune.training.progress import Display, OnProgress, Progress
 from prompttune.training.state import RunFolder
@@ -51,7 +49,7 @@ NOTES = {
 }
 
 
-@click.command(cls=SectionedCommand, examples=EXAMPLES, notes=NOTES)
+@click.command(cls=SectionedCommand, examples=EXAMPLES, notes=NOTES, settings=training_options)
 @click.option(
     "--config",
     "config_file",
@@ -97,9 +95,6 @@ def train(
             _train_one(ctx, TrainConfig.from_flat({**values, **given}), flags, console, as_json)
 
 
-train.params.extend(training_options())
-
-
 def _train_one(ctx: click.Context, config: TrainConfig, flags: dict[str, Any], console: Console, as_json: bool) -> None:
     from prompttune.training.loop import train as run
 
@@ -114,19 +109,7 @@ def _train_one(ctx: click.Context, config: TrainConfig, flags: dict[str, Any], c
     if as_json:
         _print_json({"path": str(result.path), "was_over": result.was_over, **result.metrics})
     elif _is_first_process():
-        click.echo(_summary(result))
-
-
-def _summary(result: TrainResult) -> str:
-    what = f"already {result.status}, nothing to resume" if result.was_over else result.status
-    return (
-        f"{what} after {result.epochs} epochs: {_title(result)} {result.best_accuracy:.2%} on the validation images "
-        f"(epoch {result.best_epoch}); checkpoint: {result.path}"
-    )
-
-
-def _title(result: TrainResult) -> str:
-    return measures_for(result.metrics["settings"].get("task")).score_title
+        click.echo(result.summary)
 
 
 def _train_several(
@@ -162,9 +145,11 @@ def _table(outcomes: list[TaskOutcome]) -> Table:
     for outcome in outcomes:
         task, result = outcome.task, outcome.result
         figures = ("failed", "", "") if result is None else (
-            f"{_title(result)} {result.best_accuracy:.2%}", f"{result.best_epoch} of {result.epochs}", str(result.path)
+            f"{result.score_title} {result.best_accuracy:.2%}",
+            f"{result.best_epoch} of {result.epochs}",
+            str(result.path),
         )  # fmt: skip
-        table.add_row(task.name, task.config.method, task.config.data, *figures)
+        table.add_row(task.name, task.config.method, str(task.config.data), *figures)
     return table
 
 

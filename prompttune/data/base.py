@@ -64,6 +64,22 @@ class Parts:
     """Why no model can be trained on them, such as a class folder without images; they can be scored all the same."""
 
 
+OBJECT = "object:"
+"""Begins the name by which a run remembers data that were an object of Python."""
+
+
+@dataclass(frozen=True, eq=False)
+class DataObject:
+    """A data set that is an object of Python, see :mod:`prompttune.data.objects`."""
+
+    name: str
+    """Tells it from others of another length or with other labels."""
+    parts: Parts
+
+    def __str__(self) -> str:
+        return self.name
+
+
 class FileSource(ImageSource):
     """Image files with a class index each.
 
@@ -161,6 +177,11 @@ def file_at(source: ImageSource, index: int) -> tuple[Path, str] | None:
     path = source.paths[index]
     below = path.relative_to(source.root) if path.is_relative_to(source.root) else path
     return path, below.as_posix()
+
+
+def numbered(labels: Sequence[int]) -> list[str]:
+    """Class names "0", "1" and so on, up to the greatest label."""
+    return [str(number) for number in range(max(labels, default=-1) + 1)]
 
 
 def check_class_count(classes: Sequence[str], where: str) -> None:

@@ -16,11 +16,10 @@ from typing import Any
 
 from PIL import Image
 
-from prompttune.data.base import ImageSource, Parts
+from prompttune.data.base import ImageSource, Parts, numbered
 from prompttune.data.files import Walk
 from prompttune.data.split_names import ALL, TEST, split_of, splits_in
 from prompttune.data.tars import DamagedShardError, Member, image_of, is_shard, read_member, samples
-from prompttune.data.timm_factory import numbered
 from prompttune.errors import DataError, MissingExtraError
 from prompttune.images import read_image
 

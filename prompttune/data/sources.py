@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from prompttune.data.base import DataSplits, Parts, check_class_count, with_classes
+from prompttune.data.base import OBJECT, DataObject, DataSplits, Parts, check_class_count, with_classes
 from prompttune.data.benchmarks import KINDS as BENCHMARK_KINDS
 from prompttune.data.benchmarks import load_benchmark
 from prompttune.data.builtin import load_builtin
@@ -19,7 +19,12 @@ from prompttune.errors import DataError, UsageError
 
 
 def load_data(
-    spec: str, *, val_fraction: float = 0.2, seed: int = 0, root: str | None = None, limit: int | None = None
+    spec: str | DataObject,
+    *,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    root: str | None = None,
+    limit: int | None = None,
 ) -> DataSplits:
     """Load a data set to train with: its training images, and those that choose the epoch.
 
@@ -53,19 +58,20 @@ def load_data(
     if held is None:
         splits = hold_out(train, val_fraction, seed, parts.name)
     else:
-        splits = DataSplits(train, with_classes(held, train.classes, parts.name), train.classes, spec)
+        splits = DataSplits(train, with_classes(held, train.classes, parts.name), train.classes, parts.name)
     return dataclasses.replace(
-        splits, train=at_most(splits.train, limit, seed), val=at_most(splits.val, limit, seed), name=spec
+        splits, train=at_most(splits.train, limit, seed), val=at_most(splits.val, limit, seed), name=str(spec)
     )
 
 
-def load_parts(spec: str, *, root: str | None = None, limit: int | None = None, seed: int = 0) -> Parts:
+def load_parts(spec: str | DataObject, *, root: str | None = None, limit: int | None = None, seed: int = 0) -> Parts:
     """Load the splits that a data set has of itself, to score them or to look at them: nothing is held out.
 
     Args:
         spec: ``demo/NAME`` (built in), ``torch/NAME``, ``hfds/NAME`` or ``wds/NAME`` (timm's data set factory),
             ``vtab/…``, ``fgvc/…`` or ``tv/…`` (see :mod:`prompttune.data.benchmarks`), a ``.csv`` file or a
-            folder of images. A folder whose own name begins so is written ``./demo/…``.
+            folder of images. A folder whose own name begins so is written ``./demo/…``. Or an object, see
+            :mod:`prompttune.data.objects`.
         root: folder that a relative path belongs to, and that timm's data sets are kept in.
         limit: use at most so many images of each split, each class represented if there are enough.
         seed: seed of that choice.
@@ -87,7 +93,11 @@ def _check_limit(limit: int | None) -> None:
         raise UsageError(f"limit must be at least 1, not {limit}")
 
 
-def _load(spec: str, root: str | None) -> Parts:
+def _load(spec: str | DataObject, root: str | None) -> Parts:
+    if isinstance(spec, DataObject):
+        return spec.parts
+    if spec.startswith(OBJECT):
+        raise UsageError(f"{spec} was an object of Python, which no name finds again: give the object or other data")
     kind, _, name = spec.partition("/")
     if kind == "demo":
         return load_builtin(name)

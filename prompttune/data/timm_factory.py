@@ -10,8 +10,9 @@ from typing import Any
 from PIL import Image
 from timm.data.dataset_factory import create_dataset
 
-from prompttune.data.base import ImageSource, Parts, shortened
+from prompttune.data.base import ImageSource, Parts, numbered, shortened
 from prompttune.data.folder import read_folder
+from prompttune.data.objects import DatasetSource
 from prompttune.data.split_names import ALL, TRAIN, VAL, split_of
 from prompttune.data.text import nfc
 from prompttune.errors import DataError, MissingExtraError, UsageError
@@ -21,44 +22,6 @@ logger = logging.getLogger("prompttune")
 
 FOLDER_NAMES = ("image_folder", "folder")
 """timm's names for torchvision's ``ImageFolder``."""
-
-
-class TorchSource(ImageSource):
-    """A data set of torchvision."""
-
-    def __init__(self, dataset: Any, name: str) -> None:
-        self.dataset = dataset
-        self.name = name
-        if hasattr(dataset, "loader"):
-            dataset.loader = read_image  # torchvision's own ignores the EXIF orientation and clips 16 bits
-        targets = getattr(dataset, "targets", None)
-        self._labels = None if targets is None else [int(target) for target in targets]
-        self.classes = self._class_names()
-
-    def _class_names(self) -> list[str]:
-        names = getattr(self.dataset, "classes", None) or getattr(self.dataset, "all_categories", None)
-        if names is None and self._labels is None:
-            raise DataError(f"{self.name} does not tell its classes; export it to an image folder or a CSV")
-        if names is None:
-            return numbered(self._labels or [])
-        return [", ".join(name) if isinstance(name, tuple) else str(name) for name in names]
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """See :class:`ImageSource`."""
-        image, target = self.dataset[index]
-        return read_image(image), int(target)
-
-    def describe(self, index: int) -> str:
-        """The path where the data set is made of files, else its name and the index."""
-        files = getattr(self.dataset, "samples", None)
-        return str(files[index][0]) if files else f"{self.name}[{index}]"
-
-    def labels(self) -> list[int] | None:
-        """See :class:`ImageSource`."""
-        return None if self._labels is None else list(self._labels)
 
 
 class HfdsSource(ImageSource):
@@ -96,11 +59,6 @@ class HfdsSource(ImageSource):
         return list(self._labels)
 
 
-def numbered(labels: Sequence[int]) -> list[str]:
-    """Class names "0", "1" and so on, up to the greatest label."""
-    return [str(number) for number in range(max(labels, default=-1) + 1)]
-
-
 def load_torch(name: str, root: str | None) -> Parts:
     """Load torchvision's data set ``name`` from ``root``, downloading it first if it is not there.
 
@@ -119,14 +77,14 @@ def load_torch(name: str, root: str | None) -> Parts:
     return Parts({TRAIN: train, VAL: held}, f"torch/{name} in {place}")
 
 
-def _torch_split(name: str, root: Path, split: str) -> TorchSource:
+def _torch_split(name: str, root: Path, split: str) -> DatasetSource:
     try:
         dataset = create_dataset(f"torch/{name}", root=str(root), split=split, download=True)
     except AssertionError as problem:
         raise UsageError(f"{problem}; timm knows cifar10, cifar100, mnist, image_folder and others") from None
     except (OSError, RuntimeError, ValueError) as problem:
         raise DataError(f"cannot load torch/{name}, {split}, from {root}: {' '.join(str(problem).split())}") from None
-    return TorchSource(dataset, f"torch/{name}/{split}")
+    return DatasetSource(dataset, f"torch/{name}/{split}")
 
 
 def load_hfds(name: str, root: str | None) -> Parts:

@@ -7,19 +7,17 @@ distances between groups; the accuracy of each image's nearest other image, in t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from prompttune.data import CorruptImages, ImageSource, load_parts, make_loader
+from prompttune.data import load_parts
 from prompttune.data.base import Renumbered
+from prompttune.data.objects import Data, is_source, settled
 from prompttune.errors import DataError
 from prompttune.evaluation.scored import Chosen, choose_split
 from prompttune.explanation.settings import ExplainSettings
-from prompttune.explanation.subjects import Subject
 
 PERPLEXITY = 30.0
 """scikit-learn's and the paper's usual value; a third of the images at most."""
@@ -27,7 +25,6 @@ FEWEST = 5
 """Images below which t-SNE says nothing."""
 EXACT = 500
 """Up to so many images, exact gradients: no sum depends on how threads met, and few images take no longer."""
-MAX_CORRUPT = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,39 +41,14 @@ class Embedding:
     """Share of the images whose nearest other image, by the features' distance, is of their class."""
 
 
-def images_of(data: str | ImageSource, settings: ExplainSettings) -> Chosen:
+def images_of(data: Data, settings: ExplainSettings) -> Chosen:
     """The labelled images to show, all of them with the same classes."""
-    if not isinstance(data, str):
+    if is_source(data):
         return Chosen([data], "all", "the images that were given")
-    parts = load_parts(data, seed=settings.seed, limit=settings.data_limit)
+    parts = load_parts(settled(data), seed=settings.seed, limit=settings.data_limit)
     chosen = choose_split(parts.named, parts.name, settings.split)
     classes = list(dict.fromkeys(name for source in chosen.sources for name in source.classes))
     return dataclasses.replace(chosen, sources=[Renumbered(source, classes) for source in chosen.sources])
-
-
-@torch.no_grad()
-def features_of(
-    subject: Subject, sources: list[ImageSource], settings: ExplainSettings, on_batch: Callable[[], None]
-) -> tuple[NDArray[np.float32], NDArray[np.int64], list[str]]:
-    """Pooled features [images, D], class indices [images], and one line for each image that cannot be read.
-
-    Raises:
-        DataError: too many images cannot be read.
-    """
-    features, targets, corrupt = [], [], CorruptImages(MAX_CORRUPT)
-    for source in sources:
-        loader = make_loader(
-            source, subject.preprocess.transform(), batch_size=settings.batch_size, shuffle=False, seed=0, workers=0
-        )
-        for batch in loader:
-            corrupt.add(batch.corrupt)
-            if len(batch.targets):
-                features.append(subject.features(batch.images.to(subject.device)).float().cpu())
-                targets.append(batch.targets)
-            on_batch()
-    if not features:
-        raise DataError("none of the labelled images can be read")
-    return torch.cat(features).numpy(), torch.cat(targets).numpy(), corrupt.lines
 
 
 def embed(

@@ -10,11 +10,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from prompttune.data import ImageSource
 from prompttune.data.files import find_images
+from prompttune.data.objects import Data
+from prompttune.embedding import extract
 from prompttune.errors import UsageError
 from prompttune.explanation import drawing
-from prompttune.explanation.embedding import embed, features_of, images_of
+from prompttune.explanation.embedding import embed, images_of
 from prompttune.explanation.inputs import read_pictures
 from prompttune.explanation.page import write_page
 from prompttune.explanation.pictures import PictureExplainer
@@ -83,7 +84,7 @@ def explain(
     images: Sequence[str | Path] | str | Path = (),
     *,
     output: str | Path,
-    data: str | ImageSource | None = None,
+    data: Data | None = None,
     weights: str | None = None,
     on_step: Progress | None = None,
     **settings: Any,
@@ -182,24 +183,24 @@ def _values(result: Explanation, subjects: Sequence[Subject], settings: ExplainS
 def _embed(
     result: Explanation,
     subjects: Sequence[Subject],
-    data: str | ImageSource,
+    data: Data,
     settings: ExplainSettings,
     tell: Progress,
 ) -> None:
     chosen = images_of(data, settings)
     sources = chosen.sources
-    each = sum(-(-len(source) // settings.batch_size) for source in sources)
-    done, embeddings = 0, []
+    each, embeddings = sum(map(len, sources)), []
 
-    def step() -> None:
-        nonlocal done
-        done += 1
-        tell("labelled images", done, each * len(subjects))
+    def told(before: int) -> Callable[[int, int], None]:
+        return lambda done, _total: tell("labelled images", before + done, each * len(subjects))
 
-    for subject in subjects:
-        features, targets, corrupt = features_of(subject, sources, settings, step)
-        result.corrupt += [line for line in corrupt if line not in result.corrupt]
-        embeddings.append(embed(subject.name, features, targets, sources[0].classes, settings.seed))
+    for number, subject in enumerate(subjects):
+        found = extract(
+            subject.features, subject.preprocess, sources,
+            device=subject.device, batch_size=settings.batch_size, on_batch=told(number * each),
+        )  # fmt: skip
+        result.corrupt += [line for line in found.corrupt if line not in result.corrupt]
+        embeddings.append(embed(subject.name, found.features, found.labels, found.classes, settings.seed))
     title = f"t-SNE of {len(embeddings[0].targets)} images" + (f" of {data}" if isinstance(data, str) else "")
     result.draw("t-SNE", title, "tsne", drawing.embedding_figure(embeddings))
     result.values["tsne"] = {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import types
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prompttune.errors import UsageError, choose
 from prompttune.methods.adapter import AdapterConfig
@@ -21,16 +23,30 @@ from prompttune.methods.lspt import LSPTConfig
 from prompttune.methods.sa2vp import SA2VPConfig
 from prompttune.methods.ssf import SSFConfig
 from prompttune.methods.vpt import VPTDeepConfig, VPTShallowConfig
+from prompttune.registry import Registry
 
-METHODS: dict[str, type[MethodConfig]] = {}
+if TYPE_CHECKING:
+    from prompttune.methods.describing import MethodList
+
+Config = TypeVar("Config", bound=type[MethodConfig])
 
 
-def register(config: type[MethodConfig]) -> None:
-    """Add a method; a name that is taken raises."""
-    if config.method in METHODS:
-        raise ValueError(f"a method named {config.method!r} is registered already")
-    METHODS[config.method] = config
+def register(config: Config) -> Config:
+    """Add a method of another package or a notebook, where its class is defined anew; also a class decorator.
 
+    An entry point of the group ``prompttune.methods`` whose value is the config's class does the same.
+
+    Raises:
+        UsageError: the name is taken, or the settings cannot become options beside those of the others.
+    """
+    from prompttune.methods.outside import check_config
+
+    check_config(config)
+    METHODS.add(config.method, config)
+    return config
+
+
+METHODS: Registry[type[MethodConfig]] = Registry("method", "prompttune.methods", lambda _name, config: register(config))
 
 for _config in (
     SA2VPConfig,
@@ -48,7 +64,7 @@ for _config in (
     FullConfig,
     DAMVPConfig,
 ):
-    register(_config)
+    METHODS.add(_config.method, _config)
 
 
 def config_from_dict(method: str, settings: Mapping[str, Any]) -> MethodConfig:
@@ -64,6 +80,19 @@ def config_from_dict(method: str, settings: Mapping[str, Any]) -> MethodConfig:
             own = ", ".join(known) or "none"
             raise UsageError(f"method {method} has no setting {name!r}; its settings: {own}")
     return config(**settings)
+
+
+class _Callable(types.ModuleType):
+    """``prompttune.methods`` is this package and, called, the list of the methods."""
+
+    def __call__(self) -> MethodList:
+        """See :func:`prompttune.methods.describing.methods`."""
+        from prompttune.methods.describing import methods
+
+        return methods()
+
+
+sys.modules[__name__].__class__ = _Callable
 
 
 __all__ = [

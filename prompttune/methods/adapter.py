@@ -30,6 +30,8 @@ class AdapterConfig(MethodConfig):
     """Settings of the serial adapters."""
 
     method = "adapter"
+    summary = "Bottleneck adapters behind attention and MLP"
+    paper = "https://arxiv.org/abs/1902.00751"
 
     rank: int = setting(64, "width of the adapters' bottleneck", above=0)
     dropout: float = setting(0.0, "drop-out inside the adapters, while training", low=0, below=1)

@@ -29,6 +29,8 @@ class AdaptFormerConfig(MethodConfig):
     """Settings of AdaptFormer; the defaults are the paper's."""
 
     method = "adaptformer"
+    summary = "Bottleneck adapters beside the MLPs"
+    paper = "https://arxiv.org/abs/2205.13535"
 
     rank: int = setting(64, "width of the adapters' bottleneck", above=0)
     adapter_scale: float = setting(0.1, "s, weight of what the adapters add")

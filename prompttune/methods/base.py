@@ -63,6 +63,10 @@ class MethodConfig:
 
     method: ClassVar[str]
     """The method's name on the command line."""
+    summary: ClassVar[str] = ""
+    """What the method does, in one line."""
+    paper: ClassVar[str] = ""
+    """Address of the paper, if there is one."""
     shapes_graph: ClassVar[tuple[str, ...]] = ()
     """Settings that change the traced graph; tasks of one engine must agree on them."""
     shares_backbone: ClassVar[bool] = True

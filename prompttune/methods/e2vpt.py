@@ -43,6 +43,8 @@ class E2VPTConfig(MethodConfig):
     """Settings of E²VPT."""
 
     method = "e2vpt"
+    summary = "Input prompts and key-value prompts, pruned and rewound"
+    paper = "https://arxiv.org/abs/2307.13770"
     shapes_graph = ("num_prompts", "deep", "num_kv", "share_kv")
 
     num_prompts: int = setting(10, "prompt tokens", above=0)

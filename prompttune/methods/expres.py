@@ -37,6 +37,8 @@ class EXPRESConfig(MethodConfig):
     """Settings of EXPRES."""
 
     method = "expres"
+    summary = "Shallow prompts with residual prompts inside the blocks"
+    paper = "https://arxiv.org/abs/2303.15591"
     shapes_graph = ("num_prompts",)
 
     num_prompts: int = setting(10, "prompt tokens", above=0)

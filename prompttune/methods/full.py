@@ -21,6 +21,7 @@ class FullConfig(MethodConfig):
     """Full fine-tuning has no settings of its own."""
 
     method = "full"
+    summary = "Full fine-tuning: every weight of the backbone trains"
     shares_backbone = False
 
     def build(self, backbone: Backbone) -> Method:

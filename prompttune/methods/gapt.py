@@ -35,6 +35,8 @@ class GaPTConfig(MethodConfig):
     """Settings of GaPT."""
 
     method = "gapt"
+    summary = "Gated prompts for self-supervised ViTs"
+    paper = "https://arxiv.org/abs/2306.05067"
     shapes_graph = ("num_prompts", "pool")
 
     num_prompts: int = setting(100, "prompt tokens", above=0)

@@ -17,6 +17,7 @@ class LinearConfig(MethodConfig):
     """A linear probe has no settings of its own."""
 
     method = "linear"
+    summary = "Linear probe: a head on the frozen features"
 
     def build(self, backbone: Backbone) -> Method:
         """See :meth:`MethodConfig.build`."""

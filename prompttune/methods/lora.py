@@ -37,6 +37,8 @@ class LoRAConfig(MethodConfig):
     """Settings of LoRA."""
 
     method = "lora"
+    summary = "Low-rank updates of the attention projections"
+    paper = "https://arxiv.org/abs/2106.09685"
     shapes_graph = ("targets",)
 
     rank: int = setting(4, "rank r of what is added to the weights", above=0)

@@ -32,6 +32,8 @@ class LSPTConfig(MethodConfig):
     """Settings of LSPT."""
 
     method = "lspt"
+    summary = "Long-term spatial prompts: an LSTM over the blocks"
+    paper = "https://arxiv.org/abs/2402.17406"
     shapes_graph = ("num_prompts", "long_term", "spatial", "cell_rank")
 
     num_prompts: int = setting(10, "prompt tokens", above=0)

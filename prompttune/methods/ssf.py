@@ -31,6 +31,8 @@ class SSFConfig(MethodConfig):
     """SSF has no settings of its own."""
 
     method = "ssf"
+    summary = "Scale and shift of the features behind every layer"
+    paper = "https://arxiv.org/abs/2210.08823"
 
     def build(self, backbone: Backbone) -> Method:
         """See :meth:`MethodConfig.build`."""

@@ -32,6 +32,8 @@ class VPTShallowConfig(MethodConfig):
     """Settings of VPT-shallow."""
 
     method = "vpt-shallow"
+    summary = "Prompt tokens in front of the first block"
+    paper = "https://arxiv.org/abs/2203.12119"
     shapes_graph = ("num_prompts",)
     deep = False
 
@@ -48,6 +50,8 @@ class VPTDeepConfig(VPTShallowConfig):
     """Settings of VPT-deep."""
 
     method = "vpt-deep"
+    summary = "Prompt tokens in front of every block"
+    paper = "https://arxiv.org/abs/2203.12119"
     deep = True
 
 

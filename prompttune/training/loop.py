@@ -11,7 +11,8 @@ from prompttune.files import read_json
 from prompttune.training import state as states
 from prompttune.training.config import TrainConfig
 from prompttune.training.launch import launch, on_rank_zero
-from prompttune.training.progress import OnProgress
+from prompttune.training.measures import measures_for
+from prompttune.training.progress import Display, OnProgress, Progress
 from prompttune.training.run import Run
 from prompttune.training.state import Progression, RunFolder
 
@@ -37,6 +38,20 @@ class TrainResult:
     was_over: bool = False
     """Whether the run had ended before, so that nothing was left to resume."""
 
+    @property
+    def score_title(self) -> str:
+        """What the score is called, such as top-1."""
+        return measures_for(self.metrics["settings"].get("task")).score_title
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        what = f"already {self.status}, nothing to resume" if self.was_over else self.status
+        return (
+            f"{what} after {self.epochs} epochs: {self.score_title} {self.best_accuracy:.2%} on the validation images "
+            f"(epoch {self.best_epoch}); checkpoint: {self.path}"
+        )
+
 
 def train(
     config: TrainConfig,
@@ -45,6 +60,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
+    progress: bool = False,
 ) -> TrainResult:
     """Train one task and write its run folder, ``config.output``.
 
@@ -59,6 +75,7 @@ def train(
             schedule over the new number of epochs.
         overwrite: replace an earlier run in ``config.output``.
         on_progress: called with the news, in the first process.
+        progress: show what the command shows, on the standard error or in the notebook.
 
     Raises:
         UsageError: the output holds something and neither ``resume`` nor ``overwrite`` is given, or the run to
@@ -66,6 +83,15 @@ def train(
         DataError: the data cannot be read, or more images are unreadable than ``config.max_corrupt``.
         TrainingError: the loss or a parameter is not finite any more; what was saved stays as it is.
     """
+    if progress:
+        from rich.console import Console
+
+        with Display(Console(stderr=True)) as display:
+            result = train(
+                config, backbone, resume=resume, overwrite=overwrite, on_progress=_both(display, on_progress)
+            )
+            display(Progress("note", text=result.summary))
+            return result
     fabric = launch(config)
     folder = RunFolder.of(config.output)
     saved = None
@@ -84,6 +110,15 @@ def train(
     _check_backbone(config, backbone)
     run = Run(config, backbone, fabric, on_progress, saved)
     return _result(folder, run.go(saved))
+
+
+def _both(first: OnProgress, second: OnProgress | None) -> OnProgress:
+    def tell(news: Progress) -> None:
+        first(news)
+        if second is not None:
+            second(news)
+
+    return tell
 
 
 def _result(folder: RunFolder, progression: Progression, was_over: bool = False) -> TrainResult:

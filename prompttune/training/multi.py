@@ -41,7 +41,7 @@ class TaskOutcome:
         return {
             "name": self.task.name,
             "method": self.task.config.method,
-            "data": self.task.config.data,
+            "data": str(self.task.config.data),
             "output": self.task.config.output,
             "error": self.error,
             "metrics": None if self.result is None else self.result.metrics,

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prompttune.errors import UsageError
+from prompttune.training.segmenting import pixel_loss
 
 if TYPE_CHECKING:
-    from prompttune.model import PromptModel
+    from prompttune.model import Output, PromptModel
     from prompttune.training.config import TrainConfig
 
 WARMUP_SHARE = 0.1
@@ -22,18 +24,52 @@ ONECYCLE_START = 1 / 25
 """Where the one-cycle schedule starts, as a share of the highest learning rate (torch's ``OneCycleLR`` does so)."""
 
 
+def loss(
+    output: Output, targets: Tensor, *, class_weights: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """What training minimises: ``λ CE(base) + (1 - λ) CE(prompt pathway)``, λ being the method's.
+
+    The second term is there where the model computed the prompt pathway, as it does in training mode.
+
+    Args:
+        output: of a model, for B images.
+        targets: class indices int64 [B]; of a segmentation masks of them [B, H, W].
+        class_weights: weight of each class, [C]; a segmentation takes none.
+        label_smoothing: share of the target that is spread over all classes.
+
+    Returns:
+        A scalar, in nats.
+
+    Raises:
+        UsageError: targets of another type or shape.
+    """
+    maps = output.logits.dim() == 4
+    shape = tuple(targets.shape)
+    if targets.is_floating_point() or len(shape) != (3 if maps else 1) or shape[0] != len(output.logits):
+        wanted = f"[{len(output.logits)}, height, width]" if maps else f"[{len(output.logits)}]"
+        raise UsageError(f"the loss takes class indices int64 {wanted}, not {targets.dtype} {list(shape)}")
+
+    def criterion(logits: Tensor) -> Tensor:
+        if maps:
+            return pixel_loss(logits, targets, label_smoothing)
+        return F.cross_entropy(logits.float(), targets, weight=class_weights, label_smoothing=label_smoothing)
+
+    base = criterion(output.logits)
+    if output.aux_logits is None:
+        return base
+    weight = output.base_loss_weight
+    return weight * base + (1.0 - weight) * criterion(output.aux_logits)
+
+
 class Objective(nn.Module):
     """Model and loss as one module, so that data parallelism, autocast and torch.compile see the whole step."""
 
     def __init__(self, model: PromptModel, class_weights: Tensor | None, label_smoothing: float) -> None:
         super().__init__()
         self.model = model
-        self.base_weight = model.config.base_loss_weight
-        self.criterion: nn.Module = nn.CrossEntropyLoss(weight=class_weights, label_smoothing=label_smoothing)
-        if model.segmentation is not None:
-            from prompttune.training.segmenting import PixelCriterion
-
-            self.criterion = PixelCriterion(label_smoothing)
+        self.label_smoothing = label_smoothing
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", class_weights)
 
     def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and base logits of a batch.
@@ -43,15 +79,11 @@ class Objective(nn.Module):
             targets: class indices [B], or masks of them [B, S, S].
 
         Returns:
-            ``λ CE(base) + (1 - λ) CE(prompt pathway)``, a scalar, and the logits [B, C] or [B, C, h, w] of the
-            base pathway.
+            :func:`loss`, a scalar, and the logits [B, C] or [B, C, h, w] of the base pathway.
         """
         output = self.model(images)
-        loss: Tensor = self.criterion(output.logits.float(), targets)
-        if output.aux_logits is not None:
-            aux = self.criterion(output.aux_logits.float(), targets)
-            loss = self.base_weight * loss + (1.0 - self.base_weight) * aux
-        return loss, output.logits.detach()
+        total = loss(output, targets, class_weights=self.class_weights, label_smoothing=self.label_smoothing)
+        return total, output.logits.detach()
 
 
 def balanced_weights(labels: Sequence[int] | None, classes: int) -> Tensor:

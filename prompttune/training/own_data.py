@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from prompttune.data import DataSplits, Parts, Subset, load_data, load_parts
+from prompttune.data.base import DataObject
 from prompttune.data.masks import MaskSplits, load_mask_parts, load_masks
+from prompttune.data.objects import settled
 from prompttune.data.splitting import at_most
 from prompttune.errors import CheckpointError, DataError, UsageError, choose
 from prompttune.evaluation.scored import SPLITS, Chosen, choose_split
@@ -89,7 +91,7 @@ def choose_images(
     Raises:
         UsageError, DataError, CheckpointError: see :func:`prompttune.training.scoring.evaluate`.
     """
-    if data is not None and not isinstance(data, str | Path):
+    if data is not None and not isinstance(data, str | Path | DataObject):
         return Chosen([data], "all", "the images that were given")
     run = Path(checkpoint) if isinstance(checkpoint, str | Path) else None
     parts = _load_parts(settings, masks)
@@ -162,15 +164,15 @@ def load_splits(settings: Mapping[str, Any], masks: bool) -> DataSplits | MaskSp
     """
     shared: dict[str, Any] = {"seed": settings["seed"], "root": settings["data_root"], "limit": settings["limit"]}
     if masks:
-        return load_masks(settings["data"], reduce_zero_label=settings["reduce_zero_label"], **shared)
+        return load_masks(str(settings["data"]), reduce_zero_label=settings["reduce_zero_label"], **shared)
     return load_data(settings["data"], val_fraction=settings["val_fraction"], **shared)
 
 
 def _load_parts(settings: Mapping[str, Any], masks: bool) -> Parts:
-    spec, root = str(settings["data"]), settings["data_root"]
+    spec, root = settings["data"], settings["data_root"]
     if masks:
-        return load_mask_parts(spec, root=root, reduce_zero_label=settings["reduce_zero_label"])
-    return load_parts(spec, root=root)
+        return load_mask_parts(str(spec), root=root, reduce_zero_label=settings["reduce_zero_label"])
+    return load_parts(settled(spec), root=root)
 
 
 def _was_trained_on(run: Path, settings: Mapping[str, Any]) -> bool:
@@ -181,4 +183,4 @@ def _was_trained_on(run: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def _place(settings: Mapping[str, Any]) -> Path:
-    return (Path(settings.get("data_root") or "").expanduser() / Path(settings["data"]).expanduser()).resolve()
+    return (Path(settings.get("data_root") or "").expanduser() / Path(str(settings["data"])).expanduser()).resolve()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,13 +118,19 @@ def duration(seconds: float) -> str:
 
 
 class Display:
-    """Prints a run's news: a live bar for the epoch on a terminal, a line an epoch anywhere. A context manager."""
+    """Prints a run's news: a live bar for the epoch on a terminal or in a notebook, a line an epoch anywhere.
+
+    A context manager.
+    """
 
     def __init__(self, console: Console) -> None:
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bars
 
         self.console = console
+        # a notebook needs ipywidgets for a live bar, and shows the lines without
+        notebook = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+        self._live = console.is_terminal or notebook
         self._task: TaskID | None = None
         self._bars = Bars(
             TextColumn("{task.description}"),
@@ -135,12 +142,12 @@ class Display:
         )
 
     def __enter__(self) -> Display:
-        if self.console.is_terminal:
+        if self._live:
             self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.console.is_terminal:
+        if self._live:
             self._bars.stop()
 
     def __call__(self, news: Progress) -> None:
@@ -149,7 +156,7 @@ class Display:
             self._print(news.text)
         elif news.phase == "epoch":
             self._print(epoch_line(news))
-        elif self.console.is_terminal:
+        elif self._live:
             self._bar(news)
 
     def _print(self, text: str) -> None:

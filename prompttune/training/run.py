@@ -168,7 +168,7 @@ class Run:
             self.keeper.begin(saved)
             if listed is None and self.fabric.is_global_zero:
                 held = HeldOut.of(self.data.val, len(self.data.train), self._tell_listed)
-                held.write(self.keeper.folder.path, self.config.data)
+                held.write(self.keeper.folder.path, str(self.config.data))
             self.corrupt.add(self.progression.corrupt)
             self._introduce(saved)
             while self.progression.goes_on(self.config.epochs, self.config.patience):
@@ -375,7 +375,7 @@ class Run:
 
 
 def _load_splits(config: TrainConfig) -> DataSplits | MaskSplits:
-    data = load_splits(config.to_flat(), config.task == "segmentation")
+    data = load_splits({**config.to_flat(), "data": config.data}, config.task == "segmentation")
     if not len(data.train) or not len(data.val):
         raise DataError(
             f"{config.data} gives {len(data.train)} training and {len(data.val)} validation images; both are needed"

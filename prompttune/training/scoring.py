@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from prompttune.data import Batch, CorruptImages, EpochLoader, ImageSource, make_loader
+from prompttune.data import Batch, CorruptImages, EpochLoader, make_loader
 from prompttune.data.loading import loading
+from prompttune.data.objects import Data, is_source, settled
 from prompttune.errors import UsageError
 from prompttune.evaluation.result import Evaluation
 from prompttune.evaluation.scored import Chosen, match_classes
@@ -175,7 +176,7 @@ def resolve_device(device: str) -> torch.device:
 
 def evaluate(
     checkpoint: PromptModel | str | Path,
-    data: str | ImageSource | None = None,
+    data: Data | None = None,
     *,
     split: str | None = None,
     data_root: str | None = None,
@@ -219,6 +220,7 @@ def evaluate(
             or has changed.
     """
     place = resolve_device(device)
+    data = data if data is None or is_source(data) else settled(data)
     settings = data_settings(checkpoint, data, {"data_root": data_root, "seed": seed, "max_corrupt": max_corrupt})
     chosen = choose_images(checkpoint, data, split, settings, limit=limit, on_image=on_batch)
     model = opened(checkpoint, backbone, weights).to(place)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from prompttune.data.mask_loading import make_mask_loader
 from prompttune.data.mask_transforms import JointTransform
@@ -31,23 +31,19 @@ def at_mask_size(logits: Tensor, targets: Tensor) -> Tensor:
     return F.interpolate(logits.float(), size=targets.shape[1:], mode="bilinear", align_corners=False)
 
 
-class PixelCriterion(nn.Module):
-    """Mean cross entropy of the pixels that have a class, at the masks' size; 0 where none has."""
+def pixel_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross entropy of the pixels that have a class, at the masks' size; 0 where none has.
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.label_smoothing = label_smoothing
-
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """A scalar, in nats, of logits [B, C, h, w] and masks [B, H, W]."""
-        total = F.cross_entropy(
-            at_mask_size(logits, targets),
-            targets,
-            ignore_index=IGNORE_INDEX,
-            label_smoothing=self.label_smoothing,
-            reduction="sum",
-        )
-        return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+    A scalar, in nats, of logits [B, C, h, w] and masks [B, H, W].
+    """
+    total = F.cross_entropy(
+        at_mask_size(logits, targets),
+        targets,
+        ignore_index=IGNORE_INDEX,
+        label_smoothing=label_smoothing,
+        reduction="sum",
+    )
+    return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
 
 def right_pixels(logits: Tensor, targets: Tensor) -> Tensor:

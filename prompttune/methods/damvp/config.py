@@ -17,6 +17,8 @@ class DAMVPConfig(MethodConfig):
     """Settings of DAM-VP; the defaults follow the paper and its code where they name a value for every backbone."""
 
     method = "dam-vp"
+    summary = "Pixel prompts, one for each cluster of the images"
+    paper = "https://arxiv.org/abs/2303.08138"
     shapes_graph = ("prompt_size",)
 
     prompt_size: int | None = setting(

@@ -26,6 +26,8 @@ class SA2VPConfig(MethodConfig):
     """Settings of SA²VP. ``prompt_layers=None`` takes every fourth block; ``(0,)`` is the shallow mode."""
 
     method = "sa2vp"
+    summary = "Prompt map aligned with the image tokens, a pathway of its own"
+    paper = "https://arxiv.org/abs/2312.10376"
     shapes_graph = ("window", "prompt_layers", "attention", "adapter", "activation")
 
     rank: int = setting(16, "rank r of the prompt maps and adapters", above=0)

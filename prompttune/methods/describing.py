@@ -1,0 +1,111 @@
+"""What the methods are and what they can be set to, for people: text in a terminal, a table in a notebook."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prompttune.errors import choose
+from prompttune.fields import Setting, settings_of
+from prompttune.limits import bounds_of
+from prompttune.methods import METHODS
+
+
+@dataclass(frozen=True)
+class SettingDescription:
+    """One setting of a method."""
+
+    name: str
+    type: str
+    default: Any
+    bounds: str
+    """Values that it may take, in words; empty for any of its type."""
+    help: str
+
+    @classmethod
+    def of(cls, known: Setting) -> SettingDescription:
+        """Of a field of a method's config."""
+        words = f"tuple[{known.type.__name__}, ...]" if known.is_tuple else known.type.__name__
+        words += " | None" * known.optional
+        bounds = " or ".join(map(str, known.choices)) if known.choices else bounds_of(known.metadata)
+        return cls(known.name, words, known.default, bounds, known.help)
+
+
+class _Shown:
+    """Prints as a title and a table, and as HTML in a notebook."""
+
+    def _title(self) -> str:
+        raise NotImplementedError
+
+    def _rows(self) -> list[Sequence[object]]:
+        """Headings, then rows."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        rows = [[str(cell) for cell in row] for row in self._rows()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join([self._title(), *(line.rstrip() for line in lines)]).strip()
+
+    def _repr_html_(self) -> str:
+        head, *rows = ([html.escape(str(cell)) for cell in row] for row in self._rows())
+        table = "".join([_row("th", head), *(_row("td", row) for row in rows)])
+        return f"<p>{html.escape(self._title())}</p><table>{table}</table>"
+
+
+def _row(tag: str, cells: Iterable[str]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in cells)}</tr>"
+
+
+@dataclass(frozen=True, repr=False)
+class MethodDescription(_Shown):
+    """A method and its settings."""
+
+    name: str
+    summary: str
+    paper: str
+    """Address, empty if there is none."""
+    settings: tuple[SettingDescription, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self)
+
+    def _title(self) -> str:
+        return " ".join(part for part in (f"{self.name}: {self.summary}".rstrip(": "), self.paper) if part)
+
+    def _rows(self) -> list[Sequence[object]]:
+        fields = [field.name for field in dataclasses.fields(SettingDescription)]
+        rows: list[Sequence[object]] = [[getattr(one, field) for field in fields] for one in self.settings]
+        return [fields, *rows] if rows else [["no settings"]]
+
+
+class MethodList(_Shown, dict[str, str]):
+    """What each method does, by its name."""
+
+    __repr__ = _Shown.__repr__
+
+    def _title(self) -> str:
+        return ""
+
+    def _rows(self) -> list[Sequence[object]]:
+        return [("method", "what it does"), *self.items()]
+
+
+def methods() -> MethodList:
+    """Every method with what it does in one line, those of other packages too; :func:`describe` tells more."""
+    return MethodList({name: config.summary for name, config in METHODS.items()})
+
+
+def describe(method: str) -> MethodDescription:
+    """A method's summary, paper and settings with their defaults, bounds and help.
+
+    Raises:
+        UsageError: there is no such method.
+    """
+    config = METHODS[choose("method", method, METHODS)]
+    settings = tuple(SettingDescription.of(known) for known in settings_of(config).values())
+    return MethodDescription(method, config.summary, config.paper, settings)
