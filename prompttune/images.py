@@ -197,7 +197,7 @@ def _unidentified(file: str | os.PathLike[str] | BinaryIO, formats: Sequence[str
         header = stream.read(12)
     if not HEIF_INSTALLED and header[4:8] == b"ftyp" and header[8:] in _HEIF_BRANDS:
         return f"a HEIC image: {MissingExtraError('pillow-heif', 'heif')}"
-    if header[:4] in (b"II*\0", b"MM\0*"):
+    if header[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return "a TIFF image that is damaged, or of a kind that is not read: convert it to 8 or 16 bits, unsigned"
     return "not an image, or of an unknown format"
 

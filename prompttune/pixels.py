@@ -18,7 +18,7 @@ _SPARED = 1000
 _SWAPPED_TWICE = {"I;16BS": "I;16S", "I;32BS": "I;32S", "F;32BF": "F;32F"}
 """Pillow's raw modes of compressed TIFFs of the other byte order, although libtiff swapped their samples already."""
 
-_PNG_SCALES: Mapping[object, Callable[[Any], Any]] = {
+_PNG_SCALES: Mapping[str, Callable[[Any], Any]] = {
     "L;2": lambda grey: grey * 85,
     "L;4": lambda grey: grey * 17,
     "RGB;16B": lambda colour: tuple(value >> 8 for value in colour),
@@ -60,7 +60,7 @@ def mend(image: Image.Image) -> None:
     (tile,) = image.tile  # type: ignore[attr-defined]
     if tile.codec_name == "libtiff" and sys.byteorder == "little" and tile.args[0] in _SWAPPED_TWICE:
         image.tile = [tile._replace(args=(_SWAPPED_TWICE[tile.args[0]], *tile.args[1:]))]  # type: ignore[attr-defined]
-    elif tile.args in _PNG_SCALES and "transparency" in image.info:
+    elif isinstance(tile.args, str) and tile.args in _PNG_SCALES and "transparency" in image.info:
         image.info["transparency"] = _PNG_SCALES[tile.args](image.info["transparency"])
 
 
