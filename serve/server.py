@@ -83,7 +83,7 @@ class Server:
         self._on_listening = on_listening
         self._on_ready = on_ready
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
-        self._state = State()
+        self._state = State(settings.transport)
         self._sending_s = DISMISSING_S
 
     def stop(self) -> None:

@@ -170,7 +170,8 @@ class Running:
 @contextlib.contextmanager
 def serving(settings: TransportSettings | None = None, service: FakeService | None = None) -> Iterator[Running]:
     """Both transports on free ports of 127.0.0.1, stopped at the end."""
-    settings, service, state = settings or TransportSettings(), service or FakeService(), State()
+    settings, service = settings or TransportSettings(), service or FakeService()
+    state = State(settings)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()

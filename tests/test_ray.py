@@ -1,5 +1,6 @@
 """Ray Serve: requests that see a replica die are asked again, and a task stays with the replica that holds it."""
 
+import asyncio
 import contextlib
 import importlib
 import os
@@ -33,6 +34,7 @@ from starlette.testclient import TestClient  # noqa: E402
 from tritonclient import http as triton  # noqa: E402
 
 from prompttune.serve.limits import Limits  # noqa: E402
+from prompttune.serve.protocol.rest import rest_application  # noqa: E402
 from prompttune.serve.protocol.security import Guard, Tokens  # noqa: E402
 from prompttune.serve.protocol.settings import TransportSettings  # noqa: E402
 from prompttune.serve.ray_serve import Scaling, application, build  # noqa: E402
@@ -42,6 +44,8 @@ from prompttune.serve.ray_serve.deployments import ENGINE, INGRESS  # noqa: E402
 from prompttune.serve.ray_serve.ingress import Ingress  # noqa: E402
 from prompttune.serve.ray_serve.messages import ATTEMPTS, Answer, Head  # noqa: E402
 from prompttune.serve.ray_serve.proxy import AskAgain  # noqa: E402
+from prompttune.serve.ray_serve.replica import _call  # noqa: E402
+from tests.fake_service import FakeService  # noqa: E402
 
 FULL = 16
 """Images of a batch, which is not held back when it is full."""
@@ -136,6 +140,16 @@ def test_what_is_not_routed_by_task(path, affinity):
     assert [call[0] for call in replies.calls] == ["", ""]
 
 
+def test_the_prefix_of_the_application_is_kept():
+    replies = Replies(OK)
+    client = TestClient(asked(replies).app, root_path="/vision", base_url="https://models.example")
+    client.get("/vision/v2/")
+    [(_, head, body, _)] = replies.calls
+    assert (head.path, head.root_path, head.scheme) == ("/v2/", "/vision", "https")
+    answer = asyncio.run(_call(rest_application(FakeService(), TransportSettings()), head, body))
+    assert (answer.status, dict(answer.headers)[b"location"]) == (307, b"https://models.example/vision/v2")
+
+
 def test_a_body_is_refused_before_it_is_forwarded():
     replies = Replies()
     client = asked(replies, limits=Limits(body_bytes=10), guard=Guard(Tokens(["secret"])))
@@ -174,6 +188,9 @@ def test_a_lost_ingress_is_followed_by_another(losses, status):
         ({}, {"guard": Guard(control=True)}, {}, "watch"),
         ({"devices": ("cpu", "cuda")}, {}, {}, "one device"),
         ({"devices": ("cuda",)}, {}, {}, "gpus"),
+        ({}, {"shared_memory": True}, {}, "shared memory"),
+        ({}, {"root_path": "/vision"}, {}, "route_prefix"),
+        ({}, {"proxies": ("*",)}, {}, "route_prefix"),
     ],
 )
 def test_settings_without_a_meaning_on_a_cluster(engine, transport, scaling, message, tmp_path):

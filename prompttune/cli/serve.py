@@ -85,6 +85,10 @@ def size(_context: click.Context, _parameter: click.Parameter, value: str) -> in
     "--token-file", type=click.Path(dir_okay=False, path_type=Path),
     help="Bearer tokens that inference needs, one a line.  [default: inference is open]",
 )  # fmt: skip
+@click.option(
+    "--allow-shared-memory", is_flag=True,
+    help="Let clients on this machine leave tensors in system shared memory; see the page on security first.",
+)  # fmt: skip
 @click.option("--allow-control", is_flag=True, help="Let clients load and unload tasks.")
 @click.option(
     "--control-token-file", type=click.Path(dir_okay=False, path_type=Path), help="Bearer tokens that control needs."
@@ -192,6 +196,7 @@ def _settings(engine: Path, options: dict[str, Any]) -> ServerSettings:
             else Tls(options["tls_certificate"], options["tls_key"], options["tls_client_ca"]),
             idle_seconds=options["keep_alive_seconds"],
             proxies=read_proxies(options["forwarded_allow_ips"]),
+            shared_memory=options["allow_shared_memory"],
             root_path=read_prefix(options["root_path"]),
         ),
         host=options["host"],

@@ -20,15 +20,14 @@ from numpy.typing import NDArray
 from prompttune.serve.limits import Limits
 from prompttune.serve.protocol import elements
 from prompttune.serve.protocol.elements import BYTES, shown
+from prompttune.serve.protocol.shared_memory import NO_REGIONS, Regions, Span
 from prompttune.serve.protocol.types import (
     BadRequestError,
     InferRequest,
     InferResponse,
     InputTensor,
     OutputTensor,
-    Parameters,
     RequestedOutput,
-    UnsupportedError,
     bytes_array,
 )
 
@@ -52,6 +51,8 @@ class OutputForm:
 
     default: bool = False
     named: Mapping[str, bool] = field(default_factory=dict)
+    spans: Mapping[str, Span] = field(default_factory=dict)
+    """Outputs that go into shared memory."""
 
     def binary(self, name: str) -> bool:
         """Whether the output is."""
@@ -113,7 +114,7 @@ def parse_object(body: bytes | bytearray | memoryview) -> dict[str, Any]:
 
 
 def decode_request(
-    body: bytes | bytearray, json_bytes: int | None, target: Target, limits: Limits
+    body: bytes | bytearray, json_bytes: int | None, target: Target, limits: Limits, regions: Regions = NO_REGIONS
 ) -> tuple[InferRequest, OutputForm]:
     """A request from its body, of which the first ``json_bytes`` are JSON (None for all of it).
 
@@ -122,29 +123,30 @@ def decode_request(
     Raises:
         BadRequestError: it is malformed.
         TooLargeError: a tensor would be larger than a request may be.
-        UnsupportedError: it asks for shared memory.
+        UnsupportedError: it asks for shared memory, which the server does not take.
     """
     whole = memoryview(body)
     raw = _RawBytes(whole[json_bytes:] if json_bytes is not None else whole[:0])
     message = parse_object(whole[:json_bytes])
     parameters = _parameters(message, "the request")
-    inputs = [_input(one, raw, limits) for one in _records(message, "inputs")]
+    inputs = [_input(one, raw, limits, regions) for one in _records(message, "inputs")]
     raw.check_empty()
     if not inputs:
         raise BadRequestError("the request has no inputs")
     refuse_duplicates("input", [one.name for one in inputs])
-    outputs = [_output(one) for one in _records(message, "outputs")]
-    refuse_duplicates("output", [one.name for one, _ in outputs])
+    outputs = [_output(one, regions) for one in _records(message, "outputs")]
+    refuse_duplicates("output", [one.name for one, _, _ in outputs])
     form = OutputForm(
         _flag(parameters.pop(BINARY_OUTPUT, False), BINARY_OUTPUT),
-        {one.name: binary for one, binary in outputs if binary is not None},
+        {one.name: binary for one, binary, _ in outputs if binary is not None},
+        {one.name: span for one, _, span in outputs if span is not None},
     )
     request = InferRequest(
         model=target.model,
         version=target.version,
         id=check_id(message.get("id"), limits) or target.request_id,
         inputs=inputs,
-        outputs=[one for one, _ in outputs],
+        outputs=[one for one, _, _ in outputs],
         parameters=parameters,
     )
     return request, form
@@ -191,14 +193,7 @@ def _parameters(record: dict[str, Any], where: str) -> dict[str, bool | int | fl
     for key, value in found.items():
         if not isinstance(value, bool | int | float | str):
             raise BadRequestError(f"the parameter {shown(key)} of {where} must be a boolean, a number or a string")
-    refuse_shared_memory(found, where)
     return dict(found)
-
-
-def refuse_shared_memory(parameters: Parameters, where: str) -> None:
-    """Raise :class:`UnsupportedError` if the parameters of a tensor point into shared memory."""
-    if any(key.startswith("shared_memory") for key in parameters):
-        raise UnsupportedError(f"{where} points into shared memory, which the server does not take: send the bytes")
 
 
 def _flag(value: object, name: str) -> bool:
@@ -207,7 +202,7 @@ def _flag(value: object, name: str) -> bool:
     return value
 
 
-def _input(record: dict[str, Any], raw: _RawBytes, limits: Limits) -> InputTensor:
+def _input(record: dict[str, Any], raw: _RawBytes, limits: Limits, regions: Regions) -> InputTensor:
     name = _name(record, "input")
     dtype = elements.numpy_type(name, record.get("datatype"))
     datatype = str(record["datatype"])
@@ -216,6 +211,11 @@ def _input(record: dict[str, Any], raw: _RawBytes, limits: Limits) -> InputTenso
         raise BadRequestError(f"input {shown(name)} has no shape: give it a list of integers")
     dims = elements.check_shape(name, shape, dtype, limits)
     parameters = _parameters(record, f"input {shown(name)}")
+    span = regions.span(parameters, f"input {shown(name)}")
+    if span is not None:
+        if "data" in record or BINARY_SIZE in parameters:
+            raise BadRequestError(f"input {shown(name)} has data beside its shared memory: send one of them")
+        return InputTensor(name, datatype, elements.from_raw(name, dtype, dims, span.read(limits)))
     if BINARY_SIZE in parameters:
         if "data" in record:
             raise BadRequestError(f"input {shown(name)} has both data and a {BINARY_SIZE}: send one of them")
@@ -244,12 +244,13 @@ def _strings(name: str, flat: list[Any], dims: tuple[int, ...]) -> InputTensor:
     return InputTensor(name, BYTES, bytes_array(decoded, dims))
 
 
-def _output(record: dict[str, Any]) -> tuple[RequestedOutput, bool | None]:
-    """A requested output, and whether it is wanted as raw bytes (None where it does not say)."""
+def _output(record: dict[str, Any], regions: Regions) -> tuple[RequestedOutput, bool | None, Span | None]:
+    """A requested output, whether it is wanted as raw bytes (None where it does not say), and its shared memory."""
     name = _name(record, "output")
     parameters = _parameters(record, f"output {shown(name)}")
     binary = _flag(parameters[BINARY_DATA], BINARY_DATA) if BINARY_DATA in parameters else None
-    return RequestedOutput(name, check_classification(name, parameters.get("classification", 0))), binary
+    count = check_classification(name, parameters.get("classification", 0))
+    return RequestedOutput(name, count), binary, regions.span(parameters, f"output {shown(name)}")
 
 
 def check_classification(name: str, count: object) -> int:
@@ -265,7 +266,10 @@ def encode_response(response: InferResponse, form: OutputForm) -> Encoded:
     outputs = []
     for tensor in response.outputs:
         values: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.data.shape)}
-        if form.binary(tensor.name):
+        if tensor.name in form.spans:
+            # Without parameters, as Triton answers: its C++ client takes any for those of a binary tensor.
+            form.spans[tensor.name].write(elements.to_raw(tensor))
+        elif form.binary(tensor.name):
             raw.append(elements.to_raw(tensor))
             values["parameters"] = {BINARY_SIZE: len(raw[-1])}
         else:

@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from prompttune.serve.protocol.shared_memory import Regions
 from prompttune.serve.protocol.types import (
     Duration,
     IndexEntry,
@@ -19,7 +20,6 @@ from prompttune.serve.protocol.types import (
 _CONFIG_TYPES = {"BYTES": "STRING"}
 NO_LOG_CHANGES = "log settings are fixed when the server starts"
 NO_TRACE_CHANGES = "the server records no Triton traces"
-NO_SHARED_MEMORY = "the server takes no shared memory: send the tensor in the request"
 TRACE_SETTINGS = {"trace_level": ["OFF"], "trace_rate": "1000", "trace_count": "-1", "log_frequency": "0"}
 LOG_SETTINGS: dict[str, bool | int | str] = {
     "log_file": "",
@@ -31,9 +31,10 @@ LOG_SETTINGS: dict[str, bool | int | str] = {
 }
 
 
-def server_values(metadata: ServerMetadata) -> dict[str, Any]:
+def server_values(metadata: ServerMetadata, regions: Regions) -> dict[str, Any]:
     """What ``GET /v2`` says."""
-    return {"name": metadata.name, "version": metadata.version, "extensions": list(metadata.extensions)}
+    more = ["system_shared_memory"] if regions.allowed else []
+    return {"name": metadata.name, "version": metadata.version, "extensions": [*metadata.extensions, *more]}
 
 
 def _tensor_values(tensor: TensorMetadata) -> dict[str, Any]:

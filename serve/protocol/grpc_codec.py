@@ -13,6 +13,7 @@ from prompttune.serve.limits import Limits
 from prompttune.serve.protocol import codec, elements
 from prompttune.serve.protocol.describe import LOG_SETTINGS, TRACE_SETTINGS
 from prompttune.serve.protocol.elements import BYTES, shown
+from prompttune.serve.protocol.shared_memory import NO_REGIONS, Regions, Span
 from prompttune.serve.protocol.types import (
     BadRequestError,
     InferRequest,
@@ -54,32 +55,35 @@ def is_small(message: Any) -> bool:
     return all(math.prod(one.shape) <= INLINE_VALUES for one in message.inputs)
 
 
-def decode_request(message: Any, limits: Limits, timeout_s: float | None) -> InferRequest:
+def decode_request(
+    message: Any, limits: Limits, timeout_s: float | None, regions: Regions = NO_REGIONS
+) -> InferRequest:
     """A ``ModelInferRequest``.
 
     Raises:
         BadRequestError: it is malformed.
         TooLargeError: a tensor would be larger than a request may be.
-        UnsupportedError: it asks for shared memory.
+        UnsupportedError: it asks for shared memory, which the server does not take.
     """
     raw = message.raw_input_contents
     if not message.inputs:
         raise BadRequestError("the request has no inputs")
     codec.refuse_duplicates("input", [one.name for one in message.inputs])
     codec.refuse_duplicates("output", [one.name for one in message.outputs])
-    for one in message.inputs:
-        if not one.name:
-            raise BadRequestError("an input has no name")
-        codec.refuse_shared_memory(one.parameters, f"input {shown(one.name)}")
-    if raw and len(raw) != len(message.inputs):
-        raise BadRequestError(f"the request has {len(message.inputs)} inputs and {len(raw)} raw_input_contents")
+    if not all(one.name for one in message.inputs):
+        raise BadRequestError("an input has no name")
+    spans = [regions.span(decode_parameters(one.parameters), f"input {shown(one.name)}") for one in message.inputs]
+    if raw and len(raw) != spans.count(None):
+        raise BadRequestError(f"the request has {spans.count(None)} inputs and {len(raw)} raw_input_contents")
+    following = iter(raw)
+    contents = [next(following, None) if span is None else span.read(limits) for span in spans]
     parameters = decode_parameters(message.parameters)
     parameters.pop(EMPTY_FINAL_RESPONSE, None)
     return InferRequest(
         model=message.model_name,
         version=message.model_version,
         id=codec.check_id(message.id, limits),
-        inputs=[_input(one, raw[i] if raw else None, limits) for i, one in enumerate(message.inputs)],
+        inputs=[_input(one, content, limits) for one, content in zip(message.inputs, contents, strict=True)],
         outputs=[_output(one) for one in message.outputs],
         parameters=parameters,
         timeout_s=timeout_s,
@@ -120,18 +124,29 @@ def _input(message: Any, raw: bytes | None, limits: Limits) -> InputTensor:
 def _output(message: Any) -> RequestedOutput:
     if not message.name:
         raise BadRequestError("an output has no name")
-    codec.refuse_shared_memory(message.parameters, f"output {shown(message.name)}")
     count = decode_parameters(message.parameters).get("classification", 0)
     return RequestedOutput(message.name, codec.check_classification(message.name, count))
 
 
-def encode_response(response: InferResponse) -> Any:
-    """A ``ModelInferResponse`` with raw outputs."""
+def output_spans(message: Any, regions: Regions) -> dict[str, Span]:
+    """The outputs that go into shared memory; raises as :meth:`Regions.span` does."""
+    found = {
+        one.name: regions.span(decode_parameters(one.parameters), f"output {shown(one.name)}")
+        for one in message.outputs
+    }
+    return {name: span for name, span in found.items() if span is not None}
+
+
+def encode_response(response: InferResponse, spans: Mapping[str, Span] | None = None) -> Any:
+    """A ``ModelInferResponse`` with raw outputs; those of ``spans`` go there, and leave an empty place behind."""
     message = service_pb2.ModelInferResponse(model_name=response.model, model_version=response.version, id=response.id)
     encode_parameters(response.parameters, message.parameters)
     for tensor in response.outputs:
-        message.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.data.shape)
-        message.raw_output_contents.append(elements.to_raw(tensor))
+        output = message.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.data.shape)
+        content, span = elements.to_raw(tensor), (spans or {}).get(tensor.name)
+        if span is not None:
+            encode_parameters(span.write(content), output.parameters)
+        message.raw_output_contents.append(content if span is None else b"")
     return message
 
 

@@ -6,12 +6,12 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from prompttune.serve.protocol import grpc_codec
-from prompttune.serve.protocol.calls import Calls
 from prompttune.serve.protocol.decoding import Decoders
 from prompttune.serve.protocol.grpc_stream import answer_stream
 from prompttune.serve.protocol.logs import RequestRecord
 from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.settings import TransportSettings
+from prompttune.serve.protocol.state import State
 from prompttune.serve.protocol.types import InferRequest
 
 _LONGEST_S = 365 * 24 * 3600
@@ -20,20 +20,22 @@ _LONGEST_S = 365 * 24 * 3600
 class Inference:
     """``ModelInfer`` and ``ModelStreamInfer``."""
 
-    def __init__(self, service: InferenceService, settings: TransportSettings, calls: Calls) -> None:
+    def __init__(self, service: InferenceService, settings: TransportSettings, state: State) -> None:
         self._service = service
         self._settings = settings
-        self._calls = calls
+        self._calls = state.calls
+        self._regions = state.regions
         self._threads = Decoders()
 
     async def answer(self, message: Any, context: Any, record: RequestRecord) -> Any:
         """Classify images; the call's deadline is the request's, and a cancelled call cancels it."""
         record.model, record.version = message.model_name, message.model_version
+        spans = grpc_codec.output_spans(message, self._regions)
         request = await self._decode(message, time_left(context))
         record.describe(request)
         response = await self._service.infer(request)
         record.version = response.version
-        return grpc_codec.encode_response(response)
+        return grpc_codec.encode_response(response, spans)
 
     def answer_stream(self, messages: AsyncIterator[Any], context: Any) -> AsyncGenerator[Any, None]:
         """Classify the requests of a stream, each answered when it is done."""
@@ -47,8 +49,8 @@ class Inference:
     async def _decode(self, message: Any, timeout_s: float | None) -> InferRequest:
         limits = self._settings.limits
         if grpc_codec.is_small(message):
-            return grpc_codec.decode_request(message, limits, timeout_s)
-        return await self._threads.run(grpc_codec.decode_request, message, limits, timeout_s)
+            return grpc_codec.decode_request(message, limits, timeout_s, self._regions)
+        return await self._threads.run(grpc_codec.decode_request, message, limits, timeout_s, self._regions)
 
 
 def time_left(context: Any) -> float | None:

@@ -46,7 +46,8 @@ def grpc_server(service: InferenceService, settings: TransportSettings, state: S
 
     ``state`` is what it shares with the HTTP application, where there is one.
     """
-    calls = (state or State()).calls
+    state = state or State(settings)
+    calls = state.calls
     largest = settings.limits.body_bytes + PROTOCOL_OVERHEAD
     server = grpc.aio.server(
         options=[
@@ -60,7 +61,7 @@ def grpc_server(service: InferenceService, settings: TransportSettings, state: S
             ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 6),
         ]
     )
-    guarded = _guarded(Servicer(service), Inference(service, settings, calls), settings, calls)
+    guarded = _guarded(Servicer(service, state), Inference(service, settings, state), settings, calls)
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(guarded, server)
     health_pb2_grpc.add_HealthServicer_to_server(_guarded_health(Health(service, calls), settings, calls), server)
     reflection.enable_server_reflection((SERVER_NAMES[1], _HEALTH, reflection.SERVICE_NAME), server)

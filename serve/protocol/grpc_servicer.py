@@ -16,7 +16,6 @@ from prompttune.serve.protocol import grpc_codec
 from prompttune.serve.protocol.codec import refuse_overrides
 from prompttune.serve.protocol.describe import (
     NO_LOG_CHANGES,
-    NO_SHARED_MEMORY,
     NO_TRACE_CHANGES,
     config_values,
     index_values,
@@ -24,16 +23,19 @@ from prompttune.serve.protocol.describe import (
     server_values,
     statistics_values,
 )
-from prompttune.serve.protocol.elements import shown
 from prompttune.serve.protocol.service import InferenceService
-from prompttune.serve.protocol.types import NotFoundError, UnsupportedError
+from prompttune.serve.protocol.shared_memory import Regions
+from prompttune.serve.protocol.state import State
+from prompttune.serve.protocol.types import UnsupportedError
 
 
 class Servicer:
     """One method for each call but inference: a message in, a message out or a ``ServeError``."""
 
-    def __init__(self, service: InferenceService) -> None:
+    def __init__(self, service: InferenceService, state: State) -> None:
         self._service = service
+        self._regions = state.regions
+        self._cuda_regions = Regions(allowed=False, kind="CUDA")
 
     async def ServerLive(self, message: Any) -> Any:
         """Whether the process is well."""
@@ -49,7 +51,7 @@ class Servicer:
 
     async def ServerMetadata(self, message: Any) -> Any:
         """Name, version, extensions."""
-        values = server_values(self._service.server_metadata())
+        values = server_values(self._service.server_metadata(), self._regions)
         return grpc_codec.parse_values(values, service_pb2.ServerMetadataResponse())
 
     async def ModelMetadata(self, message: Any) -> Any:
@@ -85,24 +87,30 @@ class Servicer:
         return service_pb2.RepositoryModelUnloadResponse()
 
     async def SystemSharedMemoryStatus(self, message: Any) -> Any:
-        """No region, ever."""
-        _refuse_region(message.name)
-        return service_pb2.SystemSharedMemoryStatusResponse()
+        """A registered region, or all."""
+        response = service_pb2.SystemSharedMemoryStatusResponse()
+        for one in self._regions.status(message.name):
+            grpc_codec.parse_values(one, response.regions[one["name"]])
+        return response
+
+    async def SystemSharedMemoryRegister(self, message: Any) -> Any:
+        """Register a region."""
+        self._regions.register(message.name, message.key, message.offset, message.byte_size)
+        return service_pb2.SystemSharedMemoryRegisterResponse()
+
+    async def SystemSharedMemoryUnregister(self, message: Any) -> Any:
+        """Forget a region, or all."""
+        self._regions.unregister(message.name)
+        return service_pb2.SystemSharedMemoryUnregisterResponse()
 
     async def CudaSharedMemoryStatus(self, message: Any) -> Any:
         """No region, ever."""
-        _refuse_region(message.name)
+        self._cuda_regions.status(message.name)
         return service_pb2.CudaSharedMemoryStatusResponse()
 
-    async def SystemSharedMemoryRegister(self, message: Any) -> Any:
+    async def CudaSharedMemoryRegister(self, message: Any) -> Any:
         """Refused."""
-        raise UnsupportedError(NO_SHARED_MEMORY)
-
-    CudaSharedMemoryRegister = SystemSharedMemoryRegister
-
-    async def SystemSharedMemoryUnregister(self, message: Any) -> Any:
-        """Nothing is registered, so there is nothing to do."""
-        return service_pb2.SystemSharedMemoryUnregisterResponse()
+        self._cuda_regions.check_allowed()
 
     async def CudaSharedMemoryUnregister(self, message: Any) -> Any:
         """Nothing is registered, so there is nothing to do."""
@@ -121,8 +129,3 @@ class Servicer:
         if message.settings:
             raise UnsupportedError(NO_LOG_CHANGES)
         return grpc_codec.log_settings()
-
-
-def _refuse_region(name: str) -> None:
-    if name:
-        raise NotFoundError(f"no shared memory region {shown(name)} is registered")

@@ -50,15 +50,15 @@ def rest_application(service: InferenceService, settings: TransportSettings, sta
 
     ``state`` is what it shares with the gRPC server, where there is one.
     """
-    state = state or State()
+    state = state or State(settings)
     application = _Application(
         title="prompttune", version=prompttune.__version__, description=_ABOUT, docs_url=None, redoc_url=None
     )
     for router in (
-        inference_routes(service, settings),
+        inference_routes(service, settings, state.regions),
         health_routes(service),
-        model_routes(service, settings),
-        extension_routes(service, settings),
+        model_routes(service, settings, state.regions),
+        extension_routes(service, settings, state.regions),
         repository_routes(service, settings),
         status_routes(service, settings),
     ):

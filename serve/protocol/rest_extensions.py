@@ -1,34 +1,34 @@
-"""Triton's extensions that mean little here: shared memory, traces and log settings.
+"""Triton's extensions beside inference: shared memory, traces and log settings.
 
-Asking is answered truthfully (nothing is registered, nothing is traced); changing is refused with 501.
+What is not taken is told truthfully (nothing is registered, nothing is traced); changing it is refused with 501.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from prompttune.serve.protocol.describe import (
     LOG_SETTINGS,
     NO_LOG_CHANGES,
-    NO_SHARED_MEMORY,
     NO_TRACE_CHANGES,
     TRACE_SETTINGS,
 )
-from prompttune.serve.protocol.elements import shown
-from prompttune.serve.protocol.rest_shared import errors, json_answer, require
+from prompttune.serve.protocol.rest_shared import errors, json_answer, read_object, require
 from prompttune.serve.protocol.security import Access
 from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.settings import TransportSettings
-from prompttune.serve.protocol.types import NotFoundError, UnsupportedError
+from prompttune.serve.protocol.shared_memory import Regions
+from prompttune.serve.protocol.types import UnsupportedError
 
 
-def extension_routes(service: InferenceService, settings: TransportSettings) -> APIRouter:
+def extension_routes(service: InferenceService, settings: TransportSettings, regions: Regions) -> APIRouter:
     """Shared memory, trace and log settings."""
     router = APIRouter(prefix="/v2", tags=["extensions"], dependencies=require(Access.INFERENCE, settings))
-    _add_shared_memory(router)
+    _add_shared_memory(router, "systemsharedmemory", regions, settings)
+    _add_shared_memory(router, "cudasharedmemory", Regions(allowed=False, kind="CUDA"), settings)
 
     @router.get("/logging", summary="Log settings", responses=errors(401))
     async def log_settings() -> Response:
@@ -55,26 +55,26 @@ def extension_routes(service: InferenceService, settings: TransportSettings) -> 
     return router
 
 
-def _add_shared_memory(router: APIRouter) -> None:
-    for kind in ("systemsharedmemory", "cudasharedmemory"):
-        region = f"/{kind}/region/{{name}}"
+def _add_shared_memory(router: APIRouter, kind: str, regions: Regions, settings: TransportSettings) -> None:
+    region = f"/{kind}/region/{{name}}"
 
-        @router.get(f"/{kind}/status", summary="Registered regions: none", responses=errors(401))
-        async def regions() -> Response:
-            return json_answer([])
+    @router.get(f"/{kind}/status", summary="Registered regions", responses=errors(401))
+    @router.get(f"{region}/status", summary="A registered region", responses=errors(401, 404), openapi_extra=_NAME)
+    async def status(request: Request) -> Response:
+        return json_answer(regions.status(request.path_params.get("name", "")))
 
-        @router.get(f"{region}/status", summary="No region is registered", responses=errors(401, 404))
-        async def no_region(name: str) -> Response:
-            raise NotFoundError(f"no shared memory region {shown(name)} is registered")
+    @router.post(f"{region}/register", summary="Register a region", responses=errors(400, 401, 408, 413, 501))
+    async def register(name: str, request: Request) -> Response:
+        regions.check_allowed()
+        told = await read_object(request, settings)
+        regions.register(name, told.get("key"), told.get("offset", 0), told.get("byte_size"))
+        return json_answer({})
 
-        @router.post(f"{region}/register", summary="Refused", responses=errors(401, 501), openapi_extra=_NAME)
-        async def register() -> Response:
-            raise UnsupportedError(NO_SHARED_MEMORY)
-
-        @router.post(f"/{kind}/unregister", summary="Nothing to do", responses=errors(401))
-        @router.post(f"{region}/unregister", summary="Nothing to do", responses=errors(401), openapi_extra=_NAME)
-        async def unregister() -> Response:
-            return json_answer({})
+    @router.post(f"/{kind}/unregister", summary="Forget all regions", responses=errors(401))
+    @router.post(f"{region}/unregister", summary="Forget a region", responses=errors(401), openapi_extra=_NAME)
+    async def unregister(request: Request) -> Response:
+        regions.unregister(request.path_params.get("name", ""))
+        return json_answer({})
 
 
 def _path_parameter(name: str) -> dict[str, Any]:

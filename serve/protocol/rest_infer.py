@@ -20,6 +20,7 @@ from prompttune.serve.protocol.rest_shared import errors, record_of, require
 from prompttune.serve.protocol.security import Access
 from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.settings import TransportSettings
+from prompttune.serve.protocol.shared_memory import Regions
 from prompttune.serve.protocol.types import InferRequest
 
 INLINE_JSON, INLINE_BODY = 32 * 1024, 2**20
@@ -47,10 +48,10 @@ _DOCUMENTED: dict[str, Any] = {
 }
 
 
-def inference_routes(service: InferenceService, settings: TransportSettings) -> APIRouter:
+def inference_routes(service: InferenceService, settings: TransportSettings, regions: Regions) -> APIRouter:
     """The two paths of inference."""
     router = APIRouter(dependencies=require(Access.INFERENCE, settings))
-    decoder = _Decoder(settings.limits)
+    decoder = _Decoder(settings.limits, regions)
 
     @router.post("/v2/models/{model}/infer", summary="Classify images", **_DOCUMENTED)
     @router.post("/v2/models/{model}/versions/{version}/infer", summary="Classify by one version", **_DOCUMENTED)
@@ -71,8 +72,9 @@ def inference_routes(service: InferenceService, settings: TransportSettings) -> 
 class _Decoder:
     """Decodes small bodies at once and large ones in a few threads."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, regions: Regions) -> None:
         self._limits = limits
+        self._regions = regions
         self._threads = Decoders()
 
     async def decode(self, body: bytearray, request: Request, target: Target) -> tuple[InferRequest, OutputForm]:
@@ -80,7 +82,7 @@ class _Decoder:
         compressed = bodies.check_encoding(request.headers.get("content-encoding", ""))
         json_bytes = None if compressed else codec.header_length(length, len(body))
         small = (len(body) if json_bytes is None else json_bytes) <= INLINE_JSON and len(body) <= INLINE_BODY
-        if small and not compressed:
+        if small and not compressed and not self._regions.allowed:  # a small request may point to large tensors
             return codec.decode_request(body, json_bytes, target, self._limits)
         return await self._threads.run(self._decode, body, length, compressed, target)
 
@@ -88,7 +90,7 @@ class _Decoder:
         self, body: bytes | bytearray, length: str | None, compressed: bool, target: Target
     ) -> tuple[InferRequest, OutputForm]:
         plain = bodies.decompress(body, self._limits) if compressed else body
-        return codec.decode_request(plain, codec.header_length(length, len(plain)), target, self._limits)
+        return codec.decode_request(plain, codec.header_length(length, len(plain)), target, self._limits, self._regions)
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -7,9 +7,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from prompttune.serve.protocol import body as bodies
 from prompttune.serve.protocol import schemas
-from prompttune.serve.protocol.codec import parse_object, refuse_overrides
+from prompttune.serve.protocol.codec import refuse_overrides
 from prompttune.serve.protocol.describe import (
     config_values,
     index_values,
@@ -18,14 +17,14 @@ from prompttune.serve.protocol.describe import (
     statistics_values,
 )
 from prompttune.serve.protocol.elements import shown
-from prompttune.serve.protocol.rest_shared import errors, json_answer, record_of, require
+from prompttune.serve.protocol.rest_shared import errors, json_answer, read_object, record_of, require
 from prompttune.serve.protocol.security import Access
 from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.settings import TransportSettings
-from prompttune.serve.protocol.types import BadRequestError, NotFoundError, TooLargeError, UnavailableError
+from prompttune.serve.protocol.shared_memory import Regions
+from prompttune.serve.protocol.types import BadRequestError, NotFoundError, UnavailableError
 
 MODEL, VERSION = "/models/{model}", "/models/{model}/versions/{version}"
-CONTROL_BYTES = 2**20
 
 
 def health_routes(service: InferenceService) -> APIRouter:
@@ -47,13 +46,13 @@ def health_routes(service: InferenceService) -> APIRouter:
     return router
 
 
-def model_routes(service: InferenceService, settings: TransportSettings) -> APIRouter:
+def model_routes(service: InferenceService, settings: TransportSettings, regions: Regions) -> APIRouter:
     """The server's and the models' metadata, configuration, readiness and statistics."""
     router = APIRouter(prefix="/v2", tags=["metadata"], dependencies=require(Access.INFERENCE, settings))
 
     @router.get("", summary="The server", responses={200: {"model": schemas.Server}, **errors(401)})
     async def server() -> Response:
-        return json_answer(server_values(service.server_metadata()))
+        return json_answer(server_values(service.server_metadata(), regions))
 
     # Before the routes of a model, which would take "stats" for its name.
     @router.get("/models/stats", summary="Statistics of all models", responses=_documented(schemas.Statistics))
@@ -95,12 +94,6 @@ def repository_routes(service: InferenceService, settings: TransportSettings) ->
     """The index of the repository, and the control over what is loaded."""
     router = APIRouter(prefix="/v2/repository", tags=["repository"])
 
-    async def read_object(request: Request) -> dict[str, Any]:
-        body = await bodies.read_body(request, settings.limits, settings.body_seconds)
-        if len(body) > CONTROL_BYTES:
-            raise TooLargeError(f"the request has over {CONTROL_BYTES} bytes")
-        return parse_object(body) if body.strip() else {}
-
     @router.post(
         "/index",
         summary="Every model there is, loaded or not",
@@ -109,14 +102,14 @@ def repository_routes(service: InferenceService, settings: TransportSettings) ->
         openapi_extra=_body("IndexRequest"),
     )
     async def index(request: Request) -> Response:
-        ready = (await read_object(request)).get("ready", False)
+        ready = (await read_object(request, settings)).get("ready", False)
         if not isinstance(ready, bool):
             raise BadRequestError(f"'ready' must be true or false, it is {shown(ready)}")
         return json_answer(index_values(service.index(ready)))
 
     async def read_control(model: str, request: Request) -> None:
         record_of(request).model = model
-        parameters = (await read_object(request)).get("parameters")
+        parameters = (await read_object(request, settings)).get("parameters")
         if parameters is not None and not isinstance(parameters, dict):
             raise BadRequestError("'parameters' must be an object")
         refuse_overrides(parameters or {})

@@ -12,14 +12,23 @@ from fastapi.params import Security
 from fastapi.security import HTTPBearer
 from starlette.responses import Response
 
+from prompttune.serve.protocol.body import read_body
+from prompttune.serve.protocol.codec import parse_object
 from prompttune.serve.protocol.logs import RequestRecord
 from prompttune.serve.protocol.schemas import ErrorMessage
 from prompttune.serve.protocol.security import Access
 from prompttune.serve.protocol.settings import TransportSettings
-from prompttune.serve.protocol.types import ForbiddenError, ServeError, UnauthorizedError, UnavailableError
+from prompttune.serve.protocol.types import (
+    ForbiddenError,
+    ServeError,
+    TooLargeError,
+    UnauthorizedError,
+    UnavailableError,
+)
 
 RECORD = "prompttune.record"
 """Key of the request's log record in its ASGI scope."""
+CONTROL_BYTES = 2**20
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _bearer = HTTPBearer(auto_error=False, description="A token of the server's token file, where it has one")
 
@@ -60,6 +69,14 @@ def serve_error_answer(problem: ServeError) -> Response:
     if isinstance(problem, UnauthorizedError):
         headers["WWW-Authenticate"] = "Bearer"
     return error_answer(str(problem), problem.http_status, headers)
+
+
+async def read_object(request: Request, settings: TransportSettings) -> dict[str, Any]:
+    """The JSON object of a small request, empty for an empty body."""
+    body = await read_body(request, settings.limits, settings.body_seconds)
+    if len(body) > CONTROL_BYTES:
+        raise TooLargeError(f"the request has over {CONTROL_BYTES} bytes")
+    return parse_object(body) if body.strip() else {}
 
 
 def record_of(request: Request) -> RequestRecord:

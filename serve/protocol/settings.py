@@ -30,6 +30,8 @@ class TransportSettings:
     """That an HTTP connection may wait for its next request: longer than a proxy keeps it, which is often 60."""
     proxies: tuple[str, ...] = ()
     """Addresses and networks of proxies whose ``X-Forwarded-*`` headers are believed; ``*`` for all."""
+    shared_memory: bool = False
+    """Whether clients on this machine may leave tensors in shared memory."""
     root_path: str = ""
     """Path prefix under which a proxy shows the server, without a slash at its end."""
     stream_requests: int = 64

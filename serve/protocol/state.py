@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from prompttune.serve.protocol.calls import Calls
+from prompttune.serve.protocol.settings import TransportSettings
+from prompttune.serve.protocol.shared_memory import Regions
 
 
-@dataclass(frozen=True)
 class State:
     """Make one for a server and hand it to both transports."""
 
-    calls: Calls = field(default_factory=Calls)
+    def __init__(self, settings: TransportSettings) -> None:
+        self.calls = Calls()
+        self.regions = Regions(settings.shared_memory)

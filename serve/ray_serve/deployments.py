@@ -77,6 +77,8 @@ def application(
         raise UsageError("a load or unload would reach one replica of many: let them watch the folder of tasks instead")
     if transport.tls is not None:
         raise UsageError("TLS ends at Ray's proxies: set ssl_certfile and ssl_keyfile in their http_options")
+    if transport.shared_memory:
+        raise UsageError("a client shares its memory with one node of many: leave shared memory off")
     if transport.proxies or transport.root_path:
         raise UsageError("Ray's proxies stand in front: give the application a route_prefix")
     if len(engine.devices) != 1:
