@@ -101,6 +101,10 @@ def test_test_images_without_class_folders_do_not_validate(tmp_path: Path, caplo
     data = load_data(str(tmp_path))
     assert (data.classes, len(data.train), len(data.val)) == (["nok", "ok"], 8, 2)
     assert f"{tmp_path}/test has no class folders, so its 6 images have no labels" in caplog.text
+    picture(0).save(tmp_path / "sample.png")
+    caplog.clear()
+    load_data(str(tmp_path))
+    assert f"1 images directly in {tmp_path} are in no class folder: they are not used" in caplog.text
 
 
 def test_a_split_inside_a_folder_of_its_name(tmp_path: Path) -> None:
@@ -119,6 +123,7 @@ def test_a_split_inside_a_folder_of_its_name(tmp_path: Path) -> None:
         (["valid", "invalid"], "rename a class that is called as a split"),
         (["train", "test"], "train has no class folders"),
         (["cat/train", "cat/test", "dog/train", "dog/test"], "cat holds folders of splits .* split before the class"),
+        (["train/a", "train/b", "train/test"], "train holds the folder test, which is called as a split"),
         (["pets/train/a", "pets/train/b", "pets/val/a"], "pets holds folders of splits .* give that folder"),
     ],
 )  # fmt: skip
@@ -336,8 +341,9 @@ def test_tables_that_are_refused(tmp_path: Path, text: str, words: str) -> None:
         (b'path,label\n\n0.png,"a\n1.png,b\n', r"line 3: the quotes do not match .*close the quote that opens there"),
         (b"path,label\n0.png,a\n1.png,NaN\n", "line 3: the label 'NaN' stands for a missing one"),
         (b"path,label\n0.png,a\n1.png,None\n", "line 3: the label 'None' stands for a missing one"),
-        (b"path,label\ncat\\0.png,a\ndog\\1.png,b\n", r"line 2: cat\\0.png has the separators of Windows"),
-        (b"path,label\n" + b"iVBORw0KGgo" * 20 + b",a\n", "line 2: the column path holds base64 text"),
+        (b"path,label\ncat\\0.png,a\ndog\\1.png,b\n", r"line 2: cat\\0.png is a path of Windows"),
+        (b"path,label\nC:/cat/0.png,a\n", "line 2: C:/cat/0.png is a path of Windows, and nothing is at"),
+        (b"path,label\n" + b"iVBORw0KGgo" * 5 + b",a\n", "line 2: the column path holds base64 text"),
         (b"path,label\n" + b"iVBORw0KGgo" * 20_000 + b",a\n", "line 2: a cell of more than 131072 characters"),
     ],
 )  # fmt: skip
@@ -366,6 +372,14 @@ def test_what_a_table_may_hold(tmp_path: Path) -> None:
     for source in (data.train, data.val):
         for index in range(len(source)):
             source.load(index)
+
+
+def test_a_long_path_is_not_base64(tmp_path: Path) -> None:
+    folder = "/".join(["a" * 60] * 5)
+    write_classes(tmp_path, {folder: 2, "b": 2})
+    rows = [f"{folder}/000.png,a", f"{folder}/001.png,a", "b/000.png,b", "b/001.png,b"]
+    (tmp_path / "images.csv").write_text("\n".join(["path,label", *rows]))
+    assert load_data(str(tmp_path / "images.csv")).classes == ["a", "b"]
 
 
 def test_the_splits_of_a_table(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_paths_of_another_system(tmp_path):
     (tmp_path / "list.txt").write_bytes("\r\n".join(lines).encode() + b"\r\nphotos/\xe9.png")
     items = list(ListSource(tmp_path / "list.txt").items())
     assert [item.payload and item.payload.open().getpixel((0, 0))[0] for item in items] == [7, 7, None, None, None]
-    assert "has the separators of Windows, and nothing is at" in items[2].error
+    assert "is a path of Windows, and nothing is at" in items[2].error
     assert "its name is not in UTF-8: save the list as UTF-8" in items[4].error
     labels = Labels.parse(write_labels(tmp_path, "photos\\é.png,a", "D:\\x\\other.png,b", "none.png,NaN"))
     assert [labels.of(item.payload.path) for item in items[:2]] == ["a", "a"]

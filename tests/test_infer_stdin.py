@@ -72,7 +72,7 @@ def test_a_list_in_another_encoding_is_an_error_in_each_line() -> None:
     items = list(ListReader(io.BytesIO("a.png\nb.png\n".encode("utf-16-le"))).items())
     assert {item.error for item in items} == {"the line holds a zero byte: write a path a line, in UTF-8"}
     (item,) = ListReader(io.BytesIO(b"c:\\photos\\a.png\n")).items()
-    assert "has the separators of Windows" in str(item.error)
+    assert "is a path of Windows" in str(item.error)
 
 
 def test_lines_are_given_as_they_come(pipe: tuple[BinaryIO, BinaryIO]) -> None:

@@ -103,6 +103,7 @@ def test_rows_of_another_width_are_errors(tmp_path):
     [
         (b"", r"the table .* is empty; its first line must name the columns"),
         (b'path\na.png\n"b.png\nc.png\n', r"the table .*t\.csv line 3: the quotes do not match"),
+        (b"path;label\na.png;x\n", r"the table .*t\.csv has one column, and its columns are separated by semicolons"),
         (b"path\ncaf\xe9.png\n", r"the table .*t\.csv line 2 is not in UTF-8: save it as UTF-8"),
     ],
 )

@@ -24,6 +24,7 @@ from prompttune.data.base import FileSource, ImageSource, Parts, Subset
 from prompttune.data.roots import DataRoot, LocalRoot, data_root
 from prompttune.data.split_names import TEST, TRAIN, VAL, split_of
 from prompttune.data.splitting import split_indices
+from prompttune.data.text import text_lines
 from prompttune.errors import DataError, UsageError, choose
 from prompttune.images import read_image
 
@@ -128,11 +129,7 @@ def _vtab(wanted: _Name, root: Path) -> tuple[ImageSource, ImageSource]:
 
 def _read_list(file: Path) -> list[tuple[str, int]]:
     rows = []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise DataError(f"cannot read {file}: {problem}") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text_lines(file, "the list"), 1):
         if not line.strip():
             continue
         path, _, label = line.strip().rpartition(" ")

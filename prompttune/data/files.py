@@ -21,6 +21,7 @@ logger = logging.getLogger("prompttune")
 
 HIDDEN = "."
 NO_URLS = "prompttune reads no URLs: download it first"
+_DRIVE = re.compile("[A-Za-z]:/")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -202,11 +203,11 @@ def find_file(folder: Path, written: str) -> Path:
 
 
 def windows_path(folder: Path, written: str) -> str | None:
-    """Why a path with the separators of Windows may lead to nothing; None for one that has none."""
-    if "\\" not in written:
+    """Why a path as Windows writes it may lead to nothing; None for any other path."""
+    if "\\" not in written and not _DRIVE.match(written):
         return None
     slashed = folder / written.replace("\\", "/")
-    return f"{written} has the separators of Windows, and nothing is at {slashed} either; write paths with /"
+    return f"{written} is a path of Windows, and nothing is at {slashed}; write a path of this system, with /"
 
 
 def exists(path: Path) -> bool:

@@ -79,6 +79,8 @@ def read_folder(folder: Path) -> Parts:
     found.warn()
     tree = _Tree.of(found)
     places = _splits(folder, tree) or {ALL: (folder, tree)}
+    if ALL not in places:
+        _warn_loose(folder, tree)
     named: dict[str, ImageSource] = {}
     unfit: list[str] = []
     for split in (ALL, *SPLITS):
@@ -130,8 +132,7 @@ def _classes(place: Path, tree: _Tree, root: Path) -> tuple[FileSource, list[str
     """The images of class folders, and what a training would refuse about them."""
     if not tree.folders:
         raise DataError(f"{place} has no class folders; put the images of each class into a folder of its own")
-    if tree.images:
-        logger.warning("%d images directly in %s are in no class folder: they are not used", len(tree.images), place)
+    _warn_loose(place, tree)
     classes: dict[str, str] = {}
     for name, below in tree.folders.items():
         _check_class(place, name, below)
@@ -146,6 +147,11 @@ def _classes(place: Path, tree: _Tree, root: Path) -> tuple[FileSource, list[str
     ]
 
 
+def _warn_loose(place: Path, tree: _Tree) -> None:
+    if tree.images:
+        logger.warning("%d images directly in %s are in no class folder: they are not used", len(tree.images), place)
+
+
 def _source(images: Mapping[str, Sequence[str]], root: Path) -> FileSource:
     paths = [root / name for found in images.values() for name in sorted(found, key=components)]
     labels = [index for index, found in enumerate(images.values()) for _ in found]
@@ -153,6 +159,8 @@ def _source(images: Mapping[str, Sequence[str]], root: Path) -> FileSource:
 
 
 def _check_class(place: Path, name: str, tree: _Tree) -> None:
+    if split_of(name):
+        raise DataError(f"{place} holds the folder {name}, which is called as a split: move it, or rename the class")
     below = [one for one in tree.folders if split_of(one)]
     if len({split_of(one) for one in below}) > 1:
         raise DataError(

@@ -105,12 +105,14 @@ def misfit(cells: list[str], width: int) -> str | None:
 
 
 NO_BASE64 = "images in base64 are not read from there; write paths, or store the bytes of the images in Parquet"
-_BASE64 = re.compile(r"data:|[A-Za-z0-9+/_=\s-]{128}")
+_BASE64 = re.compile(
+    r"data:.*|(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/=\s]{32,}|[A-Za-z0-9+/=\s]{256,}", re.DOTALL
+)
 
 
 def is_base64(text: str) -> bool:
-    """Whether a cell for a path holds an encoded image: a ``data:`` URL, or so much text without a dot."""
-    return _BASE64.match(text) is not None
+    """Whether a cell for a path holds an encoded image: no path is so long without a dot, a dash or an underscore."""
+    return _BASE64.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,12 @@ def labelled_rows(file: Path, what: str) -> Iterator[LabelledRow]:
 
 def _other(header: list[str]) -> str:
     """What a header without the right columns looks like."""
+    return separated(header) or f" (columns: {', '.join(header[:5]) or 'none'})"
+
+
+def separated(header: list[str]) -> str:
+    """What a header says that is one cell because other signs than commas stand between its columns; else empty."""
     for name, sign in (("semicolons", ";"), ("tabs", "\t")):
         if len(header) == 1 and sign in header[0]:
             return f", and its columns are separated by {name}: save it with commas"
-    return f" (columns: {', '.join(header[:5]) or 'none'})"
+    return ""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from prompttune.data.text import csv_rows, misfit
+from prompttune.data.text import csv_rows, misfit, separated
 from prompttune.errors import DataError, UsageError, choose
 from prompttune.serve.infer.items import Item
 from prompttune.serve.infer.sources.arrow import ARROW_SUFFIXES, IMAGE_FIELDS, class_names, open_table, reading
@@ -147,6 +147,8 @@ class _Csv:
         self._header = next(rows, (0, []))[1]
         if not any(self._header):
             raise DataError(f"the table {path} is empty; its first line must name the columns")
+        if other := separated(self._header):
+            raise DataError(f"the table {path} has one column{other}")
         self._columns = _choose(path, [(name, "path") for name in self._header], *columns)
         self.total: int | None = sum(1 for _ in rows)
         self._places = {name: self._header.index(name) for name in self._columns.texts}
