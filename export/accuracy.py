@@ -9,7 +9,7 @@ from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,12 +20,10 @@ from prompttune.export.compare import Reference, Runner
 from prompttune.export.figures import Array, Comparison, Tally
 from prompttune.export.folder import Task
 from prompttune.export.gate import Gate
-from prompttune.export.samples import Samples, read_images
+from prompttune.export.samples import Labelled, Samples, read_images
 
-if TYPE_CHECKING:
-    from prompttune.data import ImageSource
-    from prompttune.data.masks import MaskSource
-
+OTHER_CLASSES = "the classes of the data are not the task's labels"
+"""Why data that were given for all tasks are not scored for one."""
 NAMED = 10
 """Images whose logits are not finite that are named."""
 DECODERS = 4
@@ -64,6 +62,8 @@ class Accuracy:
     """What ``engine`` and ``reference`` are: of a segmentation the mean IoU."""
     pixels: dict[str, dict[str, Any]] | None = field(default=None, compare=False)
     """Of a segmentation: all figures of both sides."""
+    notes: tuple[str, ...] = ()
+    """Which images were scored, and what to know about classes that only the task or only the data have."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -77,6 +77,7 @@ class Accuracy:
             "skipped": self.skipped,
             "metric": self.metric,
             "pixels": self.pixels,
+            "notes": list(self.notes),
             "not_finite": self.not_finite,
             "not_finite_images": list(self.not_finite_images),
             "evaluation": None
@@ -92,7 +93,7 @@ class NotFinite:
         self.count = 0
         self.images: list[str] = []
 
-    def add(self, logits: Array, indices: Sequence[int], source: ImageSource | MaskSource) -> None:
+    def add(self, logits: Array, indices: Sequence[int], source: Labelled) -> None:
         """Look at logits [B, ...] of the images ``indices`` of ``source``."""
         bad = np.flatnonzero(~np.isfinite(logits.reshape(len(logits), -1)).all(axis=1))
         self.count += len(bad)
@@ -105,7 +106,7 @@ def both_sides(
     name: str,
     task: Task,
     spec: str,
-    source: ImageSource | MaskSource,
+    source: Labelled,
     size: int,
     limit: int | None,
 ) -> Generator[tuple[list[int], list[Any], Array, Array]]:
@@ -167,38 +168,38 @@ def measure_accuracy(
     Raises:
         DataError: none of the images can be read.
     """
-    task, spec, source = tasks[name], samples.spec(name), samples.source(name)
+    task, spec = tasks[name], samples.spec(name)
+    source = samples.images(name, task)
     if spec is None or source is None:
         return [], []
     if samples.masks:
         from prompttune.export.map_accuracy import measure_maps
 
         return measure_maps(runner, reference, name, task, spec, source, gate, limit, against)
-    labelled = set(source.classes) <= set(task.labels)
-    columns = np.array([task.labels.index(one) if labelled else -1 for one in source.classes])
+    matched = source.matched
     tally, size, bad = Tally(gate.noise), max(gate.batch_sizes), NotFinite()
-    sides, count = (ScoreTally(task.num_classes), ScoreTally(task.num_classes)), 0
+    unseen = 0 if matched is None else matched.unseen
+    sides, count = (ScoreTally(task.num_classes, unseen), ScoreTally(task.num_classes, unseen)), 0
     with contextlib.closing(both_sides(runner, reference, name, task, spec, source, size, limit)) as batches:
         for indices, targets, expected, found in batches:
             tally.add(expected, found)
             bad.add(found, indices, source)
-            if labelled:
+            if matched is not None:
                 for side, logits in zip(sides, (found, expected), strict=True):
-                    side.add_logits(logits, columns[targets])
+                    side.add_logits(logits, targets)
             count += len(indices)
     comparison = tally.result(name, against, size)
     accuracy = Accuracy(name, spec, count, not_finite=bad.count, not_finite_images=tuple(bad.images))
-    if not labelled:
-        reason = "the classes of the data are not the task's labels"
-        return [dataclasses.replace(accuracy, skipped=reason)], [comparison]
-    ours, theirs = (side.result(task.labels) for side in sides)
+    if matched is None:
+        return [dataclasses.replace(accuracy, skipped=OTHER_CLASSES)], [comparison]
+    ours, theirs = (side.result(matched.labels) for side in sides)
     whole = Sides(ours, theirs) if evaluate else None
-    return [dataclasses.replace(accuracy, engine=ours.top1, reference=theirs.top1, evaluation=whole)], [comparison]
+    notes = (f"{count} images are scored: {source.what}", *ours.notes) if evaluate else ()
+    accuracy = dataclasses.replace(accuracy, engine=ours.top1, reference=theirs.top1, evaluation=whole, notes=notes)
+    return [accuracy], [comparison]
 
 
-def read_ahead(
-    source: ImageSource | MaskSource, task: Task, indices: Sequence[int]
-) -> Generator[tuple[int, Array | None, Any]]:
+def read_ahead(source: Labelled, task: Task, indices: Sequence[int]) -> Generator[tuple[int, Array | None, Any]]:
     """Images of a data set through a task's transform, in order, read in threads ahead of whoever takes them.
 
     At most :data:`AHEAD` pieces of :data:`PIECE` images are held. Close the iterator to end the threads early.

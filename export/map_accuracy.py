@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from prompttune.evaluation.segmentation import PixelTally
-from prompttune.export.accuracy import Accuracy, NotFinite, both_sides
+from prompttune.export.accuracy import OTHER_CLASSES, Accuracy, NotFinite, both_sides
 from prompttune.export.compare import Reference, Runner
 from prompttune.export.figures import Array, Comparison
 from prompttune.export.folder import Task
 from prompttune.export.gate import Gate
 from prompttune.export.map_figures import MapTally
+from prompttune.export.samples import Labelled
 from prompttune.transform import EvaluationTransform
 
 METRIC = "mIoU"
@@ -27,7 +28,7 @@ def measure_maps(
     name: str,
     task: Task,
     spec: str,
-    source: Any,
+    source: Labelled,
     gate: Gate,
     limit: int | None,
     against: str,
@@ -39,25 +40,26 @@ def measure_maps(
     """
     from prompttune.data.mask_transforms import NEAREST
 
-    labelled = list(source.classes) == list(task.labels)
+    matched = source.matched
+    unseen = 0 if matched is None else matched.unseen
     tally, size, bad = MapTally(gate.noise), max(gate.batch_sizes), NotFinite()
-    sides, count = (PixelTally(task.num_classes), PixelTally(task.num_classes)), 0
+    sides, count = (PixelTally(task.num_classes, unseen), PixelTally(task.num_classes, unseen)), 0
     exact = EvaluationTransform(task.preprocess)
     with contextlib.closing(both_sides(runner, reference, name, task, spec, source, size, limit)) as batches:
         for indices, masks, expected, found in batches:
             tally.add(expected, found)
             bad.add(found, indices, source)
-            if labelled:
+            if matched is not None:
                 seen = torch.cat([exact.resized_with(torch.from_numpy(mask)[None], NEAREST) for mask in masks]).numpy()
                 for side, logits in zip(sides, (found, expected), strict=True):
                     side.add(_classes(logits, task.preprocess.image_size), seen)
             count += len(indices)
     settings: dict[str, Any] = {"not_finite": bad.count, "not_finite_images": tuple(bad.images), "metric": METRIC}
     comparison = tally.result(name, against, size)
-    if not labelled:
-        reason = "the classes of the data are not the task's labels"
-        return [Accuracy(name, spec, count, skipped=reason, **settings)], [comparison]
-    ours, theirs = (side.result(task.labels, with_loss=False) for side in sides)
+    if matched is None:
+        return [Accuracy(name, spec, count, skipped=OTHER_CLASSES, **settings)], [comparison]
+    ours, theirs = (side.result(matched.labels, with_loss=False) for side in sides)
+    settings["notes"] = (f"{count} images are scored: {source.what}", *ours.notes)
     figures = {"engine": ours.to_dict(), "reference": theirs.to_dict()}
     accuracy = Accuracy(name, spec, count, engine=ours.miou, reference=theirs.miou, pixels=figures, **settings)
     return [accuracy], [comparison]

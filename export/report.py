@@ -118,7 +118,8 @@ def _accuracy(report: ParityReport) -> str:
             figures += [(percent(None if side is None else side.ece), "") for side in _sides(one.evaluation)]
         rows.append([(one.task, "text"), (one.data, "text"), (str(one.images), ""), *figures])
     titles = ("task", "data", "images", "engine top-1", "reference top-1", "change", "engine ECE", "reference ECE")
-    return "<h2>Accuracy</h2>" + table(titles, rows, 2)
+    notes = [f"<p>{escape(one.task)}: {escape(note)}</p>" for one in report.accuracy for note in one.notes]
+    return "<h2>Accuracy</h2>" + table(titles, rows, 2) + "".join(notes)
 
 
 def _sides(found: Sides | None) -> tuple[Evaluation | None, Evaluation | None]:

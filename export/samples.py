@@ -2,60 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from prompttune.errors import DataError, choose
+from prompttune.evaluation.scored import Chosen, Matched, choose_split, match_classes
 from prompttune.export.figures import Array
 from prompttune.export.folder import Task
-
-if TYPE_CHECKING:
-    from prompttune.data import ImageSource
-    from prompttune.data.masks import MaskSource
+from prompttune.segmentation.config import IGNORE_INDEX
 
 Data = str | Mapping[str, str] | None
 """One data set for every task, or one for each task by name, or none."""
 
 
+class Labelled:
+    """Images to score, with what is true of them as classes of one task.
+
+    Args:
+        chosen: the images.
+        labels: of the task.
+        own: the data are this task's alone, so that one class in both is enough to score them.
+        strict: refuse data of its own that have none.
+
+    Raises:
+        DataError: see ``strict``.
+    """
+
+    def __init__(self, chosen: Chosen, labels: Sequence[str], own: bool, strict: bool) -> None:
+        self.sources = chosen.sources
+        self.starts = np.cumsum([0, *map(len, chosen.sources)])
+        self.what = chosen.what
+        self.matched: Matched | None = None
+        """None for images that belong to other classes: they are compared, not scored."""
+        if own or all(set(source.classes) <= set(labels) for source in chosen.sources):
+            try:
+                self.matched = match_classes(chosen.sources, labels)
+            except DataError:
+                if own and strict:
+                    raise
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def load(self, index: int) -> tuple[Any, Any]:
+        """Image, and class index or mask, in the classes of ``matched``."""
+        part, place = self._find(index)
+        image, target = self.sources[part].load(place)
+        if self.matched is None:
+            return image, target
+        columns = self.matched.columns[part]
+        if isinstance(target, int):
+            return image, int(columns[target])
+        table = np.full(IGNORE_INDEX + 1, IGNORE_INDEX)
+        table[: len(columns)] = columns
+        return image, table[target]
+
+    def describe(self, index: int) -> str:
+        """Where the image comes from."""
+        part, place = self._find(index)
+        return str(self.sources[part].describe(place))
+
+    def _find(self, index: int) -> tuple[int, int]:
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return part, index - int(self.starts[part])
+
+
 @dataclass
 class Samples:
-    """The validation images of data sets, each loaded once.
+    """The images of data sets that are scored, each loaded once.
 
     Args:
         data: see :data:`Data`.
         seed: of the noise for tasks without data.
         masks: the data have a class for each pixel: the tasks are segmentations.
+        split: which images of them, see :func:`~prompttune.evaluation.scored.choose_split`.
+        strict: data that are named for one task have to have one of its classes.
     """
 
     data: Data = None
     seed: int = 0
     masks: bool = False
-    _sources: dict[str, Any] = field(default_factory=dict, repr=False)
+    split: str | None = None
+    strict: bool = False
+    _chosen: dict[str, Chosen] = field(default_factory=dict, repr=False)
 
     def check(self, tasks: Mapping[str, Task]) -> None:
-        """Raise :class:`UsageError` if data is named for a task that there is not."""
+        """Refuse data that cannot be scored before anything else is done.
+
+        Raises:
+            UsageError: data is named for a task that there is not, or the split is unknown.
+            DataError: the data cannot be read or do not have the split, or those of a task share no class with it.
+        """
         for task in self.data if isinstance(self.data, Mapping) else ():
             choose("task", task, tasks)
+        for name, one in tasks.items():
+            self.images(name, one)
 
     def spec(self, task: str) -> str | None:
         """The data set that belongs to a task."""
         return self.data.get(task) if isinstance(self.data, Mapping) else self.data
 
-    def source(self, task: str) -> ImageSource | MaskSource | None:
-        """The validation images that belong to a task, None without data."""
-        from prompttune.data import load_data
-        from prompttune.data.masks import load_masks
+    def images(self, name: str, task: Task) -> Labelled | None:
+        """The images that belong to a task, None without data."""
+        from prompttune.data import load_parts
+        from prompttune.data.masks import load_mask_parts
 
-        spec = self.spec(task)
+        spec = self.spec(name)
         if spec is None:
             return None
-        if spec not in self._sources:
-            self._sources[spec] = load_masks(spec).val if self.masks else load_data(spec).val
-        found: ImageSource | MaskSource = self._sources[spec]
-        return found
+        if spec not in self._chosen:
+            parts = load_mask_parts(spec) if self.masks else load_parts(spec)
+            self._chosen[spec] = choose_split(parts.named, parts.name, self.split)
+        return Labelled(self._chosen[spec], task.labels, isinstance(self.data, Mapping), self.strict)
 
     def draw(self, name: str, task: Task, count: int) -> tuple[Array, str]:
         """Up to ``count`` normalised images [N, 3, S, S] for a task, and what they are, in words.
@@ -63,7 +124,7 @@ class Samples:
         Raises:
             DataError: none of the data's images can be read.
         """
-        source = self.source(name)
+        source = self.images(name, task)
         size = task.preprocess.image_size
         if source is None:
             noise = np.random.default_rng(self.seed).standard_normal((count, 3, size, size), dtype=np.float32)
@@ -76,7 +137,7 @@ class Samples:
         return np.stack(images), f"{len(images)} images of {self.spec(name)}"
 
 
-def read_images(source: ImageSource | MaskSource, task: Task, indices: list[int]) -> list[tuple[Array | None, Any]]:
+def read_images(source: Labelled, task: Task, indices: list[int]) -> list[tuple[Array | None, Any]]:
     """Images of a data set through a task's transform: [3, S, S] and class index or mask; None where unreadable."""
     transform: Callable[..., object] = task.preprocess.transform()
     read: list[tuple[Array | None, Any]] = []

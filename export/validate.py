@@ -45,6 +45,7 @@ def validate_engine(
     images: int | None = None,
     tasks: Sequence[str] | None = None,
     limit: int | None = None,
+    split: str | None = None,
     weights: str | Path | None = None,
     debug: bool = False,
     runner: Runner | None = None,
@@ -54,8 +55,9 @@ def validate_engine(
     """Compare an engine with PyTorch on its stored states, or with another engine.
 
     Each task alone and all of them in mixed batches, at several batch sizes, and each one again after another one. With
-    data, each task's whole validation set is run through both sides as well, once; where its classes are the task's
-    labels, both are evaluated: accuracy, precision and recall of each class, confusion, calibration.
+    data, the images of each task (see ``split``) are run through both sides as well, once, and both are evaluated:
+    accuracy, precision and recall of each class, confusion, calibration. A data set for all tasks is evaluated for
+    those alone that have its classes.
 
     Args:
         engine: the engine folder.
@@ -69,7 +71,9 @@ def validate_engine(
         batch_sizes: batch sizes to compare at.
         images: images for the comparison at each batch size.
         tasks: which tasks; None takes all.
-        limit: at most so many validation images of each task for the accuracy.
+        limit: at most so many images of each task for the accuracy.
+        split: the images of the data sets that are scored: ``val``, ``test``, ``train`` or ``all``; None takes ``val``,
+            else ``test``, else the whole data set.
         weights: where to take the backbone's weights from, if not from where the export took them.
         debug: compare intermediate results of the task that is furthest off, too, and name the first that diverges.
         runner: what to compare; None opens the engine's file. An open ``Engine`` is one.
@@ -83,6 +87,7 @@ def validate_engine(
         UsageError: an unknown task, a bad threshold, or ``debug`` where there is nothing to look into.
         EngineError: an engine is damaged or has no tasks, or the two do not have comparable tasks.
         BackboneError: the backbone's weights cannot be found.
+        DataError: a data set cannot be read or does not have the split, or that of a task has none of its classes.
     """
     folder = EngineFolder(engine, verify=runner is None)
     other = None if against is None else EngineFolder(against)
@@ -101,7 +106,7 @@ def validate_engine(
     )
     if folder.manifest.segmentation is not None:
         gate = gate.for_maps()
-    samples = Samples(data, masks=folder.manifest.segmentation is not None)
+    samples = Samples(data, masks=folder.manifest.segmentation is not None, split=split, strict=True)
     samples.check(held)
     if other is None:
         on_stage("loading the backbone")

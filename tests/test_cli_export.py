@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from prompttune.cli.main import cli
 from prompttune.export import EngineFolder
+from tests.data_helpers import write_classes
 from tests.drawing import drawn_model
 from tests.engines import backbone, checkpoint, config_of, copied, exported
 
@@ -102,6 +103,49 @@ def test_validate_on_data_shows_the_accuracy(tmp_path):
     shown = run("validate", folder, "--data", "digits=demo/digits", "--limit", "20", "--images", "2")
     assert "PyTorch top-1" in shown.stdout
     assert f"{accuracy['engine']:.2%}" in shown.stdout
+
+
+def labelled(folder, counts):
+    """The report of ``validate`` on the task ``task0``, whose classes are 0 and 1."""
+    write_classes(folder, counts, start=700)
+    return validated("--data", f"task0={folder}")
+
+
+def validated(*words):
+    engine = exported("linear")
+    result = run("validate", engine, *words, "--json", "--images", "2", "--batch-sizes", "1,2")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_an_engine_is_scored_on_the_images_that_it_was_given(tmp_path):
+    (one,) = labelled(tmp_path / "whole", {"0": 5, "1": 5})["accuracy"]
+    assert (one["images"], one["skipped"]) == (10, "")
+    assert one["notes"] == [f"10 images are scored: all images of {tmp_path / 'whole'}"]
+    for split, count in (("train", 2), ("test", 3)):
+        write_classes(tmp_path / "splits" / split, {"0": count, "1": count}, start=900 + count)
+    (one,) = validated("--data", f"task0={tmp_path / 'splits'}")["accuracy"]
+    assert (one["images"], "the split test of" in one["notes"][0]) == (6, True)
+    (one,) = validated("--data", f"task0={tmp_path / 'splits'}", "--split", "all")["accuracy"]
+    assert one["images"] == 10
+    failed = run("validate", exported("linear"), "--data", f"task0={tmp_path / 'splits'}", "--split", "val")
+    refused(failed, 1, "has no split val, it has only train and test")
+
+
+def test_an_engine_is_scored_on_classes_that_differ(tmp_path):
+    (one,) = labelled(tmp_path / "lacks", {"1": 4})["accuracy"]
+    assert one["notes"][1] == "no images of 1 of the 2 classes: 0; they have no figures"
+    assert one["evaluation"]["engine"]["confusion"]["1"].keys() <= {"0", "1"}
+    assert sum(one["evaluation"]["engine"]["confusion"]["1"].values()) == 4
+    (one,) = labelled(tmp_path / "more", {"1": 4, "emu": 2})["accuracy"]
+    assert one["evaluation"]["engine"]["n"] == 6
+    assert one["engine"] <= 4 / 6
+    assert "2 images of class emu, which the model does not have, are counted as wrong" in one["notes"][2]
+    write_classes(tmp_path / "other", {"emu": 2, "ant": 2}, start=800)
+    failed = run("validate", exported("linear"), "--data", f"task0={tmp_path / 'other'}")
+    refused(failed, 1, "no class of the data is one of the model's")
+    report = validated("--data", tmp_path / "other")  # for all tasks: none has these classes
+    assert {one["skipped"] for one in report["accuracy"]} == {"the classes of the data are not the task's labels"}
 
 
 def test_validate_against_another_engine(engine, tmp_path):

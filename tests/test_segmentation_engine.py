@@ -24,7 +24,7 @@ from prompttune.preprocess import Preprocess
 from prompttune.serve.infer import InferSettings, infer
 from prompttune.serve.masks import class_map, mask_of_image, palette, seen_box
 from tests.engines import exported, noise
-from tests.segmenting import LABELS, engine_of, saved, tiny
+from tests.segmenting import LABELS, engine_of, saved, tiny, write_blocks
 
 ENGINES = [("sa2vp", "linear"), ("lspt", "pyramid")]
 
@@ -122,6 +122,21 @@ def test_validation_measures_iou_on_both_sides(engine):
     assert accuracy.images == 8
     assert accuracy.engine == pytest.approx(accuracy.reference, abs=1e-3)
     assert accuracy.to_dict()["pixels"]["engine"]["pixels"] == 8 * 64 * 64
+
+
+def test_validation_scores_classes_that_differ(tmp_path):
+    folder = write_blocks(tmp_path / "blocks", (2, 3))
+    (folder / "classes.txt").write_text("heart\ngrey\narrow\n")
+    report = pt.validate_engine(
+        engine_of("sa2vp", "linear"), {"task0": str(folder)}, tasks=["task0"], images=2, batch_sizes=(1, 2)
+    )
+    (one,) = report.accuracy
+    assert one.images == 3
+    assert one.pixels is not None
+    assert one.pixels["engine"]["iou"]["grey"] == 0
+    assert one.pixels["engine"]["unseen"]["grey"] > 0
+    assert any("pixels of class grey" in note for note in one.notes)
+    assert any("no pixels of " in note for note in one.notes)
 
 
 def test_a_task_of_another_head_or_kind_is_refused(engine, tmp_path):

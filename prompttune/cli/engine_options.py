@@ -166,6 +166,9 @@ def parity_tables(console: Console, report: Mapping[str, Any]) -> None:
         say(f"swaps A, B, A: {exact} of {len(report['swaps'])} gave A's first answer bit for bit")
     if report["accuracy"]:
         console.print(_accuracy_table(report["accuracy"], report["reference"]))
+        for one in report["accuracy"]:
+            for note in one.get("notes", ()):
+                say(f"{one['task']}: {note}")
     if report["bisection"] is not None:
         console.print(_probe_table(report["bisection"]))
         say(report["bisection"]["verdict"])

@@ -18,6 +18,7 @@ from prompttune.cli.engine_options import (
     wide_console,
 )
 from prompttune.errors import ParityError
+from prompttune.evaluation.scored import DEFAULT_SPLIT, SPLITS
 
 
 @click.command()
@@ -29,7 +30,8 @@ from prompttune.errors import ParityError
 )
 @click.option("--task", "tasks", multiple=True, help="Validate this task alone. May be repeated.")
 @gate_options
-@click.option("--limit", type=click.IntRange(1), help="At most so many validation images of each task.")
+@click.option("--limit", type=click.IntRange(1), help="At most so many images of each task.")
+@click.option("--split", type=click.Choice(SPLITS), help=f"Images of --data to evaluate.  [default: {DEFAULT_SPLIT}]")
 @runtime_options
 @weights_option
 @click.option("--debug", is_flag=True, help="Compare block by block and name the first result that diverges (ONNX).")
@@ -47,6 +49,7 @@ def validate(
     batch_sizes: tuple[int, ...],
     images: int,
     limit: int | None,
+    split: str | None,
     weights: str | None,
     debug: bool,
     output: Path | None,
@@ -56,11 +59,11 @@ def validate(
 ) -> None:
     """Compare ENGINE with PyTorch, or with another engine: every task, mixed batches, swaps, several batch sizes.
 
-    With --data the whole validation set goes through both sides, and where its classes are the task's labels both
-    are evaluated: accuracy and calibration error here; precision and recall of each class, confusion and calibration
-    of both with --json and --output, pictures of the engine's with --html. What passes follows the precision of the
-    engine, and the looser one of two engines. Exit code 1, and one line that names the worst figure, if one is
-    beyond its threshold.
+    With --data the images of --split go through both sides, those of a data set without splits all, and both are
+    evaluated: accuracy and calibration error here; precision and recall of each class, confusion and calibration
+    of both with --json and --output, pictures of the engine's with --html. A data set for every task is evaluated for
+    those alone that have its classes. What passes follows the precision of the engine, and the looser one of two
+    engines. Exit code 1, and one line that names the worst figure, if one is beyond its threshold.
 
     \b
     prompttune validate engine
@@ -87,6 +90,7 @@ def validate(
             images=images,
             tasks=tasks or None,
             limit=limit,
+            split=split,
             weights=weights,
             debug=debug,
             runner=opened,
