@@ -23,6 +23,7 @@ from prompttune.export.folder import (
     FileRecord,
     Manifest,
     Task,
+    digest_of,
     save_task,
     write_manifest,
 )
@@ -40,6 +41,7 @@ from prompttune.export.tasks import (
     fold_checkpoint,
     name_checkpoints,
 )
+from prompttune.export.versions import carry_over
 from prompttune.files import replacing_folder
 
 OnStage = Callable[[str], None]
@@ -133,6 +135,10 @@ def export_engine(
             folder = temporary / TASKS / name
             folder.mkdir(parents=True)
             save_task(one.task, folder, manifest)
+        known = {*folded, *(one.name for one in (target / TASKS).glob("[!.]*"))}
+        digests = {name: digest_of(target, name) for name in known}
+        now = {name: folded[name].task.version if name in folded else digests[name] for name in known}
+        carry_over(target, temporary, {name: (digests[name], now[name]) for name in known if now[name]})
         write_manifest(temporary, manifest)
     return EngineFolder(target, verify=False)
 

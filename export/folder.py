@@ -223,6 +223,14 @@ def read_record(folder: Path) -> TaskRecord:
         raise EngineError(f"the task in {folder} is damaged: {problem}; add it again") from None
 
 
+def digest_of(engine: Path, name: str) -> str:
+    """The version of a task that lies in an engine folder, empty for none that can be read."""
+    try:
+        return read_record(engine / TASKS / name).version
+    except EngineError:
+        return ""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What ``engine.json`` says: enough to refuse what does not fit, and to rebuild the PyTorch reference."""
@@ -359,14 +367,7 @@ class EngineFolder:
         bind_axes(self.manifest.layout, task.shapes(), f"task {name!r}")
         with replacing_folder(self.path / TASKS / name) as temporary:
             save_task(task, temporary, self.manifest)
-            count_version(self.path, name, task.version, self._digest_of(name))
-
-    def _digest_of(self, name: str) -> str:
-        """The version of a task that lies here, empty for none."""
-        try:
-            return read_record(self.path / TASKS / name).version
-        except EngineError:
-            return ""
+            count_version(self.path, name, task.version, digest_of(self.path, name))
 
     def check_free(self, name: str, replace: bool) -> None:
         """Raise :class:`UsageError` unless a task may be written under ``name``."""
@@ -389,7 +390,7 @@ class EngineFolder:
         """
         self.check_open()
         folder = self.path / TASKS / choose("task", name, self.tasks())
-        if digest := self._digest_of(name):
+        if digest := digest_of(self.path, name):
             count_version(self.path, name, digest, digest)
         aside = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
         folder.replace(aside / name)  # the rename is atomic, deleting file by file is not

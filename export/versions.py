@@ -6,6 +6,8 @@ task that is removed and added again goes on counting. A task without such a fil
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +15,8 @@ from prompttune.errors import EngineError
 from prompttune.files import read_json, write_json
 
 VERSIONS = "versions"
+LARGEST = 2**63
+"""What Triton's tools read."""
 
 
 class Numbered(NamedTuple):
@@ -34,7 +38,7 @@ def read_number(engine: Path, task: str) -> Numbered:
         return Numbered(0, "")
     values = read_json(path, EngineError, "version number")
     number, digest = values.get("number"), values.get("version")
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1 or not isinstance(digest, str):
+    if not isinstance(number, int) or number is True or not 0 < number < LARGEST or not isinstance(digest, str):
         raise EngineError(f"the version number {path} is damaged: delete it, and the task counts from 1 again")
     return Numbered(number, digest)
 
@@ -57,6 +61,18 @@ def count_version(engine: Path, task: str, digest: str, before: str = "") -> Non
     if not last.number and before:
         last = Numbered(1, before)
     write_number(engine, task, last if last.digest == digest else Numbered(last.number + 1, digest))
+
+
+def carry_over(old: Path, new: Path, tasks: Mapping[str, tuple[str, str]]) -> None:
+    """Go on counting in the engine folder ``new``, which is about to take the place of ``old``.
+
+    ``tasks`` names for each task of either its digest there, empty where it is not, and its digest from now on.
+    """
+    if (old / VERSIONS).is_dir():
+        shutil.copytree(old / VERSIONS, new / VERSIONS)
+    for task, (before, digest) in tasks.items():
+        if before or read_number(new, task).number:
+            count_version(new, task, digest, before)
 
 
 def _path(engine: Path, task: str) -> Path:

@@ -11,7 +11,8 @@ from prompttune.serve.protocol.calls import LEAVING
 from prompttune.serve.protocol.types import UnavailableError
 from prompttune.serve.traffic import Traffic
 
-_SHORTEST_RETRY_S = 0.1
+_SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.1, 30.0
+"""The longest is for a server that has answered nothing yet, whose speed is unknown."""
 
 
 class Admission:
@@ -58,7 +59,8 @@ class Admission:
         if self.closed:
             raise UnavailableError(LEAVING)
         after = self.rows + coming.total()
-        retry_after_s = max(_SHORTEST_RETRY_S, self.rows / max(self._traffic.rows_per_s(), 1.0))
+        expected_s = self.rows / max(self._traffic.rows_per_s(), 1.0)
+        retry_after_s = min(max(_SHORTEST_RETRY_S, expected_s), _LONGEST_RETRY_S)
         if after > self.most:
             raise UnavailableError(f"the queue is full ({self.rows} of {self.most} images): try again", retry_after_s)
         # One task alone may fill a queue that is otherwise empty up to its half: the others find room.

@@ -42,7 +42,7 @@ class Numbers:
     def _read(self, task: str) -> Numbered:
         try:
             return read_number(self._engine, task)
-        except PrompttuneError as problem:
+        except (PrompttuneError, OSError) as problem:
             LOG.warning("a task's version is counted from 1: %s", problem, extra={"task": task})
             return Numbered(0, "")
 

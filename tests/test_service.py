@@ -11,6 +11,7 @@ import pytest
 
 import prompttune as pt
 from prompttune.export.folder import EngineFolder
+from prompttune.serve.admission import Admission
 from prompttune.serve.protocol.types import (
     BadRequestError,
     DeadlineError,
@@ -20,6 +21,7 @@ from prompttune.serve.protocol.types import (
     UnavailableError,
 )
 from prompttune.serve.service import ServiceSettings
+from prompttune.serve.traffic import Traffic
 from tests.engines import copied, exported
 from tests.serving import noise, outputs, request, running, within
 
@@ -126,6 +128,17 @@ def test_a_full_queue_says_when_to_come_again():
             await service.infer(request("task0", noise(2)))
 
     within(60, test())
+
+
+def test_a_server_that_has_answered_nothing_yet_does_not_send_clients_away_for_minutes():
+    admission = Admission(1000, Traffic())
+    with (
+        admission.inside(["task0"] * 500),
+        pytest.raises(UnavailableError) as problem,
+        admission.inside(["task1"] * 501),
+    ):
+        pass
+    assert problem.value.retry_after_s == 30
 
 
 def test_a_request_out_of_time_leaves_the_queue():

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ import pytest
 import prompttune as pt
 from prompttune.errors import EngineError
 from prompttune.export.folder import EngineFolder
+from prompttune.export.versions import carry_over, read_number
 from prompttune.serve.models import READY
+from prompttune.serve.numbers import Numbers
 from prompttune.serve.protocol.types import InferRequest, InputTensor, NotFoundError, bytes_array
 from prompttune.serve.service import ServiceSettings
 from tests.engines import copied, exported
@@ -117,7 +120,10 @@ def test_a_read_only_engine_counts_in_memory(folder, monkeypatch):
     assert not (folder.path / "versions").exists()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"number": 0, "version": "x"}', '{"number": "2", "version": 1}'])
+DAMAGED = ("", "[]", "{}", *(f'{{"number": {number}, "version": "x"}}' for number in ("0", "true", '"2"', 2**63)))
+
+
+@pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_number_is_named_and_does_not_stop_a_server(folder, content, caplog):
     new = write(folder, "task1")
     path = folder.path / "versions" / "task0.json"
@@ -134,6 +140,23 @@ def test_a_number_survives_a_copy_of_the_engine(folder, tmp_path):
     assert json.loads((folder.path / "versions/task0.json").read_text())["number"] == 2
     other = EngineFolder(shutil.copytree(folder.path, tmp_path / "other"))
     assert numbers_of(other, nothing) == [2]
+
+
+def test_an_export_in_the_place_of_an_engine_goes_on_counting(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    engine = EngineFolder(Path(shutil.copytree(exported("sa2vp"), old)))
+    write(engine, "task1")()
+    engine.write_task("gone", engine.read_task("task0"))
+    new.mkdir()
+    replaced, kept = engine.read_task("task0").version, engine.read_task("task1").version
+    carry_over(old, new, {"task0": (replaced, "other"), "task1": (kept, kept), "gone": ("x", "x"), "fresh": ("", "y")})
+    numbers = {name: read_number(new, name).number for name in ("task0", "task1", "gone", "fresh")}
+    assert numbers == {"task0": 3, "task1": 1, "gone": 2, "fresh": 0}
+
+
+def test_a_name_that_is_too_long_for_the_file_is_served(tmp_path):
+    assert Numbers(tmp_path).number("x" * 255, "one") == 1
+    assert Numbers(tmp_path).number("x" * 255, "two") == 1
 
 
 def test_a_watched_task_counts_too(folder, tmp_path):
