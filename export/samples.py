@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from prompttune.data.base import DataObject
 from prompttune.errors import DataError, choose
 from prompttune.evaluation.scored import Chosen, Matched, choose_split, match_classes
 from prompttune.export.figures import Array
 from prompttune.export.folder import Task
 from prompttune.segmentation.config import IGNORE_INDEX
 
-Data = str | Mapping[str, str] | None
-"""One data set for every task, or one for each task by name, or none."""
+if TYPE_CHECKING:
+    from prompttune.data.objects import Data as DataSet
+
+Data: TypeAlias = "DataSet | Mapping[str, DataSet] | None"
+"""One data set for every task, as of ``train``, or one for each task by name, or none."""
 
 
 class Labelled:
@@ -88,6 +92,7 @@ class Samples:
     split: str | None = None
     strict: bool = False
     _chosen: dict[str, Chosen] = field(default_factory=dict, repr=False)
+    _objects: dict[str, str | DataObject] = field(default_factory=dict, repr=False)
 
     def check(self, tasks: Mapping[str, Task]) -> None:
         """Refuse data that cannot be scored before anything else is done.
@@ -102,19 +107,31 @@ class Samples:
             self.images(name, one)
 
     def spec(self, task: str) -> str | None:
-        """The data set that belongs to a task."""
-        return self.data.get(task) if isinstance(self.data, Mapping) else self.data
+        """The name of the data set that belongs to a task."""
+        found = self._settled(task)
+        return None if found is None else str(found)
+
+    def _settled(self, task: str) -> str | DataObject | None:
+        given = self.data.get(task) if isinstance(self.data, Mapping) else self.data
+        if given is None or isinstance(given, str):
+            return given
+        key = task if isinstance(self.data, Mapping) else ""
+        if key not in self._objects:
+            from prompttune.data.objects import settled
+
+            self._objects[key] = settled(given)
+        return self._objects[key]
 
     def images(self, name: str, task: Task) -> Labelled | None:
         """The images that belong to a task, None without data."""
         from prompttune.data import load_parts
         from prompttune.data.masks import load_mask_parts
 
-        spec = self.spec(name)
-        if spec is None:
+        found = self._settled(name)
+        if found is None:
             return None
-        if spec not in self._chosen:
-            parts = load_mask_parts(spec) if self.masks else load_parts(spec)
+        if (spec := str(found)) not in self._chosen:
+            parts = load_mask_parts(spec) if self.masks else load_parts(found)
             self._chosen[spec] = choose_split(parts.named, parts.name, self.split)
         return Labelled(self._chosen[spec], task.labels, isinstance(self.data, Mapping), self.strict)
 

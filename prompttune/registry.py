@@ -46,7 +46,7 @@ class Registry(Mapping[str, Part], Generic[Part]):
         self._parts[name] = part
 
     def registered(self) -> dict[str, Part]:
-        """Those that are there already; no entry point is loaded."""
+        """Parts that are there already, without those of entry points that were not loaded yet."""
         return dict(self._parts)
 
     def _all(self) -> dict[str, Part]:

@@ -112,7 +112,7 @@ def test_lists_of_paths_and_labels(tmp_path: Path) -> None:
         ([(files[0], None)], "item 0 of the list has the label None"),
         ([(files[0], " ")], "item 0 of the list has the label ' '"),
         ([(files[0], 0), (files[0], 1)], "items 0 and 1 of the list are both .*: list each image once"),
-        ([(tmp_path / "no.png", 0)], "item 0 of the list: there is no file .*no.png"),
+        ([(tmp_path / "no.png", 0)], "item 0 of the list: the file .*no.png does not exist"),
     ):
         with pytest.raises(UsageError, match=message):
             settled(rows)  # type: ignore[arg-type]

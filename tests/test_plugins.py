@@ -141,7 +141,6 @@ def test_parts_of_another_package_work_in_every_command(
     invoke(*train, "--output", run)
     invoke("export", run, "--output", engine)
     invoke("tasks", "add", engine, f"second={run}")
-    invoke("validate", engine, "--images", 2, "--batch-sizes", 2)
     assert pt.Engine(engine).predict([next(data.rglob("*.png"))], tasks="run")[0].label
     plan = invoke("benchmark", "demo", "--methods", "outside-scale", "--output", tmp_path / "bench", "--dry-run")
     assert "outside-scale" in plan

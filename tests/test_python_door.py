@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 
 import prompttune as pt
 from prompttune.errors import UsageError
 from prompttune.export.graph import trace
 from prompttune.methods import METHODS
 from prompttune.training.optim import Objective
+from prompttune.training.progress import Display, Progress
 from tests.drawing import default_configs, drawn_model
 
 SIZE = 32
@@ -70,7 +72,7 @@ def test_images_of_a_wrong_type_are_one_line(backbone: pt.Backbone, images: torc
 
 
 def test_checks_of_images_leave_nothing_in_the_graph(backbone: pt.Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = pt.PromptModel(backbone, "vpt-deep", 3).eval()
+    model = pt.PromptModel(backbone, "linear", 3).eval()
     checked = trace(model).program.graph_module.code
     monkeypatch.setattr(pt.Backbone, "check_images", lambda *_: None)
     assert trace(model).program.graph_module.code == checked
@@ -126,3 +128,12 @@ def test_methods_and_their_settings_are_told() -> None:
     assert "no settings" in repr(pt.describe("linear"))
     with pytest.raises(UsageError, match="unknown method 'vpt'; did you mean"):
         pt.describe("vpt")
+
+
+def test_a_notebook_shows_the_lines_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr("rich.jupyter.display", lambda _segments, text: shown.append(text))
+    with Display(Console(force_jupyter=True)) as display:
+        display(Progress("note", text="linear over test_vit"))
+        display(Progress("train", step=1, steps=2))
+    assert shown == ["linear over test_vit\n"]  # the live bar is a widget, where ipywidgets are installed

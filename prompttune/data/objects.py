@@ -30,7 +30,7 @@ Data: TypeAlias = str | Path | Labelled | Mapping[str, Labelled] | DataObject
 
 
 def settled(data: Data) -> str | DataObject:
-    """What a user gave, as text or as an object; a path that begins as a built-in name is still a path.
+    """Bring what a user gave to text or an object. ``Path("demo/digits")`` is a folder, never the built-in data.
 
     Raises:
         UsageError: it is no map-style data set or list, or its labels or images are not of the kind that is read.
@@ -169,7 +169,7 @@ def _listed(rows: Sequence[Any]) -> FileSource:
         if (first := seen.setdefault(os.fspath(path), index)) != index:
             raise UsageError(f"items {first} and {index} of the list are both {path}: list each image once")
         if not Path(path).expanduser().is_file():
-            raise UsageError(f"item {index} of the list: there is no file {path}")
+            raise UsageError(f"item {index} of the list: the file {path} does not exist")
     labels = [label if isinstance(label, str) else operator.index(label) for _, label in rows]
     numbers = all(isinstance(label, int) for label in labels)
     classes = [str(label) for label in sorted(set(labels) if numbers else {str(label) for label in labels})]
@@ -180,7 +180,7 @@ def _listed(rows: Sequence[Any]) -> FileSource:
 
 def _label(label: Any, where: str) -> int:
     try:
-        made = operator.index(label)
+        made = int(operator.index(label))
     except TypeError:
         raise UsageError(f"{where} has the label {label!r:.80}, which is not a whole number from 0") from None
     if made < 0:

@@ -27,7 +27,7 @@ class SettingDescription:
 
     @classmethod
     def of(cls, known: Setting) -> SettingDescription:
-        """Of a field of a method's config."""
+        """Describe a field of a method's config."""
         words = f"tuple[{known.type.__name__}, ...]" if known.is_tuple else known.type.__name__
         words += " | None" * known.optional
         bounds = " or ".join(map(str, known.choices)) if known.choices else bounds_of(known.metadata)
@@ -101,7 +101,7 @@ def methods() -> MethodList:
 
 
 def describe(method: str) -> MethodDescription:
-    """A method's summary, paper and settings with their defaults, bounds and help.
+    """Tell a method's summary, paper and settings with their defaults, bounds and help.
 
     Raises:
         UsageError: there is no such method.

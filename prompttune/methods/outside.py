@@ -10,7 +10,7 @@ from prompttune.fields import settings_of
 from prompttune.methods.base import MethodConfig
 
 OPTIONS = ("config", "help", "json", "overwrite", "quiet", "resume", "tasks")
-"""Options of ``prompttune train`` that are no settings."""
+"""Options of ``prompttune train`` beside the settings."""
 
 
 def check_config(config: Any) -> None:
