@@ -11,11 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prompttune.errors import DataError
+from prompttune.errors import DataError, UsageError
+from prompttune.serve.answers import Score
 from prompttune.serve.infer.rows import COLUMNS, LABELLED_COLUMNS, Answer, Row
+from prompttune.serve.infer.running import prepared
 from prompttune.serve.infer.sinks.appended import AppendedFile
 from prompttune.serve.infer.sinks.text import CsvRows, JsonLines, StandardOutput
-from tests.sink_helpers import STEPS, answer, full_disk, rows, run
+from prompttune.serve.infer.sources.labels import Labels
+from prompttune.serve.infer.sources.tables import TableSource
+from prompttune.spreadsheets import guarded, restored, write_table
+from tests.inferring import pictures, settings
+from tests.sink_helpers import STEPS, answer, full_disk, rows, run, texts
 
 SINKS = {"jsonl": JsonLines, "csv": CsvRows}
 ANSWERS = [answer(number, ("birds", "digits")) for number in range(12)]
@@ -259,3 +265,79 @@ def test_a_reader_that_has_gone_is_told_to_the_caller():
     with pytest.raises(BrokenPipeError):
         sink.commit()
     sink.close()
+
+
+# Text that looks like a formula
+
+FORMULAS = (
+    "=1+1",
+    "+1",
+    "-1",
+    "@SUM(A1)",
+    "\t=1",
+    "\r=1",
+    "\n=1",
+    "＝1",
+    "＋1",
+    "－1",
+    "＠a",
+    " =1",
+    "'=1",
+    "\ufeff=1",
+    "﹦1",
+)
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+def test_no_cell_of_csv_is_a_formula(text, path):
+    row = Row(text, text, text, row=-3, label=text, probability=0.5, top_k=(Score(text, 0.5),), target=text)
+    sink = CsvRows(path, True, None)
+    write(sink, [row, Row(text, text, None, error=text)])
+    with path.open(encoding="utf-8", newline="") as stream:
+        first, second = csv.DictReader(stream)
+    for cells, names in ((first, ("source", "task", "task_version", "label", "target")), (second, ("source", "error"))):
+        assert {cells[name] for name in names} == {guarded(text)}
+    assert guarded(text)[0] == "'"
+    assert (first["row"], first["probability"], first["top_k"][0]) == ("-3", "0.5", "[")
+    assert next(iter(sink.rows())) == row
+
+
+def test_text_behind_what_some_spreadsheets_take_for_the_end_of_a_cell():
+    assert guarded("a;=1\t@b;c=d") == "a;'=1\t'@b;c=d"
+    assert guarded("a=b, -c; d") == "a=b, -c; d"
+    assert [guarded(value) for value in (-1, -0.5, None)] == [-1, -0.5, None]
+
+
+@given(texts() | st.sampled_from(FORMULAS))
+def test_the_quote_mark_is_taken_away_again(text):
+    assert restored(guarded(text)) == text
+
+
+def test_every_table_is_guarded(tmp_path):
+    write_table(tmp_path / "t.csv", [{"task": "=1", "top1": -0.5}, {"task": "b", "error": "@c"}])
+    assert (tmp_path / "t.csv").read_text().splitlines() == ["task,top1,error", "'=1,-0.5,", "b,,'@c"]
+
+
+def test_labels_and_tables_take_the_quote_mark_away(tmp_path):
+    write_table(tmp_path / "l.csv", [{"path": "=1.png", "label": "-1"}])
+    assert Labels.parse(str(tmp_path / "l.csv")).of(tmp_path / "=1.png") == "-1"
+    (item,) = TableSource(tmp_path / "l.csv", label_column="label").items()
+    assert (item.source, item.target) == ("=1.png", "-1")
+
+
+def test_a_byte_order_mark_for_excel(tmp_path):
+    images = pictures(tmp_path / "in", 2)
+    outputs = (str(tmp_path / "rows.csv"), "csv:-")
+    printed = io.StringIO()
+    with prepared(settings(images, outputs=outputs, csv_bom=True), stdin=None, stdout=printed) as ready:
+        ready.job.run()
+    written = (tmp_path / "rows.csv").read_bytes()
+    assert written.startswith(b"\xef\xbb\xbfsource,row,")
+    assert printed.getvalue().startswith("\ufeffsource,row,")
+    assert len(list(CsvRows(tmp_path / "rows.csv", False, {"bytes": len(written), "rows": 2}).rows())) == 2
+    with prepared(
+        settings(images, outputs=outputs, csv_bom=True, overwrite=True), stdin=None, stdout=io.StringIO()
+    ) as ready:
+        ready.job.run()  # it is known for one of ours
+    with pytest.raises(UsageError, match="--csv-bom is for CSV"):
+        settings(images, outputs=("rows.jsonl",), csv_bom=True)

@@ -107,6 +107,8 @@ def _outputs(command: Any) -> Any:
         _option("Outputs", "--resume", is_flag=True,
                 help="Go on with an interrupted run, or answer inputs that came at the end of a finished one.  Refused "
                 "where an answered input or an output has changed."),
+        _option("Outputs", "--csv-bom", is_flag=True,
+                help="Begin CSV with a byte order mark, by which Excel knows that it is UTF-8."),
         _option("Outputs", "--max-errors", type=click.IntRange(0),
                 help="Stop, exit code 1, after more inputs with errors.  [default: any number]"),
         _option("Outputs", "--json", "as_json", is_flag=True,
@@ -231,6 +233,7 @@ def _settings(options: dict[str, Any]) -> InferSettings:
         max_errors=options["max_errors"],
         overwrite=options["overwrite"],
         resume=options["resume"],
+        csv_bom=options["csv_bom"],
     )
 
 

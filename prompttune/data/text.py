@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prompttune.errors import DataError, first_line
+from prompttune.spreadsheets import restored
 
 PATH_COLUMN, LABEL_COLUMN, SPLIT_COLUMN = "path", "label", "split"
 MISSING = frozenset({"", "nan", "none", "null", "<na>"})
@@ -67,6 +68,8 @@ def is_text(name: str) -> bool:
 def csv_rows(file: Path, what: str, dialect: str = "excel") -> Iterator[tuple[int, list[str]]]:
     """Number of the line and the cells of each row, the header first, without blanks around a cell and blank lines.
 
+    A quote mark that :func:`~prompttune.spreadsheets.guarded` set in front of a formula is taken away.
+
     A cell holds no line break: where one does, a quote that nobody closed has swallowed the rows behind it.
 
     Raises:
@@ -91,7 +94,7 @@ def csv_rows(file: Path, what: str, dialect: str = "excel") -> Iterator[tuple[in
                 f"{where}: the quote that opens there closes on line {reader.line_num}; a cell holds no line break"
             )
         if cells:
-            yield line, [cell.strip() for cell in cells]
+            yield line, [restored(cell.strip()) for cell in cells]
 
 
 def misfit(cells: list[str], width: int) -> str | None:

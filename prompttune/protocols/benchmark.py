@@ -16,7 +16,8 @@ from prompttune.protocols.recipe import Recipe
 from prompttune.protocols.runner import Listener, Outcome, Pace, execute
 from prompttune.protocols.search import Choices, Decision, decided_so_far, make_search, run_search
 from prompttune.protocols.summary import Summary, summarise
-from prompttune.protocols.tables import markdown, write_rows
+from prompttune.protocols.tables import markdown
+from prompttune.spreadsheets import write_table
 
 RESULTS, TABLE, SUMMARY, LATENCY, PLOT = "results.csv", "summary.md", "summary.json", "latency.csv", "accuracy.png"
 
@@ -186,7 +187,7 @@ class _Writer:
 
 
 def _write_rows(job: Job, plan: Sequence[RunSpec], rows: Sequence[dict[str, Any]]) -> None:
-    write_rows(job.output / RESULTS, rows)
+    write_table(job.output / RESULTS, rows)
     if rows:
         write_text(job.output / TABLE, markdown(_tabulate(job, plan, rows)))
 
@@ -221,6 +222,6 @@ def _latencies(outcomes: Sequence[Outcome]) -> list[Latency]:
 def _write(report: Report, output: Path) -> None:
     from prompttune.protocols.plots import plot_summary
 
-    write_rows(output / LATENCY, [dataclasses.asdict(one) for one in report.latencies])
+    write_table(output / LATENCY, [dataclasses.asdict(one) for one in report.latencies])
     write_json(output / SUMMARY, report.to_dict())
     plot_summary(output / PLOT, report.summary, report.latencies)

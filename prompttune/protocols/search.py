@@ -13,7 +13,7 @@ from prompttune.files import write_json
 from prompttune.protocols.plan import RunSpec
 from prompttune.protocols.recipe import Recipe
 from prompttune.protocols.runner import Listener, Outcome, execute
-from prompttune.protocols.tables import write_rows
+from prompttune.spreadsheets import write_table
 
 Pair = tuple[str, str]
 """Task and label."""
@@ -67,7 +67,7 @@ def run_search(plan: Sequence[RunSpec], output: Path, jobs: int, listener: Liste
         return Decision({}), []
     outcomes = execute(plan, output, jobs, listener)
     rows = [{**row, **_tried(spec)} for spec in plan if (row := spec.record(output)) is not None]
-    write_rows(output / SEARCH, rows)
+    write_table(output / SEARCH, rows)
     decision = decide(outcomes)
     write_json(
         output / CHOSEN,

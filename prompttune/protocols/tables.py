@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from prompttune.files import replacing
 from prompttune.protocols.summary import Cell, Line, Summary
 
 if TYPE_CHECKING:
@@ -87,13 +84,3 @@ def markdown(summary: Summary) -> str:
 
 def _row(values: Sequence[str]) -> str:
     return f"| {' | '.join(value.replace('|', '/') for value in values)} |"
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows of the same keys as CSV, atomically; without rows nothing is written."""
-    if not rows:
-        return
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import onnxruntime
 import timm
 import torch
 
-from prompttune.files import replacing
+from prompttune.spreadsheets import write_table
 
 _PROCESSORS = Path("/proc/cpuinfo")
 
@@ -40,7 +39,4 @@ def machine_columns(device: str, threads: int, command: str) -> dict[str, str]:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
     """Write rows of the same keys, each ending with ``columns``, atomically."""
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=[*rows[0], *columns])
-        writer.writeheader()
-        writer.writerows([{**row, **columns} for row in rows])
+    write_table(path, [{**row, **columns} for row in rows])

@@ -67,12 +67,16 @@ class InferSettings:
     max_errors: int | None = None
     overwrite: bool = False
     resume: bool = False
+    csv_bom: bool = False
+    """Begin CSV with a byte order mark, by which Excel knows UTF-8."""
 
     def __post_init__(self) -> None:
         if self.resume and self.overwrite:
             raise UsageError("--resume and --overwrite contradict each other: give one")
         if self.resume and journal_path(self.outputs) is None:
             raise UsageError("--resume needs an output that is a file: standard output keeps no record")
+        if self.csv_bom and not any(output.lower().endswith((".csv", "csv:-")) for output in self.outputs):
+            raise UsageError("--csv-bom is for CSV: none of the outputs is a .csv file or csv:-")
         if self.ray is not None and self.smooth is not None:
             raise UsageError("--smooth needs frame after frame in one place: leave out --engine ray")
 
@@ -167,6 +171,7 @@ def prepared(
             stdout=stdout,
             rate=opened.rate,
             tasks=work.known if work.segments else None,
+            csv_bom=settings.csv_bom,
         )
         for sink in sinks:
             stack.callback(sink.close)
@@ -321,6 +326,7 @@ def _recorded(settings: InferSettings, folder: EngineFolder, work: Work, opened:
         "input-format": source.input_format,
         "stride": source.stride,
         "fps": source.fps,
+        "csv-bom": settings.csv_bom or None,
     }
 
 

@@ -34,6 +34,7 @@ class _Settings:
     labelled: bool
     rate: Fraction | float | None
     tasks: Mapping[str, TaskFacts] | None = None
+    csv_bom: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class _Kind:
 
 
 def _foreign_text(path: Path) -> Path | None:
-    with path.open(encoding="utf-8", errors="replace", newline="") as stream:
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
         line = stream.readline(2**20)
     try:
         columns = set(json.loads(line)) if line.startswith("{") else set(next(csv.reader([line]), ()))
@@ -144,7 +145,7 @@ def _nothing(path: Path) -> None:
 _FOLDER = _Kind((".parquet",), _open_parquet, _foreign_in_folder, _clear_folder, _has_entries)
 _KINDS = (
     _Kind((".jsonl", ".ndjson"), lambda p, s, state: JsonLines(p, s.labelled, state), _foreign_text, _nothing),
-    _Kind((".csv",), lambda p, s, state: CsvRows(p, s.labelled, state), _foreign_text, _nothing),
+    _Kind((".csv",), lambda p, s, state: CsvRows(p, s.labelled, state, s.csv_bom), _foreign_text, _nothing),
     _FOLDER,
     _Kind((".mp4", ".mov", ".mkv", ".avi", ".webm"), _open_video, _foreign_video, _nothing, resumable=False),
     _Kind((".png", ".jpg", ".jpeg"), _open_sheet, _foreign_page, _clear_pages, _has_pages),
@@ -271,6 +272,7 @@ def open_sinks(
     stdout: TextIO,
     rate: Fraction | float | None = None,
     tasks: Mapping[str, TaskFacts] | None = None,
+    csv_bom: bool = False,
 ) -> list[Sink]:
     """Open a sink for each output.
 
@@ -283,6 +285,7 @@ def open_sinks(
         stdout: the standard output.
         rate: of a video, for inputs without timestamps.
         tasks: what is known of the tasks, where they are segmentations; None where they are not.
+        csv_bom: begin CSV with a byte order mark.
 
     Raises:
         UsageError: see :func:`check_outputs`; or an output cannot be opened.
@@ -294,7 +297,7 @@ def open_sinks(
     check_outputs(outputs, overwrite=overwrite or afresh, resume=resume, segments=tasks is not None)
     if resume and states is not None and len(states) != len(outputs):
         raise UsageError(f"the interrupted run had {len(states)} outputs, not {len(outputs)}: give the same ones")
-    settings = _Settings(labelled, rate, tasks)
+    settings = _Settings(labelled, rate, tasks, csv_bom)
     begun: list[State | None] = list(states) if states else [None] * len(outputs)
     sinks: list[Sink] = []
     try:
@@ -309,7 +312,7 @@ def open_sinks(
 
 def _open(output: str, settings: _Settings, state: State | None, stdout: TextIO) -> Sink:
     if output in STANDARD_OUTPUTS:
-        return StandardOutput(stdout, settings.labelled, STANDARD_OUTPUTS[output])
+        return StandardOutput(stdout, settings.labelled, STANDARD_OUTPUTS[output], settings.csv_bom)
     kind, path = _kind_of(output, settings.tasks is not None), Path(output)
     try:
         if state is None:

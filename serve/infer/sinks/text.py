@@ -12,6 +12,7 @@ from typing import Any, Literal, TextIO
 from prompttune.errors import DataError
 from prompttune.serve.infer.rows import COLUMNS, LABELLED_COLUMNS, Answer, Row
 from prompttune.serve.infer.sinks.appended import PARTS, AppendedFile, Taking, committed_lines, state_number
+from prompttune.spreadsheets import BOM, guarded, restored
 
 Form = Literal["jsonl", "csv"]
 
@@ -35,22 +36,22 @@ def json_line(row: Row, labelled: bool) -> str:
 def csv_lines(rows: Sequence[Row], labelled: bool) -> str:
     """Rows as CSV: an empty cell where there is no value, ``top_k`` as the JSON text that a JSON line has.
 
-    Numbers are written so that they read back exactly. What is no Unicode in a file's name is written as an escape
-    such as ``\\udcff``.
+    Text goes through :func:`~prompttune.spreadsheets.guarded`. Numbers are written so that they read back exactly.
+    What is no Unicode in a file's name is written as an escape such as ``\\udcff``.
     """
     lines = []
     for row in rows:
         values = row.to_dict(labelled)
         values["top_k"] = json.dumps(values["top_k"], ensure_ascii=False)
         text = io.StringIO()
-        csv.writer(text, lineterminator=_CSV_END).writerow(values.values())
+        csv.writer(text, lineterminator=_CSV_END).writerow(map(guarded, values.values()))
         lines.append(text.getvalue().removesuffix(_CSV_END) + "\n")
     return escaped("".join(lines))
 
 
-def csv_header(labelled: bool) -> str:
-    """The first line."""
-    return ",".join(_columns(labelled)) + "\n"
+def csv_header(labelled: bool, bom: bool = False) -> str:
+    """The first line, with a byte order mark in front of it if wanted."""
+    return BOM * bom + ",".join(_columns(labelled)) + "\n"
 
 
 def encodable(text: str) -> bool:
@@ -147,12 +148,16 @@ class JsonLines(_TextRows):
 
 
 class CsvRows(_TextRows):
-    """CSV in UTF-8 with a header; see :func:`csv_lines`. Arguments and errors as of :class:`JsonLines`."""
+    """CSV in UTF-8 with a header; see :func:`csv_lines`. Arguments and errors as of :class:`JsonLines`.
 
-    def __init__(self, path: Path, labelled: bool, state: Mapping[str, Any] | None) -> None:
+    Args:
+        bom: begin the file with a byte order mark.
+    """
+
+    def __init__(self, path: Path, labelled: bool, state: Mapping[str, Any] | None, bom: bool = False) -> None:
         super().__init__(path, labelled, state)
         if state is None:
-            self._append(csv_header(labelled), 0)
+            self._append(csv_header(labelled, bom), 0)
 
     def write(self, answer: Answer) -> None:
         """Add the rows of one input."""
@@ -171,7 +176,7 @@ class CsvRows(_TextRows):
             if reader.line_num == 1:
                 continue
             try:
-                row = _from_cells(dict(zip(columns, cells, strict=True)))
+                row = _from_cells(dict(zip(columns, map(restored, cells), strict=True)))
             except (ValueError, KeyError, TypeError):
                 raise self._damaged(reader.line_num) from None
             yield row
@@ -195,12 +200,14 @@ class StandardOutput:
         stream: where to; it is not closed.
         labelled: whether there are true labels.
         form: a JSON object a line, or CSV with a header.
+        bom: begin CSV with a byte order mark.
     """
 
     picture_side: int | None = None
 
-    def __init__(self, stream: TextIO, labelled: bool, form: Form = "jsonl") -> None:
+    def __init__(self, stream: TextIO, labelled: bool, form: Form = "jsonl", bom: bool = False) -> None:
         self._stream = stream
+        self._bom = bom
         self._labelled = labelled
         self._form = form
         self._encoding = getattr(stream, "encoding", None) or "utf-8"
@@ -236,7 +243,7 @@ class StandardOutput:
 
     def _begin(self) -> None:
         if not self._begun:
-            self._stream.write(csv_header(self._labelled))
+            self._stream.write(csv_header(self._labelled, self._bom))
             self._begun = True
 
     def close(self) -> None:

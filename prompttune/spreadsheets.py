@@ -1,0 +1,45 @@
+"""CSV that a spreadsheet shows and does not run: text from outside, such as a file's name, may look like a formula.
+
+The rule is OWASP's (https://owasp.org/www-community/attacks/CSV_Injection): a quote mark in front of the text.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prompttune.files import replacing
+
+BOM = "\ufeff"
+"""Tells Excel that a file is UTF-8."""
+# The full-width and small forms count as the signs themselves. Where ; or a tab separates cells, one begins behind it.
+_FORMULA = "['\\s\0\ufeff]*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20\ufe66\ufe62\ufe63\ufe6b]"
+_UNGUARDED = re.compile(rf"(^|[;\t])(?={_FORMULA})")
+_GUARDED = re.compile(rf"(^|[;\t])'(?={_FORMULA})")
+
+
+def guarded(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula; what is not text, such as a number, stays."""
+    return _UNGUARDED.sub(r"\1'", value) if isinstance(value, str) else value
+
+
+def restored(text: str) -> str:
+    """The inverse of :func:`guarded`."""
+    return _GUARDED.sub(r"\1", text)
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV in UTF-8, atomically, with a column for each key; without rows nothing is written."""
+    if not rows:
+        return
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerows([names, *([*_cells(row, names)] for row in rows)])
+
+
+def _cells(row: Mapping[str, Any], names: Iterable[str]) -> Iterable[Any]:
+    return (guarded(row.get(name, "")) for name in names)
