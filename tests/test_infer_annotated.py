@@ -63,7 +63,7 @@ def test_a_video_has_a_frame_for_each_answer(tmp_path, suffix):
     assert is_annotated(path)
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        assert stream.codec_context.name == ("vp9" if suffix == ".webm" else "h264")
+        assert stream.codec_context.name == {".webm": "vp9", ".avi": "mpeg4"}.get(suffix, "h264")
         assert stream.codec_context.pix_fmt == "yuv420p"
 
 
@@ -76,11 +76,17 @@ def test_frames_stand_where_their_timestamps_say(tmp_path, suffix, start):
 
 
 def test_avi_rounds_times_to_its_rate(tmp_path):
-    path = tmp_path / "out.avi"
-    record(path, [frame_of(n, timestamp=time) for n, time in enumerate([0, 0.1, 0.52, 0.9])], rate=10)
-    with av.open(str(path)) as container:
-        times = [float(packet.dts * packet.time_base) for packet in container.demux() if packet.dts is not None]
-    assert times == pytest.approx([0, 0.1, 0.5, 0.9])
+    found = record(tmp_path / "out.avi", [frame_of(n, timestamp=t) for n, t in enumerate([0, 0.1, 0.52, 3.9])], rate=10)
+    assert [time for time, _ in found] == pytest.approx([0, 0.1, 0.5, 3.9])
+
+
+def test_avi_keeps_its_time_where_frames_come_faster_than_its_rate(tmp_path, caplog):
+    times = [0.0, *(2 + number / 50 for number in range(100)), 9.0]  # a burst of two seconds
+    with caplog.at_level("WARNING", "prompttune.infer"):
+        found = record(tmp_path / "out.avi", [frame_of(n, timestamp=time) for n, time in enumerate(times)], rate=10)
+    assert [time for time, _ in found] == pytest.approx([0, *(2 + number / 10 for number in range(21)), 9], abs=0.001)
+    (warning,) = caplog.messages
+    assert "out.avi has one rate, 10 pictures a second: frames that come faster are left out of it" in warning
 
 
 def test_without_timestamps_the_rate_tells(tmp_path):

@@ -6,6 +6,7 @@ import pickle
 import sys
 import wave
 from collections.abc import Sequence
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from prompttune.serve.infer.items import ArrayPayload, Item
 from prompttune.serve.infer.sources.decoding import Reader
 from prompttune.serve.infer.sources.frames import Selection
 from prompttune.serve.infer.sources.video import VideoSource, is_video
-from tests.videos import HEIGHT, WIDTH, number_in, render, wreck
+from tests.inferring import run
+from tests.videos import HEIGHT, WIDTH, number_in, picture, render, wreck
 
 FRAMES = 30
 
@@ -141,9 +143,49 @@ def test_a_video_that_breaks_off_says_so(tmp_path: Path) -> None:
     path.write_bytes(data[: len(data) * 3 // 4])
     *read, last = VideoSource(path).items()
     assert shown(read)[0] == 0
-    assert last.error == f"the video breaks off after {max(item.timestamp for item in read):.1f} of 6.0 s"
+    assert last.error == f"the video breaks off after {max(item.timestamp for item in read) + 0.1:.1f} of 6.0 s"
     assert last.frame == len(read)
     assert list(VideoSource(path, stride=1000).items())[1:] == [last]
+
+
+def segment(path: Path, first: int, step: int, form: str, options: dict[str, str] | None = None) -> None:
+    """Two seconds that begin elsewhere than at 0, of a frame every ``step`` ms, as a recorder cuts them."""
+    with av.open(str(path), "w", format=form, options=options or {}) as output:
+        stream = output.add_stream("libx264", rate=round(1000 / step) or 1, options={"tune": "zerolatency"})
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for number in range(20):
+            frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
+            frame.pts, frame.time_base = first + step * number, Fraction(1, 1000)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "step"),
+    [
+        ("matroska", {}, 100),
+        ("matroska", {}, 30_000),  # a time lapse: what the last frame lasts is more than a second
+        ("mpegts", {}, 100),
+        ("mp4", {}, 100),
+        ("mp4", {"movflags": "frag_keyframe+empty_moov"}, 100),
+    ],
+)
+def test_a_segment_that_begins_late_is_whole(form: str, options: dict[str, str], step: int, tmp_path: Path) -> None:
+    segment(tmp_path / "a.vid", 60_000, step, form, options)
+    items = list(VideoSource(tmp_path / "a.vid").items())
+    assert [item.error for item in items] == [None] * 20
+    assert [item.timestamp for item in items] == pytest.approx([step * number / 1000 for number in range(20)])
+
+
+def test_a_segment_that_breaks_off_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.mkv"
+    segment(path, 60_000, 200, "matroska")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 4 // 5])
+    *read, last = VideoSource(path).items()
+    assert 2 < len(read) < 18
+    assert last.error.startswith("the video breaks off after ")
+    assert last.error.endswith(" of 4.0 s")
 
 
 def test_an_interlaced_video_is_read_whole_and_damaged(tmp_path: Path) -> None:
@@ -194,14 +236,44 @@ def sound(path: Path) -> None:
 
 
 def test_what_is_no_video_is_refused_in_one_line(tmp_path: Path) -> None:
-    text, wav, missing = tmp_path / "a.mp4", tmp_path / "a.wav", tmp_path / "none.mp4"
+    text, wav, empty = tmp_path / "a.mp4", tmp_path / "a.wav", tmp_path / "empty.mp4"
     text.write_text("no video\n" * 100)
+    empty.write_bytes(b"")
     sound(wav)
-    for path, words in ((text, "Invalid data"), (missing, "No such file"), (wav, "no video stream")):
-        with pytest.raises(DataError, match=words) as caught:
-            VideoSource(path)
-        assert str(path) in str(caught.value)
-        assert "\n" not in str(caught.value)
+    for path, words in ((text, "Invalid data"), (empty, "Invalid data"), (wav, "no video stream")):
+        source = VideoSource(path)
+        (item,) = source.items()
+        assert words in item.error
+        assert str(path) in item.error
+        assert "\n" not in item.error
+        assert (source.total, source.counts()) == (1, {"frames": 1, "skipped": 0, "damaged": 1})
+    with pytest.raises(UsageError, match=r"no video file .*none\.mp4"):
+        VideoSource(tmp_path / "none.mp4")
+
+
+def test_a_video_that_goes_away_is_a_row(tmp_path: Path) -> None:
+    render(tmp_path / "a.mp4", range(FRAMES))
+    source = VideoSource(tmp_path / "a.mp4")
+    (tmp_path / "a.mp4").unlink()
+    assert ["No such file" in item.error for item in source.items()] == [True]
+
+
+def test_unreadable_videos_among_good_ones_are_rows(tmp_path: Path) -> None:
+    good, cut, empty, other = (tmp_path / name for name in ("a.mp4", "cut.mp4", "empty.mkv", "b.mp4"))
+    render(good, range(4))
+    cut.write_bytes(good.read_bytes()[: good.stat().st_size // 2])  # without its index
+    empty.write_bytes(b"")
+    render(other, range(3))
+    summary, rows = run(cut, good, empty, other, output=tmp_path / "rows.jsonl", max_errors=2)
+    assert (summary.inputs, summary.errors) == (9, 2)
+    assert [(Path(row.source).name, row.frame, row.error is None) for row in rows] == [
+        ("cut.mp4", 0, False),
+        *(("a.mp4", number, True) for number in range(4)),
+        ("empty.mkv", 0, False),
+        *(("b.mp4", number, True) for number in range(3)),
+    ]
+    with pytest.raises(DataError, match=r"2 of .* inputs have errors, more than the 1"):
+        run(cut, good, empty, other, output=tmp_path / "few.jsonl", max_errors=1)
 
 
 @pytest.mark.parametrize("settings", [{"stride": 0}, {"fps": 0}, {"fps": float("nan")}, {"limit": 0}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -17,6 +18,7 @@ from prompttune.serve.infer import libraries
 from prompttune.serve.infer.rows import Answer, Row
 from prompttune.serve.infer.sinks.drawing import annotate, centred, contained
 
+_LOG = logging.getLogger("prompttune.infer")
 _pyav = partial(libraries.pyav, "or write rows alone")
 
 RATE = Fraction(25)
@@ -34,7 +36,7 @@ _BLACK = (0, 0, 0)
 _TICK = Fraction(1, 90_000)
 _LEAST_STEP = Fraction(1, 1000)
 """Seconds between two pictures: Matroska counts in milliseconds."""
-_BT_709 = 1
+_BT_709, _BT_601 = 1, 5
 _LIMITED_RANGE = 1
 
 # An MP4 file whose index comes at the end cannot be played after a crash: fragments have their own.
@@ -45,11 +47,13 @@ _CLUSTERS = {"cluster_time_limit": "1000"}
 _OPTIONS = {"flush_packets": "1", "fflags": "+bitexact"}
 _H264 = ("libx264", {"preset": "veryfast", "crf": "23", "tune": "zerolatency"})
 _VP9 = ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "crf": "32", "b": "0", "lag-in-frames": "0"})
+# AVI has no presentation times: players take H.264 for reordered, and show each frame when the next one is due
+_MPEG_4 = ("mpeg4", {"flags": "+qscale", "global_quality": str(4 * 118)})
 CONTAINERS: Mapping[str, tuple[str, tuple[str, dict[str, str]], dict[str, str]]] = {
     ".mp4": ("mp4", _H264, _FRAGMENTS),
     ".mov": ("mov", _H264, _FRAGMENTS),
     ".mkv": ("matroska", _H264, _CLUSTERS),
-    ".avi": ("avi", _H264, {}),
+    ".avi": ("avi", _MPEG_4, {}),
     ".webm": ("webm", _VP9, _CLUSTERS),
 }
 """Suffix → FFmpeg's container, encoder with its options (nothing is held back for later pictures), and options."""
@@ -63,12 +67,13 @@ def is_annotated(file: Path) -> bool:
 
 
 class AnnotatedVideo:
-    """H.264, or VP9 in WebM, with a frame for each input.
+    """H.264, VP9 in WebM or MPEG-4 Visual in AVI, with a frame for each input.
 
     Frames stand where their rows' timestamps say, relative to the first, so that skipped and dropped ones leave their
     time empty; where a source begins or its time goes back, the video goes on after the frame before. The size is
     that of the first picture, made even; others are fitted into it. An input that cannot be read repeats the picture
-    before it. What a crash leaves can be played. AVI knows one rate: there times are rounded to it.
+    before it. What a crash leaves can be played. AVI knows one rate: there times are rounded to it, and a frame whose
+    time is another one's already is left out, so that the others keep their time; a warning says so once.
 
     Args:
         path: the file, with a suffix of :data:`CONTAINERS`.
@@ -95,7 +100,10 @@ class AnnotatedVideo:
         self._rate = Fraction(rate).limit_denominator(1001) if rate else RATE
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = _Output(path)
-        self._clock = _Clock(self._rate, 1 / self._rate if path.suffix.lower() == ".avi" else _TICK)
+        one_rate = path.suffix.lower() == ".avi"
+        self._clock = _Clock(self._rate, 1 / self._rate if one_rate else _TICK, late=not one_rate)
+        self._colours = _BT_601 if one_rate else _BT_709  # the other one cannot be said in AVI
+        self._warned = False
         self._held: list[Answer] = []
         self._picture: Image.Image | None = None
         self._container: Any = None
@@ -137,7 +145,7 @@ class AnnotatedVideo:
         context.time_base = self._clock.tick
         context.gop_size = KEYFRAME_EVERY
         context.max_b_frames = 0
-        context.colorspace = context.color_primaries = context.color_trc = _BT_709
+        context.colorspace = context.color_primaries = context.color_trc = self._colours
         context.color_range = _LIMITED_RANGE
         self._stream = stream
 
@@ -145,9 +153,20 @@ class AnnotatedVideo:
         if answer.picture is not None:
             assert self._picture is not None
             self._picture = _fitted(answer.picture, *self._picture.size)
-        frame = _frame(self._picture, answer.rows)
+        ticks = self._clock.ticks(answer.rows[0] if answer.rows else None)
+        if ticks is None:
+            if not self._warned:
+                _LOG.warning(
+                    "%s has one rate, %.4g pictures a second: frames that come faster are left out of it; "
+                    "write .mp4 or .mkv to have them all",
+                    self._path,
+                    float(self._rate),
+                )
+            self._warned = True
+            return
+        frame = _frame(self._picture, answer.rows, self._colours)
         frame.time_base = self._clock.tick
-        frame.pts = self._clock.ticks(answer.rows[0] if answer.rows else None)
+        frame.pts = ticks
         with _clear_errors(self._path):
             self._container.mux(self._stream.encode(frame))
         self._file.check()
@@ -221,10 +240,17 @@ class _Output:
 
 
 class _Clock:
-    """Presentation times in ticks, from the timestamps of rows; they always grow."""
+    """Presentation times in ticks, from the timestamps of rows; they always grow.
 
-    def __init__(self, rate: Fraction, tick: Fraction) -> None:
+    Args:
+        rate: pictures in a second where there are no timestamps.
+        tick: seconds.
+        late: a picture whose tick is another one's already is shown later; otherwise it is left out.
+    """
+
+    def __init__(self, rate: Fraction, tick: Fraction, late: bool) -> None:
         self.tick = tick
+        self._late = late
         self._gap = float(1 / rate)
         self._least = max(1, round(_LEAST_STEP / tick))
         self._last: int | None = None
@@ -233,8 +259,8 @@ class _Clock:
         self._given: float | None = None
         self._shift = 0.0
 
-    def ticks(self, row: Row | None) -> int:
-        """When the next picture is shown."""
+    def ticks(self, row: Row | None) -> int | None:
+        """When the next picture is shown; None if it is left out."""
         after = 0.0 if self._last is None else self._seconds + self._gap
         if row is None or row.timestamp is None:
             self._seconds = after
@@ -244,8 +270,12 @@ class _Clock:
             self._source, self._given = row.source, row.timestamp
             self._seconds = row.timestamp + self._shift
         at = round(self._seconds / float(self.tick))
-        self._last = at if self._last is None else max(at, self._last + self._least)
-        return self._last
+        if self._last is not None and at < self._last + self._least:
+            if not self._late:
+                return None
+            at = self._last + self._least
+        self._last = at
+        return at
 
 
 def _fitted(picture: Image.Image, width: int, height: int) -> Image.Image:
@@ -256,14 +286,14 @@ def _fitted(picture: Image.Image, width: int, height: int) -> Image.Image:
     )
 
 
-def _frame(picture: Image.Image | None, rows: Sequence[Row]) -> Any:
-    """A frame in the colours of BT.709, which players take video of any size for when it is said."""
+def _frame(picture: Image.Image | None, rows: Sequence[Row], colours: int) -> Any:
+    """A frame in the colours of BT.709, which players take video of any size for when it is said; or in another's."""
     assert picture is not None
     av = _pyav()
     frame = av.VideoFrame.from_image(annotate(picture, rows)).reformat(
-        format="yuv420p", dst_colorspace=_BT_709, dst_color_range=_LIMITED_RANGE
+        format="yuv420p", dst_colorspace=colours, dst_color_range=_LIMITED_RANGE
     )
-    frame.colorspace, frame.color_range = _BT_709, _LIMITED_RANGE
+    frame.colorspace, frame.color_range = colours, _LIMITED_RANGE
     return frame
 
 

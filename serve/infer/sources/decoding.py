@@ -66,7 +66,9 @@ class Reader:
         self.threaded = self._decoder.name in ONE_FRAME_A_PACKET
         self.announced = self._in_index()
         self._read = 0
-        self._until = 0.0  # latest presentation time read, in seconds
+        self._until = self._gap = 0.0  # end of the latest frame read, and longest time between two, in seconds
+        # FFmpeg does not know it at once where frames are far apart, and would change it later
+        self._start: int | None = stream.start_time
         self._broken: str | None = None
 
     def __enter__(self) -> Reader:
@@ -102,7 +104,7 @@ class Reader:
                 late = progressive and frame.pts is not None and heapq.heappop(expected) != frame.pts
                 if late or frame.is_corrupt:
                     raise DamagedError
-                yield Found(frame, seconds_of(frame.pts, self.stream))
+                yield Found(frame, self._seconds(frame.pts))
         if self._missing() or self._rest() or (progressive and gave < self._read):
             raise DamagedError
 
@@ -139,11 +141,11 @@ class Reader:
                 came += 1
                 progressive = progressive and not frame.interlaced_frame
                 while waiting and frame.pts is not None and waiting[0] < frame.pts:
-                    yield Found(None, seconds_of(heapq.heappop(waiting), self.stream), UNDECODABLE)
-                seconds = seconds_of(frame.pts, self.stream)
+                    yield Found(None, self._seconds(heapq.heappop(waiting)), UNDECODABLE)
+                seconds = self._seconds(frame.pts)
                 yield Found(None, seconds, DAMAGED) if frame.is_corrupt else Found(frame, seconds)
         while waiting:
-            yield Found(None, seconds_of(heapq.heappop(waiting), self.stream), UNDECODABLE)
+            yield Found(None, self._seconds(heapq.heappop(waiting)), UNDECODABLE)
         if self.threaded and progressive:
             # without times nobody can say which ones they were
             yield from repeat(Found(None, None, UNDECODABLE), max(0, self._read - came))
@@ -160,13 +162,23 @@ class Reader:
                     if packet.size == 0:
                         continue  # PyAV's sign to flush, or a frame that repeats the one before it
                     self._read += not packet.is_discard
-                    self._until = max(self._until, seconds_of(packet.pts, self.stream) or 0.0)
+                    self._reached(packet)
                     yield packet
                 return
             except self._av.FFmpegError as problem:
                 if self._read == before:
                     self._broken = reason(problem)
                     return
+
+    def _seconds(self, pts: int | None) -> float | None:
+        return seconds_of(pts, self.stream, self._start)
+
+    def _reached(self, packet: Any) -> None:
+        if self._start is None:
+            self._start = packet.pts
+        if (seconds := self._seconds(packet.pts)) is not None:
+            self._gap = max(self._gap, seconds - self._until)
+            self._until = max(self._until, seconds + float((packet.duration or 0) * self.stream.time_base))
 
     def _decoded(self, packet: Any | None) -> Any | None:
         """The frames that a packet brings to light, or None if it is refused; of None what the decoder still holds."""
@@ -184,9 +196,16 @@ class Reader:
         if self._broken:
             return f"the rest of the video cannot be read: {self._broken}"
         length = _tagged_duration(self.stream.metadata)
-        if length is not None and self._until < length - TOLERANCE_S:
+        if length is not None and not self._tagged_by_mkvmerge():
+            length += seconds_of(0, self.stream, self._start) or 0.0
+        # how long the last frame lasts is not always told
+        if length is not None and self._until < length - max(TOLERANCE_S, self._gap):
             return f"the video breaks off after {self._until:.1f} of {length:.1f} s"
         return None
+
+    def _tagged_by_mkvmerge(self) -> bool:
+        """Its durations count from a stream's first frame, those of FFmpeg from the time zero of the file."""
+        return "_STATISTICS_WRITING_APP" in self.stream.metadata
 
     def _in_index(self) -> int | None:
         entries = self.stream.index_entries

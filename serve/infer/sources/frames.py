@@ -35,12 +35,15 @@ def video_stream(container: Any) -> Any | None:
     return next((stream for stream in container.streams.video if not stream.disposition & attached), None)
 
 
-def seconds_of(pts: int | None, stream: Any) -> float | None:
+def seconds_of(pts: int | None, stream: Any, start: int | None = None) -> float | None:
     """Presentation time from a stream's start, in seconds; None where there is none.
+
+    ``start`` is where the stream starts, in its time base; None asks FFmpeg.
 
     ``frame.time`` is not this: it counts from elsewhere, and the last frames of a decoder have none.
     """
-    return None if pts is None else float((pts - (stream.start_time or 0)) * stream.time_base)
+    begin = stream.start_time if start is None else start
+    return None if pts is None else float((pts - (begin or 0)) * stream.time_base)
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,7 +158,7 @@ def open_source(
     return Opened(
         sources[0] if len(sources) == 1 else Chain(sources),
         frames=len(videos) == len(sources),
-        rate=_taken(videos[0].rate, settings) if videos else None,
+        rate=_taken(next((video.rate for video in videos if video.rate), None), settings) if videos else None,
         label_is_index=settings.label_column == CLASS_INDEX and any(kind == "shards" for kind, _ in kinds),
     )
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 
-from prompttune.errors import UsageError
+from prompttune.errors import DataError, UsageError
 from prompttune.serve.infer.items import Item
-from prompttune.serve.infer.sources.decoding import Reader, frames_in
-from prompttune.serve.infer.sources.frames import FramePayload, Selection
+from prompttune.serve.infer.sources.decoding import Found, Reader, frames_in
+from prompttune.serve.infer.sources.frames import FramePayload, Selection, pyav
 
 EXTENSIONS = frozenset(
     f".{name}"
@@ -32,7 +32,8 @@ class VideoSource:
     """A video file, decoded while it is read.
 
     ``frame`` counts in the order of presentation. A frame that cannot be decoded, or only in part, is an item with an
-    error in its place; so is one that a file's index announces and that a cut file lacks. So ``frames`` = items +
+    error in its place; so is one that a file's index announces and that a cut file lacks. A file that cannot be read,
+    or is no video, is one item with an error, as a damaged image is. So ``frames`` = items +
     ``skipped``. ``timestamp`` counts from the stream's start; where a file holds no times it is the number over the
     average rate. Pictures are upright and 8-bit RGB; pixels that are not square stay so.
 
@@ -43,14 +44,13 @@ class VideoSource:
         limit: items to give at most; None for no limit.
 
     Attributes:
-        width, height: of the upright pictures, in pixels.
+        width, height: of the upright pictures, in pixels; 0 where the file cannot be read.
         rate: average frames per second, None where the file does not tell.
         total: number of items; None unless the file's index tells it exactly (MP4 and MOV with H.264 or HEVC) and
             ``fps`` is not given.
 
     Raises:
-        DataError: the file cannot be read, is no video or holds no video stream.
-        UsageError: stride or fps is not positive.
+        UsageError: there is no such file; stride or fps is not positive.
         MissingExtraError: PyAV is not installed.
     """
 
@@ -64,22 +64,32 @@ class VideoSource:
         if limit is not None and limit < 1:
             raise UsageError("the limit must be at least 1")
         self._limit = limit
+        pyav()
+        if not Path(self._path).is_file():
+            raise UsageError(f"no video file {self._path}")
         self._closed = threading.Event()
         self._frames = self._skipped = self._damaged = 0
-        with Reader(self._path) as reader:
-            self.rate: Fraction | None = reader.stream.average_rate
-            self._threaded = reader.threaded
-            announced = reader.announced
-            self.width, self.height = reader.size()
+        self._threaded = False
+        self.rate: Fraction | None = None
+        self.width = self.height = 0
+        announced: int | None = None
+        try:
+            with Reader(self._path) as reader:
+                self.rate = reader.stream.average_rate
+                self._threaded = reader.threaded
+                announced = reader.announced
+                self.width, self.height = reader.size()
+        except DataError:  # its row says so
+            announced = 1
         self.total: int | None = None
-        if self._threaded and fps is None and announced is not None:
+        if fps is None and announced is not None and (self._threaded or not self.width):
             chosen = math.ceil(announced / stride)
             self.total = chosen if limit is None else min(chosen, limit)
 
     def items(self) -> Iterator[Item]:
         """The chosen frames, in the order of presentation."""
         given = 0
-        for number, found in enumerate(frames_in(self._path, self._threaded)):
+        for number, found in enumerate(self._found()):
             if self._closed.is_set() or given == self._limit:
                 return
             self._frames += 1
@@ -93,6 +103,12 @@ class VideoSource:
             given += 1
             payload = None if found.frame is None else FramePayload(found.frame)
             yield Item(self._path, payload, None, number, seconds, error=found.error, container=Path(self._path))
+
+    def _found(self) -> Iterator[Found]:
+        try:
+            yield from frames_in(self._path, self._threaded)
+        except DataError as problem:
+            yield Found(None, None, str(problem), rest=True)
 
     def counts(self) -> Mapping[str, int]:
         """``frames`` so far, ``skipped`` ones among them, and ``damaged`` ones: refused, incomplete or missing."""
