@@ -17,7 +17,7 @@ from click.testing import CliRunner
 import prompttune as pt
 from prompttune.cli.main import cli
 from prompttune.errors import DataError, UsageError
-from prompttune.serve.infer import items
+from prompttune.serve.infer import decoding
 from prompttune.serve.infer.items import FilePayload, Item
 from prompttune.serve.infer.local import Decoding, run_locally
 from prompttune.serve.infer.plan import Shard
@@ -76,8 +76,8 @@ def test_rows_come_in_order_and_errors_are_rows(engine, photos, tmp_path, batch_
 
 
 def test_an_image_is_decoded_once_for_all_tasks(photos, tmp_path, monkeypatch):
-    read, count = items.read_image, []
-    monkeypatch.setattr(items, "read_image", lambda path: count.append(path) or read(path))
+    read, count = decoding.read_image, []
+    monkeypatch.setattr(decoding, "read_image", lambda file: count.append(file.name) or read(file))
     summary, rows = run(photos / "a", output=tmp_path / "rows.jsonl", tasks=("task0", "task1"))
     assert (summary.inputs, len(rows)) == (6, 12)
     assert len(count) == len(set(count)) == 6
@@ -91,7 +91,7 @@ def test_more_tasks_than_rows_of_a_call(photos, tmp_path):
 
 def test_decoding_does_not_run_away(engine, photos, monkeypatch):
     """Whoever takes no answers stops the decoders a few chunks ahead, not at the end of the inputs."""
-    read, count, many = items.read_image, [], threading.Event()
+    read, count, many = decoding.read_image, [], threading.Event()
 
     def counted(path):
         count.append(path)
@@ -99,7 +99,7 @@ def test_decoding_does_not_run_away(engine, photos, monkeypatch):
             many.set()
         return read(path)
 
-    monkeypatch.setattr(items, "read_image", counted)
+    monkeypatch.setattr(decoding, "read_image", counted)
     work = Work(exported("linear"), ("task0",), facts_of(engine.folder), engine.image_size, batch_size=4)
     chunk = [Item("x", FilePayload(photos / "a" / "00.PNG"))] * 4
     answers = run_locally(iter([chunk] * 1000), engine, work, Decoding(2))

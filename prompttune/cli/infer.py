@@ -77,7 +77,7 @@ def _inputs(command: Any) -> Any:
                 help="Column of paths, bytes or structs of them.  [default: the one that looks like it]"),
         _option("Inputs", "--stdin", type=click.Choice(STDIN_FORMS), default="list", show_default=True,
                 help="What - reads: a path a line, JSON lines, or raw frames."),
-        _option("Inputs", "--frame-size", metavar="WIDTHxHEIGHT", callback=_size, help="Of raw frames."),
+        _option("Inputs", "--frame-size", metavar="WIDTHxHEIGHT", callback=_size, help="Size of raw frames."),
         _option("Inputs", "--watch", is_flag=True, help="Follow a folder: go on with the images that come."),
         _option("Inputs", "--limit", type=click.IntRange(1), help="Take so many inputs at most."),
         _option("Inputs", "--shards", "shard", metavar="I/N",
@@ -115,9 +115,9 @@ def _outputs(command: Any) -> Any:
                 help="Print the summary as JSON; on standard error where rows go to standard output."),
         _option("Speed", "--batch-size", type=click.IntRange(1), default=32, show_default=True,
                 help="Rows of one call."),
-        _option("Speed", "--workers", type=click.IntRange(1), help="That decode.  [default: one a core]"),
+        _option("Speed", "--workers", type=click.IntRange(1), help="Number of decoding workers.  [default: one a core]"),
         _option("Speed", "--decode", type=click.Choice(["threads", "processes"]), default="threads", show_default=True,
-                help="What they are; processes help many cores to feed a quick device."),
+                help="Kind of decoding workers; processes help many cores to feed a quick device."),
         _option("Speed", "--threads", type=click.IntRange(1), help="Threads of the model.  [default: one a core]"),
     ]):  # fmt: skip
         command = option(command)

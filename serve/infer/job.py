@@ -35,9 +35,9 @@ class Summary:
     errors: int
     """Inputs with an error in one of their rows."""
     seconds: float
-    """Of this run."""
+    """Duration of this run."""
     images_per_s: float
-    """Of this run."""
+    """Speed of this run."""
     finished: bool
     """No input is left."""
     counts: Mapping[str, int] = field(default_factory=dict)

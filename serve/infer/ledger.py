@@ -26,15 +26,15 @@ class Trace(NamedTuple):
     """How an input was when it was answered, in short digests."""
 
     name: str
-    """Of source, row and frame."""
+    """Digest of source, row and frame."""
     told: str
-    """Of its task and its true label."""
+    """Digest of task and true label."""
     stamp: str
-    """Of the size and the modification time of the file that it is in."""
+    """Digest of the size and the modification time of the file that holds it."""
     place: str
-    """Of that file's inode and change time: where they are the same too, nothing has happened to the file."""
+    """Digest of that file's inode and change time. Where both are the same too, nobody has touched the file."""
     content: str = UNKNOWN
-    """Of the encoded image; unknown for a frame of a video and for an image that could not be read."""
+    """Digest of the encoded image; unknown for a frame of a video and for an image that could not be read."""
 
     @classmethod
     def of(cls, item: Item) -> Trace:
@@ -51,7 +51,7 @@ class Trace(NamedTuple):
 
     @property
     def line(self) -> bytes:
-        """As a ledger has it."""
+        """The line in a ledger."""
         return b"%s %s\n" % (INPUT, " ".join(self).encode())
 
     @classmethod
