@@ -22,7 +22,7 @@ from prompttune.export.folder import Task
 from prompttune.export.gate import Gate
 from prompttune.export.samples import Labelled, Samples, read_images
 
-OTHER_CLASSES = "the classes of the data are not the task's labels"
+OTHER_CLASSES = "the classes of the data are not the task's labels; name the task, as TASK=DATA, to score it"
 """Why data that were given for all tasks are not scored for one."""
 NAMED = 10
 """Images whose logits are not finite that are named."""

@@ -106,6 +106,8 @@ def validate_engine(
     )
     if folder.manifest.segmentation is not None:
         gate = gate.for_maps()
+    if isinstance(data, str) and len(held) == 1:
+        data = dict.fromkeys(held, data)  # there is no other task that it could be meant for
     samples = Samples(data, masks=folder.manifest.segmentation is not None, split=split, strict=True)
     samples.check(held)
     if other is None:

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from prompttune.cli.main import cli
 from prompttune.export import EngineFolder
+from prompttune.export.accuracy import OTHER_CLASSES
 from tests.data_helpers import write_classes
 from tests.drawing import drawn_model
 from tests.engines import backbone, checkpoint, config_of, copied, exported
@@ -145,7 +146,9 @@ def test_an_engine_is_scored_on_classes_that_differ(tmp_path):
     failed = run("validate", exported("linear"), "--data", f"task0={tmp_path / 'other'}")
     refused(failed, 1, "no class of the data is one of the model's")
     report = validated("--data", tmp_path / "other")  # for all tasks: none has these classes
-    assert {one["skipped"] for one in report["accuracy"]} == {"the classes of the data are not the task's labels"}
+    assert {one["skipped"] for one in report["accuracy"]} == {OTHER_CLASSES}
+    (one,) = validated("--data", tmp_path / "more", "--task", "task0")["accuracy"]  # meant for that task
+    assert one["evaluation"]["engine"]["n"] == 6
 
 
 def test_validate_against_another_engine(engine, tmp_path):

@@ -248,6 +248,8 @@ def test_images_of_a_class_that_the_run_never_saw_are_wrong_everywhere(run: Path
     assert result["per_class"]["emu"] == 0
     assert sum(result["confusion"]["emu"].values()) == 3
     assert result["notes"] == ["4 images of the classes ant, emu, which the model does not have, are counted as wrong"]
+    assert invoke("evaluate", run, "--data", folder, "--report", tmp_path / "report").exit_code == 0
+    assert "4 images of the classes ant, emu" in (tmp_path / "report" / "evaluation.html").read_text()
     alone = write_classes(tmp_path / "alone", {"emu": 3, "ant": 1}, start=600)
     failed = invoke("evaluate", run, "--data", alone)
     assert (failed.exit_code, failed.stderr.count("\n")) == (1, 1)

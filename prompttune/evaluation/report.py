@@ -100,7 +100,8 @@ def section(task: str, evaluation: Evaluation, pictures: Mapping[str, bytes]) ->
     )
     bad = int(evaluation.not_finite.sum())
     warning = f'<p class="warning">the logits of {bad} images are not finite; they count as wrong</p>' if bad else ""
-    return f'{warning}<div class="plots">{shown}</div>' + _pairs(evaluation) + _classes(evaluation)
+    notes = "".join(f'<p class="warning">{escape(note)}</p>' for note in evaluation.notes)
+    return f'{warning}{notes}<div class="plots">{shown}</div>' + _pairs(evaluation) + _classes(evaluation)
 
 
 def _pairs(evaluation: Evaluation) -> str:
