@@ -162,20 +162,27 @@ def test_links_bring_each_file_once(tmp_path: Path) -> None:
         ("cat/dogs", "../dog"), ("cat/pool", "../../pool/more"), ("dog/pool", "../../pool/more"), ("wolf", "../pool"),
     ):  # fmt: skip
         (data / name).symlink_to(target)
-    found = Walk(data)
-    assert found.images == [f"{name}/00{index}.png" for name in ("cat", "cat/pool", "dog") for index in range(3)
-                            if (name, index) != ("cat/pool", 2)]  # fmt: skip
-    with pytest.raises(DataError, match=r"class folder .*wolf holds no image; its files have been found elsewhere"):
-        load_data(str(data))
+    whole = ["cat/000.png", "cat/001.png", "cat/002.png", "dog/000.png", "dog/001.png", "dog/002.png"]
+    assert Walk(data).images == [*whole, "wolf/more/000.png", "wolf/more/001.png"]  # a class before a link inside one
     (data / "wolf").unlink()
     assert counts(load_parts(str(data)).named["all"]) == {"cat": 5, "dog": 3}
+    (data / "ox").symlink_to("dog")
+    with pytest.raises(DataError, match=r"class folder .*ox holds no image; its files have been found elsewhere"):
+        load_data(str(data))
 
 
-def test_a_link_to_nowhere_is_an_image_that_cannot_be_read(tmp_path: Path) -> None:
+def test_folders_that_systems_make_are_hidden(tmp_path: Path) -> None:
+    write_classes(tmp_path, {"a": 2, "b": 2, "__MACOSX/a": 1, "a/@eaDir": 1})
+    assert [len(part) for part in load_parts(str(tmp_path)).named.values()] == [4]
+
+
+def test_links_to_nowhere_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_classes(tmp_path, {"a": 1})
     (tmp_path / "a" / "gone.png").symlink_to("nowhere.png")
     (tmp_path / "a" / "self").symlink_to("self")
-    assert Walk(tmp_path).images == ["a/000.png", "a/gone.png"]
+    (tmp_path / "a" / "unmounted").symlink_to("/nowhere/pool")
+    assert [path.name for path in find_images([tmp_path])] == ["000.png", "gone.png"]
+    assert caplog.messages == [f"2 links in {tmp_path} lead nowhere, the first: a/self"]
 
 
 def test_which_files_are_images(tmp_path: Path) -> None:

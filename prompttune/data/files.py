@@ -19,7 +19,8 @@ from prompttune.images import is_image, is_unread_image, unread_remedy
 
 logger = logging.getLogger("prompttune")
 
-HIDDEN = "."
+SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
+"""Folders that systems and archives make: they count as hidden."""
 NO_URLS = "prompttune reads no URLs: download it first"
 _DRIVE = re.compile("[A-Za-z]:/")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -42,6 +43,7 @@ class Walk:
         images: paths relative to the root, with forward slashes, in the order of the names of their components.
         folders: the folders below the root in that order, relative to it, links to folders among them.
         unread: pictures of formats that are not read, in that order.
+        lost: links to nowhere whose names are not those of files, so that a folder may be missing.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Walk:
         self.images: list[str] = []
         self.folders: list[str] = []
         self.unread: list[str] = []
+        self.lost: list[str] = []
         self._wanted = wanted
         self._refuse = refuse or _refuse
         self._links: list[str] = []
@@ -65,7 +68,8 @@ class Walk:
                 self._entered.add(_identity(above.stat()))
         self._enter("")
         while self._links:
-            links, self._links = sorted(self._links, key=components), []
+            # a class folder that is a link goes before a link inside another class folder
+            links, self._links = sorted(self._links, key=lambda one: (one.count("/"), components(one))), []
             for link in links:
                 self._follow(link)
         for found in (self.images, self.folders, self.unread):
@@ -77,9 +81,11 @@ class Walk:
         return [self.root / name for name in self.images]
 
     def warn(self) -> None:
-        """Log one line about the pictures that are not read, if there are any."""
+        """Log a line about the pictures that are not read, and one about links to nowhere, if there are any."""
         if self.unread:
             logger.warning("%d files in %s are not read: %s", len(self.unread), self.root, why_unread(self.unread))
+        if self.lost:
+            logger.warning("%d links in %s lead nowhere, the first: %s", len(self.lost), self.root, self.lost[0])
 
     def _enter(self, start: str) -> None:
         """Find what lies below a folder without a link in between."""
@@ -93,7 +99,7 @@ class Walk:
                     continue
                 self._entered.add(_identity(status))
                 with os.scandir(place) as entries:
-                    visible = [entry for entry in entries if not entry.name.startswith(HIDDEN)]
+                    visible = [entry for entry in entries if not is_hidden(entry.name)]
             except OSError as problem:
                 self._refuse(problem)
                 continue
@@ -116,8 +122,7 @@ class Walk:
             status = link.stat()
             target, holder = link.resolve(), link.parent.resolve()
         except (OSError, RuntimeError):  # it leads nowhere, or in a circle
-            if self._wanted(link.name):
-                self.images.append(name)
+            (self.images if self._wanted(link.name) else self.lost).append(name)
             return
         if stat.S_ISDIR(status.st_mode):
             self.folders.append(name)
@@ -218,9 +223,9 @@ def exists(path: Path) -> bool:
         return False
 
 
-def is_hidden(path: Path) -> bool:
-    """Whether a relative path leads to or through something hidden."""
-    return any(part.startswith(HIDDEN) and part not in (".", "..") for part in path.parts)
+def is_hidden(name: str) -> bool:
+    """Whether a file or a folder of such a name is skipped."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
 def why_unread(names: Sequence[str]) -> str:

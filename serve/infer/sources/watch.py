@@ -186,7 +186,7 @@ class WatchedFolder(Unbounded):
             found = [path for _, path in changed] if watching else [self._root]
             watching = True
             for path in map(Path, found):
-                if is_hidden(path.relative_to(self._root)):
+                if any(map(is_hidden, path.relative_to(self._root).parts)):
                     continue
                 below = Walk(path, refuse=_leave_out).paths if path.is_dir() else [path] * is_image(path.name)
                 for image in below:
