@@ -32,7 +32,7 @@ MIXED = 16
 def fill(engine: pt.Engine, like: Task, tasks: int) -> list[float]:
     """Put tasks into an open engine until it has so many; seconds of each."""
     bank, seconds = engine.bank, []
-    for number in range(len(engine.tasks), tasks):
+    for number in range(len(bank.entries), tasks):
         task = draw_task(like, number)
         began = time.perf_counter()
         bank.put(f"task{number}", task)
@@ -83,13 +83,13 @@ def main(
         del frozen
         like = exported.read_task("task0")
         exported.write_task("task0", draw_task(like, 0), replace=True)  # so that every task comes from its number
-        engine = pt.Engine(exported.path, run.device, threads=run.threads)
+        engine = pt.Engine(exported.path, run.device, threads=run.threads, resident_tasks=tasks)
         before = resident_bytes()
         with memory_growth(run.device) as growth:
             added = Latency.of(fill(engine, like, tasks))
         numbers = np.unique(np.linspace(0, tasks - 1, min(checked or tasks, tasks)).astype(int)).tolist()
         apart, other = check_answers(engine, like, numbers, RuntimeOptions(run.device, run.threads))
-        switching = measure_switching(engine, engine.tasks, run.timed)
+        switching = measure_switching(engine, list(engine.bank.entries), run.timed)
         per_task = resident_task_bytes(engine)
     assert switching is not None
     mib = {"before": before, "growth": growth.resident, "peak": growth.peak, "device": growth.device}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -15,21 +16,23 @@ import torch
 
 from prompttune.backbones import load_backbone
 from prompttune.checkpoints import read_config
-from prompttune.errors import UsageError
+from prompttune.errors import EngineError, UsageError
 from prompttune.export.folder import (
     MANIFEST,
     TASKS,
     EngineFolder,
     FileRecord,
     Manifest,
+    Scan,
     Task,
     digest_of,
     save_task,
+    task_names,
     write_manifest,
 )
 from prompttune.export.formats import BuildRequest, Settings, find_format
 from prompttune.export.gate import Gate, engine_gate, loosest
-from prompttune.export.proof import fold_proven, open_runner, prove, require_passed
+from prompttune.export.proof import MIXED_WITH, fold_proven, open_runner, prove, require_passed
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.export.samples import Data, Samples
 from prompttune.export.tasks import (
@@ -42,7 +45,10 @@ from prompttune.export.tasks import (
     name_checkpoints,
 )
 from prompttune.export.versions import carry_over
-from prompttune.files import replacing_folder
+from prompttune.files import locked, replacing_folder, visible
+
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+"""Precision → bytes of a weight."""
 
 OnStage = Callable[[str], None]
 """Called with what is being done now, in words."""
@@ -111,47 +117,66 @@ def export_engine(
     if fit.segmentation is not None and settings.format != "onnx":
         raise UsageError(f"segmentation: the format {settings.format} is not among those that are proven; use onnx")
     gate = gate if fit.segmentation is None else gate.for_maps()
-    on_stage("loading the backbone")
-    config = read_config(next(iter(named.values())))["backbone"]
-    backbone = load_backbone(config["name"], config["image_size"], weights or config["weights"])
-    on_stage(f"folding {len(named)} task{'s' if len(named) > 1 else ''}")
-    folded = {name: fold_checkpoint(path, backbone) for name, path in named.items()}
     samples = Samples(data, masks=fit.segmentation is not None)
-    with replacing_folder(target) as temporary:
-        on_stage("tracing and writing the graph")
-        manifest = _write_model(folded, settings, samples, temporary, on_stage)
-        if parity:
-            on_stage("comparing with PyTorch")
-            runner = open_runner(
-                temporary,
-                manifest,
-                {name: one.task for name, one in folded.items()},
-                RuntimeOptions(settings.target),
-            )
-            report = prove(runner, folded, {}, manifest, samples, gate)
-            require_passed(report, "the engine was not put in place")
-            manifest = dataclasses.replace(manifest, parity=report.to_dict())
-        for name, one in folded.items():
-            folder = temporary / TASKS / name
-            folder.mkdir(parents=True)
-            save_task(one.task, folder, manifest)
-        known = {*folded, *(one.name for one in (target / TASKS).glob("[!.]*"))}
-        digests = {name: digest_of(target, name) for name in known}
-        now = {name: folded[name].task.version if name in folded else digests[name] for name in known}
-        carry_over(target, temporary, {name: (digests[name], now[name]) for name in known if now[name]})
-        write_manifest(temporary, manifest)
+    with locked(target):
+        _check_output(target, overwrite)
+        on_stage("loading the backbone")
+        config = read_config(next(iter(named.values())))["backbone"]
+        backbone = load_backbone(config["name"], config["image_size"], weights or config["weights"])
+        on_stage(f"folding {len(named)} task{'s' if len(named) > 1 else ''}")
+        folded = {name: fold_checkpoint(path, backbone) for name, path in named.items()}
+        _check_space(target, folded, settings)
+        with replacing_folder(target, MANIFEST) as temporary:
+            manifest = _write_engine(folded, settings, samples, gate if parity else None, temporary, on_stage)
+            known = {*folded, *task_names(target / TASKS)}
+            digests = {name: digest_of(target, name) for name in known}
+            now = {name: folded[name].task.version if name in folded else digests[name] for name in known}
+            carry_over(target, temporary, {name: (digests[name], now[name]) for name in known if now[name]})
+            write_manifest(temporary, manifest)
     return EngineFolder(target, verify=False)
 
 
 def _check_output(target: Path, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if target.is_dir() and not any(target.iterdir()):
+    if not target.exists() or (target.is_dir() and not any(visible(target))):
         return
     if not (target / MANIFEST).is_file():
         raise UsageError(f"{target} exists and is not an engine: choose another output")
     if not overwrite:
         raise UsageError(f"{target} exists: choose another output or give --overwrite")
+
+
+def _check_space(target: Path, folded: Mapping[str, Folded], settings: Settings) -> None:
+    """Raise :class:`EngineError` if the disk has no room for the weights alone."""
+    backbone = next(iter(folded.values())).model.backbone
+    weights = sum(one.numel() for one in backbone.parameters()) * _BYTES[settings.precision]
+    needed = weights + sum(value.nbytes for one in folded.values() for value in one.task.state.values())
+    free = shutil.disk_usage(target if target.is_dir() else target.parent).free
+    if needed > free:
+        raise EngineError(f"{target} needs at least {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free there")
+
+
+def _write_engine(
+    folded: Mapping[str, Folded],
+    settings: Settings,
+    samples: Samples,
+    gate: Gate | None,
+    folder: Path,
+    on_stage: OnStage,
+) -> Manifest:
+    """Write an engine into a folder, all but its manifest, and prove it if there is a gate."""
+    on_stage("tracing and writing the graph")
+    manifest = _write_model(folded, settings, samples, folder, on_stage)
+    if gate is not None:
+        on_stage("comparing with PyTorch")
+        tasks = {name: one.task for name, one in folded.items()}
+        runner = open_runner(folder, manifest, tasks, RuntimeOptions(settings.target))
+        report = prove(runner, folded, {}, manifest, samples, gate)
+        require_passed(report, "the engine was not put in place")
+        manifest = dataclasses.replace(manifest, parity=report.to_dict())
+    for name, one in folded.items():
+        (folder / TASKS / name).mkdir(parents=True)
+        save_task(one.task, folder / TASKS / name, manifest)
+    return manifest
 
 
 def _write_model(
@@ -241,23 +266,26 @@ def add_task(
         EngineError: the engine is damaged, or the checkpoint does not fit it.
         ParityError: the task does not answer as PyTorch does; it was not added.
     """
-    folder = EngineFolder(engine, verify=parity)
+    folder = EngineFolder(engine, verify=False)
     folder.check_free(name, replace)
     check_fit({name: Path(checkpoint)}, Fit.of_manifest(folder.manifest))
-    on_stage("loading the backbone")
-    backbone = engine_backbone(folder.manifest, weights)
-    on_stage(f"folding {name}" + (" and comparing it with PyTorch" if parity else ""))
-    task = fold_proven(
-        folder.manifest,
-        name,
-        checkpoint,
-        backbone,
-        {one: folder.read_task(one) for one in folder.tasks()} if parity else {},
-        lambda tasks: open_runner(folder.path, folder.manifest, tasks, RuntimeOptions(own_device(folder.manifest))),
-        Samples(None if data is None else {name: data}, masks=folder.manifest.segmentation is not None),
-        _gate_of(folder.manifest, gate) if parity else None,
-    )
-    folder.write_task(name, task, replace)
+    with folder.locked():
+        folder = EngineFolder(engine, verify=parity)
+        folder.check_free(name, replace)
+        on_stage("loading the backbone")
+        backbone = engine_backbone(folder.manifest, weights)
+        on_stage(f"folding {name}" + (" and comparing it with PyTorch" if parity else ""))
+        task = fold_proven(
+            folder.manifest,
+            name,
+            checkpoint,
+            backbone,
+            folder.read_some(MIXED_WITH, besides=name) if parity else {},
+            lambda tasks: open_runner(folder.path, folder.manifest, tasks, RuntimeOptions(own_device(folder.manifest))),
+            Samples(None if data is None else {name: data}, masks=folder.manifest.segmentation is not None),
+            _gate_of(folder.manifest, gate) if parity else None,
+        )
+        folder.write_task(name, task, replace)
     return task
 
 
@@ -282,11 +310,10 @@ def remove_task(engine: str | Path, name: str) -> None:
     EngineFolder(engine, verify=False).remove_task(name)
 
 
-def list_tasks(engine: str | Path) -> dict[str, Task]:
-    """The tasks of an engine folder by name, each checked against its digests.
+def list_tasks(engine: str | Path) -> Scan:
+    """The tasks of an engine folder, from their records alone, and those that cannot be used; no state is read.
 
     Raises:
-        EngineError: there is no engine, or it or one of its tasks is damaged.
+        EngineError: there is no engine, or its manifest is damaged.
     """
-    folder = EngineFolder(engine, verify=False)
-    return {name: folder.read_task(name) for name in folder.tasks()}
+    return EngineFolder(engine, verify=False).scan()

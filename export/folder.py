@@ -12,12 +12,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +30,10 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from prompttune.errors import EngineError, UsageError, choose
+from prompttune.errors import EngineError, PrompttuneError, UsageError, choose
 from prompttune.export.layout import Layout, TensorSpec, bind_axes
 from prompttune.export.versions import count_version
-from prompttune.files import read_json, replacing_folder, sha256_file, sync_file, write_json
+from prompttune.files import locked, read_json, replacing_folder, sha256_file, sync_file, visible, write_json
 from prompttune.preprocess import Preprocess
 
 FORMAT_VERSION = 1
@@ -90,14 +93,28 @@ class FileRecord:
         """Measure a file."""
         return cls(path.stat().st_size, sha256_file(path))
 
-    def check(self, path: Path, remedy: str) -> None:
-        """Raise :class:`EngineError` that ends with ``remedy`` unless ``path`` is the recorded file."""
+    def check_size(self, path: Path, remedy: str) -> None:
+        """Raise :class:`EngineError` that ends with ``remedy`` unless ``path`` is there and of the right size."""
         if not path.is_file():
             raise EngineError(f"{path} is missing: {remedy}")
         size = path.stat().st_size
         if size != self.size:
             raise EngineError(f"{path} is damaged: {size} bytes instead of {self.size}: {remedy}")
-        if sha256_file(path) != self.sha256:
+
+    def check(self, path: Path, remedy: str) -> None:
+        """Raise :class:`EngineError` that ends with ``remedy`` unless ``path`` is the recorded file."""
+        self.check_size(path, remedy)
+        self._check_sha256(sha256_file(path), path, remedy)
+
+    def read(self, path: Path, remedy: str) -> bytes:
+        """The recorded file's bytes; raises as :meth:`check`."""
+        self.check_size(path, remedy)
+        content = path.read_bytes()
+        self._check_sha256(hashlib.sha256(content).hexdigest(), path, remedy)
+        return content
+
+    def _check_sha256(self, found: str, path: Path, remedy: str) -> None:
+        if found != self.sha256:
             raise EngineError(f"{path} is damaged: its sha256 does not match the recorded one: {remedy}")
 
 
@@ -165,62 +182,92 @@ def save_task(task: Task, folder: Path, manifest: Manifest) -> None:
     write_json(folder / TASK_RECORD, _sealed(task.to_dict()))
 
 
-def load_task(folder: Path) -> Task:
-    """Read a folded task and check it against its digests.
-
-    Raises:
-        EngineError: the record or the state is missing, damaged or of a newer format.
-    """
-    record = _read_sealed(folder / TASK_RECORD, "task record")
-    path = folder / STATE_FILE
-    try:
-        measured = FileRecord(int(record["state"]["size"]), str(record["state"]["sha256"]))
-        measured.check(path, f"add the task {folder.name!r} again")
-        return Task(
-            labels=tuple(record["labels"]),
-            preprocess=Preprocess.from_dict(record["preprocess"]),
-            state=safetensors.numpy.load(path.read_bytes()),
-            settings=record["settings"],
-            source=record["source"],
-            parity=record["parity"],
-        )
-    except (KeyError, TypeError, safetensors.SafetensorError) as problem:
-        raise EngineError(f"the task in {folder} is damaged: {problem}; add it again") from None
-
-
 @dataclass(frozen=True)
 class TaskRecord:
     """What a task's folder says of it without its state being read: some kilobytes instead of some megabytes."""
 
     name: str
     folder: Path
+    values: Mapping[str, Any] = field(repr=False)
+    """All of ``task.json``, without its own digest."""
     version: str
     labels: tuple[str, ...]
     preprocess: Preprocess
-    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
-    """Key → shape of its tensor in the state file, leading dimension 1 included."""
+    state: FileRecord
+    """Size and digest of the state file."""
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Key → shape of its tensor, leading dimension 1 included, from the header of the state file.
+
+        Raises:
+            EngineError: it is damaged.
+        """
+        try:
+            with safetensors.safe_open(self.folder / STATE_FILE, "numpy") as state:
+                return {key: tuple(state.get_slice(key).get_shape()) for key in state.keys()}  # noqa: SIM118  # no mapping
+        except (OSError, safetensors.SafetensorError) as problem:
+            raise _damaged(self.folder, problem) from None
+
+
+def _damaged(folder: Path, problem: Exception) -> EngineError:
+    return EngineError(f"the task in {folder} is damaged: {problem}; add it again")
+
+
+def _remedy(folder: Path) -> str:
+    return f"add the task {folder.name!r} again"
 
 
 def read_record(folder: Path) -> TaskRecord:
-    """Read a task's record and the header of its state, which stays unchecked until :func:`load_task`.
+    """Read a task's record; its state is there and as large as recorded, and stays unread until :func:`load_task`.
 
     Raises:
         EngineError: one of them is missing, damaged or of a newer format.
     """
-    record = _read_sealed(folder / TASK_RECORD, "task record")
+    values = _read_sealed(folder / TASK_RECORD, "task record")
     try:
-        with safetensors.safe_open(folder / STATE_FILE, "numpy") as state:
-            shapes = {key: tuple(state.get_slice(key).get_shape()) for key in state.keys()}  # noqa: SIM118  # no mapping
-        return TaskRecord(
-            folder.name,
-            folder,
-            str(record["version"]),
-            tuple(record["labels"]),
-            Preprocess.from_dict(record["preprocess"]),
-            shapes,
-        )
-    except (KeyError, TypeError, OSError, safetensors.SafetensorError) as problem:
-        raise EngineError(f"the task in {folder} is damaged: {problem}; add it again") from None
+        state = FileRecord(int(values["state"]["size"]), str(values["state"]["sha256"]))
+        state.check_size(folder / STATE_FILE, _remedy(folder))
+        labels, preprocess = tuple(values["labels"]), Preprocess.from_dict(values["preprocess"])
+        return TaskRecord(folder.name, folder, values, str(values["version"]), labels, preprocess, state)
+    except (KeyError, TypeError, ValueError, OSError) as problem:
+        raise _damaged(folder, problem) from None
+
+
+def load_task(folder: Path) -> Task:
+    """Read a folded task and check it against its digests.
+
+    Raises:
+        EngineError: the record or the state is missing, damaged or of a newer format.
+    """
+    return load_version(folder)[0]
+
+
+def load_version(folder: Path) -> tuple[Task, str]:
+    """A folded task as :func:`load_task` reads it, and its version, which is computed from what was read."""
+    record = read_record(folder)
+    try:
+        packed = record.state.read(folder / STATE_FILE, _remedy(folder))
+        state = safetensors.numpy.load(packed)
+        given = {name: record.values[name] for name in ("settings", "source", "parity")}
+    except (KeyError, OSError, safetensors.SafetensorError) as problem:
+        raise _damaged(folder, problem) from None
+    task = Task(record.labels, record.preprocess, state, **given)
+    return task, task._version(record.state.sha256)
+
+
+def task_names(parent: Path) -> list[str]:
+    """Names of folders that hold a task or are about to, sorted; hidden ones are somebody's temporary ones."""
+    return sorted(one.name for one in visible(parent) if one.is_dir())
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What was found at one look at some tasks."""
+
+    records: Mapping[str, TaskRecord]
+    problems: Mapping[str, str] = field(default_factory=dict)
+    """Task → why its folder cannot be used, in one line."""
 
 
 def digest_of(engine: Path, name: str) -> str:
@@ -339,22 +386,83 @@ class EngineFolder:
             for name, file in self.manifest.files.items():
                 file.check(self.path / name, "export the engine again")
 
-    def tasks(self) -> list[str]:
-        """Names of the tasks in the folder, sorted."""
-        folder = self.path / TASKS
-        found = folder.iterdir() if folder.is_dir() else ()
-        return sorted(one.name for one in found if _TASK_NAME.fullmatch(one.name) and one.is_dir())
+    def tasks(self, most: int | None = None) -> list[str]:
+        """Names of the tasks in the folder, sorted, damaged ones among them; of more than ``most``, any so many."""
+        found = visible(self.path / TASKS)
+        names = (one.name for one in found if _TASK_NAME.fullmatch(one.name) and one.is_dir())
+        return sorted(itertools.islice(names, most))
 
-    def read_task(self, name: str) -> Task:
-        """Read one task, checked against its digests and the engine's layout.
+    def present(self) -> list[str]:
+        """The same with the folders whose name no task may have; they can be removed."""
+        return task_names(self.path / TASKS)
+
+    def folder_of(self, name: str) -> Path:
+        """Where a task lies, also one of a name that no task may have; raises as :meth:`task_folder`."""
+        folder = self.path / TASKS / name
+        if name.startswith(".") or folder.name != name or not folder.is_dir():
+            choose("task", name, self.present())
+        return folder
+
+    def task_folder(self, name: str) -> Path:
+        """Where a task lies.
 
         Raises:
-            UsageError: there is no such task.
+            UsageError: the engine has no such task.
+        """
+        folder = self.path / TASKS / str(name)
+        if not _TASK_NAME.fullmatch(str(name)) or not folder.is_dir():
+            choose("task", name, self.tasks())
+        return folder
+
+    def load_task(self, name: str) -> tuple[Task, str]:
+        """Read one task and its version, checked against its digests and the engine's layout.
+
+        Raises:
+            UsageError: the engine has no such task.
             EngineError: it is damaged or does not fit.
         """
-        task = load_task(self.path / TASKS / choose("task", name, self.tasks()))
+        task, version = load_version(self.task_folder(name))
         bind_axes(self.manifest.layout, task.shapes(), f"task {name!r}")
-        return task
+        return task, version
+
+    def read_task(self, name: str) -> Task:
+        """Read one task, as :meth:`load_task`."""
+        return self.load_task(name)[0]
+
+    def read_some(self, count: int, besides: str) -> dict[str, Task]:
+        """The first ``count`` tasks that can be read, ``besides`` not among them."""
+        some: dict[str, Task] = {}
+        for name in self.tasks():
+            if len(some) == count:
+                break
+            if name != besides:
+                with contextlib.suppress(PrompttuneError):
+                    some[name] = self.read_task(name)
+        return some
+
+    def scan(
+        self, verify: bool = False, on_task: Callable[[], None] = lambda: None, only: Collection[str] | None = None
+    ) -> Scan:
+        """Look at every task; one that cannot be used is a line and hides no other.
+
+        Args:
+            only: leave out all others.
+            verify: read the states too, and check them against their digests and the engine's layout.
+            on_task: called after each task.
+        """
+        records, problems = {}, {}
+        for name in self.present():
+            if only is not None and name not in only:
+                continue
+            try:
+                records[check_task_name(name)] = read_record(self.path / TASKS / name)
+                if verify:
+                    self.load_task(name)
+            except PrompttuneError as problem:
+                records.pop(name, None)
+                problems[name] = str(problem)
+            on_task()
+        return Scan(records, problems)
 
     def write_task(self, name: str, task: Task, replace: bool = False) -> None:
         """Put a task into the folder; a reader sees the old one or the new one, never a part.
@@ -363,16 +471,21 @@ class EngineFolder:
             UsageError: the name is taken and ``replace`` is not set, or cannot be a name.
             EngineError: the state does not fit the engine's layout.
         """
-        self.check_free(name, replace)
-        bind_axes(self.manifest.layout, task.shapes(), f"task {name!r}")
-        with replacing_folder(self.path / TASKS / name) as temporary:
-            save_task(task, temporary, self.manifest)
-            count_version(self.path, name, task.version, digest_of(self.path, name))
+        with self.locked():
+            self.check_free(name, replace)
+            bind_axes(self.manifest.layout, task.shapes(), f"task {name!r}")
+            with replacing_folder(self.path / TASKS / name) as temporary:
+                save_task(task, temporary, self.manifest)
+                count_version(self.path, name, task.version, digest_of(self.path, name))
+
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """Let nobody else write to the folder until the block ends: see :func:`prompttune.files.locked`."""
+        return locked(self.path, again=True)
 
     def check_free(self, name: str, replace: bool) -> None:
         """Raise :class:`UsageError` unless a task may be written under ``name``."""
         self.check_open()
-        if check_task_name(name) in self.tasks() and not replace:
+        if (self.path / TASKS / check_task_name(name)).exists() and not replace:
             raise UsageError(f"the engine already has a task {name!r}: choose another name or replace it (--replace)")
 
     def check_open(self) -> None:
@@ -389,12 +502,13 @@ class EngineFolder:
             UsageError: there is no such task.
         """
         self.check_open()
-        folder = self.path / TASKS / choose("task", name, self.tasks())
-        if digest := digest_of(self.path, name):
-            count_version(self.path, name, digest, digest)
-        aside = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
-        folder.replace(aside / name)  # the rename is atomic, deleting file by file is not
-        shutil.rmtree(aside)
+        with self.locked():
+            folder = self.folder_of(name)
+            if digest := digest_of(self.path, name):
+                count_version(self.path, name, digest, digest)
+            aside = Path(tempfile.mkdtemp(".part", f".{name}.", folder.parent))
+            folder.replace(aside / name)  # the rename is atomic, deleting file by file is not
+            shutil.rmtree(aside)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

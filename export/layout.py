@@ -3,7 +3,7 @@
 A layout maps each state key to the shape of its tensor without the leading dimension. Integer entries are the same
 for every task of an engine; named entries (``"rank"``, ``"classes"``, ``"clusters"``) differ between tasks and are
 padded in a bank to the largest resident task: with zeros, and with -inf for what is added to the score of a class or
-cluster, so that padding never wins (:data:`prompttune.methods.base.CHOICES`).
+cluster, so that padding never wins (:data:`prompttune.axes.CHOICES`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from prompttune.axes import CHOICES
 from prompttune.errors import EngineError
-from prompttune.methods.base import CHOICES
 
 Layout = Mapping[str, tuple[int | str, ...]]
 State = Mapping[str, NDArray[np.float32]]

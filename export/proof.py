@@ -26,7 +26,7 @@ from prompttune.export.samples import Samples
 from prompttune.export.swap import check_swaps
 from prompttune.export.tasks import Folded, engine_model, fold_checkpoint
 
-_MIXED_WITH = 7
+MIXED_WITH = 7
 """Tasks already in an engine that a new one is mixed with when it is proven."""
 
 
@@ -123,7 +123,7 @@ def fold_proven(
     folded = fold_checkpoint(Path(checkpoint), backbone)
     if gate is None:
         return folded.task
-    mixed_with = dict([(one, task) for one, task in others.items() if one != name][:_MIXED_WITH])
+    mixed_with = dict([(one, task) for one, task in others.items() if one != name][:MIXED_WITH])
     runner = runner_of({name: folded.task, **mixed_with})
     report = prove(runner, {name: folded}, mixed_with, manifest, samples, gate)
     require_passed(report, f"task {name!r} was not added")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prompttune.errors import EngineError, UsageError, choose
+from prompttune.errors import EngineError, UsageError, choose, some_names
 from prompttune.export.accuracy import Accuracy, measure_accuracy
 from prompttune.export.build import OnStage
 from prompttune.export.compare import (
@@ -31,6 +31,9 @@ from prompttune.export.samples import Data, Samples
 from prompttune.export.swap import check_swaps
 from prompttune.export.tasks import engine_backbone, engine_model
 from prompttune.model import PromptModel
+
+MOST_TASKS = 32
+"""Tasks of an engine that are compared, if none are named."""
 
 
 def validate_engine(
@@ -70,7 +73,7 @@ def validate_engine(
         max_accuracy_loss: largest allowed loss of top-1 on labelled images.
         batch_sizes: batch sizes to compare at.
         images: images for the comparison at each batch size.
-        tasks: which tasks; None takes all.
+        tasks: which tasks; None takes all, of many :data:`MOST_TASKS` that are evenly spread over their names.
         limit: at most so many images of each task for the accuracy.
         split: the images of the data sets that are scored: ``val``, ``test``, ``train`` or ``all``; None takes ``val``,
             else ``test``, else the whole data set.
@@ -95,7 +98,7 @@ def validate_engine(
         if other is not None:
             raise UsageError("debugging compares with PyTorch: leave out the other engine")
         check_probes(folder.manifest)
-    held = _tasks(folder, other, tasks)
+    held, note = _tasks(folder, other, tasks)
     gate = Gate.for_precision(
         loosest(*(engine_precision(one.manifest) for one in (folder, other) if one is not None)),
         atol=atol,
@@ -117,6 +120,7 @@ def validate_engine(
         on_stage(f"opening {other.path}")
         side = _engine_side(folder, other, held, gate, options)
     runner = runner or open_runner(folder.path, folder.manifest, held, options)
+    side = dataclasses.replace(side, notes=(*note, *side.notes))
     report = _compare(runner, side, held, samples, gate, limit, on_stage)
     if debug and side.model is not None:
         name = _furthest(report, held)
@@ -128,8 +132,10 @@ def validate_engine(
     return dataclasses.replace(report, versions=folder.manifest.tools)
 
 
-def _tasks(folder: EngineFolder, other: EngineFolder | None, wanted: Sequence[str] | None) -> dict[str, Task]:
-    """The tasks to compare, read from ``folder``; ``other`` must have comparable ones."""
+def _tasks(
+    folder: EngineFolder, other: EngineFolder | None, wanted: Sequence[str] | None
+) -> tuple[dict[str, Task], list[str]]:
+    """The tasks to compare, read from ``folder``, and what to say of them; ``other`` must have comparable ones."""
     present = folder.tasks()
     if not present:
         raise EngineError(f"the engine {folder.path} has no tasks to validate")
@@ -144,14 +150,15 @@ def _tasks(folder: EngineFolder, other: EngineFolder | None, wanted: Sequence[st
         common = [name for name in present if name in theirs]
         if not common:
             raise EngineError(
-                f"no task is in both engines: {folder.path} has {', '.join(present)}; "
-                f"{other.path} has {', '.join(theirs) or 'none'}"
+                f"no task is in both engines: {folder.path} has {some_names(present)}; "
+                f"{other.path} has {some_names(theirs)}"
             )
         present = common
-    return {
-        name: folder.read_task(name)
-        for name in dict.fromkeys(choose("task", one, present) for one in wanted or present)
-    }
+    chosen = wanted or [present[number * len(present) // MOST_TASKS] for number in range(MOST_TASKS)]
+    names = dict.fromkeys(choose("task", one, present) for one in chosen)
+    bounded = not wanted and len(names) < len(present)
+    note = [f"{len(names)} of {len(present)} tasks, evenly spread; name others with --task"] if bounded else []
+    return {name: folder.read_task(name) for name in names}, note
 
 
 @dataclass(frozen=True)

@@ -93,12 +93,18 @@ MOST_NAMES = 40
 """So many names of what is known are told at most."""
 
 
+def some_names(names: Iterable[str]) -> str:
+    """The first :data:`MOST_NAMES` of some names, and how many more there are; ``none`` of none."""
+    every = list(names)
+    more = f" and {len(every) - MOST_NAMES} more" if len(every) > MOST_NAMES else ""
+    return f"{', '.join(every[:MOST_NAMES]) or 'none'}{more}"
+
+
 def choose(kind: str, name: object, known: Iterable[str]) -> str:
     """Return ``name`` if it is one of ``known``, else raise a :class:`UsageError` that names the nearest."""
     options = list(known)
     if isinstance(name, str) and name in options:
         return name
     near = difflib.get_close_matches(str(name), options, n=3)
-    more = f" and {len(options) - MOST_NAMES} more" if len(options) > MOST_NAMES else ""
-    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(options[:MOST_NAMES])}{more}"
+    hint = f"did you mean {', '.join(near)}?" if near else f"known: {some_names(options)}"
     raise UsageError(f"unknown {kind} {name!r}; {hint}")

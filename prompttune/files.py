@@ -1,21 +1,36 @@
-"""Files that are never half written: temporary file, fsync, rename; and digests to check them by."""
+"""Files that are never half written or written by two: temporary file, fsync, rename; locks; digests to check by."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import glob
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+import socket
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
-from prompttune.errors import PrompttuneError
+from prompttune.errors import PrompttuneError, UsageError
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_OF_THE_SYSTEM = "lost+found"
+"""A folder that ext4 makes at the root of every volume, and that nobody may remove."""
+_LOG = logging.getLogger("prompttune.files")
+_mine = threading.local()
+_held: set[IO[bytes]] = set()
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
@@ -81,29 +96,154 @@ def _umask() -> int:
 
 
 @contextlib.contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside ``path``; move it to ``path`` when the block ends without an error.
+def replacing_folder(path: Path, last: str | None = None) -> Iterator[Path]:
+    """Give a temporary folder; its content becomes that of ``path`` when the block ends without an error.
 
-    An existing folder is moved aside first and removed last.
+    The caller holds :func:`locked`, so what a killed process left behind is removed first.
+
+    Args:
+        path: the folder. One that exists is moved aside first and removed last, if ``last`` is not given.
+        last: the file that makes the folder valid. With it, a folder that exists is filled from within, because it may
+            be a mount point or stand where nothing can be renamed. This file goes first and comes last, so no crash
+            leaves a folder of two halves that opens. Hidden files in it stay.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    within = last is not None and path.is_dir()
+    parent = path if within else path.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in parent.glob(f".{glob.escape(path.name)}.*.part"):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(".part", f".{path.name}.", parent))
     temporary.chmod(0o777 & ~_umask())
     try:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
                 sync_file(file)
-        if path.exists():
-            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+        if last is not None and within:
+            _fill(path, temporary, last)
+        elif path.exists():
+            aside = Path(tempfile.mkdtemp(".part", f".{path.name}.old.", parent))
             path.replace(aside / path.name)
             temporary.replace(path)
             shutil.rmtree(aside)
         else:
             temporary.replace(path)
-        sync_folder(path.parent)
+        sync_folder(parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fill(path: Path, temporary: Path, last: str) -> None:
+    """Put what is in ``temporary``, a folder in ``path``, in the place of what is in ``path``; see above."""
+    made, aside = list(temporary.iterdir()), temporary / ".old"
+    aside.mkdir()
+    for old in sorted(visible(path), key=lambda one: one.name != last):
+        Path(old.path).replace(aside / old.name)
+    for new in sorted(made, key=lambda one: one.name == last):
+        new.replace(path / new.name)
+
+
+def visible(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """What is in a folder, without hidden files and what the file system puts there; nothing of no folder."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as found:
+        yield from (one for one in found if not one.name.startswith(".") and one.name != _OF_THE_SYSTEM)
+
+
+@contextlib.contextmanager
+def locked(path: Path, again: bool = False) -> Iterator[None]:
+    """Let nobody else write to a file or folder, which need not exist yet, until the block ends.
+
+    The lock is the kernel's (``flock``): it ends with its process, however that ends. It is on a hidden file beside
+    ``path`` and, where ``path`` is a folder, on one in it, which is found through every mount of the folder. A file
+    system without locks is warned of.
+
+    Args:
+        path: the file or folder.
+        again: pass where this thread holds the lock already.
+
+    Raises:
+        UsageError: somebody holds it, and who; or nothing can be written there. Nothing was changed.
+    """
+    path = path.absolute() if path.is_symlink() and not path.exists() else path.resolve()
+    mine: set[Path] = _mine.__dict__.setdefault("paths", set())
+    if again and path in mine:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(_locked_file(path.parent / f".{path.name}.lock", path))
+            except OSError as problem:
+                if problem.errno not in _READ_ONLY or not path.is_dir():
+                    raise
+            if path.is_dir():
+                stack.enter_context(_locked_file(path / ".lock", path))
+        except OSError as problem:
+            where = f" ({problem.filename})" if problem.filename else ""
+            raise UsageError(f"cannot write to {path}: {problem.strerror or problem}{where}") from None
+        mine.add(path)
+        stack.callback(mine.discard, path)
+        yield
+
+
+@contextlib.contextmanager
+def _locked_file(file: Path, path: Path) -> Iterator[None]:
+    stream = _take(file, path)
+    _held.add(stream)
+    try:
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()} ({command})".encode("utf-8", "replace"))
+        stream.flush()
+        yield
+    finally:
+        _held.discard(stream)
+        with stream:
+            if not stream.closed and _is_at(file, stream):
+                file.unlink(missing_ok=True)
+
+
+def _take(file: Path, path: Path) -> IO[bytes]:
+    """Create and lock a file; whoever holds it removes it."""
+    while True:
+        stream = file.open("a+b")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(file, stream):
+                return stream
+        except BlockingIOError:
+            stream.seek(0)
+            holder = stream.read().decode("utf-8", "replace") or "it does not say which"
+            stream.close()
+            raise UsageError(
+                f"another run writes to {path}: {holder}; wait for its end, or choose another output"
+            ) from None
+        except OSError as problem:
+            if problem.errno in _NO_LOCKS:
+                _LOG.warning("%s: this file system has no locks; let no two processes write there", file.parent)
+                return stream
+            stream.close()
+            raise
+        stream.close()  # its last holder removed it between the two calls
+
+
+def _is_at(file: Path, stream: IO[bytes]) -> bool:
+    try:
+        return os.path.samestat(file.stat(), os.fstat(stream.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _let_go() -> None:
+    """A process that was just forked lets go of the locks: they are its parent's, and end with that."""
+    for stream in _held:
+        stream.close()
+    _held.clear()
+    _mine.__dict__.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def write_text(path: Path, text: str) -> None:

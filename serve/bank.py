@@ -12,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prompttune.errors import EngineError, UsageError, choose
-from prompttune.export.folder import Task
+from prompttune.export.folder import Task, TaskRecord
 from prompttune.export.layout import FLOAT32, Layout, bind_axes, empty_bank, largest_axes, write_row
 from prompttune.export.runtimes import Runtime
 
 _CAPACITY = 4
+Load = Callable[[str], tuple[Task, str]]
+"""Reads a task and its version."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,9 @@ class Bank:
         dtype: of the rows.
         capacity: rows to allocate at once and to keep to; None begins with those of ``tasks`` and grows.
         axes: sizes of the layout's named axes to allocate for; a task that needs more makes the bank grow.
+        limit: tasks that a bank without ``capacity`` holds at most; one more takes the place of the one that was not
+            asked for the longest. There is one row more, so that it can be written while all others are read.
+        versions: those of ``tasks`` that are known already.
     """
 
     def __init__(
@@ -68,12 +73,15 @@ class Bank:
         dtype: np.dtype[Any] = FLOAT32,
         capacity: int | None = None,
         axes: Mapping[str, int] | None = None,
+        limit: int | None = None,
+        versions: Mapping[str, str] | None = None,
     ) -> None:
+        self.limit = limit
         self._runtime = runtime
         self._layout = layout
         self._dtype = dtype
         self._capacity = capacity
-        self._writing = threading.Lock()
+        self._writing = threading.RLock()
         """Of whoever changes the bank; taken before the other one."""
         self._lock = threading.Condition(threading.Lock())
         """Of the snapshot, the leases and the lists of rows; told when a lease ends."""
@@ -84,14 +92,16 @@ class Bank:
         self._retired: list[tuple[int, int]] = []
         """Rows no longer named, each with the last generation that names it."""
         self._rows: dict[str, NDArray[Any]] = {}
-        self._axes: dict[str, int] = {}
+        self._axes: dict[str, int] = dict(axes or {})
+        self._recent: OrderedDict[str, None] = OrderedDict()
+        """The resident tasks, that which was not asked for the longest first."""
         self._free: list[int] = []
         self._snapshot = Snapshot(0, {}, {})
         if tasks or capacity:
             needed = largest_axes([axes or {}, *(self._axes_of(name, task) for name, task in tasks.items())])
             self._grow(capacity or len(tasks), needed)
         for name, task in tasks.items():
-            self.put(name, task)
+            self.put(name, task, version=(versions or {}).get(name))
 
     def _axes_of(self, name: str, task: Task) -> dict[str, int]:
         return bind_axes(self._layout, task.shapes(), f"task {name!r}")
@@ -106,24 +116,54 @@ class Bank:
         """Size of the rows, used or not, in bytes."""
         return sum(rows.nbytes for rows in self._rows.values())
 
+    @property
+    def row_bytes(self) -> int:
+        """Size of one row, in bytes."""
+        return sum(rows[0].nbytes for rows in self._rows.values())
+
     @contextlib.contextmanager
-    def lease(self, names: Collection[str] | None = None) -> Iterator[Snapshot]:
-        """A snapshot whose rows stay as they are until the block ends: those of ``names``, or all of them."""
+    def lease(self, names: Collection[str] | None = None, load: Load | None = None) -> Iterator[Snapshot]:
+        """A snapshot whose rows stay as they are until the block ends: those of ``names``, or all of them.
+
+        Args:
+            names: at most as many tasks as the bank may hold.
+            load: reads those of them that are not resident, which then become so; None leaves them out.
+
+        Raises:
+            PrompttuneError: what ``load`` raises.
+        """
+        snapshot, counter, held = self._hold(names)
+        if names is not None and load is not None and not snapshot.entries.keys() >= set(names):
+            self._let_go(counter, held)
+            with self._writing:  # nobody takes out what was just loaded
+                for name in dict.fromkeys(names):
+                    if name not in self.entries:
+                        task, version = load(name)
+                        self.put(name, task, version=version, staying=names)
+                snapshot, counter, held = self._hold(names)
+        try:
+            yield snapshot
+        finally:
+            self._let_go(counter, held)
+
+    def _hold(self, names: Collection[str] | None) -> tuple[Snapshot, Counter[int], list[int]]:
         with self._lock:
             snapshot = self._snapshot
             counter, held = self._leases, [snapshot.generation]
             if names is not None:
-                counter = self._readers
-                held = [snapshot.entries[name].row for name in names if name in snapshot.entries]
+                present = [name for name in names if name in snapshot.entries]
+                counter, held = self._readers, [snapshot.entries[name].row for name in present]
+                for name in present:
+                    self._recent.move_to_end(name)
             counter.update(held)
-        try:
-            yield snapshot
-        finally:
-            with self._lock:
-                counter.subtract(held)
-                counter += Counter()  # drops the zeros
-                self._recycle()
-                self._lock.notify_all()
+        return snapshot, counter, held
+
+    def _let_go(self, counter: Counter[int], held: list[int]) -> None:
+        with self._lock:
+            counter.subtract(held)
+            counter += Counter()  # drops the zeros
+            self._recycle()
+            self._lock.notify_all()
 
     def _recycle(self) -> None:
         oldest = min(self._leases, default=self._snapshot.generation)
@@ -131,7 +171,14 @@ class Bank:
         self._free += [row for row, last in self._retired if (row, last) not in read]
         self._retired = read
 
-    def put(self, name: str, task: Task, replace: bool = False, version: str | None = None) -> None:
+    def put(
+        self,
+        name: str,
+        task: Task,
+        replace: bool = False,
+        version: str | None = None,
+        staying: Collection[str] = (),
+    ) -> None:
         """Make a task resident; calls see it wholly or not at all.
 
         A bank that may not grow waits for the calls that read a row which is about to be free.
@@ -141,6 +188,7 @@ class Bank:
             task: the task; its state is copied.
             replace: replace a task of that name.
             version: the task's version where it is known already: computing it takes a digest of the state.
+            staying: tasks whose place it does not take.
 
         Raises:
             UsageError: the name is taken and ``replace`` is not set.
@@ -151,6 +199,10 @@ class Bank:
         with self._writing:
             if name in self.entries and not replace:
                 raise UsageError(f"there is already a task {name!r}: choose another name or replace it")
+            if self.limit is not None and name not in self.entries and len(self.entries) >= self.limit:
+                with self._lock:
+                    oldest = next(one for one in self._recent if one not in staying)
+                self.remove(oldest)
             row = self._row_for(largest_axes([self._axes, axes]))
             try:
                 entry = _write(self._layout, self._rows, row, task, version)
@@ -160,7 +212,7 @@ class Bank:
                 with self._lock:
                     self._free.append(row)
                 raise
-            self._publish({**self.entries, name: entry}, self.entries.get(name))
+            self._publish(name, {**self.entries, name: entry}, self.entries.get(name))
 
     def remove(self, name: str) -> None:
         """Take a task out; calls that already run still answer for it.
@@ -172,11 +224,14 @@ class Bank:
             choose("task", name, self.entries)
             left = dict(self.entries)
             old = left.pop(name)
-            self._publish(left, old)
+            self._publish(name, left, old)
 
-    def _publish(self, entries: Mapping[str, Entry], old: Entry | None) -> None:
-        """Name these tasks from now on, ``old`` no longer."""
+    def _publish(self, name: str, entries: Mapping[str, Entry], old: Entry | None) -> None:
+        """Name these tasks from now on: ``name`` came or went, and ``old`` is its entry no longer."""
         with self._lock:
+            self._recent.pop(name, None)
+            if name in entries:
+                self._recent[name] = None
             if old is not None:
                 self._retired.append((old.row, self._snapshot.generation))
             self._snapshot = Snapshot(self._snapshot.generation + 1, entries, self._snapshot.placed)
@@ -187,14 +242,19 @@ class Bank:
         named = len(self.entries)
         if self._capacity is not None and named >= self._capacity:
             raise EngineError(f"no row is free: all {self._capacity} hold tasks; take one out first")
-        if self._capacity is None and not self._free:
-            self._grow(max(2 * (named + 1), _CAPACITY), axes)
-        elif axes != self._axes:
-            self._grow(self._capacity or named + 1, axes)
+        wanted = max(2 * (named + 1), _CAPACITY)
+        wanted = wanted if self.limit is None else min(wanted, self.limit + 1)
+        may_grow = self._capacity is None and (self.limit is None or wanted > self._allocated)
+        if axes != self._axes or (may_grow and not self._free):
+            self._grow(self._capacity or wanted, axes)
         with self._lock:
             while not self._free:
                 self._lock.wait()
             return self._free.pop(0)
+
+    @property
+    def _allocated(self) -> int:
+        return len(next(iter(self._rows.values()), ()))
 
     def _grow(self, capacity: int, axes: dict[str, int]) -> None:
         """Move to larger tensors; calls that already run keep the old ones."""
@@ -211,11 +271,18 @@ class Bank:
 
 
 class BakedBank:
-    """The tasks of an engine whose model holds them as constants: nothing moves."""
+    """The tasks of an engine whose model holds them as constants: nothing moves, and no state is read."""
 
-    def __init__(self, order: Sequence[str], tasks: Mapping[str, Task]) -> None:
+    limit: int | None = None
+    row_bytes = 0
+
+    def __init__(self, order: Sequence[str], records: Mapping[str, TaskRecord]) -> None:
         """``order`` names the task of each row of the model."""
-        held = {name: Entry(tasks[name], tasks[name].version, row) for row, name in enumerate(order) if name in tasks}
+        held = {
+            name: Entry(Task(records[name].labels, records[name].preprocess, {}), records[name].version, row)
+            for row, name in enumerate(order)
+            if name in records
+        }
         self._snapshot = Snapshot(0, held, {})
 
     @property
@@ -224,11 +291,15 @@ class BakedBank:
         return self._snapshot.entries
 
     @contextlib.contextmanager
-    def lease(self) -> Iterator[Snapshot]:
-        """See :meth:`Bank.lease`."""
+    def lease(self, names: Collection[str] | None = None, load: Load | None = None) -> Iterator[Snapshot]:
+        """See :meth:`Bank.lease`; ``load`` raises for what the model does not hold."""
+        for name in names or ():
+            if name not in self.entries and load is not None:
+                load(name)
+                raise EngineError(f"the task {name!r} was damaged when the engine was opened: open it again")
         yield self._snapshot
 
-    def put(self, name: str, task: Task, replace: bool = False) -> None:  # noqa: ARG002
+    def put(self, name: str, task: Task, replace: bool = False, version: str | None = None) -> None:  # noqa: ARG002
         """Refuse: see :meth:`EngineFolder.check_open`, which says what to do."""
         raise UsageError(f"the task {name!r} cannot be added: the tasks of this engine are baked into its model")
 

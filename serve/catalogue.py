@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from prompttune.errors import EngineError, PrompttuneError
@@ -12,23 +11,16 @@ from prompttune.export.folder import (
     TASK_RECORD,
     TASKS,
     EngineFolder,
+    Scan,
     TaskRecord,
     check_task_name,
     read_record,
+    task_names,
 )
 from prompttune.export.layout import bind_axes, largest_axes
 from prompttune.serve.protocol.types import MIXED
 
 _Stamp = tuple[tuple[int, int, int], ...]
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What was found at one look."""
-
-    records: Mapping[str, TaskRecord]
-    problems: Mapping[str, str] = field(default_factory=dict)
-    """Task → why its folder cannot be used, in one line."""
 
 
 class Catalogue:
@@ -53,7 +45,7 @@ class Catalogue:
 
     def scan(self) -> Scan:
         """Look at every task; one whose files are as they were is not read again."""
-        found = {folder.name: folder for parent in self._folders for folder in _task_folders(parent)}
+        found = {name: parent / name for parent in self._folders for name in task_names(parent)}
         if self._baked is not None:
             found = {name: folder for name, folder in found.items() if name in self._baked}
         self._read = {folder: seen for folder, seen in self._read.items() if folder in set(found.values())}
@@ -69,8 +61,10 @@ class Catalogue:
         Raises:
             EngineError: it is damaged or does not fit the engine.
         """
-        names = {folder.name: folder for parent in self._folders for folder in _task_folders(parent)}
-        return self._checked(names[name]) if name in names else None
+        if not name or Path(name).name != name or name.startswith("."):
+            return None
+        found = next((parent / name for parent in reversed(self._folders) if (parent / name).is_dir()), None)
+        return None if found is None else self._checked(found)
 
     def axes(self, records: Mapping[str, TaskRecord]) -> dict[str, int]:
         """Sizes of the layout's named axes that hold all of ``records``."""
@@ -97,13 +91,6 @@ class Catalogue:
         record = read_record(folder)
         bind_axes(self._layout, record.shapes, f"task {folder.name!r}")
         return record
-
-
-def _task_folders(parent: Path) -> list[Path]:
-    """Folders that hold a task or are about to; hidden ones are somebody's temporary ones."""
-    if not parent.is_dir():
-        return []
-    return [one for one in parent.iterdir() if not one.name.startswith(".") and one.is_dir()]
 
 
 def _stamp(folder: Path) -> _Stamp:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +16,34 @@ from torch import Tensor
 
 from prompttune.backbones import Backbone
 from prompttune.errors import EngineError, UsageError, choose
-from prompttune.export.folder import EngineFolder, check_task_name
+from prompttune.export.folder import (
+    STATE_FILE,
+    TASKS,
+    EngineFolder,
+    Task,
+    TaskRecord,
+    check_task_name,
+    read_record,
+)
 from prompttune.export.gate import engine_gate
-from prompttune.export.layout import bank_dtype
-from prompttune.export.proof import fold_proven
+from prompttune.export.layout import FLOAT32, bank_dtype, bind_axes, largest_axes
+from prompttune.export.layout import TASKS as TASKS_AXIS
+from prompttune.export.proof import MIXED_WITH, fold_proven
 from prompttune.export.runtimes import Array, Runtime, RuntimeOptions, open_runtime
 from prompttune.export.samples import Samples
 from prompttune.export.tasks import Fit, check_fit, engine_backbone
 from prompttune.images import ImageLike, open_image
 from prompttune.preprocess import Preprocess
 from prompttune.serve.answers import TOP_K, Score, likeliest, softmax
-from prompttune.serve.bank import BakedBank, Bank, Entry, Snapshot
+from prompttune.serve.bank import BakedBank, Bank, Entry
 from prompttune.serve.masks import class_map
 
 PIXELS = "or give pixels, uint8 [H, W, 3] in RGB"
+EAGER = 64
+"""Tasks that are loaded when an engine is opened, if it has no more."""
+MEMORY = 2 << 30
+"""Bytes that resident tasks take, unless it is said how many there may be."""
+
 Images = Tensor | NDArray[np.float32] | ImageLike | Sequence[ImageLike]
 
 
@@ -69,6 +85,17 @@ class Segmentation:
     """Class index of each pixel of the model's input, [S, S]."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What one call of the runtime gave."""
+
+    rows: Sequence[int]
+    """Their places among all rows that were asked for."""
+    entries: Sequence[Entry]
+    logits: Array
+    """float32 [B, C]."""
+
+
 class Engine:
     """An engine folder, open on a device. Every method may be called from any thread.
 
@@ -81,11 +108,16 @@ class Engine:
         cache: folder for what that provider compiles, kept between runs.
         spin: let CPU threads that wait for the next operator spin, see :class:`RuntimeOptions`.
         verify: check the model's digests first.
-        tasks: keep these tasks alone resident; None takes all.
+        tasks: answer for these tasks alone, with room for the largest of them from the start, so that no answer's last
+            digits depend on which was loaded first; None takes all of the folder.
+        resident_tasks: tasks in memory at most; None takes as many as fit in about :data:`MEMORY`. Up to
+            :data:`EAGER` of them are loaded at once if they may all be resident. Otherwise a task is loaded when it is
+            asked for, and takes the place of the one that was not asked for the longest.
 
     Raises:
         UsageError: there is no such task.
-        EngineError: the engine is missing or damaged, or the runtime cannot open it.
+        EngineError: the engine is missing or damaged, or the runtime cannot open it. A damaged task that is not among
+            ``tasks`` is an error only when it is asked for.
         MissingExtraError: the device needs an extra that is not installed.
 
     Example:
@@ -106,22 +138,64 @@ class Engine:
         spin: bool = True,
         verify: bool = True,
         tasks: Sequence[str] | None = None,
+        resident_tasks: int | None = None,
     ) -> None:
+        if resident_tasks is not None and resident_tasks < 1:
+            raise UsageError(f"resident_tasks must be at least 1, not {resident_tasks}")
         self.folder = EngineFolder(path, verify=verify)
         self.device = device
         manifest = self.folder.manifest
         options = RuntimeOptions(device, threads, cuda_graph, provider, None if cache is None else Path(cache), spin)
         self._runtime = open_runtime(self.folder.path, manifest, options)
         self._dtype = bank_dtype(manifest.bank_precision)
-        names = self.folder.tasks() if tasks is None else dict.fromkeys(tasks)
-        held = {name: self.folder.read_task(name) for name in names}
+        self._unsaved: dict[str, tuple[Task, str]] = {}
+        """Tasks that are in no folder, so that they can be loaded again."""
         self._bank: Bank | BakedBank
+        if tasks is not None:
+            self._names = set(tasks)
+            for name in sorted(self._names):
+                self.folder.task_folder(name)
         if manifest.baked is None:
-            self._bank = Bank(self._runtime, manifest.layout, held, self._dtype)
+            self._bank = self._open_bank(tasks is not None, resident_tasks)
         else:
-            self._bank = BakedBank(manifest.baked, held)
+            self._bank = BakedBank(manifest.baked, self.folder.scan(only=self._names).records)
         self._transforms: dict[Preprocess, Callable[[Image.Image], Tensor]] = {}
         self._backbone: Backbone | None = None
+
+    @functools.cached_property
+    def _names(self) -> set[str]:
+        """The tasks that it answers for; a long list of them is not read before it is needed."""
+        baked = self.folder.manifest.baked
+        return set(self.folder.tasks() if baked is None else set(baked).intersection(self.folder.tasks()))
+
+    def _open_bank(self, named: bool, resident_tasks: int | None) -> Bank:
+        """The bank, with what may be in it from the start; ``named`` tasks must all be there."""
+        layout = self.folder.manifest.layout
+        some = sorted(self._names) if named else self.folder.tasks(EAGER + 1)
+        limit = resident_tasks or default_residents(self.folder, some)
+        loaded: dict[str, tuple[Task, str]] = {}
+        axes: dict[str, int] = {}
+        if len(some) <= EAGER:
+            self._names = set(some)
+        if len(some) <= min(limit, EAGER):
+            for name in some:
+                with contextlib.nullcontext() if named else contextlib.suppress(EngineError):
+                    loaded[name] = self.folder.load_task(name)
+        elif named:
+            records = (read_record(self.folder.task_folder(name)) for name in some)
+            axes = largest_axes(bind_axes(layout, one.shapes, one.name) for one in records)
+        tasks = {name: task for name, (task, _) in loaded.items()}
+        versions = {name: version for name, (_, version) in loaded.items()}
+        return Bank(self._runtime, layout, tasks, self._dtype, axes=axes, limit=limit, versions=versions)
+
+    def _load(self, name: str) -> tuple[Task, str]:
+        """Read a task that is not resident, and its version."""
+        if name in self._unsaved:
+            return self._unsaved[name]
+        return self.folder.load_task(self._known(name))
+
+    def _known(self, name: str) -> str:
+        return name if name in self._names else choose("task", name, self.tasks)
 
     @property
     def description(self) -> str:
@@ -140,8 +214,8 @@ class Engine:
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the resident tasks, sorted."""
-        return sorted(self._bank.entries)
+        """Names of the tasks that it answers for, sorted, resident or not."""
+        return sorted(self._names)
 
     def labels(self, task: str) -> list[str]:
         """Class names of a task, in the order of its logits.
@@ -149,19 +223,25 @@ class Engine:
         Raises:
             UsageError: there is no such task.
         """
-        return list(self._entry(self._bank.entries, task).task.labels)
+        return list(self._facts(task).labels)
 
     def preprocess(self, task: str) -> Preprocess:
         """The evaluation transform of a task, as settings."""
-        return self._entry(self._bank.entries, task).task.preprocess
+        return self._facts(task).preprocess
 
     def version(self, task: str) -> str:
-        """The resident version of a task, a digest of all that its answers depend on."""
-        return self._entry(self._bank.entries, task).version
+        """The version of a task, a digest of all that its answers depend on."""
+        entry = self._bank.entries.get(task)
+        return self._facts(task).version if entry is None else entry.version
 
-    @staticmethod
-    def _entry(entries: Mapping[str, Entry], name: str) -> Entry:
-        return entries[choose("task", name, entries)]
+    def _facts(self, name: str) -> Task | TaskRecord:
+        """What a task's answers mean: of the resident one, or as its folder says."""
+        entry = self._bank.entries.get(name)
+        if entry is not None:
+            return entry.task
+        if name in self._unsaved:
+            return self._unsaved[name][0]
+        return read_record(self.folder.task_folder(self._known(name)))
 
     # --------------------------------------------------------------- answering
 
@@ -173,16 +253,21 @@ class Engine:
             tasks: a task name for each row, or one for all.
 
         Returns:
-            float32 [B, C], of a segmentation [B, C, h, w], with C the largest resident class count; what is past a
-            row's own classes is -inf.
+            float32 [B, C], of a segmentation [B, C, h, w], with C at least the largest class count of ``tasks``; what
+            is past a row's own classes is -inf.
 
         Raises:
             UsageError: the wrong shape, dtype, number of rows or task.
         """
         batch = self._batch(images)
-        names = _per_row(tasks, len(batch))
-        with self._bank.lease() as snapshot:
-            return self._run(batch, [self._entry(snapshot.entries, name) for name in names], snapshot)
+        calls = list(self._calls(_per_row(tasks, len(batch)), lambda rows, _: _some(batch, rows)))
+        if len(calls) == 1:
+            return calls[0].logits
+        widest = max(call.logits.shape[1] for call in calls)
+        whole = np.full((len(batch), widest, *calls[0].logits.shape[2:]), -np.inf, np.float32)
+        for call in calls:
+            whole[call.rows, : call.logits.shape[1]] = call.logits
+        return whole
 
     def answer(self, images: Tensor | NDArray[np.float32], tasks: Sequence[str]) -> list[TaskLogits]:
         """Each row's own logits, with the labels and the version of the task that gave them.
@@ -195,10 +280,7 @@ class Engine:
             UsageError: the wrong shape, dtype, number of rows or task.
         """
         batch = self._batch(images)
-        names = _per_row(tasks, len(batch))
-        with self._bank.lease() as snapshot:
-            entries = [self._entry(snapshot.entries, name) for name in names]
-            return _own(entries, self._run(batch, entries, snapshot))
+        return _in_order(self._calls(_per_row(tasks, len(batch)), lambda rows, _: _some(batch, rows)))
 
     def predict(self, images: Images, tasks: str | Sequence[str], top_k: int = TOP_K) -> list[Prediction]:
         """Classify images, each for its own task, in one call.
@@ -244,13 +326,13 @@ class Engine:
         single = pixels or isinstance(images, (str, os.PathLike, bytes, Image.Image)) or hasattr(images, "read")
         rows: Tensor | NDArray[np.float32] | Sequence[ImageLike] = [images] if single else images  # type: ignore[list-item,assignment]
         names = _per_row(tasks, len(rows))
-        with self._bank.lease() as snapshot:
-            entries = [self._entry(snapshot.entries, name) for name in names]
-            if isinstance(rows, Tensor) or (isinstance(rows, np.ndarray) and rows.dtype != np.uint8):
-                batch = self._batch(rows)
-            else:
-                batch = np.stack([self._prepare(row, entry) for row, entry in zip(rows, entries, strict=True)])
-            return names, _own(entries, self._run(batch, entries, snapshot))
+        if isinstance(rows, Tensor) or (isinstance(rows, np.ndarray) and rows.dtype != np.uint8):
+            return names, self.answer(rows, names)
+
+        def prepare(some: Sequence[int], entries: Sequence[Entry]) -> Array:
+            return np.stack([self._prepare(rows[row], entry) for row, entry in zip(some, entries, strict=True)])
+
+        return names, _in_order(self._calls(names, prepare))
 
     def transform(self, preprocess: Preprocess) -> Callable[[Image.Image], Tensor]:
         """The evaluation transform of ``preprocess``, made once: RGB PIL image to normalised [3, S, S]."""
@@ -275,10 +357,23 @@ class Engine:
             raise UsageError(f"images must be float32 and normalised, not {array.dtype}; {PIXELS}")
         return np.ascontiguousarray(array)
 
-    def _run(self, batch: Array, entries: Sequence[Entry], snapshot: Snapshot) -> Array:
-        # Rows come from the snapshot's own entries, so none can be out of range: on a GPU that would be undefined.
-        index = np.array([entry.row for entry in entries], dtype=np.int64)
-        return self._runtime.run(batch, index, snapshot.placed)
+    def _calls(
+        self, names: Sequence[str], images: Callable[[Sequence[int], Sequence[Entry]], Array]
+    ) -> Iterator[_Call]:
+        """Answer a row for each of ``names``: in one call, or in more if they are more tasks than may be resident.
+
+        ``images`` gives the batch of some rows, whose entries stay as they are meanwhile.
+        """
+        distinct = {name: place for place, name in enumerate(dict.fromkeys(names))}
+        most = self._bank.limit or len(distinct)
+        for first in range(0, len(distinct), most):
+            rows = [row for row, name in enumerate(names) if first <= distinct[name] < first + most]
+            with self._bank.lease([names[row] for row in rows], self._load) as snapshot:
+                entries = [snapshot.entries[names[row]] for row in rows]
+                # Rows are the snapshot's own, so none can be out of range: on a GPU that would be undefined.
+                index = np.array([entry.row for entry in entries], dtype=np.int64)
+                logits = self._runtime.run(images(rows, entries), index, snapshot.placed)
+            yield _Call(rows, entries, logits)
 
     # ------------------------------------------------------------------- tasks
 
@@ -312,28 +407,43 @@ class Engine:
         """
         self.folder.check_open()
         check_task_name(name)
-        if name in self._bank.entries and not replace:
+        if name in self._names and not replace:
             raise UsageError(f"the engine already has a task {name!r}: choose another name or give replace=True")
-        if save:
-            self.folder.check_free(name, replace)
         manifest = self.folder.manifest
         check_fit({name: Path(checkpoint)}, Fit.of_manifest(manifest))
-        if self._backbone is None:
-            self._backbone = engine_backbone(manifest, weights)
-        with self._bank.lease() as snapshot:  # holds the rows of the tasks that the new one is mixed with
+        with self.folder.locked() if save else contextlib.nullcontext():
+            if save:
+                self.folder.check_free(name, replace)
+            if self._backbone is None:
+                self._backbone = engine_backbone(manifest, weights)
             task = fold_proven(
                 manifest,
                 name,
                 checkpoint,
                 self._backbone,
-                {one: entry.task for one, entry in snapshot.entries.items()},
+                (self._some_residents(name) or self.folder.read_some(MIXED_WITH, name)) if parity else {},
                 lambda tasks: _Trial(self._runtime, Bank(self._runtime, manifest.layout, tasks, self._dtype)),
                 Samples(),
                 engine_gate(manifest) if parity else None,
             )
-        if save:
-            self.folder.write_task(name, task, replace)
-        self._bank.put(name, task, replace)
+            version = task.version
+            if save:
+                self.folder.write_task(name, task, replace)
+                self._unsaved.pop(name, None)
+            else:
+                self._unsaved[name] = task, version
+            self._bank.put(name, task, replace, version)
+            self._names.add(name)
+
+    def _some_residents(self, besides: str) -> dict[str, Task]:
+        """Copies of resident tasks, as many as a new one is mixed with, so that no row waits for the proof."""
+        names = [name for name in self._bank.entries if name != besides][:MIXED_WITH]
+        with self._bank.lease(names) as snapshot:
+            held = {name: snapshot.entries[name].task for name in names if name in snapshot.entries}
+            return {
+                name: dataclasses.replace(task, state={key: np.array(value) for key, value in task.state.items()})
+                for name, task in held.items()
+            }
 
     def remove_task(self, name: str, *, save: bool = True) -> None:
         """Take a task out.
@@ -346,9 +456,14 @@ class Engine:
             UsageError: there is no such task.
         """
         self.folder.check_open()
-        self._bank.remove(name)
-        if save and name in self.folder.tasks():
+        if name not in self._bank.entries:
+            self._known(name)
+        if save and (self.folder.path / TASKS / name).is_dir():
             self.folder.remove_task(name)
+        self._names.discard(name)
+        self._unsaved.pop(name, None)
+        with contextlib.suppress(UsageError):  # it is not resident
+            self._bank.remove(name)
 
 
 class _Trial:
@@ -376,12 +491,28 @@ def _per_row(tasks: str | Sequence[str], rows: int) -> list[str]:
     return names
 
 
-def _own(entries: Sequence[Entry], logits: Array) -> list[TaskLogits]:
-    """Rows of logits [B, C] without the columns past each row's own classes."""
-    return [
-        TaskLogits(entry.task.labels, entry.version, row[: entry.task.num_classes])
-        for entry, row in zip(entries, logits, strict=True)
-    ]
+def _some(batch: Array, rows: Sequence[int]) -> Array:
+    return batch if len(rows) == len(batch) else batch[rows]
+
+
+def _in_order(calls: Iterable[_Call]) -> list[TaskLogits]:
+    """Rows of logits [B, C] without the columns past each row's own classes, in the order of the rows."""
+    answers = {
+        row: TaskLogits(entry.task.labels, entry.version, own[: entry.task.num_classes])
+        for call in calls
+        for row, entry, own in zip(call.rows, call.entries, call.logits, strict=True)
+    }
+    return [answers[row] for row in range(len(answers))]
+
+
+def default_residents(folder: EngineFolder, names: Iterable[str]) -> int:
+    """How many of some tasks fit in about :data:`MEMORY`, by the size of the first; a plan may take fewer."""
+    states = (folder.path / TASKS / name / STATE_FILE for name in names)
+    size = next((state.stat().st_size for state in states if state.is_file()), 1)
+    itemsize = bank_dtype(folder.manifest.bank_precision).itemsize
+    most = max(EAGER, MEMORY * FLOAT32.itemsize // (size * itemsize or 1))
+    profile = folder.manifest.details.get("profile", {})
+    return min(most, max(1, profile[TASKS_AXIS][-1] - 1)) if TASKS_AXIS in profile else most
 
 
 def _segmentation(name: str, answer: TaskLogits, side: int) -> Segmentation:

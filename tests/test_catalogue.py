@@ -80,7 +80,7 @@ def test_new_and_gone_tasks_are_seen(engine):
     [
         (lambda folder: (folder / TASK_RECORD).unlink(), "task record"),
         (lambda folder: (folder / TASK_RECORD).write_text("{"), "task record"),
-        (lambda folder: (folder / STATE_FILE).unlink(), "damaged"),
+        (lambda folder: (folder / STATE_FILE).unlink(), "missing"),
         (lambda folder: (folder / STATE_FILE).write_bytes(b"\x10\0\0\0\0\0\0\0junk"), "damaged"),
         (lambda folder: folder.rename(folder.parent / "mixed"), "mixed"),
         (lambda folder: folder.rename(folder.parent / "bad name"), "bad task name"),

@@ -173,15 +173,15 @@ def test_adding_and_removing_leaves_the_model_alone(tmp_path):
     task = add_task(folder, "late", checkpoint("linear", 4))
     assert task.parity["passed"]
     assert {one["task"] for one in task.parity["comparisons"]} == {"late", "mixed"}
-    assert list(list_tasks(folder)) == ["late", "task0", "task1"]
-    assert list_tasks(folder)["late"].version == task.version
+    assert list(list_tasks(folder).records) == ["late", "task0", "task1"]
+    assert list_tasks(folder).records["late"].version == task.version
     with pytest.raises(UsageError, match="already has a task 'late'"):
         add_task(folder, "late", checkpoint("linear", 5))
     replaced = add_task(folder, "late", checkpoint("linear", 5), replace=True)
-    assert list_tasks(folder)["late"].num_classes == 7
+    assert len(list_tasks(folder).records["late"].labels) == 7
     assert replaced.version != task.version
     remove_task(folder, "task0")
-    assert list(list_tasks(folder)) == ["late", "task1"]
+    assert list(list_tasks(folder).records) == ["late", "task1"]
     with pytest.raises(UsageError, match="unknown task 'task0'"):
         remove_task(folder, "task0")
     assert {one: (one.read_bytes(), one.stat().st_mtime_ns) for one in folder.glob("model.onnx*")} == before

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prompttune import files as module
 from prompttune.errors import DataError, UsageError
-from prompttune.serve.infer import journal as module
 from prompttune.serve.infer.items import FilePayload, Item
 from prompttune.serve.infer.journal import Journal, Progress, Record
 from prompttune.serve.infer.ledger import Trace
@@ -141,7 +141,9 @@ def test_a_damaged_record_is_one_line(tmp_path, text, error, line):
 def test_a_journal_is_written_by_one_run(path):
     with Journal(path) as journal:
         journal.begin(SETTINGS)
-        with pytest.raises(UsageError, match=r"^another run writes to .*/rows\.jsonl: wait for its end, or "):
+        with pytest.raises(
+            UsageError, match=r"^another run writes to .*/rows\.jsonl: process \d+ on .*; wait for its end, or "
+        ):
             Journal(path).__enter__()
         journal.write(PROGRESS)  # the one that was refused took nothing away
     with Journal(path) as journal:
@@ -175,7 +177,7 @@ def test_a_killed_run_holds_nothing(path):
 
 
 def test_a_lock_that_its_holder_removes_meanwhile_is_taken_anew(path, monkeypatch):
-    lock = path.with_name(f".{path.name}.lock")
+    lock = path.with_name(".rows.jsonl.lock")
     real, calls = module.fcntl.flock, []
 
     def flock(stream, how):
@@ -195,14 +197,14 @@ def test_a_lock_that_its_holder_removes_meanwhile_is_taken_anew(path, monkeypatc
 
 def test_a_file_system_without_locks_is_said_and_used(path, monkeypatch, caplog):
     monkeypatch.setattr(module.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "not implemented")))
-    with caplog.at_level(logging.WARNING, "prompttune.infer"), Journal(path) as journal:
+    with caplog.at_level(logging.WARNING, "prompttune.files"), Journal(path) as journal:
         journal.begin(SETTINGS)
     assert "has no locks" in caplog.text
 
 
 def test_a_place_where_nothing_can_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"^cannot write beside .*: (File exists|Not a directory)$"):
+    with pytest.raises(UsageError, match=r"^cannot write to .*: (File exists|Not a directory) \(.*file\)$"):
         Journal(tmp_path / "file" / "j.json").__enter__()
 
 

@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 import prompttune.training.loop
 from prompttune.cli.main import cli
 from prompttune.errors import DivergedError, TrainingError
+from prompttune.files import locked
 from prompttune.model import PromptModel
 from prompttune.protocols import worker
 from prompttune.training import TrainConfig
@@ -335,11 +336,7 @@ def test_killed_benchmark_goes_on_in_the_middle_of_a_run(base: list[Any], tmp_pa
 
 
 def test_two_benchmarks_never_share_a_folder(base: list[Any], tmp_path: Path) -> None:
-    import fcntl
-
-    (tmp_path / "out").mkdir()
-    with (tmp_path / "out" / ".lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    with locked(tmp_path / "out"):
         result = command(*base)
     assert result.exit_code == 2
-    assert "another benchmark is writing" in result.stderr
+    assert "another run writes to" in result.stderr

@@ -27,7 +27,7 @@ from prompttune.export.folder import MANIFEST, EngineFolder
 from prompttune.export.formats import Settings
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.export.tasks import Checkpoints, check_fit, name_checkpoints
-from prompttune.files import replacing_folder, write_text
+from prompttune.files import locked, replacing_folder, visible, write_text
 
 FORMATS = ("onnx", "trt")
 """Formats of engines whose model file a backend of Triton runs."""
@@ -119,19 +119,21 @@ def export_triton(
     triton.check(settings)
     settings = dataclasses.replace(settings, baked=not triton.bank_inputs)
     folder = Path(repository) / triton.name
-    _check_output(folder, overwrite)
     named = name_checkpoints(checkpoints)
+    _check_output(folder, overwrite)
     if check_fit(named).segmentation is not None:
         raise UsageError("segmentation: a Triton repository answers classifications; export an engine instead")
-    with replacing_folder(folder) as temporary:
-        engine = export_engine(named, temporary / VERSION, format=settings, on_stage=on_stage, **options)
-        on_stage("writing Triton's configuration")
-        _describe(engine, settings, triton, temporary)
+    with locked(folder):
+        _check_output(folder, overwrite)
+        with replacing_folder(folder, CONFIG_FILE) as temporary:
+            engine = export_engine(named, temporary / VERSION, format=settings, on_stage=on_stage, **options)
+            on_stage("writing Triton's configuration")
+            _describe(engine, settings, triton, temporary)
     return EngineFolder(folder / VERSION, verify=False)
 
 
 def _check_output(folder: Path, overwrite: bool) -> None:
-    if not folder.exists():
+    if not folder.exists() or (folder.is_dir() and not any(visible(folder))):
         return
     if not (folder / VERSION / MANIFEST).is_file():
         raise UsageError(f"{folder} exists and is not a model of prompttune: choose another model name")

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
+from rich.progress import Progress
 
 from prompttune.cli.engine_options import (
     gate_options,
-    make_table,
     named_checkpoints,
     named_data,
     no_parity_option,
     weights_option,
     wide_console,
 )
+
+if TYPE_CHECKING:
+    from prompttune.export.folder import Scan
 
 
 @click.group()
@@ -107,39 +112,64 @@ def remove(engine: Path, names: tuple[str, ...], as_json: bool) -> None:
     \b
     prompttune tasks remove engine shapes
     """
-    from prompttune.errors import choose
+    from prompttune.errors import some_names
     from prompttune.export import EngineFolder
 
     folder = EngineFolder(engine, verify=False)
-    for name in dict.fromkeys(names):
-        choose("task", name, folder.tasks())
-    for name in dict.fromkeys(names):
-        folder.remove_task(name)
+    with folder.locked():
+        for name in dict.fromkeys(names):
+            folder.folder_of(name)
+        for name in dict.fromkeys(names):
+            folder.remove_task(name)
+        left = folder.tasks()
     if as_json:
-        click.echo(json.dumps({"removed": list(dict.fromkeys(names)), "tasks": folder.tasks()}, indent=2))
+        click.echo(json.dumps({"removed": list(dict.fromkeys(names)), "tasks": left}, indent=2))
     else:
-        click.echo(f"removed {', '.join(dict.fromkeys(names))}; left: {', '.join(folder.tasks()) or 'none'}")
+        click.echo(f"removed {', '.join(dict.fromkeys(names))}; left: {some_names(left)}")
 
 
 @tasks.command(name="list")
 @click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Read every state and check its digest; exit code 1 if a task is damaged.")
 @click.option("--json", "as_json", is_flag=True, help="Print the tasks as JSON.")
-def list_(engine: Path, as_json: bool) -> None:
-    """List the tasks of ENGINE.
+def list_(engine: Path, verify: bool, as_json: bool) -> None:
+    """List the tasks of ENGINE, with a line for each one that is damaged.
 
     \b
     prompttune tasks list engine
+    prompttune tasks list engine --verify
     """
-    from prompttune.export import list_tasks
+    from prompttune.export import EngineFolder
 
-    held = list_tasks(engine)
+    folder = EngineFolder(engine, verify=verify)
+    with Progress(console=Console(stderr=True), transient=True, disable=not verify) as bar:
+        step = bar.add_task("checking", total=len(folder.tasks()) if verify else None)
+        scan = folder.scan(verify, lambda: bar.advance(step))
     if as_json:
-        click.echo(json.dumps({name: task.to_dict() for name, task in held.items()}, indent=2))
-        return
-    table = make_table(("task", "version", "from"), ("classes", "kB"))
-    table.add_column("labels", overflow="ellipsis", no_wrap=True)
-    for name, task in held.items():
-        size = sum(value.nbytes for value in task.state.values()) / 1e3
-        source = str(task.source.get("checkpoint", ""))
-        table.add_row(name, task.version, source, str(task.num_classes), f"{size:.0f}", ", ".join(task.labels))
-    wide_console().print(table)
+        damaged = {name: {"damaged": problem} for name, problem in scan.problems.items()}
+        shown = {name: record.values for name, record in scan.records.items()}
+        click.echo(json.dumps(dict(sorted({**shown, **damaged}.items())), indent=2))
+    else:
+        click.echo("\n".join(_table(scan, wide_console().width)))
+        for name, problem in scan.problems.items():
+            click.echo(f"damaged: {name}: {problem}", err=True)
+    if verify and scan.problems:
+        raise SystemExit(1)
+
+
+def _table(scan: Scan, width: int) -> list[str]:
+    """A line for each task; rich's tables take a millisecond a row, which is seconds for thousands."""
+    rows = [("task", "version", "from", "classes", "kB", "labels")]
+    for name, record in scan.records.items():
+        source = str(record.values.get("source", {}).get("checkpoint", ""))
+        size, labels = f"{record.state.size / 1e3:.0f}", ", ".join(record.labels[:width])
+        rows.append((name, record.version, source, str(len(record.labels)), size, labels))
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)][:-1]
+    left = max(width - sum(widths) - 2 * len(widths), 20)
+    lines = []
+    for *cells, labels in rows:
+        sized = [set_cell_size(cell, size) for cell, size in zip(cells, widths, strict=True)]
+        sized[3:5] = [cell.rjust(size) for cell, size in zip(cells[3:5], widths[3:5], strict=True)]
+        shown = labels if cell_len(labels) <= left else set_cell_size(labels, left - 1).rstrip() + "…"
+        lines.append("  ".join([*sized, shown]))
+    return lines

@@ -21,7 +21,7 @@ from prompttune.explanation.page import write_page
 from prompttune.explanation.pictures import PictureExplainer
 from prompttune.explanation.settings import OF_IMAGES, ExplainSettings
 from prompttune.explanation.subjects import Subject, load_subjects
-from prompttune.files import replacing, write_json
+from prompttune.files import locked, replacing, write_json
 from prompttune.model import PromptModel
 from prompttune.training.scoring import resolve_device
 
@@ -101,7 +101,8 @@ def explain(
         settings: fields of :class:`ExplainSettings`.
 
     Raises:
-        UsageError: a setting is wrong, or a part that was asked for by name cannot be drawn of these runs.
+        UsageError: a setting is wrong, another run writes to the output, or a part that was asked for by name cannot
+            be drawn of these runs.
         CheckpointError, BackboneError: a run cannot be loaded.
         DataError: no image can be read.
         MissingExtraError: Grad-CAM without Captum.
@@ -116,32 +117,33 @@ def explain(
         chosen.leave_out(part, "it needs images; give files or folders of them", result.notes)
     if data is None:
         chosen.leave_out("tsne", "it needs labelled images; give --data", result.notes)
-    found = list(dict.fromkeys(find_images(images)))
-    subjects = load_subjects(runs, resolve_device(chosen.device), weights)
-    pictures, corrupt = read_pictures(found, chosen.limit, [one.preprocess for one in subjects])
-    result.corrupt += corrupt
-    if len(found) > len(pictures) + len(corrupt):
-        result.notes.append(f"the first {len(pictures)} of {len(found)} images; --limit takes more")
-    tell = on_step or (lambda *_: None)
-    # Without images these parts are left out of all runs, whatever each could show.
-    explainer = PictureExplainer(subjects, chosen, result.notes if images else [])
-    result.folder.mkdir(parents=True, exist_ok=True)
-    result.values = {"subjects": [_about(one) for one in subjects], "images": []}
-    for number, picture in enumerate(pictures):
-        tell("images", number, len(pictures))
-        explained = explainer.explain(picture)
-        name = f"{number:03d}-{_file_part(Path(picture.source).stem)}"
-        for part, figure in explained.figures.items():
-            result.draw(picture.source, f"{part} of {picture.source}", f"{name}-{part}", figure)
-        result.values["images"].append({"image": picture.source, **explained.values})
-    if pictures:
-        tell("images", len(pictures), len(pictures))
-    _summarise(result, explainer)
-    _values(result, subjects, chosen)
-    if data is not None and chosen.wants("tsne"):
-        _embed(result, subjects, data, chosen, tell)
-    write_json(result.folder / VALUES_FILE, result.to_dict())
-    write_page(result, result.folder / PAGE_FILE)
+    with locked(result.folder):
+        found = list(dict.fromkeys(find_images(images)))
+        subjects = load_subjects(runs, resolve_device(chosen.device), weights)
+        pictures, corrupt = read_pictures(found, chosen.limit, [one.preprocess for one in subjects])
+        result.corrupt += corrupt
+        if len(found) > len(pictures) + len(corrupt):
+            result.notes.append(f"the first {len(pictures)} of {len(found)} images; --limit takes more")
+        tell = on_step or (lambda *_: None)
+        # Without images these parts are left out of all runs, whatever each could show.
+        explainer = PictureExplainer(subjects, chosen, result.notes if images else [])
+        result.folder.mkdir(parents=True, exist_ok=True)
+        result.values = {"subjects": [_about(one) for one in subjects], "images": []}
+        for number, picture in enumerate(pictures):
+            tell("images", number, len(pictures))
+            explained = explainer.explain(picture)
+            name = f"{number:03d}-{_file_part(Path(picture.source).stem)}"
+            for part, figure in explained.figures.items():
+                result.draw(picture.source, f"{part} of {picture.source}", f"{name}-{part}", figure)
+            result.values["images"].append({"image": picture.source, **explained.values})
+        if pictures:
+            tell("images", len(pictures), len(pictures))
+        _summarise(result, explainer)
+        _values(result, subjects, chosen)
+        if data is not None and chosen.wants("tsne"):
+            _embed(result, subjects, data, chosen, tell)
+        write_json(result.folder / VALUES_FILE, result.to_dict())
+        write_page(result, result.folder / PAGE_FILE)
     return result
 
 

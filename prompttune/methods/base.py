@@ -16,6 +16,9 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
 from torch import Tensor, nn
 
+from prompttune.axes import CLASSES as CLASSES
+from prompttune.axes import CLUSTERS as CLUSTERS
+from prompttune.axes import RANK as RANK
 from prompttune.backbones.base import Backbone
 from prompttune.errors import BackboneError, UsageError, choose
 from prompttune.limits import out_of_bounds
@@ -25,11 +28,6 @@ State = dict[str, Tensor]
 Layout = dict[str, tuple[int | str, ...]]
 """Shape of each state tensor without its leading dimension; a string names an axis that differs between tasks
 of one engine and is padded to the largest."""
-
-RANK, CLASSES, CLUSTERS = "rank", "classes", "clusters"
-CHOICES = (CLASSES, CLUSTERS)
-"""Axes of which a forward chooses one entry. A state tensor of the shape ``(axis,)`` is added to the scores of the
-choice, and padded with -inf instead of zeros, so that padding is never chosen."""
 
 
 class Features(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import multiprocessing
 import os
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prompttune.errors import UsageError, describe_failure
+from prompttune.files import locked
 from prompttune.protocols.plan import ERROR, RunSpec
 from prompttune.protocols.worker import Backbones, run_one, share_teller
 
@@ -126,7 +126,7 @@ def execute(specs: Sequence[RunSpec], output: Path, jobs: int, listener: Listene
     Raises:
         UsageError: another benchmark is writing there, or a finished run had other settings; nothing has started.
     """
-    with _locked(output):
+    with locked(output):
         outcomes: dict[RunSpec, Outcome] = {}
         by_name = {spec.name: spec for spec in specs}
         if len(by_name) < len(specs):
@@ -142,20 +142,6 @@ def execute(specs: Sequence[RunSpec], output: Path, jobs: int, listener: Listene
         for outcome in run:
             outcomes[outcome.spec] = outcome
         return [outcomes[spec] for spec in specs]
-
-
-@contextlib.contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Two benchmarks never write to one folder."""
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / ".lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"another benchmark is writing to {output}; wait for it or give another --output"
-            ) from None
-        yield
 
 
 def _start(pace: Pace) -> RunSpec:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prompttune.errors import CheckpointError, UsageError
-from prompttune.files import read_json
+from prompttune.files import locked, read_json
 from prompttune.training import state as states
 from prompttune.training.config import TrainConfig
 from prompttune.training.launch import launch, on_rank_zero
@@ -78,8 +79,8 @@ def train(
         progress: show what the command shows, on the standard error or in the notebook.
 
     Raises:
-        UsageError: the output holds something and neither ``resume`` nor ``overwrite`` is given, or the run to
-            resume had other settings; the message names them.
+        UsageError: another run writes to the output, or the output holds something and neither ``resume`` nor
+            ``overwrite`` is given, or the run to resume had other settings; the message names them.
         DataError: the data cannot be read, or more images are unreadable than ``config.max_corrupt``.
         TrainingError: the loss or a parameter is not finite any more; what was saved stays as it is.
     """
@@ -95,21 +96,23 @@ def train(
     fabric = launch(config)
     folder = RunFolder.of(config.output)
     saved = None
-    if on_rank_zero(fabric, lambda: folder.check(resume=resume, overwrite=overwrite)):
-        saved = states.load(folder.last)
-        if differences := config.differences(saved.settings):
-            raise UsageError(f"cannot resume {folder.path} with other settings: {'; '.join(differences)}")
-        if saved.progression.is_over and not saved.progression.goes_on(config.epochs, config.patience):
-            if config.epochs > saved.settings["epochs"]:
-                raise UsageError(
-                    f"{folder.path} stopped early after epoch {saved.progression.epoch}: its patience of "
-                    f"{config.patience} is spent; with more epochs, give a higher --patience or --patience none too"
-                )
-            return _result(folder, saved.progression, was_over=True)
-    backbone = backbone or _load_backbone(config)
-    _check_backbone(config, backbone)
-    run = Run(config, backbone, fabric, on_progress, saved)
-    return _result(folder, run.go(saved))
+    with contextlib.ExitStack() as held:
+        on_rank_zero(fabric, lambda: held.enter_context(locked(folder.path)))
+        if on_rank_zero(fabric, lambda: folder.check(resume=resume, overwrite=overwrite)):
+            saved = states.load(folder.last)
+            if differences := config.differences(saved.settings):
+                raise UsageError(f"cannot resume {folder.path} with other settings: {'; '.join(differences)}")
+            if saved.progression.is_over and not saved.progression.goes_on(config.epochs, config.patience):
+                if config.epochs > saved.settings["epochs"]:
+                    raise UsageError(
+                        f"{folder.path} stopped early after epoch {saved.progression.epoch}: its patience of "
+                        f"{config.patience} is spent; with more epochs, give a higher --patience or --patience none too"
+                    )
+                return _result(folder, saved.progression, was_over=True)
+        backbone = backbone or _load_backbone(config)
+        _check_backbone(config, backbone)
+        run = Run(config, backbone, fabric, on_progress, saved)
+        return _result(folder, run.go(saved))
 
 
 def _both(first: OnProgress, second: OnProgress | None) -> OnProgress:

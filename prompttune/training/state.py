@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prompttune.checkpoints.format import CARD_FILE, CONFIG_FILE, MODEL_FILE
 from prompttune.errors import CheckpointError, UsageError
-from prompttune.files import replacing, write_json, write_text
+from prompttune.files import replacing, visible, write_json, write_text
 from prompttune.training.measures import CLASSIFICATION, Measures
 
 FORMAT_VERSION = 1
@@ -206,7 +206,7 @@ class RunFolder:
         if resume and self.last.exists():
             return True
         # a run that was killed while it wrote leaves temporary files, whose names start with a dot
-        if not self.path.exists() or all(item.name.startswith(".") for item in self.path.iterdir()):
+        if not self.path.exists() or not any(visible(self.path)):
             return False
         if resume:
             raise UsageError(f"{self.path} holds no last.safetensors to resume from; start again with --overwrite")

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 from prompttune.errors import UsageError
-from prompttune.export.layout import bank_dtype, bind_axes, empty_bank, largest_axes
 from prompttune.serve.bench.report import Adding, Switching
 from prompttune.serve.bench.subjects import noise
 from prompttune.serve.bench.timing import Latency, Ratio, Rounds, interleaved
@@ -96,10 +95,4 @@ def measure_adding(
 
 def resident_task_bytes(engine: Engine) -> int:
     """Bytes of one row of an open engine's bank, padded to its largest task; 0 where tasks are part of the model."""
-    manifest = engine.folder.manifest
-    if manifest.baked is not None:
-        return 0
-    entries = engine.bank.entries
-    axes = largest_axes(bind_axes(manifest.layout, entry.task.shapes(), name) for name, entry in entries.items())
-    row = empty_bank(manifest.layout, 1, axes, bank_dtype(manifest.bank_precision))
-    return sum(value.nbytes for value in row.values())
+    return engine.bank.row_bytes

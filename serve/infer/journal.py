@@ -8,24 +8,19 @@ each part of an output that was written, so that a run goes on with the same inp
 
 from __future__ import annotations
 
-import errno
-import fcntl
+import contextlib
 import json
-import logging
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from prompttune.errors import DataError, UsageError
-from prompttune.files import read_json, write_json
+from prompttune.files import locked, read_json, write_json
 from prompttune.serve.infer.sinks.appended import AppendedFile
 
 FORMAT = 2
 """Version of the record."""
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-_LOG = logging.getLogger("prompttune.infer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +93,8 @@ class Journal:
         self.path = path
         self.ledger = path.with_name(f"{path.name.removesuffix('.json')}.ledger")
         self._lines: AppendedFile | None = None
-        self._lock: IO[bytes] | None = None
+        self._lock = contextlib.ExitStack()
+        self._open = False
         self._record: Record | None = None
 
     def __enter__(self) -> Self:
@@ -107,22 +103,14 @@ class Journal:
         Raises:
             UsageError: another run has it, or there can be no file.
         """
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.path.with_name(f".{self.path.name}.lock"))
-        except BlockingIOError:
-            output = self.path.with_name(self.path.name.removesuffix(".journal.json"))
-            raise UsageError(f"another run writes to {output}: wait for its end, or choose another output") from None
-        except OSError as problem:
-            raise UsageError(f"cannot write beside {self.path}: {problem.strerror or problem}") from problem
+        self._lock.enter_context(locked(self.path.with_name(self.path.name.removesuffix(".journal.json"))))
+        self._open = True
         return self
 
     def __exit__(self, *_: object) -> None:
         """Let go of the lock."""
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            Path(lock.name).unlink(missing_ok=True)
-            lock.close()
+        self._open = False
+        self._lock.close()
 
     def read(self) -> Record | None:
         """The record, None where there is none.
@@ -212,38 +200,7 @@ class Journal:
         return self._lines
 
     def _replace(self, record: Record) -> None:
-        if self._lock is None:
+        if not self._open:
             raise RuntimeError("a journal is written within its with statement")
         write_json(self.path, {"format": FORMAT, **asdict(record)})
         self._record = record
-
-
-def _locked(path: Path) -> IO[bytes]:
-    """Create and lock a file; it is removed by whoever holds it.
-
-    Raises:
-        BlockingIOError: another process holds it.
-    """
-    while True:
-        stream = path.open("ab")
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(path, stream):
-                return stream
-        except BlockingIOError:
-            stream.close()
-            raise
-        except OSError as problem:
-            if problem.errno in _NO_LOCKS:
-                _LOG.warning("%s: this file system has no locks; let no two runs write there", path.parent)
-                return stream
-            stream.close()
-            raise
-        stream.close()  # its last holder removed it between the two calls
-
-
-def _is_at(path: Path, stream: IO[bytes]) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(stream.fileno()))
-    except FileNotFoundError:
-        return False

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
-from prompttune.errors import EngineError, UsageError
+from prompttune.errors import EngineError, UsageError, some_names
 from prompttune.evaluation import RowScores
 from prompttune.export.folder import EngineFolder
 from prompttune.export.runtimes import RuntimeOptions
+from prompttune.files import locked
 from prompttune.serve.answers import TOP_K
 from prompttune.serve.decode_threads import usable_cores
 from prompttune.serve.engine import Engine
@@ -26,7 +27,13 @@ from prompttune.serve.infer.local import Decoding
 from prompttune.serve.infer.plan import Plan, Shard
 from prompttune.serve.infer.rows import Row
 from prompttune.serve.infer.sinks.base import Sink
-from prompttune.serve.infer.sinks.opening import check_outputs, check_unfinished, journal_path, open_sinks
+from prompttune.serve.infer.sinks.opening import (
+    STANDARD_OUTPUTS,
+    check_outputs,
+    check_unfinished,
+    journal_path,
+    open_sinks,
+)
 from prompttune.serve.infer.smoothing import Smoother
 from prompttune.serve.infer.sources.live import masked
 from prompttune.serve.infer.sources.opening import STANDARD_INPUT, Opened, SourceSettings, open_source
@@ -137,6 +144,8 @@ def prepared(
         work = _work(settings, folder, opened)
         path, record = journal_path(settings.outputs), None
         journal = None if path is None else stack.enter_context(Journal(path))
+        for output in [one for one in settings.outputs if one not in STANDARD_OUTPUTS][1:]:
+            stack.enter_context(locked(Path(output)))
         values = _recorded(settings, folder, work, opened)
         if journal is not None and settings.resume:
             record = journal.resume(values)
@@ -284,7 +293,7 @@ def _work(settings: InferSettings, folder: EngineFolder, opened: Opened) -> Work
     if not tasks and not by_input:
         present = folder.tasks()
         if len(present) != 1:
-            raise UsageError(f"name a task with --task; the engine has: {', '.join(present) or 'none'}")
+            raise UsageError(f"name a task with --task; the engine has: {some_names(present)}")
         tasks = tuple(present)
     labelled = settings.source.labels is not None
     if labelled and len(tasks) > 1:

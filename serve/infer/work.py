@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prompttune.errors import UsageError, choose
-from prompttune.export.folder import TASKS, EngineFolder, read_record
+from prompttune.errors import UsageError
+from prompttune.export.folder import EngineFolder, read_record
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.preprocess import Preprocess
 from prompttune.serve.answers import TOP_K
+
+LOG = logging.getLogger("prompttune.infer")
 
 BATCH_SIZE = 32
 
@@ -73,9 +76,13 @@ def facts_of(folder: EngineFolder, names: Sequence[str] | None = None) -> dict[s
 
     Raises:
         UsageError: there is no such task.
-        EngineError: a task is damaged.
+        EngineError: a task of ``names`` is damaged; others are left out, with a warning.
     """
-    present = folder.tasks()
-    wanted = present if names is None else [choose("task", name, present) for name in names]
-    records = {name: read_record(folder.path / TASKS / name) for name in wanted}
+    if names is None:
+        scan = folder.scan()
+        for name, problem in scan.problems.items():
+            LOG.warning("the task %s is left out: %s", name, problem)
+        records = scan.records
+    else:
+        records = {name: read_record(folder.task_folder(name)) for name in names}
     return {name: TaskFacts(one.version, one.labels, one.preprocess) for name, one in records.items()}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from prompttune.errors import EngineError, UsageError
-from prompttune.export.folder import TASK_RECORD, TASKS, EngineFolder, Manifest, Task, load_task, read_record
+from prompttune.export.folder import TASK_RECORD, EngineFolder, Manifest, Task, load_version, read_record
 from prompttune.export.layout import bank_dtype
 from prompttune.export.runtimes import Array, Runtime, open_runtime
 from prompttune.serve.bank import Bank
@@ -143,12 +143,8 @@ class BakedStore(Store):
     def __init__(self, folder: EngineFolder, runtime: Runtime, settings: WorkerSettings) -> None:
         super().__init__(folder.manifest, runtime, settings)
         order = folder.manifest.baked or ()
-        held = set(folder.tasks())
-        self._rows = {
-            Key(name, read_record(folder.path / TASKS / name).version): row
-            for row, name in enumerate(order)
-            if name in held
-        }
+        held = folder.scan().records
+        self._rows = {Key(name, held[name].version): row for row, name in enumerate(order) if name in held}
 
     @contextlib.contextmanager
     def reading(self, keys: Sequence[Key]) -> Iterator[Reading]:
@@ -202,8 +198,7 @@ def _read_version(key: Key, folder: Path) -> Task:
     The version is computed from what was read, so a folder that is replaced meanwhile cannot give a mixture.
     """
     try:
-        task = load_task(folder)
-        version = task.version
+        task, version = load_version(folder)
     except (EngineError, OSError) as problem:
         if not _is_recorded(key, folder):
             raise _gone(key, folder) from None

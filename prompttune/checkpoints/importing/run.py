@@ -21,7 +21,7 @@ from prompttune.checkpoints.importing.sa2vp import SA2VPLayout
 from prompttune.checkpoints.importing.source import Source
 from prompttune.checkpoints.importing.vpt import VPTLayout
 from prompttune.errors import CheckpointError, UsageError, choose
-from prompttune.files import replacing, replacing_folder
+from prompttune.files import locked, replacing, replacing_folder, visible
 from prompttune.methods import config_from_dict
 from prompttune.model import PromptModel
 from prompttune.preprocess import NORMALISATIONS, Preprocess
@@ -137,7 +137,8 @@ def import_checkpoint(
     if target is not None:
         _check_target(target, folder, Path(file), backbone, weights, overwrite)
     source = kind.open(Path(file))
-    with _backbone(kind, source, backbone, image_size, weights, target) as frozen:
+    with locked(folder), _backbone(kind, source, backbone, image_size, weights, target) as frozen:
+        _check_output(folder, overwrite)
         found = kind.convert(source, frozen, given)
         preprocess = frozen.default_preprocess()
         preprocess = preprocess.normalised(normalisation or kind.normalisation)
@@ -145,7 +146,7 @@ def import_checkpoint(
         preprocess = replace(preprocess, crop_pct=crop_pct, crop_mode=crop_mode, interpolation=chosen)
         model = _model(found, frozen, given, list(labels) if labels is not None else None, preprocess, source.where)
         model.metrics = {"imported": {"from": layout, "code": kind.code, "file": Path(file).name}}
-        with replacing_folder(folder) as temporary:
+        with replacing_folder(folder, CONFIG_FILE) as temporary:
             model.save(temporary)
     assumed = {name: value for name, value in found.assumed.items() if name not in given}
     return Imported(model, folder, layout, assumed, source.ignored, found.backbone, found.head is not None, found.notes)
@@ -154,7 +155,7 @@ def import_checkpoint(
 def _check_output(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"the output {folder} is a file, not a folder")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or not any(visible(folder)):
         return
     if not overwrite:
         raise UsageError(f"the output {folder} is not empty; give --overwrite, or another folder")
