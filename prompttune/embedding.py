@@ -14,7 +14,7 @@ from torch import Tensor
 from prompttune.backbones.base import Backbone
 from prompttune.data import CorruptImages, ImageSource, load_parts, make_loader
 from prompttune.data.objects import Data, settled
-from prompttune.errors import DataError
+from prompttune.errors import DataError, UsageError
 from prompttune.evaluation.scored import choose_split
 from prompttune.model import PromptModel
 from prompttune.preprocess import Preprocess
@@ -74,8 +74,10 @@ def features(
     place = resolve_device(device)
     parts = load_parts(settled(data), root=data_root, limit=limit, seed=seed)
     chosen = choose_split(parts.named, parts.name, split)
-    if not isinstance(model, PromptModel | Backbone):
+    if isinstance(model, str | Path):
         model = PromptModel.load(model)
+    elif not isinstance(model, PromptModel | Backbone):
+        raise UsageError(f"features are those of a model, a checkpoint folder or a backbone, not of {model!r:.80}")
     mode = model.to(place).training
     preprocess = model.preprocess if isinstance(model, PromptModel) else model.default_preprocess()
     try:

@@ -21,11 +21,17 @@ from prompttune.training.state import RunFolder
 from tests.data_helpers import spoil, write_classes
 from tests.training_helpers import no_pictures, one_thread  # noqa: F401
 
+GREY = np.zeros((4, 4, 3), np.uint8)
 KINDS: dict[str, Callable[[np.ndarray], Any]] = {
     "pil": Image.fromarray,
     "array": lambda pixels: pixels,
     "tensor": lambda pixels: torch.from_numpy(pixels).permute(2, 0, 1),
 }
+
+
+@pytest.fixture(scope="module")
+def backbone() -> pt.Backbone:
+    return pt.load_backbone("test_vit", 32, "random:0")
 
 
 class Colours(Dataset[Any]):
@@ -106,7 +112,8 @@ def test_lists_of_paths_and_labels(tmp_path: Path) -> None:
     assert (numbers.named["all"].classes, numbers.named["all"].labels()) == (["2", "10"], [1, 0, 1, 0])
     for rows, message in (
         ([], "the list of .path, label. is empty"),
-        ([(files[0], 0), files[1]], "item 1 of the list is not a pair"),
+        ([(files[0], 0), files[1]], "item 1 of the list is not a pair .path, label., but PosixPath"),
+        ([(GREY, 0)], "item 0 of the list is not a pair .path, label., but .ndarray, int."),
         ([(files[0], 0), (files[1], -1)], "item 1 of the list has the label -1: class indices count from 0"),
         ([(files[0], 0.5)], "item 0 of the list has the label 0.5, which is not a whole number"),
         ([(files[0], None)], "item 0 of the list has the label None"),
@@ -126,12 +133,25 @@ def test_a_path_is_a_path_even_where_its_name_is_built_in(tmp_path: Path, monkey
     assert (config.data, config.output) == ("./demo/digits", str(tmp_path / "run"))
 
 
+def test_items_that_fail_are_told_by_their_number(backbone: pt.Backbone) -> None:
+    class Failing(Colours):
+        def __getitem__(self, index: int) -> tuple[Any, Any]:
+            if index == 1:
+                raise KeyError("boom")
+            return super().__getitem__(index)
+
+    told = "Failing.1. cannot be read. KeyError. 'boom'"
+    with pytest.raises(DataError, match=f"the label of Failing.1. cannot be read .{told}.: give the data set targets"):
+        settled(Failing())
+    found = pt.features(backbone, Failing(3, targets=[0, 1, 2]), device="cpu")
+    assert (found.names, len(found.corrupt)) == (["Failing[0]", "Failing[2]"], 1)
+    with pytest.raises(UsageError, match="features are those of a model, a checkpoint folder or a backbone, not of 3"):
+        pt.features(3, Colours())  # type: ignore[arg-type]
+
+
 class Stream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         yield from ()
-
-
-GREY = np.zeros((4, 4, 3), np.uint8)
 
 
 @pytest.mark.parametrize(

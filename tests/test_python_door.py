@@ -109,6 +109,8 @@ def test_the_loss_is_the_one_of_training(backbone: pt.Backbone, images: torch.Te
     assert ours.item() == pytest.approx((0.7 * base + 0.3 * aux).item(), rel=1e-6)
     assert torch.equal(Objective(model, weights, 0.1)(images, targets)[0], ours)
     assert torch.equal(pt.loss(model.eval()(images), targets), F.cross_entropy(model(images).logits, targets))
+    with pytest.raises(UsageError, match="what a model returns and a tensor of class indices, not Tensor and list"):
+        pt.loss(output.logits, [0, 1, 2, 0])  # type: ignore[arg-type]
     for wrong in (targets[:3], targets.float(), targets[None]):
         with pytest.raises(UsageError, match=r"the loss takes class indices int64 \[4\], not "):
             pt.loss(output, wrong)

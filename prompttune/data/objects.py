@@ -20,7 +20,7 @@ from torch.utils.data import Subset as TorchSubset
 
 from prompttune.data.base import OBJECT, DataObject, FileSource, ImageSource, Parts, numbered
 from prompttune.data.split_names import ALL, SPLITS
-from prompttune.errors import UsageError, choose
+from prompttune.errors import DataError, PrompttuneError, UsageError, choose, describe_failure
 from prompttune.images import read_image
 
 Labelled: TypeAlias = Dataset[Any] | Sequence[tuple[str | Path, str | int]] | ImageSource
@@ -103,7 +103,12 @@ class DatasetSource(ImageSource):
         return made
 
     def _item(self, index: int) -> tuple[Any, Any]:
-        item = self.dataset[index]
+        try:
+            item = self.dataset[index]
+        except (OSError, ValueError, PrompttuneError):
+            raise
+        except Exception as problem:  # whatever the data set's own code does is one line, and one image
+            raise DataError(f"{self.name}[{index}] cannot be read: {describe_failure(problem)}") from problem
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise UsageError(f"{self.name}[{index}] is a {type(item).__name__}, not a pair (image, label)")
         return item[0], item[1]
@@ -127,8 +132,15 @@ class DatasetSource(ImageSource):
     def labels(self) -> list[int]:
         """See :class:`ImageSource`; they may have to be read."""
         if self._labels is None:
-            self._labels = self._checked(self._item(index)[1] for index in range(len(self)))
+            self._labels = self._checked(map(self._read_label, range(len(self))))
         return list(self._labels)
+
+    def _read_label(self, index: int) -> Any:
+        try:
+            return self._item(index)[1]
+        except (OSError, ValueError, DataError) as problem:
+            where, why = f"{self.name}[{index}]", " ".join(str(problem).split())
+            raise DataError(f"the label of {where} cannot be read ({why}): give the data set targets") from problem
 
 
 def is_source(data: object) -> TypeGuard[ImageSource]:
@@ -161,7 +173,7 @@ def _listed(rows: Sequence[Any]) -> FileSource:
     seen: dict[str, int] = {}
     for index, row in enumerate(rows):
         if not isinstance(row, tuple | list) or len(row) != 2 or not isinstance(row[0], str | os.PathLike):
-            raise UsageError(f"item {index} of the list is not a pair (path, label), but {row!r:.80}")
+            raise UsageError(f"item {index} of the list is not a pair (path, label), but {_kind(row)}")
         if isinstance(row[1], str) and row[1].strip():
             continue
         _label(row[1], f"item {index} of the list")
@@ -178,11 +190,18 @@ def _listed(rows: Sequence[Any]) -> FileSource:
     return FileSource(paths, [index_of[str(label)] for label in labels], classes, Path())
 
 
+def _kind(row: Any) -> str:
+    inner = ", ".join(type(part).__name__ for part in row) if isinstance(row, tuple | list) else ""
+    return f"({inner})" if inner else type(row).__name__
+
+
 def _label(label: Any, where: str) -> int:
     try:
         made = int(operator.index(label))
     except TypeError:
-        raise UsageError(f"{where} has the label {label!r:.80}, which is not a whole number from 0") from None
+        raise UsageError(
+            f"{where} has the label {' '.join(repr(label).split()):.80}, which is not a whole number from 0"
+        ) from None
     if made < 0:
         raise UsageError(f"{where} has the label {made}: class indices count from 0")
     return made

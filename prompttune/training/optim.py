@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prompttune.errors import UsageError
+from prompttune.model import Output
 from prompttune.training.segmenting import pixel_loss
 
 if TYPE_CHECKING:
-    from prompttune.model import Output, PromptModel
+    from prompttune.model import PromptModel
     from prompttune.training.config import TrainConfig
 
 WARMUP_SHARE = 0.1
@@ -43,6 +44,7 @@ def loss(
     Raises:
         UsageError: targets of another type or shape.
     """
+    _check_kinds(output, targets)
     maps = output.logits.dim() == 4
     shape = tuple(targets.shape)
     if targets.is_floating_point() or len(shape) != (3 if maps else 1) or shape[0] != len(output.logits):
@@ -59,6 +61,12 @@ def loss(
         return base
     weight = output.base_loss_weight
     return weight * base + (1.0 - weight) * criterion(output.aux_logits)
+
+
+def _check_kinds(output: object, targets: object) -> None:
+    if not isinstance(output, Output) or not isinstance(targets, Tensor):
+        kinds = f"{type(output).__name__} and {type(targets).__name__}"
+        raise UsageError(f"the loss takes what a model returns and a tensor of class indices, not {kinds}")
 
 
 class Objective(nn.Module):
