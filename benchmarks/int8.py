@@ -1,9 +1,10 @@
-"""int8 engines over the fp32 engine of the same task: speed, size, and how often they name the same class.
+"""int8 engines over the fp32 engine of the same task: speed, size, how often they name the same class, and whether
+neighbours in a batch change an answer.
 
 With random weights the leads between classes are small, so the agreement is a lower bound; --weights auto or a file
 shows a real backbone's.
 
-python -m benchmarks.int8                                # SA²VP, ViT-B/16 at 224, batch 4
+python -m benchmarks.int8                                # SA²VP, ViT-B/16 at 224, batches of 4 and 8
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from benchmarks.common import Model, Run, batch_option, model_options, run_optio
 from benchmarks.engines import CONFIGS, make_engine, save_checkpoint, workshop
 from prompttune.export import EngineFolder
 from prompttune.export.formats.base import QUANTIZATIONS
+from prompttune.export.neighbours import check_neighbours
 from prompttune.serve.bench.subjects import ALL, noise
 
 _AGREEMENT_BATCH = 8
@@ -37,6 +39,13 @@ def agreement(engine: Path, reference: Path, images: int, threads: int) -> tuple
     return float(np.mean(same)), apart
 
 
+def touched(engine: Path, threads: int) -> float:
+    """How far neighbours move an answer, see :class:`prompttune.export.neighbours.Neighbours`."""
+    opened = pt.Engine(engine, threads=threads)
+    images = {task: noise(_AGREEMENT_BATCH, opened.image_size, seed=number) for number, task in enumerate(opened.tasks)}
+    return max(one.max_rel for one in check_neighbours(opened, images, (_AGREEMENT_BATCH,), opened.tasks))
+
+
 def model_bytes(folder: EngineFolder) -> int:
     """Size of the model's files."""
     return sum(file.size for file in folder.manifest.files.values())
@@ -45,7 +54,7 @@ def model_bytes(folder: EngineFolder) -> int:
 @click.command(help=__doc__)
 @model_options
 @click.option("--method", type=click.Choice(list(CONFIGS)), default="sa2vp", show_default=True)
-@batch_option(4)
+@batch_option(4, 8)
 @click.option(
     "--quantization", "kinds", multiple=True, type=click.Choice(QUANTIZATIONS), default=QUANTIZATIONS, show_default=True
 )
@@ -71,6 +80,7 @@ def main(
             engine = make_engine(checkpoint, folder / kind, settings, tasks)
             report = run.bench(engine.path, batches, against=(str(full.path),), mixes=(ALL,))
             agrees, apart = agreement(engine.path, full.path, images, run.threads)
+            moved = touched(engine.path, run.threads)
             smaller = model_bytes(engine) / model_bytes(full)
             for one in report.measurements:
                 if one.engine_over is None:
@@ -90,6 +100,7 @@ def main(
                         "size_over_fp32": f"{smaller:.3f}",
                         "agreement": f"{agrees:.4f}",
                         "max_abs": f"{apart:.4g}",
+                        "neighbours_max_rel": f"{moved:.3g}",
                     }
                 )
                 click.echo(f"{kind:8s} batch {one.batch_size:3d}  {over:.2f} x fp32's time, agreement {agrees:.2%}")

@@ -24,8 +24,6 @@ from prompttune.model import PromptModel
 
 IMAGES = 4
 """Images of a task whose intermediate results are compared."""
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-"""Where ONNX Runtime finds the weights of a model that it is given as bytes."""
 _PREFIX = "debug."
 
 
@@ -162,14 +160,12 @@ def _onnx_results(
     folder: Path, manifest: Manifest, name: str, task: Task, images: Array, options: RuntimeOptions
 ) -> dict[str, Array]:
     """Intermediate results of the engine's file, those that it still holds, as float32."""
-    from prompttune.export.runtimes.onnxruntime import providers, session_options
+    from prompttune.export.runtimes.onnxruntime import open_session
 
     model = onnx.load(str(folder / ONNX_FILE), load_external_data=False)
     probes = _add_outputs(model, check_probes(manifest))
-    wanted, settings = providers(options), session_options(options)
-    settings.add_session_config_entry(_WEIGHTS_FOLDER, str(folder.resolve()))
     try:
-        session = ort.InferenceSession(model.SerializeToString(), settings, providers=wanted)
+        session = open_session(folder, options, model)
         values = session.run_with_ort_values(
             [_PREFIX + probe for probe in probes], _feeds(manifest, name, task, images)
         )

@@ -15,6 +15,8 @@ MIN_AGREEMENT = 0.99
 MAX_ACCURACY_LOSS = 0.01
 """Defaults of every precision below fp32; fp32 asks for the same top class on every image."""
 BATCH_SIZES = (1, 2, 8)
+MAX_NEIGHBOURS = 1e-5
+"""Largest difference of a logit between an image alone and in a batch, relative to its largest logit."""
 IMAGES = 16
 """Images that each task is compared on, unless asked otherwise."""
 
@@ -57,6 +59,8 @@ class Gate:
     """Largest allowed loss of top-1 on labelled images, from 0 to 1; one image may be lost unless this is 0."""
     noise: float = 0.0
     """Largest difference of a tie's logits, relative to their scale, see :class:`Tally`; 0 knows no ties."""
+    max_neighbours: float = MAX_NEIGHBOURS
+    """Largest allowed influence of an image's neighbours on its logits, see :class:`Neighbours`."""
     precision: str = "fp32"
     """Whose thresholds these are."""
 

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir
 import onnxscript.optimizer
 import torch
 from numpy.typing import NDArray
+from onnx_ir.tape import Tape
 
 from prompttune.errors import EngineError, first_line
 from prompttune.export.folder import ONNX_FILE
@@ -70,6 +72,7 @@ def export_onnx(
         assert exported is not None
         _forget_sources(exported.model)
         _fold_weights(exported.model)
+        _average_by_row(exported.model)
         outputs = exported.model.graph.outputs
         del outputs[len(traced.outputs) :]
         _set_defaults(exported.model, defaults or {})
@@ -102,6 +105,29 @@ def _fold_weights(model: Any) -> None:
         model, input_size_limit=largest, output_size_limit=largest, onnx_shape_inference=False
     )
     onnxscript.optimizer.remove_unused_nodes(model)
+
+
+def _average_by_row(model: Any) -> None:
+    """Let averages run over a last axis: over another one ONNX Runtime sums a single image in another order than a
+    batch, and int8 behind it makes a large difference of the last digit."""
+    for node in list(model.graph):
+        if node.op_type != "ReduceMean" or node.inputs[0].shape is None:
+            continue
+        rank = len(node.inputs[0].shape)
+        axes = [] if len(node.inputs) < 2 or node.inputs[1].const_value is None else node.inputs[1].const_value.numpy()
+        averaged = [int(axis) % rank for axis in axes]
+        if len(averaged) != 1 or averaged == [rank - 1]:
+            continue
+        order = [axis for axis in range(rank) if axis not in averaged] + averaged
+        keep = "keepdims" not in node.attributes or bool(node.attributes["keepdims"].as_int())
+        tape, last = Tape(), onnx_ir.tensor(np.array([-1]), name=f"{node.name}.last")
+        axis = onnx_ir.Value(name=last.name, shape=last.shape, type=onnx_ir.TensorType(last.dtype), const_value=last)
+        model.graph.register_initializer(axis)
+        turned = tape.op("Transpose", [node.inputs[0]], {"perm": order})
+        made = tape.op("ReduceMean", [turned, axis], {"keepdims": int(keep)})
+        if keep:
+            made = tape.op("Transpose", [made], {"perm": np.argsort(order).tolist()})
+        onnx_ir.convenience.replace_nodes_and_values(model.graph, node, [node], tape.nodes, node.outputs, [made])
 
 
 def verify_onnx(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:

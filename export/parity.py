@@ -15,6 +15,7 @@ from prompttune.export.accuracy import Accuracy
 from prompttune.export.debug import Bisection
 from prompttune.export.figures import Comparison
 from prompttune.export.gate import Gate
+from prompttune.export.neighbours import Neighbours
 from prompttune.export.swap import Swap
 
 
@@ -45,6 +46,8 @@ class ParityReport:
     accuracy: tuple[Accuracy, ...] = ()
     swaps: tuple[Swap, ...] = ()
     """A, B, A for every task; empty with a single one."""
+    neighbours: tuple[Neighbours, ...] = ()
+    """Each task's images alone and in batches; empty if no batch has two rows."""
     bisection: Bisection | None = None
     """Intermediate results, where they were asked for."""
     reference: str = field(default_factory=torch_description)
@@ -56,7 +59,12 @@ class ParityReport:
     @property
     def failures(self) -> list[str]:
         """One line for each figure beyond its gate, the worst first."""
-        found = [*self._comparison_failures(), *self._accuracy_failures(), *self._swap_failures()]
+        found = [
+            *self._comparison_failures(),
+            *self._accuracy_failures(),
+            *self._swap_failures(),
+            *self._neighbour_failures(),
+        ]
         return [one.line for one in sorted(found, key=lambda one: -one.severity)]
 
     @property
@@ -136,6 +144,17 @@ class ParityReport:
                     f"{one.between} its answer is another one, by {one.max_abs:.3g}",
                 )
 
+    def _neighbour_failures(self) -> Iterator[_Failure]:
+        allowed = self.gate.max_neighbours
+        for one in self.neighbours:
+            if not one.max_rel <= allowed:
+                yield _Failure(
+                    one.max_rel / allowed if allowed and math.isfinite(one.max_rel) else math.inf,
+                    f"task {one.task!r}: in batches of {one.batch_size} with {one.among} its logits differ from those "
+                    f"of the same images alone by {one.max_rel:.3g} of the largest, allowed {allowed:g}, and "
+                    f"{one.changed} of {one.images} images have another top class",
+                )
+
     @property
     def passed(self) -> bool:
         """Whether every figure is within its gate."""
@@ -158,6 +177,7 @@ class ParityReport:
                 "min_agreement": self.gate.min_agreement,
                 "max_accuracy_loss": self.gate.max_accuracy_loss,
                 "noise": self.gate.noise,
+                "max_neighbours": self.gate.max_neighbours,
                 "notes": list(self.notes),
                 "reference": self.reference,
                 "runtime": self.runtime,
@@ -167,6 +187,7 @@ class ParityReport:
                 "mixed_vs_single": self.mixed_vs_single,
                 "accuracy": [one.to_dict() for one in self.accuracy],
                 "swaps": [_figures(one) for one in self.swaps],
+                "neighbours": [_figures(one) for one in self.neighbours],
                 "bisection": None if self.bisection is None else self.bisection.to_dict(),
             }
         )
@@ -177,7 +198,7 @@ def _counted(one: Comparison) -> str:
     return f"{one.pixels} pixels" if one.pixels else f"{one.images} images"
 
 
-def _figures(record: Comparison | Swap) -> dict[str, Any]:
+def _figures(record: Comparison | Swap | Neighbours) -> dict[str, Any]:
     """A record's values by name; the logits that plots are drawn from are no figures."""
     return {one.name: getattr(record, one.name) for one in dataclasses.fields(record) if one.name != "pairs"}
 

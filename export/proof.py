@@ -20,6 +20,7 @@ from prompttune.export.compare import (
 )
 from prompttune.export.folder import Manifest, Task
 from prompttune.export.gate import Gate
+from prompttune.export.neighbours import check_neighbours
 from prompttune.export.parity import ParityReport
 from prompttune.export.runtimes import RuntimeOptions, StateRunner, open_runtime
 from prompttune.export.samples import Samples
@@ -79,6 +80,7 @@ def prove(
         gate=gate,
         accuracy=tuple(one for part in measured for one in part),
         swaps=tuple(check_swaps(runner, together, gate.batch_sizes)),
+        neighbours=tuple(check_neighbours(runner, images, gate.batch_sizes, list(together))),
         versions=manifest.tools,
     )
 

@@ -1,10 +1,11 @@
-"""int8: the backbone's matrix products, quantised by ONNX Runtime's own tools.
+"""int8: the backbone's matrix products.
 
-Weights are int8 with one scale a channel. Activations get their scale in each call (``dynamic``) or from calibration
-images (``static``, as QuantizeLinear and DequantizeLinear pairs). Either way the channels are balanced on calibration
-images first (:mod:`prompttune.export.smooth`). Norms, softmax, GELU, residual sums and whatever a task brings stay in
-float, and so does the last product of the first blocks' MLPs: what follows GELU has the longest tails, and errors made
-early pass through every later block.
+Weights are int8 with one scale a channel. Activations get their scale in each call (``dynamic``, a scale a row:
+:mod:`prompttune.export.rowwise`) or from calibration images (``static``, by ONNX Runtime's own tools, as QuantizeLinear
+and DequantizeLinear pairs). Either way the channels are balanced on calibration images first
+(:mod:`prompttune.export.smooth`). Norms, softmax, GELU, residual sums and whatever a task brings stay in float. With
+static scales the last product of the first blocks' MLPs does as well: what follows GELU has the longest tails, and
+errors made early pass through every later block.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from prompttune.backbones import Backbone
 from prompttune.errors import EngineError, first_line
@@ -27,12 +27,13 @@ from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE
 from prompttune.export.formats.base import BuildRequest, Feeds
 from prompttune.export.layout import IMAGE, TASK_INDEX, bank_dtype, bank_input, stack_states
 from prompttune.export.quiet import quiet
+from prompttune.export.rowwise import quantise_rows
 from prompttune.export.runtimes.base import Array
 from prompttune.export.smooth import smoothed
 
 _BATCH = 8
 _FLOAT_BLOCKS = 3
-"""One block in so many, from the first on, keeps its MLP's last product in float."""
+"""With static scales, one block in so many, from the first on, keeps its MLP's last product in float."""
 
 
 def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> None:
@@ -45,16 +46,11 @@ def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> No
             are quicker with unsigned ones.
 
     Raises:
-        EngineError: there is nothing to quantise, or ONNX Runtime cannot quantise the graph.
+        EngineError: there is nothing to quantise, or the graph cannot be quantised.
     """
-    static = request.settings.quantization == "static"
-    common: dict[str, Any] = {
-        "op_types_to_quantize": ["MatMul"],
-        "nodes_to_quantize": _products(folder / ONNX_FILE, request.model.backbone),
-        "per_channel": True,
-        "weight_type": QuantType.QInt8,
-        "use_external_data_format": True,
-    }
+    static, backbone = request.settings.quantization == "static", request.model.backbone
+    in_float = math.ceil(backbone.depth / _FLOAT_BLOCKS) if static else 0
+    products = _products(folder / ONNX_FILE, backbone, in_float)
     with tempfile.TemporaryDirectory(dir=folder) as name, quiet(""):
         made = Path(name) / ONNX_FILE
         try:
@@ -65,18 +61,22 @@ def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> No
                     made,
                     _Calibration(request),
                     quant_format=QuantFormat.QDQ,
+                    op_types_to_quantize=["MatMul"],
+                    nodes_to_quantize=products,
+                    per_channel=True,
                     activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
+                    weight_type=QuantType.QInt8,
+                    use_external_data_format=True,
                     extra_options={
                         "ActivationSymmetric": symmetric,
                         "OpTypesToExcludeOutputQuantization": ["MatMul"],
                     },
-                    **common,
                 )
             else:
                 request.on_stage("quantising to int8")
-                quantize_dynamic(folder / ONNX_FILE, made, **common)
+                quantise_rows(folder / ONNX_FILE, made, products)
         except Exception as problem:  # the tools raise whatever they meet
-            raise EngineError(f"ONNX Runtime cannot quantise the graph: {first_line(problem)}") from problem
+            raise EngineError(f"the graph cannot be quantised: {first_line(problem)}") from problem
         (folder / ONNX_FILE).unlink()
         (folder / ONNX_WEIGHTS_FILE).unlink(missing_ok=True)
         for file in Path(name).iterdir():
@@ -95,8 +95,9 @@ def calibrated(request: BuildRequest) -> BuildRequest:
     return dataclasses.replace(request, model=smoothed(request.model, calls))
 
 
-def _products(path: Path, backbone: Backbone) -> list[str]:
-    """Names of the nodes that become int8: products with a constant matrix, less those that stay in float.
+def _products(path: Path, backbone: Backbone, in_float: int) -> list[str]:
+    """Names of the nodes that become int8: products with a constant matrix, less the MLPs' last ones of the first
+    ``in_float`` blocks.
 
     Products of two activations, and those with what a task brings, have none: a scale that was calibrated on some
     tasks need not fit the next one. ONNX Runtime's own ``MatMulConstBOnly`` does nothing in the static form. The
@@ -105,9 +106,9 @@ def _products(path: Path, backbone: Backbone) -> list[str]:
     Raises:
         EngineError: there are none.
     """
-    early = [f"{name}.mlp.fc2'" for name in _block_names(backbone)[: math.ceil(backbone.depth / _FLOAT_BLOCKS)]]
+    early = [f"{name}.mlp.fc2'" for name in _block_names(backbone)[:in_float]]
     graph = onnx.load(str(path), load_external_data=False).graph
-    constants = {tensor.name for tensor in graph.initializer}
+    constants = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
     scopes = {
         node.name: "".join(one.value for one in node.metadata_props if one.key.endswith("name_scopes"))
         for node in graph.node

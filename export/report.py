@@ -49,6 +49,7 @@ def write_html(report: ParityReport, engine: str, path: Path) -> None:
         _bisection(report),
         _plots(report),
         _swaps(report),
+        _neighbours(report),
         "<h2>Images</h2>",
         table(("task", "images"), [[(task, "text"), (words, "text")] for task, words in report.images.items()], 2),
         "<h2>Made with</h2>",
@@ -92,6 +93,9 @@ def _cards(report: ParityReport) -> str:
     if report.swaps:
         exact = sum(one.exact for one in report.swaps)
         cards.append(("swaps A, B, A exact", f"{exact} of {len(report.swaps)}", _class(exact == len(report.swaps))))
+    if report.neighbours:
+        apart = float(np.max([one.max_rel for one in report.neighbours]))
+        cards.append(("alone against in a batch", f"{apart:.2e}", _within(apart, gate.max_neighbours)))
     shown = "".join(
         f'<div class="card">{escape(name)}<b class="{kind}">{value}</b></div>' for name, value, kind in cards
     )
@@ -222,3 +226,25 @@ def _swaps(report: ParityReport) -> str:
         for one in report.swaps
     ]
     return "<h2>Swaps A, B, A</h2>" + table(("A", "B", "batch of A", "batch of B", "A again"), rows, 2)
+
+
+def _neighbours(report: ParityReport) -> str:
+    if not report.neighbours:
+        return ""
+    rows = [
+        [
+            (one.task, "text"),
+            (one.among, "text"),
+            (str(one.batch_size), ""),
+            (str(one.images), ""),
+            (f"{one.max_rel:.2e}", _within(one.max_rel, report.gate.max_neighbours)),
+            (str(one.changed), ""),
+        ]
+        for one in report.neighbours
+    ]
+    explained = (
+        "Each image alone against the same image in a batch; differences are over its largest logit alone, at most "
+        f"{report.gate.max_neighbours:g}."
+    )
+    titles = ("task", "in a batch with", "batch", "images", "max rel", "other top class")
+    return f'<h2>Neighbours</h2><p class="dim">{explained}</p>' + table(titles, rows, 2)

@@ -24,6 +24,7 @@ from prompttune.export.compare import (
 from prompttune.export.debug import bisect, check_probes
 from prompttune.export.folder import EngineFolder, Task
 from prompttune.export.gate import NOISE, Gate, engine_precision, loosest
+from prompttune.export.neighbours import check_neighbours
 from prompttune.export.parity import ParityReport, torch_description
 from prompttune.export.proof import open_runner
 from prompttune.export.runtimes import RuntimeOptions
@@ -57,10 +58,10 @@ def validate_engine(
 ) -> ParityReport:
     """Compare an engine with PyTorch on its stored states, or with another engine.
 
-    Each task alone and all of them in mixed batches, at several batch sizes, and each one again after another one. With
-    data, the images of each task (see ``split``) are run through both sides as well, once, and both are evaluated:
-    accuracy, precision and recall of each class, confusion, calibration. A data set for all tasks is evaluated for
-    those alone that have its classes.
+    Each task alone and all of them in mixed batches, at several batch sizes, and each one again after another one;
+    images alone, among others and in another order. With data, the images of each task (see ``split``) are run through
+    both sides as well, once, and both are evaluated: accuracy, precision and recall of each class, confusion,
+    calibration. A data set for all tasks is evaluated for those alone that have its classes.
 
     Args:
         engine: the engine folder.
@@ -219,6 +220,7 @@ def _compare(
     comparisons = compare_tasks(runner, {side.name: side.answer}, images, gate.batch_sizes, gate.noise)
     mixed, apart = compare_mixed(runner, side.answer, images, gate.batch_sizes, gate.noise, side.name)
     swaps = check_swaps(runner, images, gate.batch_sizes)
+    neighbours = check_neighbours(runner, images, gate.batch_sizes, list(images))
     accuracies: list[Accuracy] = []
     for name in tasks:
         if samples.spec(name) is not None:
@@ -236,6 +238,7 @@ def _compare(
         gate=gate,
         accuracy=tuple(accuracies),
         swaps=tuple(swaps),
+        neighbours=tuple(neighbours),
         reference=side.description,
         notes=side.notes,
     )

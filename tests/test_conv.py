@@ -293,10 +293,10 @@ def test_int8_of_a_resnet_has_nothing_to_quantise(tmp_path):
 
 
 def test_int8_of_a_convnext_is_its_mlps(tmp_path):
-    """Both products of seven blocks, less the last ones of the first three."""
+    """Both products of seven blocks."""
     graph = quantised("test_convnext4", "dynamic", tmp_path)
-    weights = {one.input[1] for one in graph.node if one.op_type == "MatMulInteger"}
-    assert len(weights) == 14 - 3
+    weights = {one.input[1] for one in graph.node if one.op_type == "MatMulIntegerToFloat"}
+    assert len(weights) == 14
     assert weights <= {one.name for one in graph.initializer}
 
 

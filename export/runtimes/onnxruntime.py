@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from prompttune.errors import EngineError, MissingExtraError, UsageError, choose, first_line
-from prompttune.export.folder import ONNX_FILE, Manifest
+from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE, Manifest
 from prompttune.export.layout import IMAGE, LOGITS, TASK_INDEX, bank_input
 from prompttune.export.runtimes.base import Array, BankArray, Runtime, RuntimeOptions
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 _QUIET = 4
 """ONNX Runtime's severity 'fatal': its errors arrive as exceptions and need not be logged as well."""
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+"""Where ONNX Runtime finds the weights of a model that it is given as bytes."""
 PROVIDERS = ("tensorrt",)
 
 
@@ -70,6 +73,26 @@ def session_options(options: RuntimeOptions) -> Any:
     return settings
 
 
+def open_session(folder: Path, options: RuntimeOptions, model: onnx.ModelProto | None = None) -> Any:
+    """A session of a folder's ONNX file, or of ``model``, a changed one without its weights.
+
+    ONNX Runtime refuses weights behind a symbolic link (1.24.1 all, others some), and the hub's cache is made of links
+    to files of other names. The model then names the weights' real file.
+    """
+    path, weights = folder / ONNX_FILE, folder / ONNX_WEIGHTS_FILE
+    settings, wanted = session_options(options), providers(options)
+    if model is None and not weights.is_symlink():
+        return ort.InferenceSession(str(path), settings, providers=wanted)
+    model = onnx.load(str(path), load_external_data=False) if model is None else model
+    real = weights.resolve()
+    settings.add_session_config_entry(_WEIGHTS_FOLDER, str(real.parent))
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = real.name
+    return ort.InferenceSession(model.SerializeToString(), settings, providers=wanted)
+
+
 class OnnxRuntime(Runtime):
     """An ONNX file in ONNX Runtime.
 
@@ -85,11 +108,10 @@ class OnnxRuntime(Runtime):
             )
         if options.cuda_index is not None:
             ort.preload_dlls()  # torch brings the CUDA libraries
-        path = folder / ONNX_FILE
         try:
-            self._session = ort.InferenceSession(str(path), session_options(options), providers=wanted)
+            self._session = open_session(folder, options)
         except Exception as problem:  # ONNX Runtime's errors share no base class below Exception
-            raise EngineError(f"ONNX Runtime cannot open {path}: {first_line(problem)}") from None
+            raise EngineError(f"ONNX Runtime cannot open {folder / ONNX_FILE}: {first_line(problem)}") from None
         self.provider: str = self._session.get_providers()[0]
         if options.cuda_index is not None and self.provider == "CPUExecutionProvider":
             raise EngineError(f"ONNX Runtime cannot use {options.device}: its CUDA libraries did not load")

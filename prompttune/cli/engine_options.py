@@ -164,6 +164,11 @@ def parity_tables(console: Console, report: Mapping[str, Any]) -> None:
     if report["swaps"]:
         exact = sum(one["exact"] for one in report["swaps"])
         say(f"swaps A, B, A: {exact} of {len(report['swaps'])} gave A's first answer bit for bit")
+    if report["neighbours"]:
+        apart, changed = (
+            _worst(report["neighbours"], *figure) for figure in (("max_rel", max, ".2e"), ("changed", max, ""))
+        )
+        say(f"images in batches against the same alone: max rel {apart}, another top class for up to {changed}")
     if report["accuracy"]:
         console.print(_accuracy_table(report["accuracy"], report["reference"]))
         for one in report["accuracy"]:

@@ -57,7 +57,7 @@ def validate(
     as_json: bool,
     **runtime: Any,
 ) -> None:
-    """Compare ENGINE with PyTorch, or with another engine: every task, mixed batches, swaps, several batch sizes.
+    """Compare ENGINE with PyTorch, or with another engine: every task, mixed batches, swaps, neighbours.
 
     With --data the images of --split go through both sides, those of a data set without splits all, and both are
     evaluated: accuracy and calibration error here; precision and recall of each class, confusion and calibration

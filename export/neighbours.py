@@ -1,0 +1,76 @@
+"""Neighbours: an image's answer must not depend on the images that share its batch, nor on their order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prompttune.export.compare import Runner, batches
+from prompttune.export.figures import Array
+from prompttune.export.swap import differences
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """One task's images alone, and the same images in batches."""
+
+    task: str
+    among: str
+    """What shares the batch: other images of the task, the same in reverse, or images of other tasks."""
+    batch_size: int
+    images: int
+    changed: int
+    """Images whose top class is another one; of maps, the places."""
+    max_rel: float
+    """Largest difference of a logit, relative to the largest logit of the image alone."""
+
+
+def check_neighbours(
+    runner: Runner, images: Mapping[str, Array], batch_sizes: Sequence[int], tasks: Sequence[str]
+) -> list[Neighbours]:
+    """Each image alone, then in batches: in order at every size, in reverse and among other tasks at the largest.
+
+    Args:
+        runner: the engine.
+        images: task → normalised images [N, 3, S, S], of which as many as the largest batch holds are used.
+        batch_sizes: those of the comparison.
+        tasks: every task of the runner; the first others are mixed in.
+
+    Returns:
+        What was found; nothing if no batch has two rows.
+    """
+    sizes = [size for size in dict.fromkeys(batch_sizes) if size > 1]
+    found = []
+    for task, drawn in images.items() if sizes else ():
+        batch = drawn[: max(sizes)]
+        rows, own = np.arange(len(batch)), [task] * len(batch)
+        alone = _answers(runner, batch, own, rows, 1)
+        tries = [("own images", own, rows, size) for size in sizes]
+        tries.append(("own images in reverse", own, rows[::-1], max(sizes)))
+        if others := [one for one in tasks if one != task][: len(batch)]:
+            mixed = own + [others[row % len(others)] for row in rows]
+            tries.append(("images of other tasks", mixed, np.arange(len(mixed)).reshape(2, -1).T.ravel(), max(sizes)))
+        for among, owners, order, size in tries:
+            again = _answers(runner, np.concatenate([batch, batch])[: len(owners)], owners, order, size)[: len(batch)]
+            found.append(_compared(task, among, size, alone, again))
+    return found
+
+
+def _answers(runner: Runner, batch: Array, tasks: Sequence[str], order: NDArray[np.int64], size: int) -> Array:
+    """Logits of each image, run in batches of ``size`` that follow ``order``."""
+    calls = [order[rows] for rows in batches(len(order), size)]
+    # Copies: a runtime may reuse its buffer.
+    made = [np.array(runner.logits(batch[rows], [tasks[row] for row in rows])) for rows in calls]
+    answers: Array = np.concatenate(made)[np.argsort(order)]
+    return answers
+
+
+def _compared(task: str, among: str, size: int, alone: Array, again: Array) -> Neighbours:
+    apart = differences(alone, again).reshape(len(alone), -1).max(axis=1)
+    scale = np.abs(np.where(np.isfinite(alone), alone, 0)).reshape(len(alone), -1).max(axis=1)
+    changed = int((alone.argmax(axis=1) != again.argmax(axis=1)).sum())
+    relative = np.divide(apart, scale, out=apart.copy(), where=scale != 0)
+    return Neighbours(task, among, size, len(alone), changed, float(relative.max()))

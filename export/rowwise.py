@@ -1,0 +1,87 @@
+"""Dynamic int8: activations get a scale of their own for each row, so that no row of a batch touches another.
+
+ONNX's DynamicQuantizeLinear takes one scale for a whole tensor, so an image's answer depends on the images that share
+its batch. Here the largest value of a token alone decides its scale. Activations are unsigned with the zero point 128,
+which ONNX Runtime's quickest kernels take; products are exact integers, and what follows works on each row alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir
+from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.tape import Tape
+
+from prompttune.export.folder import ONNX_WEIGHTS_FILE
+
+_LARGEST = 127
+_SMALLEST_SCALE = 1e-12
+_CONTRIB = "com.microsoft"
+"""Domain of ONNX Runtime's own operators."""
+
+
+def quantise_rows(source: Path, target: Path, products: Collection[str]) -> None:
+    """Write ``source`` with some of its products in int8; the names of all other values stay.
+
+    Args:
+        source: an ONNX file in fp32.
+        target: the file to write, its weights beside it.
+        products: names of the MatMul nodes whose second input is a constant matrix [in, out].
+    """
+    model = onnx_ir.load(source)
+    graph = model.graph
+    point, one = _constant(graph, "rows.zero_point", np.uint8(128)), _constant(graph, "rows.one", np.float32(1))
+    rows: dict[onnx_ir.Value, tuple[onnx_ir.Value, onnx_ir.Value]] = {}  # what several products read is quantised once
+    for node in [node for node in graph if node.name in products]:
+        tape = Tape()
+        activations, matrix = node.inputs
+        assert activations is not None
+        assert matrix is not None
+        if activations not in rows:
+            scale = _row_scales(graph, tape, activations)
+            rows[activations] = tape.op("QuantizeLinear", [tape.op("Div", [activations, scale]), one, point]), scale
+        quantised, scale = rows[activations]
+        weights, columns = _columns(graph, matrix)
+        # MatMulInteger, Cast and Mul in one. It takes no scale of a row, which is multiplied behind it.
+        product = tape.op("MatMulIntegerToFloat", [quantised, weights, one, columns, point], domain=_CONTRIB)
+        product.type, product.shape = node.outputs[0].type, node.outputs[0].shape  # which nothing infers behind it
+        made = tape.op("Mul", [product, scale])
+        onnx_ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [made])
+    RemoveUnusedNodesPass()(model)
+    model.opset_imports[_CONTRIB] = 1
+    onnx_ir.save(model, target, external_data=ONNX_WEIGHTS_FILE)
+
+
+def _row_scales(graph: onnx_ir.Graph, tape: Tape, activations: onnx_ir.Value) -> onnx_ir.Value:
+    """Scale of each row [..., 1] of activations [..., K]."""
+    last = _constant(graph, "rows.axis", np.array([-1], dtype=np.int64))
+    step = _constant(graph, "rows.step", np.float32(1 / _LARGEST))
+    least = _constant(graph, "rows.smallest", np.float32(_SMALLEST_SCALE))
+    largest = tape.op("ReduceMax", [tape.op("Abs", [activations]), last], {"keepdims": 1})
+    return tape.op("Max", [tape.op("Mul", [largest, step]), least])
+
+
+def _columns(graph: onnx_ir.Graph, matrix: onnx_ir.Value) -> tuple[onnx_ir.Value, onnx_ir.Value]:
+    """A matrix [in, out] in int8, and the scale of each column [out]."""
+    assert matrix.const_value is not None
+    weights = matrix.const_value.numpy()
+    scales = np.maximum(np.abs(weights).max(axis=0), _SMALLEST_SCALE) / _LARGEST
+    return (
+        _constant(graph, f"{matrix.name}_quantized", np.round(weights / scales).astype(np.int8)),
+        _constant(graph, f"{matrix.name}_scale", scales.astype(np.float32)),
+    )
+
+
+def _constant(graph: onnx_ir.Graph, name: str, value: NDArray[Any] | np.generic) -> onnx_ir.Value:
+    """The graph's constant of that name, made unless it is there."""
+    if name not in graph.initializers:
+        tensor = onnx_ir.tensor(np.asarray(value), name=name)
+        graph.register_initializer(
+            onnx_ir.Value(name=name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor)
+        )
+    return graph.initializers[name]
