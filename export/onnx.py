@@ -72,7 +72,7 @@ def export_onnx(
         assert exported is not None
         _forget_sources(exported.model)
         _fold_weights(exported.model)
-        _average_by_row(exported.model)
+        _average_by_product(exported.model)
         outputs = exported.model.graph.outputs
         del outputs[len(traced.outputs) :]
         _set_defaults(exported.model, defaults or {})
@@ -107,27 +107,27 @@ def _fold_weights(model: Any) -> None:
     onnxscript.optimizer.remove_unused_nodes(model)
 
 
-def _average_by_row(model: Any) -> None:
-    """Let averages run over a last axis: over another one ONNX Runtime sums a single image in another order than a
-    batch, and int8 behind it makes a large difference of the last digit."""
-    for node in list(model.graph):
-        if node.op_type != "ReduceMean" or node.inputs[0].shape is None:
+def _average_by_product(model: Any) -> None:
+    """Write averages over the last axis but one, as of tokens, as products with a constant row.
+
+    ONNX Runtime sums those of a single image in another order than those of a batch, and int8 behind them makes a large
+    difference of the last digit.
+    """
+    for node in [node for node in model.graph if node.op_type == "ReduceMean" and len(node.inputs) == 2]:
+        values, axes = node.inputs
+        if values.dtype != onnx_ir.DataType.FLOAT or values.shape is None or axes.const_value is None:
             continue
-        rank = len(node.inputs[0].shape)
-        axes = [] if len(node.inputs) < 2 or node.inputs[1].const_value is None else node.inputs[1].const_value.numpy()
-        averaged = [int(axis) % rank for axis in axes]
-        if len(averaged) != 1 or averaged == [rank - 1]:
+        rank, size = len(values.shape), values.shape[-2] if len(values.shape) > 1 else None
+        if [axis % rank for axis in axes.const_value.numpy().tolist()] != [rank - 2] or not isinstance(size, int):
             continue
-        order = [axis for axis in range(rank) if axis not in averaged] + averaged
-        keep = "keepdims" not in node.attributes or bool(node.attributes["keepdims"].as_int())
-        tape, last = Tape(), onnx_ir.tensor(np.array([-1]), name=f"{node.name}.last")
-        axis = onnx_ir.Value(name=last.name, shape=last.shape, type=onnx_ir.TensorType(last.dtype), const_value=last)
-        model.graph.register_initializer(axis)
-        turned = tape.op("Transpose", [node.inputs[0]], {"perm": order})
-        made = tape.op("ReduceMean", [turned, axis], {"keepdims": int(keep)})
-        if keep:
-            made = tape.op("Transpose", [made], {"perm": np.argsort(order).tolist()})
+        tape, row = Tape(), onnx_ir.tensor(np.full((1, size), 1 / size, dtype=np.float32), name=f"{node.name}.row")
+        weights = onnx_ir.Value(name=row.name, shape=row.shape, type=onnx_ir.TensorType(row.dtype), const_value=row)
+        model.graph.register_initializer(weights)
+        made = tape.op("MatMul", [weights, values])
+        if "keepdims" in node.attributes and not node.attributes["keepdims"].as_int():
+            made = tape.op("Squeeze", [made, axes])
         onnx_ir.convenience.replace_nodes_and_values(model.graph, node, [node], tape.nodes, node.outputs, [made])
+    onnxscript.optimizer.remove_unused_nodes(model)
 
 
 def verify_onnx(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
