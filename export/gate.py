@@ -28,8 +28,8 @@ weights, activations and norms in it, over two tiny ViTs and a DINOv2 ViT-S/14; 
 NEIGHBOURS = {"fp32": 1e-5, "fp16": 5e-4, "bf16": 4e-3, "int8": 1e-5}
 """Precision → largest difference of a logit between an image alone and in a batch, relative to its largest logit.
 
-fp16 and bf16: one rounding of the type, because kernels that compute in it may follow the batch size; AOTInductor's bf16
-moved logits of a tiny ViT by 1.1e-4. int8 has no such allowance: a row's scale is its own, and its products are exact.
+fp16 and bf16: one rounding of the type, because kernels that compute in it may follow the batch size; AOTInductor's
+bf16 moved logits of a tiny ViT by 1.1e-4. int8 has no such allowance: a row's scale is its own, its products are exact.
 """
 
 
