@@ -120,14 +120,22 @@ def _average_by_product(model: Any) -> None:
         rank, size = len(values.shape), values.shape[-2] if len(values.shape) > 1 else None
         if [axis % rank for axis in axes.const_value.numpy().tolist()] != [rank - 2] or not isinstance(size, int):
             continue
-        tape, row = Tape(), onnx_ir.tensor(np.full((1, size), 1 / size, dtype=np.float32), name=f"{node.name}.row")
-        weights = onnx_ir.Value(name=row.name, shape=row.shape, type=onnx_ir.TensorType(row.dtype), const_value=row)
-        model.graph.register_initializer(weights)
+        weights = constant(model.graph, f"{node.name}.row", np.full((1, size), 1 / size, dtype=np.float32))
+        tape = Tape()
         made = tape.op("MatMul", [weights, values])
         if "keepdims" in node.attributes and not node.attributes["keepdims"].as_int():
             made = tape.op("Squeeze", [made, axes])
         onnx_ir.convenience.replace_nodes_and_values(model.graph, node, [node], tape.nodes, node.outputs, [made])
     onnxscript.optimizer.remove_unused_nodes(model)
+
+
+def constant(graph: onnx_ir.Graph, name: str, value: NDArray[Any] | np.generic) -> onnx_ir.Value:
+    """The graph's constant of that name, made unless it is there."""
+    if name not in graph.initializers:
+        tensor = onnx_ir.tensor(np.asarray(value), name=name)
+        shape, kind = onnx_ir.Shape(np.shape(value)), onnx_ir.TensorType(tensor.dtype)
+        graph.register_initializer(onnx_ir.Value(name=name, shape=shape, type=kind, const_value=tensor))
+    return graph.initializers[name]
 
 
 def verify_onnx(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:

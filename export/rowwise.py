@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir
-from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
 
 from prompttune.export.folder import ONNX_WEIGHTS_FILE
+from prompttune.export.onnx import constant
 
 _LARGEST = 127
 _SMALLEST_SCALE = 1e-12
@@ -35,7 +34,7 @@ def quantise_rows(source: Path, target: Path, products: Collection[str]) -> None
     """
     model = onnx_ir.load(source)
     graph = model.graph
-    point, one = _constant(graph, "rows.zero_point", np.uint8(128)), _constant(graph, "rows.one", np.float32(1))
+    point, one = constant(graph, "rows.zero_point", np.uint8(128)), constant(graph, "rows.one", np.float32(1))
     rows: dict[onnx_ir.Value, tuple[onnx_ir.Value, onnx_ir.Value]] = {}  # what several products read is quantised once
     for node in [node for node in graph if node.name in products]:
         tape = Tape()
@@ -59,9 +58,9 @@ def quantise_rows(source: Path, target: Path, products: Collection[str]) -> None
 
 def _row_scales(graph: onnx_ir.Graph, tape: Tape, activations: onnx_ir.Value) -> onnx_ir.Value:
     """Scale of each row [..., 1] of activations [..., K]."""
-    last = _constant(graph, "rows.axis", np.array([-1], dtype=np.int64))
-    step = _constant(graph, "rows.step", np.float32(1 / _LARGEST))
-    least = _constant(graph, "rows.smallest", np.float32(_SMALLEST_SCALE))
+    last = constant(graph, "rows.axis", np.array([-1], dtype=np.int64))
+    step = constant(graph, "rows.step", np.float32(1 / _LARGEST))
+    least = constant(graph, "rows.smallest", np.float32(_SMALLEST_SCALE))
     largest = tape.op("ReduceMax", [tape.op("Abs", [activations]), last], {"keepdims": 1})
     return tape.op("Max", [tape.op("Mul", [largest, step]), least])
 
@@ -72,16 +71,6 @@ def _columns(graph: onnx_ir.Graph, matrix: onnx_ir.Value) -> tuple[onnx_ir.Value
     weights = matrix.const_value.numpy()
     scales = np.maximum(np.abs(weights).max(axis=0), _SMALLEST_SCALE) / _LARGEST
     return (
-        _constant(graph, f"{matrix.name}_quantized", np.round(weights / scales).astype(np.int8)),
-        _constant(graph, f"{matrix.name}_scale", scales.astype(np.float32)),
+        constant(graph, f"{matrix.name}_quantized", np.round(weights / scales).astype(np.int8)),
+        constant(graph, f"{matrix.name}_scale", scales.astype(np.float32)),
     )
-
-
-def _constant(graph: onnx_ir.Graph, name: str, value: NDArray[Any] | np.generic) -> onnx_ir.Value:
-    """The graph's constant of that name, made unless it is there."""
-    if name not in graph.initializers:
-        tensor = onnx_ir.tensor(np.asarray(value), name=name)
-        graph.register_initializer(
-            onnx_ir.Value(name=name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor)
-        )
-    return graph.initializers[name]
