@@ -152,7 +152,9 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_with_both_sides(
 
 def test_another_rank_is_one_line_with_both_sides(bars: Path, tmp_path: Path) -> None:
     first = train(config(bars, tmp_path / "first", epochs=1, method="sa2vp", rank=4)).path
-    with pytest.raises(CheckpointError, match=r"cannot start from .* there, .* here; rank is 4 there, 2 here"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot start from .*: method\..*: shape is .* there, .* here; rank is 4 there, 2 here"
+    ):
         train(config(bars, tmp_path / "run", epochs=1, method="sa2vp", rank=2, init_from=str(first)))
     with pytest.raises(CheckpointError, match="no checkpoint folder at"):
         train(config(bars, tmp_path / "run", epochs=1, init_from=str(tmp_path / "nowhere")))

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from prompttune.checkpoints.format import read_config, read_tensors
-from prompttune.checkpoints.io import segmentation_of
+from prompttune.checkpoints.io import checkpoint_config, segmentation_of
 from prompttune.data.base import shortened
 from prompttune.errors import CheckpointError, UsageError
 from prompttune.methods import config_from_dict
@@ -34,40 +33,31 @@ def take_parameters(model: PromptModel, folder: Path) -> str:
         CheckpointError: the checkpoint is missing or damaged, or has another method, backbone, head or another
             setting that shapes a parameter; the line names both sides.
     """
-    stored = read_config(folder)
-    _check(_described(stored, folder), _own(model), folder)
+    stored, own = read_config(folder), checkpoint_config(model, "")
+    _check(_facts(stored, folder), _facts(own, folder), folder)
     tensors = read_tensors(folder, stored)
     model.take_sizes(tensors)
-    layout, parameters = model.state_layout(), model.task_parameters()
+    layout = model.state_layout()
     rows = [(stored["labels"].index(label), row) for row, label in enumerate(model.labels) if label in stored["labels"]]
     theirs, ours = [there for there, _ in rows], [here for _, here in rows]
-    for name, parameter in parameters.items():
+    for name, parameter in model.task_parameters().items():
         by_class = name.startswith("head.") and layout[name][0] == CLASSES
-        _check_shape(name, tensors.get(name), parameter, by_class, folder, stored, model)
+        shape = tuple(tensors[name].shape) if name in tensors else None
+        if shape is None or shape[by_class:] != tuple(parameter.shape)[by_class:]:
+            here = {"shape": tuple(parameter.shape), **own["settings"]}
+            _check({"shape": shape, **stored["settings"]}, here, folder, f": {name}")
         if by_class:
             parameter[ours] = tensors[name][theirs].to(parameter)
         else:
             parameter.copy_(tensors[name])
     model.method.start_from_loaded()
-    return _told(folder, model.labels, {model.labels[row] for row in ours})
+    new = [label for label in model.labels if label not in stored["labels"]]
+    fresh = f", {len(new)} are new: {shortened(new)}" if new else ""
+    return f"starting from {folder}: {len(rows)} of {len(model.labels)} classes have a row there{fresh}"
 
 
-def _own(model: PromptModel) -> dict[str, Any]:
-    """What a checkpoint must have in common with the model, by the words that an error uses."""
-    backbone, head = model.backbone, model.segmentation
-    return {
-        "method": model.config.method,
-        "backbone": backbone.name,
-        "image size": backbone.image_size,
-        "fingerprint": backbone.fingerprint[:12],
-        "task": model.task,
-        **({} if head is None else head.graph_settings()),
-        **model.config.graph_settings(),
-    }
-
-
-def _described(stored: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The same of a checkpoint's config."""
+def _facts(stored: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What two checkpoints must have in common, by the words that an error uses, of the config of one."""
     backbone = stored["backbone"]
     try:
         head = segmentation_of(stored)
@@ -85,37 +75,11 @@ def _described(stored: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def _check(theirs: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
+def _check(theirs: dict[str, Any], ours: dict[str, Any], folder: Path, what: str = "") -> None:
+    """Raise :class:`CheckpointError` if the two differ, with both sides of each difference."""
     names = [name for name in ours if theirs.get(name) != ours[name]]
-    if theirs["fingerprint"] == ours["fingerprint"] and "backbone" in names:
+    if "backbone" in names and theirs["fingerprint"] == ours["fingerprint"]:
         names.remove("backbone")  # the same weights by another name
     if names:
         words = "; ".join(f"{name} is {theirs.get(name)} there, {ours[name]} here" for name in names[:3])
-        raise CheckpointError(f"cannot start from {folder}: {words}; start from a checkpoint that agrees")
-
-
-def _check_shape(
-    name: str,
-    stored: Tensor | None,
-    parameter: Tensor,
-    by_class: bool,
-    folder: Path,
-    config: dict[str, Any],
-    model: PromptModel,
-) -> None:
-    shape = None if stored is None else tuple(stored.shape)
-    if shape is not None and shape[by_class:] == tuple(parameter.shape)[by_class:]:
-        return
-    own = model.config.to_dict()
-    differ = [f"{key} is {config['settings'].get(key)} there, {own[key]} here" for key in own
-              if config["settings"].get(key) != own[key]]  # fmt: skip
-    reason = f"; {', '.join(differ)}" if differ else ""
-    raise CheckpointError(
-        f"cannot start from {folder}: {name} is {shape or 'missing'} there, {tuple(parameter.shape)} here{reason}"
-    )
-
-
-def _told(folder: Path, labels: list[str], known: set[str]) -> str:
-    new = [label for label in labels if label not in known]
-    fresh = f", {len(new)} are new: {shortened(new)}" if new else ""
-    return f"starting from {folder}: {len(known)} of {len(labels)} classes have a row there{fresh}"
+        raise CheckpointError(f"cannot start from {folder}{what}: {words}; start from a checkpoint that agrees")
