@@ -229,13 +229,14 @@ def test_a_disk_that_is_full_when_tensors_are_saved_is_one_line(place: Path) -> 
     """safetensors tells of it in an error of its own."""
     # room for the small files of a run alone
     script = f"mkdir full && mount -t tmpfs -o size=32k tmpfs full && exec {sys.executable} -m prompttune.cli.main "
+    train = COMMANDS["train"].replace("new", "full/run").replace("linear", "vpt-deep")
     done = subprocess.run(
         [
             "unshare",
             "--mount",
             "bash",
             "-c",
-            script + COMMANDS["train"].replace("new", "full/run").replace("linear", "vpt-deep"),
+            script + train,
         ],
         capture_output=True,
         text=True,
