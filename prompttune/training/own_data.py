@@ -15,7 +15,7 @@ from prompttune.data.objects import settled
 from prompttune.data.splitting import at_most
 from prompttune.errors import CheckpointError, DataError, UsageError, choose
 from prompttune.evaluation.scored import SPLITS, Chosen, choose_split
-from prompttune.fields import coerce_all, settings_of
+from prompttune.fields import Setting, coerce_all, settings_of
 from prompttune.limits import out_of_bounds
 from prompttune.training.config import TrainConfig, read_yaml
 from prompttune.training.held_out import HeldOut, OnImage
@@ -52,7 +52,10 @@ def _remembered(run: Path) -> dict[str, Any]:
     if not file.exists():
         raise UsageError(f"{run} does not say what it was trained on: give --data")
     try:
-        return checked({name: value for name, value in read_yaml(file).items() if name in REMEMBERED})
+        found = {name: value for name, value in read_yaml(file).items() if name in REMEMBERED}
+        if "data" in found:
+            found["data"] = Setting("data", str, None).coerce(found["data"])  # a file names data, it holds none
+        return checked(found)
     except UsageError as problem:
         raise UsageError(f"{file} is damaged: {problem}; give --data") from None
 
