@@ -19,6 +19,7 @@ import itertools
 import json
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -95,11 +96,12 @@ class FileRecord:
 
     def check_size(self, path: Path, remedy: str) -> None:
         """Raise :class:`EngineError` that ends with ``remedy`` unless ``path`` is there and of the right size."""
-        if not path.is_file():
-            raise EngineError(f"{path} is missing: {remedy}")
-        size = path.stat().st_size
-        if size != self.size:
-            raise EngineError(f"{path} is damaged: {size} bytes instead of {self.size}: {remedy}")
+        try:
+            found = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise EngineError(f"{path} is missing: {remedy}") from None
+        if not stat.S_ISREG(found.st_mode) or found.st_size != self.size:
+            raise EngineError(f"{path} is damaged: {found.st_size} bytes instead of {self.size}: {remedy}")
 
     def check(self, path: Path, remedy: str) -> None:
         """Raise :class:`EngineError` that ends with ``remedy`` unless ``path`` is the recorded file."""
@@ -450,12 +452,12 @@ class EngineFolder:
             verify: read the states too, and check them against their digests and the engine's layout.
             on_task: called after each task.
         """
-        records, problems = {}, {}
+        records, problems, parent = {}, {}, self.path / TASKS
         for name in self.present():
             if only is not None and name not in only:
                 continue
             try:
-                records[check_task_name(name)] = read_record(self.path / TASKS / name)
+                records[check_task_name(name)] = read_record(parent / name)
                 if verify:
                     self.load_task(name)
             except PrompttuneError as problem:

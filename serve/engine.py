@@ -195,6 +195,9 @@ class Engine:
         return self.folder.load_task(self._known(name))
 
     def _known(self, name: str) -> str:
+        if "_names" not in self.__dict__:  # a long list, which one task is no reason to read
+            self.folder.task_folder(name)
+            return name
         return name if name in self._names else choose("task", name, self.tasks)
 
     @property
