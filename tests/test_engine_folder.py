@@ -51,7 +51,7 @@ def test_export_into_a_folder_that_exists_keeps_that_folder(tmp_path):
         pt.export_engine([checkpoint("linear", 0)], path, overwrite=overwrite, parity=False)
     assert path.stat().st_ino == inode
     assert EngineFolder(path).tasks() == ["task0"]
-    shown = {"engine.json", "lost+found", "model.onnx", "model.onnx.data", "tasks"}
+    shown = {"engine.json", "lost+found", "model.onnx", "model.onnx.data", "tasks", "versions"}
     assert {one.name for one in path.iterdir()} == shown
 
 
