@@ -20,8 +20,8 @@ def evaluate(folder: Path, *options: str) -> Result:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"data": [1]}, "item 0 of the list is not a pair (path, label), but int"),
-        ({"data": None}, "the data are a NoneType: give a path"),
+        ({"data": [1]}, "data must be text, not [1]"),
+        ({"data": None}, "data needs text, not nothing"),
         ({"data_root": {"a": 1}}, "data_root must be text"),
         ({"limit": "a"}, "limit must be a whole number, not 'a'"),
         ({"limit": True}, "limit must be a whole number, not True"),
