@@ -12,6 +12,7 @@ import prompttune as pt
 from prompttune.cli.main import cli
 from prompttune.errors import CheckpointError, DataError, TrainingError, UsageError
 from prompttune.export.layout import empty_bank, stack_states
+from prompttune.files import locked
 from prompttune.methods.damvp.clustering import find_centres, gather_features
 from prompttune.methods.damvp.learning import MetaSettings, learn_prompt
 from prompttune.methods.damvp.meta import read_prompt
@@ -253,6 +254,11 @@ def test_meta_learning_tells_of_images_that_cannot_be_read(plain, tmp_path, capl
         file.write_bytes(b"no image")
     with pytest.raises(DataError, match=r"16 images cannot be read \(limit 10\), first: .*not an image"):
         learn_prompt(plain, [str(data)], tmp_path / "start", settings=MetaSettings(steps=1, inner_steps=1))
+
+
+def test_one_process_alone_learns_a_start(bars, plain, tmp_path):
+    with locked(tmp_path / "start"), pytest.raises(UsageError, match="writes to"):
+        learn_prompt(plain, [str(bars)], tmp_path / "start")
 
 
 def test_one_reptile_step_is_its_equation(bars, plain, tmp_path):

@@ -23,6 +23,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.data import CorruptImages, EpochLoader, load_data, make_loader, on_device
 from prompttune.data.rng import derive_seed
 from prompttune.errors import DataError, TrainingError, UsageError
+from prompttune.files import locked
 from prompttune.methods.damvp.config import DAMVPConfig
 from prompttune.methods.damvp.meta import write_prompt
 from prompttune.methods.damvp.method import DAMVP
@@ -90,24 +91,27 @@ def learn_prompt(
         raise UsageError("meta-learning needs at least one data set")
     if target.is_dir():
         raise UsageError(f"the output {target} is a folder: name a file")
-    torch.manual_seed(derive_seed("meta", settings.seed))
-    backbone = backbone.to(device)
-    config = (config or DAMVPConfig()).resolved(backbone)
-    tasks = [_Task(backbone, config, name, settings, torch.device(device)) for name in data]
-    prompt = tasks[0].method.prompts.detach()[0].clone()  # [3, P]
-    losses: list[float] = []
-    for step in range(settings.steps):
-        lr = settings.lr * (1 + math.cos(math.pi * step / settings.steps)) / 2
-        moved, before = zip(*(task.adapt(prompt, lr, settings) for task in tasks), strict=True)
-        prompt = prompt + settings.step_size * (torch.cat(moved).mean(dim=0) - prompt)
-        losses.append(sum(before) / len(before))
-        if not math.isfinite(losses[-1]):
-            raise TrainingError(f"the loss is {losses[-1]} at step {step + 1}; try a lower --lr (it was {lr:.3g} here)")
-        on_step(step + 1, losses[-1])
-    made: dict[str, Any] = {"data": list(data), **asdict(settings), "losses": losses}
-    assert config.prompt_size is not None
-    write_prompt(target, prompt, backbone, config.prompt_size, made)
-    return losses
+    with locked(target):
+        torch.manual_seed(derive_seed("meta", settings.seed))
+        backbone = backbone.to(device)
+        config = (config or DAMVPConfig()).resolved(backbone)
+        tasks = [_Task(backbone, config, name, settings, torch.device(device)) for name in data]
+        prompt = tasks[0].method.prompts.detach()[0].clone()  # [3, P]
+        losses: list[float] = []
+        for step in range(settings.steps):
+            lr = settings.lr * (1 + math.cos(math.pi * step / settings.steps)) / 2
+            moved, before = zip(*(task.adapt(prompt, lr, settings) for task in tasks), strict=True)
+            prompt = prompt + settings.step_size * (torch.cat(moved).mean(dim=0) - prompt)
+            losses.append(sum(before) / len(before))
+            if not math.isfinite(losses[-1]):
+                raise TrainingError(
+                    f"the loss is {losses[-1]} at step {step + 1}; try a lower --lr (it was {lr:.3g} here)"
+                )
+            on_step(step + 1, losses[-1])
+        made: dict[str, Any] = {"data": list(data), **asdict(settings), "losses": losses}
+        assert config.prompt_size is not None
+        write_prompt(target, prompt, backbone, config.prompt_size, made)
+        return losses
 
 
 class _Task:
