@@ -43,7 +43,7 @@ SEGMENTATION_VERSION = 2
 MANIFEST, TASKS = "engine.json", "tasks"
 ONNX_FILE, ONNX_WEIGHTS_FILE = "model.onnx", "model.onnx.data"
 TASK_RECORD, STATE_FILE = "task.json", "state.safetensors"
-_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _VERSION_DIGITS = 12
 
 
@@ -51,7 +51,7 @@ def check_task_name(name: str) -> str:
     """Return ``name`` if a task may be called so, else raise :class:`UsageError`; no name leaves the folder."""
     if not _TASK_NAME.fullmatch(name):
         raise UsageError(
-            f"bad task name {name!r}: use letters, digits, '.', '_' and '-', the first one a letter or a digit"
+            f"bad task name {name!r}: use at most 200 letters, digits, '.', '_' and '-', the first one a letter or a digit"
         )
     return name
 

@@ -149,6 +149,10 @@ def visible(folder: Path) -> Iterator[os.DirEntry[str]]:
         yield from (one for one in found if not one.name.startswith(".") and one.name != _OF_THE_SYSTEM)
 
 
+LOCK_FILE = ".lock"
+"""Name of the file in a folder that its writer holds."""
+
+
 @contextlib.contextmanager
 def locked(path: Path, again: bool = False) -> Iterator[None]:
     """Let nobody else write to a file or folder, which need not exist yet, until the block ends.
@@ -178,7 +182,7 @@ def locked(path: Path, again: bool = False) -> Iterator[None]:
                 if problem.errno not in _READ_ONLY or not path.is_dir():
                     raise
             if path.is_dir():
-                stack.enter_context(_locked_file(path / ".lock", path))
+                stack.enter_context(_locked_file(path / LOCK_FILE, path))
         except OSError as problem:
             where = f" ({problem.filename})" if problem.filename else ""
             raise UsageError(f"cannot write to {path}: {problem.strerror or problem}{where}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from prompttune.errors import EngineError, PrompttuneError
+from prompttune.errors import EngineError, PrompttuneError, UsageError
 from prompttune.export.folder import (
     STATE_FILE,
     TASK_RECORD,
@@ -61,7 +61,9 @@ class Catalogue:
         Raises:
             EngineError: it is damaged or does not fit the engine.
         """
-        if not name or Path(name).name != name or name.startswith("."):
+        try:
+            check_task_name(name)
+        except UsageError:  # no task has such a name, nor may the file system
             return None
         found = next((parent / name for parent in reversed(self._folders) if (parent / name).is_dir()), None)
         return None if found is None else self._checked(found)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prompttune.export.folder import TaskRecord
+from prompttune.export.folder import FileRecord, TaskRecord
 from prompttune.preprocess import Preprocess
 from prompttune.serve.catalogue import Scan
 from prompttune.serve.lane import Lane
@@ -20,7 +20,7 @@ PREPROCESS = Preprocess(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def record(name, version):
-    return TaskRecord(name, Path(name), str(version), ("x", "y"), PREPROCESS, {})
+    return TaskRecord(name, Path(name), {}, str(version), ("x", "y"), PREPROCESS, FileRecord(0, ""))
 
 
 class FakeCatalogue:

@@ -183,6 +183,7 @@ def test_an_existing_model_stays_unless_overwritten(repository, tmp_path, monkey
     assert {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()} == before
     assert sorted(path.name for path in repository.iterdir()) == ["baked", "carried"]
     (tmp_path / "prompttune").mkdir()
+    (tmp_path / "prompttune" / "notes.txt").write_text("somebody's")
     with pytest.raises(UsageError, match="is not a model of prompttune"):
         export_triton(RUNS, tmp_path, overwrite=True)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from prompttune.errors import UsageError
+from prompttune.files import visible
 from prompttune.serve.infer.sinks.base import Sink
 from prompttune.serve.infer.sinks.text import CsvRows, Form, JsonLines, StandardOutput
 from prompttune.serve.infer.work import TaskFacts
@@ -81,7 +82,7 @@ def _foreign_page(path: Path) -> Path | None:
 
 
 def _has_entries(path: Path) -> bool:
-    return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
+    return any(visible(path)) if path.is_dir() else os.path.lexists(path)
 
 
 def _has_pages(path: Path) -> bool:

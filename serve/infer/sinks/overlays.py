@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-from prompttune.files import replacing, write_text
+from prompttune.files import replacing, visible, write_text
 from prompttune.fonts import Face
 from prompttune.segmentation.config import IGNORE_INDEX
 from prompttune.serve.infer.rows import Answer, Row
@@ -44,7 +44,7 @@ def is_overlay(file: Path) -> bool:
 
 def foreign_file(folder: Path) -> Path | None:
     """A file in the folder that no earlier run wrote."""
-    return next((file for file in sorted(folder.iterdir()) if not is_overlay(file)), None)
+    return next((file for file in sorted(Path(one.path) for one in visible(folder)) if not is_overlay(file)), None)
 
 
 def clear(folder: Path) -> None:

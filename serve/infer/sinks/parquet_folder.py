@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from prompttune.files import sync_folder
+from prompttune.files import LOCK_FILE, sync_folder
 from prompttune.serve.infer import libraries
 
 SPOOL = ".spool"
@@ -43,7 +43,7 @@ def written_files(folder: Path) -> Iterator[Path]:
 def foreign_file(folder: Path) -> Path | None:
     """A file below a folder that was not written here, by its name, its place and its columns."""
     arrow = pyarrow()
-    ours = set(written_files(folder))
+    ours = {*written_files(folder), folder / LOCK_FILE}
     for file in sorted(one for one in folder.rglob("*") if not one.is_dir()):
         if file not in ours:
             return file
