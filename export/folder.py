@@ -51,7 +51,7 @@ def check_task_name(name: str) -> str:
     """Return ``name`` if a task may be called so, else raise :class:`UsageError`; no name leaves the folder."""
     if not _TASK_NAME.fullmatch(name):
         raise UsageError(
-            f"bad task name {name!r}: use at most 200 letters, digits, '.', '_' and '-', the first one a letter or a digit"
+            f"bad task name {name!r}: use at most 200 letters, digits, '.', '_' and '-', first a letter or a digit"
         )
     return name
 
