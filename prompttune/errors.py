@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from errno import ENOSPC
 
 
@@ -95,9 +95,13 @@ MOST_NAMES = 40
 
 def some_names(names: Iterable[str]) -> str:
     """The first :data:`MOST_NAMES` of some names, and how many more there are; ``none`` of none."""
-    every = list(names)
-    more = f" and {len(every) - MOST_NAMES} more" if len(every) > MOST_NAMES else ""
-    return f"{', '.join(every[:MOST_NAMES]) or 'none'}{more}"
+    return shortened(list(names), MOST_NAMES) or "none"
+
+
+def shortened(names: Sequence[str], limit: int = 5) -> str:
+    """Names joined by commas, the first few of many."""
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest
 
 
 def choose(kind: str, name: object, known: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from prompttune.errors import DataError
+from prompttune.errors import DataError, shortened
 from prompttune.images import read_image
 
 
@@ -206,9 +206,3 @@ def with_classes(held: ImageSource, classes: Sequence[str], where: str) -> Image
         raise DataError(f"the training and validation classes of {where} differ; {'; '.join(parts)}; "
                         "give both the same class names")  # fmt: skip
     return Renumbered(held, classes)
-
-
-def shortened(names: Sequence[str], limit: int = 5) -> str:
-    """Names joined by commas, the first few of many."""
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest

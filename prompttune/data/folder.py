@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prompttune.data.base import FileSource, ImageSource, Parts, shortened
+from prompttune.data.base import FileSource, ImageSource, Parts
 from prompttune.data.files import Walk, components, why_unread
 from prompttune.data.split_names import ALL, SPLITS, TRAIN, split_of
 from prompttune.data.text import is_text, nfc
-from prompttune.errors import DataError
+from prompttune.errors import DataError, shortened
 
 logger = logging.getLogger("prompttune")
 

@@ -10,12 +10,12 @@ from typing import Any
 from PIL import Image
 from timm.data.dataset_factory import create_dataset
 
-from prompttune.data.base import ImageSource, Parts, numbered, shortened
+from prompttune.data.base import ImageSource, Parts, numbered
 from prompttune.data.folder import read_folder
 from prompttune.data.objects import DatasetSource
 from prompttune.data.split_names import ALL, TRAIN, VAL, split_of
 from prompttune.data.text import nfc
-from prompttune.errors import DataError, MissingExtraError, UsageError
+from prompttune.errors import DataError, MissingExtraError, UsageError, shortened
 from prompttune.images import read_image
 
 logger = logging.getLogger("prompttune")

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from prompttune.errors import DataError, UsageError
+from prompttune.errors import DataError, UsageError, shortened
 
 SPLITS = ("val", "test", "train", "all")
 """What may be asked for. Without a wish, the first two are looked for, in this order; a data set that has neither is
@@ -19,12 +19,6 @@ SHOWN = 8
 """Classes that a message names."""
 
 Source = TypeVar("Source")
-
-
-def shortened(names: Sequence[str]) -> str:
-    """The first of the names, and how many more there are."""
-    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + rest
 
 
 @dataclass(frozen=True)
@@ -89,8 +83,8 @@ def match_classes(sources: Sequence[Any], labels: Sequence[str]) -> Matched:
     found = list(dict.fromkeys(name for names in held for name in names))
     if not set(found) & set(labels):
         raise DataError(
-            f"no class of the data is one of the model's; only in the data: {shortened(found) or 'none'}; "
-            f"only in the model: {shortened(list(labels))}"
+            f"no class of the data is one of the model's; only in the data: {shortened(found, SHOWN) or 'none'}; "
+            f"only in the model: {shortened(list(labels), SHOWN)}"
         )
     every = (*labels, *(name for name in found if name not in set(labels)))
     index = {name: position for position, name in enumerate(every)}
@@ -118,10 +112,12 @@ def class_notes(labels: Sequence[str], unseen: int, support: Sequence[int], imag
     known = len(labels) - unseen
     notes = []
     if absent := [label for label, count in zip(labels[:known], support, strict=False) if not count]:
-        notes.append(f"no {images} of {len(absent)} of the {known} classes: {shortened(absent)}; they have no figures")
+        notes.append(
+            f"no {images} of {len(absent)} of the {known} classes: {shortened(absent, SHOWN)}; they have no figures"
+        )
     strange = [(label, count) for label, count in zip(labels[known:], support[known:], strict=True) if count]
     if strange:
-        names = shortened([label for label, _ in strange])
+        names = shortened([label for label, _ in strange], SHOWN)
         kinds = f"class {names}" if len(strange) == 1 else f"the classes {names}"
         total = sum(count for _, count in strange)
         notes.append(f"{total} {images} of {kinds}, which the model does not have, are counted as wrong")

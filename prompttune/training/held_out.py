@@ -16,8 +16,7 @@ from typing import Any
 
 from prompttune.data.base import file_at
 from prompttune.data.masks import mask_files_at
-from prompttune.errors import CheckpointError, DataError
-from prompttune.evaluation.scored import shortened
+from prompttune.errors import CheckpointError, DataError, shortened
 from prompttune.files import read_json, write_json
 from prompttune.training.state import HELD_OUT_FILE
 

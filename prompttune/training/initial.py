@@ -9,8 +9,7 @@ import torch
 
 from prompttune.checkpoints.format import read_config, read_tensors
 from prompttune.checkpoints.io import checkpoint_config, segmentation_of
-from prompttune.data.base import shortened
-from prompttune.errors import CheckpointError, UsageError
+from prompttune.errors import CheckpointError, UsageError, shortened
 from prompttune.methods import config_from_dict
 from prompttune.methods.base import CLASSES
 from prompttune.model import PromptModel
