@@ -1,6 +1,7 @@
 """Building and running with a TensorRT that only records: every failure is noticed, every wish reaches the library."""
 
 import contextlib
+import threading
 import types
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from prompttune.export.formats import Settings, tensorrt
 from prompttune.export.formats.torch_tensorrt import bounded, compile_program, compile_settings, widened
 from prompttune.export.graph import trace
 from prompttune.export.layout import TensorSpec
-from prompttune.export.runtimes.tensors import as_torch
+from prompttune.export.runtimes.tensors import CAPTURE_LOCK, as_torch, place_rows, update_row
 from prompttune.export.runtimes.torch_tensorrt import check_versions
 from prompttune.export.trt.options import TensorRTOptions
 from prompttune.export.trt.profile import axis_ranges
@@ -153,6 +154,32 @@ def test_tensors_keep_their_bits():
     frozen.flags.writeable = False
     assert as_torch(frozen).tolist() == [1, 1, 1]
     assert as_torch(np.ones((2, 3), np.float32).T).is_contiguous()
+
+
+def test_loads_wait_for_a_capture_and_fail_in_one_line(monkeypatch):
+    done = threading.Event()
+    stream = types.SimpleNamespace(synchronize=done.set)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    rows, device = np.ones((2, 3), np.float32), torch.device("cpu")
+    placed = place_rows(np.zeros((2, 3), np.float32), device)
+    for load in (lambda: place_rows(rows, device), lambda: update_row(placed, rows, 1)):
+        done.clear()
+        with CAPTURE_LOCK:
+            thread = threading.Thread(target=load)
+            thread.start()
+            assert not done.wait(0.05)
+        thread.join()
+        assert done.is_set()
+    assert placed.tolist() == [[0, 0, 0], [1, 1, 1]]
+
+    def fails():
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+    stream.synchronize = fails
+    for load in (lambda: place_rows(rows, device), lambda: update_row(placed, rows, 1)):
+        with pytest.raises(EngineError, match=r"^cannot load a task to cpu: CUDA out of memory\.$"):
+            load()
 
 
 def test_tensors_that_tensorrt_would_misread_are_refused():

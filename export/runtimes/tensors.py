@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -10,6 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prompttune.errors import EngineError, first_line
+
+CAPTURE_LOCK = threading.RLock()
+"""Hold it to capture a CUDA graph, and to allocate on a device while another thread may capture one: an allocation
+fails then, or makes the capture fail."""
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -27,15 +35,33 @@ def as_torch(array: NDArray[Any]) -> Tensor:
 
 
 def place_rows(rows: NDArray[Any], device: torch.device) -> Tensor:
-    """A bank tensor [T, ...] on the device, there when this returns."""
-    placed = as_torch(rows).to(device)
-    torch.cuda.current_stream(device).synchronize()
+    """A bank tensor [T, ...] on the device, there when this returns.
+
+    Raises:
+        EngineError: CUDA failed, for lack of memory perhaps.
+    """
+    with _loading(device):
+        placed = as_torch(rows).to(device)
+        torch.cuda.current_stream(device).synchronize()
     return placed
 
 
 def update_row(placed: Tensor, rows: NDArray[Any], row: int) -> None:
-    """Copy one row of the host's bank over a placed one, there when this returns; other rows are not touched."""
-    with torch.cuda.device(placed.device):
+    """Copy one row of the host's bank over a placed one, there when this returns; other rows are not touched.
+
+    Raises:
+        EngineError: CUDA failed.
+    """
+    with _loading(placed.device), torch.cuda.device(placed.device):
         placed[row : row + 1].copy_(as_torch(rows[row : row + 1]))
         # The stream alone: waiting for the whole device is an error while another thread captures a CUDA graph.
         torch.cuda.current_stream().synchronize()
+
+
+@contextlib.contextmanager
+def _loading(device: torch.device) -> Iterator[None]:
+    with CAPTURE_LOCK:
+        try:
+            yield
+        except RuntimeError as problem:  # CUDA's errors, lack of memory among them
+            raise EngineError(f"cannot load a task to {device}: {first_line(problem)}") from None

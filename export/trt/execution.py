@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prompttune.errors import EngineError, first_line
 from prompttune.export.layout import IMAGE, LOGITS, TASK_INDEX, TensorSpec
+from prompttune.export.runtimes.tensors import CAPTURE_LOCK
 from prompttune.export.trt.log import ErrorLog
 from prompttune.export.trt.tensors import check_tensors
 
@@ -25,8 +26,6 @@ LANES = 2
 _GRAPHS = 8
 """CUDA graphs that a lane keeps, each with an execution context and its memory; the longest unused one goes first."""
 _PROFILE = 0
-_CAPTURE = threading.Lock()
-"""CUDA graphs are captured one at a time."""
 
 
 class Plan:
@@ -128,19 +127,20 @@ class CapturedSession:
     """A session whose run is a CUDA graph: shapes and addresses are frozen, images and indices are copied in.
 
     It has an execution context of its own, because a captured graph goes on using it: binding another shape there
-    would change what the graph does.
+    would change what the graph does. Hold :data:`CAPTURE_LOCK` to make one.
     """
 
     def __init__(self, plan: Plan, stream: torch.cuda.Stream, inputs: Mapping[str, Tensor]) -> None:
         self._session = Session(plan, stream)
         self._inputs = {
-            name: tensor.clone() if name in (IMAGE, TASK_INDEX) else tensor for name, tensor in inputs.items()
+            name: tensor.to(stream.device, copy=True) if name in (IMAGE, TASK_INDEX) else tensor
+            for name, tensor in inputs.items()
         }
         self._logits = self._session.bind(self._inputs)
         self._session.enqueue()  # TensorRT finishes its preparations in the first run, which must not be captured
         stream.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        with _CAPTURE, torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self._session.enqueue()
 
     def fits(self, inputs: Mapping[str, Tensor]) -> bool:
@@ -173,10 +173,11 @@ class Lane:
         """Logits [B, C] on the host, of host tensors and a bank on the device, by input name."""
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream), torch.inference_mode():
             try:
-                inputs = {IMAGE: images.to(self._device), TASK_INDEX: task_index.to(self._device), **bank}
-                if self._session is None:
+                inputs: Mapping[str, Tensor] = {IMAGE: images, TASK_INDEX: task_index, **bank}
+                if self._session is None:  # a graph has its own tensors, so no memory is allocated for a call
                     logits = self._captured(inputs).run(inputs)
                 else:
+                    inputs = {name: one.to(self._device) for name, one in inputs.items()}
                     logits = self._session.bind(inputs)
                     self._session.enqueue()
                 return logits.to("cpu")
@@ -187,10 +188,11 @@ class Lane:
         rows = len(inputs[IMAGE])
         found = self._graphs.pop(rows, None)
         if found is None or not found.fits(inputs):
-            self._graphs = OrderedDict((size, one) for size, one in self._graphs.items() if one.fits(inputs))
-            if len(self._graphs) >= _GRAPHS:
-                self._graphs.popitem(last=False)
-            found = CapturedSession(self._plan, self._stream, inputs)
+            with CAPTURE_LOCK:
+                self._graphs = OrderedDict((size, one) for size, one in self._graphs.items() if one.fits(inputs))
+                if len(self._graphs) >= _GRAPHS:
+                    self._graphs.popitem(last=False)
+                found = CapturedSession(self._plan, self._stream, inputs)
         self._graphs[rows] = found
         return found
 
@@ -215,7 +217,7 @@ class Pool:
         lane = self._free.get()
         try:
             if lane is None:
-                with torch.cuda.device(self._device):
+                with CAPTURE_LOCK, torch.cuda.device(self._device):
                     lane = Lane(self._plan, self._device, self._cuda_graph)
             return lane.run(images, task_index, bank)
         except RuntimeError as problem:  # CUDA's errors, lack of memory among them, and TensorRT's through pybind11
