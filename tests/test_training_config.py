@@ -12,8 +12,8 @@ import yaml
 
 from prompttune.backbones import load_backbone
 from prompttune.errors import UsageError
-from prompttune.fields import Setting, setting, settings_of
 from prompttune.methods import METHODS, LSPTConfig
+from prompttune.settings import Setting, setting, settings_of
 from prompttune.training import TrainConfig
 from prompttune.training.config import augment_fields, known_names, method_fields, read_yaml
 

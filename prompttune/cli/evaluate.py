@@ -20,8 +20,8 @@ from prompttune.errors import UsageError
 from prompttune.evaluation.result import percent
 from prompttune.evaluation.scored import DEFAULT_SPLIT, SPLITS
 from prompttune.evaluation.segmentation import SegmentationEvaluation
-from prompttune.fields import settings_of
 from prompttune.files import write_json
+from prompttune.settings import settings_of
 from prompttune.training.config import TrainConfig
 from prompttune.training.own_data import data_settings
 from prompttune.training.scoring import EvaluationResult

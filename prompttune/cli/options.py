@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from prompttune.errors import UsageError
-from prompttune.fields import Setting, settings_of
+from prompttune.settings import Setting, settings_of
 from prompttune.training.config import TrainConfig, augment_fields, method_fields
 
 NOTHING = "none"

@@ -21,8 +21,8 @@ from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
 from prompttune.errors import UsageError, choose
-from prompttune.fields import setting
 from prompttune.preprocess import Preprocess
+from prompttune.settings import setting
 from prompttune.transform import EvaluationTransform
 
 Transform = Callable[[Image.Image], Tensor]

@@ -8,8 +8,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
@@ -20,8 +18,9 @@ from prompttune.axes import CLASSES as CLASSES
 from prompttune.axes import CLUSTERS as CLUSTERS
 from prompttune.axes import RANK as RANK
 from prompttune.backbones.base import Backbone
-from prompttune.errors import BackboneError, UsageError, choose
-from prompttune.limits import out_of_bounds
+from prompttune.errors import BackboneError, UsageError
+from prompttune.settings import setting as setting
+from prompttune.settings import settle
 
 Kind = TypeVar("Kind", bound=Backbone, covariant=True)
 State = dict[str, Tensor]
@@ -43,18 +42,6 @@ class Features(NamedTuple):
     """Those of the prompt pathway, if there is one and it was asked for."""
 
 
-def setting(default: Any, text: str, choices: tuple[str, ...] | None = None, **limits: float) -> Any:
-    """A field of a method's config: its default, its help text, the values it may take.
-
-    Args:
-        default: the value if none is given.
-        text: of the help.
-        choices: the names it may take.
-        limits: bounds of a number, see :mod:`prompttune.limits`; None is always within them.
-    """
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices, **limits})
-
-
 @dataclass(frozen=True)
 class MethodConfig:
     """Base of the methods' settings: immutable, typed, checked when made."""
@@ -71,22 +58,11 @@ class MethodConfig:
     """Whether the backbone's weights stay as they are, so that the tasks of one engine can share them."""
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            checked = _checked(field.name, value, hints[field.name])
-            object.__setattr__(self, field.name, checked)
-            if field.metadata.get("choices"):
-                choose(field.name, checked, field.metadata["choices"])
-        self._check_limits()
+        try:
+            settle(self, strict=True)
+        except UsageError as problem:
+            raise UsageError(f"{self.method}: {problem}") from None
         self.check()
-
-    def _check_limits(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, (int, float)):
-                problem = out_of_bounds(field.name, value, field.metadata)
-                self.require(problem is None, problem or "")
 
     def check(self) -> None:
         """Raise :class:`UsageError` if the settings make no sense together."""
@@ -122,26 +98,6 @@ class MethodConfig:
         """Raise :class:`UsageError` with the method's name in front unless ``holds``."""
         if not holds:
             raise UsageError(f"{self.method}: {message}")
-
-
-def _checked(name: str, value: Any, hint: Any) -> Any:
-    """Return ``value`` as ``hint`` wants it; whole floats and lists are taken for ints and tuples."""
-    if isinstance(hint, types.UnionType):
-        if value is None and types.NoneType in typing.get_args(hint):
-            return None
-        hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
-    if typing.get_origin(hint) is tuple:
-        item = typing.get_args(hint)[0]
-        if isinstance(value, (list, tuple)):
-            return tuple(_checked(name, one, item) for one in value)
-    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    elif hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
-    wanted = getattr(hint, "__name__", str(hint))
-    raise UsageError(f"{name} must be of type {wanted}, not {value!r}")
 
 
 class Method(nn.Module):

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from prompttune.errors import choose
-from prompttune.fields import Setting, settings_of
-from prompttune.limits import bounds_of
 from prompttune.methods import METHODS
+from prompttune.settings import Setting, settings_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class SettingDescription:
         """Describe a field of a method's config."""
         words = f"tuple[{known.type.__name__}, ...]" if known.is_tuple else known.type.__name__
         words += " | None" * known.optional
-        bounds = " or ".join(map(str, known.choices)) if known.choices else bounds_of(known.metadata)
+        bounds = " or ".join(map(str, known.choices)) if known.choices else known.bounds
         return cls(known.name, words, known.default, bounds, known.help)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from prompttune.errors import UsageError
-from prompttune.fields import settings_of
 from prompttune.methods.base import MethodConfig
+from prompttune.settings import settings_of
 
 OPTIONS = ("config", "help", "json", "overwrite", "quiet", "resume", "tasks")
 """Options of ``prompttune train`` beside the settings."""
@@ -32,7 +33,8 @@ def check_config(config: Any) -> None:
     if "__dataclass_params__" not in vars(config):
         raise UsageError(f"{where} is not a dataclass: put @dataclass(frozen=True) in front of it")
     known = settings_of(config)
-    if plain := [field.name for field in dataclasses.fields(config) if field.name not in known]:
+    fields = [field.name for field in dataclasses.fields(config)]
+    if plain := [name for name in fields if name not in known or known[name].type is Path]:
         raise UsageError(f"{where}: {plain[0]} must be an int, float, bool, str or a tuple of them")
     others = method_fields(METHODS.registered())
     for name, setting in known.items():

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from prompttune.errors import CheckpointError, UsageError
-from prompttune.fields import settings_of
 from prompttune.files import read_json
 from prompttune.methods import METHODS, MethodConfig
 from prompttune.protocols.recipe import Recipe
+from prompttune.settings import settings_of
 from prompttune.training.config import TrainConfig, augment_fields
 from prompttune.training.state import RunFolder
 
@@ -74,7 +74,7 @@ class RunSpec:
         shown = {
             name: value
             for name, value in flat.items()
-            if name == "method" or not (known[name].metadata.get("free") or value == _plain(known[name].default))
+            if name == "method" or not (not known[name].must_match_on_resume or value == _plain(known[name].default))
         }
         return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -17,11 +17,10 @@ from prompttune.data import Augment
 from prompttune.data.base import DataObject
 from prompttune.data.objects import Data, settled
 from prompttune.errors import UsageError, choose
-from prompttune.fields import Setting, coerce_all, setting, settings_of
-from prompttune.limits import out_of_bounds
 from prompttune.methods import METHODS, MethodConfig, config_from_dict
 from prompttune.preprocess import CROP_MODES, INTERPOLATIONS, NORMALISATIONS, Preprocess
 from prompttune.segmentation.config import HEADS, TASKS, SegmentationConfig
+from prompttune.settings import Setting, coerce_all, setting, settings_of, settle
 
 if TYPE_CHECKING:
     from prompttune.backbones import Backbone
@@ -62,17 +61,17 @@ class TrainConfig:
     data_root: str | None = setting(
         None,
         help="folder that relative paths or downloads belong to; for benchmarks also hf://datasets/OWNER/NAME",
-        free=True,
+        must_match_on_resume=False,
     )
     val_fraction: float = setting(0.2, help="share held out where the data names no validation split", above=0, below=1)
     reduce_zero_label: bool = setting(True, help="segmentation: number 0 of an annotation is no class, as in ADE20K")
     limit: int | None = setting(None, help="use at most so many images", low=1)
     max_corrupt: int = setting(10, help="stop when more images than this cannot be read", low=0)
     workers: int | None = setting(
-        None, help="loader processes; by default several with a GPU, else none", low=0, free=True
+        None, help="loader processes; by default several with a GPU, else none", low=0, must_match_on_resume=False
     )
 
-    output: str = setting(help="folder of the run", free=True)
+    output: str = setting(help="folder of the run", must_match_on_resume=False)
     init_from: str | None = setting(
         None, help="checkpoint folder whose parameters the run starts from; rows of its head are matched by class name"
     )
@@ -112,16 +111,13 @@ class TrainConfig:
     )  # fmt: skip
 
     precision: str = setting("fp32", help="arithmetic of the forward pass", choices=tuple(PRECISIONS))
-    device: str = setting("auto", help="auto, cpu, cuda or cuda:INDEX", free=True)
+    device: str = setting("auto", help="auto, cpu, cuda or cuda:INDEX", must_match_on_resume=False)
     devices: int = setting(1, help="number of devices; more than one trains data parallel", low=1)
-    compile: bool = setting(False, help="run the training step through torch.compile", free=True)
-    tensorboard: bool = setting(True, help="write TensorBoard curves to the run folder", free=True)
+    compile: bool = setting(False, help="run the training step through torch.compile", must_match_on_resume=False)
+    tensorboard: bool = setting(True, help="write TensorBoard curves to the run folder", must_match_on_resume=False)
 
     def __post_init__(self) -> None:
-        for name, known in settings_of(TrainConfig).items():
-            value = known.coerce(getattr(self, name))
-            _check_range(known, value)
-            object.__setattr__(self, name, value)
+        settle(self)
         self._settle_method()
         self.method_config().check_epochs(self.epochs)
         object.__setattr__(
@@ -246,15 +242,7 @@ class TrainConfig:
 
 def _may_become(known: Setting, old: Any, new: Any) -> bool:
     """Whether a resumed run may have another value of a setting; None is a patience without end."""
-    grew = known.metadata.get("grows") and old is not None and (new is None or new > old)
-    return bool(known.metadata.get("free") or grew)
-
-
-def _check_range(known: Setting, value: Any) -> None:
-    if known.type not in (int, float) or value is None:
-        return
-    if problem := out_of_bounds(known.name, value, known.metadata):
-        raise UsageError(problem)
+    return not known.must_match_on_resume or (known.grows and old is not None and (new is None or new > old))
 
 
 def augment_fields() -> dict[str, Setting]:

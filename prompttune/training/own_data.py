@@ -15,8 +15,7 @@ from prompttune.data.objects import settled
 from prompttune.data.splitting import at_most
 from prompttune.errors import CheckpointError, DataError, UsageError, choose
 from prompttune.evaluation.scored import SPLITS, Chosen, choose_split
-from prompttune.fields import Setting, coerce_all, settings_of
-from prompttune.limits import out_of_bounds
+from prompttune.settings import Setting, coerce_all, settings_of
 from prompttune.training.config import TrainConfig, read_yaml
 from prompttune.training.held_out import HeldOut, OnImage
 from prompttune.training.state import HELD_OUT_FILE, RunFolder
@@ -36,7 +35,7 @@ def data_settings(checkpoint: Any, data: Any, given: Mapping[str, Any]) -> dict[
     """
     known = settings_of(TrainConfig)
     defaults = {name: known[name].default for name in REMEMBERED}
-    typed = checked({name: value for name, value in given.items() if value is not None})
+    typed = coerce_all({name: value for name, value in given.items() if value is not None}, known, "setting")
     if data is not None:
         return {**defaults, **typed, "data": data}
     if not isinstance(checkpoint, str | Path):
@@ -55,19 +54,9 @@ def _remembered(run: Path) -> dict[str, Any]:
         found = {name: value for name, value in read_yaml(file).items() if name in REMEMBERED}
         if "data" in found:
             found["data"] = Setting("data", str, None).coerce(found["data"])  # a file names data, it holds none
-        return checked(found)
+        return coerce_all(found, settings_of(TrainConfig), "setting")
     except UsageError as problem:
         raise UsageError(f"{file} is damaged: {problem}; give --data") from None
-
-
-def checked(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings brought to their types and held to their bounds; :class:`UsageError` names one that does not fit."""
-    known = settings_of(TrainConfig)
-    made = coerce_all(values, known, "setting")
-    for name, value in made.items():
-        if isinstance(value, int | float) and (problem := out_of_bounds(name, value, known[name].metadata)):
-            raise UsageError(problem)
-    return made
 
 
 def choose_images(

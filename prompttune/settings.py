@@ -1,23 +1,28 @@
-"""Dataclass fields as settings: their help and choices, and values from YAML or Python brought to their types.
-
-A settings dataclass keeps, in each field's metadata, ``help`` and optionally ``choices``; the command line and the
-YAML reader are generated from that.
-"""
+"""Settings: dataclass fields with help, choices and bounds. Options, readers of files and checks are made from them."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import operator
 import os
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from prompttune.errors import UsageError, choose
 
-SCALARS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
+_BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "low": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "high": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Setting:
 
     name: str
     type: type
-    """``int``, ``float``, ``bool``, ``str``, or the type of a tuple's items."""
+    """A key of :data:`KINDS`, or the type of a tuple's items."""
     default: Any
     help: str = ""
     choices: Collection[Any] | None = None
@@ -37,37 +42,59 @@ class Setting:
     length: int | None = None
     """Number of items of a tuple, None for any number."""
     required: bool = False
+    must_match_on_resume: bool = True
+    """Whether a resumed run needs the same value."""
+    grows: bool = False
+    """Whether a resumed run may have a larger value."""
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The bounds, and what :func:`setting` takes besides."""
 
     @property
     def option(self) -> str:
         """Name on the command line."""
         return "--" + self.name.replace("_", "-")
 
-    def coerce(self, value: Any) -> Any:
-        """Bring a value to the field's type; raise :class:`UsageError` if that loses anything."""
+    @property
+    def bounds(self) -> str:
+        """The bounds in words, such as ``at least 1 and below 5``; empty without any."""
+        told = ((words, self.metadata.get(key)) for key, (words, _) in _BOUNDS.items())
+        return " and ".join(f"{words} {limit}" for words, limit in told if limit is not None)
+
+    def coerce(self, value: Any, strict: bool = False) -> Any:
+        """Bring a value to the field's type and hold it to its choices and bounds.
+
+        Args:
+            value: from Python, YAML or the command line.
+            strict: take no text for a number, as YAML 1.1 needs it for 5e-3, and no single value for a tuple.
+
+        Raises:
+            UsageError: the value loses something, or is not allowed; one line that names the setting.
+        """
         if read := self.metadata.get("read"):
             return read(value)
         if value is None:
             if not self.optional:
-                raise UsageError(f"{self.name} needs {SCALARS[self.type]}, not nothing")
+                raise UsageError(f"{self.name} needs {KINDS[self.type]}, not nothing")
             return None
         if not self.is_tuple:
-            return self._scalar(value)
+            return self._scalar(value, strict)
         if not isinstance(value, list | tuple):
+            if strict:
+                raise UsageError(f"{self.name} must be a list, each item {KINDS[self.type]}, not {value!r}")
             value = [part.strip() for part in value.split(",")] if isinstance(value, str) else [value]
         if self.length is not None and len(value) != self.length:
             raise UsageError(f"{self.name} needs {self.length} values, not {len(value)}")
-        return tuple(self._scalar(item) for item in value)
+        return tuple(self._scalar(item, strict) for item in value)
 
-    def _scalar(self, value: Any) -> Any:
-        refused = UsageError(f"{self.name} must be {SCALARS[self.type]}, not {value!r}")
+    def _scalar(self, value: Any, strict: bool) -> Any:
+        refused = UsageError(f"{self.name} must be {KINDS[self.type]}, not {value!r}")
         if self.type is bool or isinstance(value, bool):
             if self.type is not bool or not isinstance(value, bool):
                 raise refused
             return value
+        if strict and isinstance(value, str) is not (self.type is str):
+            raise refused
         try:
-            # YAML 1.1 reads 5e-3 as text, so text that spells a number is taken as that number
             plain = self.type is not str or isinstance(value, str | int | float | os.PathLike)
             made = self.type(value) if plain else None
         except (TypeError, ValueError, OverflowError):
@@ -76,15 +103,38 @@ class Setting:
             raise refused
         if self.choices is not None:
             choose(self.name.replace("_", " "), made, self.choices)
+        if isinstance(made, int | float) and not self._is_within(made):
+            raise UsageError(f"{self.name} must be {self.bounds or 'finite'}, not {made}")
         return made
 
+    def _is_within(self, number: float) -> bool:
+        limits = {key: limit for key in _BOUNDS if (limit := self.metadata.get(key)) is not None}
+        return math.isfinite(number) and all(_BOUNDS[key][1](number, limit) for key, limit in limits.items())
 
-def setting(default: Any = dataclasses.MISSING, *, help: str, **metadata: Any) -> Any:  # noqa: A002
-    """A dataclass field with help text; ``choices`` and other metadata as keywords.
 
-    ``kind`` is the type on the command line where the field takes more in Python, and ``read`` brings that to a value.
+def setting(
+    default: Any = dataclasses.MISSING,
+    help: str = "",  # noqa: A002
+    choices: Collection[Any] | None = None,
+    **metadata: Any,
+) -> Any:
+    """A dataclass field with help text.
+
+    Args:
+        default: the value if none is given; without it, one must be given.
+        help: for the command line and errors.
+        choices: the values it may take.
+        metadata: ``low``, ``above``, ``high``, ``below``: bounds of a number. ``must_match_on_resume=False``: a
+            resumed run may have another value; ``grows=True``: it may have a larger one. ``kind``: the type on the
+            command line where the field takes more in Python, and ``read``, which brings any of them to a value.
     """
-    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, **metadata})
+
+
+def settle(instance: Any, strict: bool = False) -> None:
+    """Bring every setting of a frozen dataclass to its type, see :meth:`Setting.coerce`; for ``__post_init__``."""
+    for name, known in settings_of(type(instance)).items():
+        object.__setattr__(instance, name, known.coerce(getattr(instance, name), strict))
 
 
 def settings_of(cls: type[Any]) -> dict[str, Setting]:
@@ -102,7 +152,8 @@ def _read_fields(cls: Any) -> dict[str, Setting]:
     hints = typing.get_type_hints(cls)
     found: dict[str, Setting] = {}
     for field in dataclasses.fields(cls):
-        if (kind := _read_type(field.metadata.get("kind", hints[field.name]))) is None or not field.init:
+        told = dict(field.metadata)
+        if (kind := _read_type(told.pop("kind", hints[field.name]))) is None or not field.init:
             continue
         made, optional, is_tuple, length = kind
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -113,13 +164,15 @@ def _read_fields(cls: Any) -> dict[str, Setting]:
             name=field.name,
             type=made,
             default=default,
-            help=str(field.metadata.get("help", "")),
-            choices=field.metadata.get("choices"),
+            help=told.pop("help", ""),
+            choices=told.pop("choices", None),
             optional=optional,
             is_tuple=is_tuple,
             length=length,
             required=required,
-            metadata=field.metadata,
+            must_match_on_resume=told.pop("must_match_on_resume", True),
+            grows=told.pop("grows", False),
+            metadata=told,
         )
     return found
 
@@ -138,8 +191,8 @@ def _read_type(hint: Any) -> tuple[type, bool, bool, int | None] | None:
     if typing.get_origin(hint) is tuple:
         items = typing.get_args(hint)
         length = None if len(items) == 2 and items[1] is Ellipsis else len(items)
-        return (items[0], optional, True, length) if items[0] in SCALARS else None
-    return (hint, optional, False, None) if hint in SCALARS else None
+        return (items[0], optional, True, length) if items[0] in KINDS else None
+    return (hint, optional, False, None) if hint in KINDS else None
 
 
 def coerce_all(values: Mapping[str, Any], settings: Mapping[str, Setting], kind: str) -> dict[str, Any]:
