@@ -175,7 +175,7 @@ def _write_engine(
         manifest = dataclasses.replace(manifest, parity=report.to_dict())
     for name, one in folded.items():
         (folder / TASKS / name).mkdir(parents=True)
-        save_task(one.task, folder / TASKS / name, manifest)
+        save_task(one.task, folder / TASKS / name)
     return manifest
 
 

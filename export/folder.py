@@ -41,6 +41,8 @@ FORMAT_VERSION = 1
 SEGMENTATION_VERSION = 2
 """Of the manifest of a segmentation's engine, which earlier readers must not take for less."""
 MANIFEST, TASKS = "engine.json", "tasks"
+REMOVED_FORMATS = {"onnx-adapter": "onnx"}
+"""Formats of earlier versions → what took their place."""
 ONNX_FILE, ONNX_WEIGHTS_FILE = "model.onnx", "model.onnx.data"
 TASK_RECORD, STATE_FILE = "task.json", "state.safetensors"
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -174,13 +176,10 @@ class Task:
         }
 
 
-def save_task(task: Task, folder: Path, manifest: Manifest) -> None:
-    """Write a task's record and state, and what the engine's format adds, into an existing folder."""
-    from prompttune.export.formats import find_format
-
+def save_task(task: Task, folder: Path) -> None:
+    """Write a task's record and state into an existing folder."""
     (folder / STATE_FILE).write_bytes(task.packed)
     sync_file(folder / STATE_FILE)
-    find_format(manifest.format).write_task(manifest, task, folder)
     write_json(folder / TASK_RECORD, _sealed(task.to_dict()))
 
 
@@ -384,6 +383,12 @@ class EngineFolder:
             self.manifest = Manifest.from_dict(values)
         except (KeyError, TypeError, AttributeError) as problem:
             raise EngineError(f"the engine manifest {self.path / MANIFEST} lacks a part: {problem}") from None
+        kind = self.manifest.format
+        if kind in REMOVED_FORMATS:
+            raise EngineError(
+                f"{self.path} has the format {kind}, which was removed: export it again with --format "
+                f"{REMOVED_FORMATS[kind]}"
+            )
         if verify:
             for name, file in self.manifest.files.items():
                 file.check(self.path / name, "export the engine again")
@@ -477,7 +482,7 @@ class EngineFolder:
             self.check_free(name, replace)
             bind_axes(self.manifest.layout, task.shapes(), f"task {name!r}")
             with replacing_folder(self.path / TASKS / name) as temporary:
-                save_task(task, temporary, self.manifest)
+                save_task(task, temporary)
                 count_version(self.path, name, task.version, digest_of(self.path, name))
 
     def locked(self) -> contextlib.AbstractContextManager[None]:

@@ -23,7 +23,6 @@ from prompttune.export.layout import (
     Layout,
     State,
     TensorSpec,
-    declare_adapter_inputs,
     declare_inputs,
     declare_outputs,
     stack_states,
@@ -95,19 +94,6 @@ class BakedGraph(MultiTaskGraph):
         return super().forward(image, task_index, bank)
 
 
-class AdapterGraph(nn.Module):
-    """One task for all rows, its state as inputs with leading dimension 1."""
-
-    def __init__(self, model: PromptModel, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.model = model
-        self.dtype = dtype
-
-    def forward(self, image: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """Logits float32 [B, C] of images [B, 3, S, S] under ``state``, key → [1, ...]."""
-        return self.model.forward_state(image, _typed_state(state, self.dtype)).logits.float()
-
-
 def _typed_state(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """A state in the precision of the activations, the head in float32."""
     return {key: row.float() if key.startswith(HEAD) else row.to(dtype) for key, row in state.items()}
@@ -169,7 +155,7 @@ def trace(
     graph: MultiTaskGraph
     if baked is None:
         graph = MultiTaskGraph(typed, dtype, told)
-        sample.append(_sample_state(layout, _SAMPLE_TASKS, bank_dtype))
+        sample.append(_sample_bank(layout, bank_dtype))
         dynamic["bank"] = {key: {0: TASKS} | axes for key, axes in _named_axes(layout).items()}
         inputs, outputs = declare_inputs(layout, size, bank_precision), declare_outputs(size=model.output_size)
     else:
@@ -181,34 +167,16 @@ def trace(
     return Traced(program, inputs, outputs, dynamic, list(names))
 
 
-def trace_adapter(
-    model: PromptModel, *, precision: str = "fp32", bank_precision: str = "fp32", attention: str = "fused"
-) -> Traced:
-    """Capture the graph of one task at a time; arguments and errors as of :func:`trace`."""
-    layout, size = model.state_layout(), model.backbone.image_size
-    graph = AdapterGraph(_prepared(model, precision, "cpu"), TORCH_DTYPES[precision])
-    sample = [torch.zeros(_SAMPLE_BATCH, 3, size, size), _sample_state(layout, 1, TORCH_DTYPES[bank_precision])]
-    dynamic = {IMAGE: {0: BATCH}, "state": _named_axes(layout)}
-    program = capture(graph, sample, dynamic, attention, "cpu", model.config.method)
-    return Traced(
-        program,
-        declare_adapter_inputs(layout, size, bank_precision),
-        declare_outputs(size=model.output_size),
-        dynamic,
-        [],
-    )
-
-
 def _prepared(model: PromptModel, precision: str, device: str) -> PromptModel:
     """The model in a precision and on a device; the caller's own stays what and where it is."""
     typed = typed_model(model, precision)
     return copy.deepcopy(typed).to(device) if device != "cpu" and typed is model else typed.to(device)
 
 
-def _sample_state(layout: Layout, rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def _sample_bank(layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
     axes = _sample_axes(layout)
     shapes = {key: [axes[axis] if isinstance(axis, str) else axis for axis in shape] for key, shape in layout.items()}
-    return {key: torch.zeros(rows, *shape, dtype=dtype) for key, shape in shapes.items()}
+    return {key: torch.zeros(_SAMPLE_TASKS, *shape, dtype=dtype) for key, shape in shapes.items()}
 
 
 def _named_axes(layout: Layout) -> dict[str, dict[int, str]]:

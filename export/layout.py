@@ -71,13 +71,6 @@ def declare_inputs(layout: Layout, image_size: int, bank_precision: str = "fp32"
     ]
 
 
-def declare_adapter_inputs(layout: Layout, image_size: int, bank_precision: str = "fp32") -> list[TensorSpec]:
-    """Every input of a graph of one task at a time, in order: image, then the state, leading dimension 1."""
-    dtype = bank_dtype(bank_precision).name
-    image = TensorSpec(IMAGE, "float32", (BATCH, 3, image_size, image_size))
-    return [image, *(TensorSpec(key, dtype, (1, *shape)) for key, shape in layout.items())]
-
-
 def declare_outputs(classes: int | str = CLASSES, size: tuple[int, int] | None = None) -> list[TensorSpec]:
     """Every output of a graph; a baked one has a fixed number of classes, a segmentation maps of a ``size``."""
     return [TensorSpec(LOGITS, "float32", (BATCH, classes, *(size or ())))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,13 @@ _DTYPES = {
 }
 
 
-def export_onnx(
-    traced: Traced, folder: Path, opset: int = OPSET, defaults: Mapping[str, NDArray[Any]] | None = None
-) -> dict[str, str]:
+def export_onnx(traced: Traced, folder: Path, opset: int = OPSET) -> dict[str, str]:
     """Write ``model.onnx`` and ``model.onnx.data`` into ``folder`` and check them.
 
     Args:
         traced: the captured graph.
         folder: where to.
         opset: ONNX operator set.
-        defaults: input → its value where a caller gives none.
 
     Returns:
         Name of each intermediate result that was traced → name of the value that holds it in the file. They are no
@@ -75,7 +72,6 @@ def export_onnx(
         _average_by_product(exported.model)
         outputs = exported.model.graph.outputs
         del outputs[len(traced.outputs) :]
-        _set_defaults(exported.model, defaults or {})
         exported.save(str(path), external_data=True)
     verify_onnx(path, traced.inputs, traced.outputs)
     return probes
@@ -85,14 +81,6 @@ def _forget_sources(model: Any) -> None:
     """Drop the exporter's stack traces: they name folders of this machine and make equal graphs differ."""
     for node in model.graph.all_nodes():
         node.metadata_props.pop(_STACK_TRACE, None)
-
-
-def _set_defaults(model: Any, defaults: Mapping[str, NDArray[Any]]) -> None:
-    """Make inputs of these names initialisers as well: ONNX's form of an input that may be left out."""
-    for value in model.graph.inputs:
-        if value.name in defaults:
-            value.const_value = onnx_ir.tensor(defaults[value.name], name=value.name)
-            model.graph.register_initializer(value)
 
 
 def _fold_weights(model: Any) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import shutil
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
@@ -18,7 +17,6 @@ from prompttune.errors import EngineError, UsageError
 from prompttune.export import FORMATS, EngineFolder, add_task, remove_task
 from prompttune.export.folder import MANIFEST, ONNX_FILE, write_manifest
 from prompttune.export.formats import Settings, aoti, find_format
-from prompttune.export.formats.onnx_adapter import ADAPTER_FILE
 from prompttune.export.gate import NOISE
 from tests.engines import checkpoint, copied, exported, model_of, noise, workshop
 
@@ -30,7 +28,6 @@ KINDS = {
     "fused": Settings("onnx", attention="fused"),
     "bank-fp16": Settings("onnx", bank_precision="fp16"),
     "baked": Settings("onnx", baked=True),
-    "adapter": Settings("onnx-adapter"),
     "aoti": Settings("aoti"),
     "aoti-bf16": Settings("aoti", "bf16"),
 }
@@ -129,11 +126,7 @@ def test_mixed_batch_equals_single_runs(method, kind):
         alone = engine.logits(images[row : row + 1], task)[0, :classes]
         # One row's logits may all be small; rounding is of the size of the task's others.
         assert close(kind, mixed[row, :classes], alone, scale)
-        if kind in ("dynamic", "adapter"):
-            # A dynamic scale is of the whole batch; an adapter engine splits the batch by task.
-            assert close(kind, mixed[row, :classes], same, scale)
-        else:
-            assert mixed[row, :classes].tobytes() == same.tobytes()
+        assert mixed[row, :classes].tobytes() == same.tobytes()
         if NOISE[KINDS[kind].precision] == NOISE["fp32"]:
             assert np.abs(mixed[row, :classes] - alone).max() <= 1e-5
 
@@ -213,52 +206,15 @@ def test_baked_rows_follow_the_order_of_the_export(tmp_path):
     assert np.abs(found[1, :2] - expected("linear", 0, images)[1]).max() <= 1e-4
 
 
-# ------------------------------------------------------------------------------------------------- adapter files
-
-
-def test_adapter_files_work_in_plain_onnx_runtime():
-    """A user of ONNX Runtime needs nothing of this package: a model, adapter files, a run option."""
-    folder, images = engine_of("sa2vp", "adapter").folder.path, noise(ROWS)
-    session = onnxruntime.InferenceSession(str(folder / ONNX_FILE), providers=["CPUExecutionProvider"])
-    assert [one.name for one in session.get_inputs()] == ["image"]
-    for number in (0, 1, 4):
-        adapter = onnxruntime.LoraAdapter()
-        adapter.Load(str(folder / "tasks" / f"task{number}" / ADAPTER_FILE))
-        options = onnxruntime.RunOptions()
-        options.add_active_adapter(adapter)
-        (found,) = session.run(["logits"], {"image": images}, options)
-        assert found.shape == (ROWS, number + 2)
-        assert np.abs(found - expected("sa2vp", number, images)).max() <= 1e-4
-    (defaults,) = session.run(["logits"], {"image": images})
-    assert np.abs(defaults - expected("sa2vp", 0, images)).max() <= 1e-4
-
-
-def test_adapter_files_in_half_precision(tmp_path):
-    settings = Settings("onnx-adapter", "fp16")
-    pt.export_engine([checkpoint("linear", 0)], tmp_path / "engine", format=settings, images=4)
-    images, adapter, options = noise(2), onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
-    adapter.Load(str(tmp_path / "engine" / "tasks" / "task0" / ADAPTER_FILE))
-    options.add_active_adapter(adapter)
-    session = onnxruntime.InferenceSession(str(tmp_path / "engine" / ONNX_FILE), providers=["CPUExecutionProvider"])
-    (found,) = session.run(["logits"], {"image": images}, options)
-    assert close("fp16", found, expected("linear", 0, images))
-
-
-def test_only_adapter_engines_hold_adapter_files():
-    assert not list(engine_of("sa2vp", "fp32").folder.path.rglob(ADAPTER_FILE))
-    assert len(list(engine_of("sa2vp", "adapter").folder.path.rglob(ADAPTER_FILE))) == 3
-
-
 # ------------------------------------------------------------------------------------------------------ refusals
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (Settings("tflite"), r"unknown format 'tflite'; known: onnx, onnx-adapter"),
+        (Settings("tflite"), r"unknown format 'tflite'; known: onnx, aoti"),
         (Settings("onnx", "fp8"), "unknown precision 'fp8'"),
         (Settings("aoti", "int8"), "the format aoti has no int8: choose fp32, fp16, bf16"),
-        (Settings("onnx-adapter", "bf16"), "the format onnx-adapter has no bf16: choose fp32, fp16"),
         (Settings("onnx", bank_precision="int8"), "unknown bank precision 'int8'"),
         (Settings("onnx", attention="flash"), "unknown attention 'flash'"),
         (Settings("onnx", quantization="static"), "quantization goes with the precision int8"),
@@ -269,9 +225,6 @@ def test_only_adapter_engines_hold_adapter_files():
         (Settings("onnx", options={"workspace": 1}), "has no options of its own"),
         (Settings("aoti", axes={"batch": (1, 4, 8)}), "the format aoti needs no sizes of axes"),
         (Settings("aoti", options={"workspace": 1}), "has no options of its own"),
-        (Settings("onnx-adapter", options={"workspace": 1}), "has no options of its own"),
-        (Settings("onnx-adapter", baked=True), "choose --format onnx with --baked"),
-        (Settings("onnx-adapter", bank_precision="bf16"), "adapter files know no bf16"),
         (Settings("onnx", device="tpu"), "unknown device 'tpu'"),
         (Settings("onnx", "bf16"), "ONNX Runtime runs bf16 on CUDA alone"),
         (Settings("onnx", bank_precision="bf16"), "ONNX Runtime runs bf16 on CUDA alone"),
@@ -296,7 +249,6 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, settings, message):
         (["--axis", "rows=1:2:8"], "axes: batch, tasks, rank, classes"),
         (["--workspace", "5"], "has no options of its own"),
         (["--precision", "bf16"], "runs bf16 on CUDA alone"),
-        (["--format", "onnx-adapter", "--baked"], "choose --format onnx with --baked"),
         (["--device", "cuda:x"], "unknown device 'cuda:x'"),
     ],
 )
@@ -422,8 +374,21 @@ def test_an_unknown_format_in_the_folder_is_named(tmp_path):
     manifest = dataclasses.replace(EngineFolder(folder).manifest, format="tflite")
     (folder / MANIFEST).unlink()
     write_manifest(folder, manifest)
-    with pytest.raises(EngineError, match=r"has the format 'tflite'; known: onnx, onnx-adapter"):
+    with pytest.raises(EngineError, match=r"has the format 'tflite'; known: onnx, aoti"):
         pt.Engine(folder)
+
+
+def test_an_engine_of_a_removed_format_says_what_to_do(tmp_path):
+    folder = shutil.copytree(exported("linear"), tmp_path / "engine")
+    manifest = dataclasses.replace(EngineFolder(folder).manifest, format="onnx-adapter")
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, manifest)
+    message = f"{folder} has the format onnx-adapter, which was removed: export it again with --format onnx"
+    with pytest.raises(EngineError) as problem:
+        pt.Engine(folder)
+    assert str(problem.value) == message
+    one_line(run("tasks", "add", folder, checkpoint("linear", 1)), 1, message)
+    one_line(run("export", folder, "-o", tmp_path / "x", "--format", "onnx-adapter"), 2, "is not one of")
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name not in ON_A_GPU])

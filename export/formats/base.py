@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import numpy as np
 
 from prompttune.errors import UsageError, choose
-from prompttune.export.folder import Manifest, Task
 from prompttune.export.graph import Traced, trace
 from prompttune.export.layout import State, TensorSpec
 from prompttune.export.runtimes.base import Array, RuntimeOptions
@@ -29,7 +28,6 @@ QUANTIZATIONS = ("dynamic", "static")
 
 FORMATS = {
     "onnx": ("prompttune.export.formats.onnx", "OnnxFormat"),
-    "onnx-adapter": ("prompttune.export.formats.onnx_adapter", "OnnxAdapterFormat"),
     "aoti": ("prompttune.export.formats.aoti", "AotiFormat"),
     "trt": ("prompttune.export.formats.tensorrt", "TensorRTFormat"),
     "torch-trt": ("prompttune.export.formats.torch_tensorrt", "TorchTensorRTFormat"),
@@ -178,9 +176,6 @@ class Format(ABC):
         Raises:
             UsageError: says what to do instead.
         """
-
-    def write_task(self, manifest: Manifest, task: Task, folder: Path) -> None:  # noqa: B027  # most write nothing
-        """Write what this format keeps of a task beside its record and state; nothing by default."""
 
     @abstractmethod
     def build(self, request: BuildRequest, folder: Path) -> Built:

@@ -22,7 +22,6 @@ BankArray = NDArray[Any]
 
 _RUNTIMES = {
     "onnx": ("prompttune.export.runtimes.onnxruntime", "OnnxRuntime"),
-    "onnx-adapter": ("prompttune.export.runtimes.onnx_adapter", "OnnxAdapterRuntime"),
     "aoti": ("prompttune.export.runtimes.aoti", "AotiRuntime"),
     "trt": ("prompttune.export.runtimes.tensorrt", "TensorRTRuntime"),
     "torch-trt": ("prompttune.export.runtimes.torch_tensorrt", "TorchTensorRTRuntime"),

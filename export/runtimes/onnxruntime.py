@@ -145,9 +145,6 @@ class OnnxRuntime(Runtime):
             TASK_INDEX: ort.OrtValue.ortvalue_from_numpy(task_index),
             **named,
         }
-        return self._call(feeds)
-
-    def _call(self, feeds: Mapping[str, Any]) -> Array:
         try:
             logits: Array = self._session.run_with_ort_values([LOGITS], feeds)[0].numpy()
         except Exception as problem:

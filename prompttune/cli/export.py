@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from prompttune.export.triton import TritonSettings
 
 
-FORMATS = ("onnx", "trt", "torch-trt", "aoti", "onnx-adapter")
+FORMATS = ("onnx", "trt", "torch-trt", "aoti")
 REPOSITORIES = {"triton": "onnx", "triton-trt": "trt"}
 """Name of a kind of Triton repository → format of the engine in it."""
 AXES = ("batch", "tasks", "rank", "classes", "clusters")
@@ -58,8 +58,7 @@ def model_options(command: Command) -> Command:
             default="onnx",
             show_default=True,
             help="onnx: ONNX Runtime; trt: TensorRT plan; torch-trt: Torch-TensorRT; aoti: AOTInductor, no library "
-            "beside PyTorch; onnx-adapter: ONNX with one of ONNX Runtime's adapter files a task; triton, triton-trt: a "
-            "model repository of Triton with ONNX or a TensorRT plan in it.",
+            "beside PyTorch; triton, triton-trt: a model repository of Triton with ONNX or a TensorRT plan in it.",
         ),
         click.option(
             "--precision",

@@ -26,9 +26,6 @@ from prompttune.export.precision import typed_model
 from prompttune.export.runtimes import Array, Runtime, RuntimeOptions, open_runtime
 from prompttune.export.tasks import engine_model
 
-_WITHOUT_TASKS = {"onnx-adapter": "onnx"}
-"""Formats that are about tasks alone → what they are without any."""
-
 
 class _PlainGraph(nn.Module):
     """timm's model with the inputs that every runtime feeds; it has no use for the second."""
@@ -69,10 +66,10 @@ class _PlainRequest(BuildRequest):
 def plain_settings(manifest: Manifest) -> Settings:
     """The settings of an engine, for its plain backbone.
 
-    Static int8 becomes dynamic, because calibration images belong to tasks; ONNX Runtime's adapters become plain ONNX.
+    Static int8 becomes dynamic, because calibration images belong to tasks.
     """
     return Settings(
-        format=_WITHOUT_TASKS.get(manifest.format, manifest.format),
+        format=manifest.format,
         precision=manifest.precision,
         attention=manifest.attention,
         device=str(manifest.details.get("device", "cpu")),
