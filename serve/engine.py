@@ -425,7 +425,9 @@ class Engine:
                 checkpoint,
                 self._backbone,
                 (self._some_residents(name) or self.folder.read_some(MIXED_WITH, name)) if parity else {},
-                lambda tasks: _Trial(self._runtime, Bank(self._runtime, manifest.layout, tasks, self._dtype)),
+                lambda tasks: _Trial(
+                    self._runtime.without_graphs(), Bank(self._runtime, manifest.layout, tasks, self._dtype)
+                ),
                 Samples(),
                 engine_gate(manifest) if parity else None,
             )

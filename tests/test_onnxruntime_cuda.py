@@ -2,13 +2,17 @@
 
 import contextlib
 import ctypes
+import dataclasses
+import tempfile
 import threading
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -17,12 +21,18 @@ import prompttune as pt
 from prompttune.errors import EngineError, MissingExtraError, UsageError
 from prompttune.export import EngineFolder
 from prompttune.export.formats import Settings
-from prompttune.export.layout import TensorSpec
-from prompttune.export.runtimes import RuntimeOptions, onnxruntime_cuda
+from prompttune.export.formats.onnx import OnnxFormat
+from prompttune.export.layout import TensorSpec, declare_inputs, declare_outputs
+from prompttune.export.runtimes import RuntimeOptions, onnxruntime, onnxruntime_cuda
 from prompttune.export.runtimes.onnxruntime import OnnxRuntime, providers
-from tests.engines import SHARING, checkpoint, exported, model_of, noise
+from prompttune.export.runtimes.onnxruntime_tensorrt import provider_ranges, tensorrt_settings
+from prompttune.export.runtimes.tensors import CAPTURE_LOCK
+from tests.engines import SHARING, build_request, checkpoint, copied, exported, model_of, noise
+from tests.segmenting import drawn_segmentation, tiny
+from tests.segmenting import engine_of as segmentation_engine
 
 CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
+_INT8 = "MatMulIntegerToFloat"
 NUMPY = {1: np.float32, 10: np.float16, 16: ml_dtypes.bfloat16, 7: np.int64}
 """ONNX element type → numpy's."""
 
@@ -42,28 +52,77 @@ def test_providers_of_a_cpu():
 def test_providers_of_cuda(monkeypatch, graph):
     available(monkeypatch, TENSORRT, CUDA)
     found = providers(RuntimeOptions("cuda:2", cuda_graph=graph))
-    assert found == [(CUDA, {"device_id": 2, "enable_cuda_graph": graph}), CPU]
+    assert found == [(CUDA, {"device_id": 2, "use_tf32": 0, "enable_cuda_graph": graph}), CPU]
 
 
-def test_providers_of_tensorrt(monkeypatch, tmp_path):
+def test_providers_of_tensorrt(monkeypatch):
     available(monkeypatch, TENSORRT, CUDA)
-    found = providers(RuntimeOptions("cuda", provider="tensorrt"))
-    assert found == [(TENSORRT, {"device_id": 0, "trt_cuda_graph_enable": False}), (CUDA, {"device_id": 0}), CPU]
-    cache = tmp_path / "a" / "cache"
-    options = RuntimeOptions("cuda:1", cuda_graph=True, provider="tensorrt", cache=cache)
-    (name, settings), *others = providers(options)
-    assert name == TENSORRT
-    assert settings == {
-        "device_id": 1,
-        "trt_cuda_graph_enable": True,
-        "trt_engine_cache_enable": True,
-        "trt_engine_cache_path": str(cache),
-        "trt_timing_cache_enable": True,
-        "trt_timing_cache_path": str(cache),
+    found = providers(RuntimeOptions("cuda:1", cuda_graph=True, provider="tensorrt"))
+    # The precision is in the model's types, so no trt_fp16_enable; what TensorRT leaves to CUDA has no TF32.
+    tensorrt = {"device_id": 1, "trt_cuda_graph_enable": True}
+    assert found == [(TENSORRT, tensorrt), (CUDA, {"device_id": 1, "use_tf32": 0}), CPU]
+
+
+def test_tensorrt_is_told_shapes_and_where_to_keep_what_it_builds(monkeypatch, tmp_path):
+    folder = EngineFolder(copied("sa2vp", tmp_path))
+    manifest = folder.manifest
+    ranges = provider_ranges(folder.path, manifest)
+    named = {axis for spec in manifest.inputs for axis in spec.shape if isinstance(axis, str)}
+    assert ranges.keys() == named
+    assert (ranges["batch"], ranges["tasks"][2]) == ((1, 8, 32), 64)
+    found = tensorrt_settings(manifest, ranges, tmp_path / "a" / "cache")
+    for place, key in enumerate(("min", "opt", "max")):
+        shapes = dict(one.split(":") for one in found[f"trt_profile_{key}_shapes"].split(","))
+        assert shapes.keys() == {spec.name for spec in manifest.inputs}
+        assert shapes["image"] == f"{(1, 8, 32)[place]}x3x64x64"
+        assert shapes["bank.head.bias"] == f"{ranges['tasks'][place]}x{ranges['classes'][place]}"
+    engines = Path(found["trt_engine_cache_path"])
+    assert engines.is_dir()
+    assert found["trt_timing_cache_path"] == str(engines.parent) == str(tmp_path / "a" / "cache")
+    assert found["trt_engine_cache_enable"] is found["trt_timing_cache_enable"] is True
+    # Other weights behind the same graph: ONNX Runtime would take the one's engine for the other's.
+    files = {name: dataclasses.replace(file, sha256="0" * 64) for name, file in manifest.files.items()}
+    other = tensorrt_settings(dataclasses.replace(manifest, files=files), ranges, tmp_path / "a" / "cache")
+    assert other["trt_engine_cache_path"] != str(engines)
+    assert other["trt_timing_cache_path"] == found["trt_timing_cache_path"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    default = Path(tensorrt_settings(manifest, ranges, None)["trt_engine_cache_path"])
+    assert default == tmp_path / "home" / "prompttune" / "tensorrt" / engines.name
+    (tmp_path / "file").touch()
+    with pytest.raises(EngineError, match=r"cannot keep TensorRT's engines in .*file: Not a directory; name a cache$"):
+        tensorrt_settings(manifest, ranges, tmp_path / "file")
+
+
+def test_ranges_have_room_and_stay_as_tasks_come(tmp_path):
+    """Another range would make what was built for the former one useless."""
+    folder = EngineFolder(copied("linear", tmp_path))
+    before = provider_ranges(folder.path, folder.manifest)
+    assert before["classes"] == (1, before["classes"][1], 256)
+    folder.write_task("another", folder.read_task("task0"))
+    (folder.path / "tasks" / "another" / "state.safetensors").write_bytes(b"damaged")
+    assert provider_ranges(folder.path, folder.manifest) == before
+    task = folder.read_task("task0")
+    state = {key: np.repeat(value, 200, axis=1) for key, value in task.state.items()}
+    wide = dataclasses.replace(task, labels=tuple(map(str, range(400))), state=state)
+    folder.write_task("wide", wide)
+    assert provider_ranges(folder.path, folder.manifest)["classes"] == (1, 512, 1024)
+
+
+def test_options_are_those_that_the_provider_knows():
+    """Names in ONNX Runtime 1.31.1's library of the TensorRT provider; it refuses others, and booleans like 1."""
+    manifest = EngineFolder(exported("linear")).manifest
+    with tempfile.TemporaryDirectory() as cache:
+        found = tensorrt_settings(manifest, provider_ranges(exported("linear"), manifest), Path(cache))
+    assert found.keys() == {
+        "trt_profile_min_shapes",
+        "trt_profile_opt_shapes",
+        "trt_profile_max_shapes",
+        "trt_engine_cache_enable",
+        "trt_engine_cache_path",
+        "trt_timing_cache_enable",
+        "trt_timing_cache_path",
     }
-    assert "trt_fp16_enable" not in settings  # the precision is in the model's types
-    assert others == [(CUDA, {"device_id": 1}), CPU]
-    assert cache.is_dir()
+    assert {str(value) for value in found.values() if not isinstance(value, str)} == {"True"}
 
 
 @pytest.mark.parametrize(
@@ -123,6 +182,7 @@ class Session:
 
     def __init__(self, names=(CUDA, CPU), bank="bank.head.bias"):
         self.names, self.bank, self.calls, self.running, self.failure = names, bank, [], 0, None
+        self.threads, self.map = [], ()
 
     def get_providers(self):
         return list(self.names)
@@ -134,6 +194,7 @@ class Session:
         return Binding()
 
     def run_with_iobinding(self, binding, options):
+        self.threads.append(threading.current_thread().name)
         assert not self.running or options.get_run_config_entry("gpu_graph_id") == "-1"
         self.running += 1
         self.calls.append((options.get_run_config_entry("gpu_graph_id"), binding))
@@ -142,7 +203,10 @@ class Session:
         mean = binding.array("image").mean(axis=(1, 2, 3), dtype=np.float32)
         time.sleep(0.002)
         bias = binding.array(self.bank)[binding.array("task_index")] if self.bank else 0
-        binding.array("logits")[:] = mean[:, None] + np.asarray(bias, np.float32)
+        logits = mean[:, None] + np.asarray(bias, np.float32)
+        binding.array("logits")[:] = logits.reshape(*logits.shape, *(1 for _ in self.map)) + np.zeros(
+            self.map, np.float32
+        )
         self.running -= 1
 
     @property
@@ -160,7 +224,7 @@ def opened(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(ort, "preload_dlls", lambda: None)
 
-    def open_engine(session=None, classes="classes", **options):
+    def open_engine(session=None, classes="classes", precision="fp32", **options):
         session = session or Session()
         session.opened = []
         folder = exported("linear")  # before torch is changed
@@ -172,11 +236,12 @@ def opened(monkeypatch):
         monkeypatch.setattr(ort, "InferenceSession", open_session)
         # torch writes to the host where it would write to the device.
         monkeypatch.setattr(onnxruntime_cuda.torch, "device", lambda kind, index: real_device("cpu", index))
-        manifest = types.SimpleNamespace(
-            precision="fp32",
-            bank_precision="fp32",
-            outputs=(TensorSpec("logits", "float32", ("batch", classes)),),
-        )
+        inputs = (TensorSpec("image", "float32", ("batch", 3, 64, 64)), TensorSpec("task_index", "int64", ("batch",)))
+        if session.bank:
+            inputs += (TensorSpec(session.bank, "float32", ("tasks", "classes")),)
+        outputs = (TensorSpec("logits", "float32", ("batch", classes, *session.map)),)
+        whole = EngineFolder(folder).manifest
+        manifest = dataclasses.replace(whole, precision=precision, inputs=inputs, outputs=outputs)
         runtime = OnnxRuntime(folder, manifest, RuntimeOptions("cuda", **options))
         return runtime, session
 
@@ -226,17 +291,97 @@ def test_baked_engines_know_their_classes(opened):
     assert set(session.calls[0][1].inputs) == {"image", "task_index"}
 
 
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_segmentation_binds_maps(opened, graph):
+    session = Session()
+    session.map = (4, 5)
+    runtime, _ = opened(session, cuda_graph=graph)
+    bias, images, index = rows(), noise(2), np.array([1, 3])
+    found = runtime.run(images, index, {"head.bias": runtime.place(bias)})
+    assert session.calls[0][1].outputs["logits"][:2] == (1, (2, 3, 4, 5))
+    assert np.allclose(found, np.broadcast_to(answer(images, bias, index)[:, :, None, None], (2, 3, 4, 5)))
+
+
+def test_a_segmentations_declared_axes_are_those_of_its_inputs():
+    model = drawn_segmentation(tiny(), "linear", "pyramid")
+    inputs, outputs = declare_inputs(model.state_layout(), 64), declare_outputs(size=model.output_size)
+    manifest = types.SimpleNamespace(inputs=inputs, outputs=outputs)
+    calls = onnxruntime_cuda.CudaCalls(None, manifest, RuntimeOptions("cuda"))
+    calls.device = torch.device("cpu")
+    sizes = {"batch": 3, "tasks": 4, "classes": 6}
+    shapes = {spec.name: [sizes.get(axis, axis) for axis in spec.shape] for spec in manifest.inputs}
+    tensors = {name: torch.empty(*(size if isinstance(size, int) else 2 for size in s)) for name, s in shapes.items()}
+    assert calls._logits(tensors).shape == (3, 6, *model.output_size)
+
+
 def test_the_session_is_asked_for_what_was_chosen(opened, tmp_path):
-    _, session = opened(Session((TENSORRT, CUDA, CPU)), threads=3, provider="tensorrt", cache=tmp_path)
+    runtime, session = opened(Session((TENSORRT, CUDA, CPU)), threads=3, provider="tensorrt", cache=tmp_path)
     (((path, settings), named),) = session.opened
     assert path == str(exported("linear") / "model.onnx")
     assert settings.intra_op_num_threads == 3
-    assert named["providers"] == providers(RuntimeOptions("cuda", provider="tensorrt", cache=tmp_path))
+    assert named["enable_fallback"] == 0  # or ONNX Runtime prints a failure and goes on without the provider
+    (name, told), *others = named["providers"]
+    assert [name, *others] == [TENSORRT, *providers(RuntimeOptions("cuda", provider="tensorrt"))[1:]]
+    assert told["trt_profile_max_shapes"].startswith("image:32x3x64x64,task_index:32,bank.head.bias:64x256")
+    assert Path(told["trt_engine_cache_path"]).parent == tmp_path
+    assert runtime.description.endswith(f"{TENSORRT}, fp32 in TF32")
 
 
-def test_a_provider_that_fell_back_to_the_cpu_is_refused(opened):
-    with pytest.raises(EngineError, match=r"^ONNX Runtime cannot use cuda: its CUDA libraries did not load$"):
-        opened(Session((CPU,)))
+@pytest.mark.parametrize(("precision", "override", "says"), [("fp16", "", False), ("fp32", "0", False)])
+def test_tf32_is_said_where_it_runs(opened, monkeypatch, tmp_path, precision, override, says):
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
+    session = Session((TENSORRT, CUDA, CPU))
+    runtime, _ = opened(session, precision=precision, provider="tensorrt", cache=tmp_path)
+    assert ("TF32" in runtime.description) == says
+
+
+@pytest.mark.parametrize(
+    ("found", "provider", "message"),
+    [
+        ((CPU,), None, r"runs this on CPU\w+, not on CUDA\w+: .*libonnxruntime_providers_.*'prompttune\[gpu\]'$"),
+        (
+            (CUDA, CPU),
+            "tensorrt",
+            r"runs this on CUDA\w+, not on Tensorrt\w+: .*libonnxruntime_providers_.*'prompttune\[gpu-tensorrt\]'$",
+        ),
+    ],
+)
+def test_a_provider_that_was_left_out_is_an_error_with_its_reason(opened, tmp_path, found, provider, message):
+    with pytest.raises(EngineError, match=message) as problem:
+        opened(Session(found), provider=provider, cache=tmp_path if provider else None)
+    assert "\n" not in str(problem.value)
+
+
+def test_what_onnx_runtime_says_of_a_failure_comes_first(opened, monkeypatch):
+    def fail(*arguments, **named):
+        raise RuntimeError("[ONNXRuntimeError] : 6 : CUDA failure 35: driver version is insufficient\nmore")
+
+    monkeypatch.setattr(onnxruntime, "_session", fail)
+    message = r"^ONNX Runtime cannot open .*model.onnx: .*CUDA failure 35: driver version is insufficient$"
+    with pytest.raises(EngineError, match=message):
+        opened()
+
+
+def test_int8_is_refused_on_cuda(opened, tmp_path):
+    words = r"^ONNX Runtime has no int8 on CUDA: .*choose fp16, or int8 in the format trt"
+    with pytest.raises(EngineError, match=words + "; or open the engine on the cpu$"):
+        opened(precision="int8")
+    for quantization in ("dynamic", "static"):
+        settings = Settings("onnx", "int8", quantization=quantization, device="cuda")
+        with pytest.raises(UsageError, match=words + "$"):
+            pt.export_engine(tmp_path / "no checkpoint is looked at", tmp_path / "engine", format=settings)
+
+
+@pytest.mark.parametrize(("quantization", "operators"), [("static", {"DequantizeLinear"}), ("dynamic", {_INT8})])
+def test_int8_leaves_cuda_no_product_in_int8(quantization, operators, tmp_path):
+    """ONNX Runtime fuses static scales into products on a CPU alone, and has the dynamic ones' operator there alone."""
+    settings = Settings("onnx", "int8", quantization=quantization, calibration_images=2)
+    OnnxFormat().build(build_request("linear", settings.resolved()), tmp_path)
+    nodes = onnx.load(str(tmp_path / "model.onnx"), load_external_data=False).graph.node
+    kinds = {output: node.op_type for node in nodes for output in node.output}
+    products = [node for node in nodes if node.op_type in ("MatMul", _INT8)]
+    reached = {kinds[one] for node in products for one in node.input if kinds.get(one) == "DequantizeLinear"}
+    assert operators in (reached, {node.op_type for node in products} - {"MatMul"})
 
 
 @pytest.mark.parametrize("graph", [False, True])
@@ -290,6 +435,7 @@ def test_a_bank_that_moved_is_captured_anew(opened):
     small, large = ({"head.bias": runtime.place(bias)} for bias in (old, new))
     runtime.run(images, index, small)
     runtime.run(noise(3), np.zeros(3, np.int64), small)
+    assert set(session.threads) == {"onnxruntime-cuda-graph_0"}
     assert len(runtime._cuda._graphs) == 2
     found = runtime.run(images, index, large)
     assert found.shape == (2, 5)
@@ -318,13 +464,80 @@ def test_calls_at_once(opened, graph):
         list(pool.map(ask, range(4)))
     assert len(session.calls) == 32
     assert set(session.graphs) == ({"1"} if graph else {"-1"})
+    # ONNX Runtime keeps captured graphs by thread, for ever.
+    assert (len(set(session.threads)) == 1) == graph
+
+
+def test_a_failed_capture_is_tried_anew_under_another_number(opened):
+    runtime, session = opened(cuda_graph=True)
+    placed = {"head.bias": runtime.place(rows())}
+    session.failure = "operation not permitted when stream is capturing"
+    with pytest.raises(EngineError, match="not permitted when stream is capturing"):
+        runtime.run(noise(1), np.array([0]), placed)
+    session.failure, session.running = None, 0
+    runtime.run(noise(1), np.array([0]), placed)
+    runtime.run(noise(1), np.array([0]), placed)
+    assert session.graphs == ["1", "2", "2"]
+
+
+def test_graphs_are_bounded(opened, monkeypatch):
+    monkeypatch.setattr(onnxruntime_cuda, "_GRAPHS", 2)
+    runtime, session = opened(cuda_graph=True)
+    bias = rows()
+    placed = {"head.bias": runtime.place(bias)}
+    for size in (1, 2, 3, 2):
+        images, index = noise(size, size), np.zeros(size, np.int64)
+        assert np.allclose(runtime.run(images, index, placed), answer(images, bias, index))
+    assert session.graphs == ["1", "2", "-1", "2"]
+
+
+def test_trials_capture_no_graph(opened):
+    """A task's proof runs over a bank of its own: its graphs would be kept for nothing, and push out the others."""
+    runtime, session = opened(cuda_graph=True)
+    served, trial = ({"head.bias": runtime.place(rows(seed))} for seed in (0, 1))
+    images, index = noise(2), np.array([0, 1])
+    runtime.run(images, index, served)
+    found = runtime.without_graphs().run(images, index, trial)
+    assert np.allclose(found, answer(images, rows(1), index))
+    runtime.run(images, index, served)
+    assert session.graphs == ["1", "-1", "1"]
+    assert len(set(session.threads)) == 1
+
+
+def test_an_added_task_is_proven_without_graphs(monkeypatch, tmp_path):
+    engine, asked = pt.Engine(copied("linear", tmp_path)), []
+    monkeypatch.setattr(engine._runtime, "without_graphs", lambda: asked.append(1) or engine._runtime)
+    engine.add_task("late", checkpoint("linear", 2), save=False)
+    assert asked
+
+
+def test_a_capture_holds_the_lock_that_loads_take(opened):
+    runtime, session = opened(cuda_graph=True)
+    placed, run = {"head.bias": runtime.place(rows())}, session.run_with_iobinding
+    free = []
+
+    def watched(binding, options):
+        def attempt():
+            free.append(CAPTURE_LOCK.acquire(blocking=False))
+            if free[-1]:
+                CAPTURE_LOCK.release()
+
+        other = threading.Thread(target=attempt)
+        other.start()
+        other.join()
+        run(binding, options)
+
+    session.run_with_iobinding = watched
+    for _ in range(2):
+        runtime.run(noise(1), np.array([0]), placed)
+    assert free == [False, True]  # captured, replayed
 
 
 # --------------------------------------------------------------------------------------------------------- a GPU
 
 on_a_gpu = pytest.mark.gpu
 BOTH = pytest.mark.parametrize("graph", [False, True], ids=["plain", "cuda-graph"])
-TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1.5e-1}  # of logits of the order of 1; fp32 sums in another order
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1.5e-1}  # of logits of the order of 1; TF32 would give 1e-3
 
 
 def expected(method, number, images):
@@ -389,6 +602,34 @@ def test_cuda_tasks_come_and_go(graph):
 
 
 @on_a_gpu
+@pytest.mark.usefixtures("needs_cuda_provider")
+def test_cuda_graphs_from_many_threads():
+    """Each thread would have graphs of its own in ONNX Runtime, over memory that they share."""
+    engine, start = pt.Engine(exported("sa2vp"), device="cuda", cuda_graph=True), threading.Barrier(6)
+
+    def ask(seed):
+        start.wait()
+        for step in range(20):
+            images, number = noise(1 + (seed + step) % 3, seed), seed % 2
+            found = engine.logits(images, f"task{number}")[:, : number + 2]
+            assert np.abs(found - expected("sa2vp", number, images)).max() <= TOLERANCES["fp32"]
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(ask, range(6)))
+
+
+@on_a_gpu
+@BOTH
+@pytest.mark.usefixtures("needs_cuda_provider")
+def test_cuda_answers_with_maps(graph):
+    folder, images = segmentation_engine("linear", "pyramid"), noise(3)
+    found = pt.Engine(folder, device="cuda", cuda_graph=graph).logits(images, ["task0", "task1", "task0"])
+    wanted = pt.Engine(folder).logits(images, ["task0", "task1", "task0"])
+    assert found.ndim == 4
+    assert np.abs(np.where(np.isfinite(wanted), found - wanted, 0)).max() <= TOLERANCES["fp32"]
+
+
+@on_a_gpu
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.usefixtures("needs_cuda_provider")
 def test_cuda_in_lower_precision_is_proven(precision, tmp_path):
@@ -411,5 +652,6 @@ def test_the_tensorrt_provider_answers_and_keeps_its_engine(tmp_path):
         engine = pt.Engine(exported("linear"), **options)
         assert TENSORRT in engine.description
         found = engine.logits(images, ["task1"] * 4)
-        assert np.abs(found - expected("linear", 1, images)).max() <= TOLERANCES["fp32"]
-    assert any((tmp_path / "cache").iterdir())
+        assert np.abs(found - expected("linear", 1, images)).max() <= 1e-3  # in TF32
+    kept = {path.suffix for path in (tmp_path / "cache").rglob("*")}
+    assert kept >= {".engine", ".profile", ".timing"}

@@ -24,7 +24,11 @@ SETUPTOOLS = PROJECT["tool"]["setuptools"]
 SOURCES = [path for folder in SETUPTOOLS["package-dir"].values() for path in (ROOT / folder).rglob("*.py")]
 
 
-UNPINNED = {"tensorrt", "torch-tensorrt"}  # never part of the environments that constraints.txt is for
+UNPINNED = {
+    "tensorrt",
+    "tensorrt-cu13-libs",
+    "torch-tensorrt",
+}  # never part of the environments that constraints.txt is for
 
 
 def requirements() -> list[Requirement]:

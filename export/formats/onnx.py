@@ -10,12 +10,19 @@ from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE
 from prompttune.export.formats.base import BuildRequest, Built, Format, Settings
 from prompttune.export.onnx import FUSED_OPSET, OPSET, export_onnx
 from prompttune.export.quantise import calibrated, quantise
+from prompttune.export.runtimes.onnxruntime import CPU_INT8
 
 
 class OnnxFormat(Format):
     """``model.onnx`` and its weights beside it."""
 
     name = "onnx"
+
+    def check(self, settings: Settings) -> None:
+        """See :meth:`Format.check`."""
+        super().check(settings)
+        if settings.precision == "int8" and settings.target != "cpu":
+            raise UsageError(CPU_INT8)
 
     def check_proof(self, settings: Settings) -> None:
         """See :meth:`Format.check_proof`."""

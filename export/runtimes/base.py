@@ -77,6 +77,10 @@ class Runtime(ABC):
     def update(self, placed: Any, rows: BankArray, row: int) -> None:
         """Carry a changed row of the host's copy over to the placed tensor, while other rows may be in use."""
 
+    def without_graphs(self) -> Runtime:
+        """The same model for calls that are not worth a CUDA graph of their own."""
+        return self
+
     @abstractmethod
     def run(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
         """Logits float32 [B, C].

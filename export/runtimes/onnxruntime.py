@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import ctypes
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +27,16 @@ _QUIET = 4
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """Where ONNX Runtime finds the weights of a model that it is given as bytes."""
 PROVIDERS = ("tensorrt",)
+CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+_LIBRARIES = {CUDA: "cuda", TENSORRT: "tensorrt"}
+"""Provider → how ONNX Runtime's own library for it is called."""
+_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
+"""Environment variable, the one way to keep the TensorRT provider from TF32: it has no option for that."""
+_WITHOUT_TENSORRT = "or leave the provider out, which runs on CUDA"
+CPU_INT8 = (
+    "ONNX Runtime has no int8 on CUDA: products stay in float with static scales, and go to the CPU with dynamic ones; "
+    "choose fp16, or int8 in the format trt"
+)
 
 
 def providers(options: RuntimeOptions) -> list[Any]:
@@ -41,26 +54,19 @@ def providers(options: RuntimeOptions) -> list[Any]:
             raise UsageError("providers, their cache and CUDA graphs belong to a GPU: give the device cuda")
         return ["CPUExecutionProvider"]
     available = ort.get_available_providers()
-    if "CUDAExecutionProvider" not in available:
+    if CUDA not in available:
         raise MissingExtraError("onnxruntime-gpu", "gpu", "or run on the device cpu")
-    cuda: dict[str, Any] = {"device_id": index}
+    # TF32 moves logits of fp32 by 4e-4 to 9e-4; in half precision the head and the norms are in fp32.
+    cuda: dict[str, Any] = {"device_id": index, "use_tf32": 0}
     if options.provider is None:
         if options.cache:
             raise UsageError("a cache belongs to the provider tensorrt")
-        return [("CUDAExecutionProvider", cuda | {"enable_cuda_graph": options.cuda_graph}), "CPUExecutionProvider"]
-    if "TensorrtExecutionProvider" not in available:
-        raise MissingExtraError("TensorRT for ONNX Runtime", "gpu", "or leave the provider out, which runs on CUDA")
+        return [(CUDA, cuda | {"enable_cuda_graph": options.cuda_graph}), "CPUExecutionProvider"]
+    if TENSORRT not in available:
+        raise MissingExtraError("TensorRT for ONNX Runtime", "gpu-tensorrt", _WITHOUT_TENSORRT)
     # The precision is in the model's types: trt_fp16_enable would let TensorRT choose anew, norms included.
     tensorrt: dict[str, Any] = {"device_id": index, "trt_cuda_graph_enable": options.cuda_graph}
-    if options.cache is not None:
-        options.cache.mkdir(parents=True, exist_ok=True)
-        tensorrt |= {
-            "trt_engine_cache_enable": True,
-            "trt_engine_cache_path": str(options.cache),
-            "trt_timing_cache_enable": True,
-            "trt_timing_cache_path": str(options.cache),
-        }
-    return [("TensorrtExecutionProvider", tensorrt), ("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
+    return [(TENSORRT, tensorrt), (CUDA, cuda), "CPUExecutionProvider"]
 
 
 def session_options(options: RuntimeOptions) -> Any:
@@ -73,16 +79,23 @@ def session_options(options: RuntimeOptions) -> Any:
     return settings
 
 
-def open_session(folder: Path, options: RuntimeOptions, model: onnx.ModelProto | None = None) -> Any:
+def open_session(
+    folder: Path, options: RuntimeOptions, model: onnx.ModelProto | None = None, wanted: list[Any] | None = None
+) -> Any:
     """A session of a folder's ONNX file, or of ``model``, a changed one without its weights.
+
+    ``wanted`` are the providers, None those of ``options``. ONNX Runtime leaves out one whose libraries it cannot load,
+    and says so in its log alone: the first one must be there.
 
     ONNX Runtime refuses weights behind a symbolic link (1.24.1 all, others some), and the hub's cache is made of links
     to files of other names. The model then names the weights' real file.
     """
     path, weights = folder / ONNX_FILE, folder / ONNX_WEIGHTS_FILE
-    settings, wanted = session_options(options), providers(options)
+    settings, wanted = session_options(options), wanted or providers(options)
+    if options.cuda_index is not None:
+        ort.preload_dlls()  # torch brings the CUDA libraries
     if model is None and not weights.is_symlink():
-        return ort.InferenceSession(str(path), settings, providers=wanted)
+        return _session(str(path), settings, wanted)
     model = onnx.load(str(path), load_external_data=False) if model is None else model
     real = weights.resolve()
     settings.add_session_config_entry(_WEIGHTS_FOLDER, str(real.parent))
@@ -90,7 +103,29 @@ def open_session(folder: Path, options: RuntimeOptions, model: onnx.ModelProto |
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = real.name
-    return ort.InferenceSession(model.SerializeToString(), settings, providers=wanted)
+    return _session(model.SerializeToString(), settings, wanted)
+
+
+def _session(model: str | bytes, settings: Any, wanted: list[Any]) -> Any:
+    # Without this ONNX Runtime prints a provider's failure and goes on with another provider.
+    session = ort.InferenceSession(model, settings, providers=wanted, enable_fallback=0)
+    asked, found = wanted[0] if isinstance(wanted[0], str) else wanted[0][0], session.get_providers()[0]
+    if found != asked:
+        raise EngineError(f"ONNX Runtime runs this on {found}, not on {asked}: {_reason(asked)}")
+    return session
+
+
+def _reason(provider: str) -> str:
+    """Why ONNX Runtime left a provider out."""
+    extra = "gpu-tensorrt" if provider == TENSORRT else "gpu"
+    name = "libonnxruntime_providers_{}.so"
+    libraries = Path(ort.__file__).parent / "capi"
+    try:
+        ctypes.CDLL(str(libraries / name.format("shared")), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(libraries / name.format(_LIBRARIES[provider])))
+    except OSError as problem:
+        return f"{first_line(problem)}; pip install 'prompttune[{extra}]'"
+    return "its libraries load here, so see what nvidia-smi says of the driver and the device"
 
 
 class OnnxRuntime(Runtime):
@@ -101,20 +136,32 @@ class OnnxRuntime(Runtime):
     """
 
     def __init__(self, folder: Path, manifest: Manifest, options: RuntimeOptions) -> None:
-        wanted = providers(options)
-        if "bf16" in (manifest.precision, manifest.bank_precision) and wanted == ["CPUExecutionProvider"]:
+        wanted, on_cpu = providers(options), options.cuda_index is None
+        if "bf16" in (manifest.precision, manifest.bank_precision) and on_cpu:
             raise EngineError(
                 "ONNX Runtime runs bf16 on CUDA alone: open the engine on cuda, or export it as fp16 or fp32"
             )
-        if options.cuda_index is not None:
-            ort.preload_dlls()  # torch brings the CUDA libraries
+        if manifest.precision == "int8" and not on_cpu:
+            raise EngineError(f"{CPU_INT8}; or open the engine on the cpu")
+        if options.provider is not None:
+            # Needs TensorRT's profiles, which nobody else does.
+            from prompttune.export.runtimes.onnxruntime_tensorrt import (
+                load_libraries,
+                provider_ranges,
+                tensorrt_settings,
+            )
+
+            load_libraries()
+            wanted[0][1].update(tensorrt_settings(manifest, provider_ranges(folder, manifest), options.cache))
         try:
-            self._session = open_session(folder, options)
+            self._session = open_session(folder, options, wanted=wanted)
+        except EngineError:
+            raise
         except Exception as problem:  # ONNX Runtime's errors share no base class below Exception
             raise EngineError(f"ONNX Runtime cannot open {folder / ONNX_FILE}: {first_line(problem)}") from None
         self.provider: str = self._session.get_providers()[0]
-        if options.cuda_index is not None and self.provider == "CPUExecutionProvider":
-            raise EngineError(f"ONNX Runtime cannot use {options.device}: its CUDA libraries did not load")
+        self._tf32 = self.provider == TENSORRT and manifest.precision == "fp32" and os.environ.get(_OVERRIDE) != "0"
+        self._graphs = True
         self._cuda: CudaCalls | None = None
         if options.cuda_index is not None:
             from prompttune.export.runtimes.onnxruntime_cuda import CudaCalls  # needs torch, which the CPU does not
@@ -124,7 +171,7 @@ class OnnxRuntime(Runtime):
     @property
     def description(self) -> str:
         """See :attr:`Runtime.description`."""
-        return f"ONNX Runtime {ort.__version__}, {self.provider}"
+        return f"ONNX Runtime {ort.__version__}, {self.provider}{', fp32 in TF32' if self._tf32 else ''}"
 
     def place(self, rows: BankArray) -> Any:
         """See :meth:`Runtime.place`."""
@@ -135,11 +182,17 @@ class OnnxRuntime(Runtime):
         if self._cuda is not None:
             self._cuda.update(placed, rows, row)
 
+    def without_graphs(self) -> Runtime:
+        """See :meth:`Runtime.without_graphs`."""
+        plain = copy.copy(self)
+        plain._graphs = False
+        return plain
+
     def run(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
         """See :meth:`Runtime.run`."""
         named = {bank_input(key): placed for key, placed in bank.items()}
         if self._cuda is not None:
-            return self._cuda.run(images, task_index, named)
+            return self._cuda.run(images, task_index, named, self._graphs)
         feeds = {
             IMAGE: ort.OrtValue.ortvalue_from_numpy(images),
             TASK_INDEX: ort.OrtValue.ortvalue_from_numpy(task_index),

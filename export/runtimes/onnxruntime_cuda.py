@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from prompttune.errors import EngineError, first_line
 from prompttune.export.folder import Manifest
-from prompttune.export.layout import HEAD_BIAS, IMAGE, LOGITS, TASK_INDEX, bank_input
+from prompttune.export.layout import IMAGE, LOGITS, TASK_INDEX
 from prompttune.export.runtimes.base import Array, BankArray, RuntimeOptions
-from prompttune.export.runtimes.tensors import as_torch, place_rows, update_row
+from prompttune.export.runtimes.tensors import CAPTURE_LOCK, as_torch, place_rows, update_row
 
 _ELEMENT = {
     torch.float32: onnx.TensorProto.FLOAT,
@@ -26,23 +25,27 @@ _ELEMENT = {
     torch.bfloat16: onnx.TensorProto.BFLOAT16,
     torch.int64: onnx.TensorProto.INT64,
 }
+_NO_GRAPH = -1
+_GRAPHS = 32
+"""CUDA graphs that a session captures; later ones run without. ONNX Runtime frees none before the session ends."""
 
 
 class CudaCalls:
     """Calls whose inputs and outputs are torch tensors on the device.
 
-    With a CUDA graph a batch size keeps its buffers, because a captured graph reads and writes the very addresses
-    that it was captured with; so calls take turns there, and a bank that has moved is captured anew.
+    With CUDA graphs a batch size keeps its buffers, because a captured graph reads and writes the very addresses that
+    it was captured with; a bank that has moved is captured anew. ONNX Runtime keeps graphs by thread, and their
+    intermediate results share memory with those of other calls, so all calls run on one thread of the session.
     """
 
     def __init__(self, session: Any, manifest: Manifest, options: RuntimeOptions) -> None:
         self.device = torch.device("cuda", options.cuda_index or 0)
         self._session = session
-        self._fixed_classes = manifest.outputs[0].shape[1]
-        self._map_size = tuple(int(side) for side in manifest.outputs[0].shape[2:])  # of a segmentation
-        self._lock = threading.Lock() if options.cuda_graph else None
-        self._graphs: dict[tuple[int, ...], tuple[str, dict[str, Tensor]]] = {}
-        self._numbers = itertools.count(1)
+        self._inputs = manifest.inputs
+        self._output = manifest.outputs[0]
+        self._thread = ThreadPoolExecutor(1, "onnxruntime-cuda-graph") if options.cuda_graph else None
+        self._graphs: dict[tuple[int, ...], tuple[int, dict[str, Tensor]]] = {}
+        self._captured = 0
 
     def place(self, rows: BankArray) -> Tensor:
         """A bank tensor [T, ...] on the device."""
@@ -52,51 +55,69 @@ class CudaCalls:
         """Copy one row of the host's bank to the device."""
         update_row(placed, rows, row)
 
-    def run(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Tensor]) -> Array:
-        """Logits [B, C]; ``bank`` by input name."""
+    def run(
+        self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Tensor], graph: bool = True
+    ) -> Array:
+        """Logits as the manifest declares them; ``bank`` by input name. Without ``graph`` none is captured.
+
+        Raises:
+            EngineError: ONNX Runtime or CUDA failed.
+        """
         given = {IMAGE: as_torch(images), TASK_INDEX: as_torch(task_index)}
-        if self._lock is None:
-            held = {name: tensor.to(self.device) for name, tensor in given.items()}
-            return self._bound({**held, **bank, LOGITS: self._logits(len(images), bank)}, graph="-1")
-        with self._lock:
-            graph, tensors = self._captured(len(images), bank)
-            for name, tensor in given.items():
-                tensors[name].copy_(tensor)
-            return self._bound(tensors, graph)
+        if self._thread is None:
+            return self._run(given, bank, graph=False)
+        return self._thread.submit(self._run, given, bank, graph).result()
 
-    def _logits(self, rows: int, bank: Mapping[str, Tensor]) -> Tensor:
-        fixed = self._fixed_classes
-        classes = fixed if isinstance(fixed, int) else bank[bank_input(HEAD_BIAS)].shape[1]
-        return torch.empty(rows, classes, device=self.device)
+    def _run(self, given: Mapping[str, Tensor], bank: Mapping[str, Tensor], graph: bool) -> Array:
+        key = (len(given[IMAGE]), *(tensor.data_ptr() for tensor in bank.values()))
+        try:
+            if key in self._graphs and graph:
+                number, tensors = self._graphs[key]
+                for name, tensor in given.items():
+                    tensors[name].copy_(tensor)
+                return self._bound(tensors, number)
+            with CAPTURE_LOCK:
+                tensors = {name: tensor.to(self.device, copy=True) for name, tensor in given.items()} | dict(bank)
+                tensors[LOGITS] = self._logits(tensors)
+            if not graph or self._captured == _GRAPHS:
+                return self._bound(tensors, _NO_GRAPH)
+            return self._capture(key, tensors)
+        except RuntimeError as problem:  # CUDA's errors, lack of memory among them
+            raise EngineError(f"ONNX Runtime failed: {first_line(problem)}") from None
 
-    def _captured(self, rows: int, bank: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-        """The graph of a batch size over this bank, and its tensors; ONNX Runtime captures it in its first runs."""
-        where = tuple(tensor.data_ptr() for tensor in bank.values())
-        key = (rows, *where)
-        if key not in self._graphs:
-            self._graphs = {known: one for known, one in self._graphs.items() if known[1:] == where}
-            image = next(one for one in self._session.get_inputs() if one.name == IMAGE)
-            tensors = {
-                IMAGE: torch.empty(rows, *image.shape[1:], device=self.device),
-                TASK_INDEX: torch.empty(rows, dtype=torch.int64, device=self.device),
-                **bank,
-                LOGITS: self._logits(rows, bank),
-            }
-            self._graphs[key] = (str(next(self._numbers)), tensors)
-        return self._graphs[key]
+    def _logits(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Where the logits go: as declared, each named axis as large as in the inputs."""
+        sizes = {
+            axis: size
+            for spec in self._inputs
+            for axis, size in zip(spec.shape, tensors[spec.name].shape, strict=True)
+            if isinstance(axis, str)
+        }
+        shape = [sizes[axis] if isinstance(axis, str) else axis for axis in self._output.shape]
+        return torch.empty(shape, dtype=getattr(torch, self._output.dtype), device=self.device)
 
-    def _bound(self, tensors: Mapping[str, Tensor], graph: str) -> Array:
+    def _capture(self, key: tuple[int, ...], tensors: dict[str, Tensor]) -> Array:
+        """Run for the first time with a graph: ONNX Runtime captures it in this very call."""
+        self._graphs = {known: one for known, one in self._graphs.items() if known[1:] == key[1:]}
+        self._captured += 1  # a number is never used again, whatever became of it
+        number = self._captured
+        with CAPTURE_LOCK:
+            logits = self._bound(tensors, number)
+        self._graphs[key] = number, tensors
+        return logits
+
+    def _bound(self, tensors: Mapping[str, Tensor], graph: int) -> Array:
         binding = self._session.io_binding()
         for name, tensor in tensors.items():
             bind = binding.bind_output if name == LOGITS else binding.bind_input
             bind(name, "cuda", self.device.index, _ELEMENT[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
         options = ort.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", graph)  # -1 runs without one
+        options.add_run_config_entry("gpu_graph_id", str(graph))
         try:
             torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime has a stream of its own
             self._session.run_with_iobinding(binding, options)
             binding.synchronize_outputs()
-        except Exception as problem:
+        except Exception as problem:  # ONNX Runtime's errors share no base class below Exception
             raise EngineError(f"ONNX Runtime failed: {first_line(problem)}") from None
         logits: Array = tensors[LOGITS].cpu().numpy()
         return logits

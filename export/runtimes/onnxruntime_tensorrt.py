@@ -1,0 +1,89 @@
+"""What ONNX Runtime's TensorRT provider needs: its libraries, the sizes to build for, a place for what it builds."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import importlib.util
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from prompttune.errors import EngineError
+from prompttune.export.folder import EngineFolder, Manifest
+from prompttune.export.layout import BATCH, TASKS, bind_axes, largest_axes
+from prompttune.export.trt.profile import Range, axis_ranges, dynamic_axes, input_shapes
+
+_LIBRARIES = ("libnvinfer.so.10", "libnvinfer_plugin.so.10", "libnvonnxparser.so.10")
+_PACKAGE = "tensorrt-cu13-libs"
+_PLACES = ("min", "opt", "max")
+
+
+def load_libraries() -> None:
+    """Load TensorRT's libraries where pip has put them, which is no place that the loader searches."""
+    spec = importlib.util.find_spec("tensorrt_libs")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for name in _LIBRARIES:
+            with contextlib.suppress(OSError):  # ONNX Runtime's own attempt gives the error
+                ctypes.CDLL(str(Path(folder) / name), ctypes.RTLD_GLOBAL)
+
+
+def provider_ranges(folder: Path, manifest: Manifest) -> dict[str, Range]:
+    """The range of each dynamic axis, from the tasks that the folder holds, with room for larger ones.
+
+    Sizes are rounded up to powers of two: another range would make what was built for the former one useless.
+    """
+    axes = dynamic_axes(manifest.inputs)
+    shapes = []
+    if TASKS in axes:
+        for record in EngineFolder(folder, verify=False).scan().records.values():
+            with contextlib.suppress(EngineError):  # a damaged task hinders no other
+                shapes.append(bind_axes(manifest.layout, record.shapes, record.name))
+    held = {TASKS: len(shapes), **largest_axes(shapes)}
+    needed = {axis: 1 << (max(held.get(axis, 1), 1) - 1).bit_length() for axis in axes if axis != BATCH}
+    return axis_ranges(manifest.inputs, needed, {})
+
+
+def tensorrt_settings(manifest: Manifest, ranges: dict[str, Range], cache: Path | None) -> dict[str, Any]:
+    """Options of the provider for one engine.
+
+    ONNX Runtime names what it keeps after the graph, not after the weights, so each engine gets a folder of its own in
+    ``cache``. Timings are of use to every engine.
+
+    Raises:
+        EngineError: the folder cannot be made.
+    """
+    shapes = {spec.name: input_shapes(spec, ranges) for spec in manifest.inputs if dynamic_axes([spec])}
+    profile = {
+        f"trt_profile_{place}_shapes": ",".join(
+            f"{name}:{'x'.join(map(str, three[number]))}" for name, three in shapes.items()
+        )
+        for number, place in enumerate(_PLACES)
+    }
+    place = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prompttune" / "tensorrt"
+    engines = place / _engine_key(manifest)
+    try:
+        engines.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise EngineError(f"cannot keep TensorRT's engines in {place}: {problem.strerror}; name a cache") from None
+    return {
+        **profile,
+        "trt_engine_cache_enable": True,
+        "trt_engine_cache_path": str(engines),
+        "trt_timing_cache_enable": True,
+        "trt_timing_cache_path": str(place),
+    }
+
+
+def _engine_key(manifest: Manifest) -> str:
+    """What a built engine depends on; the GPU's compute capability is in the name that ONNX Runtime gives it."""
+    try:
+        version = metadata.version(_PACKAGE)
+    except metadata.PackageNotFoundError:
+        version = ""
+    parts = [*(file.sha256 for file in manifest.files.values()), ort.__version__, version]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
