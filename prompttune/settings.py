@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prompttune.errors import UsageError, choose
 
@@ -46,13 +46,20 @@ class Setting:
     """Whether a resumed run needs the same value."""
     grows: bool = False
     """Whether a resumed run may have a larger value."""
+    section: str = ""
+    """Headline of the help that its option stands under."""
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The bounds, and what :func:`setting` takes besides."""
 
     @property
+    def key(self) -> str:
+        """Name among the settings of a command: that of its option, with underscores."""
+        return str(self.metadata.get("option", self.name))
+
+    @property
     def option(self) -> str:
         """Name on the command line."""
-        return "--" + self.name.replace("_", "-")
+        return "--" + self.key.replace("_", "-")
 
     @property
     def bounds(self) -> str:
@@ -126,9 +133,16 @@ def setting(
         choices: the values it may take.
         metadata: ``low``, ``above``, ``high``, ``below``: bounds of a number. ``must_match_on_resume=False``: a
             resumed run may have another value; ``grows=True``: it may have a larger one. ``kind``: the type on the
-            command line where the field takes more in Python, and ``read``, which brings any of them to a value.
+            command line where the field takes more in Python, and ``read``, which brings any of them to a value and
+            leaves a value as it is. ``section``: headline of the help. ``option``: name of the option where it is not
+            the field's. The others are about the option alone, see :class:`prompttune.cli.options.SettingOption`.
     """
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, **metadata})
+
+
+def part(kind: Callable[[], Any], **metadata: Any) -> Any:
+    """A field that holds another settings dataclass, whose settings stand among those of the outer one."""
+    return dataclasses.field(default_factory=kind, metadata={"part": True, **metadata})
 
 
 def settle(instance: Any, strict: bool = False) -> None:
@@ -172,6 +186,7 @@ def _read_fields(cls: Any) -> dict[str, Setting]:
             required=required,
             must_match_on_resume=told.pop("must_match_on_resume", True),
             grows=told.pop("grows", False),
+            section=told.pop("section", ""),
             metadata=told,
         )
     return found
@@ -193,6 +208,58 @@ def _read_type(hint: Any) -> tuple[type, bool, bool, int | None] | None:
         length = None if len(items) == 2 and items[1] is Ellipsis else len(items)
         return (items[0], optional, True, length) if items[0] in KINDS else None
     return (hint, optional, False, None) if hint in KINDS else None
+
+
+def _parts(cls: type[Any]) -> dict[str, tuple[type[Any], dataclasses.Field[Any]]]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: (hints[field.name], field) for field in dataclasses.fields(cls) if field.metadata.get("part")}
+
+
+def all_settings(cls: type[Any]) -> dict[str, Setting]:
+    """The settings that have help, by :attr:`Setting.key`, those of the parts included."""
+    found = {known.key: known for known in settings_of(cls).values() if known.help}
+    for kind, _ in _parts(cls).values():
+        found |= all_settings(kind)
+    return found
+
+
+Made = TypeVar("Made")
+
+
+def make(cls: type[Made], values: Mapping[str, Any]) -> Made:
+    """An instance out of values by :attr:`Setting.key`, parts included; what is not of this class is passed over."""
+    return cls(**_fields(cls, values))
+
+
+def _fields(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    known, parts = settings_of(cls), _parts(cls)
+    found = {}
+    for field in dataclasses.fields(cls):
+        key = known[field.name].key if field.name in known else field.name
+        if field.name in parts:
+            default: Any = field.default_factory() if callable(field.default_factory) else None
+            found[field.name] = dataclasses.replace(default, **_fields(parts[field.name][0], values))
+        elif key in values:
+            found[field.name] = values[key]
+    return found
+
+
+def resume_values(instance: Any) -> dict[str, Any]:
+    """What a resumed run must share: option without its hyphens → plain value, None for a flag that is off."""
+    found = {}
+    for name, known in settings_of(type(instance)).items():
+        if known.must_match_on_resume:
+            found[known.option.removeprefix("--")] = _plain(getattr(instance, name))
+    for name, (_, field) in _parts(type(instance)).items():
+        if field.metadata.get("must_match_on_resume", True):
+            found |= resume_values(getattr(instance, name))
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return None if value is False else value if isinstance(value, int | float | str | None) else str(value)
 
 
 def coerce_all(values: Mapping[str, Any], settings: Mapping[str, Setting], kind: str) -> dict[str, Any]:

@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 from prompttune.export.runtimes import Array
 
-TOP_K = 5
-
 Probabilities = NDArray[np.float64]
 
 

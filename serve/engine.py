@@ -34,8 +34,9 @@ from prompttune.export.samples import Samples
 from prompttune.export.tasks import Fit, check_fit, engine_backbone
 from prompttune.images import ImageLike, open_image
 from prompttune.preprocess import Preprocess
-from prompttune.serve.answers import TOP_K, Score, likeliest, softmax
+from prompttune.serve.answers import Score, likeliest, softmax
 from prompttune.serve.bank import BakedBank, Bank, Entry
+from prompttune.serve.limits import TOP_K
 from prompttune.serve.masks import class_map
 
 PIXELS = "or give pixels, uint8 [H, W, 3] in RGB"

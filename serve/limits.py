@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MEBI = 2**20
+TOP_K = 5
+"""Classes of an answer, unless a request asks for another number."""
 
 
 @dataclass(frozen=True)

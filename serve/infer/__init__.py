@@ -9,10 +9,11 @@ from prompttune.lazy import lazy_names
 if TYPE_CHECKING:
     from prompttune.serve.infer.job import Summary
     from prompttune.serve.infer.rows import Row
-    from prompttune.serve.infer.running import InferSettings, infer
+    from prompttune.serve.infer.running import infer
+    from prompttune.serve.infer.settings import InferSettings
 
 _LAZY = {
-    "InferSettings": "prompttune.serve.infer.running",
+    "InferSettings": "prompttune.serve.infer.settings",
     "Row": "prompttune.serve.infer.rows",
     "Summary": "prompttune.serve.infer.job",
     "infer": "prompttune.serve.infer.running",

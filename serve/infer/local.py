@@ -9,42 +9,22 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
-from prompttune.errors import DataError, UsageError, choose
-from prompttune.serve.decode_threads import hold_to_one_thread, single_threaded_pool, usable_cores
+from prompttune.errors import DataError
+from prompttune.serve.decode_threads import hold_to_one_thread, single_threaded_pool
 from prompttune.serve.engine import Engine
 from prompttune.serve.infer.answering import Assembled, Buffers, Scored, assemble, score
 from prompttune.serve.infer.decoding import Decoded, decode
 from prompttune.serve.infer.items import Item
+from prompttune.serve.infer.settings import Decoding as Decoding
 from prompttune.serve.infer.stages import Ahead
 from prompttune.serve.infer.work import Work
 
-DECODERS = ("threads", "processes")
 PER_PROCESS = 4
 """Images that a decoding process is sent at once."""
 CHUNKS_AHEAD = 2
 
 Chunks = Iterable[Sequence[Item]]
 Futures = list[Future[list[Decoded]]]
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """Who decodes."""
-
-    workers: int | None = None
-    """Threads or processes; None takes one for each core."""
-    kind: str = "threads"
-    """``threads``; ``processes`` where many cores feed a quick device and Python's lock is what holds them up."""
-
-    def __post_init__(self) -> None:
-        choose("kind of decoder", self.kind, DECODERS)
-        if self.workers is not None and self.workers < 1:
-            raise UsageError(f"there must be at least one decoding worker, not {self.workers}")
-
-    @property
-    def count(self) -> int:
-        """Threads or processes."""
-        return self.workers or usable_cores()
 
 
 def run_locally(chunks: Chunks, engine: Engine, work: Work, decoding: Decoding, calls: int = 1) -> Ahead[list[Scored]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -10,36 +9,10 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import cast
 
-from prompttune.errors import UsageError
 from prompttune.serve.infer.items import Item, Source
 from prompttune.serve.infer.journal import Progress
+from prompttune.serve.infer.settings import Shard as Shard
 from prompttune.serve.infer.sources.waiting import Unbounded
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One of several jobs that share the inputs: chunk k belongs to shard k modulo ``count``."""
-
-    index: int = 0
-    count: int = 1
-
-    @classmethod
-    def parse(cls, text: str) -> Shard:
-        """Read ``i/n``, with i from 0 to n - 1.
-
-        Raises:
-            UsageError: it is written otherwise.
-        """
-        found = re.fullmatch(r"(\d+)/(\d+)", text)
-        if found is None:
-            raise UsageError(f"shards are written i/n, such as 0/4, not {text!r}")
-        index, count = int(found[1]), int(found[2])
-        if index >= count:
-            raise UsageError(f"there is no shard {text}: shards are counted from 0 to {count - 1}")
-        return cls(index, count)
-
-    def __str__(self) -> str:
-        return f"{self.index}/{self.count}"
 
 
 @dataclass(frozen=True)

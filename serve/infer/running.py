@@ -9,83 +9,33 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from prompttune.errors import EngineError, UsageError, some_names
 from prompttune.evaluation import RowScores
 from prompttune.export.folder import EngineFolder
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.files import locked
-from prompttune.serve.answers import TOP_K
 from prompttune.serve.decode_threads import usable_cores
 from prompttune.serve.engine import Engine
 from prompttune.serve.infer.executors import Executor, Here, OnRay
 from prompttune.serve.infer.job import Job, Summary
 from prompttune.serve.infer.journal import Journal, Progress
 from prompttune.serve.infer.ledger import Trace, check, traces
-from prompttune.serve.infer.local import Decoding
-from prompttune.serve.infer.plan import Plan, Shard
+from prompttune.serve.infer.plan import Plan
 from prompttune.serve.infer.rows import Row
+from prompttune.serve.infer.settings import STANDARD_OUTPUTS, InferSettings, journal_path
 from prompttune.serve.infer.sinks.base import Sink
-from prompttune.serve.infer.sinks.opening import (
-    STANDARD_OUTPUTS,
-    check_outputs,
-    check_unfinished,
-    journal_path,
-    open_sinks,
-)
+from prompttune.serve.infer.sinks.opening import check_outputs, check_unfinished, open_sinks
 from prompttune.serve.infer.smoothing import Smoother
 from prompttune.serve.infer.sources.live import masked
-from prompttune.serve.infer.sources.opening import STANDARD_INPUT, Opened, SourceSettings, open_source
+from prompttune.serve.infer.sources.opening import STANDARD_INPUT, Opened, open_source
 from prompttune.serve.infer.sources.stdin import standard_input
-from prompttune.serve.infer.work import BATCH_SIZE, Work, facts_of
-
-if TYPE_CHECKING:
-    from prompttune.serve.infer.cluster import RaySettings
-
+from prompttune.serve.infer.work import Work, facts_of
+from prompttune.settings import resume_values
 
 MOST_CALLS = 4
 """Each has activations of its own: some hundred MiB for a batch of a large backbone."""
-
-
-@dataclass(frozen=True)
-class InferSettings:
-    """Everything that a job of inference is told."""
-
-    engine: Path
-    """The engine folder."""
-    inputs: tuple[str, ...]
-    """See :func:`~prompttune.serve.infer.sources.opening.open_source`."""
-    outputs: tuple[str, ...] = ("-",)
-    """See :func:`~prompttune.serve.infer.sinks.opening.open_sinks`."""
-    tasks: tuple[str, ...] = ()
-    """For every input; empty takes the engine's only task, or what each input names."""
-    source: SourceSettings = field(default_factory=SourceSettings)
-    options: RuntimeOptions = field(default_factory=lambda: RuntimeOptions(spin=False))
-    """Threads that do not spin leave the cores to the decoders."""
-    decoding: Decoding = field(default_factory=Decoding)
-    ray: RaySettings | None = None
-    """Answer on a Ray cluster; None answers here."""
-    top_k: int = TOP_K
-    batch_size: int = BATCH_SIZE
-    shard: Shard = field(default_factory=Shard)
-    smooth: float | None = None
-    """Half-life in seconds of the smoothing of frames."""
-    max_errors: int | None = None
-    overwrite: bool = False
-    resume: bool = False
-    csv_bom: bool = False
-    """Begin CSV with a byte order mark, by which Excel knows UTF-8."""
-
-    def __post_init__(self) -> None:
-        if self.resume and self.overwrite:
-            raise UsageError("--resume and --overwrite contradict each other: give one")
-        if self.resume and journal_path(self.outputs) is None:
-            raise UsageError("--resume needs an output that is a file: standard output keeps no record")
-        if self.csv_bom and not any(output.lower().endswith((".csv", "csv:-")) for output in self.outputs):
-            raise UsageError("--csv-bom is for CSV: none of the outputs is a .csv file or csv:-")
-        if self.ray is not None and self.smooth is not None:
-            raise UsageError("--smooth needs frame after frame in one place: leave out --engine ray")
 
 
 @dataclass(frozen=True)
@@ -314,28 +264,15 @@ def _work(settings: InferSettings, folder: EngineFolder, opened: Opened) -> Work
 
 def _recorded(settings: InferSettings, folder: EngineFolder, work: Work, opened: Opened) -> dict[str, Any]:
     """What a resumed run must share, so that its rows are those of a run that was never interrupted."""
-    source = settings.source
     files = {name: file.sha256 for name, file in sorted(folder.manifest.files.items())}
     versions = {name: facts.version for name, facts in sorted(work.known.items())}
     return {
+        **resume_values(settings),
         "engine": _digest(files),
         "task": list(work.tasks),
         "task versions": _digest(versions),
         # those that can be read again are compared one by one
         "inputs": None if opened.source.bounded else [masked(one) for one in settings.inputs],
-        "output": list(settings.outputs),
-        "batch-size": work.batch_size,
-        "top-k": work.top_k,
-        "shards": str(settings.shard),
-        "smooth": settings.smooth,
-        "limit": source.limit,
-        "labels": source.labels,
-        "task-column": source.task_column,
-        "image-column": source.image_column,
-        "input-format": source.input_format,
-        "stride": source.stride,
-        "fps": source.fps,
-        "csv-bom": settings.csv_bom or None,
     }
 
 

@@ -11,11 +11,10 @@ from prompttune.errors import UsageError
 from prompttune.export.folder import EngineFolder, read_record
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.preprocess import Preprocess
-from prompttune.serve.answers import TOP_K
+from prompttune.serve.infer.settings import BATCH_SIZE
+from prompttune.serve.limits import TOP_K
 
 LOG = logging.getLogger("prompttune.infer")
-
-BATCH_SIZE = 32
 
 NO_TASK = ""
 """Stands in the row of an input that should have named its task and did not."""

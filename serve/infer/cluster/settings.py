@@ -1,4 +1,4 @@
-"""What a job takes of a Ray cluster."""
+"""What a job takes of the nodes of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -7,36 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from prompttune.errors import UsageError
-
-
-@dataclass(frozen=True)
-class RaySettings:
-    """Where the job runs, and how much of the cluster it takes."""
-
-    address: str | None = None
-    """``host:port`` of the cluster; None or ``auto`` takes that of ``RAY_ADDRESS``, else the one that runs on this
-    machine, else one is started here for the job."""
-    actors: tuple[int, int | None] = (1, None)
-    """Engines at least and at most, each in a process of its own; None takes as many as there is room for."""
-    cpus: float = 1.0
-    """CPUs that an engine books; also its threads, where no other number is asked for."""
-    gpus: float | None = None
-    """GPUs that an engine books; None takes one if it runs on a GPU."""
-    decoder_cpus: float = 1.0
-    """CPUs that a task books that decodes a chunk."""
-    parcel: int = 128
-    """Inputs that travel and are decoded together, in whole chunks."""
-    window: int | None = None
-    """Parcels that are listed and not yet answered, at most; None takes what keeps the cluster busy."""
-
-    def __post_init__(self) -> None:
-        least, most = self.actors
-        if least < 1 or (most is not None and most < least):
-            raise UsageError("there must be one engine at least, and no more of them at least than at most")
-        if self.cpus <= 0 or self.decoder_cpus <= 0 or (self.gpus is not None and self.gpus < 0):
-            raise UsageError("an engine and a decoder must each book more than 0 CPUs, and no less than 0 GPUs")
-        if self.parcel < 1 or (self.window is not None and self.window < 1):
-            raise UsageError("there must be 1 input at least in a parcel, and 1 parcel at least on the way")
+from prompttune.serve.infer.settings import RaySettings as RaySettings
 
 
 @dataclass(frozen=True)

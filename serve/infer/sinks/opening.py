@@ -13,12 +13,12 @@ from typing import Any, TextIO
 
 from prompttune.errors import UsageError
 from prompttune.files import visible
+from prompttune.serve.infer.settings import STANDARD_OUTPUTS
+from prompttune.serve.infer.settings import journal_path as journal_path
 from prompttune.serve.infer.sinks.base import Sink
-from prompttune.serve.infer.sinks.text import CsvRows, Form, JsonLines, StandardOutput
+from prompttune.serve.infer.sinks.text import CsvRows, JsonLines, StandardOutput
 from prompttune.serve.infer.work import TaskFacts
 
-STANDARD_OUTPUTS: Mapping[str, Form] = {"-": "jsonl", "jsonl:-": "jsonl", "csv:-": "csv"}
-"""Name → form."""
 KNOWN = (
     "- (standard output, JSON lines), csv:- (standard output, CSV), .jsonl or .ndjson, .csv, "
     "a folder of Parquet files (its name ends in / or .parquet), .mp4, .mov, .mkv, .avi or .webm (annotated video), "
@@ -178,15 +178,6 @@ def _kind(output: str) -> _Kind:
             return kind
     hint = " (for one object a line write .jsonl)" if suffix == ".json" else ""
     raise UsageError(f"cannot tell what to write to {output!r}{hint}; known: {KNOWN}")
-
-
-def journal_path(outputs: Sequence[str]) -> Path | None:
-    """Where the record of a run stands: beside its first output that is a file or a folder; None if none is."""
-    for output in outputs:
-        if output not in STANDARD_OUTPUTS:
-            path = Path(output)
-            return path.with_name(f"{path.name}.journal.json")
-    return None
 
 
 def check_outputs(

@@ -7,73 +7,29 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
 from prompttune.data.files import find_images, matches
 from prompttune.data.tars import is_shard
-from prompttune.errors import UsageError, choose
+from prompttune.errors import UsageError
 from prompttune.serve.infer.items import Item, Source
+from prompttune.serve.infer.settings import SourceSettings
 from prompttune.serve.infer.sources.common import Bounded
 from prompttune.serve.infer.sources.files import FileSource, ListSource
-from prompttune.serve.infer.sources.labels import Labels
 from prompttune.serve.infer.sources.live import LiveSource, is_stream
-from prompttune.serve.infer.sources.names import INPUT_FORMATS, STDIN_FORMS
 from prompttune.serve.infer.sources.raw import RawFrames
 from prompttune.serve.infer.sources.shards import ShardSource, expand_braces
 from prompttune.serve.infer.sources.stdin import JsonReader, ListReader
 from prompttune.serve.infer.sources.tables import TABLE_SUFFIXES, TableSource
 from prompttune.serve.infer.sources.video import VideoSource, is_video
-from prompttune.serve.infer.sources.waiting import Drop
 from prompttune.serve.infer.sources.watch import WatchedFolder
 
 STANDARD_INPUT = "-"
 LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
 CLASS_INDEX = "cls"
 """Member of a shard that holds a class index as text: WebDataset's convention."""
-
-
-@dataclass(frozen=True)
-class SourceSettings:
-    """How inputs are read."""
-
-    input_format: str = "auto"
-    """What files are, where their names do not say; see :data:`INPUT_FORMATS`."""
-    stdin: str = "list"
-    """What standard input is, see :data:`STDIN_FORMS`."""
-    frame_size: tuple[int, int] | None = None
-    """Width and height of raw frames on standard input."""
-    image_column: str | None = None
-    task_column: str | None = None
-    """Column of a table, key of a JSON line or member of a shard that names each input's task."""
-    labels: str | None = None
-    """Where the true labels come from, see :meth:`Labels.parse`."""
-    watch: bool = False
-    """Follow a folder: go on with the images that come."""
-    stride: int = 1
-    fps: float | None = None
-    drop: Drop | None = None
-    """What a full buffer of frames does; None drops the oldest of a stream or camera, and nothing of anything else."""
-    buffer: int = 8
-    reconnects: int | None = 10
-    limit: int | None = None
-    """Inputs at most; of bounded sources the plan counts them."""
-
-    def __post_init__(self) -> None:
-        choose("input format", self.input_format, INPUT_FORMATS)
-        choose("form of standard input", self.stdin, STDIN_FORMS)
-
-    @cached_property
-    def truth(self) -> Labels | None:
-        """``labels``, made sense of."""
-        return None if self.labels is None else Labels.parse(self.labels)
-
-    @property
-    def label_column(self) -> str | None:
-        """Where tables, shards and JSON lines have the true label."""
-        return None if self.truth is None else self.truth.column
 
 
 @dataclass(frozen=True)

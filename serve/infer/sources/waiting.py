@@ -6,12 +6,12 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
 from prompttune.errors import UsageError
 from prompttune.serve.infer.items import Item
+from prompttune.serve.infer.settings import Drop as Drop
 
-Drop = Literal["oldest", "none"]
 """What happens to a full queue: its oldest item leaves, or the reader waits."""
 
 T = TypeVar("T")
