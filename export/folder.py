@@ -41,8 +41,6 @@ FORMAT_VERSION = 1
 SEGMENTATION_VERSION = 2
 """Of the manifest of a segmentation's engine, which earlier readers must not take for less."""
 MANIFEST, TASKS = "engine.json", "tasks"
-REMOVED_FORMATS = {"onnx-adapter": "onnx"}
-"""Formats of earlier versions → what took their place."""
 ONNX_FILE, ONNX_WEIGHTS_FILE = "model.onnx", "model.onnx.data"
 TASK_RECORD, STATE_FILE = "task.json", "state.safetensors"
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -383,12 +381,8 @@ class EngineFolder:
             self.manifest = Manifest.from_dict(values)
         except (KeyError, TypeError, AttributeError) as problem:
             raise EngineError(f"the engine manifest {self.path / MANIFEST} lacks a part: {problem}") from None
-        kind = self.manifest.format
-        if kind in REMOVED_FORMATS:
-            raise EngineError(
-                f"{self.path} has the format {kind}, which was removed: export it again with --format "
-                f"{REMOVED_FORMATS[kind]}"
-            )
+        if self.manifest.format == "onnx-adapter":
+            raise EngineError(f"{self.path} has the removed format onnx-adapter: export it again with --format onnx")
         if verify:
             for name, file in self.manifest.files.items():
                 file.check(self.path / name, "export the engine again")

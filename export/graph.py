@@ -99,12 +99,6 @@ def _typed_state(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, T
     return {key: row.float() if key.startswith(HEAD) else row.to(dtype) for key, row in state.items()}
 
 
-def _sample_axes(layout: Layout) -> dict[str, int]:
-    """A sample size for each named axis of a layout."""
-    names = dict.fromkeys(axis for shape in layout.values() for axis in shape if isinstance(axis, str))
-    return dict(zip(names, _SAMPLE_AXES, strict=False))
-
-
 @dataclass(frozen=True)
 class Traced:
     """A captured graph; all export formats start from one."""
@@ -143,11 +137,9 @@ def trace(
         EngineError: the forward cannot be captured, or it fixes an axis that must stay dynamic.
     """
     layout, size = model.state_layout(), model.backbone.image_size
-    typed, dtype, bank_dtype = (
-        _prepared(model, precision, device),
-        TORCH_DTYPES[precision],
-        TORCH_DTYPES[bank_precision],
-    )
+    typed, dtype, bank_dtype = typed_model(model, precision), TORCH_DTYPES[precision], TORCH_DTYPES[bank_precision]
+    # The caller's own stays what and where it is.
+    typed = copy.deepcopy(typed).to(device) if device != "cpu" and typed is model else typed.to(device)
     sample: list[Any] = [torch.zeros(_SAMPLE_BATCH, 3, size, size), torch.arange(_SAMPLE_BATCH)]
     dynamic: dict[str, Any] = {IMAGE: {0: BATCH}, TASK_INDEX: {0: BATCH}}
     names: dict[str, None] = {}  # the forward is traced more than once
@@ -156,7 +148,10 @@ def trace(
     if baked is None:
         graph = MultiTaskGraph(typed, dtype, told)
         sample.append(_sample_bank(layout, bank_dtype))
-        dynamic["bank"] = {key: {0: TASKS} | axes for key, axes in _named_axes(layout).items()}
+        dynamic["bank"] = {
+            key: {place: axis for place, axis in enumerate((TASKS, *shape)) if isinstance(axis, str)}
+            for key, shape in layout.items()
+        }
         inputs, outputs = declare_inputs(layout, size, bank_precision), declare_outputs(size=model.output_size)
     else:
         stacked = stack_states(layout, baked.values())
@@ -167,21 +162,11 @@ def trace(
     return Traced(program, inputs, outputs, dynamic, list(names))
 
 
-def _prepared(model: PromptModel, precision: str, device: str) -> PromptModel:
-    """The model in a precision and on a device; the caller's own stays what and where it is."""
-    typed = typed_model(model, precision)
-    return copy.deepcopy(typed).to(device) if device != "cpu" and typed is model else typed.to(device)
-
-
 def _sample_bank(layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
-    axes = _sample_axes(layout)
+    names = dict.fromkeys(axis for shape in layout.values() for axis in shape if isinstance(axis, str))
+    axes = dict(zip(names, _SAMPLE_AXES, strict=False))
     shapes = {key: [axes[axis] if isinstance(axis, str) else axis for axis in shape] for key, shape in layout.items()}
     return {key: torch.zeros(_SAMPLE_TASKS, *shape, dtype=dtype) for key, shape in shapes.items()}
-
-
-def _named_axes(layout: Layout) -> dict[str, dict[int, str]]:
-    """Key → place of a named axis behind the leading dimension → its name."""
-    return {key: {i: a for i, a in enumerate(shape, 1) if isinstance(a, str)} for key, shape in layout.items()}
 
 
 def capture(

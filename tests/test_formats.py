@@ -383,7 +383,7 @@ def test_an_engine_of_a_removed_format_says_what_to_do(tmp_path):
     manifest = dataclasses.replace(EngineFolder(folder).manifest, format="onnx-adapter")
     (folder / MANIFEST).unlink()
     write_manifest(folder, manifest)
-    message = f"{folder} has the format onnx-adapter, which was removed: export it again with --format onnx"
+    message = f"{folder} has the removed format onnx-adapter: export it again with --format onnx"
     with pytest.raises(EngineError) as problem:
         pt.Engine(folder)
     assert str(problem.value) == message

@@ -338,11 +338,15 @@ def test_tf32_is_said_where_it_runs(opened, monkeypatch, tmp_path, precision, ov
 @pytest.mark.parametrize(
     ("found", "provider", "message"),
     [
-        ((CPU,), None, r"runs this on CPU\w+, not on CUDA\w+: .*libonnxruntime_providers_.*'prompttune\[gpu\]'$"),
+        (
+            (CPU,),
+            None,
+            r"model.onnx: it runs on CPU\w+, not on CUDA\w+; .*libonnxruntime_providers_.*'prompttune\[gpu\]'$",
+        ),
         (
             (CUDA, CPU),
             "tensorrt",
-            r"runs this on CUDA\w+, not on Tensorrt\w+: .*libonnxruntime_providers_.*'prompttune\[gpu-tensorrt\]'$",
+            r"it runs on CUDA\w+, not on Tensorrt\w+; .*libonnxruntime_providers_.*'prompttune\[gpu-tensorrt\]'$",
         ),
     ],
 )
@@ -357,7 +361,9 @@ def test_what_onnx_runtime_says_of_a_failure_comes_first(opened, monkeypatch):
         raise RuntimeError("[ONNXRuntimeError] : 6 : CUDA failure 35: driver version is insufficient\nmore")
 
     monkeypatch.setattr(onnxruntime, "_session", fail)
-    message = r"^ONNX Runtime cannot open .*model.onnx: .*CUDA failure 35: driver version is insufficient$"
+    message = (
+        r"^ONNX Runtime cannot open .*model.onnx: .*CUDA failure 35: driver version is insufficient; .*pip install"
+    )
     with pytest.raises(EngineError, match=message):
         opened()
 

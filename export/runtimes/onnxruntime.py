@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
+import importlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from prompttune.errors import EngineError, MissingExtraError, UsageError, choose, first_line
 from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE, Manifest
 from prompttune.export.layout import IMAGE, LOGITS, TASK_INDEX, bank_input
+from prompttune.export.quiet import quiet
 from prompttune.export.runtimes.base import Array, BankArray, Runtime, RuntimeOptions
 
 if TYPE_CHECKING:
@@ -28,10 +31,6 @@ _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """Where ONNX Runtime finds the weights of a model that it is given as bytes."""
 PROVIDERS = ("tensorrt",)
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
-_LIBRARIES = {CUDA: "cuda", TENSORRT: "tensorrt"}
-"""Provider → how ONNX Runtime's own library for it is called."""
-_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
-"""Environment variable, the one way to keep the TensorRT provider from TF32: it has no option for that."""
 _WITHOUT_TENSORRT = "or leave the provider out, which runs on CUDA"
 CPU_INT8 = (
     "ONNX Runtime has no int8 on CUDA: products stay in float with static scales, and go to the CPU with dynamic ones; "
@@ -69,16 +68,6 @@ def providers(options: RuntimeOptions) -> list[Any]:
     return [(TENSORRT, tensorrt), (CUDA, cuda), "CPUExecutionProvider"]
 
 
-def session_options(options: RuntimeOptions) -> Any:
-    """What ONNX Runtime's sessions have in common."""
-    settings = ort.SessionOptions()
-    settings.log_severity_level = _QUIET
-    if options.threads is not None:
-        settings.intra_op_num_threads = options.threads
-    settings.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spin)))
-    return settings
-
-
 def open_session(
     folder: Path, options: RuntimeOptions, model: onnx.ModelProto | None = None, wanted: list[Any] | None = None
 ) -> Any:
@@ -91,9 +80,18 @@ def open_session(
     to files of other names. The model then names the weights' real file.
     """
     path, weights = folder / ONNX_FILE, folder / ONNX_WEIGHTS_FILE
-    settings, wanted = session_options(options), wanted or providers(options)
+    settings, wanted = ort.SessionOptions(), wanted or providers(options)
+    settings.log_severity_level = _QUIET
+    if options.threads is not None:
+        settings.intra_op_num_threads = options.threads
+    settings.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spin)))
     if options.cuda_index is not None:
-        ort.preload_dlls()  # torch brings the CUDA libraries
+        ort.set_default_logger_severity(_QUIET)
+        with quiet():
+            ort.preload_dlls()  # torch brings the CUDA libraries
+    if options.provider is not None:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("tensorrt_libs")  # loads TensorRT's, from where pip has put them
     if model is None and not weights.is_symlink():
         return _session(str(path), settings, wanted)
     model = onnx.load(str(path), load_external_data=False) if model is None else model
@@ -109,23 +107,22 @@ def open_session(
 def _session(model: str | bytes, settings: Any, wanted: list[Any]) -> Any:
     # Without this ONNX Runtime prints a provider's failure and goes on with another provider.
     session = ort.InferenceSession(model, settings, providers=wanted, enable_fallback=0)
-    asked, found = wanted[0] if isinstance(wanted[0], str) else wanted[0][0], session.get_providers()[0]
+    asked, found = wanted[0] if len(wanted) == 1 else wanted[0][0], session.get_providers()[0]
     if found != asked:
-        raise EngineError(f"ONNX Runtime runs this on {found}, not on {asked}: {_reason(asked)}")
+        raise EngineError(f"it runs on {found}, not on {asked}")
     return session
 
 
-def _reason(provider: str) -> str:
-    """Why ONNX Runtime left a provider out."""
-    extra = "gpu-tensorrt" if provider == TENSORRT else "gpu"
-    name = "libonnxruntime_providers_{}.so"
+def _missing_library(options: RuntimeOptions) -> str:
+    """What ONNX Runtime's own library for a provider lacks, empty if it loads; ONNX Runtime logs it and raises less."""
+    kind, extra = ("tensorrt", "gpu-tensorrt") if options.provider else ("cuda", "gpu")
     libraries = Path(ort.__file__).parent / "capi"
     try:
-        ctypes.CDLL(str(libraries / name.format("shared")), ctypes.RTLD_GLOBAL)
-        ctypes.CDLL(str(libraries / name.format(_LIBRARIES[provider])))
+        for name in ("shared", kind) if options.cuda_index is not None else ():
+            ctypes.CDLL(str(libraries / f"libonnxruntime_providers_{name}.so"), ctypes.RTLD_GLOBAL)
     except OSError as problem:
-        return f"{first_line(problem)}; pip install 'prompttune[{extra}]'"
-    return "its libraries load here, so see what nvidia-smi says of the driver and the device"
+        return f"; {first_line(problem)}: pip install 'prompttune[{extra}]'"
+    return ""
 
 
 class OnnxRuntime(Runtime):
@@ -144,23 +141,18 @@ class OnnxRuntime(Runtime):
         if manifest.precision == "int8" and not on_cpu:
             raise EngineError(f"{CPU_INT8}; or open the engine on the cpu")
         if options.provider is not None:
-            # Needs TensorRT's profiles, which nobody else does.
-            from prompttune.export.runtimes.onnxruntime_tensorrt import (
-                load_libraries,
-                provider_ranges,
-                tensorrt_settings,
-            )
+            from prompttune.export.runtimes.onnxruntime_tensorrt import provider_ranges, tensorrt_settings
 
-            load_libraries()
             wanted[0][1].update(tensorrt_settings(manifest, provider_ranges(folder, manifest), options.cache))
         try:
             self._session = open_session(folder, options, wanted=wanted)
-        except EngineError:
-            raise
         except Exception as problem:  # ONNX Runtime's errors share no base class below Exception
-            raise EngineError(f"ONNX Runtime cannot open {folder / ONNX_FILE}: {first_line(problem)}") from None
-        self.provider: str = self._session.get_providers()[0]
-        self._tf32 = self.provider == TENSORRT and manifest.precision == "fp32" and os.environ.get(_OVERRIDE) != "0"
+            why = first_line(problem) + _missing_library(options)
+            raise EngineError(f"ONNX Runtime cannot open {folder / ONNX_FILE}: {why}") from None
+        self._provider: str = self._session.get_providers()[0]
+        # The TensorRT provider has no option for TF32: this variable is the one way to keep it from it.
+        if options.provider and manifest.precision == "fp32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
+            self._provider += ", fp32 in TF32"
         self._graphs = True
         self._cuda: CudaCalls | None = None
         if options.cuda_index is not None:
@@ -171,7 +163,7 @@ class OnnxRuntime(Runtime):
     @property
     def description(self) -> str:
         """See :attr:`Runtime.description`."""
-        return f"ONNX Runtime {ort.__version__}, {self.provider}{', fp32 in TF32' if self._tf32 else ''}"
+        return f"ONNX Runtime {ort.__version__}, {self._provider}"
 
     def place(self, rows: BankArray) -> Any:
         """See :meth:`Runtime.place`."""

@@ -1,11 +1,9 @@
-"""What ONNX Runtime's TensorRT provider needs: its libraries, the sizes to build for, a place for what it builds."""
+"""What ONNX Runtime's TensorRT provider is told: the sizes to build for, and where to keep what it builds."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
-import importlib.util
 import os
 from importlib import metadata
 from pathlib import Path
@@ -17,19 +15,6 @@ from prompttune.errors import EngineError
 from prompttune.export.folder import EngineFolder, Manifest
 from prompttune.export.layout import BATCH, TASKS, bind_axes, largest_axes
 from prompttune.export.trt.profile import Range, axis_ranges, dynamic_axes, input_shapes
-
-_LIBRARIES = ("libnvinfer.so.10", "libnvinfer_plugin.so.10", "libnvonnxparser.so.10")
-_PACKAGE = "tensorrt-cu13-libs"
-_PLACES = ("min", "opt", "max")
-
-
-def load_libraries() -> None:
-    """Load TensorRT's libraries where pip has put them, which is no place that the loader searches."""
-    spec = importlib.util.find_spec("tensorrt_libs")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        for name in _LIBRARIES:
-            with contextlib.suppress(OSError):  # ONNX Runtime's own attempt gives the error
-                ctypes.CDLL(str(Path(folder) / name), ctypes.RTLD_GLOBAL)
 
 
 def provider_ranges(folder: Path, manifest: Manifest) -> dict[str, Range]:
@@ -59,13 +44,15 @@ def tensorrt_settings(manifest: Manifest, ranges: dict[str, Range], cache: Path 
     """
     shapes = {spec.name: input_shapes(spec, ranges) for spec in manifest.inputs if dynamic_axes([spec])}
     profile = {
-        f"trt_profile_{place}_shapes": ",".join(
-            f"{name}:{'x'.join(map(str, three[number]))}" for name, three in shapes.items()
-        )
-        for number, place in enumerate(_PLACES)
+        f"trt_profile_{which}_shapes": ",".join(f"{name}:{'x'.join(map(str, s[i]))}" for name, s in shapes.items())
+        for i, which in enumerate(("min", "opt", "max"))
     }
     place = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prompttune" / "tensorrt"
-    engines = place / _engine_key(manifest)
+    # The GPU's compute capability is in the name that ONNX Runtime gives a file.
+    parts = [*(file.sha256 for file in manifest.files.values()), ort.__version__]
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        parts.append(metadata.version("tensorrt-cu13-libs"))
+    engines = place / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     try:
         engines.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
@@ -77,13 +64,3 @@ def tensorrt_settings(manifest: Manifest, ranges: dict[str, Range], cache: Path 
         "trt_timing_cache_enable": True,
         "trt_timing_cache_path": str(place),
     }
-
-
-def _engine_key(manifest: Manifest) -> str:
-    """What a built engine depends on; the GPU's compute capability is in the name that ONNX Runtime gives it."""
-    try:
-        version = metadata.version(_PACKAGE)
-    except metadata.PackageNotFoundError:
-        version = ""
-    parts = [*(file.sha256 for file in manifest.files.values()), ort.__version__, version]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
