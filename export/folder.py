@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from prompttune.errors import EngineError, PrompttuneError, UsageError, choose
 from prompttune.export.layout import Layout, TensorSpec, bind_axes
+from prompttune.export.sizes import Sizes
 from prompttune.export.versions import count_version
 from prompttune.files import locked, read_json, replacing_folder, sha256_file, sync_file, visible, write_json
 from prompttune.preprocess import Preprocess
@@ -366,6 +367,19 @@ class Manifest:
         """Side of the square input, in pixels."""
         return int(self.backbone["image_size"])
 
+    @property
+    def sizes(self) -> Sizes:
+        """What sizes the model takes."""
+        return Sizes(self.details.get("profile", {}))
+
+    def axes_of(self, shapes: Mapping[str, tuple[int, ...]], what: str) -> dict[str, int]:
+        """Sizes of the named axes that a bank needs for a task's state of these shapes.
+
+        Raises:
+            EngineError: the state does not fit the layout, or is larger than the model takes; ``what`` names the task.
+        """
+        return self.sizes.holding(bind_axes(self.layout, shapes, what), what)
+
 
 class EngineFolder:
     """An engine on disk. Opening it checks the manifest, and with ``verify`` the model's digests too.
@@ -423,7 +437,7 @@ class EngineFolder:
             EngineError: it is damaged or does not fit.
         """
         task, version = load_version(self.task_folder(name))
-        bind_axes(self.manifest.layout, task.shapes(), f"task {name!r}")
+        self.manifest.axes_of(task.shapes(), f"task {name!r}")
         return task, version
 
     def read_task(self, name: str) -> Task:
@@ -474,7 +488,7 @@ class EngineFolder:
         """
         with self.locked():
             self.check_free(name, replace)
-            bind_axes(self.manifest.layout, task.shapes(), f"task {name!r}")
+            self.manifest.axes_of(task.shapes(), f"task {name!r}")
             with replacing_folder(self.path / TASKS / name) as temporary:
                 save_task(task, temporary)
                 count_version(self.path, name, task.version, digest_of(self.path, name))

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from prompttune.axes import CHOICES
 from prompttune.errors import EngineError
+from prompttune.export.sizes import Sizes
 
 Layout = Mapping[str, tuple[int | str, ...]]
 State = Mapping[str, NDArray[np.float32]]
@@ -137,11 +138,14 @@ def write_row(layout: Layout, bank: Mapping[str, NDArray[Any]], row: int, state:
         rows[row][tuple(slice(size) for size in value.shape)] = value
 
 
-def stack_states(layout: Layout, states: Iterable[State], dtype: np.dtype[Any] = FLOAT32) -> dict[str, NDArray[Any]]:
-    """One bank that holds the given states, row i the i-th, padded to the largest."""
+def stack_states(
+    layout: Layout, states: Iterable[State], dtype: np.dtype[Any] = FLOAT32, sizes: Sizes | None = None
+) -> dict[str, NDArray[Any]]:
+    """One bank that holds the given states, row i the i-th, padded to the largest and within ``sizes``."""
     held = list(states)
     axes = [bind_axes(layout, {key: value.shape for key, value in state.items()}, "a state") for state in held]
-    bank = empty_bank(layout, len(held), largest_axes(axes), dtype)
+    needed = (sizes or Sizes()).holding({TASKS: len(held), **largest_axes(axes)}, "the bank")
+    bank = empty_bank(layout, needed[TASKS], needed, dtype)
     for row, state in enumerate(held):
         write_row(layout, bank, row, state)
     return bank

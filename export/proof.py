@@ -20,6 +20,7 @@ from prompttune.export.compare import (
 )
 from prompttune.export.folder import Manifest, Task
 from prompttune.export.gate import Gate
+from prompttune.export.layout import TASKS
 from prompttune.export.neighbours import check_neighbours
 from prompttune.export.parity import ParityReport
 from prompttune.export.runtimes import RuntimeOptions, StateRunner, open_runtime
@@ -120,12 +121,15 @@ def fold_proven(
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
+        EngineError: the task is larger than the engine takes.
         ParityError: the task does not answer as PyTorch does.
     """
     folded = fold_checkpoint(Path(checkpoint), backbone)
+    manifest.axes_of(folded.task.shapes(), f"task {name!r}")
     if gate is None:
         return folded.task
-    mixed_with = dict([(one, task) for one, task in others.items() if one != name][:MIXED_WITH])
+    most = manifest.sizes.most(TASKS, MIXED_WITH + 1) - 1
+    mixed_with = dict([(one, task) for one, task in others.items() if one != name][:most])
     runner = runner_of({name: folded.task, **mixed_with})
     report = prove(runner, {name: folded}, mixed_with, manifest, samples, gate)
     require_passed(report, f"task {name!r} was not added")

@@ -24,6 +24,7 @@ from prompttune.export.compare import (
 from prompttune.export.debug import bisect, check_probes
 from prompttune.export.folder import EngineFolder, Task
 from prompttune.export.gate import NOISE, Gate, engine_precision, loosest
+from prompttune.export.layout import TASKS
 from prompttune.export.neighbours import check_neighbours
 from prompttune.export.parity import ParityReport, torch_description
 from prompttune.export.proof import open_runner
@@ -155,7 +156,8 @@ def _tasks(
                 f"{other.path} has {some_names(theirs)}"
             )
         present = common
-    chosen = wanted or [present[number * len(present) // MOST_TASKS] for number in range(MOST_TASKS)]
+    most = min(one.manifest.sizes.most(TASKS, MOST_TASKS) for one in (folder, other or folder))
+    chosen = wanted or [present[number * len(present) // most] for number in range(most)]
     names = dict.fromkeys(choose("task", one, present) for one in chosen)
     bounded = not wanted and len(names) < len(present)
     note = [f"{len(names)} of {len(present)} tasks, evenly spread; name others with --task"] if bounded else []

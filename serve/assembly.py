@@ -8,6 +8,7 @@ from pathlib import Path
 
 from prompttune.errors import EngineError, UsageError
 from prompttune.export.folder import EngineFolder
+from prompttune.export.layout import BATCH, TASKS
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.serve.batcher import STALL_S
 from prompttune.serve.catalogue import Catalogue
@@ -62,7 +63,8 @@ def make_service(engine: EngineSettings, settings: ServiceSettings | None = None
     folder.manifest.refuse_segmentation("the server")
     manifest = folder.manifest
     catalogue = Catalogue(folder, engine.watch)
-    capacity = None if manifest.baked is not None else engine.resident_tasks
+    rows = manifest.sizes.most(TASKS, engine.resident_tasks)
+    capacity = None if manifest.baked is not None else rows
     if manifest.baked is not None and engine.watch:
         raise EngineError(f"the tasks of {engine.engine} are baked into its model: it cannot take others from a folder")
     axes = catalogue.axes(catalogue.scan().records)
@@ -82,9 +84,9 @@ def make_service(engine: EngineSettings, settings: ServiceSettings | None = None
         worker = WorkerSettings(
             engine=engine.engine,
             runtime=replace(engine.runtime, device=device),
-            rows=engine.resident_tasks,
+            rows=rows,
             axes=axes,
-            max_batch=engine.max_batch,
+            max_batch=manifest.sizes.most(BATCH, engine.max_batch),
             host_bytes=engine.host_bytes,
         )
         lanes.append(Lane(worker, make, capacity, engine.max_delay_s, count, engine.stall_s))

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from prompttune.errors import EngineError, UsageError, choose
 from prompttune.export.folder import Task, TaskRecord
-from prompttune.export.layout import FLOAT32, Layout, bind_axes, empty_bank, largest_axes, write_row
+from prompttune.export.layout import FLOAT32, TASKS, Layout, bind_axes, empty_bank, largest_axes, write_row
 from prompttune.export.runtimes import Runtime
 
 _CAPACITY = 4
@@ -61,7 +61,7 @@ class Bank:
         capacity: rows to allocate at once and to keep to; None begins with those of ``tasks`` and grows.
         axes: sizes of the layout's named axes to allocate for; a task that needs more makes the bank grow.
         limit: tasks that a bank without ``capacity`` holds at most; one more takes the place of the one that was not
-            asked for the longest. There is one row more, so that it can be written while all others are read.
+            asked for the longest. There is one row more, if the runtime takes it, to write while all others are read.
         versions: those of ``tasks`` that are known already.
     """
 
@@ -76,7 +76,7 @@ class Bank:
         limit: int | None = None,
         versions: Mapping[str, str] | None = None,
     ) -> None:
-        self.limit = limit
+        self.limit = None if limit is None else runtime.sizes.most(TASKS, limit)
         self._runtime = runtime
         self._layout = layout
         self._dtype = dtype
@@ -104,7 +104,8 @@ class Bank:
             self.put(name, task, version=(versions or {}).get(name))
 
     def _axes_of(self, name: str, task: Task) -> dict[str, int]:
-        return bind_axes(self._layout, task.shapes(), f"task {name!r}")
+        what = f"task {name!r}"
+        return self._runtime.sizes.holding(bind_axes(self._layout, task.shapes(), what), what)
 
     @property
     def entries(self) -> Mapping[str, Entry]:
@@ -192,17 +193,15 @@ class Bank:
 
         Raises:
             UsageError: the name is taken and ``replace`` is not set.
-            EngineError: the state does not fit the layout, or no row is free and the bank may not grow.
+            EngineError: the state does not fit the layout or the runtime, or no row is free and the bank may not grow.
         """
         axes = self._axes_of(name, task)
         version = version or task.version
         with self._writing:
             if name in self.entries and not replace:
                 raise UsageError(f"there is already a task {name!r}: choose another name or replace it")
-            if self.limit is not None and name not in self.entries and len(self.entries) >= self.limit:
-                with self._lock:
-                    oldest = next(one for one in self._recent if one not in staying)
-                self.remove(oldest)
+            if (leaving := self._leaving(name, staying)) is not None:
+                self.remove(leaving)
             row = self._row_for(largest_axes([self._axes, axes]))
             try:
                 entry = _write(self._layout, self._rows, row, task, version)
@@ -213,6 +212,16 @@ class Bank:
                     self._free.append(row)
                 raise
             self._publish(name, {**self.entries, name: entry}, self.entries.get(name))
+
+    def _leaving(self, name: str, staying: Collection[str]) -> str | None:
+        """The task that must leave before ``name`` gets a row, if one must."""
+        named = len(self.entries)
+        if name in self.entries:  # it keeps its row until the new one is written, unless the runtime takes no more rows
+            return name if self._runtime.sizes.most(TASKS, named + 1) == named else None
+        if self.limit is None or named < self.limit:
+            return None
+        with self._lock:
+            return next(one for one in self._recent if one not in staying)
 
     def remove(self, name: str) -> None:
         """Take a task out; calls that already run still answer for it.
@@ -244,6 +253,7 @@ class Bank:
             raise EngineError(f"no row is free: all {self._capacity} hold tasks; take one out first")
         wanted = max(2 * (named + 1), _CAPACITY)
         wanted = wanted if self.limit is None else min(wanted, self.limit + 1)
+        wanted = max(self._runtime.sizes.most(TASKS, wanted), named + 1)  # one row too many is refused by growing
         may_grow = self._capacity is None and (self.limit is None or wanted > self._allocated)
         if axes != self._axes or (may_grow and not self._free):
             self._grow(self._capacity or wanted, axes)
@@ -258,6 +268,8 @@ class Bank:
 
     def _grow(self, capacity: int, axes: dict[str, int]) -> None:
         """Move to larger tensors; calls that already run keep the old ones."""
+        axes = self._runtime.sizes.holding({TASKS: capacity, **axes}, "the bank")
+        capacity = axes.pop(TASKS)
         rows = empty_bank(self._layout, capacity, axes, self._dtype)
         entries = {
             name: _write(self._layout, rows, row, entry.task, entry.version)

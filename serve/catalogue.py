@@ -17,7 +17,7 @@ from prompttune.export.folder import (
     read_record,
     task_names,
 )
-from prompttune.export.layout import bind_axes, largest_axes
+from prompttune.export.layout import largest_axes
 from prompttune.serve.protocol.types import MIXED
 
 _Stamp = tuple[tuple[int, int, int], ...]
@@ -38,7 +38,7 @@ class Catalogue:
         missing = [folder for folder in folders if not folder.is_dir()]
         if missing:
             raise EngineError(f"there is no folder {missing[0]} to watch for tasks")
-        self._layout = engine.manifest.layout
+        self._manifest = engine.manifest
         self._baked = engine.manifest.baked
         self._folders = [engine.path / TASKS, *folders] if self._baked is None else [engine.path / TASKS]
         self._read: dict[Path, tuple[_Stamp, TaskRecord | str]] = {}
@@ -70,7 +70,7 @@ class Catalogue:
 
     def axes(self, records: Mapping[str, TaskRecord]) -> dict[str, int]:
         """Sizes of the layout's named axes that hold all of ``records``."""
-        return largest_axes(bind_axes(self._layout, record.shapes, name) for name, record in records.items())
+        return largest_axes(self._manifest.axes_of(record.shapes, name) for name, record in records.items())
 
     def _look(self, folder: Path) -> TaskRecord | str:
         stamp = _stamp(folder)
@@ -91,7 +91,7 @@ class Catalogue:
             )
         check_task_name(folder.name)
         record = read_record(folder)
-        bind_axes(self._layout, record.shapes, f"task {folder.name!r}")
+        self._manifest.axes_of(record.shapes, f"task {folder.name!r}")
         return record
 
 

@@ -26,7 +26,7 @@ from prompttune.export.folder import (
     read_record,
 )
 from prompttune.export.gate import engine_gate
-from prompttune.export.layout import FLOAT32, bank_dtype, bind_axes, largest_axes
+from prompttune.export.layout import FLOAT32, bank_dtype, largest_axes
 from prompttune.export.layout import TASKS as TASKS_AXIS
 from prompttune.export.proof import MIXED_WITH, fold_proven
 from prompttune.export.runtimes import Array, Runtime, RuntimeOptions, open_runtime
@@ -173,7 +173,7 @@ class Engine:
         """The bank, with what may be in it from the start; ``named`` tasks must all be there."""
         layout = self.folder.manifest.layout
         some = sorted(self._names) if named else self.folder.tasks(EAGER + 1)
-        limit = resident_tasks or default_residents(self.folder, some)
+        limit = self._runtime.sizes.most(TASKS_AXIS, resident_tasks or default_residents(self.folder, some))
         loaded: dict[str, tuple[Task, str]] = {}
         axes: dict[str, int] = {}
         if len(some) <= EAGER:
@@ -184,7 +184,7 @@ class Engine:
                     loaded[name] = self.folder.load_task(name)
         elif named:
             records = (read_record(self.folder.task_folder(name)) for name in some)
-            axes = largest_axes(bind_axes(layout, one.shapes, one.name) for one in records)
+            axes = largest_axes(self.folder.manifest.axes_of(one.shapes, one.name) for one in records)
         tasks = {name: task for name, (task, _) in loaded.items()}
         versions = {name: version for name, (_, version) in loaded.items()}
         return Bank(self._runtime, layout, tasks, self._dtype, axes=axes, limit=limit, versions=versions)
@@ -376,7 +376,7 @@ class Engine:
                 entries = [snapshot.entries[names[row]] for row in rows]
                 # Rows are the snapshot's own, so none can be out of range: on a GPU that would be undefined.
                 index = np.array([entry.row for entry in entries], dtype=np.int64)
-                logits = self._runtime.run(images(rows, entries), index, snapshot.placed)
+                logits = self._runtime.logits(images(rows, entries), index, snapshot.placed)
             yield _Call(rows, entries, logits)
 
     # ------------------------------------------------------------------- tasks
@@ -486,7 +486,7 @@ class _Trial:
     def logits(self, images: Array, tasks: Sequence[str]) -> Array:
         with self._bank.lease() as snapshot:
             index = np.array([snapshot.entries[task].row for task in tasks], dtype=np.int64)
-            return self._runtime.run(np.ascontiguousarray(images), index, snapshot.placed)
+            return self._runtime.logits(np.ascontiguousarray(images), index, snapshot.placed)
 
 
 def _per_row(tasks: str | Sequence[str], rows: int) -> list[str]:
@@ -517,8 +517,7 @@ def default_residents(folder: EngineFolder, names: Iterable[str]) -> int:
     size = next((state.stat().st_size for state in states if state.is_file()), 1)
     itemsize = bank_dtype(folder.manifest.bank_precision).itemsize
     most = max(EAGER, MEMORY * FLOAT32.itemsize // (size * itemsize or 1))
-    profile = folder.manifest.details.get("profile", {})
-    return min(most, max(1, profile[TASKS_AXIS][-1] - 1)) if TASKS_AXIS in profile else most
+    return max(1, folder.manifest.sizes.most(TASKS_AXIS, most + 1) - 1)  # a row is to spare for the next task
 
 
 def _segmentation(name: str, answer: TaskLogits, side: int) -> Segmentation:

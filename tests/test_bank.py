@@ -9,6 +9,7 @@ import pytest
 from prompttune.errors import EngineError
 from prompttune.export.layout import HEAD_BIAS, bank_dtype, empty_bank
 from prompttune.export.runtimes import Runtime
+from prompttune.export.sizes import Sizes
 from prompttune.export.tasks import fold_checkpoint
 from prompttune.serve.bank import Bank
 from prompttune.serve.memory import resident_bytes
@@ -207,3 +208,67 @@ def test_rows_that_nobody_wrote_take_no_memory(precision):
     assert resident_bytes() - before < 2**26
     assert not bank["prompts"][::512].any()
     assert np.isneginf(bank[HEAD_BIAS].astype(np.float32)).all()
+
+
+class Bounded(Recorder):
+    """A recorder of a plan: it refuses tensors outside the ranges, as TensorRT does."""
+
+    def __init__(self, tasks, classes=(1, 3, 256)):
+        super().__init__()
+        self.sizes = Sizes({"tasks": tasks, "classes": classes})
+
+    def place(self, rows):
+        low, _, high = self.sizes.ranges["tasks"]
+        assert low <= len(rows) <= high
+        if rows.ndim == 2:  # the head's bias
+            low, _, high = self.sizes.ranges["classes"]
+            assert low <= rows.shape[1] <= high
+        return super().place(rows)
+
+
+def test_a_bank_grows_to_the_most_that_the_engine_takes_and_not_beyond():
+    layout, tasks = folded("linear")
+    bank = Bank(Bounded((1, 32, 64)), layout, {f"t{number}": tasks[f"task{number % 2}"] for number in range(32)})
+    for number in range(32, 64):
+        bank.put(f"t{number}", tasks[f"task{number % 2}"])
+    with pytest.raises(EngineError, match=r"axis tasks would be 65, .* for 64 at most; .* --axis tasks=1:32:65$"):
+        bank.put("t64", tasks["task0"])
+    assert len(bank.entries) == 64
+    bank.put("t7", tasks["task0"], replace=True)  # no row is to spare for the new one
+    with bank.lease() as snapshot:
+        assert len({entry.row for entry in snapshot.entries.values()}) == 64
+        for name, entry in snapshot.entries.items():
+            expected = tasks["task0" if name == "t7" else f"task{int(name[1:]) % 2}"].state[HEAD_BIAS][0]
+            assert np.array_equal(snapshot.placed[HEAD_BIAS][entry.row, : len(expected)], expected)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8])
+@pytest.mark.parametrize("limit", [1, 2, 7, 8, 100])
+def test_resident_tasks_leave_in_time_for_the_most_that_the_engine_takes(most, limit):
+    layout, tasks = folded("linear")
+    runtime = Bounded((1, 1, most))
+    bank = Bank(runtime, layout, {}, limit=limit)
+    for number in range(12):
+        with bank.lease([f"t{number}"], lambda _: (tasks["task0"], "v")) as snapshot:
+            assert f"t{number}" in snapshot.entries
+        bank.put(f"t{number}", tasks["task1"], replace=True)
+    assert len(bank.entries) == min(most, limit) == bank.limit
+    assert f"t{12 - bank.limit}" in bank.entries
+
+
+def test_a_bank_is_never_smaller_than_the_engine_takes():
+    layout, tasks = folded("linear")
+    for capacity, limit in ((1, None), (None, 1), (None, None)):
+        bank = Bank(Bounded((4, 4, 8), (5, 5, 8)), layout, {}, capacity=capacity, axes={"classes": 1}, limit=limit)
+        bank.put("a", tasks["task1"])
+        with bank.lease() as snapshot:
+            assert snapshot.placed[HEAD_BIAS].shape == (4, 5)
+            assert np.isneginf(snapshot.placed[HEAD_BIAS][snapshot.entries["a"].row, 3:]).all()
+
+
+def test_a_task_that_is_larger_than_the_engine_takes_is_refused():
+    layout, tasks = folded("linear")
+    bank = Bank(Bounded((1, 1, 2), (1, 2, 2)), layout, {"a": tasks["task0"]})
+    with pytest.raises(EngineError, match=r"^task 'b': the axis classes would be 3, the engine was built for 2 at m"):
+        bank.put("b", tasks["task1"])
+    assert list(bank.entries) == ["a"]

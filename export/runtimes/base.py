@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from prompttune.errors import EngineError
 from prompttune.export.folder import Manifest
-from prompttune.export.layout import State, bank_dtype, stack_states
+from prompttune.export.layout import BATCH, State, bank_dtype, stack_states
 from prompttune.export.options import RuntimeOptions as RuntimeOptions
+from prompttune.export.sizes import Sizes
 
 Array = NDArray[np.float32]
 BankArray = NDArray[Any]
@@ -31,6 +32,9 @@ _RUNTIMES = {
 
 class Runtime(ABC):
     """One model file, open on one device. Calls of :meth:`run` from several threads may overlap."""
+
+    sizes = Sizes()
+    """What the model takes; :func:`open_runtime` sets it."""
 
     @property
     @abstractmethod
@@ -59,6 +63,20 @@ class Runtime(ABC):
             bank: state key → placed tensor; empty for an engine with its bank baked in.
         """
 
+    def logits(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
+        """See :meth:`run`, for any number of images: in as many calls as the model needs, the last one filled up."""
+        rows = len(images)
+        most = self.sizes.most(BATCH, rows)
+        parts = []
+        for start in range(0, rows, most):
+            count = min(most, rows - start)
+            held = self.sizes.holding({BATCH: count}, "a call")[BATCH]
+            if held == rows:
+                return self.run(images, task_index, bank)
+            index = np.minimum(np.arange(start, start + held), rows - 1)
+            parts.append(np.array(self.run(images[index], task_index[index], bank)[:count]))  # a buffer may be reused
+        return np.concatenate(parts)
+
 
 def open_runtime(folder: Path, manifest: Manifest, options: RuntimeOptions | None = None) -> Runtime:
     """Open a folder's model with the runtime of its format.
@@ -72,6 +90,7 @@ def open_runtime(folder: Path, manifest: Manifest, options: RuntimeOptions | Non
         raise EngineError(f"{folder} has the format {manifest.format!r}; known: {', '.join(_RUNTIMES)}")
     module, name = known
     opened: Runtime = getattr(importlib.import_module(module), name)(folder, manifest, options or RuntimeOptions())
+    opened.sizes = manifest.sizes
     return opened
 
 
@@ -83,11 +102,12 @@ class StateRunner:
         self._row = {name: row for row, name in enumerate(states if manifest.baked is None else manifest.baked)}
         self._bank: dict[str, Any] = {}
         if manifest.baked is None:
-            stacked = stack_states(manifest.layout, states.values(), bank_dtype(manifest.bank_precision))
+            dtype = bank_dtype(manifest.bank_precision)
+            stacked = stack_states(manifest.layout, states.values(), dtype, runtime.sizes)
             self._bank = {key: runtime.place(rows) for key, rows in stacked.items()}
         self.description = runtime.description
 
     def logits(self, images: Array, tasks: Sequence[str]) -> Array:
         """Logits [B, C] of images [B, 3, S, S], row i for ``tasks[i]``; C is the largest class count."""
         index = np.array([self._row[task] for task in tasks], dtype=np.int64)
-        return self._runtime.run(np.ascontiguousarray(images), index, self._bank)
+        return self._runtime.logits(np.ascontiguousarray(images), index, self._bank)

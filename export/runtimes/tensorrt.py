@@ -17,7 +17,7 @@ from prompttune.export.runtimes.base import Array, BankArray, Runtime, RuntimeOp
 from prompttune.export.runtimes.tensors import as_torch, place_rows, update_row
 from prompttune.export.trt.compatibility import check_capability, check_version
 from prompttune.export.trt.library import require_cuda, require_tensorrt
-from prompttune.export.trt.profile import check_call, ranges_from
+from prompttune.export.trt.profile import check_call
 
 PLAN_FILE = "model.plan"
 
@@ -28,7 +28,7 @@ class ProfiledRuntime(Runtime):
     def __init__(self, manifest: Manifest, index: int, library: str) -> None:
         """``index`` is the GPU's, ``library`` the name and version of what runs."""
         self._inputs = manifest.inputs
-        self._ranges = ranges_from(manifest.details)
+        self._ranges = manifest.sizes.ranges
         self._device = torch.device("cuda", index)
         self._description = f"{library}, {torch.cuda.get_device_name(index)}"
 

@@ -126,12 +126,9 @@ def _set_batching(config: Any, manifest: Manifest, triton: TritonSettings) -> No
 
 def _warmup(manifest: Manifest, tasks: Mapping[str, Task], batched: bool) -> Any:
     """Images of zeros, so that a model that cannot run is never ready and no client pays for the first run."""
-    profile = manifest.details.get("profile", {})
-    sizes = {axis: profile[axis][0] if axis in profile else 1 for axis in (BATCH, TASKS)}
     state = next(iter(tasks.values())).shapes()
-    for key, axes in manifest.layout.items():
-        named = zip(axes, state[key][1:], strict=True)
-        sizes.update({axis: size for axis, size in named if isinstance(axis, str)})
+    axes = {} if batched else manifest.axes_of(state, "the warm-up")
+    sizes = manifest.sizes.holding({BATCH: 1, TASKS: 1}, "the warm-up") | axes
     warmup = triton_config.ModelWarmup(name="zeros", batch_size=sizes[BATCH] if batched else 1)
     for spec in manifest.inputs:
         shape = [sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape]

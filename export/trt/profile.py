@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from prompttune.errors import EngineError, UsageError, choose
 from prompttune.export.layout import BATCH, TASKS, Layout, State, TensorSpec, bind_axes, largest_axes
+from prompttune.export.sizes import Range as Range
 
-Range = tuple[int, int, int]
-"""Smallest, likeliest and largest size of an axis."""
 Shape = tuple[int, ...]
 Shapes = tuple[Shape, Shape, Shape]
 """Smallest, likeliest and largest shape of an input."""
@@ -69,11 +67,6 @@ def input_shapes(spec: TensorSpec, ranges: Mapping[str, Range]) -> Shapes:
         tuple(ranges[axis][which] if isinstance(axis, str) else axis for axis in spec.shape) for which in range(3)
     )
     return low, likely, high
-
-
-def ranges_from(details: Mapping[str, Any]) -> dict[str, Range]:
-    """The ranges as an engine's manifest holds them."""
-    return {axis: (low, likely, high) for axis, (low, likely, high) in details["profile"].items()}
 
 
 def check_call(inputs: Sequence[TensorSpec], ranges: Mapping[str, Range], shapes: Mapping[str, Shape]) -> None:

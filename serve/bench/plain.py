@@ -139,4 +139,4 @@ class PlainBackbone:
 
     def features(self, images: Array) -> Array:
         """Pooled features [B, D] of images [B, 3, S, S]."""
-        return self._runtime.run(images, np.zeros(len(images), dtype=np.int64), {})
+        return self._runtime.logits(images, np.zeros(len(images), dtype=np.int64), {})

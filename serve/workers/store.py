@@ -63,7 +63,7 @@ class Store(ABC):
         for rows in sorted({1, self._max_batch}):
             images = np.zeros((rows, 3, self._image_size, self._image_size), np.float32)
             with self.reading([]) as (_, bank):
-                self._runtime.run(images, np.zeros(rows, np.int64), bank)
+                self._runtime.logits(images, np.zeros(rows, np.int64), bank)
 
     def run(self, images: Array, keys: Sequence[Key]) -> Answer:
         """Answer contiguous images [B, 3, S, S], row i for ``keys[i]``.
@@ -75,7 +75,7 @@ class Store(ABC):
             # Rows come from the bank itself, so none can be out of range: on a GPU that would be undefined.
             index = np.array(rows, dtype=np.int64)
             started = time.perf_counter()
-            logits = self._runtime.run(images, index, bank)
+            logits = self._runtime.logits(images, index, bank)
             return Answer(logits, time.perf_counter() - started)
 
 

@@ -1,0 +1,37 @@
+"""The sizes that an engine takes on its dynamic axes: whoever sizes a bank or a batch asks here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from prompttune.errors import EngineError
+
+Range = tuple[int, int, int]
+"""Smallest, likeliest and largest size of an axis."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Axis → what it was built for; an axis without a range takes every size."""
+
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+
+    def most(self, axis: str, wanted: int) -> int:
+        """``wanted``, or the largest size of the axis where that is less."""
+        return min(wanted, self.ranges[axis][2]) if axis in self.ranges else wanted
+
+    def holding(self, needed: Mapping[str, int], what: str) -> dict[str, int]:
+        """The sizes to allocate where ``needed`` ones must fit: the same, or the smallest that the engine takes.
+
+        Raises:
+            EngineError: one is larger than the engine takes; ``what`` needs it.
+        """
+        for axis, size in needed.items():
+            if size > self.most(axis, size):
+                low, likely, high = self.ranges[axis]
+                raise EngineError(
+                    f"{what}: the axis {axis} would be {size}, the engine was built for {high} at most; "
+                    f"export it again with a larger range, such as --axis {axis}={low}:{likely}:{size}"
+                )
+        return {axis: max(size, self.ranges.get(axis, (size,))[0]) for axis, size in needed.items()}
