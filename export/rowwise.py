@@ -7,6 +7,7 @@ which ONNX Runtime's quickest kernels take; products are exact integers, and wha
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def quantise_rows(source: Path, target: Path, products: Collection[str]) -> None
     graph = model.graph
     point, one = constant(graph, "rows.zero_point", np.uint8(128)), constant(graph, "rows.one", np.float32(1))
     rows: dict[onnx_ir.Value, tuple[onnx_ir.Value, onnx_ir.Value]] = {}  # what several products read is quantised once
+    uses: Counter[str | None] = Counter()
     for node in [node for node in graph if node.name in products]:
         tape = Tape()
         activations, matrix = node.inputs
@@ -45,7 +47,8 @@ def quantise_rows(source: Path, target: Path, products: Collection[str]) -> None
             scale = _row_scales(graph, tape, activations)
             rows[activations] = tape.op("QuantizeLinear", [tape.op("Div", [activations, scale]), one, point]), scale
         quantised, scale = rows[activations]
-        weights, columns = _columns(graph, matrix)
+        uses[matrix.name] += 1
+        weights, columns = _columns(graph, matrix, uses[matrix.name])
         # MatMulInteger, Cast and Mul in one. It takes no scale of a row, which is multiplied behind it.
         product = tape.op("MatMulIntegerToFloat", [quantised, weights, one, columns, point], domain=_CONTRIB)
         product.type, product.shape = node.outputs[0].type, node.outputs[0].shape  # which nothing infers behind it
@@ -65,12 +68,16 @@ def _row_scales(graph: onnx_ir.Graph, tape: Tape, activations: onnx_ir.Value) ->
     return tape.op("Max", [tape.op("Mul", [largest, step]), least])
 
 
-def _columns(graph: onnx_ir.Graph, matrix: onnx_ir.Value) -> tuple[onnx_ir.Value, onnx_ir.Value]:
-    """A matrix [in, out] in int8, and the scale of each column [out]."""
+def _columns(graph: onnx_ir.Graph, matrix: onnx_ir.Value, use: int) -> tuple[onnx_ir.Value, onnx_ir.Value]:
+    """A matrix [in, out] in int8, and the scale of each column [out].
+
+    Each ``use`` of a matrix has a copy: ONNX Runtime cannot open a model with a shared one on a CPU without VNNI, where
+    it changes the weights to unsigned ones (``session.x64quantprecision``).
+    """
     assert matrix.const_value is not None
     weights = matrix.const_value.numpy()
     scales = np.maximum(np.abs(weights).max(axis=0), _SMALLEST_SCALE) / _LARGEST
     return (
-        constant(graph, f"{matrix.name}_quantized", np.round(weights / scales).astype(np.int8)),
-        constant(graph, f"{matrix.name}_scale", scales.astype(np.float32)),
+        constant(graph, f"{matrix.name}_quantized{use}", np.round(weights / scales).astype(np.int8)),
+        constant(graph, f"{matrix.name}_scale{use}", scales.astype(np.float32)),
     )
