@@ -8,7 +8,6 @@ from pathlib import Path
 
 from prompttune.backbones import Backbone
 from prompttune.errors import ParityError
-from prompttune.export.accuracy import measure_accuracy
 from prompttune.export.compare import (
     CHECKPOINT,
     STATE,
@@ -21,6 +20,7 @@ from prompttune.export.compare import (
 from prompttune.export.folder import Manifest, Task
 from prompttune.export.gate import Gate
 from prompttune.export.layout import TASKS
+from prompttune.export.measure import measure_accuracy
 from prompttune.export.neighbours import check_neighbours
 from prompttune.export.parity import ParityReport
 from prompttune.export.runtimes import RuntimeOptions, StateRunner, open_runtime

@@ -12,7 +12,6 @@ import torch
 
 from prompttune.backbones import Backbone, load_backbone
 from prompttune.checkpoints import read_config
-from prompttune.checkpoints.io import segmentation_of
 from prompttune.errors import CheckpointError, EngineError, UsageError, choose
 from prompttune.export.folder import Manifest, Task, check_task_name
 from prompttune.methods import METHODS, config_from_dict
@@ -42,7 +41,7 @@ class Fit:
         backbone = config["backbone"]
         try:
             settings = config_from_dict(config["method"], config["settings"])
-            segmentation = segmentation_of(config)
+            segmentation = SegmentationConfig.of_checkpoint(config)
         except (UsageError, TypeError) as problem:
             raise CheckpointError(f"{folder} does not fit this prompttune: {problem}") from None
         return cls(

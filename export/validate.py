@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prompttune.errors import EngineError, UsageError, choose, some_names
-from prompttune.export.accuracy import Accuracy, measure_accuracy
+from prompttune.export.accuracy import Accuracy
 from prompttune.export.build import OnStage
 from prompttune.export.compare import (
     ENGINE,
@@ -25,6 +25,7 @@ from prompttune.export.debug import bisect, check_probes
 from prompttune.export.folder import EngineFolder, Task
 from prompttune.export.gate import NOISE, Gate, engine_precision, loosest
 from prompttune.export.layout import TASKS
+from prompttune.export.measure import measure_accuracy
 from prompttune.export.neighbours import check_neighbours
 from prompttune.export.parity import ParityReport, torch_description
 from prompttune.export.proof import open_runner

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from prompttune.lazy import lazy_names
-
-__version__ = "0.1.0"
+from prompttune.version import __version__ as __version__
 
 _LAZY = {
     "load_backbone": "prompttune.backbones",

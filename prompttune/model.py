@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prompttune.backbones.base import Backbone
-from prompttune.errors import UsageError
+from prompttune.backbones import Backbone, load_backbone
+from prompttune.checkpoints.format import CONFIG_FILE, MODEL_FILE, read_config, read_tensors
+from prompttune.checkpoints.io import save_checkpoint
+from prompttune.errors import CheckpointError, UsageError
 from prompttune.layers.probe import probe
 from prompttune.methods import config_from_dict
 from prompttune.methods.base import CLASSES, Layout, Method, MethodConfig, State
 from prompttune.preprocess import Preprocess
+from prompttune.segmentation.build import build_head
 from prompttune.segmentation.config import SegmentationConfig, check_maps
 from prompttune.segmentation.heads import SegmentationHead
 
@@ -92,7 +95,7 @@ class PromptModel(nn.Module):
         else:
             check_maps(self.method, self.config.method, backbone)
             self.levels = segmentation.levels(backbone.depth)
-            self.head = segmentation.build(backbone, len(labels))
+            self.head = build_head(segmentation, backbone, len(labels))
         self._fixed = self.task_parameters().keys() - self.trained_parameters().keys()
 
     @property
@@ -181,11 +184,30 @@ class PromptModel(nn.Module):
 
     def save(self, path: str | Path, metrics: dict[str, Any] | None = None) -> None:
         """Write a checkpoint folder; see :mod:`prompttune.checkpoints`."""
-        from prompttune.checkpoints import save_checkpoint
-
         if metrics is not None:
             self.metrics = dict(metrics)
-        save_checkpoint(self, Path(path))
+        trained = self.trained_parameters()
+        count = sum(parameter.numel() for name, parameter in trained.items() if name.startswith("method."))
+        save_checkpoint(Path(path), self.to_config(), self.task_parameters(), count, self.method.parameters_left())
+
+    def to_config(self) -> dict[str, Any]:
+        """What a checkpoint says of the task beside its tensors, ready for JSON."""
+        backbone = self.backbone
+        return {
+            "method": self.config.method,
+            "settings": self.config.to_dict(),
+            "backbone": {
+                "name": backbone.name,
+                "image_size": backbone.image_size,
+                "weights": backbone.weights,
+                "weights_source": backbone.weights_source,
+                "fingerprint": backbone.fingerprint,
+            },
+            "preprocess": self.preprocess.to_dict(),
+            "labels": self.labels,
+            "metrics": self.metrics,
+            **({} if self.segmentation is None else {"segmentation": self.segmentation.to_dict()}),
+        }
 
     @classmethod
     def load(cls, path: str | Path, backbone: Backbone | None = None, weights: str | Path | None = None) -> PromptModel:
@@ -195,10 +217,58 @@ class PromptModel(nn.Module):
             path: the folder.
             backbone: use this one; it must be the checkpoint's own by fingerprint and image size.
             weights: where to take the backbone's weights from, if not from where training took them.
-        """
-        from prompttune.checkpoints import load_checkpoint
 
-        return load_checkpoint(Path(path), backbone, weights)
+        Raises:
+            CheckpointError: the folder is damaged, or does not fit the backbone.
+            BackboneError: the backbone's weights cannot be found.
+        """
+        folder = Path(path)
+        config = read_config(folder)
+        wanted = config["backbone"]
+        if backbone is None:
+            backbone = load_backbone(wanted["name"], wanted["image_size"], weights or wanted["weights"])
+        _check_backbone(folder, wanted, backbone)
+        try:
+            model = cls(
+                backbone,
+                config_from_dict(config["method"], config["settings"]),
+                labels=config["labels"],
+                preprocess=Preprocess.from_dict(config["preprocess"]),
+                segmentation=SegmentationConfig.of_checkpoint(config),
+            )
+        except (UsageError, TypeError, KeyError) as problem:
+            raise CheckpointError(f"{folder / CONFIG_FILE} does not fit this prompttune: {problem}") from None
+        _take_tensors(model, read_tensors(folder, config), folder)
+        model.metrics = config["metrics"]
+        return model.eval()
+
+
+def _check_backbone(folder: Path, wanted: Mapping[str, Any], backbone: Backbone) -> None:
+    if backbone.image_size != wanted["image_size"]:
+        raise CheckpointError(
+            f"{folder} was trained at image size {wanted['image_size']}, the backbone has {backbone.image_size}"
+        )
+    if backbone.fingerprint != wanted["fingerprint"]:
+        raise CheckpointError(
+            f"{folder} was trained over {wanted['name']} with fingerprint {wanted['fingerprint'][:12]} "
+            f"({wanted['weights_source']}), the backbone is {backbone.name} with {backbone.fingerprint[:12]} "
+            f"({backbone.weights_source}); give the right file with --weights"
+        )
+
+
+def _take_tensors(model: PromptModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    model.take_sizes(tensors)
+    parameters = model.task_parameters()
+    missing = sorted(parameters.keys() - tensors.keys())
+    unknown = sorted(tensors.keys() - parameters.keys())
+    if missing or unknown:
+        raise CheckpointError(f"{folder / MODEL_FILE} lacks {missing[:3]} and has unknown {unknown[:3]}")
+    for name, parameter in parameters.items():
+        if parameter.shape != tensors[name].shape:
+            raise CheckpointError(
+                f"{folder / MODEL_FILE}: {name} is {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
+            )
+        parameter.data.copy_(tensors[name])
 
 
 def _config(config: MethodConfig | str, settings: Mapping[str, Any]) -> MethodConfig:

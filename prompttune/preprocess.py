@@ -3,65 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from prompttune.errors import DataError, UsageError, choose
+from prompttune.errors import choose
+from prompttune.transform_settings import CROP_MODES as CROP_MODES
+from prompttune.transform_settings import INTERPOLATIONS as INTERPOLATIONS
+from prompttune.transform_settings import LONGEST_SIDE as LONGEST_SIDE
+from prompttune.transform_settings import NORMALISATIONS as NORMALISATIONS
+from prompttune.transform_settings import TransformSettings
+from prompttune.transform_settings import UnresizableError as UnresizableError
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
-CROP_MODES = ("squash", "center", "border")
-NORMALISATIONS = ("backbone", "imagenet", "inception")
-"""Where the mean and the standard deviation come from: the backbone's weights, ImageNet's images, or 0.5 for both."""
-LONGEST_SIDE = 2**13
-"""Pixels of a side that every image is resized to, at most."""
-LEAST_STD, GREATEST = 1e-6, 1e6
-"""Bounds of the normalisation: float32 would lose what lies beyond."""
-
-
-class UnresizableError(DataError, ValueError):
-    """An image's sides differ too much for its task's transform to resize it."""
-
 
 @dataclass(frozen=True)
-class Preprocess:
-    """Evaluation transform of a task.
-
-    ``squash`` resizes both sides to ``image_size / crop_pct`` and crops the centre (with ``crop_pct`` 1, VTAB's
-    habit, nothing is cut); ``center`` keeps the aspect ratio, resizes the short side and crops; ``border`` keeps
-    all of the image and pads.
-    """
-
-    image_size: int
-    """Side of the square input, in pixels."""
-    mean: tuple[float, float, float]
-    """Mean of each RGB channel, on a scale from 0 to 1."""
-    std: tuple[float, float, float]
-    """Standard deviation of each RGB channel, on a scale from 0 to 1."""
-    interpolation: str = "bicubic"
-    crop_pct: float = 1.0
-    crop_mode: str = "squash"
-
-    def __post_init__(self) -> None:
-        choose("interpolation", self.interpolation, INTERPOLATIONS)
-        choose("crop mode", self.crop_mode, CROP_MODES)
-        if type(self.image_size) is not int or self.image_size < 1:
-            raise UsageError(f"image_size must be a whole number of at least 1, not {self.image_size!r}")
-        if not _within(self.crop_pct, 0.0, 1.0) or self.crop_pct == 0:
-            raise UsageError(f"crop_pct must be above 0 and at most 1, not {self.crop_pct!r}")
-        if self.image_size > LONGEST_SIDE * self.crop_pct:
-            raise UsageError(
-                f"image_size {self.image_size} with crop_pct {self.crop_pct} resizes images to sides of more than "
-                f"{LONGEST_SIDE} pixels: give a smaller image_size or a greater crop_pct"
-            )
-        for name, values, least in (("mean", self.mean, -GREATEST), ("std", self.std, LEAST_STD)):
-            if len(values) != 3 or not all(_within(value, least, GREATEST) for value in values):
-                raise UsageError(f"{name} needs three numbers from {least:g} to {GREATEST:g}")
+class Preprocess(TransformSettings):
+    """Evaluation transform of a task."""
 
     def normalised(self, normalisation: str) -> Preprocess:
         """The same with the mean and standard deviation of one of :data:`NORMALISATIONS`."""
@@ -100,49 +61,3 @@ class Preprocess:
         made.is_exact = True  # for data loaders: it draws no random numbers
         checked: Callable[[Image.Image], torch.Tensor] = made
         return checked
-
-    def resized_pixels(self, width: int, height: int) -> float:
-        """Pixels of an image of ``width`` x ``height`` once it is resized and before it is cropped.
-
-        ``center`` fits the short side, which makes a strip of a few kilobytes into one of gigabytes.
-        """
-        side = self.image_size / self.crop_pct
-        longer = max(width, height) / min(width, height) if self.crop_mode == "center" else 1.0
-        return side * side * longer
-
-    def check_sides(self, width: int, height: int) -> None:
-        """Check an image of ``width`` x ``height`` before it is resized.
-
-        Raises:
-            UnresizableError: it would become more pixels than Pillow decodes, or with ``border`` its short side none.
-        """
-        from PIL import Image
-
-        limit = Image.MAX_IMAGE_PIXELS  # Pillow warns of more, and refuses twice as many
-        vast = limit is not None and self.resized_pixels(width, height) > 2 * limit
-        if vast or (self.crop_mode == "border" and self._fitted_short_side(width, height) < 1):
-            raise UnresizableError(f"sides of {width} x {height} pixels differ too much to be resized")
-
-    def _fitted_short_side(self, width: int, height: int) -> int:
-        """Pixels of the short side when the long one is fitted, rounded as timm does."""
-        return round(min(width, height) / (max(width, height) / math.floor(self.image_size / self.crop_pct)))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Preprocess:
-        """The inverse of :meth:`to_dict`.
-
-        Raises:
-            UsageError: a value is of the wrong type or out of range.
-            KeyError, TypeError: a name is missing or unknown, or mean or std is no list.
-        """
-        mean, std = tuple(values["mean"]), tuple(values["std"])
-        return cls(**{**values, "mean": mean, "std": std})
-
-
-def _within(value: object, low: float, high: float) -> bool:
-    """Whether a value is a number of that range; files that anyone may have edited bring text, true and NaN as well."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high

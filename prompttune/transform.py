@@ -12,7 +12,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from prompttune.images import read_image
-from prompttune.preprocess import Preprocess
+from prompttune.transform_settings import TransformSettings
 
 RESIZED_HERE = ("bicubic", "bilinear")
 """Interpolations that torchvision vectorises for 8-bit images."""
@@ -29,13 +29,13 @@ class EvaluationTransform:
         preprocess: of the crop modes ``squash`` and ``center``, and of one of :data:`RESIZED_HERE`.
     """
 
-    preprocess: Preprocess
+    preprocess: TransformSettings
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Transform an image, read by :func:`read_image`, into a normalised float32 tensor [3, S, S].
 
         Raises:
-            UnresizableError: its sides differ too much, see :meth:`Preprocess.check_sides`.
+            UnresizableError: its sides differ too much, see :meth:`TransformSettings.check_sides`.
         """
         settings = self.preprocess
         values = self.pixels(image).to(torch.float32).div_(255)  # the rounding of timm's, bit for bit
@@ -76,9 +76,9 @@ class EvaluationTransform:
 
 @dataclass(frozen=True)
 class CheckedSides:
-    """The first step of a transform that timm makes: :func:`read_image` and :meth:`Preprocess.check_sides`."""
+    """The first step of a transform that timm makes: :func:`read_image` and :meth:`TransformSettings.check_sides`."""
 
-    preprocess: Preprocess
+    preprocess: TransformSettings
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """Return the image as it is read; errors as :class:`EvaluationTransform` raises them."""

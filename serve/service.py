@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import prompttune
 from prompttune.errors import PrompttuneError
 from prompttune.export.folder import EngineFolder
 from prompttune.serve.admission import Admission
@@ -36,6 +35,7 @@ from prompttune.serve.protocol.types import (
 from prompttune.serve.repository import Repository
 from prompttune.serve.traffic import Traffic
 from prompttune.serve.waiting import gathered
+from prompttune.version import __version__
 
 LOG = logging.getLogger("prompttune.serve")
 
@@ -190,7 +190,7 @@ class Service:
 
     def server_metadata(self) -> ServerMetadata:
         """See the interface."""
-        return ServerMetadata("prompttune", prompttune.__version__, EXTENSIONS)
+        return ServerMetadata("prompttune", __version__, EXTENSIONS)
 
     def model_metadata(self, name: str, version: str = "") -> ModelMetadata:
         """See the interface."""
@@ -249,7 +249,7 @@ class Service:
         return {
             "server": {
                 "name": "prompttune",
-                "version": prompttune.__version__,
+                "version": __version__,
                 "engine": self._folder.path.name,
                 "backbone": manifest.backbone["name"],
                 "method": manifest.method["name"],

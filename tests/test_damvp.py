@@ -9,14 +9,15 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import prompttune as pt
+from prompttune.checkpoints.meta_prompt import read_prompt
 from prompttune.cli.main import cli
 from prompttune.errors import CheckpointError, DataError, TrainingError, UsageError
 from prompttune.export.layout import empty_bank, stack_states
 from prompttune.files import locked
 from prompttune.methods.damvp.clustering import find_centres, gather_features
-from prompttune.methods.damvp.learning import MetaSettings, learn_prompt
-from prompttune.methods.damvp.meta import read_prompt
 from prompttune.methods.damvp.method import add_border, nearest_clusters
+from prompttune.training.initial import read_start
+from prompttune.training.meta_learning import MetaSettings, learn_prompt
 from prompttune.training.state import RunFolder, load
 from tests.drawing import drawn_model
 from tests.engines import SIZE, backbone, checkpoint, config_of, model_of, noise
@@ -236,7 +237,7 @@ def test_meta_learning_lowers_the_loss_and_training_starts_from_it(bars, plain, 
     assert torch.equal(read_prompt(again, plain, size), prompt)
     model = pt.PromptModel(plain, pt.DAMVPConfig(meta_init=str(file), clusters=2), 4)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    model.method.begin_training([(images, torch.zeros(4))])
+    model.method.begin_training([(images, torch.zeros(4))], read_start(model))
     assert torch.equal(model.method.prompts, torch.stack((prompt, prompt)))
     model.save(tmp_path / "task")
     file.unlink()  # a task does not need what it began from
@@ -267,7 +268,7 @@ def test_one_reptile_step_is_its_equation(bars, plain, tmp_path):
     file = tmp_path / "meta.safetensors"
     learn_prompt(plain, [str(bars)], file, config=pt.DAMVPConfig(clusters=2), settings=chosen)
     from prompttune.data.rng import derive_seed
-    from prompttune.methods.damvp.learning import _Task
+    from prompttune.training.meta_learning import _Task
 
     torch.manual_seed(derive_seed("meta", 0))
     task = _Task(plain, pt.DAMVPConfig(clusters=2).resolved(plain), str(bars), chosen, torch.device("cpu"))
@@ -280,7 +281,7 @@ def test_one_reptile_step_is_its_equation(bars, plain, tmp_path):
 
 
 def test_a_foreign_start_is_refused_in_one_line(plain, tmp_path):
-    from prompttune.methods.damvp.meta import write_prompt
+    from prompttune.checkpoints.meta_prompt import write_prompt
 
     write_prompt(tmp_path / "meta.safetensors", torch.zeros(3, 10), plain, 4, {})
     (tmp_path / "no.safetensors").write_bytes(b"no")
@@ -297,7 +298,7 @@ def test_a_foreign_start_is_refused_in_one_line(plain, tmp_path):
     with pytest.raises(CheckpointError, match="a checkpoint of linear"):
         read_prompt(checkpoint("linear", 0), plain, 4)
     with pytest.raises(CheckpointError, match="no meta prompt at"):
-        pt.PromptModel(plain, pt.DAMVPConfig(meta_init="nowhere"), 2).method.begin_training([])
+        read_start(pt.PromptModel(plain, pt.DAMVPConfig(meta_init="nowhere"), 2))
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -33,9 +33,18 @@ import torch
 
 from prompttune.backbones import Backbone, VitBackbone
 from prompttune.methods import register
-from prompttune.methods.base import Features, Method, MethodConfig, setting
+from prompttune.methods.base import Features, Method, MethodConfig, implements, setting
 
 
+@register
+@dataclass(frozen=True)
+class ScaleConfig(MethodConfig):
+    method = "outside-scale"
+    summary = "A scale of each channel"
+    start: float = setting(1.0, "first value of every scale", above=0)
+
+
+@implements(ScaleConfig)
 class Scale(Method):
     backbones = (Backbone,)
 
@@ -51,17 +60,6 @@ class Scale(Method):
 
     def forward(self, images, state, aux=False):
         return Features(self.driven(images) * state["scale"])
-
-
-@register
-@dataclass(frozen=True)
-class ScaleConfig(MethodConfig):
-    method = "outside-scale"
-    summary = "A scale of each channel"
-    start: float = setting(1.0, "first value of every scale", above=0)
-
-    def build(self, backbone):
-        return Scale(self, backbone)
 
 
 def clinic_vit(image_size, weights):

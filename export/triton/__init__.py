@@ -15,70 +15,19 @@ https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/use
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prompttune.errors import MissingExtraError, UsageError, choose
+from prompttune.errors import UsageError
 from prompttune.export.build import export_engine
 from prompttune.export.folder import MANIFEST, EngineFolder
 from prompttune.export.formats import Settings
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.export.tasks import Checkpoints, check_fit, name_checkpoints
+from prompttune.export.triton.settings import CONFIG_FILE, LABELS_FILE, README_FILE, VERSION
+from prompttune.export.triton.settings import TritonSettings as TritonSettings
 from prompttune.files import locked, replacing_folder, visible, write_text
-
-FORMATS = ("onnx", "trt")
-"""Formats of engines whose model file a backend of Triton runs."""
-CONFIG_FILE, LABELS_FILE, README_FILE = "config.pbtxt", "labels.txt", "README.md"
-VERSION = "1"
-"""Name of the folder that holds the engine; Triton counts a model's versions."""
-MAX_BATCH_SIZE = 64
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-@dataclasses.dataclass(frozen=True)
-class TritonSettings:
-    """How Triton presents and batches the model."""
-
-    name: str = "prompttune"
-    """Of the model, and of its folder in the repository."""
-    bank_inputs: bool = False
-    """Leave the tasks out of the model: every request carries the states that it asks for, and none are batched."""
-    max_batch_size: int | None = None
-    """Most images of one call; None takes :data:`MAX_BATCH_SIZE`, or for a plan the largest of its profile."""
-    max_delay_ms: float = 1.0
-    """How long a request may wait for others to join its batch, in milliseconds."""
-
-    def check(self, model: Settings) -> None:
-        """Raise at once, before anything is loaded, if Triton could not serve such a model.
-
-        Raises:
-            UsageError: says what to choose instead.
-            MissingExtraError: Triton's protobuf classes are not installed.
-        """
-        if not _NAME.fullmatch(self.name):
-            raise UsageError(
-                f"bad model name {self.name!r}: use letters, digits, '.', '_' and '-', first a letter or a digit"
-            )
-        if self.max_delay_ms < 0 or (self.max_batch_size is not None and self.max_batch_size < 1):
-            raise UsageError("a batch holds at least 1 image, and its delay is at least 0")
-        choose("format of a Triton model", model.format, FORMATS)
-        if self.max_batch_size is not None and model.format == "trt":
-            raise UsageError("a plan's largest batch is its profile's: give --axis batch=1:8:64 instead")
-        if self.bank_inputs:
-            self._check_bank_inputs(model)
-        if importlib.util.find_spec("tritonclient") is None:
-            raise MissingExtraError("tritonclient", "serve", "or export with --format onnx")
-
-    def _check_bank_inputs(self, model: Settings) -> None:
-        if model.baked:
-            raise UsageError("the tasks are either baked into the model or its inputs: leave one of the two out")
-        if self.max_batch_size is not None:
-            raise UsageError("requests that carry their own tasks are never batched: leave out the largest batch size")
-        if model.format == "onnx" and model.bank_precision == "bf16":
-            raise UsageError("Triton hands ONNX Runtime no bf16 tensors: choose the bank precision fp16 or fp32")
 
 
 def export_triton(

@@ -13,7 +13,7 @@ from tritonclient.grpc import model_config_pb2 as triton_config
 from prompttune.export.folder import ONNX_FILE, Manifest, Task
 from prompttune.export.layout import BATCH, LOGITS, TASKS, TensorSpec
 from prompttune.export.runtimes.tensorrt import PLAN_FILE
-from prompttune.export.triton import MAX_BATCH_SIZE, TritonSettings
+from prompttune.export.triton.settings import MAX_BATCH_SIZE, TritonSettings
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from string import Template
 
 from prompttune.export.folder import Manifest, Task
 from prompttune.export.layout import bank_dtype
-from prompttune.export.triton import VERSION, TritonSettings
+from prompttune.export.triton.settings import VERSION, TritonSettings
 
 _PAGE = Template("""\
 # $name

@@ -9,8 +9,8 @@ from typing import Any, TextIO
 
 import click
 
-from prompttune import __version__
 from prompttune.errors import NO_MEMORY, PrompttuneError, describe_failure
+from prompttune.version import __version__
 
 COMMANDS = {
     "train": ("prompttune.cli.train", "Train one task, or several, over a frozen backbone."),

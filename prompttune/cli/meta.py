@@ -54,7 +54,7 @@ def meta(
     """
     from prompttune.backbones import load_backbone
     from prompttune.methods.damvp.config import DAMVPConfig
-    from prompttune.methods.damvp.learning import MetaSettings, learn_prompt
+    from prompttune.training.meta_learning import MetaSettings, learn_prompt
     from prompttune.training.scoring import resolve_device
 
     chosen, place = MetaSettings(**settings), resolve_device(device)

@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from prompttune.errors import DataError, shortened
 from prompttune.images import read_image
+
+Mask = NDArray[np.uint8]
+"""[height, width]: the class index of each pixel, or 255 for none of them."""
 
 
 class ImageSource(Protocol):
@@ -38,6 +43,34 @@ class ImageSource(Protocol):
     def labels(self) -> list[int] | None:
         """Class index of every image, without decoding any; None if that is not known."""
         ...
+
+
+class MaskSource(Protocol):
+    """Images and masks that are read by index, in an order that never changes."""
+
+    classes: list[str]
+    """Name of each class, in the order of the class indices."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def load(self, index: int) -> tuple[Image.Image, Mask]:
+        """Return an RGB image and its mask, of the same height and width.
+
+        Raises:
+            OSError, ValueError: this image or its mask cannot be read; the others may be.
+        """
+        ...
+
+    def describe(self, index: int) -> str:
+        """Where the image comes from."""
+        ...
+
+    def labels(self) -> list[int] | None:
+        """None, unless the images have classes of their own: those of masks have none."""
+        found: list[int] | None = None
+        return found
 
 
 @dataclass(frozen=True)

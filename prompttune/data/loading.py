@@ -25,8 +25,8 @@ from prompttune.errors import DataError, UsageError
 from prompttune.preprocess import UnresizableError
 
 if TYPE_CHECKING:
+    from prompttune.data.base import MaskSource
     from prompttune.data.mask_transforms import JointTransform
-    from prompttune.data.masks import MaskSource
 
 Key = tuple[int, int]
 """Epoch and index of an image: the epoch goes with the index to processes that outlive an epoch."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from prompttune.data.base import MaskSource
 from prompttune.data.loading import Batch, EpochLoader, Sample, Samples, make_loader
 from prompttune.data.mask_transforms import JointTransform
-from prompttune.data.masks import MaskSource
 
 
 class MaskSamples(Samples):

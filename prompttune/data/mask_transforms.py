@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import to_pil_image
 from torchvision.transforms.v2 import functional as F
 
-from prompttune.data.masks import Mask
+from prompttune.data.base import Mask
 from prompttune.data.transforms import Augment
 from prompttune.errors import UsageError
 from prompttune.preprocess import Preprocess

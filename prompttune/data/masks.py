@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from prompttune.data.base import Parts, Subset
+from prompttune.data.base import Mask, MaskSource, Parts, Subset
 from prompttune.data.files import Walk, components
+from prompttune.data.shape_masks import load_shape_masks
 from prompttune.data.split_names import ALL, TEST, TRAIN, VAL, split_of
 from prompttune.data.splitting import at_most
 from prompttune.data.text import nfc, text_lines
@@ -20,43 +21,12 @@ from prompttune.errors import DataError, UsageError
 from prompttune.images import opened, read_oriented, turn_upright
 from prompttune.segmentation.config import IGNORE_INDEX
 
-Mask = NDArray[np.uint8]
-"""[height, width]: the class index of each pixel, or :data:`IGNORE_INDEX`."""
-
 IMAGES, ANNOTATIONS = "images", "annotations"
 NAMES_FILE = "classes.txt"
 ADE20K_NAMES_FILE = "objectInfo150.txt"
 LAYOUT = "images/training, annotations/training, images/validation and annotations/validation"
 INDEX_MODES = ("1", "L", "P", "I", "I;16")
 """Pillow's modes of pictures whose pixels are numbers, not colours."""
-
-
-class MaskSource(Protocol):
-    """Images and masks that are read by index, in an order that never changes."""
-
-    classes: list[str]
-    """Name of each class, in the order of the class indices."""
-
-    def __len__(self) -> int:
-        """Number of images."""
-        ...
-
-    def load(self, index: int) -> tuple[Image.Image, Mask]:
-        """Return an RGB image and its mask, of the same height and width.
-
-        Raises:
-            OSError, ValueError: this image or its mask cannot be read; the others may be.
-        """
-        ...
-
-    def describe(self, index: int) -> str:
-        """Where the image comes from."""
-        ...
-
-    def labels(self) -> list[int] | None:
-        """None, unless the images have classes of their own: those of masks have none."""
-        found: list[int] | None = None
-        return found
 
 
 @dataclass(frozen=True)
@@ -216,8 +186,6 @@ def load_mask_parts(spec: str, *, root: str | None = None, reduce_zero_label: bo
     """
     kind, _, name = spec.partition("/")
     if kind == "demo":
-        from prompttune.data.shape_masks import load_shape_masks
-
         return load_shape_masks(name)
     folder = Path(root or "").expanduser() / Path(spec).expanduser()
     if not folder.is_dir():

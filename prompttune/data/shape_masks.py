@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from prompttune.data import shapes
-from prompttune.data.base import Parts
-from prompttune.data.masks import Mask, MaskSource
+from prompttune.data.base import Mask, MaskSource, Parts
 from prompttune.errors import choose
 
 TRAIN, VAL = 600, 200

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prompttune.evaluation.page import page, picture, table
+from prompttune.explanation.result import Explanation
 from prompttune.files import write_text
-
-if TYPE_CHECKING:
-    from prompttune.explanation.run import Explanation
 
 LEGENDS = {
     "attention": "Attention: where the token that is pooled looks (the class token, or the mean over the patches), "

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from matplotlib.figure import Figure
 
 from prompttune.data.files import find_images
 from prompttune.data.objects import Data
@@ -19,64 +16,15 @@ from prompttune.explanation.embedding import embed, images_of
 from prompttune.explanation.inputs import read_pictures
 from prompttune.explanation.page import write_page
 from prompttune.explanation.pictures import PictureExplainer
+from prompttune.explanation.result import PAGE_FILE, VALUES_FILE, Explanation
 from prompttune.explanation.settings import OF_IMAGES, ExplainSettings
 from prompttune.explanation.subjects import Subject, load_subjects
-from prompttune.files import locked, replacing, write_json
+from prompttune.files import locked, write_json
 from prompttune.model import PromptModel
 from prompttune.training.scoring import resolve_device
 
-PAGE_FILE, VALUES_FILE = "explanation.html", "explanation.json"
 Progress = Callable[[str, int, int], None]
 """Takes what is being done, the steps done and the steps to do."""
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One picture."""
-
-    section: str
-    """Headline that it stands under."""
-    title: str
-    file: str
-    """Its name in the folder."""
-    png: bytes
-
-
-@dataclass
-class Explanation:
-    """What was written, and the figures behind it."""
-
-    folder: Path
-    pictures: list[Drawn] = field(default_factory=list)
-    values: dict[str, Any] = field(default_factory=dict)
-    """Figures, ready for JSON."""
-    corrupt: list[str] = field(default_factory=list)
-    """One line for each image that could not be read."""
-    notes: list[str] = field(default_factory=list)
-    """What was left out, and why."""
-
-    @property
-    def files(self) -> list[Path]:
-        """All files written: the page first."""
-        return [self.folder / name for name in (PAGE_FILE, VALUES_FILE, *(one.file for one in self.pictures))]
-
-    def draw(self, section: str, title: str, name: str, figure: Figure) -> None:
-        """Add a figure and write its PNG file."""
-        file = f"{name}.png"
-        png = drawing.compact_png(figure)
-        with replacing(self.folder / file) as temporary:
-            temporary.write_bytes(png)
-        self.pictures.append(Drawn(section, title, file, png))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return {
-            "output": str(self.folder),
-            "files": [str(file) for file in self.files],
-            **self.values,
-            "corrupt": self.corrupt,
-            "notes": self.notes,
-        }
 
 
 def explain(

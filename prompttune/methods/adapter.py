@@ -19,7 +19,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.layers.bottleneck import Bottleneck, bottleneck, of_block, stacked, stacked_layout
 from prompttune.layers.probe import probe
-from prompttune.methods.base import RANK, Features, Layout, Method, MethodConfig, MethodOver, State, setting
+from prompttune.methods.base import RANK, Features, Layout, MethodConfig, MethodOver, State, implements, setting
 from prompttune.methods.maps import Levels, MapReader
 
 INIT_STD = 1e-3
@@ -36,11 +36,8 @@ class AdapterConfig(MethodConfig):
     rank: int = setting(64, "width of the adapters' bottleneck", above=0)
     dropout: float = setting(0.0, "drop-out inside the adapters, while training", low=0, below=1)
 
-    def build(self, backbone: Backbone) -> Method:
-        """See :meth:`MethodConfig.build`."""
-        return SerialAdapter(self, backbone)
 
-
+@implements(AdapterConfig)
 class SerialAdapter(MethodOver[VitBackbone]):
     """``attention.{i}`` and ``mlp.{i}`` with ``down`` D to r and ``up`` r to D, for every block."""
 

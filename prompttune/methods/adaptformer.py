@@ -20,7 +20,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.layers.bottleneck import Bottleneck, bottleneck, of_block, stacked, stacked_layout
 from prompttune.layers.probe import probe
-from prompttune.methods.base import RANK, Features, Layout, Method, MethodConfig, MethodOver, State, setting
+from prompttune.methods.base import RANK, Features, Layout, MethodConfig, MethodOver, State, implements, setting
 from prompttune.methods.maps import Levels, MapReader
 
 
@@ -36,11 +36,8 @@ class AdaptFormerConfig(MethodConfig):
     adapter_scale: float = setting(0.1, "s, weight of what the adapters add")
     dropout: float = setting(0.1, "drop-out inside the adapters, while training", low=0, below=1)
 
-    def build(self, backbone: Backbone) -> Method:
-        """See :meth:`MethodConfig.build`."""
-        return AdaptFormer(self, backbone)
 
-
+@implements(AdaptFormerConfig)
 class AdaptFormer(MethodOver[VitBackbone]):
     """``adapters.{i}`` with ``down`` D to r and ``up`` r to D, for every block."""
 

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
@@ -23,6 +23,7 @@ from prompttune.settings import setting as setting
 from prompttune.settings import settle
 
 Kind = TypeVar("Kind", bound=Backbone, covariant=True)
+Over = TypeVar("Over", bound="Method")
 State = dict[str, Tensor]
 Layout = dict[str, tuple[int | str, ...]]
 """Shape of each state tensor without its leading dimension; a string names an axis that differs between tasks
@@ -56,6 +57,10 @@ class MethodConfig:
     """Settings that change the traced graph; tasks of one engine must agree on them."""
     shares_backbone: ClassVar[bool] = True
     """Whether the backbone's weights stay as they are, so that the tasks of one engine can share them."""
+    start_file: ClassVar[str | None] = None
+    """Setting that names a file with a prompt to start from, see :mod:`prompttune.checkpoints.meta_prompt`."""
+    modules: ClassVar[tuple[type[Method], ...]] = ()
+    """What computes the method, one module for each kind of backbone; :func:`implements` adds them."""
 
     def __post_init__(self) -> None:
         try:
@@ -75,8 +80,16 @@ class MethodConfig:
         """Raise :class:`UsageError` if a run of ``epochs`` epochs cannot train the method."""
 
     def build(self, backbone: Backbone) -> Method:
-        """Make the module that holds one task's parameters over ``backbone``."""
-        raise NotImplementedError
+        """Make the module that holds one task's parameters over ``backbone``.
+
+        Raises:
+            BackboneError: no module drives this kind of backbone.
+        """
+        for module in self.modules:
+            if isinstance(backbone, module.backbones):
+                return module(self.resolved(backbone), backbone)
+        known = ", ".join(kind.__name__ for module in self.modules for kind in module.backbones)
+        raise BackboneError(f"{self.method} runs on {known}, not on {type(backbone).__name__}")
 
     @property
     def base_loss_weight(self) -> float:
@@ -116,11 +129,8 @@ class Method(nn.Module):
     """Norms of a block whose output the method reads or changes itself. All others are read by the block's own
     matrices alone, so export may shift the scale of channels between the two."""
 
-    def __init__(self, config: MethodConfig, backbone: Backbone) -> None:
+    def __init__(self, config: MethodConfig, backbone: Backbone) -> None:  # noqa: ARG002  # every module takes it
         super().__init__()
-        if not isinstance(backbone, self.backbones):
-            known = ", ".join(kind.__name__ for kind in self.backbones)
-            raise BackboneError(f"{config.method} runs on {known}, not on {type(backbone).__name__}")
         self._backbone = (backbone,)  # a tuple hides it from nn.Module's registration
 
     @property
@@ -157,7 +167,7 @@ class Method(nn.Module):
         """Features of ``images`` [B, 3, S, S] under ``state``; ``aux`` asks for the prompt pathway's too."""
         raise NotImplementedError
 
-    def begin_training(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def begin_training(self, batches: Iterable[tuple[Tensor, Tensor]], start: Tensor | None = None) -> None:
         """Set up what depends on the training images; called once, before the first step of a run that is not resumed.
 
         Parameters may be replaced by others of another size here, see :meth:`take_sizes`.
@@ -165,6 +175,7 @@ class Method(nn.Module):
         Args:
             batches: the training images in evaluation transform, normalised [B, 3, S, S], and their class indices
                 [B], on the device of the parameters, shuffled; they are read as far as they are iterated.
+            start: the tensor in the file that :attr:`MethodConfig.start_file` names, if a file was given.
         """
 
     def start_from_loaded(self) -> None:
@@ -208,14 +219,12 @@ class MethodOver(Method, Generic[Kind]):
         return cast(Kind, self._backbone[0])
 
 
-def build_for(config: MethodConfig, backbone: Backbone, methods: tuple[type[Method], ...]) -> Method:
-    """Make the first of ``methods``, one for each kind of backbone, that drives ``backbone``.
+def implements(config: type[MethodConfig]) -> Callable[[type[Over]], type[Over]]:
+    """Register the decorated module as what computes the method of ``config`` on :attr:`Method.backbones`."""
 
-    Raises:
-        BackboneError: none does.
-    """
-    for method in methods:
-        if isinstance(backbone, method.backbones):
-            return method(config, backbone)
-    known = ", ".join(kind.__name__ for method in methods for kind in method.backbones)
-    raise BackboneError(f"{config.method} runs on {known}, not on {type(backbone).__name__}")
+    def register(module: type[Over]) -> type[Over]:
+        earlier = [one for one in vars(config).get("modules", ()) if one.__qualname__ != module.__qualname__]
+        config.modules = (*earlier, module)  # a class that a notebook defines anew replaces the old one
+        return module
+
+    return register

@@ -31,7 +31,7 @@ from prompttune.backbones.vit import VitBackbone, merge_heads
 from prompttune.errors import BackboneError, TrainingError
 from prompttune.layers.attention import attend
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, Method, MethodConfig, MethodOver, State, setting
+from prompttune.methods.base import Features, Layout, MethodConfig, MethodOver, State, implements, setting
 from prompttune.methods.vpt import prompt_bound, with_prompts, without_prompts
 
 ROUNDING = 1e-9
@@ -85,11 +85,8 @@ class E2VPTConfig(MethodConfig):
             f"pruning needs at least 2 epochs, not {epochs}; or set prune_tokens and prune_segments to 0",
         )
 
-    def build(self, backbone: Backbone) -> Method:
-        """See :meth:`MethodConfig.build`."""
-        return E2VPT(self, backbone)
 
-
+@implements(E2VPTConfig)
 class E2VPT(MethodOver[VitBackbone]):
     """``prompts`` [L, P, D] (or [1, P, D]), ``key`` [L, H, n, d], ``value`` likewise unless shared.
 

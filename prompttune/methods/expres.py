@@ -25,7 +25,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone, merge_heads
 from prompttune.layers.attention import attend
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, Method, MethodConfig, MethodOver, State, setting
+from prompttune.methods.base import Features, Layout, MethodConfig, MethodOver, State, implements, setting
 from prompttune.methods.vpt import prompt_bound
 
 QUERY, KEY, VALUE = range(3)
@@ -47,11 +47,8 @@ class EXPRESConfig(MethodConfig):
     proj_residual: bool = setting(True, "vectors behind each projection of the attention's output")
     dropout: float = setting(0.1, "drop-out on the prompts while training", low=0, below=1)
 
-    def build(self, backbone: Backbone) -> Method:
-        """See :meth:`MethodConfig.build`."""
-        return EXPRES(self, backbone)
 
-
+@implements(EXPRESConfig)
 class EXPRES(MethodOver[VitBackbone]):
     """``prompts`` [P, D]; ``norm`` [L, P, D], ``qkv`` [L, 3, P, H d] and ``proj`` [L, P, D], those switched on."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from prompttune.backbones.base import Backbone, fingerprint_of
-from prompttune.methods.base import Features, Layout, Method, MethodConfig, State
+from prompttune.methods.base import Features, Layout, Method, MethodConfig, State, implements
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,8 @@ class FullConfig(MethodConfig):
     summary = "Full fine-tuning: every weight of the backbone trains"
     shares_backbone = False
 
-    def build(self, backbone: Backbone) -> Method:
-        """See :meth:`MethodConfig.build`."""
-        return Full(self, backbone)
 
-
+@implements(FullConfig)
 class Full(Method):
     """``backbone.model.*``: the backbone's tensors by timm's names, a copy that trains.
 

@@ -23,7 +23,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone, merge_heads
 from prompttune.layers.attention import attend
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, Method, MethodConfig, MethodOver, State, setting
+from prompttune.methods.base import Features, Layout, MethodConfig, MethodOver, State, implements, setting
 from prompttune.methods.vpt import prompt_bound, with_prompts, without_prompts
 
 COLDEST, HOTTEST = 0.01, 10.0
@@ -48,11 +48,8 @@ class GaPTConfig(MethodConfig):
     )
     dropout: float = setting(0.1, "drop-out on the prompts while training", low=0, below=1)
 
-    def build(self, backbone: Backbone) -> Method:
-        """See :meth:`MethodConfig.build`."""
-        return GaPT(self, backbone)
 
-
+@implements(GaPTConfig)
 class GaPT(MethodOver[VitBackbone]):
     """``prompts`` [P, D], ``gates`` [L - 1] before their sigmoid, ``temperatures`` [L]."""
 

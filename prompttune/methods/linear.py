@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone
-from prompttune.methods.base import Features, Layout, Method, MethodConfig, State
+from prompttune.methods.base import Features, Layout, Method, MethodConfig, State, implements
 from prompttune.methods.maps import Levels, MapReader
 
 
@@ -19,11 +19,8 @@ class LinearConfig(MethodConfig):
     method = "linear"
     summary = "Linear probe: a head on the frozen features"
 
-    def build(self, backbone: Backbone) -> Method:
-        """See :meth:`MethodConfig.build`."""
-        return Linear(self, backbone)
 
-
+@implements(LinearConfig)
 class Linear(Method):
     """No parameters beside the head."""
 

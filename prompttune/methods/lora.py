@@ -23,7 +23,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone, merge_heads
 from prompttune.layers.attention import attend
 from prompttune.layers.probe import probe
-from prompttune.methods.base import RANK, Features, Layout, Method, MethodConfig, MethodOver, State, setting
+from prompttune.methods.base import RANK, Features, Layout, MethodConfig, MethodOver, State, implements, setting
 from prompttune.methods.maps import Levels, MapReader
 
 QUERY, KEY, VALUE = range(3)
@@ -46,10 +46,6 @@ class LoRAConfig(MethodConfig):
     targets: str = setting("qv", "projections that are adapted: queries and values, or keys too", tuple(TARGETS))
     dropout: float = setting(0.0, "drop-out on the input of the low-rank products, while training", low=0, below=1)
 
-    def build(self, backbone: Backbone) -> Method:
-        """See :meth:`MethodConfig.build`."""
-        return LoRA(self, backbone)
-
 
 class LowRank(nn.Module):
     """What is added to one weight in each of L blocks: ``down`` [L, r, D], ``up`` [L, H d, r]."""
@@ -62,6 +58,7 @@ class LowRank(nn.Module):
             nn.init.kaiming_uniform_(down, a=math.sqrt(5))
 
 
+@implements(LoRAConfig)
 class LoRA(MethodOver[VitBackbone]):
     """``query`` and ``value``, with ``targets qkv`` also ``key``, a :class:`LowRank` each."""
 

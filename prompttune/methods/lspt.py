@@ -22,7 +22,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.layers.probe import probe
 from prompttune.layers.prompt_lstm import PromptLSTMCell, lstm_step
-from prompttune.methods.base import Features, Layout, Method, MethodConfig, MethodOver, State, setting
+from prompttune.methods.base import Features, Layout, MethodConfig, MethodOver, State, implements, setting
 from prompttune.methods.maps import Levels, MapReader
 from prompttune.methods.vpt import prompt_bound, with_prompts, without_prompts
 
@@ -46,11 +46,8 @@ class LSPTConfig(MethodConfig):
         """See :meth:`MethodConfig.check`."""
         self.require(self.long_term or self.cell_rank is None, "without long_term there is no cell to set cell_rank of")
 
-    def build(self, backbone: Backbone) -> Method:
-        """See :meth:`MethodConfig.build`."""
-        return LSPT(self, backbone)
 
-
+@implements(LSPTConfig)
 class LSPT(MethodOver[VitBackbone]):
     """``prompts`` [L, P, D]: P^0 enters block 0; P^1 .. P^{L-1} are the LSTM's inputs after blocks 0 .. L-2."""
 

@@ -21,7 +21,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone, merge_heads
 from prompttune.layers.attention import attend
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, Method, MethodConfig, MethodOver, State
+from prompttune.methods.base import Features, Layout, MethodConfig, MethodOver, State, implements
 
 INIT_STD = 0.02
 
@@ -34,11 +34,8 @@ class SSFConfig(MethodConfig):
     summary = "Scale and shift of the features behind every layer"
     paper = "https://arxiv.org/abs/2210.08823"
 
-    def build(self, backbone: Backbone) -> Method:
-        """See :meth:`MethodConfig.build`."""
-        return SSF(self, backbone)
 
-
+@implements(SSFConfig)
 class SSF(MethodOver[VitBackbone]):
     """``scale.{place}`` and ``shift.{place}`` for the places of :func:`places`, blocks stacked."""
 

@@ -23,7 +23,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.swin import SwinBackbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, Method, MethodConfig, MethodOver, State, build_for, setting
+from prompttune.methods.base import Features, Layout, MethodConfig, MethodOver, State, implements, setting
 from prompttune.methods.maps import Levels, MapReader
 
 
@@ -39,10 +39,6 @@ class VPTShallowConfig(MethodConfig):
 
     num_prompts: int = setting(10, "prompt tokens", above=0)
     dropout: float = setting(0.1, "drop-out on the prompts while training", low=0, below=1)
-
-    def build(self, backbone: Backbone) -> Method:
-        """See :meth:`MethodConfig.build`."""
-        return build_for(self, backbone, (VPT, SwinVPT))
 
 
 @dataclass(frozen=True)
@@ -75,6 +71,7 @@ def without_prompts(backbone: VitBackbone, tokens: Tensor, count: int) -> Tensor
     return torch.cat((tokens[:, :prefix], tokens[:, prefix + count :]), dim=1)
 
 
+@implements(VPTShallowConfig)
 class VPT(MethodOver[VitBackbone]):
     """Prompts [L, P, D]: L is the depth for deep prompts, 1 for shallow ones."""
 
@@ -118,6 +115,7 @@ class VPT(MethodOver[VitBackbone]):
         return Features(backbone.pool(without_prompts(backbone, tokens, count)), maps=reader.maps)
 
 
+@implements(VPTShallowConfig)
 class SwinVPT(MethodOver[SwinBackbone]):
     """VPT over a Swin: ``prompts.{i}`` [blocks, P, D] for each stage i, or ``prompts.0`` [1, P, D] alone if shallow."""
 

@@ -11,7 +11,6 @@ from prompttune.errors import BackboneError, UsageError, choose
 if TYPE_CHECKING:
     from prompttune.backbones.base import Backbone
     from prompttune.methods.base import Method
-    from prompttune.segmentation.heads import SegmentationHead
 
 TASKS = ("classification", "segmentation")
 HEADS = ("linear", "pyramid")
@@ -55,22 +54,6 @@ class SegmentationConfig:
             raise UsageError(f"the pyramid head reads {PYRAMID_LEVELS} blocks, the backbone has {depth}: use linear")
         return tuple(-(-(number + 1) * depth // PYRAMID_LEVELS) - 1 for number in range(PYRAMID_LEVELS))
 
-    def build(self, backbone: Backbone, classes: int) -> SegmentationHead:
-        """Make the module that holds one task's head over ``backbone``.
-
-        Raises:
-            UsageError: more classes than a mask can tell apart, or too few blocks.
-        """
-        from prompttune.segmentation.heads import LinearHead
-        from prompttune.segmentation.pyramid import PyramidHead
-
-        if classes > IGNORE_INDEX:
-            raise UsageError(f"a mask tells at most {IGNORE_INDEX} classes apart, not {classes}")
-        size = output_size(backbone.image_size)
-        if self.head == "linear":
-            return LinearHead(backbone.width, backbone.grid, size, classes)
-        return PyramidHead(backbone.width, backbone.grid, size, classes, self.channels)
-
     def graph_settings(self) -> dict[str, Any]:
         """The settings that tasks of one engine must agree on."""
         return {"head": self.head} | ({"channels": self.channels} if self.head == "pyramid" else {})
@@ -78,6 +61,16 @@ class SegmentationConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return asdict(self)
+
+    @classmethod
+    def of_checkpoint(cls, config: Mapping[str, Any]) -> SegmentationConfig | None:
+        """The segmentation that a checkpoint's config names, None for a classification.
+
+        Raises:
+            UsageError, TypeError: settings that this version does not know.
+        """
+        found = config.get("segmentation")
+        return None if found is None else cls.from_dict(found)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SegmentationConfig:

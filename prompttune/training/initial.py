@@ -8,11 +8,23 @@ from typing import Any
 import torch
 
 from prompttune.checkpoints.format import read_config, read_tensors
-from prompttune.checkpoints.io import checkpoint_config, segmentation_of
+from prompttune.checkpoints.meta_prompt import read_prompt
 from prompttune.errors import CheckpointError, UsageError, shortened
 from prompttune.methods import config_from_dict
 from prompttune.methods.base import CLASSES
 from prompttune.model import PromptModel
+from prompttune.segmentation.config import SegmentationConfig
+
+
+def read_start(model: PromptModel) -> torch.Tensor | None:
+    """The prompt [3, P] in the file that a method's settings name to start from, None where they name none.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or does not fit the model.
+    """
+    settings = model.config.to_dict()
+    file = settings.get(model.config.start_file or "")
+    return None if file is None else read_prompt(file, model.backbone, settings["prompt_size"])
 
 
 @torch.no_grad()
@@ -32,7 +44,7 @@ def take_parameters(model: PromptModel, folder: Path) -> str:
         CheckpointError: the checkpoint is missing or damaged, or has another method, backbone, head or another
             setting that shapes a parameter; the line names both sides.
     """
-    stored, own = read_config(folder), checkpoint_config(model, "")
+    stored, own = read_config(folder), model.to_config()
     _check(_facts(stored, folder), _facts(own, folder), folder)
     tensors = read_tensors(folder, stored)
     model.take_sizes(tensors)
@@ -59,7 +71,7 @@ def _facts(stored: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What two checkpoints must have in common, by the words that an error uses, of the config of one."""
     backbone = stored["backbone"]
     try:
-        head = segmentation_of(stored)
+        head = SegmentationConfig.of_checkpoint(stored)
         method = config_from_dict(stored["method"], stored["settings"])
     except (UsageError, TypeError) as problem:
         raise CheckpointError(f"{folder} does not fit this prompttune: {problem}") from None

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import timm
 import torch
 
-from prompttune import __version__
 from prompttune.training.measures import measures_for, measures_of
+from prompttune.version import __version__
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -20,7 +20,7 @@ from prompttune.data.rng import derive_seed
 from prompttune.errors import DataError, DivergedError, UsageError
 from prompttune.model import PromptModel
 from prompttune.training.held_out import HeldOut
-from prompttune.training.initial import take_parameters
+from prompttune.training.initial import read_start, take_parameters
 from prompttune.training.keep import Keeper, Result
 from prompttune.training.launch import gather_lines, loader_workers, on_rank_zero, sum_over
 from prompttune.training.measures import measures_for
@@ -123,7 +123,8 @@ class Run:
 
         def begin() -> dict[str, Tensor]:
             torch.manual_seed(derive_seed("begin", self.config.seed))
-            self.model.method.begin_training(self._plain_batches())
+            start = read_start(self.model)  # first: what the user named may be missing, and setting up takes time
+            self.model.method.begin_training(self._plain_batches(), start)
             return {name: tensor.cpu() for name, tensor in self.model.method.state_dict().items()}
 
         if self.fabric.world_size == 1:

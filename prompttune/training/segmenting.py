@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prompttune.data.base import MaskSource
 from prompttune.data.mask_loading import make_mask_loader
 from prompttune.data.mask_transforms import JointTransform
-from prompttune.data.masks import MaskSource
 from prompttune.errors import DataError, UsageError
 from prompttune.evaluation.scored import Matched, match_classes
 from prompttune.evaluation.segmentation import PixelTally, SegmentationEvaluation

@@ -13,7 +13,6 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-import prompttune
 from prompttune.serve.protocol import schemas
 from prompttune.serve.protocol.rest_extensions import extension_routes
 from prompttune.serve.protocol.rest_infer import inference_routes
@@ -25,6 +24,7 @@ from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.settings import TransportSettings
 from prompttune.serve.protocol.state import State
 from prompttune.serve.protocol.types import ServeError
+from prompttune.version import __version__
 
 _ABOUT = 'Every task is a model; the model `mixed` takes a task for each image. Errors are `{"error": "…"}`.'
 _REQUESTS = (schemas.InferenceRequest, schemas.IndexRequest, schemas.RepositoryRequest)
@@ -52,7 +52,7 @@ def rest_application(service: InferenceService, settings: TransportSettings, sta
     """
     state = state or State(settings)
     application = _Application(
-        title="prompttune", version=prompttune.__version__, description=_ABOUT, docs_url=None, redoc_url=None
+        title="prompttune", version=__version__, description=_ABOUT, docs_url=None, redoc_url=None
     )
     for router in (
         inference_routes(service, settings, state.regions),

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from prompttune.backbones.base import Backbone
-from prompttune.methods.base import Method, MethodConfig, setting
+from prompttune.methods.base import MethodConfig, setting
 
 RELEASED_SIZE, RELEASED_IMAGE = 30, 224
 INITS = ("zero", "released")
@@ -20,6 +20,7 @@ class DAMVPConfig(MethodConfig):
     summary = "Pixel prompts, one for each cluster of the images"
     paper = "https://arxiv.org/abs/2303.08138"
     shapes_graph = ("prompt_size",)
+    start_file = "meta_init"
 
     prompt_size: int | None = setting(
         None,
@@ -50,9 +51,3 @@ class DAMVPConfig(MethodConfig):
         size = self.prompt_size or max(1, round(side * RELEASED_SIZE / RELEASED_IMAGE))
         self.require(2 * size < side, f"a border of {size} pixels leaves nothing of an image of {side}")
         return dataclasses.replace(self, prompt_size=size)
-
-    def build(self, backbone: Backbone) -> Method:
-        """See :meth:`MethodConfig.build`."""
-        from prompttune.methods.damvp.method import DAMVP
-
-        return DAMVP(self.resolved(backbone), backbone)

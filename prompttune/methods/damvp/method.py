@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
 from prompttune.layers.probe import probe
-from prompttune.methods.base import CLUSTERS, Features, Layout, Method, State
+from prompttune.methods.base import CLUSTERS, Features, Layout, Method, State, implements
 from prompttune.methods.damvp.clustering import find_centres, gather_features
 from prompttune.methods.damvp.config import DAMVPConfig
 
 
+@implements(DAMVPConfig)
 class DAMVP(Method):
     """``centres`` [K, D], found once, and ``prompts`` [K, 3, P], which train; P pixels are the border."""
 
@@ -51,13 +52,9 @@ class DAMVP(Method):
         self.centres = nn.Parameter(centres, requires_grad=False)
         self.prompts = nn.Parameter(prompt.to(old.device).repeat(clusters, 1, 1))
 
-    def begin_training(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def begin_training(self, batches: Iterable[tuple[Tensor, Tensor]], start: Tensor | None = None) -> None:
         """Cluster the first ``cluster_images`` training images and give every cluster the same prompt to start from."""
-        from prompttune.methods.damvp.meta import read_prompt
-
         backbone = self._backbone[0]
-        # first of all: what the user named may be missing, and clustering takes time
-        start = read_prompt(self.config.meta_init, backbone, self.prompt_size) if self.config.meta_init else None
         centres = find_centres(gather_features(backbone, batches, self.config.cluster_images), self.config)
         self._make(len(centres))
         with torch.no_grad():

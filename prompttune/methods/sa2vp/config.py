@@ -11,7 +11,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.conv import ConvBackbone
 from prompttune.backbones.swin import SwinBackbone
 from prompttune.layers.adapter import ACTIVATIONS
-from prompttune.methods.base import Method, MethodConfig, build_for, setting
+from prompttune.methods.base import MethodConfig, setting
 
 PROMPT_LAYER_STRIDE = 4
 """The paper's prompt layers of a 12-block ViT are 0, 4 and 8."""
@@ -93,14 +93,6 @@ class SA2VPConfig(MethodConfig):
             )
             return depth, CONV_PROMPT_LAYER_STRIDE
         return backbone.depth, PROMPT_LAYER_STRIDE
-
-    def build(self, backbone: Backbone) -> Method:
-        """See :meth:`MethodConfig.build`."""
-        from prompttune.methods.sa2vp.conv import ConvSA2VP
-        from prompttune.methods.sa2vp.swin import SwinSA2VP
-        from prompttune.methods.sa2vp.vit import SA2VP
-
-        return build_for(self.resolved(backbone), backbone, (SA2VP, SwinSA2VP, ConvSA2VP))
 
     @property
     def base_loss_weight(self) -> float:

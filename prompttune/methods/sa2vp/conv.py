@@ -24,7 +24,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.conv import ConvBackbone, ConvStage
 from prompttune.backbones.vit import merge_heads
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, State
+from prompttune.methods.base import Features, Layout, State, implements
 from prompttune.methods.sa2vp.config import CONV_STAGE, SA2VPConfig
 from prompttune.methods.sa2vp.parts import Pathways, PromptMap, probe_pathways
 
@@ -33,6 +33,7 @@ LARGEST_HEAD = 64
 NORM_EPS = 1e-6
 
 
+@implements(SA2VPConfig)
 class ConvSA2VP(Pathways[ConvBackbone]):
     """One task of SA²VP over convolutions: ``prompts.0``, and ``adapters.{i}`` for every block of the stage."""
 

@@ -20,11 +20,12 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.swin import Stage, SwinBackbone
 from prompttune.backbones.vit import merge_heads
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, State
+from prompttune.methods.base import Features, Layout, State, implements
 from prompttune.methods.sa2vp.config import SWIN_STAGE, SA2VPConfig
 from prompttune.methods.sa2vp.parts import Pathways, PromptMap, probe_pathways
 
 
+@implements(SA2VPConfig)
 class SwinSA2VP(Pathways[SwinBackbone]):
     """One task of SA²VP over a Swin: ``prompts.0``, and ``adapters.{i}`` for every block of the stage."""
 

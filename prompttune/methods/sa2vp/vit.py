@@ -8,12 +8,13 @@ from torch import Tensor
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone, merge_heads
 from prompttune.layers.attention import attend
-from prompttune.methods.base import Features, Layout, State
+from prompttune.methods.base import Features, Layout, State, implements
 from prompttune.methods.maps import Levels, MapReader
 from prompttune.methods.sa2vp.config import SA2VPConfig
 from prompttune.methods.sa2vp.parts import Pathways, PromptMap, probe_pathways
 
 
+@implements(SA2VPConfig)
 class SA2VP(Pathways[VitBackbone]):
     """One task of SA²VP over a ViT: ``prompts.{i}`` for the prompt layers, ``adapters.{i}`` for every block."""
 
