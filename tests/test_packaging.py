@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import socket
 import subprocess
@@ -140,6 +141,33 @@ def test_core_imports_neither_export_nor_serve() -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def module_name(path: Path) -> str:
+    package, folder = max(
+        ((name, folder) for name, folder in SETUPTOOLS["package-dir"].items() if path.is_relative_to(ROOT / folder)),
+        key=lambda pair: len(pair[1]),
+    )
+    parts = path.relative_to(ROOT / folder).with_suffix("").parts
+    return ".".join((package, *parts)).removesuffix(".__init__")
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Deferred imports and those for types alone count too, so that a reader can stop at any floor."""
+    modules = {module_name(path): path for path in SOURCES}
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        named = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom) and node.module:
+                named += [f"{node.module}.{alias.name}" for alias in node.names]
+        found = {name if name in modules else name.rpartition(".")[0] for name in named}
+        graph[module] = (found & modules.keys()) - {module}
+    assert len(graph) > 300
+    assert graph["prompttune.model"] >= {"prompttune.backbones", "prompttune.methods"}
+    assert "prompttune.export.folder" in graph["prompttune.export.build"]
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
 
 def test_command_line_starts_without_torch() -> None:

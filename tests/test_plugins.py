@@ -22,7 +22,8 @@ from prompttune.cli.train import train as train_command
 from prompttune.errors import BackboneError, UsageError
 from prompttune.methods import METHODS
 from prompttune.methods.base import MethodConfig, setting
-from prompttune.methods.outside import OPTIONS
+from prompttune.methods.registry import RESERVED
+from prompttune.training.config import TrainConfig, augment_fields
 from tests.training_helpers import write_folder
 
 MODULE = """
@@ -156,7 +157,7 @@ def test_the_command_line_finds_them_in_a_process_of_its_own(tmp_path: Path) -> 
     )  # fmt: skip
     assert result.returncode == 2, result.stderr
     lines = result.stderr.strip().splitlines()
-    assert lines[-1] == "Error: outside-scale: start must be above 0, not 0.0"
+    assert lines[-1] == "Error: Invalid value for '--start': start must be above 0, not 0.0"
     assert [line for line in lines[:-1] if "left out" not in line] == []
 
 
@@ -249,4 +250,5 @@ def test_what_is_no_config_is_refused(as_before: None) -> None:
 
 def test_the_options_that_no_setting_may_have_are_those_of_the_command() -> None:
     own = {option.opts[0].removeprefix("--") for option in train_command.params}
-    assert own | {"help"} == set(OPTIONS)
+    settings = {field.name for field in dataclasses.fields(TrainConfig)} | augment_fields().keys()
+    assert own | {"help"} | settings == RESERVED

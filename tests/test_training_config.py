@@ -13,9 +13,10 @@ import yaml
 from prompttune.backbones import load_backbone
 from prompttune.errors import UsageError
 from prompttune.methods import METHODS, LSPTConfig
+from prompttune.methods.registry import method_fields
 from prompttune.settings import Setting, setting, settings_of
 from prompttune.training import TrainConfig
-from prompttune.training.config import augment_fields, known_names, method_fields, read_yaml
+from prompttune.training.config import augment_fields, known_names, read_yaml
 
 
 def make(**changes: Any) -> TrainConfig:

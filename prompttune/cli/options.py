@@ -115,7 +115,7 @@ def over_file(settings: Iterable[Setting], section: str) -> list[click.Parameter
 
 def method_options() -> list[click.Parameter]:
     """One option for each setting of any method; the help names the methods that have it."""
-    from prompttune.training.config import method_fields
+    from prompttune.methods.registry import method_fields
 
     options: list[click.Parameter] = []
     for owners in method_fields().values():

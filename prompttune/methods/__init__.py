@@ -6,13 +6,14 @@ import dataclasses
 import sys
 import types
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from prompttune.errors import UsageError, choose
 from prompttune.methods.adapter import AdapterConfig
 from prompttune.methods.adaptformer import AdaptFormerConfig
 from prompttune.methods.base import Features, Layout, Method, MethodConfig, State
 from prompttune.methods.damvp import DAMVPConfig
+from prompttune.methods.describing import MethodList, methods
 from prompttune.methods.e2vpt import E2VPTConfig
 from prompttune.methods.expres import EXPRESConfig
 from prompttune.methods.full import FullConfig
@@ -20,33 +21,10 @@ from prompttune.methods.gapt import GaPTConfig
 from prompttune.methods.linear import LinearConfig
 from prompttune.methods.lora import LoRAConfig
 from prompttune.methods.lspt import LSPTConfig
+from prompttune.methods.registry import METHODS, register
 from prompttune.methods.sa2vp import SA2VPConfig
 from prompttune.methods.ssf import SSFConfig
 from prompttune.methods.vpt import VPTDeepConfig, VPTShallowConfig
-from prompttune.registry import Registry
-
-if TYPE_CHECKING:
-    from prompttune.methods.describing import MethodList
-
-Config = TypeVar("Config", bound=type[MethodConfig])
-
-
-def register(config: Config) -> Config:
-    """Add a method of another package or a notebook, where its class is defined anew; also a class decorator.
-
-    An entry point of the group ``prompttune.methods`` whose value is the config's class does the same.
-
-    Raises:
-        UsageError: the name is taken, or the settings cannot become options beside those of the others.
-    """
-    from prompttune.methods.outside import check_config
-
-    check_config(config)
-    METHODS.add(config.method, config)
-    return config
-
-
-METHODS: Registry[type[MethodConfig]] = Registry("method", "prompttune.methods", lambda _name, config: register(config))
 
 for _config in (
     SA2VPConfig,
@@ -87,8 +65,6 @@ class _Callable(types.ModuleType):
 
     def __call__(self) -> MethodList:
         """See :func:`prompttune.methods.describing.methods`."""
-        from prompttune.methods.describing import methods
-
         return methods()
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prompttune.errors import choose
-from prompttune.methods import METHODS
+from prompttune.methods.registry import METHODS
 from prompttune.settings import Setting, settings_of
 
 

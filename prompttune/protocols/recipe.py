@@ -32,7 +32,8 @@ from typing import Any
 from prompttune.data.benchmarks import KINDS
 from prompttune.errors import UsageError, choose
 from prompttune.methods import METHODS
-from prompttune.training.config import check_belongs, known_names, method_fields, read_yaml
+from prompttune.methods.registry import method_fields
+from prompttune.training.config import check_belongs, known_names, read_yaml
 from prompttune.training.multi import suiting
 
 BUILT_IN = ("demo", "demo-ablation", "vtab-1k", "fgvc", "hta")

@@ -18,6 +18,7 @@ from prompttune.data.base import DataObject
 from prompttune.data.objects import Data, settled
 from prompttune.errors import UsageError, choose
 from prompttune.methods import METHODS, MethodConfig, config_from_dict
+from prompttune.methods.registry import method_fields
 from prompttune.preprocess import CROP_MODES, INTERPOLATIONS, NORMALISATIONS, Preprocess
 from prompttune.segmentation.config import HEADS, TASKS, SegmentationConfig
 from prompttune.settings import Setting, coerce_all, setting, settings_of, settle
@@ -263,15 +264,6 @@ def _may_become(known: Setting, old: Any, new: Any) -> bool:
 def augment_fields() -> dict[str, Setting]:
     """The settings of the augmentation, by name."""
     return settings_of(Augment)
-
-
-def method_fields(methods: Mapping[str, type[MethodConfig]] = METHODS) -> dict[str, dict[str, Setting]]:
-    """The settings of every method: setting name → method name → setting."""
-    found: dict[str, dict[str, Setting]] = {}
-    for method, cls in methods.items():
-        for name, known in settings_of(cls).items():
-            found.setdefault(name, {})[method] = known
-    return found
 
 
 def known_names() -> list[str]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from prompttune.errors import UsageError, choose, describe_failure
 from prompttune.methods import METHODS
-from prompttune.training.config import TrainConfig, check_belongs, known_names, method_fields, read_yaml
+from prompttune.methods.registry import method_fields
+from prompttune.training.config import TrainConfig, check_belongs, known_names, read_yaml
 from prompttune.training.loop import TrainResult, train
 
 if TYPE_CHECKING:
