@@ -27,6 +27,7 @@ from prompttune.export.runtimes import RuntimeOptions, onnxruntime, onnxruntime_
 from prompttune.export.runtimes.onnxruntime import OnnxRuntime, providers
 from prompttune.export.runtimes.onnxruntime_tensorrt import provider_ranges, tensorrt_settings
 from prompttune.export.runtimes.tensors import CAPTURE_LOCK
+from prompttune.serve.bank import Bank
 from tests.engines import SHARING, build_request, checkpoint, copied, exported, model_of, noise
 from tests.segmenting import drawn_segmentation, tiny
 from tests.segmenting import engine_of as segmentation_engine
@@ -325,6 +326,17 @@ def test_the_session_is_asked_for_what_was_chosen(opened, tmp_path):
     assert told["trt_profile_max_shapes"].startswith("image:32x3x64x64,task_index:32,bank.head.bias:64x256")
     assert Path(told["trt_engine_cache_path"]).parent == tmp_path
     assert runtime.description.endswith(f"{TENSORRT}, fp32 in TF32")
+
+
+def test_the_tensorrt_provider_gets_no_call_and_no_bank_beyond_its_ranges(opened, tmp_path):
+    runtime, session = opened(Session((TENSORRT, CUDA, CPU)), provider="tensorrt", cache=tmp_path)
+    assert runtime.sizes.ranges["tasks"][2] == 64
+    bias, images, index = rows(), noise(40), np.arange(40) % 4
+    found = runtime.logits(images, index, {"head.bias": runtime.place(bias)})
+    assert np.allclose(found, answer(images, bias, index))
+    assert [binding.inputs["image"][1][0] for _, binding in session.calls] == [32, 8]
+    with pytest.raises(EngineError, match="the axis tasks would be 65, the engine was built for 64 at most"):
+        Bank(runtime, {"head.bias": ("classes",)}, {}, capacity=65, axes={"classes": 3})
 
 
 @pytest.mark.parametrize(("precision", "override", "says"), [("fp16", "", False), ("fp32", "0", False)])

@@ -34,7 +34,7 @@ class Runtime(ABC):
     """One model file, open on one device. Calls of :meth:`run` from several threads may overlap."""
 
     sizes = Sizes()
-    """What the model takes; :func:`open_runtime` sets it."""
+    """What the model takes; :func:`open_runtime` takes it from the manifest unless the runtime has set it."""
 
     @property
     @abstractmethod
@@ -90,7 +90,7 @@ def open_runtime(folder: Path, manifest: Manifest, options: RuntimeOptions | Non
         raise EngineError(f"{folder} has the format {manifest.format!r}; known: {', '.join(_RUNTIMES)}")
     module, name = known
     opened: Runtime = getattr(importlib.import_module(module), name)(folder, manifest, options or RuntimeOptions())
-    opened.sizes = manifest.sizes
+    opened.sizes = opened.sizes if opened.sizes.ranges else manifest.sizes
     return opened
 
 

@@ -21,6 +21,7 @@ from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE, Manifest
 from prompttune.export.layout import IMAGE, LOGITS, TASK_INDEX, bank_input
 from prompttune.export.quiet import quiet
 from prompttune.export.runtimes.base import Array, BankArray, Runtime, RuntimeOptions
+from prompttune.export.sizes import Sizes
 
 if TYPE_CHECKING:
     from prompttune.export.runtimes.onnxruntime_cuda import CudaCalls
@@ -145,7 +146,8 @@ class OnnxRuntime(Runtime):
         if options.provider is not None:
             from prompttune.export.runtimes.onnxruntime_tensorrt import provider_ranges, tensorrt_settings
 
-            wanted[0][1].update(tensorrt_settings(manifest, provider_ranges(folder, manifest), options.cache))
+            self.sizes = Sizes(provider_ranges(folder, manifest))
+            wanted[0][1].update(tensorrt_settings(manifest, self.sizes.ranges, options.cache))
         try:
             self._session = open_session(folder, options, wanted=wanted)
         except Exception as problem:  # ONNX Runtime's errors share no base class below Exception

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def provider_ranges(folder: Path, manifest: Manifest) -> dict[str, Range]:
     return axis_ranges(manifest.inputs, needed, {})
 
 
-def tensorrt_settings(manifest: Manifest, ranges: dict[str, Range], cache: Path | None) -> dict[str, Any]:
+def tensorrt_settings(manifest: Manifest, ranges: Mapping[str, Range], cache: Path | None) -> dict[str, Any]:
     """Options of the provider for one engine.
 
     ONNX Runtime names what it keeps after the graph, not after the weights, so each engine gets a folder of its own in
