@@ -11,9 +11,9 @@ import torch
 import prompttune as pt
 from prompttune.export import EngineFolder
 from prompttune.export.folder import ONNX_FILE
-from prompttune.export.onnx import operators
 from tests.convs import CONVS, ON_CONV
 from tests.engines import BATCH_SIZES, SHARING, checkpoint, copied, exported, model_of, noise, workshop
+from tests.operators import operators
 from tests.swins import ON_SWIN
 
 TASKS = 8
