@@ -16,7 +16,7 @@ from benchmarks.common import Model, Run, model_options, run_options
 
 MODEL_FREE = ("attention", "high_resolution")
 SUITE = ("forward", "training_step", *MODEL_FREE, "onnx_methods", "mixing", "int8", "residency")
-"""Every benchmark but ``gpu``, which needs a CUDA device."""
+"""Every benchmark that a CPU answers; ``h200`` is for a CUDA device."""
 
 
 @click.command(help=__doc__)
