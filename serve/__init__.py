@@ -1,4 +1,4 @@
-"""Serving: open an engine, answer for any mix of its tasks."""
+"""Serving: open an engine and answer requests for any mix of its tasks."""
 
 from __future__ import annotations
 

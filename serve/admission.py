@@ -1,4 +1,4 @@
-"""Who may come in: a bounded number of images inside the server, and room for every task among them."""
+"""Admission control: a bounded number of images inside the server, and room for every task among them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from prompttune.serve.protocol.types import UnavailableError
 from prompttune.serve.traffic import Traffic
 
 _SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.1, 30.0
-"""The longest is for a server that has answered nothing yet, whose speed is unknown."""
+"""Bounds of the retry hint, in seconds. The longest is for a server that has not answered yet: its speed is unknown."""
 
 
 class Admission:
-    """Counts the rows inside.
+    """Counts the rows inside the server.
 
     Args:
-        most: rows inside at most, waiting or running.
-        traffic: how fast rows are answered, which tells when to come again.
+        most: largest number of rows inside, waiting or running.
+        traffic: speed at which rows are answered, from which the retry hint is computed.
     """
 
     def __init__(self, most: int, traffic: Traffic) -> None:
@@ -28,21 +28,21 @@ class Admission:
         self._traffic = traffic
         self._inside: Counter[str] = Counter()
         self.closed = False
-        """Whether nobody comes in any more."""
+        """Whether new requests are refused."""
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
     def rows(self) -> int:
-        """Rows inside."""
+        """Number of rows inside."""
         return self._inside.total()
 
     @contextlib.contextmanager
     def inside(self, tasks: Sequence[str]) -> Iterator[None]:
-        """One row for each of ``tasks`` is inside until the block ends.
+        """Keep one row inside for each of ``tasks`` until the block ends.
 
         Raises:
-            UnavailableError: there is no room, or the server is leaving.
+            UnavailableError: the queue is full, or the server is shutting down.
         """
         coming = Counter(tasks)
         self._check(coming)
@@ -51,7 +51,7 @@ class Admission:
         try:
             yield
         finally:
-            self._inside -= coming  # drops the tasks that have no row left
+            self._inside -= coming  # removes the tasks without rows
             if not self._inside:
                 self._idle.set()
 
@@ -63,17 +63,17 @@ class Admission:
         retry_after_s = min(max(_SHORTEST_RETRY_S, expected_s), _LONGEST_RETRY_S)
         if after > self.most:
             raise UnavailableError(f"the queue is full ({self.rows} of {self.most} images): try again", retry_after_s)
-        # One task alone may fill a queue that is otherwise empty up to its half: the others find room.
+        # A single task may fill at most half of an otherwise empty queue, so that other tasks find room.
         crowded = [task for task in coming if self._inside[task] + coming[task] > self.most // 2]
         if self._inside and crowded:
             raise UnavailableError(f"the task {crowded[0]!r} fills its share of the queue: try again", retry_after_s)
 
     def close(self) -> None:
-        """Let nobody in any more."""
+        """Refuse new requests."""
         self.closed = True
 
     async def empty(self, seconds: float) -> bool:
-        """Wait until nothing is inside, ``seconds`` at most; whether it is so."""
+        """Wait at most ``seconds`` until no row is inside; return whether that is so."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._idle.wait()

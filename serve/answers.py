@@ -1,4 +1,4 @@
-"""From a row's logits to what people read: probabilities, the likeliest classes."""
+"""From a row's logits to what people read: probabilities and the likeliest classes."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def softmax(logits: Array) -> Probabilities:
 
 
 def ranked(probabilities: Probabilities, count: int) -> NDArray[np.int64]:
-    """Indices of the ``count`` likeliest of a row's classes [C], best first; of equal ones the first."""
+    """Indices of the ``count`` likeliest classes of a row [C], best first; the lower index wins a tie."""
     return np.argsort(-probabilities, kind="stable")[:count]
 
 
 def likeliest(probabilities: Probabilities, labels: Sequence[str], top_k: int) -> tuple[Score, ...]:
-    """The ``top_k`` likeliest of a row's classes [C], best first; of equal ones the first in the task's order."""
+    """The ``top_k`` likeliest classes of a row [C], best first; the task's first class wins a tie."""
     best = ranked(probabilities, top_k).tolist()
     return tuple(Score(labels[index], float(probabilities[index])) for index in best)

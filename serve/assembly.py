@@ -22,31 +22,31 @@ from prompttune.serve.workers import Worker, WorkerSettings, open_worker
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Which engine is served, where, and how much memory its tasks may take."""
+    """Which engine is served, on which devices, and how much memory its tasks may take."""
 
     engine: Path
     devices: Sequence[str] = ("cpu",)
-    """One worker for each."""
+    """Devices to serve on, with one worker each."""
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
-    """Its device is overridden by each of ``devices``."""
+    """Options of the runtime. Each of ``devices`` replaces its device."""
     max_batch: int = 16
     max_delay_s: float = 0.0
     stall_s: float = STALL_S
-    """A batch that takes longer ends its worker, which then starts again."""
+    """Longest time of a batch, in seconds. A worker that exceeds it is ended and restarted."""
     resident_tasks: int = 64
-    """Rows of each device."""
+    """Bank rows on each device."""
     host_bytes: int = 1024 * MEBI
-    """Memory of each worker for states that hold no row."""
+    """Host memory of each worker for states that do not hold a row, in bytes."""
     watch: Sequence[Path] = ()
-    """Further folders of tasks."""
+    """Additional folders of tasks to follow."""
     in_process: bool = False
-    """Run the engines in this process, where a fault of one is a fault of all; for a process that is supervised."""
+    """Run the engines in this process, where a crash ends all of them; for a process under a supervisor."""
 
     def __post_init__(self) -> None:
         if not self.devices or len(set(self.devices)) != len(self.devices):
             raise UsageError("name each device once, and one at least")
         for device in self.devices:
-            _ = RuntimeOptions(device).cuda_index  # refuses what is no device
+            _ = RuntimeOptions(device).cuda_index  # raises for an unknown device
         if self.max_batch < 1 or self.resident_tasks < 1:
             raise UsageError("the largest batch and the number of resident tasks must be at least 1")
         if self.max_delay_s < 0 or self.host_bytes < 0 or self.stall_s <= 0:
@@ -54,10 +54,10 @@ class EngineSettings:
 
 
 def make_service(engine: EngineSettings, settings: ServiceSettings | None = None) -> Service:
-    """A service over an engine folder, to be started. Call it within a running event loop.
+    """Make a service over an engine folder, ready to be started. Call it within a running event loop.
 
     Raises:
-        EngineError: the folder is no engine, or damaged, or its tasks are baked in and others are to be followed.
+        EngineError: the folder is not an engine, is damaged, or its tasks are baked in and cannot be followed.
     """
     folder = EngineFolder(engine.engine)
     folder.manifest.refuse_segmentation("the server")

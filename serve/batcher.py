@@ -1,4 +1,4 @@
-"""Dynamic batching across tasks: rows of any mix of tasks fill the batches of one worker, every task in its turn."""
+"""Dynamic batching across tasks: the batches of one worker mix rows of any tasks, and every task gets its turn."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ COPY_INLINE_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Outcome:
-    """The rows of one job and what they went through."""
+    """Logits and timing of one job."""
 
     logits: Sequence[Array]
-    """For each row float32 [C]; columns past the task's own classes are -inf."""
+    """float32 [C] for each row; columns past the task's own classes are -inf."""
     queue_s: float
-    """From the call to the first batch that held a row."""
+    """Seconds from the call to the first batch that held a row."""
     infer_s: float
-    """In the engine, all batches together."""
+    """Seconds in the engine, summed over the batches."""
     batches: Sequence[tuple[int, float]]
-    """Rows and seconds of each batch that held rows of it."""
+    """Row count and seconds of each batch that held rows of the job."""
 
 
 @dataclass(eq=False)
 class _Job:
-    """Rows of one task that came together; they may leave in several batches."""
+    """Rows of one task that arrived together; they may be split over several batches."""
 
     key: Key
     images: Sequence[Array]
@@ -45,9 +45,9 @@ class _Job:
     arrived: float
     logits: dict[int, Array] = field(default_factory=dict)
     taken: int = 0
-    """Rows that a batch has taken."""
+    """Rows that were put into a batch."""
     ended: int = 0
-    """Rows whose batch has ended, well or not."""
+    """Rows whose batch has ended, with or without an error."""
     begun: float | None = None
     batches: list[tuple[int, float]] = field(default_factory=list)
 
@@ -62,7 +62,7 @@ class _Part:
 
 
 class _Queues:
-    """Rows that wait: the most urgent priority first, within it every task in turn, within a task in order."""
+    """Waiting rows: the most urgent priority first, round robin over the tasks within it, in order within a task."""
 
     def __init__(self) -> None:
         self._levels: dict[int, OrderedDict[Key, deque[_Job]]] = {}
@@ -73,12 +73,12 @@ class _Queues:
         self.rows += len(job.images)
 
     def oldest(self) -> float | None:
-        """When the job that has waited longest arrived."""
+        """Arrival time of the job that has waited longest."""
         self._drop_abandoned()
         return min((jobs[0].arrived for level in self._levels.values() for jobs in level.values()), default=None)
 
     def take(self, most: int) -> list[_Part]:
-        """Up to ``most`` rows."""
+        """Take up to ``most`` rows."""
         self._drop_abandoned()
         parts: list[_Part] = []
         for priority in sorted(self._levels):
@@ -93,7 +93,7 @@ class _Queues:
             for key in list(level):
                 room = min(share, most - taken)
                 if not room:
-                    break  # the tasks that got nothing now stand first next time
+                    break  # tasks that got nothing come first next time
                 taken += self._take_task(level, key, room, parts)
         return taken
 
@@ -115,7 +115,7 @@ class _Queues:
         return taken
 
     def _drop_abandoned(self) -> None:
-        """Jobs whose callers have gone, or whose earlier rows have failed."""
+        """Drop jobs whose callers have left or whose earlier rows have failed."""
         for level in self._levels.values():
             for key in list(level):
                 kept = deque(job for job in level[key] if not job.future.done())
@@ -126,24 +126,24 @@ class _Queues:
                         del level[key]
 
     def clear(self) -> list[_Job]:
-        """Empty the queues and return what was in them."""
+        """Empty the queues and return their jobs."""
         left = [job for level in self._levels.values() for jobs in level.values() for job in jobs]
         self._levels, self.rows = {}, 0
         return left
 
 
 class Batcher:
-    """Fills the slots of one worker. Everything is called on the event loop.
+    """Fills the slots of one worker. Call every method on the event loop.
 
-    A batch leaves when it is full, or when the device is free and the oldest row has waited for ``max_delay_s``. While
-    a batch runs only a full one is prepared, so that rows gather meanwhile. A task with many rows waiting gets no more
-    of a batch than the others that wait, unless they leave room.
+    A batch starts when it is full, or when the device is free and the oldest row has waited for ``max_delay_s``. While
+    a batch runs, only a full batch is prepared, so that rows collect meanwhile. A task with many waiting rows gets the
+    same share of a batch as the other waiting tasks, unless they leave room.
 
     Args:
-        worker: started; the batcher does not close it.
-        max_delay_s: how long a row may wait for company while the device is free.
-        on_batch: told rows and seconds of each batch.
-        stall_s: a batch that takes longer hangs, and ends its worker.
+        worker: a started worker; the batcher does not close it.
+        max_delay_s: longest time in seconds that a row waits for other rows while the device is free.
+        on_batch: called with the row count and the seconds of each batch.
+        stall_s: longest time of a batch in seconds; a worker that exceeds it is ended.
     """
 
     def __init__(
@@ -167,15 +167,15 @@ class Batcher:
 
     @property
     def queued_rows(self) -> int:
-        """Rows that wait for a batch."""
+        """Number of rows that wait for a batch."""
         return self._queues.rows
 
     async def answer(self, key: Key, images: Sequence[Array], priority: int = 0) -> Outcome:
-        """Logits of ``images``, each float32 [3, S, S], for a state that holds a row until this returns.
+        """Compute the logits of ``images``, each float32 [3, S, S]; the state must hold its row until this returns.
 
         Raises:
-            WorkerDiedError: the worker ended before it had any of the rows.
-            UnavailableError: it ended while it had some of them, which may be why.
+            WorkerDiedError: the worker ended before it took any of the rows.
+            UnavailableError: the worker ended while it had some of the rows, which may be the cause.
             PrompttuneError: the engine failed.
         """
         if self._ended is not None:
@@ -195,7 +195,7 @@ class Batcher:
         return Outcome(rows, begun - job.arrived, sum(seconds for _, seconds in job.batches), job.batches)
 
     async def _settled(self, job: _Job) -> None:
-        """Wait until no batch reads the job's row any more: the caller lets go of it next."""
+        """Wait until no batch reads the job's row; the caller releases it next."""
         while job.ended < job.taken and self._running:
             await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
 
@@ -286,13 +286,13 @@ class Batcher:
                 job.future.set_exception(problem)
 
     def _end(self) -> None:
-        """Form no batch any more; what waits may be asked of another worker."""
+        """Stop forming batches; another worker may answer the waiting rows."""
         self._ended = WorkerDiedError("the engine's worker ended")
         self._loop.cancel()
         self._fail(self._queues.clear(), self._ended)
 
     async def close(self) -> None:
-        """Fail what waits; called after the last answer, or when the worker ended."""
+        """Fail the waiting jobs. Call it after the last answer, or when the worker has ended."""
         self._end()
         with contextlib.suppress(asyncio.CancelledError):
             await self._loop

@@ -1,4 +1,4 @@
-"""Where tasks lie on disk: the engine's own folder and those that are watched, read without their states."""
+"""Task folders on disk: the engine's own and the watched ones, read without their states."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _Stamp = tuple[tuple[int, int, int], ...]
 
 
 class Catalogue:
-    """The tasks of an engine on disk. Its methods block and may be called from one thread at a time.
+    """The tasks of an engine on disk. Its methods block and must be called from one thread at a time.
 
     Args:
-        engine: the engine folder, whose own tasks count.
-        folders: further folders of task folders; a task there hides one of the same name in those before.
+        engine: the engine folder, which has tasks of its own.
+        folders: additional folders of tasks; a task there hides tasks of the same name in earlier folders.
 
     Raises:
         EngineError: a folder is missing.
@@ -44,7 +44,7 @@ class Catalogue:
         self._read: dict[Path, tuple[_Stamp, TaskRecord | str]] = {}
 
     def scan(self) -> Scan:
-        """Look at every task; one whose files are as they were is not read again."""
+        """Read every task whose files have changed; keep what is known of the others."""
         found = {name: parent / name for parent in self._folders for name in task_names(parent)}
         if self._baked is not None:
             found = {name: folder for name, folder in found.items() if name in self._baked}
@@ -56,14 +56,14 @@ class Catalogue:
         )
 
     def find(self, name: str) -> TaskRecord | None:
-        """Read one task anew; None if there is no such folder.
+        """Read one task again; None if its folder does not exist.
 
         Raises:
-            EngineError: it is damaged or does not fit the engine.
+            EngineError: the task is damaged or does not fit the engine.
         """
         try:
             check_task_name(name)
-        except UsageError:  # no task has such a name, nor may the file system
+        except UsageError:  # neither a valid task name nor a safe path
             return None
         found = next((parent / name for parent in reversed(self._folders) if (parent / name).is_dir()), None)
         return None if found is None else self._checked(found)
@@ -96,7 +96,7 @@ class Catalogue:
 
 
 def _stamp(folder: Path) -> _Stamp:
-    """Changes when a file of the task does, also where a bucket's mount keeps no inodes."""
+    """A stamp that changes with any file of the task, also where a bucket's mount has no inodes."""
     found = []
     for name in (TASK_RECORD, STATE_FILE):
         try:

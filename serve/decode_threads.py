@@ -1,4 +1,4 @@
-"""Threads that decode images, one image each."""
+"""Threads that decode images, one image per thread."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Number of cores that this process may run on."""
     return len(os.sched_getaffinity(0))
 
 
 def single_threaded_pool(workers: int) -> ThreadPoolExecutor:
-    """Threads in which torch's operators use no further threads: one image each keeps the cores busy.
+    """A pool of threads in which torch's operators stay single-threaded: one image per thread keeps the cores busy.
 
-    The number is a thread's own, but setting it also sets what later threads of the process start with. So all threads
-    are started here, and what the process had is put back.
+    The setting belongs to a thread, but changing it also sets what later threads of the process start with. All threads
+    are therefore started here, and the process's own setting is restored.
     """
     threads = torch.get_num_threads()
     started = threading.Barrier(workers + 1)
@@ -33,6 +33,6 @@ def single_threaded_pool(workers: int) -> ThreadPoolExecutor:
 
 
 def hold_to_one_thread() -> None:
-    """Let torch's operators in this thread use no further threads."""
-    torch.get_num_threads()  # a thread that never asked would forget the number at its first operator
+    """Keep torch's operators in this thread single-threaded."""
+    torch.get_num_threads()  # without this call the first operator resets the number
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Images of requests: decoded and brought to an engine's size in threads, by the transform that evaluation uses."""
+"""Images of requests, decoded and resized to the engine's size in threads, by the transform that evaluation uses."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from prompttune.serve.protocol.types import BadRequestError, TooLargeError
 from prompttune.serve.tensors import Payload
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-"""Pillow's names of what is decoded: each further decoder is one more that strangers can reach."""
+"""Formats that are decoded, by Pillow's names: each further decoder is one more that strangers can reach."""
 
 TRANSFORMS = 64
-"""Different transforms that are kept; a server rarely sees more than a few."""
+"""Number of transforms to keep; a server rarely sees more than a few."""
 
 
 class Decoder:
-    """A pool of threads that turn what a request sends into what an engine reads.
+    """A pool of threads that turn the images of requests into the engine's input.
 
-    The warnings that Pillow gives about damaged or large files are switched off for the process: what a stranger
-    sends says nothing about the server, and would fill its log.
+    Pillow's warnings about damaged or large files are switched off for the process: the images of strangers say nothing
+    about the server and would fill its log.
 
     Args:
-        workers: threads, each of which holds one decoded image at a time.
-        limits: of these, ``pixels`` counts for an image and for what it becomes while it is resized.
+        workers: number of threads; each holds one decoded image at a time.
+        limits: limits of a request; ``pixels`` also bounds an image while it is resized.
     """
 
     def __init__(self, workers: int, limits: Limits) -> None:
@@ -41,25 +41,25 @@ class Decoder:
         self._pool = single_threaded_pool(workers)
 
     async def prepare(self, preprocess: Preprocess, payload: Payload) -> Array:
-        """Decode and transform one image. A caller that is cancelled takes its image out of the queue.
+        """Decode and transform one image. Cancelling the caller removes its image from the queue.
 
         Args:
             preprocess: the evaluation transform of the row's task.
-            payload: the image; a normalised one is returned as it is.
+            payload: the image; a normalised image is returned unchanged.
 
         Returns:
             Normalised float32 [3, S, S].
 
         Raises:
-            TooLargeError: more pixels than allowed, or sides that resizing would turn into that.
-            BadRequestError: not an image that can be read.
+            TooLargeError: the image exceeds the pixel limit, or its sides would make it do so when it is resized.
+            BadRequestError: the image cannot be read.
         """
         if payload.normalised:
             return payload.data  # type: ignore[return-value]
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._prepare, preprocess, payload)
 
     def close(self) -> None:
-        """Drop what waits and end the threads once their images are done."""
+        """Drop the waiting images and end each thread after its current one."""
         self._pool.shutdown(cancel_futures=True)
 
     def _prepare(self, preprocess: Preprocess, payload: Payload) -> Array:
@@ -72,7 +72,7 @@ class Decoder:
             raise TooLargeError(f"image of row {row}: {problem}") from None
         except OSError as problem:
             raise BadRequestError(f"image of row {row} cannot be read: {problem}") from None
-        except ValueError as problem:  # sides that round to nothing when the longer one is made to fit
+        except ValueError as problem:  # the shorter side rounds to 0 pixels when the longer one fits
             raise BadRequestError(f"image of row {row} cannot be resized: {problem}") from None
         return prepared
 

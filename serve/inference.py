@@ -1,4 +1,4 @@
-"""What an inference request goes through: read, admitted, decoded, batched, written."""
+"""The path of an inference request: check, admit, decode, batch, write the answer."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ from prompttune.serve.waiting import gathered
 from prompttune.serve.workers import Key, VersionGoneError, WorkerDiedError
 
 LEAST_URGENT = sys.maxsize
-"""The priority 0, which is that of a request that names none."""
+"""Internal priority of a request with the default priority 0."""
 READ_INLINE_BYTES = 2**20
-"""A request up to this size is checked on the event loop; a thread costs more."""
+"""Largest request in bytes that is checked on the event loop; a thread costs more than it saves below this."""
 ATTEMPTS = 5
-"""Of a request whose task changes, or whose worker ends before it had any of its rows."""
+"""Attempts for a request whose task changes, or whose worker ends before it took any of the rows."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,17 @@ class _Answered:
 
 
 class Inference:
-    """Everything is called on the event loop.
+    """Answers requests. Call every method on the event loop.
 
     Args:
-        repository: the tasks.
+        repository: the served tasks.
         lanes: the devices.
-        decoder: turns what requests send into what the engine reads.
-        admission: who may come in.
-        limits: of a request.
+        decoder: turns the images of requests into the engine's input.
+        admission: limits the rows inside the server.
+        limits: limits of a request.
         image_size: side of the engine's square input, in pixels.
-        metrics: counts.
-        traffic: counts for the page.
+        metrics: Prometheus counters.
+        traffic: counters of the web page.
     """
 
     def __init__(
@@ -91,13 +91,13 @@ class Inference:
         self._metrics = metrics
         self._traffic = traffic
         self.mixed = Model(MIXED, number=1)
-        """What is counted of requests that take a task for each row."""
+        """Statistics of the requests that name a task for each row."""
 
     async def infer(self, request: InferRequest, timeout_s: float) -> InferResponse:
-        """Answer a request, within ``timeout_s`` or what it asks for itself, the shorter one.
+        """Answer a request within ``timeout_s`` or the request's own timeout, whichever is shorter.
 
         Raises:
-            ServeError: it gets no answer.
+            ServeError: the request cannot be answered.
         """
         began = time.monotonic()
         status = "ok"
@@ -112,7 +112,7 @@ class Inference:
                     return await self._answer(request, rows)
         except TimeoutError:
             status = "deadline"
-            raise DeadlineError("the request's time is over") from None
+            raise DeadlineError("deadline exceeded: the request was not answered in time") from None
         except ServeError as problem:
             status = problem.grpc_status.lower()
             raise
@@ -133,12 +133,12 @@ class Inference:
         self._metrics.seconds.observe(seconds)
         for name in tasks:
             model = self._repository.models.get(name)
-            if model is not None:  # a made-up name gets no counter of its own
+            if model is not None:  # an unknown name does not get a counter
                 self._metrics.requests.labels(name, status).inc()
                 model.count_request(seconds, failed)
 
     async def _read(self, request: InferRequest) -> Rows:
-        """Check a request; a large one in a thread, as its base64 and its sums take a while."""
+        """Check a request; a large one in a thread, since decoding base64 and checking values take a while."""
         arguments = (request, self._limits, self._image_size)
         if sum(_bytes(tensor.data) for tensor in request.inputs) <= READ_INLINE_BYTES:
             return read_rows(*arguments)
@@ -187,7 +187,7 @@ class Inference:
         return InferResponse(request.model, str(one.number), request.id, outputs, parameters)
 
     async def _answer_task(self, name: str, version: str, payloads: Sequence[Payload], priority: int) -> _Answered:
-        """Answer the rows of one task, all with one version of it."""
+        """Answer the rows of one task, all of them with one version."""
         for _ in range(ATTEMPTS):
             model = self._repository.model(name)
             record, number = model.current(version), model.number
@@ -209,13 +209,13 @@ class Inference:
         raise UnavailableError(f"the task {name!r} is changing, or its worker does not stay up: try again")
 
     async def _prepare(self, preprocess: Preprocess, payloads: Sequence[Payload]) -> Sequence[Array]:
-        if all(payload.normalised for payload in payloads):  # what busy clients send: spare them a task for each row
+        if all(payload.normalised for payload in payloads):  # the fast path: no asyncio task per row
             return [cast(Array, payload.data) for payload in payloads]
         return await gathered(self._decoder.prepare(preprocess, payload) for payload in payloads)
 
 
 def _together(outcomes: Sequence[Outcome]) -> Outcome:
-    """What a request of several tasks went through; they may have shared batches."""
+    """Combine the outcomes of a request's tasks; they may have shared batches."""
     return Outcome(
         [row for one in outcomes for row in one.logits],
         queue_s=max(one.queue_s for one in outcomes),
@@ -225,7 +225,7 @@ def _together(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def least_busy(lanes: Sequence[Lane], key: Key) -> Lane:
-    """The device with the least to do; one where the state must be loaded counts as a batch further away."""
+    """The device with the shortest queue; having to load the state counts as one more batch."""
 
     def load(lane: Lane) -> tuple[bool, int]:
         waits = lane.queued_rows + lane.running_rows

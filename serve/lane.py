@@ -1,4 +1,4 @@
-"""A lane: one device with its worker, which is started again when it ends, its resident rows and its batches."""
+"""A lane: one device with its worker (restarted when it ends), its resident rows and its batches."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from prompttune.serve.workers import Key, Worker, WorkerDiedError, WorkerSetting
 LOG = logging.getLogger("prompttune.serve")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-"""Between attempts to start a worker again: doubled each time."""
+"""First and longest pause between attempts to restart a worker, in seconds; it doubles each time."""
 
 
 class Lane:
-    """Everything is called on the event loop.
+    """One device. Call every method on the event loop.
 
     Args:
-        settings: of the worker.
-        make: makes a worker of them, which is not started yet.
-        capacity: rows to keep states in; None where the model itself holds every task.
+        settings: settings of the worker.
+        make: makes a worker that is not started yet.
+        capacity: number of bank rows; None where the tasks are baked into the model.
         max_delay_s: see :class:`Batcher`.
-        on_batch: told rows and seconds of each batch.
+        on_batch: called with the row count and the seconds of each batch.
         stall_s: see :class:`Batcher`.
     """
 
@@ -62,43 +62,43 @@ class Lane:
 
     @property
     def device(self) -> str:
-        """Its name."""
+        """Name of the device."""
         return self.settings.runtime.device
 
     @property
     def ready(self) -> bool:
-        """Whether the worker is warm."""
+        """Whether the worker is warmed up."""
         return self._up.is_set()
 
     @property
     def state(self) -> str:
-        """In a word: ``ready``, ``starting`` or ``closed``."""
+        """State of the device: ``ready``, ``starting`` or ``closed``."""
         return "closed" if self._closed else "ready" if self.ready else "starting"
 
     @property
     def queued_rows(self) -> int:
-        """Rows that wait for a batch."""
+        """Number of rows that wait for a batch."""
         return self._batcher.queued_rows if self._batcher else 0
 
     @property
     def running_rows(self) -> int:
-        """Rows in batches that run."""
+        """Number of rows in running batches."""
         return self._batcher.running_rows if self._batcher else 0
 
     @property
     def resident(self) -> int:
-        """States that hold a row."""
+        """Number of states that hold a row."""
         return len(self._residents) if self._residents else 0
 
     def holds(self, key: Key) -> bool:
-        """Whether a state holds a row or is about to."""
+        """Whether a state holds a row or is being loaded."""
         return self._residents is not None and key in self._residents
 
     async def start(self) -> None:
         """Open the engine and warm it up.
 
         Raises:
-            PrompttuneError: it cannot be opened.
+            PrompttuneError: the engine cannot be opened.
         """
         worker = self._make(self.settings)
         try:
@@ -113,12 +113,12 @@ class Lane:
         self._up.set()
 
     async def answer(self, key: Key, folder: Path, images: Sequence[Array], priority: int) -> Outcome:
-        """Answer ``images``, each float32 [3, S, S]; waits for the worker while that starts.
+        """Compute the logits of ``images``, each float32 [3, S, S]; wait for the worker while it starts.
 
         Raises:
-            WorkerDiedError: the worker ended before it had any of the rows.
-            UnavailableError: it ended while it had some of them.
-            VersionGoneError: ``folder`` holds another version by now.
+            WorkerDiedError: the worker ended before it took any of the rows.
+            UnavailableError: the worker ended while it had some of the rows.
+            VersionGoneError: ``folder`` holds another version now.
             PrompttuneError: the state cannot be loaded, or the engine failed.
         """
         await self._up.wait()
@@ -127,27 +127,27 @@ class Lane:
             return await batcher.answer(key, images, priority)
 
     async def hold(self, key: Key, folder: Path) -> None:
-        """Bring a state into a row; raises as :meth:`answer`."""
+        """Load a state into a row; raises the errors of :meth:`answer`."""
         await self._up.wait()
         residents, _ = self._parts()
         async with residents.using(key, folder, counted=False):
             pass
 
     async def drop(self, key: Key) -> None:
-        """Forget a state that nobody will ask for again."""
+        """Drop a state that nobody will request again."""
         if self._residents is not None:
             with contextlib.suppress(WorkerDiedError):
                 await self._residents.drop(key)
 
     async def observe(self) -> None:
-        """Ask the worker what it holds, for :meth:`status`."""
+        """Fetch the worker's statistics for :meth:`status`."""
         worker = self._worker
         if worker is not None:
             with contextlib.suppress(WorkerDiedError):
                 self._stats = await worker.stats()
 
     def status(self) -> dict[str, Any]:
-        """What the page shows."""
+        """Figures for the web page."""
         stats = self._stats
         return {
             "device": self.device,
@@ -190,7 +190,7 @@ class Lane:
                 return
 
     async def _discard(self) -> None:
-        """Let go of what belonged to a worker; whoever waits for it is told."""
+        """Close what belonged to an ended worker; its waiters get an error."""
         worker, batcher, residents = self._worker, self._batcher, self._residents
         self._worker = self._batcher = self._residents = None
         if residents is not None:
@@ -201,7 +201,7 @@ class Lane:
             await worker.close()
 
     async def close(self) -> None:
-        """End the worker; what still waits fails."""
+        """End the worker; waiting requests fail."""
         self._closed = True
         self._up.clear()
         if self._reviving is not None:

@@ -1,4 +1,4 @@
-"""What one request may ask for at most."""
+"""Upper limits of one request."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ TOP_K = 5
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a request; what is above them is refused before it costs memory."""
+    """Limits of a request; anything above them is refused before it uses memory."""
 
     body_bytes: int = 64 * MEBI
-    """Of a request, also after it was decompressed."""
+    """Largest body, in bytes, before and after decompression."""
     rows: int = 256
-    """Images of a request."""
+    """Largest number of images."""
     image_bytes: int = 32 * MEBI
-    """Of an encoded image."""
+    """Largest encoded image, in bytes."""
     pixels: int = 50_000_000
-    """Of an image, width times height."""
+    """Largest number of pixels of an image (width times height)."""
     id_length: int = 256
-    """Characters of a request id."""
+    """Longest request id, in characters."""

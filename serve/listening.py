@@ -1,4 +1,4 @@
-"""Where both transports listen: every address that a host name stands for, with one port."""
+"""Listening sockets of both transports: every address that a host name stands for, on one port."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from prompttune.errors import EngineError
 
 BACKLOG = 2048
 WILDCARDS = ("0.0.0.0", "::")
-"""Each of them stands for every address of both families, as it does for gRPC."""
+"""Host names that stand for every address of both families, as in gRPC."""
 _BOTH = dict.fromkeys(WILDCARDS, WILDCARDS) | {"localhost": ("127.0.0.1", "::1")}
-"""Hosts that stand for an address of each family, whatever the machine's list of names says."""
+"""Host names that stand for one address of each family, whatever the machine's hosts file says."""
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """A listening socket for each address of ``host``, all with the same port; 0 takes a free one.
+    """Open a listening socket for each address of ``host``, all on the same port; 0 picks a free port.
 
-    An address that this machine does not have is skipped, such as ``::1`` where IPv6 is off.
+    An address that this machine does not have, such as ``::1`` where IPv6 is off, is skipped.
 
     Raises:
-        EngineError: the name is unknown, an address is taken, or none is there.
+        EngineError: the host name is unknown, an address is in use, or the machine has none of them.
     """
     with contextlib.ExitStack() as stack:
         found: list[socket.socket] = []
@@ -55,5 +55,5 @@ def _addresses(host: str, port: int) -> Sequence[tuple[int, tuple[Any, ...]]]:
 
 
 def bracketed(host: str) -> str:
-    """``host`` as it stands before a port."""
+    """``host`` as written before a port."""
     return f"[{host}]" if ":" in host else host

@@ -1,4 +1,4 @@
-"""From a segmentation's logits to the class of each pixel, and to colours."""
+"""From a segmentation's logits to the class and the colour of each pixel."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from prompttune.segmentation.config import IGNORE_INDEX
 
 Mask = NDArray[np.uint8]
 _GOLDEN = (5**0.5 - 1) / 2
-"""Of the colour circle, from one class to the next: neighbours in number never look alike."""
+"""Step on the colour circle from one class to the next: classes with close indices get different colours."""
 
 
 def class_map(logits: Array, side: int) -> Mask:
-    """Class index of each pixel of the model's input, [side, side], of logits [C, h, w], as evaluation reckons it."""
+    """Class index of each pixel of the model's input, [side, side], from logits [C, h, w], as evaluation does it."""
     wide = F.interpolate(from_numpy(np.ascontiguousarray(logits))[None], size=(side, side), mode="bilinear")
     classes: NDArray[Any] = wide[0].argmax(dim=0).numpy()
     return classes.astype(np.uint8)
 
 
 def seen_box(preprocess: Preprocess, width: int, height: int) -> tuple[int, int, int, int]:
-    """The part of an image of ``width`` x ``height`` that its task sees: left, upper, right, lower, in pixels.
+    """The box of an image of ``width`` x ``height`` that its task sees: left, upper, right, lower, in pixels.
 
-    It lies inside the image and has at least one pixel.
+    The box lies inside the image and has at least one pixel.
     """
     across, down = float(width), float(height)
     if preprocess.crop_mode == "center":
@@ -39,18 +39,18 @@ def seen_box(preprocess: Preprocess, width: int, height: int) -> tuple[int, int,
     across, down = across * preprocess.crop_pct, down * preprocess.crop_pct
     left, upper = (width - across) / 2, (height - down) / 2
     first, top = round(left), round(upper)
-    # Of a strip the crop may be narrower than a pixel.
+    # The crop of a very narrow image may be narrower than a pixel.
     return first, top, max(round(left + across), first + 1), max(round(upper + down), top + 1)
 
 
 def mask_of_image(mask: Mask, preprocess: Preprocess, width: int, height: int) -> Mask:
-    """The mask of a whole image, [height, width]: ``IGNORE_INDEX`` where its task does not see it.
+    """The mask of a whole image, [height, width]; ``IGNORE_INDEX`` where its task does not see the image.
 
     Args:
         mask: class index of each pixel of the model's input, [S, S].
-        preprocess: the task's.
-        width: of the image, in pixels.
-        height: of the image, in pixels.
+        preprocess: the task's transform.
+        width: width of the image, in pixels.
+        height: height of the image, in pixels.
     """
     left, upper, right, lower = seen_box(preprocess, width, height)
     resized = Image.fromarray(mask).resize((right - left, lower - upper), Image.Resampling.NEAREST)
@@ -61,7 +61,7 @@ def mask_of_image(mask: Mask, preprocess: Preprocess, width: int, height: int) -
 
 @cache
 def palette(classes: int) -> Mask:
-    """A colour for each class, uint8 [classes, 3]; always the same for a class index, bright and dark in turn."""
+    """A colour for each class, uint8 [classes, 3]: fixed for a class index, alternately bright and dark."""
     colours = [
         colorsys.hsv_to_rgb(index * _GOLDEN % 1, (0.85, 0.6)[index % 2], (0.95, 0.75, 0.55)[index % 3])
         for index in range(classes)

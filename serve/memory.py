@@ -1,4 +1,4 @@
-"""Memory of a process, as the kernel tells it; Linux only."""
+"""Memory use of a process, from the kernel; Linux only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def process_bytes(field: str, pid: int | str = "self") -> int | None:
-    """A field of ``/proc/PID/status`` in bytes; None where there is no such file or field."""
+    """A field of ``/proc/PID/status`` in bytes; None where the file or the field does not exist."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except OSError:
@@ -17,5 +17,5 @@ def process_bytes(field: str, pid: int | str = "self") -> int | None:
 
 
 def resident_bytes(pid: int | str = "self") -> int | None:
-    """Resident set of a process, this one by default; None where it cannot be read."""
+    """Resident set size of a process in bytes, this process by default; None where it cannot be read."""
     return process_bytes("VmRSS", pid)

@@ -1,4 +1,4 @@
-"""What the protocol tells of a task: its tensors, its labels, how an image becomes its input."""
+"""A task's metadata in the protocol: its tensors, its labels, how an image becomes its input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PLATFORM = "prompttune"
 
 
 def task_metadata(manifest: Manifest, record: TaskRecord, number: int, max_rows: int) -> ModelMetadata:
-    """Of one task; ``number`` counts its versions, ``max_rows`` is the largest number of images of a request."""
+    """Metadata of one task; ``number`` is its version, ``max_rows`` the largest number of images of a request."""
     return ModelMetadata(
         record.name,
         [str(number)],
@@ -30,7 +30,7 @@ def task_metadata(manifest: Manifest, record: TaskRecord, number: int, max_rows:
 
 
 def mixed_metadata(manifest: Manifest, number: int, max_rows: int) -> ModelMetadata:
-    """Of the model that takes a task for each row."""
+    """Metadata of the model that takes a task for each row."""
     inputs = [_image(manifest), TensorMetadata("task", "BYTES", (-1, 1))]
     return ModelMetadata(MIXED, [str(number)], PLATFORM, inputs, _outputs(-1), [], max_rows, _parameters(manifest))
 
@@ -53,7 +53,7 @@ def _outputs(classes: int) -> Sequence[TensorMetadata]:
 
 def _parameters(manifest: Manifest) -> dict[str, str]:
     return {
-        "image.UINT8": "[N, H, W, 3]: RGB of any size, resized as the task asks for",
+        "image.UINT8": "[N, H, W, 3]: RGB of any size, resized by the task's transform",
         "image.BYTES": "[N]: JPEG, PNG or WebP files; base64 in JSON",
         "method": str(manifest.method["name"]),
         "backbone": str(manifest.backbone["name"]),

@@ -16,49 +16,49 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """The counters of one server, in a registry of their own."""
+    """The counters of one server, in their own registry."""
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self._registry = CollectorRegistry()
         self.requests = Counter(
-            "prompttune_requests", "Requests that ended.", ["task", "status"], registry=self._registry
+            "prompttune_requests", "Number of finished requests.", ["task", "status"], registry=self._registry
         )
-        self.rows = Counter("prompttune_rows", "Images that were answered.", ["task"], registry=self._registry)
+        self.rows = Counter("prompttune_rows", "Number of answered images.", ["task"], registry=self._registry)
         self.seconds = Histogram(
-            "prompttune_request_seconds", "From the call to the answer.", buckets=_SECONDS, registry=self._registry
+            "prompttune_request_seconds", "Time from the call to the answer.", buckets=_SECONDS, registry=self._registry
         )
         self.decode_seconds = Histogram(
-            "prompttune_decode_seconds", "Decoding and resizing a request.", buckets=_SECONDS, registry=self._registry
+            "prompttune_decode_seconds", "Time to decode and resize images.", buckets=_SECONDS, registry=self._registry
         )
         self.queue_seconds = Histogram(
-            "prompttune_queue_seconds", "From decoded to the first batch.", buckets=_SECONDS, registry=self._registry
+            "prompttune_queue_seconds", "Time in the queue.", buckets=_SECONDS, registry=self._registry
         )
         self.batch_rows = Histogram("prompttune_batch_rows", "Rows of a batch.", buckets=_ROWS, registry=self._registry)
         self.batch_seconds = Histogram(
-            "prompttune_batch_seconds", "A batch in the engine.", buckets=_SECONDS, registry=self._registry
+            "prompttune_batch_seconds", "Time of a batch in the engine.", buckets=_SECONDS, registry=self._registry
         )
         self._registry.register(_Lanes(lanes))
 
     def render(self) -> bytes:
-        """The text format."""
+        """The metrics in Prometheus' text format."""
         text: bytes = generate_latest(self._registry)
         return text
 
 
 class _Lanes(Collector):
-    """What each device holds, read when it is asked for."""
+    """Gauges and counters of each device, read at each scrape."""
 
     _GAUGES = (
         ("ready", "Whether the worker answers.", lambda lane: lane.ready),
-        ("queued_rows", "Rows that wait for a batch.", lambda lane: lane.queued_rows),
-        ("running_rows", "Rows in batches that run.", lambda lane: lane.running_rows),
-        ("resident_tasks", "Task states that hold a row.", lambda lane: lane.resident),
+        ("queued_rows", "Number of rows that wait for a batch.", lambda lane: lane.queued_rows),
+        ("running_rows", "Number of rows in running batches.", lambda lane: lane.running_rows),
+        ("resident_tasks", "Number of task states that hold a row.", lambda lane: lane.resident),
     )
     _COUNTERS = (
-        ("worker_restarts", "Times the worker was started again.", lambda lane: lane.restarts),
-        ("resident_hits", "States that were in a row when asked for.", lambda lane: lane.counts.hits),
-        ("resident_misses", "States that had to be loaded.", lambda lane: lane.counts.misses),
-        ("resident_evictions", "States that left their row.", lambda lane: lane.counts.evictions),
+        ("worker_restarts", "Number of worker restarts.", lambda lane: lane.restarts),
+        ("resident_hits", "Number of requested states that already held a row.", lambda lane: lane.counts.hits),
+        ("resident_misses", "Number of requested states that had to be loaded.", lambda lane: lane.counts.misses),
+        ("resident_evictions", "Number of evicted states.", lambda lane: lane.counts.evictions),
     )
 
     def __init__(self, lanes: Sequence[Lane]) -> None:

@@ -1,4 +1,4 @@
-"""What the server knows of each task: its record, whether it answers, and what it has done so far."""
+"""The server's view of each task: its record, whether it answers, and its statistics."""
 
 from __future__ import annotations
 
@@ -21,42 +21,42 @@ LABELS_SHOWN = 20
 
 @dataclass(eq=False)
 class Model:
-    """A task that is served, or could be."""
+    """A task that is served or could be served."""
 
     name: str
     record: TaskRecord | None = None
-    """The version that answers; None while there is none."""
+    """Record of the version that answers; None without one."""
     number: int = 0
-    """Of that version; 0 before the first."""
+    """Number of that version; 0 before the first."""
     state: str = UNAVAILABLE
     reason: str = ""
     unloaded: bool = False
-    """Taken out on request: it stays out until it is loaded on request."""
+    """Whether it was unloaded on request: it then stays unloaded until a load request."""
     refused: str = ""
-    """The version on disk that could not be brought in, so that it is not tried again and again."""
+    """Version on disk that could not be loaded, so that it is not tried again and again."""
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     statistics: ModelStatistics = field(init=False)
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=LATENCIES_KEPT))
-    """Seconds of the last requests."""
+    """Durations of the last requests, in seconds."""
 
     def __post_init__(self) -> None:
         self.statistics = ModelStatistics(self.name, str(self.number or ""))
 
     @property
     def version(self) -> str:
-        """Digest of the record, empty without one."""
+        """Digest of the record; empty without one."""
         return self.record.version if self.record else ""
 
     @property
     def key(self) -> Key | None:
-        """What a worker calls the version that answers."""
+        """Key of the answering version in a worker."""
         return Key(self.name, self.record.version) if self.record else None
 
     def current(self, version: str = "") -> TaskRecord:
-        """The record that answers.
+        """The record of the version that answers.
 
         Raises:
-            NotFoundError: none does, or ``version`` names another one.
+            NotFoundError: no version answers, or ``version`` names another one.
         """
         if self.state != READY or self.record is None:
             raise NotFoundError(f"the task {self.name!r} is not available: {self.reason or self.state.lower()}")
@@ -66,11 +66,11 @@ class Model:
         return self.record
 
     def named(self, version: str) -> bool:
-        """Whether ``version`` is the one that answers, by its number or its digest; an empty one always is."""
+        """Whether ``version`` names the answering version, by number or digest; an empty one always does."""
         return version in ("", str(self.number), self.version)
 
     def replace(self, record: TaskRecord, number: int) -> Key | None:
-        """Answer with ``record`` from now on; the key of the version before, if that is another one."""
+        """Answer with ``record`` from now on; return the key of the version before if it differs."""
         old = self.key
         self.number = number
         self.record, self.state, self.reason, self.unloaded, self.refused = record, READY, "", False, ""
@@ -78,17 +78,17 @@ class Model:
         return old if old != self.key else None
 
     def retire(self, reason: str) -> Key | None:
-        """Answer no more; the key of the version before."""
+        """Stop answering; return the key of the version before."""
         old = self.key
         self.record, self.state, self.reason = None, UNAVAILABLE, reason
         return old
 
     def entry(self) -> IndexEntry:
-        """The line of the repository index."""
+        """The task's entry in the repository index."""
         return IndexEntry(self.name, str(self.number) if self.record else "", self.state, self.reason)
 
     def count(self, outcome: Outcome, rows: int, decode_s: float, write_s: float) -> None:
-        """An answer of ``rows`` rows, without what its whole request counts."""
+        """Count an answer of ``rows`` rows; :meth:`count_request` counts the request."""
         statistics = self.statistics
         statistics.last_inference_ms = int(time.time() * 1000)
         statistics.inference_count += rows
@@ -101,12 +101,12 @@ class Model:
             statistics.batches.setdefault(size, Duration()).add(seconds)
 
     def count_request(self, seconds: float, failed: bool) -> None:
-        """A request has ended."""
+        """Count a finished request."""
         (self.statistics.fail if failed else self.statistics.success).add(seconds)
         self.latencies.append(seconds)
 
     def status(self, resident: bool) -> dict[str, Any]:
-        """What the page shows."""
+        """Figures for the web page."""
         statistics = self.statistics
         labels = self.record.labels if self.record else ()
         return {

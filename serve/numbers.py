@@ -1,6 +1,6 @@
-"""Numbers of the versions that a server answers with: those that the engine counted, or counted here.
+"""Version numbers of the tasks that a server answers with, counted by the engine or here.
 
-A task that was copied into the folder, or that lies in another one, has not been counted by who wrote it.
+A task that was copied into the folder, or that lies in another folder, has not been counted by its writer.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ LOG = logging.getLogger("prompttune.serve")
 
 
 class Numbers:
-    """Its methods block, and may be called from several threads for different tasks.
+    """Counts versions. The methods block; different threads may call them for different tasks.
 
     Args:
-        engine: the engine folder; where it cannot be written, numbers are counted in memory alone.
+        engine: the engine folder; if it cannot be written, numbers are kept in memory only.
     """
 
     def __init__(self, engine: Path) -> None:
@@ -26,7 +26,7 @@ class Numbers:
         self._last: dict[str, Numbered] = {}
 
     def number(self, task: str, digest: str) -> int:
-        """The number of a version that is to answer; it never goes down, and a new digest has a higher one."""
+        """The number of a version that is about to answer. Numbers never decrease; a new digest gets a higher one."""
         last = self._last.get(task, Numbered(0, ""))
         counted = self._read(task)
         number = last.number if last.digest == digest else last.number + 1

@@ -1,4 +1,4 @@
-"""From logits to the tensors of an answer."""
+"""From logits to the output tensors of an answer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from prompttune.serve.answers import ranked, softmax
 from prompttune.serve.protocol.types import OutputTensor, RequestedOutput, bytes_array
 
 PADDING = float(np.finfo(np.float32).min)
-"""Logits past a row's own classes: JSON has no word for -inf."""
+"""Padding of logits past a row's own classes: JSON cannot express -inf."""
 
 
 class Record(Protocol):
-    """What an answer needs to know of a row's task."""
+    """The task of a row, as far as an answer needs it."""
 
     @property
     def labels(self) -> Sequence[str]:
@@ -26,17 +26,17 @@ class Record(Protocol):
 
     @property
     def version(self) -> str:
-        """The task's version that answered."""
+        """Version of the task that answered."""
 
 
 class Answers:
-    """The answers of some rows; each output is worked out only if it is asked for.
+    """The answers of some rows; each output is computed only when it is requested.
 
     Args:
-        logits: for each row float32 [C], C the task's own classes.
-        tasks: for each row the name of its task.
-        records: for each row its task.
-        top_k: how many of the best classes ``label`` and ``score`` tell at most.
+        logits: float32 [C] for each row, C the task's own classes.
+        tasks: name of each row's task.
+        records: record of each row's task.
+        top_k: largest number of classes in ``label`` and ``score``.
     """
 
     def __init__(self, logits: Sequence[Array], tasks: Sequence[str], records: Sequence[Record], top_k: int) -> None:
@@ -48,22 +48,22 @@ class Answers:
 
     @property
     def finite(self) -> Sequence[bool]:
-        """For each row whether its logits are."""
+        """Whether each row's logits are finite."""
         return [bool(np.isfinite(row).all()) for row in self._rows]
 
     @cached_property
     def logits(self) -> Array:
-        """float32 [N, C], C the largest class count of the rows."""
+        """float32 [N, C], C the largest number of classes among the rows."""
         return self._padded(self._rows, PADDING)
 
     @cached_property
     def probabilities(self) -> Array:
-        """float32 [N, C], each row among its own classes."""
+        """float32 [N, C], normalised over each row's own classes."""
         return self._padded(self._exact, 0.0)
 
     @cached_property
     def _exact(self) -> Sequence[NDArray[np.float64]]:
-        """Probabilities of each row, as :meth:`prompttune.serve.engine.Engine.predict` reckons them."""
+        """Probabilities of each row, computed as in :meth:`prompttune.serve.engine.Engine.predict`."""
         exact: list[Any] = [None] * len(self._rows)
         for count in set(self._counts):
             places = [place for place, own in enumerate(self._counts) if own == count]
@@ -78,7 +78,7 @@ class Answers:
         return filled
 
     def best(self, count: int) -> NDArray[np.int64]:
-        """Indices [N, K] of the likeliest classes, best first, K at most ``count`` and the smallest class count."""
+        """Indices [N, K] of the likeliest classes, best first; K is at most ``count`` and the smallest class count."""
         count = min(count, *self._counts)
         return np.stack([ranked(row, count) for row in self._exact])
 
@@ -94,7 +94,7 @@ class Answers:
 
     @property
     def score(self) -> Array:
-        """Their probabilities, float32 [N, K]."""
+        """Probabilities of the likeliest classes, float32 [N, K]."""
         return np.take_along_axis(self.probabilities, self._top, axis=1)
 
     @property
@@ -104,7 +104,7 @@ class Answers:
 
     @property
     def task_version(self) -> NDArray[np.object_]:
-        """Version that answered each row, BYTES [N]."""
+        """Version of the task that answered each row, BYTES [N]."""
         return bytes_array([record.version for record in self._records])
 
     def classification(self, values: Array, count: int) -> NDArray[np.object_]:
@@ -118,7 +118,7 @@ class Answers:
         return bytes_array(texts, best.shape)
 
     def tensor(self, output: RequestedOutput) -> OutputTensor:
-        """One output."""
+        """The tensor of one output."""
         datatype, read = OUTPUTS[output.name]
         if output.classification:
             return OutputTensor(output.name, "BYTES", self.classification(read(self), output.classification))
@@ -126,7 +126,7 @@ class Answers:
 
 
 RANKED = ("logits", "probabilities")
-"""Outputs that Triton's classification extension goes with."""
+"""Outputs that Triton's classification extension applies to."""
 
 OUTPUTS: Mapping[str, tuple[str, Callable[[Answers], Any]]] = {
     "logits": ("FP32", lambda answers: answers.logits),
@@ -136,4 +136,4 @@ OUTPUTS: Mapping[str, tuple[str, Callable[[Answers], Any]]] = {
     "task": ("BYTES", lambda answers: answers.task),
     "task_version": ("BYTES", lambda answers: answers.task_version),
 }
-"""Every output → its datatype and its values, in the order in which a request that names none gets them."""
+"""Each output with its datatype and values, in the default order of an answer."""

@@ -1,4 +1,4 @@
-"""The model repository: tasks come in and go while the server runs, each change whole or not at all."""
+"""The model repository: tasks are loaded and unloaded while the server runs, each change atomic."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ LOG = logging.getLogger("prompttune.serve")
 
 
 class Repository:
-    """The served tasks. Everything but the catalogue's reading happens on the event loop.
+    """The served tasks. All but the catalogue's reading happens on the event loop.
 
     Args:
         catalogue: the tasks on disk.
         numbers: counts the versions of each task.
-        lanes: where a task is tried before it answers.
+        lanes: devices on which a task is tried before it answers.
     """
 
     def __init__(self, catalogue: Catalogue, numbers: Numbers, lanes: Sequence[Lane]) -> None:
@@ -40,17 +40,17 @@ class Repository:
         return self._models
 
     def model(self, name: str) -> Model:
-        """A task by its name.
+        """Find a task by its name.
 
         Raises:
-            NotFoundError: there is none.
+            NotFoundError: the task does not exist.
         """
         if name not in self._models:
-            raise NotFoundError(f"there is no task {name!r}: the repository index lists them")
+            raise NotFoundError(f"the task {name!r} does not exist: the repository index lists the tasks")
         return self._models[name]
 
     async def begin(self, records: Mapping[str, TaskRecord], problems: Mapping[str, str]) -> None:
-        """Take in what the first look at the disk found; states are read when they are asked for."""
+        """Add what the first scan of the disk found; states are loaded on request."""
 
         def count() -> list[int]:
             return [self._numbers.number(name, record.version) for name, record in records.items()]
@@ -64,19 +64,19 @@ class Repository:
     # ------------------------------------------------------------------ control
 
     async def load(self, name: str) -> None:
-        """Read a task from disk and answer with it, once a worker holds it; until then the old version answers.
+        """Load a task from disk; the old version answers until a worker holds the new one.
 
         Raises:
-            NotFoundError: there is no such task on disk.
-            BadRequestError: it is damaged or does not fit; an old version stays.
-            UnavailableError: no worker could take it just now.
+            NotFoundError: the task does not exist on disk.
+            BadRequestError: the task is damaged or does not fit; an old version stays.
+            UnavailableError: no worker can take it at the moment.
         """
         model = self._models.get(name) or Model(name)
         async with model.changing:
             try:
                 record = await self._find(name)
                 if record is None:
-                    raise NotFoundError(f"there is no task {name!r} on disk")
+                    raise NotFoundError(f"the task {name!r} does not exist on disk")
                 self._models.setdefault(name, model)
                 await self._bring_in(model, record)
             except (WorkerDiedError, VersionGoneError):
@@ -87,10 +87,10 @@ class Repository:
                 raise BadRequestError(f"the task {name!r} cannot be loaded: {problem}") from None
 
     async def unload(self, name: str) -> None:
-        """Take a task out; requests that run are answered.
+        """Unload a task; running requests are still answered.
 
         Raises:
-            NotFoundError: there is no such task.
+            NotFoundError: the task does not exist.
         """
         model = self.model(name)
         async with model.changing:
@@ -99,11 +99,11 @@ class Repository:
         LOG.info("task unloaded", extra={"task": name})
 
     async def look_again(self, name: str) -> None:
-        """The version that answered has gone from disk: answer with what lies there now.
+        """Load the version that is on disk now, after the answering one has disappeared from disk.
 
         Raises:
-            NotFoundError: nothing lies there any more.
-            UnavailableError: it cannot be brought in.
+            NotFoundError: the task's folder has disappeared.
+            UnavailableError: the version on disk cannot be loaded.
         """
         model = self.model(name)
         async with model.changing:
@@ -120,7 +120,7 @@ class Repository:
             raise NotFoundError(f"the task {name!r} is gone")
 
     async def follow(self) -> None:
-        """Look at the disk once and take over what is new, changed or gone. Never raises for a bad task."""
+        """Scan the disk once and take over new, changed and removed tasks. Never raises for a bad task."""
         async with self._reading:
             scan = await asyncio.to_thread(self._catalogue.scan)
         for name, record in scan.records.items():
@@ -144,7 +144,7 @@ class Repository:
             try:
                 await self._bring_in(model, record)
             except (WorkerDiedError, VersionGoneError):
-                return  # the next look tries again
+                return  # the next scan tries again
             except PrompttuneError as problem:
                 model.refused, model.reason = record.version, f"the version {record.version} was refused: {problem}"
                 LOG.warning("a task's new version was refused: %s", problem, extra={"task": model.name})
@@ -156,7 +156,7 @@ class Repository:
             return await asyncio.to_thread(self._catalogue.find, name)
 
     async def _bring_in(self, model: Model, record: TaskRecord) -> None:
-        """Load before unload: every worker that held the old version, one at least, holds the new one first."""
+        """Load before unloading: every worker that held the old version, at least one, first loads the new one."""
         old = model.key
         if model.state != READY:
             model.state = LOADING

@@ -1,4 +1,4 @@
-"""Which task states hold a row of a worker: the most recently used ones, loaded as they are asked for."""
+"""The task states that hold a row of a worker: the most recently used ones, loaded on request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prompttune.serve.workers import Key, Worker, WorkerDiedError
 
 @dataclass
 class CacheCounts:
-    """How often a state was found in a row; they outlive a worker."""
+    """Hits, misses and evictions of a device; they outlive a worker."""
 
     hits: int = 0
     misses: int = 0
@@ -23,23 +23,23 @@ class CacheCounts:
 
 @dataclass
 class _Held:
-    """A state in a row, or on its way there."""
+    """A state that holds a row or is being loaded."""
 
     loaded: asyncio.Task[None]
     users: int = 0
     leaving: bool = False
-    """Somebody waits for a row and this is the oldest: it takes no new users and goes when it has none."""
+    """Whether this oldest state gives way to a waiting one: it takes no new users and leaves after its last one."""
     stays_or_went: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when ``leaving`` has come to its end."""
+    """Set when ``leaving`` is decided, either way."""
 
 
 class Residents:
-    """A cache of rows over a worker. Everything is called on the event loop.
+    """An LRU cache of rows over a worker. Call every method on the event loop.
 
     Args:
-        worker: what holds the rows.
-        capacity: rows; None where the model itself holds every task.
-        counts: where to count.
+        worker: holds the rows.
+        capacity: number of rows; None where the tasks are baked into the model.
+        counts: hit, miss and eviction counts.
     """
 
     def __init__(self, worker: Worker, capacity: int | None, counts: CacheCounts) -> None:
@@ -48,9 +48,9 @@ class Residents:
         self._counts = counts
         self._free = capacity or 0
         self._held: OrderedDict[Key, _Held] = OrderedDict()
-        """Least recently used first."""
+        """States, the least recently used first."""
         self._waiting: deque[asyncio.Future[Key | None]] = deque()
-        """Loads that wait for a row; each is given the state to evict, or None with a row that is free."""
+        """Loads that wait for a row; each gets the state to evict, or None with a free row."""
 
     def __contains__(self, key: Key) -> bool:
         held = self._held.get(key)
@@ -61,20 +61,20 @@ class Residents:
 
     @contextlib.asynccontextmanager
     async def using(self, key: Key, folder: Path, counted: bool = True) -> AsyncIterator[None]:
-        """The state of ``key`` stays in its row until the block ends; it is loaded from ``folder`` if it has none.
+        """Keep the state of ``key`` in its row until the block ends; load it from ``folder`` if it does not hold one.
 
-        Whether it had one is ``counted`` where a request wants to know.
+        ``counted`` says whether this counts as a hit or a miss, as a request does.
 
         Raises:
-            VersionGoneError: the folder holds another version by now.
-            PrompttuneError: it cannot be loaded.
+            VersionGoneError: the folder holds another version now.
+            PrompttuneError: the state cannot be loaded.
             WorkerDiedError: the worker ended.
         """
         held = await self._find(key, folder, self._counts if counted else CacheCounts())
         held.users += 1
         self._held.move_to_end(key)
         try:
-            await asyncio.shield(held.loaded)  # whoever gives up leaves the load to the others
+            await asyncio.shield(held.loaded)  # a caller that gives up must not cancel the load of others
             yield
         finally:
             held.users -= 1
@@ -103,14 +103,14 @@ class Residents:
             raise
 
     def _loaded(self, key: Key, held: _Held, done: asyncio.Task[None]) -> None:
-        if done.cancelled() or done.exception() is not None:  # the failure is its users' to tell
+        if done.cancelled() or done.exception() is not None:  # its users report the failure
             if self._held.get(key) is held:
                 del self._held[key]
         else:
             self._settle(key, held)
 
     async def _row(self) -> Key | None:
-        """A row of one's own, and the state to evict from it."""
+        """Reserve a row; return the state to evict from it."""
         if self._capacity is None:
             return None
         if self._free:
@@ -121,7 +121,7 @@ class Residents:
             del self._held[idle]
             return idle
         oldest = next((held for held in self._held.values() if _is_loaded(held) and not held.leaving), None)
-        if oldest is not None:  # else a busy state would never go, and its row never come to others
+        if oldest is not None:  # otherwise a busy state would keep its row for ever
             oldest.leaving = True
             oldest.stays_or_went.clear()
         turn: asyncio.Future[Key | None] = asyncio.get_running_loop().create_future()
@@ -129,7 +129,7 @@ class Residents:
         return await turn
 
     def _settle(self, key: Key, held: _Held) -> None:
-        """A state without users goes if somebody waits for its row."""
+        """Let an unused state leave if another one waits for its row."""
         if held.users or not _is_loaded(held) or self._held.get(key) is not held:
             return
         if self._waiting:
@@ -139,7 +139,7 @@ class Residents:
         held.stays_or_went.set()
 
     def _pass_on(self, victim: Key | None) -> None:
-        """Give a row, with ``victim`` still in it, to the first that waits."""
+        """Give a row, with ``victim`` still in it, to the first waiting load."""
         while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():
@@ -149,7 +149,7 @@ class Residents:
             self._free += 1
 
     async def drop(self, key: Key) -> None:
-        """Forget a state that nobody will ask for again. One in use stays, grows old and goes as every other."""
+        """Drop a state that nobody will request again. A state in use stays and is evicted like any other."""
         held = self._held.get(key)
         if held is None or held.users or not _is_loaded(held):
             return
@@ -159,7 +159,7 @@ class Residents:
         self._pass_on(None)
 
     def close(self) -> None:
-        """The worker ended and its rows with it."""
+        """Fail the waiting loads: the worker ended, and its rows with it."""
         for turn in self._waiting:
             if not turn.done():
                 turn.set_exception(WorkerDiedError("the engine's worker ended"))

@@ -25,25 +25,25 @@ from prompttune.serve.service import Service, ServiceSettings
 LOG = logging.getLogger("prompttune.serve")
 
 SENDING_S = 5.0
-"""For the transports to send the last answers, if all were given in time."""
+"""Seconds for the transports to send the last answers after a complete drain."""
 DISMISSING_S = 0.5
-"""The same when the time to drain is over."""
+"""Seconds for the transports to send the last answers after the drain timed out."""
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Everything that ``prompttune serve`` is told."""
+    """Settings of ``prompttune serve``."""
 
     engine: EngineSettings
     service: ServiceSettings = field(default_factory=ServiceSettings)
     transport: TransportSettings = field(default_factory=TransportSettings)
     host: str = "127.0.0.1"
     http_port: int = 8000
-    """0 takes a free one."""
+    """Port of HTTP; 0 picks a free port."""
     grpc_port: int | None = 8001
-    """0 takes a free one, None serves HTTP alone."""
+    """Port of gRPC; 0 picks a free port, None serves HTTP only."""
     drain_s: float = 30.0
-    """For requests inside to be answered when the server is told to stop; the others then get 503."""
+    """Seconds to answer the requests inside after a stop signal; the remaining ones get status 503."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Addresses:
     """Where a server listens."""
 
     http: str
-    """With its scheme."""
+    """Address of HTTP, with its scheme."""
     grpc: str | None
-    """``host:port``."""
+    """Address of gRPC, as ``host:port``."""
 
 
 class _Http(uvicorn.Server):
@@ -65,12 +65,12 @@ class _Http(uvicorn.Server):
 
 
 class Server:
-    """One server; make it within a running event loop. :meth:`run` returns when it has drained.
+    """One server; create it within a running event loop. :meth:`run` returns after the drain.
 
     Args:
-        settings: see there.
-        on_listening: told the addresses once both transports listen, before the engine is open.
-        on_ready: called when the engine is warm.
+        settings: settings of the server.
+        on_listening: called with the addresses once both transports listen, before the engine is open.
+        on_ready: called when the engine is warmed up.
     """
 
     def __init__(
@@ -87,14 +87,14 @@ class Server:
         self._sending_s = DISMISSING_S
 
     def stop(self) -> None:
-        """Drain and leave; asked twice, leave without draining."""
+        """Drain and stop; a second call stops without draining."""
         (self._hurry if self._stop.is_set() else self._stop).set()
 
     async def run(self, signals: bool = True) -> None:
-        """Serve until :meth:`stop`, or with ``signals`` until SIGTERM or SIGINT.
+        """Serve until :meth:`stop` or, with ``signals``, until SIGTERM or SIGINT.
 
         Raises:
-            PrompttuneError: the engine cannot be opened, or an address is taken.
+            PrompttuneError: the engine cannot be opened, or an address is in use.
         """
         service = make_service(self._settings.engine, self._settings.service)
         try:
@@ -110,7 +110,7 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _transports(self, service: Service) -> AsyncIterator[Addresses]:
-        """Both transports, on the same addresses; they end together."""
+        """Run both transports on the same addresses; they end together."""
         settings, transport = self._settings, self._settings.transport
         listening = listen(settings.host, settings.http_port)
         config = http_config(rest_application(service, transport, self._state), transport)
@@ -131,12 +131,12 @@ class Server:
                 None if grpc_port is None else f"{host}:{grpc_port}",
             )
         finally:
-            config.timeout_graceful_shutdown = self._sending_s  # type: ignore[assignment]  # it waits for fractions too
+            config.timeout_graceful_shutdown = self._sending_s  # type: ignore[assignment]  # fractions work too
             http.should_exit = True
             await asyncio.gather(serving, grpc.stop(self._sending_s))
 
     def _add_ports(self, server: grpc.aio.Server, hosts: Sequence[str], port: int) -> int:
-        """Let gRPC listen where HTTP does; it takes a wildcard for both families itself."""
+        """Let gRPC listen where HTTP does; gRPC covers both families with one wildcard."""
         if self._settings.host in WILDCARDS:
             hosts = [self._settings.host]
         for host in hosts:
@@ -144,7 +144,7 @@ class Server:
         return port
 
     async def _warm_up(self, service: Service) -> bool:
-        """Whether the service is ready; False if it was told to stop before it was."""
+        """Start the service; return whether it is ready, False if it was stopped first."""
         starting, stopping = asyncio.create_task(service.start()), asyncio.create_task(self._stop.wait())
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
@@ -171,7 +171,7 @@ class Server:
             LOG.warning("leaving: requests that still waited are answered with 503", extra={"requests": unanswered})
 
     async def _emptied(self, service: Service) -> None:
-        """Return when every call has been answered, or its time is over."""
+        """Return when every call is answered or has exceeded its deadline."""
         until = time.monotonic() + self._settings.drain_s
         await service.drain(self._settings.drain_s)
         if await self._state.calls.empty(until - time.monotonic()):

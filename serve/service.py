@@ -1,4 +1,4 @@
-"""The server without a transport: tasks by name, one frozen backbone, batches of any mix of them."""
+"""The server without a transport: tasks by name, one frozen backbone, batches of any mix of tasks."""
 
 from __future__ import annotations
 
@@ -57,24 +57,24 @@ class ServiceSettings:
 
     limits: Limits = field(default_factory=Limits)
     max_queue: int = 1024
-    """Rows inside the server at most, waiting or running."""
+    """Largest number of rows inside the server, waiting or running."""
     timeout_s: float = 60.0
-    """Of a request that names no shorter one."""
+    """Timeout of a request that does not name a shorter one, in seconds."""
     decode_workers: int = 2
     watch_interval_s: float | None = None
-    """Between two looks at the folders; None looks only when a load is asked for."""
+    """Seconds between two scans of the task folders; None scans only on a load request."""
 
 
 class Service:
-    """Implements :class:`prompttune.serve.protocol.service.InferenceService`. Make it within a running event loop.
+    """Implements :class:`prompttune.serve.protocol.service.InferenceService`. Create it within a running event loop.
 
     Args:
-        folder: the engine.
-        catalogue: its tasks on disk.
-        lanes: one for each device, not started yet.
-        metrics: the counters, which the lanes' batches count in as well.
-        traffic: the same for the page.
-        settings: how to treat requests.
+        folder: the engine folder.
+        catalogue: the tasks on disk.
+        lanes: one lane per device, not started yet.
+        metrics: Prometheus counters; the lanes' batches count there too.
+        traffic: counters of the web page; the lanes' batches count there too.
+        settings: settings of the service.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Service:
     # ---------------------------------------------------------------- lifecycle
 
     async def start(self) -> None:
-        """Start the workers, fill their rows, and only then be ready.
+        """Start the workers and fill their rows, then report ready.
 
         Raises:
             PrompttuneError: the engine cannot be opened.
@@ -138,7 +138,7 @@ class Service:
                     model.retire(str(problem))
 
     async def _observe(self) -> None:
-        """Keep the figures of the page fresh."""
+        """Refresh the figures of the web page."""
         while True:
             for lane in self._lanes:
                 await lane.observe()
@@ -149,18 +149,18 @@ class Service:
             await asyncio.sleep(interval_s)
             try:
                 await self._repository.follow()
-            except OSError as problem:  # a mount that is away comes back
+            except OSError as problem:  # a lost mount may come back
                 LOG.warning("the task folders cannot be read: %s", problem)
             except Exception:
                 LOG.exception("looking at the task folders failed")
 
     async def drain(self, seconds: float) -> bool:
-        """Take no more requests and wait for those inside; whether all were answered in time."""
+        """Refuse new requests and wait for those inside; return whether all were answered in time."""
         self._admission.close()
         return await self._admission.empty(seconds)
 
     async def close(self) -> None:
-        """End the workers and whatever still waits for them."""
+        """End the workers; waiting requests fail."""
         self._admission.close()
         for task in self._background:
             task.cancel()
@@ -201,7 +201,7 @@ class Service:
         return task_metadata(manifest, model.current(version), model.number, rows)
 
     def _mixed(self, version: str) -> Model:
-        """The model that takes a task for each row, whose only version is 1."""
+        """The model that takes a task for each row; its only version is 1."""
         mixed = self._inference.mixed
         if not mixed.named(version):
             raise NotFoundError(f"the model {MIXED!r} has the version {mixed.number}, not {shown(version)}")

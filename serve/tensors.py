@@ -1,4 +1,4 @@
-"""Between the protocol's tensors and rows: what a request asks for, checked, and the outputs that answer it."""
+"""Between the protocol's tensors and rows: requests are checked and read, outputs are written."""
 
 from __future__ import annotations
 
@@ -28,54 +28,54 @@ from prompttune.serve.protocol.types import (
 
 IMAGE, TASK = "image", "task"
 LARGEST_NUMBER = 2**63 - 1
-"""Of a parameter; the widest that JSON and gRPC both carry."""
+"""Largest value of a parameter: the widest integer that JSON and gRPC both carry."""
 LONGEST_NAME = 255
-"""Bytes of a task name; a folder cannot have a longer one."""
+"""Longest task name, in bytes: the limit of a folder name."""
 
 
 @dataclass(frozen=True)
 class Payload:
-    """The image of one row as its request sent it."""
+    """The image of one row, as sent in the request."""
 
     row: int
-    """Which row of the request."""
+    """Row of the request, counted from 0."""
     data: bytes | NDArray[np.uint8] | Array
     """A JPEG, PNG or WebP file, raw RGB uint8 [H, W, 3], or normalised float32 [3, S, S]."""
 
     @property
     def normalised(self) -> bool:
-        """Whether it needs no decoding."""
+        """Whether the image needs no decoding."""
         return isinstance(self.data, np.ndarray) and self.data.dtype == np.float32
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A request that fits its model, row by row."""
+    """A checked request, row by row."""
 
     payloads: Sequence[Payload]
-    """Views of the request's own memory."""
+    """Images of the rows: views of the request's memory."""
     tasks: Sequence[str]
-    """A task name for each row, which may not exist."""
+    """Task name of each row; the task may not exist."""
     top_k: int
     priority: int
-    """0 is the default; among others, smaller ones go first."""
+    """Priority: 0 is the default, 1 is the most urgent."""
     timeout_s: float | None
-    """The ``timeout`` parameter; None without one."""
+    """The ``timeout`` parameter in seconds; None without one."""
     outputs: Sequence[RequestedOutput]
-    """What to answer, in order."""
+    """Requested outputs, in order."""
 
 
 def read_rows(request: InferRequest, limits: Limits, image_size: int) -> Rows:
-    """Check a request and take it apart. Task names are not looked up.
+    """Check a request and split it into rows. Task names are not looked up.
 
     Args:
-        request: a request of one task, or of :data:`MIXED`.
-        limits: what it may ask for.
+        request: a request for one task, or for :data:`MIXED`.
+        limits: limits of a request.
         image_size: side S of the engine's square input, in pixels.
 
     Raises:
-        BadRequestError: a name, datatype, shape, value or parameter does not fit; the message says which.
-        TooLargeError: too many rows, bytes of an image, or pixels of one.
+        BadRequestError: a name, datatype, shape, value or parameter does not fit; the message names it.
+        TooLargeError: the request exceeds the limit of rows, of bytes per image or of pixels per image.
     """
     inputs = _inputs(request)
     payloads = _payloads(inputs[IMAGE], limits, image_size)
@@ -92,12 +92,12 @@ def read_rows(request: InferRequest, limits: Limits, image_size: int) -> Rows:
 
 
 def write_outputs(rows: Rows, logits: Sequence[Array], records: Sequence[Record]) -> list[OutputTensor]:
-    """Turn logits into the outputs that a request asks for.
+    """Turn logits into the requested outputs.
 
     Args:
         rows: the request.
-        logits: for each row float32 [C], C its task's own classes.
-        records: for each row its task, of the version that answered.
+        logits: float32 [C] for each row, C the task's own classes.
+        records: record of each row's task, of the version that answered.
 
     Raises:
         BadRequestError: a normalised image made the engine overflow.
@@ -118,9 +118,9 @@ def _inputs(request: InferRequest) -> Mapping[str, InputTensor]:
     found: dict[str, InputTensor] = {}
     for tensor in request.inputs:
         if tensor.name not in wanted:
-            raise BadRequestError(f"there is no input {_short(tensor.name)}; {needs}")
+            raise BadRequestError(f"unknown input {_short(tensor.name)}; {needs}")
         if tensor.name in found:
-            raise BadRequestError(f"the input {tensor.name} comes twice")
+            raise BadRequestError(f"the input {tensor.name} is given twice")
         found[tensor.name] = tensor
     missing = [name for name in wanted if name not in found]
     if missing:
@@ -134,7 +134,7 @@ def _payloads(tensor: InputTensor, limits: Limits, image_size: int) -> list[Payl
     shape, read = _FORMS[tensor.datatype]
     _check_shape(tensor, [image_size if size == "S" else size for size in shape])
     if not len(tensor.data):
-        raise BadRequestError("the request holds no image")
+        raise BadRequestError("the request has no images")
     if len(tensor.data) > limits.rows:
         raise TooLargeError(f"{len(tensor.data)} images in one request, the limit is {limits.rows}")
     return [Payload(row, data) for row, data in enumerate(read(tensor, limits))]
@@ -142,7 +142,7 @@ def _payloads(tensor: InputTensor, limits: Limits, image_size: int) -> list[Payl
 
 def _normalised(tensor: InputTensor) -> Sequence[Array]:
     with np.errstate(over="ignore", invalid="ignore"):
-        # A sum is not finite if a value is not, and takes no second array; only a large sum asks for another look.
+        # One inf or NaN makes the sum non-finite, and no second array is needed; only a large sum needs a second check.
         finite = np.isfinite(tensor.data.sum()) or np.isfinite(tensor.data).all()
     if not finite:
         raise BadRequestError("image holds values that are not finite")
@@ -152,7 +152,7 @@ def _normalised(tensor: InputTensor) -> Sequence[Array]:
 def _raw(tensor: InputTensor, limits: Limits) -> Sequence[NDArray[np.uint8]]:
     height, width = tensor.data.shape[1:3]
     if not height or not width:
-        raise BadRequestError(f"images of {height} x {width} pixels have nothing to see")
+        raise BadRequestError(f"images of {height} x {width} pixels are empty")
     if height * width > limits.pixels:
         raise TooLargeError(f"images of {width} x {height} pixels, the limit is {limits.pixels}")
     return list(tensor.data)
@@ -173,7 +173,7 @@ _FORMS: Mapping[str, tuple[_Shape, Callable[[InputTensor, Limits], Sequence[Any]
     "UINT8": (("N", "H", "W", 3), _raw),
     "BYTES": (("N",), _encoded),
 }
-"""Datatype of ``image`` → its shape, S the side of the engine's input, and how its rows are read."""
+"""Datatypes of ``image``: shape (S is the side of the engine's input) and how the rows are read."""
 
 
 def _from_base64(text: bytes, row: int) -> bytes:
@@ -207,7 +207,7 @@ def _task(name: bytes, row: int) -> str:
 
 
 def _check_shape(tensor: InputTensor, wanted: _Shape) -> None:
-    """A letter in ``wanted`` stands for any size."""
+    """Check a shape; a letter in ``wanted`` stands for any size."""
     shape = tensor.data.shape
     fits = len(shape) == len(wanted) and all(
         isinstance(one, str) or size == one for size, one in zip(shape, wanted, strict=True)
@@ -230,13 +230,13 @@ def _outputs(requested: Sequence[RequestedOutput]) -> Sequence[RequestedOutput]:
     seen: set[str] = set()
     for output in requested:
         if output.name not in OUTPUTS:
-            raise BadRequestError(f"there is no output {_short(output.name)}; known: {_listed(OUTPUTS)}")
+            raise BadRequestError(f"unknown output {_short(output.name)}; known: {_listed(OUTPUTS)}")
         if output.name in seen:
-            raise BadRequestError(f"the output {output.name} is asked for twice")
+            raise BadRequestError(f"the output {output.name} is requested twice")
         if output.classification < 0:
             raise BadRequestError(f"classification of {output.name} must be at least 1, not {output.classification}")
         if output.classification and output.name not in RANKED:
-            raise BadRequestError(f"classification goes with {_listed(RANKED)}, not with {output.name}")
+            raise BadRequestError(f"classification works for {_listed(RANKED)}, not for {output.name}")
         seen.add(output.name)
     return requested or [RequestedOutput(name) for name in OUTPUTS]
 
@@ -246,6 +246,6 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _short(value: object) -> str:
-    """What a stranger sent, fit for a message of one line."""
+    """A value from a request, shortened to fit a one-line message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

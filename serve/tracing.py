@@ -1,6 +1,6 @@
-"""OpenTelemetry spans, where its API is installed: https://opentelemetry.io/docs/languages/python/
+"""OpenTelemetry spans, if its API is installed: https://opentelemetry.io/docs/languages/python/
 
-Nothing is exported unless a program sets up a provider, as ``opentelemetry-instrument prompttune serve`` does.
+Spans are exported only if a program sets up a provider, as ``opentelemetry-instrument prompttune serve`` does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 @functools.cache
 def _packages() -> Any:
-    """``trace``, ``context`` and ``propagate``; None where they are not installed."""
+    """The modules ``trace``, ``context`` and ``propagate``; None where they are not installed."""
     if importlib.util.find_spec("opentelemetry") is None:
         return None
     from opentelemetry import context, propagate, trace
@@ -23,7 +23,7 @@ def _packages() -> Any:
 
 
 def _api() -> Any:
-    """The packages, where a provider is set up: without one a span would only cost time."""
+    """The modules if a provider is set up; otherwise a span would only cost time."""
     packages = _packages()
     if packages is None or isinstance(packages[0].get_tracer_provider(), packages[0].ProxyTracerProvider):
         return None
@@ -32,7 +32,7 @@ def _api() -> Any:
 
 @contextlib.contextmanager
 def span(name: str, **attributes: str | int) -> Iterator[None]:
-    """The block as a span, below the one that is current; an error in it is recorded there."""
+    """Run the block as a child of the current span; record an error of the block in it."""
     api = _api()
     if api is None:
         yield
@@ -45,7 +45,7 @@ def span(name: str, **attributes: str | int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def continued(headers: Mapping[str, str]) -> Iterator[None]:
-    """Spans of the block belong to the trace that a caller's ``traceparent`` names, if there is one."""
+    """Make the block's spans part of the trace that a caller's ``traceparent`` names, if it names one."""
     api = _api()
     if api is None:
         yield

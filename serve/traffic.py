@@ -1,4 +1,4 @@
-"""What the server has seen of late, second by second, and how long requests took."""
+"""Recent traffic of the server, second by second, and how long requests took."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 
 SECONDS_KEPT = 300
 LATENCIES_KEPT = 256
-"""Of each task: enough for a 99th percentile, small for thousands of tasks."""
+"""Number of durations kept per task: enough for a 99th percentile, small for thousands of tasks."""
 
 
 def percentile(sorted_values: Sequence[float], share: float) -> float:
-    """The value that ``share`` (0 to 1) of the values do not exceed, by the nearest rank."""
+    """The smallest value that at least ``share`` (0 to 1) of the values do not exceed (nearest rank)."""
     return sorted_values[max(0, math.ceil(share * len(sorted_values)) - 1)]
 
 
 def percentiles_ms(seconds: Sequence[float], shares: Sequence[float] = (0.5, 0.95)) -> dict[str, float | None]:
-    """``p50_ms`` and so on; None where there was no traffic."""
+    """``p50_ms`` and so on; None without traffic."""
     ordered = sorted(seconds)
     return {f"p{share * 100:.0f}_ms": percentile(ordered, share) * 1000 if ordered else None for share in shares}
 
@@ -46,7 +46,7 @@ class _Second:
 
 
 class Traffic:
-    """The last minutes; seconds without traffic are left out."""
+    """Traffic of the last minutes; seconds without traffic are left out."""
 
     def __init__(self) -> None:
         self._seconds: deque[_Second] = deque(maxlen=SECONDS_KEPT)
@@ -58,20 +58,20 @@ class Traffic:
         return self._seconds[-1]
 
     def request(self, seconds: float, rows: int, failed: bool) -> None:
-        """A request has ended."""
+        """Count a finished request."""
         second = self._now()
         second.seconds.append(seconds)
         second.errors += failed
         second.rows += 0 if failed else rows
 
     def batch(self, rows: int) -> None:
-        """A batch has ended."""
+        """Count a finished batch."""
         second = self._now()
         second.batches += 1
         second.batch_rows += rows
 
     def rows_per_s(self, over: int = 10) -> float:
-        """Rows answered a second, over the last ``over`` whole seconds."""
+        """Answered rows per second, over the last ``over`` whole seconds."""
         now = int(time.time())
         return sum(one.rows for one in self._seconds if now - over <= one.time < now) / over
 

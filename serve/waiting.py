@@ -1,4 +1,4 @@
-"""Waiting on the event loop: for several calls, and for work that cannot be stopped."""
+"""Waiting on the event loop: for several calls, and for work that cannot be cancelled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Result = TypeVar("Result")
 
 
 async def gathered(calls: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """The results of all calls; the first failure cancels the others and is raised as it is."""
+    """The results of all calls; the first failure cancels the others and is raised unchanged."""
     first, *others = calls
     if not others:
         return [await first]
@@ -25,7 +25,7 @@ async def gathered(calls: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]
 
 
 async def to_the_end(work: asyncio.Future[Result]) -> Result:
-    """Await ``work`` to its end even when the caller is cancelled, who learns of it then."""
+    """Await ``work`` to its end even if the caller is cancelled; the cancellation is raised afterwards."""
     cancelled: asyncio.CancelledError | None = None
     while not work.done():
         try:
@@ -39,12 +39,12 @@ async def to_the_end(work: asyncio.Future[Result]) -> Result:
 
 
 async def or_leave(work: asyncio.Future[Result]) -> Result:
-    """Await ``work``; when the caller is cancelled it goes on without anybody who asks for its result."""
+    """Await ``work``; it continues alone if the caller is cancelled."""
     work.add_done_callback(forget)
     return await asyncio.shield(work)
 
 
 def forget(work: asyncio.Future[Result]) -> None:
-    """Count an error as seen, so that the event loop does not report it."""
+    """Mark an error as retrieved, so that the event loop does not report it."""
     if not work.cancelled():
         work.exception()

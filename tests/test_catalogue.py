@@ -110,5 +110,5 @@ def test_no_name_leaves_the_folders(engine, name):
 
 
 def test_a_folder_to_watch_must_be_there(engine, tmp_path):
-    with pytest.raises(EngineError, match="no folder"):
+    with pytest.raises(EngineError, match="does not exist"):
         Catalogue(engine, [tmp_path / "nowhere"])

@@ -165,11 +165,11 @@ def test_limits_of_a_request() -> None:
 
 
 def test_names_of_inputs() -> None:
-    assert "there is no input 'pixels'" in refusal(request(tensor(name="pixels")))
-    assert "comes twice" in refusal(request(tensor(), tensor()))
+    assert "unknown input 'pixels'" in refusal(request(tensor(name="pixels")))
+    assert "given twice" in refusal(request(tensor(), tensor()))
     assert "the input image is missing" in refusal(request())
     assert "the input task is missing" in refusal(request(tensor(), model=MIXED))
-    assert "there is no input 'task'" in refusal(request(tensor(), names(["a", "b"])))
+    assert "unknown input 'task'" in refusal(request(tensor(), names(["a", "b"])))
 
 
 def test_tasks_of_rows() -> None:
@@ -219,10 +219,10 @@ def test_requested_outputs() -> None:
     wanted = [RequestedOutput("score"), RequestedOutput("logits", 2)]
     assert read(request(tensor(), outputs=wanted)).outputs == wanted
     assert [output.name for output in read(request(tensor())).outputs] == list(OUTPUTS)
-    assert "there is no output 'scores'" in refusal(request(tensor(), outputs=[RequestedOutput("scores")]))
-    assert "asked for twice" in refusal(request(tensor(), outputs=[RequestedOutput("score")] * 2))
+    assert "unknown output 'scores'" in refusal(request(tensor(), outputs=[RequestedOutput("scores")]))
+    assert "requested twice" in refusal(request(tensor(), outputs=[RequestedOutput("score")] * 2))
     assert "at least 1, not -1" in refusal(request(tensor(), outputs=[RequestedOutput("logits", -1)]))
-    assert "not with label" in refusal(request(tensor(), outputs=[RequestedOutput("label", 1)]))
+    assert "not for label" in refusal(request(tensor(), outputs=[RequestedOutput("label", 1)]))
 
 
 @dataclass(frozen=True)
