@@ -244,7 +244,7 @@ def test_several_outputs_hold_the_same(photos, tmp_path):
         (["{photos}", "--task", "task0", "--labels", "column"], 2, "has no columns"),
         (["{photos}", "--task", "task0", "--task", "task1", "--labels", "folder"], 2, "those of one task"),
         (["{photos}", "--task", "task0", "--report", "r"], 2, "--labels"),
-        (["{photos}", "-", "--task", "task0"], 2, "read alone"),
+        (["{photos}", "-", "--task", "task0"], 2, "as the only input"),
         (["-", "--stdin", "rgb24", "--task", "task0"], 2, "--frame-size"),
         (["-", "--task", "task0", "--shards", "0/2"], 2, "read once only"),
         (["{photos}/notes.txt", "--task", "task0", "--drop", "oldest"], 2, "is for streams"),

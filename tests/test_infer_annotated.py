@@ -150,9 +150,9 @@ def test_what_a_crash_leaves_can_be_played(tmp_path, suffix):
 
 
 def test_a_video_cannot_be_gone_on_with(tmp_path):
-    with pytest.raises(UsageError, match="cannot be gone on with"):
+    with pytest.raises(UsageError, match="cannot be resumed"):
         AnnotatedVideo(tmp_path / "out.mp4", None, {})
-    with pytest.raises(UsageError, match=r"out\.xyz is no video that can be written: known are \.mp4"):
+    with pytest.raises(UsageError, match=r"out\.xyz is not a video format that can be written: known are \.mp4"):
         AnnotatedVideo(tmp_path / "out.xyz")
 
 

@@ -235,7 +235,7 @@ def test_labels_of_lists(photos, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "header", "message"),
     [
-        (["a.png,x", "b.png,y", "./a.png,z"], "path,label", r"line 4: \./a\.png stands on line 2 already"),
+        (["a.png,x", "b.png,y", "./a.png,z"], "path,label", r"line 4: \./a\.png is already on line 2"),
         ([",x"], "path,label", r"line 2: no path"),
         (["a.png,x"], "file,label", r"line 1: no column path \(columns: file, label\); the header must be path,label"),
         (["a,b.png,x"], "path,label", r"line 2 has 3 cells and the header 2"),
@@ -251,7 +251,7 @@ def test_damaged_label_tables(tmp_path, rows, header, message):
 def test_labels_that_are_not_there(tmp_path):
     with pytest.raises(UsageError, match=r"no file .*labels\.csv for --labels"):
         Labels.parse(str(tmp_path / "labels.csv"))
-    with pytest.raises(UsageError, match="--labels wants folder"):
+    with pytest.raises(UsageError, match="--labels needs"):
         Labels.parse("")
 
 

@@ -85,7 +85,7 @@ def test_the_command_draws_a_video(video, tmp_path):
         timeout=120,
     )
     assert again.returncode == 2
-    assert "cannot be gone on with" in again.stderr
+    assert "cannot be resumed" in again.stderr
 
 
 def test_a_stream_that_breaks_three_times(tmp_path):

@@ -98,7 +98,7 @@ def test_another_setting_is_named_with_both_values(path, changed, line):
         with pytest.raises(UsageError) as caught:
             journal.resume({**SETTINGS, **changed})
     assert str(caught.value) == (
-        f"cannot go on with other settings: {line}; give the same, or begin again with --overwrite"
+        f"cannot resume with other settings: {line}; give the same, or begin again with --overwrite"
     )
 
 
@@ -114,7 +114,7 @@ def test_names_that_are_no_unicode_are_recorded(path):
 
 
 def test_without_a_record_there_is_nothing_to_go_on_from(path):
-    with Journal(path) as journal, pytest.raises(UsageError, match=r"nothing to go on from: no record at .*--resume$"):
+    with Journal(path) as journal, pytest.raises(UsageError, match=r"to resume: .* does not exist; .*--resume$"):
         journal.resume(SETTINGS)
 
 

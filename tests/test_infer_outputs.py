@@ -97,7 +97,7 @@ def test_an_unknown_kind_lists_those_that_are_known(output):
 @pytest.mark.parametrize(
     ("outputs", "line"),
     [
-        (["-", "csv:-"], "two outputs are the standard output"),
+        (["-", "csv:-"], "standard output is given twice"),
         (["rows.csv", "new/../rows.csv"], "given twice"),
         (["rows.parquet", "rows.parquet/"], "given twice"),
         (["rows/more.csv", "rows/"], "rows/more.csv is inside the output rows/"),
@@ -116,7 +116,7 @@ def test_what_is_there_is_kept_unless_it_may_be_replaced(here, output):
     before = contents(here)
     with pytest.raises(UsageError) as caught:
         opened(["first.csv", output])
-    assert str(caught.value) == f"{output} exists: choose another output, give --overwrite, or --resume to go on"
+    assert str(caught.value) == f"{output} exists: choose another output, or give --overwrite or --resume"
     assert contents(here) == before
     written(output, overwrite=True)
     assert contents(here) != before

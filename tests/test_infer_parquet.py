@@ -190,9 +190,9 @@ def test_a_full_disk_loses_nothing_that_was_committed(whole, tmp_path):
     state = sink.commit()
     with full_disk(1000), pytest.raises(OSError, match="File too large"):
         write_all(sink, ANSWERS[2:])
-    with pytest.raises(DataError, match="middle of an input: go on with --resume"):
+    with pytest.raises(DataError, match="middle of an input: run again with --resume"):
         sink.commit()
-    with pytest.raises(DataError, match="middle of an input: go on with --resume"):
+    with pytest.raises(DataError, match="middle of an input: run again with --resume"):
         sink.finish()
     sink = ParquetParts(tmp_path, False, state, 3)
     for one in ANSWERS[2:]:

@@ -139,7 +139,7 @@ def alone(monkeypatch):
 def test_an_address_without_a_cluster(alone, work):
     with socket.create_server(("127.0.0.1", 0)) as listening:
         address = f"127.0.0.1:{listening.getsockname()[1]}"
-    with pytest.raises(UsageError, match=f"no Ray cluster at {address}: .*refused"):
+    with pytest.raises(UsageError, match=f"cannot reach Ray at {address}: .*refused"):
         next(run_on_ray([pictures(1)], work, RaySettings(address)))
 
 
@@ -264,7 +264,7 @@ def test_another_engine_under_the_same_path_is_refused(work, monkeypatch):
     engine = Answering(MagicMock(), 0, replace(work, known=facts))
     [(number, failure)] = unwrapped(engine(wrapped(5, [])))
     assert number == 5
-    assert failure.message.endswith("is another one than where the job was started")
+    assert failure.message.endswith("differs from the one on the machine that started the job")
 
 
 def test_a_parcel_is_given_up_after_some_attempts():

@@ -95,7 +95,7 @@ def test_an_engine_that_fails_in_the_middle(images, whole, tmp_path, monkeypatch
         patch.setattr(Engine, "answer", failing)
         with prepared(job, stdin=None, stdout=None) as ready, pytest.raises(EngineError) as caught:
             ready.job.run()
-    assert f"the device is gone; the rows of {4 * (after - 1)} inputs are safe, run again with --resume" in str(
+    assert f"the device is gone; the rows of {4 * (after - 1)} inputs are safe: run again with --resume" in str(
         caught.value
     )
     finish(job)
@@ -197,7 +197,7 @@ def test_other_inputs_are_not_gone_on_with(images, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="batch-size was 4 and is 8 now"):
         run(copy, output=tmp_path / "rows.jsonl", resume=True, batch_size=8)
     (copy / "0003.png").rename(copy / "0003a.png")
-    with pytest.raises(DataError, match=r"0003a\.png is new and stands before"):
+    with pytest.raises(DataError, match=r"0003a\.png is new and comes before"):
         run(copy, output=tmp_path / "rows.jsonl", resume=True)
     assert (tmp_path / "rows.jsonl").read_bytes() == before
     for path in sorted(copy.iterdir())[20:]:
@@ -219,7 +219,7 @@ def test_two_runs_do_not_share_an_output(images, tmp_path):
     with Journal(tmp_path / "rows.jsonl.journal.json"), pytest.raises(UsageError, match="another run writes"):
         run(images, output=output)
     assert not output.exists()
-    with pytest.raises(UsageError, match="nothing to go on from"):
+    with pytest.raises(UsageError, match="nothing to resume"):
         run(images, output=output, resume=True)
 
 

@@ -200,7 +200,7 @@ def test_a_member_cut_short_is_an_error(tmp_path):
     assert shade_of(first) == 1
     with pytest.raises(OSError, match=r"^the shard is cut short inside this member$"):
         second.payload.open()
-    assert last.error == "the shard is damaged behind sample 1: unexpected end of data"
+    assert last.error == "the shard is damaged after sample 1: unexpected end of data"
     path.unlink()
     with pytest.raises(OSError, match=r"^cannot read the shard: No such file or directory$"):
         first.payload.open()
@@ -217,7 +217,7 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path):
     assert [item.error for item in items] == [
         None,
         None,
-        "the shard is damaged behind sample 1: the header of a member is damaged",
+        "the shard is damaged after sample 1: the header of a member is damaged",
     ]
 
 

@@ -70,7 +70,7 @@ def test_a_file_name_of_any_bytes_is_found(tmp_path: Path) -> None:
 
 def test_a_list_in_another_encoding_is_an_error_in_each_line() -> None:
     items = list(ListReader(io.BytesIO("a.png\nb.png\n".encode("utf-16-le"))).items())
-    assert {item.error for item in items} == {"the line holds a zero byte: write a path a line, in UTF-8"}
+    assert {item.error for item in items} == {"the line holds a zero byte: write one path per line, in UTF-8"}
     (item,) = ListReader(io.BytesIO(b"c:\\photos\\a.png\n")).items()
     assert "is a path of Windows" in str(item.error)
 
@@ -162,8 +162,8 @@ def test_json_lines_name_or_hold_an_image(tmp_path: Path) -> None:
         (b"[" * 100_000, "not JSON: "),
         (b'{"id": ' + b"9" * 5000 + b"}", "not JSON: "),
         (b"[1]", "not a JSON object"),
-        (b"{}", "needs path or image, one of them"),
-        (b'{"path": "a", "image": "b"}', "needs path or image, one of them"),
+        (b"{}", "needs either path or image"),
+        (b'{"path": "a", "image": "b"}', "needs either path or image"),
         (b'{"path": 1}', "path is not a text"),
         (b'{"path": "s3://a/b.png"}', "prompttune reads no URLs"),
         (b'{"image": 1}', "image is not base64 text"),

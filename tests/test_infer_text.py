@@ -181,7 +181,7 @@ def test_half_an_input_is_never_committed(kind, path, monkeypatch):
     monkeypatch.setattr(Row, "to_dict", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         sink.write(ANSWERS[1])
-    with pytest.raises(DataError, match=r"rows\.out was stopped in the middle of an input: go on with --resume"):
+    with pytest.raises(DataError, match=r"rows\.out was stopped in the middle of an input: run again with --resume"):
         sink.commit()
 
 

@@ -72,9 +72,9 @@ def add(path: str, text: str) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[], object], str]] = {
-    "new in front": (lambda: picture(50).save("in/000.png"), "in/000.png is new and stands before answered ones"),
-    "new between": (lambda: picture(50).save("in/0003a.png"), "in/0003a.png is new and stands before"),
-    "renamed": (lambda: Path("in/0009.png").rename("in/0009a.png"), "in/0009a.png is new and stands before"),
+    "new in front": (lambda: picture(50).save("in/000.png"), "in/000.png is new and comes before answered ones"),
+    "new between": (lambda: picture(50).save("in/0003a.png"), "in/0003a.png is new and comes before"),
+    "renamed": (lambda: Path("in/0009.png").rename("in/0009a.png"), "in/0009a.png is new and comes before"),
     "first gone": (lambda: Path("in/0000.png").unlink(), "the first input is gone"),
     "one gone": (lambda: Path("in/0004.png").unlink(), "the input after in/0003.png is gone"),
     "last gone": (lambda: Path("in/0009.png").unlink(), "the input after in/0008.png is gone"),
@@ -245,7 +245,7 @@ def test_further_files_may_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     pictures(IMAGES, 1)
     job(("in.tar",))
     assert job(("in.tar", "in"), resume=True).inputs == 3
-    with pytest.raises(DataError, match="the first input is gone or stands elsewhere now"):
+    with pytest.raises(DataError, match="the first input is gone or has moved"):
         job(("in", "in.tar"), resume=True)
 
 

@@ -115,7 +115,7 @@ def test_repository(client: Client) -> None:
 
 
 def test_a_model_cannot_bring_its_configuration(client: Client, service: FakeService) -> None:
-    with pytest.raises(InferenceServerException, match=r"parameter 'config' is not taken.*server's own folder"):
+    with pytest.raises(InferenceServerException, match=r"parameter 'config' is not accepted.*server's own folder"):
         client.load_model("plants", config="{}")
     assert service.loaded == {"pets"}
 
@@ -220,7 +220,7 @@ def test_shared_memory_is_empty_and_stays_so(client: Client, kind: str) -> None:
     assert not (found if client.is_http else found.get("regions"))
     with pytest.raises(InferenceServerException, match="no shared memory region 'one'"):
         getattr(client, status)("one")
-    with pytest.raises(InferenceServerException, match="takes no shared memory"):
+    with pytest.raises(InferenceServerException, match="does not accept shared memory"):
         getattr(client, register)("one", *region)
     getattr(client, unregister)()
     getattr(client, unregister)("one")

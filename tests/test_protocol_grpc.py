@@ -123,7 +123,7 @@ def empty_parameter() -> Any:
         (request("BYTES", (10_000,)), "at most 256 strings"),
         (raw(bytes(8), bytes(8)), "1 inputs and 2 raw_input_contents"),
         (raw(bytes(7)), "7 bytes, its shape"),
-        (raw(bytes(8), fp32_contents=[1, 2]), "contents beside raw_input_contents"),
+        (raw(bytes(8), fp32_contents=[1, 2]), "both contents and raw_input_contents"),
         (raw(b"\xff\xff\xff\xff", datatype="BYTES", shape=(1,)), "cut off"),
         (raw(b"\x01", datatype="BYTES", shape=(1,)), "cut off"),
         (raw(bytes(8), datatype="BYTES", shape=(1,)), "2 strings, its shape"),

@@ -95,7 +95,7 @@ def test_a_guard() -> None:
         assert "secret" not in str(caught.value)
     with pytest.raises(ForbiddenError, match="--allow-control"):
         Guard(control_tokens=Tokens([CONTROL])).check(Access.CONTROL, f"Bearer {CONTROL}")
-    with pytest.raises(UsageError, match="give control a token file"):
+    with pytest.raises(UsageError, match="set a token file for control"):
         Guard(Tokens([INFERENCE]), control=True)
 
 

@@ -223,7 +223,7 @@ def _ready(running):
         (["ENGINE", "--device", "tpu"], "unknown device", 2),
         (["ENGINE", "--tls-key", "key.pem"], "go together", 2),
         (["ENGINE", "--token-file", "nowhere"], "token file", 2),
-        (["ENGINE", "--watch", "nowhere"], "no folder", 1),
+        (["ENGINE", "--watch", "nowhere"], "does not exist", 1),
         (["ENGINE", "--host-memory", "lots"], "not a size", 2),
         (["ENGINE", "--max-batch", "0"], "max-batch", 2),
         (["ENGINE", "--http-port", "TAKEN"], "cannot listen", 1),

@@ -340,7 +340,7 @@ def test_a_baked_engine_holds_its_rows_from_the_beginning(process, baked, tmp_pa
             worker.images(1)[:] = images
             found = (await worker.run(1, [keys["ant"], keys["zebra"]])).logits
             assert agree(found, baked.logits(images, ["ant", "zebra"]), [3, 2])
-            with pytest.raises(VersionGoneError, match="holds no task 'ant' of version 0"):
+            with pytest.raises(VersionGoneError, match="does not hold version 0 of the task 'ant'"):
                 await worker.load(Key("ant", "0"), tmp_path)
             with pytest.raises(EngineError, match="ant@0 holds no row"):
                 await worker.run(1, [Key("ant", "0")])

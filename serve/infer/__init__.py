@@ -1,4 +1,4 @@
-"""Batch and stream inference: sources of images, sinks of rows, and what runs between them."""
+"""Batch and stream inference: sources of images, sinks of rows, and the pipeline between them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From decoded inputs to answers: one call for many rows, whatever mix of tasks they are."""
+"""From decoded inputs to answers: one engine call for many rows, whatever mix of tasks they have."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from prompttune.serve.masks import Mask, class_map
 
 
 class Buffers:
-    """Batches [N, 3, S, S] that are used again: on a GPU, page-locked memory that the device reads by itself.
+    """Reusable batches [N, 3, S, S]; on a GPU they are page-locked memory, which the device reads directly.
 
     Args:
-        work: gives their size.
+        work: settings of the job, which give the size of a batch.
     """
 
     def __init__(self, work: Work) -> None:
@@ -33,7 +33,7 @@ class Buffers:
         self._free: list[Array] = []
 
     def take(self) -> Array:
-        """A batch of unknown content."""
+        """Take a batch; its content is undefined."""
         with self._lock:
             if self._free:
                 return self._free.pop()
@@ -45,23 +45,23 @@ class Buffers:
         return pinned
 
     def give_back(self, batch: Array) -> None:
-        """Nobody reads this batch any more."""
+        """Return a batch that nobody reads any more."""
         with self._lock:
             self._free.append(batch)
 
 
 @dataclass(slots=True)
 class Call:
-    """Rows of one call of the engine."""
+    """Rows of one engine call."""
 
     batch: Array
-    """float32 [batch size, 3, S, S], of which as many rows count as there are tasks."""
+    """float32 [batch size, 3, S, S]; only the first rows, one per task, are in use."""
     tasks: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
-    """Decoded inputs and the calls that answer them."""
+    """Decoded inputs with the calls that answer them."""
 
     inputs: Sequence[Decoded]
     calls: Sequence[Call]
@@ -69,7 +69,7 @@ class Assembled:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """An input and what each of its tasks says."""
+    """An input with the outcome of each of its tasks."""
 
     decoded: Decoded
     outcomes: Sequence[Outcome]
@@ -77,17 +77,17 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a task says of an input: the probabilities of its classes [C], or why there are none."""
+    """One task's outcome for an input: the probabilities of its classes [C], or the reason for an error."""
 
     task: str
     probabilities: Probabilities | None = None
     error: str | None = None
     mask: Mask | None = None
-    """Of a segmentation, in the place of the probabilities: class index of each pixel of the input, [S, S]."""
+    """Mask of a segmentation, instead of probabilities: class index of each pixel of the input, [S, S]."""
 
 
 def assemble(inputs: Sequence[Decoded], work: Work, buffers: Buffers) -> Assembled:
-    """Bring the readable rows of a chunk together into calls: first input, first task; first input, second task; …"""
+    """Pack the readable rows of a chunk into calls: first input, first task; first input, second task; and so on."""
     calls: list[Call] = []
     for one in inputs:
         for task in _answerable(one, work):
@@ -105,7 +105,7 @@ def _answerable(one: Decoded, work: Work) -> Iterable[str]:
 
 
 def score(engine: Engine, assembled: Assembled, work: Work, buffers: Buffers) -> list[Scored]:
-    """Run the calls of a chunk.
+    """Run the engine calls of a chunk.
 
     Raises:
         EngineError: the runtime fails.
@@ -135,7 +135,7 @@ def _outcome(one: Decoded, task: str, rest: Iterable[TaskLogits], work: Work) ->
 
 
 def answers_of(scored: Sequence[Scored], work: Work) -> list[Answer]:
-    """The rows of a chunk."""
+    """The rows of a chunk's answers."""
     return [
         Answer(
             tuple(_row(one.decoded, outcome, work) for outcome in one.outcomes),
@@ -179,7 +179,7 @@ def _row(decoded: Decoded, outcome: Outcome, work: Work) -> Row:
 
 
 def pixel_shares(mask: Mask, labels: Sequence[str]) -> tuple[Share, ...]:
-    """The classes that occur in a mask [S, S] and their shares of its pixels, the largest first."""
+    """The classes that occur in a mask [S, S] with their shares of its pixels, the largest share first."""
     counts = np.bincount(mask.ravel(), minlength=len(labels))
     order = np.argsort(-counts, kind="stable").tolist()
     return tuple(Share(labels[index], float(counts[index] / mask.size)) for index in order if counts[index])

@@ -1,4 +1,4 @@
-"""Images of inputs: decoded once, whatever the number of tasks, and brought to the engine's size."""
+"""Images of inputs: each is decoded once, whatever its number of tasks, and transformed to the engine's size."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TRANSFORMS = 64
-"""Different transforms that a process keeps."""
+"""Number of transforms that a process keeps."""
 
 _transform: Callable[[Preprocess], Callable[[Image.Image], Tensor]] = lru_cache(TRANSFORMS)(Preprocess.transform)
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """An input through each of the transforms that its tasks ask for, or why it cannot be read."""
+    """An input after each transform that its tasks use, or the reason why it cannot be read."""
 
     item: Item
-    """Without its payload."""
+    """The input without its payload."""
     arrays: Mapping[Preprocess, Array] = field(default_factory=dict)
     """Normalised float32 [3, S, S]."""
     picture: Image.Image | None = None
     error: str | None = None
     trace: bytes = b""
-    """The input as a :mod:`~prompttune.serve.infer.ledger` has it."""
+    """Line of the input in the :mod:`~prompttune.serve.infer.ledger`."""
 
 
 def decode(item: Item, work: Work) -> Decoded:
-    """Open one input and transform it for its tasks; one that cannot be read is told, never raised."""
+    """Open one input and transform it for its tasks. An unreadable input becomes an error row; nothing is raised."""
     bare, trace = dataclasses.replace(item, payload=None), Trace.of(item)
     if item.payload is None:
         return Decoded(bare, error=item.error or "no image", trace=trace.line)
     wanted = {work.known[task].preprocess: None for task in work.tasks_of(item.task) if task in work.known}
     if not wanted:
-        return Decoded(bare, trace=trace.line)  # of its rows each says that there is no such task
+        return Decoded(bare, trace=trace.line)  # each of its rows reports an unknown task
     try:
         image, trace = _read(item.payload, trace)
         arrays = {preprocess: _prepared(image, preprocess) for preprocess in wanted}
@@ -57,7 +57,7 @@ def decode(item: Item, work: Work) -> Decoded:
 
 
 def _read(payload: Payload, trace: Trace) -> tuple[Image.Image, Trace]:
-    """The image, and the trace with the digest of what it was decoded from."""
+    """The image, and the trace with the digest of its encoded bytes."""
     if not isinstance(payload, Encoded):
         return payload.open(), trace
     with payload.stream() as stream:

@@ -1,4 +1,4 @@
-"""Who answers the chunks of a job: this machine, or a cluster."""
+"""Executors of a job's chunks: this machine, or a cluster."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ Chunks = Iterator[Sequence[Item]]
 
 
 class Executor(Protocol):
-    """Answers chunks in their order. One executor is for one job."""
+    """Answers chunks in order. Each job has its own executor."""
 
     def start(self, chunks: Chunks) -> None:
-        """Begin; ``chunks`` is taken in another thread."""
+        """Start the work; another thread iterates over ``chunks``."""
 
     def wait(self, seconds: float) -> bool:
-        """Wait for the next answers or the end; false if neither came in time."""
+        """Wait for the next answers or for the end; return False if neither came in time."""
 
     def take(self) -> list[Answer] | None:
-        """The answers of the next chunk, None at the end.
+        """The answers of the next chunk; None at the end.
 
         Raises:
-            PrompttuneError: the chunks cannot be read any further, or cannot be answered.
+            PrompttuneError: the chunks cannot be read or answered.
         """
 
     def state(self) -> Mapping[str, Any]:
-        """Plain values that a resumed job needs beside its place, after the answers taken so far."""
+        """Plain values that a resumed job needs besides its position, after the answers taken so far."""
 
     def close(self) -> None:
-        """End it, whatever is under way."""
+        """Stop, whatever is running."""
 
 
 class Here:
-    """An open engine in this process.
+    """Runs an open engine in this process.
 
     Args:
         engine: an open engine.
-        work: what to do.
-        decoding: who decodes.
-        smoother: smooths frames over time, if wanted.
-        calls: calls of the engine at once.
+        work: settings of the job.
+        decoding: settings of the decoders.
+        smoother: smooths frames over time; None for no smoothing.
+        calls: number of concurrent engine calls.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Here:
         self._calls = calls
 
     def start(self, chunks: Chunks) -> None:
-        """Begin to decode."""
+        """Start decoding."""
         self._scored = run_locally(chunks, self._engine, self._work, self._decoding, self._calls)
 
     def wait(self, seconds: float) -> bool:
@@ -72,27 +72,27 @@ class Here:
         return self._scored.wait(seconds)
 
     def take(self) -> list[Answer] | None:
-        """The next answers; rows are made here, while the engine is at the next chunk."""
+        """The next answers; their rows are made here while the engine works on the next chunk."""
         scored = next(self._scored, None)
         if scored is None:
             return None
         return answers_of(scored if self._smoother is None else self._smoother(scored), self._work)
 
     def state(self) -> Mapping[str, Any]:
-        """What the smoother knows."""
+        """The smoother's state."""
         return {} if self._smoother is None else self._smoother.state()
 
     def close(self) -> None:
-        """End all threads."""
+        """Stop all threads."""
         self._scored.close()
 
 
 class OnRay:
-    """Engines on a Ray cluster.
+    """Runs engines on a Ray cluster.
 
     Args:
-        work: what to do.
-        settings: which cluster, and how much of it.
+        work: settings of the job.
+        settings: address of the cluster and share of it to use.
     """
 
     def __init__(self, work: Work, settings: RaySettings) -> None:
@@ -100,7 +100,7 @@ class OnRay:
         self._settings = settings
 
     def start(self, chunks: Chunks) -> None:
-        """Connect in a thread and begin."""
+        """Connect and start, in a thread."""
         from prompttune.serve.infer.cluster import run_on_ray
 
         self._answers: Ahead[list[Answer]] = Ahead(run_on_ray(chunks, self._work, self._settings), 1, "infer-cluster")
@@ -114,7 +114,7 @@ class OnRay:
         return next(self._answers, None)
 
     def state(self) -> Mapping[str, Any]:
-        """None."""
+        """None: answers on Ray depend on nothing before them."""
         return {}
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a source gives: one input after another, each with a small reference that a decoder opens."""
+"""Inputs of a source, one after another; each refers to its image by a small payload that a decoder opens."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from prompttune.images import read_image
 
 
 class Payload(Protocol):
-    """Where an image is. It can be pickled, so that another process or another machine opens it."""
+    """A reference to an image. It can be pickled, so that another process or machine can open it."""
 
     def open(self) -> Image.Image:
-        """Decode the image: upright, 8-bit RGB.
+        """Decode the image to upright 8-bit RGB.
 
         Raises:
-            OSError: it cannot be read; the message is the reason, without the source's name.
+            OSError: the image cannot be read; the message is the reason, without the source's name.
         """
 
 
 class Encoded:
-    """An image as the bytes of an image file, wherever they are."""
+    """An image in the bytes of an image file, wherever they are stored."""
 
     __slots__ = ()
 
@@ -35,7 +35,7 @@ class Encoded:
         """Open the bytes.
 
         Raises:
-            OSError: they cannot be read; the message is the reason, without the source's name.
+            OSError: the bytes cannot be read; the message is the reason, without the source's name.
         """
         raise NotImplementedError
 
@@ -72,7 +72,7 @@ class BytesPayload(Encoded):
 
 @dataclass(frozen=True, slots=True)
 class ArrayPayload:
-    """Pixels."""
+    """Decoded pixels."""
 
     pixels: NDArray[np.uint8]
     """RGB [height, width, 3]."""
@@ -84,49 +84,49 @@ class ArrayPayload:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One input: an image, and where it stands in its source."""
+    """One input: an image and its position in its source."""
 
     source: str
-    """A path as it was given or found, or the name of a stream; ``-`` for standard input."""
+    """Path as given or found, or the name of a stream; ``-`` for standard input."""
     payload: Payload | None = None
-    """None where there is an ``error``."""
+    """Reference to the image; None if there is an ``error``."""
     row: int | None = None
     """Row of a table, line of a list or member of a shard, counted from 0."""
     frame: int | None = None
     """Frame of a video or a stream, counted from 0, skipped and dropped ones included."""
     timestamp: float | None = None
-    """Of a frame, in seconds: presentation time in a video file, Unix time of arrival in a live stream."""
+    """Time of a frame in seconds: presentation time in a video file, Unix time of arrival in a live stream."""
     task: str | None = None
-    """Task of this input alone, from ``--task-column``; None takes the tasks of the command."""
+    """Task of this input only, from ``--task-column``; None uses the tasks of the command."""
     target: str | None = None
-    """True label, where labels are given."""
+    """True label, if labels are given."""
     error: str | None = None
-    """Why there is nothing to decode, such as an empty cell of a table."""
+    """Reason why there is nothing to decode, such as an empty cell of a table."""
     arrived: float | None = None
-    """``time.monotonic()`` when a frame of a live stream was received; latency counts from it."""
+    """``time.monotonic()`` at the arrival of a live frame; latency is measured from it."""
     container: Path | None = None
-    """Table, shard or video file that it is in."""
+    """Table, shard or video file that contains the image."""
 
     @property
     def file(self) -> Path | None:
-        """The file that the image is in; None for a stream."""
+        """File that contains the image; None for a stream."""
         return self.payload.path if isinstance(self.payload, FilePayload) else self.container
 
 
 class Source(Protocol):
     """A sequence of inputs.
 
-    ``items`` is called once. A bounded source gives the same items in the same order whenever it is opened, which is
-    what resuming and shards stand on; making an item is cheap, the work is left to its payload.
+    ``items`` is called once. A bounded source gives the same items in the same order each time it is opened; resuming
+    and sharding rely on that. Making an item is cheap; the work is left to its payload.
     """
 
     @property
     def bounded(self) -> bool:
-        """Whether it ends by itself and can be read again; not so a stream, a watched folder or standard input."""
+        """Whether it ends by itself and can be read again; False for a stream, a watched folder and standard input."""
 
     @property
     def total(self) -> int | None:
-        """Number of items, None where it is not known before the end."""
+        """Number of items; None if it is known only at the end."""
 
     def items(self) -> Iterator[Item]:
         """The inputs, in order.
@@ -136,7 +136,7 @@ class Source(Protocol):
         """
 
     def counts(self) -> Mapping[str, int]:
-        """What became of inputs that gave no item, such as ``skipped``, ``dropped``, ``reconnects``; so far."""
+        """Counts so far of inputs without an item, such as ``skipped``, ``dropped`` and ``reconnects``."""
 
     def close(self) -> None:
-        """End it, from another thread if need be: ``items`` stops soon."""
+        """Stop, also from another thread; ``items`` ends soon afterwards."""

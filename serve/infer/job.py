@@ -1,4 +1,4 @@
-"""A job: inputs go in, rows come out, and what is committed stays whatever happens next."""
+"""A job: inputs go in, rows come out, and committed rows survive whatever happens next."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from prompttune.serve.infer.sinks.appended import PARTS
 from prompttune.serve.infer.sinks.base import Sink
 
 COMMIT_S = 2.0
-"""Longest time that answers wait to be committed."""
+"""Longest time in seconds that answers wait for a commit."""
 LIVE_COMMIT_S = 0.5
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a job has done."""
+    """Result of a job."""
 
     inputs: int
-    """Answered, by earlier runs of the same job too."""
+    """Answered inputs, including those of earlier runs of the same job."""
     rows: int
     errors: int
     """Inputs with an error in one of their rows."""
     seconds: float
-    """Duration of this run."""
+    """Duration of this run, in seconds."""
     images_per_s: float
-    """Speed of this run."""
+    """Speed of this run, in inputs per second."""
     finished: bool
-    """No input is left."""
+    """Whether every input was answered."""
     counts: Mapping[str, int] = field(default_factory=dict)
-    """What became of the inputs of a stream, see :meth:`Source.counts`."""
+    """Counts of a stream's inputs, see :meth:`Source.counts`."""
     latency: Mapping[str, float] | None = None
-    """``p50_ms``, ``p99_ms``, ``max_ms`` from arrival to written, of live frames."""
+    """``p50_ms``, ``p99_ms`` and ``max_ms`` of live frames, from arrival to the written row."""
     evaluation: Mapping[str, TaskEvaluation] = field(default_factory=dict)
-    """Task → accuracy and calibration, where true labels are known."""
+    """Accuracy and calibration of each task, if true labels are known."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -67,15 +67,15 @@ class Job:
     """One pass over the inputs.
 
     Args:
-        source: where they come from.
-        plan: the chunks of ``source``.
-        executor: who answers them.
-        sinks: where the rows go; each takes every row.
-        journal: where a resumed run reads how far this one was; None keeps no record.
-        before: what earlier runs of the job have committed.
-        scores: counts rows that have true labels; those of earlier runs are in it already.
-        max_errors: inputs with errors that are tolerated; None for any number.
-        on_progress: told after every chunk.
+        source: source of the inputs.
+        plan: chunks of ``source``.
+        executor: answers the chunks.
+        sinks: destinations of the rows; each gets every row.
+        journal: record of this run's progress, from which a later run resumes; None keeps no record.
+        before: progress committed by earlier runs of the job.
+        scores: metrics of rows with true labels, already including those of earlier runs.
+        max_errors: number of inputs with errors to tolerate; None for any number.
+        on_progress: called after every chunk.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Job:
         self._writing = self._uncommitted = False
 
     def stop(self) -> None:
-        """Take no more inputs; those under way are still answered and written. May be called from a signal handler."""
+        """Take no more inputs; running ones are still answered and written. May be called from a signal handler."""
         self._stopped = True
         self._plan.stop()
 
@@ -113,9 +113,9 @@ class Job:
         """Answer every input.
 
         Raises:
-            PrompttuneError: the inputs cannot be read any further, the engine fails, a sink cannot be written to or
-                there are too many errors. What was committed is kept.
-            BrokenPipeError: whoever reads standard output has seen enough.
+            PrompttuneError: the inputs cannot be read any further, the engine fails, a sink cannot be written, or there
+                are too many errors. Committed rows are kept.
+            BrokenPipeError: the reader of standard output has closed it.
         """
         started = time.perf_counter()
         self._executor.start(self._plan.chunks())
@@ -125,7 +125,7 @@ class Job:
         except BrokenPipeError:
             raise
         except OSError as problem:
-            # What the sinks hold cannot be told from what they lack: the last commit is what counts.
+            # The sinks' content is unknown after a failed write: only the last commit counts.
             raise DataError(f"the rows cannot be written: {problem.strerror or problem}{self._hint()}") from problem
         except PrompttuneError as problem:
             if not self._writing:
@@ -134,7 +134,7 @@ class Job:
             problem.args = (f"{problem}{self._hint()}",)
             raise
         finally:
-            self._source.close()  # first: a thread of the executor may wait for it
+            self._source.close()  # first: a thread of the executor may be waiting for the source
             self._executor.close()
             for sink in self._sinks:
                 with suppress(OSError):
@@ -156,15 +156,15 @@ class Job:
             self._check_errors()
 
     def _write(self, answers: Sequence[Answer]) -> None:
-        """Write a chunk: all of it or, where a sink fails, a part that the next run cuts off."""
-        self._writing = True  # until all sinks hold the same rows, nothing is committed
+        """Write a whole chunk; if a sink fails, the next run cuts off the written part."""
+        self._writing = True  # no commit until all sinks hold the same rows
         for answer in answers:
             for sink in self._sinks:
                 sink.write(answer)
             if self._scores is not None:
                 for row in answer.rows:
                     self._scores.add(row)
-            if self._journal is not None and answer.arrived is None:  # a live frame cannot be asked for again
+            if self._journal is not None and answer.arrived is None:  # a live frame cannot be requested again
                 self._journal.note(answer.trace)
         self._latency.written(answers)
         mark, before = self._plan.answered(), self._progress
@@ -187,7 +187,7 @@ class Job:
             )
 
     def _commit(self, ended: bool = False) -> None:
-        """Sinks first, the journal last: what it says is on the disk, and what it does not say is cut off later."""
+        """Commit the sinks first and the journal last: what the journal does not list is cut off later."""
         if not self._uncommitted and not ended:
             return
         self._commit_sinks()
@@ -209,9 +209,9 @@ class Job:
     def _end(self, started: float) -> Summary:
         finished = not (self._stopped and self._source.bounded)
         self._commit_sinks()
-        before = self._progress  # new inputs go on from before the outputs were finished
+        before = self._progress  # new inputs continue from the unfinished outputs
         for sink, state in zip(self._sinks, before.sinks, strict=True):
-            if finished or not state:  # a sink that cannot go on later is closed properly now
+            if finished or not state:  # a sink that cannot be resumed is completed now
                 sink.finish()
         self._commit_sinks()
         self._progress = replace(before, ended=self._progress.ledger)
@@ -234,4 +234,4 @@ class Job:
     def _hint(self) -> str:
         if self._journal is None:
             return ""
-        return f"; the rows of {self._progress.inputs} inputs are safe, run again with --resume to go on"
+        return f"; the rows of {self._progress.inputs} inputs are safe: run again with --resume"

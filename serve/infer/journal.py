@@ -1,9 +1,9 @@
-"""The record of a run: from where ``--resume`` goes on, and with what.
+"""The record of a run: the place and the settings from which ``--resume`` continues.
 
-Every few seconds the sinks are committed, then the journal is replaced. In that order: a crash between the two leaves
-sinks that hold more than the journal says, which is cut off when they are opened again and written once more. The other
-way round it would name rows that nobody has. A ledger beside it has a line for each input that was answered and for
-each part of an output that was written, so that a run goes on with the same inputs and outputs and with no others.
+Every few seconds the sinks are committed, then the journal is replaced. A crash between the two leaves sinks that hold
+more than the journal lists; the excess is cut off when they are opened again and is written once more. The other order
+would list rows that no sink has. A ledger beside the journal has a line for each answered input and for each written
+part of an output, so that a run resumes with the same inputs and outputs only.
 """
 
 from __future__ import annotations
@@ -20,59 +20,59 @@ from prompttune.files import locked, read_json, write_json
 from prompttune.serve.infer.sinks.appended import AppendedFile
 
 FORMAT = 2
-"""Version of the record."""
+"""Version of the record's format."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run has come: what the sinks' last commit holds."""
+    """Progress of a run: the content of the sinks' last commit."""
 
     inputs: int = 0
-    """Inputs whose rows are written."""
+    """Number of inputs whose rows are written."""
     chunks: int = 0
     rows: int = 0
     errors: int = 0
-    """Inputs with an error in one of their rows."""
+    """Number of inputs with an error in one of their rows."""
     ledger: int = 0
-    """Bytes of the ledger that tell of them."""
+    """Bytes of the ledger that belong to them."""
     ended: int | None = None
-    """The same after the outputs were finished; None unless the run ended in order."""
+    """Bytes of the ledger after the outputs were finished; None unless the run ended in order."""
     sinks: tuple[Mapping[str, Any], ...] = ()
     """States of the sinks, in the order of the outputs; empty before the first commit."""
     counts: Mapping[str, int] = field(default_factory=dict)
-    """What became of inputs that gave no row."""
+    """Counts of inputs without a row."""
     smoothing: Any = None
-    """Plain values of a filter over frames."""
+    """State of the smoothing over frames, as plain values."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a journal holds."""
+    """Content of a journal."""
 
     settings: Mapping[str, Any]
     progress: Progress = field(default_factory=Progress)
     finished: bool = False
     summary: Any = None
-    """Of a finished run."""
+    """Summary of a finished run."""
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Compare with the settings of a run that is to go on.
+        """Compare with the settings of a run that is to be resumed.
 
         Raises:
-            UsageError: they differ; the first that does is named with both values.
+            UsageError: the settings differ; the message names the first difference with both values.
         """
         given = _plain(settings)
         for name in dict.fromkeys((*self.settings, *given)):
             before, now = self.settings.get(name), given.get(name)
             if before != now:
                 raise UsageError(
-                    f"cannot go on with other settings: {name} was {_shown(before)} and is {_shown(now)} now; "
+                    f"cannot resume with other settings: {name} was {_shown(before)} and is {_shown(now)} now; "
                     "give the same, or begin again with --overwrite"
                 )
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The values as they come back from a file."""
+    """The values as they are read back from a file."""
     text = json.dumps(dict(settings), ensure_ascii=False).encode("utf-8", "replace")
     values: dict[str, Any] = json.loads(text)
     return values
@@ -83,10 +83,10 @@ def _shown(value: Any) -> str:
 
 
 class Journal:
-    """The record of a run beside its first output. Within ``with`` no other run can write it.
+    """The record of a run beside its first output. Within ``with`` it is locked against other runs.
 
     Args:
-        path: the file, ``<output>.journal.json``; nothing is touched before ``with``.
+        path: the file ``<output>.journal.json``; nothing is written before ``with``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -101,23 +101,23 @@ class Journal:
         """Take the lock.
 
         Raises:
-            UsageError: another run has it, or there can be no file.
+            UsageError: another run holds the lock, or the file cannot be created.
         """
         self._lock.enter_context(locked(self.path.with_name(self.path.name.removesuffix(".journal.json"))))
         self._open = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         self._open = False
         self._lock.close()
 
     def read(self) -> Record | None:
-        """The record, None where there is none.
+        """Read the record; None if the file does not exist.
 
         Raises:
-            DataError: it is damaged.
-            UsageError: another version of prompttune wrote it.
+            DataError: the record is damaged.
+            UsageError: another version of prompttune wrote the record.
         """
         if not self.path.exists():
             return None
@@ -135,60 +135,60 @@ class Journal:
         return self._record
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """Record a new run, over that of an earlier one.
+        """Record a new run, replacing the record of an earlier one.
 
         Args:
-            settings: plain values that must be the same when it goes on.
+            settings: plain values that must be the same when the run is resumed.
         """
         self._lines = AppendedFile(self.ledger)
         self._replace(Record(_plain(settings)))
 
     def resume(self, settings: Mapping[str, Any]) -> Record:
-        """The record of the run that is to go on with these settings; :meth:`go_on` comes next.
+        """Read the record of the run to resume with these settings. Call :meth:`go_on` next.
 
         Raises:
-            UsageError: there is none, or its settings differ.
-            DataError: it is damaged.
+            UsageError: the record does not exist, or its settings differ.
+            DataError: the record is damaged.
         """
         record = self.read()
         if record is None:
-            raise UsageError(f"there is nothing to go on from: no record at {self.path}; leave out --resume")
+            raise UsageError(f"nothing to resume: {self.path} does not exist; leave out --resume")
         record.check(settings)
         return record
 
     def go_on(self) -> None:
-        """Go on from the record, before anything of the outputs is touched: the run has not ended any more.
+        """Mark the run as not ended and resume from the record. Call it before any output is changed.
 
         Raises:
-            DataError: the ledger is not what it was.
+            DataError: the ledger was changed.
         """
         record = self._record or Record({})
         self._replace(Record(record.settings, replace(record.progress, ended=None)))
         self._lines = AppendedFile(self.ledger, record.progress.ledger)
 
     def note(self, line: bytes) -> None:
-        """Take a line of the ledger; it counts from the next :meth:`write` on."""
+        """Add a line to the ledger; it counts from the next :meth:`write` on."""
         self._begun().append(line)
 
     def sync(self) -> int:
-        """Bring the ledger to the disk; its size."""
+        """Write the ledger to the disk; return its size in bytes."""
         return self._begun().sync()
 
     def write(self, progress: Progress) -> None:
-        """Record how far the run has come, once the sinks are committed.
+        """Record the progress, after the sinks are committed.
 
         Raises:
-            OSError: the file cannot be written; the record before stays.
+            OSError: the file cannot be written; the previous record stays.
         """
         self.end(replace(progress, ledger=self.sync()))
 
     def end(self, progress: Progress, finished: bool = False, summary: Any = None) -> None:
-        """Record that the run has ended: after the sinks have finished and committed, before they are closed.
+        """Record the end of the run, after the sinks are finished and committed and before they are closed.
 
         Args:
-            progress: all of it, with its places in the ledger.
-            finished: no input is left.
-            summary: plain values about the run.
+            progress: final progress, with its positions in the ledger.
+            finished: whether every input was answered.
+            summary: plain values that describe the run.
         """
         self._begun()
         self._replace(Record((self._record or Record({})).settings, progress, finished, summary))

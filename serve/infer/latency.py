@@ -1,4 +1,4 @@
-"""How long frames of a live stream take from arrival to the row that is written."""
+"""Latency of a live stream's frames, from arrival to the written row."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import numpy as np
 from prompttune.serve.infer.rows import Answer
 
 KEPT = 100_000
-"""Latest frames that the figures are of: about an hour at 30 frames a second."""
+"""Number of latest frames that the figures cover: about an hour at 30 frames per second."""
 
 
 class Latency:
-    """Seconds from arrival to written, of the latest :data:`KEPT` frames."""
+    """Seconds from arrival to the written row, for the latest :data:`KEPT` frames."""
 
     def __init__(self) -> None:
         self._seconds: deque[float] = deque(maxlen=KEPT)
 
     def written(self, answers: Iterable[Answer]) -> None:
-        """These answers have just been written."""
+        """Record the latency of answers that have just been written."""
         now = time.monotonic()
         self._seconds.extend(now - answer.arrived for answer in answers if answer.arrived is not None)
 
     def figures(self) -> dict[str, float] | None:
-        """``p50``, ``p99`` and ``max`` in milliseconds; None where no frame was live."""
+        """``p50``, ``p99`` and ``max`` in milliseconds; None without live frames."""
         if not self._seconds:
             return None
         milliseconds = np.array(self._seconds) * 1000

@@ -1,6 +1,6 @@
-"""What a journal's numbers stand for, a line each: inputs as they were answered, and outputs as they were written.
+"""The inputs and outputs behind a journal's numbers, one line each: inputs as answered, outputs as written.
 
-With it a run that goes on can tell that it has the inputs and the outputs of the run before, and name what it has not.
+A resumed run compares its inputs and outputs with those of the run before and names the first difference.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from prompttune.serve.infer.items import Encoded, Item
 from prompttune.serve.infer.sinks.appended import Part, committed_lines, gone, part_digest
 
 INPUT, OUTPUT = b"i", b"o"
-"""What a line is about."""
+"""Kind of a line."""
 UNKNOWN = "-"
 AFRESH = "begin again with --overwrite"
 
 
 class Trace(NamedTuple):
-    """How an input was when it was answered, in short digests."""
+    """The state of an input when it was answered, as short digests."""
 
     name: str
     """Digest of source, row and frame."""
     told: str
-    """Digest of task and true label."""
+    """Digest of the task and the true label."""
     stamp: str
-    """Digest of the size and the modification time of the file that holds it."""
+    """Digest of the size and the modification time of the containing file."""
     place: str
-    """Digest of that file's inode and change time. Where both are the same too, nobody has touched the file."""
+    """Digest of that file's inode and change time; the file is untouched if this and ``stamp`` are the same."""
     content: str = UNKNOWN
     """Digest of the encoded image; unknown for a frame of a video and for an image that could not be read."""
 
     @classmethod
     def of(cls, item: Item) -> Trace:
-        """All but the content, without opening the image."""
+        """The trace of an item, all but the content, without opening the image."""
         stamp = place = UNKNOWN
         if item.file is not None:
             try:
                 found = item.file.stat()
                 stamp = _digest(found.st_size, found.st_mtime_ns)
                 place = _digest(found.st_ino, found.st_ctime_ns)
-            except (OSError, ValueError):  # its row says so
+            except (OSError, ValueError):  # its row reports the error
                 pass
         return cls(_digest(item.source, item.row, item.frame), _digest(item.task, item.target), stamp, place)
 
@@ -60,7 +60,7 @@ class Trace(NamedTuple):
         return cls(*line.decode().split()[1:])
 
     def same(self, item: Item) -> bool:
-        """Whether an input of this name is what it was. It is read only where its file is not plainly untouched."""
+        """Whether an input of this name is unchanged. Its content is read only if its file may have been touched."""
         now = Trace.of(item)
         if now[:2] != self[:2]:
             return False
@@ -76,14 +76,14 @@ def content_of(payload: Encoded) -> str:
     """A digest of an encoded image.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the image cannot be read.
     """
     with payload.stream() as stream:
         return content_digest(stream)
 
 
 def content_digest(stream: BinaryIO) -> str:
-    """A digest of all that a stream holds."""
+    """A digest of a stream's whole content."""
     return part_digest(stream, 0, stream.seek(0, os.SEEK_END))[:12]
 
 
@@ -92,12 +92,12 @@ def _digest(*values: object) -> str:
 
 
 def output_line(part: Part) -> bytes:
-    """The line of a part of an output."""
+    """The ledger line of a part of an output."""
     return b"%s %s\n" % (OUTPUT, json.dumps(part).encode())
 
 
 def traces(ledger: Path, size: int) -> Iterator[Trace]:
-    """The inputs of a ledger, in order."""
+    """The inputs in a ledger, in order."""
     return (Trace.parse(line) for line in committed_lines(ledger, size) if line.startswith(INPUT))
 
 
@@ -108,17 +108,17 @@ def check(
     ended: bool,
     on_check: Callable[[int, int], None] = lambda *_: None,
 ) -> None:
-    """Compare inputs and outputs with what a run has recorded.
+    """Compare inputs and outputs with those that a run has recorded.
 
     Args:
         ledger: the file.
-        size: bytes of it that count.
-        items: all inputs from the first; afterwards the next one is the first without rows. None for a stream.
-        ended: the run ended in order, so that its outputs have nothing behind what is recorded.
-        on_check: told how many bytes of the ledger have been compared, and ``size``.
+        size: number of its bytes that count.
+        items: all inputs from the first one; afterwards the next item is the first without rows. None for a stream.
+        ended: whether the run ended in order, so that its outputs end with the recorded parts.
+        on_check: called with the compared bytes of the ledger and ``size``.
 
     Raises:
-        DataError: an input or an output is not what it was; it is named.
+        DataError: an input or an output was changed; the message names it.
     """
     if not ledger.is_file() or ledger.stat().st_size < size:
         raise DataError(f"{ledger}, which the record of the run counts on, was changed or is gone; {AFRESH}")
@@ -145,14 +145,14 @@ def check(
 def _difference(item: Item | None, trace: Trace, last: Item | None, rest: Iterator[bytes]) -> str:
     where = "the first input" if last is None else f"the input after {_named(last)}"
     if item is None:
-        return f"the inputs are not those that were answered: {where} is gone"
+        return f"the inputs have changed since they were answered: {where} is gone"
     now = Trace.of(item)
     if now.name != trace.name:
         later = {Trace.parse(line).name for line in rest if line.startswith(INPUT)}
         if now.name in later:
-            return f"the inputs are not those that were answered: {where} is gone or stands elsewhere now"
+            return f"the inputs have changed since they were answered: {where} is gone or has moved"
         return (
-            f"the inputs are not those that were answered: {_named(item)} is new and stands before answered ones; "
+            f"the inputs have changed since they were answered: {_named(item)} is new and comes before answered ones; "
             "new inputs can only follow them"
         )
     what = "it has another task or true label" if now.told != trace.told else "its file has changed"

@@ -1,4 +1,4 @@
-"""Libraries of the extras, imported where they are used; whoever asks says what can be done without one."""
+"""Optional libraries, imported where they are used; each caller names an alternative for the error message."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def pyav(instead: str) -> Any:
     """The module ``av``.
 
     Raises:
-        MissingExtraError: it is not installed.
+        MissingExtraError: PyAV is not installed.
     """
     try:
         import av
@@ -24,7 +24,7 @@ def pyarrow(instead: str) -> Any:
     """The module ``pyarrow``, with its Parquet part.
 
     Raises:
-        MissingExtraError: it is not installed.
+        MissingExtraError: pyarrow is not installed.
     """
     try:
         import pyarrow
@@ -38,7 +38,7 @@ def watchfiles(instead: str) -> Any:
     """The module ``watchfiles``.
 
     Raises:
-        MissingExtraError: it is not installed.
+        MissingExtraError: watchfiles is not installed.
     """
     try:
         import watchfiles

@@ -1,4 +1,4 @@
-"""The job on one machine: decoding, putting batches together, the engine and writing overlap."""
+"""A job on one machine: decoding, batching, the engine and writing overlap."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prompttune.serve.infer.stages import Ahead
 from prompttune.serve.infer.work import Work
 
 PER_PROCESS = 4
-"""Images that a decoding process is sent at once."""
+"""Number of images sent to a decoding process at once."""
 CHUNKS_AHEAD = 2
 
 Chunks = Iterable[Sequence[Item]]
@@ -28,19 +28,19 @@ Futures = list[Future[list[Decoded]]]
 
 
 def run_locally(chunks: Chunks, engine: Engine, work: Work, decoding: Decoding, calls: int = 1) -> Ahead[list[Scored]]:
-    """Answer chunk after chunk, in order.
+    """Answer the chunks in order.
 
-    Four things go on at once: images are decoded by a pool, a thread lays them into batches, threads run the engine,
-    and whoever iterates writes. Each is at most some chunks ahead of the next, so memory does not depend on the
-    number of inputs. Iterating raises what ``chunks`` and the engine raise.
+    Four steps overlap: a pool decodes images, a thread fills batches, threads run the engine, the caller writes. Each
+    step runs at most a few chunks ahead of the next, so memory use does not depend on the number of inputs. Iterating
+    raises the errors of ``chunks`` and of the engine.
 
     Args:
-        chunks: inputs that belong together; taken in a thread.
+        chunks: inputs that belong together, iterated over in a thread.
         engine: an open engine.
-        work: what to do.
-        decoding: who decodes.
-        calls: calls of the engine at once. On a CPU, two calls of one thread each waste less than one of two threads,
-            which wait for each other after every operator, all the more where decoders take a core for a while.
+        work: settings of the job.
+        decoding: settings of the decoders.
+        calls: number of concurrent engine calls. On a CPU, two single-threaded calls waste less time than one call with
+            two threads, which wait for each other after every operator, all the more if decoders occupy a core.
     """
     buffers = Buffers(work)
     depth = max(CHUNKS_AHEAD, -(-2 * decoding.count // work.chunk_inputs))
@@ -61,7 +61,7 @@ def _submit(chunks: Chunks, work: Work, decoding: Decoding) -> Generator[Futures
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     finally:
-        pool.shutdown(wait=False)  # what was submitted is still decoded
+        pool.shutdown(wait=False)  # submitted images are still decoded
 
 
 def _assemble(submitted: Iterable[Futures], work: Work, buffers: Buffers) -> Generator[Assembled, None, None]:
@@ -84,7 +84,7 @@ def _call(
 
 
 def _pool(decoding: Decoding, work: Work) -> tuple[Executor, int]:
-    """A pool, and how many images it is sent at once."""
+    """A pool, and the number of images to send to it at once."""
     if decoding.kind == "threads":
         return single_threaded_pool(decoding.count), 1
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the runtime's threads
@@ -100,11 +100,11 @@ class _Decode:
 
 
 _in_this_process: list[_Decode] = []
-"""Set where a decoding process begins, so that the tasks' settings do not travel with every image."""
+"""Set when a decoding process starts, so that the tasks' settings are not sent with every image."""
 
 
 def _begin_process(work: Work) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says when to end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the process
     hold_to_one_thread()
     _in_this_process.append(_Decode(work))
 

@@ -1,4 +1,4 @@
-"""Which inputs are answered together, and in what order: the same in every run over the same inputs."""
+"""Grouping and order of the inputs: the same in every run over the same inputs."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from prompttune.serve.infer.sources.waiting import Unbounded
 
 @dataclass(frozen=True)
 class Mark:
-    """Where the inputs stand after a chunk."""
+    """Position in the inputs after a chunk."""
 
     chunks: int = 0
-    """Of this shard, answered so far."""
+    """Number of answered chunks of this shard."""
     inputs: int = 0
-    """In them."""
+    """Number of inputs in these chunks."""
 
 
 class Plan:
-    """The chunks of a source, those that an earlier run has answered left out.
+    """The chunks of a source, without those that an earlier run has answered.
 
     Args:
-        source: where inputs come from; if it is bounded, chunks are alike in every run, else they hold what is there.
-        size: inputs of a chunk at most.
-        shard: take the chunks of this shard alone.
-        limit: take so many inputs of a bounded source at most, before shards are made.
-        after: where an earlier run ended.
+        source: source of the inputs. The chunks of a bounded source are the same in every run; a
+            chunk of another source holds the inputs that wait.
+        size: largest number of inputs in a chunk.
+        shard: the only shard whose chunks are taken.
+        limit: largest number of inputs of a bounded source, before it is split into shards.
+        after: position where an earlier run ended.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Plan:
 
     @property
     def total(self) -> int | None:
-        """Inputs of this shard, those of an earlier run included; None where that is not known."""
+        """Number of inputs of this shard, including those of an earlier run; None if it is unknown."""
         total = self._source.total
         if total is None:
             return None
@@ -66,31 +67,31 @@ class Plan:
         return mine + (rest if full % self._shard.count == self._shard.index else 0)
 
     def stop(self) -> None:
-        """End after the chunks that have been given: what is under way is still answered."""
+        """End after the chunks that have been given; these are still answered."""
         self._stop.set()
         if not self._source.bounded:
             self._source.close()
 
     def answered(self) -> Mark:
-        """The next chunk, in order, has been answered: where the inputs stand."""
+        """Count the next chunk as answered; return the position in the inputs."""
         return self._marks.popleft()
 
     @property
     def items(self) -> Iterator[Item] | None:
-        """The inputs of this shard, those of an earlier run first, which are to be taken before :meth:`chunks` is.
+        """The inputs of this shard, those of an earlier run first; take the latter before calling :meth:`chunks`.
 
-        None where they cannot be read again.
+        None if the inputs cannot be read again.
         """
         return self._items
 
     def more(self) -> bool:
-        """Whether there is a next input, which is not taken."""
+        """Whether there is a next input, without taking it."""
         first = list(islice(self._items or (), 1))
         self._items = chain(first, self._items or ())
         return bool(first)
 
     def chunks(self) -> Iterator[list[Item]]:
-        """The chunks to be answered, in order.
+        """The chunks to answer, in order.
 
         Raises:
             DataError: the inputs cannot be read any further.
@@ -105,7 +106,7 @@ class Plan:
                 return
 
     def _bounded(self) -> Iterator[list[Item]]:
-        """The first chunk fills up what an earlier run's last one had room for: inputs may have come since."""
+        """Chunks of a bounded source. The first one fills up an earlier run's incomplete last chunk with new inputs."""
         size = self._size - self._after.inputs % self._size
         while chunk := list(islice(self._items or (), size)):
             yield chunk

@@ -1,4 +1,4 @@
-"""The rows that inference writes: one for each input and task, whatever became of it."""
+"""The rows that inference writes: one for each input and task, with an answer or an error."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ COLUMNS = (
 """Columns of every output, in this order."""
 
 LABELLED_COLUMNS = (*COLUMNS, "target", "target_probability")
-"""The columns where true labels are given."""
+"""Columns of every output if true labels are given."""
 
 
 PIXEL_SHARES = "pixel_shares"
-"""Further key of the rows of segmentations."""
+"""Additional key in the rows of segmentations."""
 
 
 class Share(NamedTuple):
-    """A class and the share of the pixels that are of it."""
+    """A class and its share of the pixels."""
 
     label: str
     share: float
@@ -42,17 +42,17 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The answer for one input and one task, or why there is none."""
+    """The answer for one input and one task, or the reason for an error."""
 
     source: str
     task: str
     task_version: str | None
-    """None where the task is unknown."""
+    """Version of the task; None if the task is unknown."""
     row: int | None = None
     frame: int | None = None
     timestamp: float | None = None
     label: str | None = None
-    """Likeliest class, of a segmentation that of most pixels; None where there is an ``error``."""
+    """Likeliest class, or the class with most pixels of a segmentation; None if there is an ``error``."""
     probability: float | None = None
     top_k: tuple[Score, ...] = ()
     """The likeliest classes, best first."""
@@ -62,12 +62,12 @@ class Row:
     target_probability: float | None = None
     """Probability of the true label."""
     pixel_shares: tuple[Share, ...] | None = None
-    """Of a segmentation: the classes that occur, the largest first; none where there is an ``error``."""
+    """Classes of a segmentation that occur, the largest share first; None if there is an ``error``."""
     mask: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
-    """Of a segmentation: class index of each pixel of the model's input, [S, S]; in no file of rows."""
+    """Mask of a segmentation: class index of each pixel of the model's input, [S, S]; not written to row files."""
 
     def to_dict(self, labelled: bool = False) -> dict[str, Any]:
-        """Plain values under :data:`COLUMNS`, or :data:`LABELLED_COLUMNS`; the keys are the same in every row."""
+        """Plain values under :data:`COLUMNS` or :data:`LABELLED_COLUMNS`; every row has the same keys."""
         values: dict[str, Any] = {name: getattr(self, name) for name in (LABELLED_COLUMNS if labelled else COLUMNS)}
         values["top_k"] = [score._asdict() for score in self.top_k]
         if self.pixel_shares is not None:
@@ -89,8 +89,8 @@ class Answer:
 
     rows: tuple[Row, ...]
     picture: Image.Image | None = field(default=None, compare=False)
-    """The image, no larger than the sinks ask for; None if none does or it could not be read."""
+    """The image, no larger than the sinks need; None if no sink needs it or it could not be read."""
     arrived: float | None = None
-    """See :class:`~prompttune.serve.infer.items.Item`."""
+    """Arrival time, see :class:`~prompttune.serve.infer.items.Item`."""
     trace: bytes = field(default=b"", compare=False, repr=False)
-    """The input as a :mod:`~prompttune.serve.infer.ledger` has it."""
+    """Line of the input in the :mod:`~prompttune.serve.infer.ledger`."""

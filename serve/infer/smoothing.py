@@ -1,4 +1,4 @@
-"""Smoothing over time: frames of a video agree with those before them."""
+"""Smoothing over time: the answers of a video's frames follow those of the frames before."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from prompttune.serve.infer.answering import Outcome, Scored
 
 
 class Smoother:
-    """An exponential moving average of class probabilities, for each source and task.
+    """An exponential moving average of class probabilities, per source and task.
 
-    The weight of what came before halves every ``half_life`` seconds of the frames' own time, so that strides and
-    dropped frames change nothing. A frame without an answer leaves the average as it is.
+    The weight of earlier frames halves every ``half_life`` seconds of the frames' own time, so strides and dropped
+    frames do not change the result. A frame without an answer leaves the average unchanged.
 
     Args:
-        half_life: in seconds.
-        state: of an earlier :meth:`state`, to go on from.
+        half_life: half-life in seconds.
+        state: an earlier :meth:`state` to continue from.
     """
 
     def __init__(self, half_life: float, state: Mapping[str, Any] | None = None) -> None:
@@ -53,7 +53,7 @@ class Smoother:
         return dataclasses.replace(outcome, probabilities=new)
 
     def state(self) -> dict[str, Any]:
-        """Plain values from which another one goes on, to the last bit."""
+        """Plain values from which another smoother continues with bit-identical results."""
         return {
             "averages": [
                 {"source": source, "task": task, "timestamp": timestamp, "probabilities": average.tolist()}

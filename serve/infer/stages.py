@@ -1,4 +1,4 @@
-"""Steps of a pipeline, each in a thread of its own, a few results ahead of the next one."""
+"""Pipeline steps, each in its own thread, a few results ahead of the next step."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from prompttune.serve.infer.sources.waiting import Waiting
 T = TypeVar("T")
 
 LEAVE_S = 30.0
-"""For a thread to end: longer than any batch should take."""
+"""Seconds to wait for a thread to end: longer than any batch should take."""
 
 
 class Ahead(Generic[T]):
-    """An iterator that a thread works through, at most ``depth`` results before the one that is asked for.
+    """Iterates in a thread, at most ``depth`` results ahead of the consumer.
 
-    What the inner iterator raises is raised here, after the results before it.
+    An error of the inner iterator is raised here, after the results before it.
 
     Args:
-        inner: worked through by the thread, and by it alone.
-        depth: results that may wait.
-        name: of the thread.
-        upstream: what ``inner`` takes from; closed when this is, so that no thread waits for it any longer.
+        inner: iterator that only the thread uses.
+        depth: largest number of waiting results.
+        name: name of the thread.
+        upstream: producer that ``inner`` takes from; it is closed with this, so that no thread keeps waiting for it.
     """
 
     def __init__(self, inner: Iterator[T], depth: int, name: str, upstream: Ahead[Any] | None = None) -> None:
@@ -37,7 +37,7 @@ class Ahead(Generic[T]):
         try:
             for result in self._inner:
                 if self._results.put(result):
-                    break  # nobody takes it any more
+                    break  # the consumer has left
         except BaseException as problem:
             self._results.fail(problem)
         finally:
@@ -53,20 +53,20 @@ class Ahead(Generic[T]):
         try:
             taken = self._results.take(1)
         except BaseException:
-            self._results.discard()  # once is enough
+            self._results.discard()  # raise the error once
             raise
         if not taken:
             raise StopIteration
         return taken[0]
 
     def wait(self, seconds: float) -> bool:
-        """Wait for the next result or the end; false if neither came within ``seconds``."""
+        """Wait for the next result or the end; return False if neither came within ``seconds``."""
         return self._results.wait(seconds)
 
     def close(self) -> None:
-        """Drop what waits, let the thread end after the result that it is at, and wait for that a while.
+        """Drop waiting results and wait a while for the thread to end after its current result.
 
-        A process that ends while a thread is inside a native library is aborted by it.
+        The process would abort if it ended while a thread is inside a native library.
         """
         stages: list[Ahead[Any]] = [self]
         while (before := stages[-1]._upstream) is not None:

@@ -1,4 +1,4 @@
-"""What is to be done with every input: plain values that travel to the processes and machines that do it."""
+"""Settings of a job as plain values, which are sent to the processes and machines that run it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from prompttune.serve.limits import TOP_K
 LOG = logging.getLogger("prompttune.infer")
 
 NO_TASK = ""
-"""Stands in the row of an input that should have named its task and did not."""
+"""Task name in the row of an input that names no task although it must."""
 
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """What decoding and writing need to know of a task."""
+    """Facts about a task that decoding and writing need."""
 
     version: str
     labels: tuple[str, ...]
@@ -31,28 +31,28 @@ class TaskFacts:
 
 @dataclass(frozen=True)
 class Work:
-    """Settings of a job that shape its rows."""
+    """Settings of a job that affect its rows."""
 
     engine: Path
     """The engine folder."""
     tasks: tuple[str, ...]
-    """For every input that names no task of its own; empty where each input must."""
+    """Tasks of every input without a task of its own; empty if each input must name its task."""
     known: Mapping[str, TaskFacts]
-    """Every task that may be asked for."""
+    """Facts of every task that may be requested."""
     image_size: int
     """Side of the engine's square input, in pixels."""
     options: RuntimeOptions = field(default_factory=RuntimeOptions)
     batch_size: int = BATCH_SIZE
-    """Rows of one call of the engine at most."""
+    """Largest number of rows in one engine call."""
     top_k: int = TOP_K
     labelled: bool = False
-    """Inputs come with true labels."""
+    """Whether inputs have true labels."""
     label_is_index: bool = False
-    """A true label that is no class name may be a class index, as in WebDataset's ``cls`` members."""
+    """Whether a true label that is not a class name may be a class index, as in WebDataset's ``cls`` members."""
     segments: bool = False
-    """The tasks are segmentations."""
+    """Whether the tasks are segmentations."""
     picture_side: int | None = None
-    """Longest side of the pictures that answers carry; 0 for whole images, None for none."""
+    """Longest side of the pictures in answers, in pixels; 0 for whole images, None for no pictures."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -62,20 +62,20 @@ class Work:
 
     @property
     def chunk_inputs(self) -> int:
-        """Inputs that are answered, committed, sharded and sent to a machine together: what fills a call."""
+        """Number of inputs that are answered, committed, sharded and sent together: enough to fill an engine call."""
         return max(1, self.batch_size // max(1, len(self.tasks)))
 
     def tasks_of(self, task: str | None) -> tuple[str, ...]:
-        """The tasks of an input whose own task is ``task``, or None: at least one, so that each input has a row."""
+        """Tasks of an input whose own task is ``task`` or None: at least one, so that each input has a row."""
         return (self.tasks or (NO_TASK,)) if task is None else (task,)
 
 
 def facts_of(folder: EngineFolder, names: Sequence[str] | None = None) -> dict[str, TaskFacts]:
-    """The tasks of an engine folder; those of ``names``, or all.
+    """Facts of the tasks in an engine folder: those of ``names``, or all.
 
     Raises:
-        UsageError: there is no such task.
-        EngineError: a task of ``names`` is damaged; others are left out, with a warning.
+        UsageError: a task does not exist.
+        EngineError: a task of ``names`` is damaged. Without ``names``, damaged tasks are left out with a warning.
     """
     if names is None:
         scan = folder.scan()

@@ -1,4 +1,4 @@
-"""Bodies over HTTP: read within limits of size and time, decompressed within the same size, compressed on request."""
+"""HTTP bodies: read within limits of size and time, decompressed within the same size limit, compressed on request."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from prompttune.serve.protocol.elements import shown
 from prompttune.serve.protocol.types import BadRequestError, ServeError, TooLargeError
 
 COMPRESS_FROM = 1024
-"""Bytes; a smaller answer fits a packet or two as it is."""
+"""Smallest body to compress, in bytes; a smaller answer fits into one or two packets anyway."""
 _LEVEL = 1
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 
 
 class MediaError(ServeError):
-    """The body is encoded in a way that the server does not read."""
+    """The body has an encoding that the server does not read."""
 
     http_status, grpc_status = 415, "UNIMPLEMENTED"
 
@@ -32,18 +32,18 @@ class SlowBodyError(ServeError):
 
 
 def check_size(size: int, limits: Limits) -> None:
-    """Raise :class:`TooLargeError` for more bytes than a request may have."""
+    """Raise :class:`TooLargeError` if ``size`` in bytes exceeds the limit of a body."""
     if size > limits.body_bytes:
-        raise TooLargeError(f"the request has over {limits.body_bytes} bytes: send fewer or smaller images at once")
+        raise TooLargeError(f"the request exceeds {limits.body_bytes} bytes: send fewer or smaller images at once")
 
 
 async def read_body(request: Request, limits: Limits, seconds: float) -> bytearray:
-    """The body as it was sent.
+    """Read the body as it was sent.
 
     Raises:
-        TooLargeError: as soon as the headers or the bytes so far say so.
-        SlowBodyError: it took longer than ``seconds``.
-        starlette.requests.ClientDisconnect: the client left before its end.
+        TooLargeError: the headers or the bytes so far exceed the limit.
+        SlowBodyError: the body took longer than ``seconds``.
+        starlette.requests.ClientDisconnect: the client left before the end of the body.
     """
     declared = request.headers.get("content-length", "")
     if declared.isdecimal():
@@ -60,20 +60,20 @@ async def read_body(request: Request, limits: Limits, seconds: float) -> bytearr
 
 
 def check_encoding(encoding: str) -> bool:
-    """Whether a body with this ``Content-Encoding`` is compressed; :class:`MediaError` for one that is not read."""
+    """Whether ``Content-Encoding`` means a compressed body; raises :class:`MediaError` for an unknown encoding."""
     if encoding.lower() in ("", "identity"):
         return False
     if encoding.lower() in ("gzip", "deflate"):
         return True
-    raise MediaError(f"the Content-Encoding {shown(encoding)} is not read: use gzip, deflate or none")
+    raise MediaError(f"the Content-Encoding {shown(encoding)} is not supported: use gzip, deflate or none")
 
 
 def decompress(body: bytes | bytearray, limits: Limits) -> bytes:
-    """A gzip or zlib body, never more than ``limits.body_bytes`` of it in memory.
+    """Decompress a gzip or zlib body; at most ``limits.body_bytes`` of it are in memory.
 
     Raises:
-        BadRequestError: it is damaged or cut off.
-        TooLargeError: it would become larger than that.
+        BadRequestError: the body is damaged or cut off.
+        TooLargeError: the decompressed body exceeds the limit.
     """
     reader = zlib.decompressobj(_GZIP_OR_ZLIB)
     try:
@@ -81,7 +81,7 @@ def decompress(body: bytes | bytearray, limits: Limits) -> bytes:
     except zlib.error as problem:
         raise BadRequestError(f"the request's body cannot be decompressed: {problem}") from None
     if len(plain) > limits.body_bytes:
-        raise TooLargeError(f"the request has over {limits.body_bytes} bytes when decompressed")
+        raise TooLargeError(f"the decompressed request exceeds {limits.body_bytes} bytes")
     if not reader.eof or reader.unused_data:
         raise BadRequestError("the request's body is not one whole gzip or deflate stream")
     return plain
@@ -99,7 +99,7 @@ _COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {"gzip": _gzip, "deflate": _
 
 
 def accepted_encoding(accept: str) -> str | None:
-    """The encoding to answer with, None for none."""
+    """The encoding of the answer; None for an uncompressed one."""
     weights: dict[str, float] = {}
     for one in accept.lower().split(","):
         name, _, quality = one.partition(";")
@@ -109,5 +109,5 @@ def accepted_encoding(accept: str) -> str | None:
 
 
 def compress(body: bytes, encoding: str) -> bytes:
-    """``body`` in ``encoding``, one of those that :func:`accepted_encoding` gives."""
+    """``body`` in ``encoding``, a result of :func:`accepted_encoding`."""
     return _COMPRESSORS[encoding](body)

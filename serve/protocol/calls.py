@@ -1,4 +1,4 @@
-"""The calls that a server is answering, over both transports, so that it can leave without cutting one off silently."""
+"""The running calls of both transports, so that the server can leave without cutting one off silently."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ LEAVING = "the server is shutting down: ask another one"
 
 
 class Calls:
-    """Everything is called on one event loop."""
+    """The running calls. Call every method on one event loop."""
 
     def __init__(self) -> None:
         self.leaving = False
-        """Whether the server has been told to stop: connections close behind their next answer."""
+        """Whether the server is stopping: connections close after their next answer."""
         self._over = False
         self._inside: set[asyncio.Task[Any]] = set()
         self._dismissed: set[asyncio.Task[Any]] = set()
@@ -26,10 +26,10 @@ class Calls:
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """The current task answers a call until the block ends.
+        """Count the current asyncio task as a call until the block ends.
 
         Raises:
-            UnavailableError: the server's time is over, before the call or in the middle of it.
+            UnavailableError: the server has stopped, before or during the call.
         """
         if self._over:
             raise UnavailableError(LEAVING)
@@ -50,18 +50,18 @@ class Calls:
                 self._idle.set()
 
     def leave(self) -> None:
-        """The server has been told to stop; calls are still answered."""
+        """Mark the server as stopping; calls are still answered."""
         self.leaving = True
 
     async def empty(self, seconds: float) -> bool:
-        """Wait until no call is inside, ``seconds`` at most; whether it is so."""
+        """Wait at most ``seconds`` until no call is running; return whether that is so."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
         return self._idle.is_set()
 
     def dismiss(self) -> int:
-        """End every call with :class:`UnavailableError`, and those that still come; how many were inside."""
+        """End every call, now and later, with :class:`UnavailableError`; return how many were running."""
         self._over = True
         self._dismissed |= self._inside
         for task in self._inside:

@@ -1,7 +1,7 @@
-"""Requests and answers over HTTP: the protocol's JSON, with tensors inside it or as raw bytes behind it.
+"""Requests and answers over HTTP: the protocol's JSON, with tensors inside it or as raw bytes after it.
 
-The binary tensor extension: ``Inference-Header-Content-Length`` says where the JSON ends, each ``binary_data_size``
-how many of the bytes behind it are a tensor's.
+The binary tensor extension: ``Inference-Header-Content-Length`` is the length of the JSON, each ``binary_data_size``
+the number of following bytes that belong to a tensor.
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
 """
 
@@ -32,43 +32,43 @@ from prompttune.serve.protocol.types import (
 )
 
 HARMLESS = frozenset({"unload_dependents"})
-"""Parameters of load and unload that clients always send; a task has no dependents."""
+"""Parameters of load and unload that clients always send; a task has no dependents, so they change nothing."""
 BINARY_SIZE, BINARY_DATA, BINARY_OUTPUT = "binary_data_size", "binary_data", "binary_data_output"
 
 
 class Target(NamedTuple):
-    """What a request says outside its body."""
+    """Parts of a request outside its body."""
 
     model: str
     version: str = ""
     request_id: str = ""
-    """Taken where the body names none."""
+    """Id from the headers, used if the body does not have one."""
 
 
 @dataclass(frozen=True)
 class OutputForm:
-    """Which outputs are answered as raw bytes."""
+    """Form of each output in an answer."""
 
     default: bool = False
     named: Mapping[str, bool] = field(default_factory=dict)
     spans: Mapping[str, Span] = field(default_factory=dict)
-    """Outputs that go into shared memory."""
+    """Places in shared memory of the outputs that go there."""
 
     def binary(self, name: str) -> bool:
-        """Whether the output is."""
+        """Whether the output is returned as raw bytes."""
         return self.named.get(name, self.default)
 
 
 class Encoded(NamedTuple):
-    """An answer's body."""
+    """Body of an answer."""
 
     body: bytes
     header_length: int | None
-    """Bytes of JSON where raw tensors follow, None where all is JSON."""
+    """Bytes of JSON before the raw tensors; None if the body is only JSON."""
 
 
 class _RawBytes:
-    """The bytes behind the JSON, taken tensor by tensor."""
+    """The bytes after the JSON, taken tensor by tensor."""
 
     def __init__(self, raw: memoryview) -> None:
         self._raw = raw
@@ -88,11 +88,11 @@ class _RawBytes:
 
     def check_empty(self) -> None:
         if self._taken != len(self._raw):
-            raise BadRequestError(f"{len(self._raw) - self._taken} bytes behind the JSON belong to no input")
+            raise BadRequestError(f"{len(self._raw) - self._taken} bytes after the JSON do not belong to an input")
 
 
 def header_length(value: str | None, size: int) -> int | None:
-    """``Inference-Header-Content-Length`` as a number, None without one; it cannot exceed the body's ``size``."""
+    """``Inference-Header-Content-Length`` as a number, at most the body's ``size``; None without the header."""
     if value is None:
         return None
     if not (value.isascii() and value.isdecimal() and len(value) < 20) or int(value) > size:
@@ -103,7 +103,7 @@ def header_length(value: str | None, size: int) -> int | None:
 
 
 def parse_object(body: bytes | bytearray | memoryview) -> dict[str, Any]:
-    """A JSON object; :class:`BadRequestError` for anything else."""
+    """Parse a JSON object; raises :class:`BadRequestError` for anything else."""
     try:
         found = orjson.loads(body)
     except orjson.JSONDecodeError as problem:
@@ -116,14 +116,14 @@ def parse_object(body: bytes | bytearray | memoryview) -> dict[str, Any]:
 def decode_request(
     body: bytes | bytearray, json_bytes: int | None, target: Target, limits: Limits, regions: Regions = NO_REGIONS
 ) -> tuple[InferRequest, OutputForm]:
-    """A request from its body, of which the first ``json_bytes`` are JSON (None for all of it).
+    """Decode a request from its body, whose first ``json_bytes`` are JSON (None for all of it).
 
     Binary tensors are views of ``body``.
 
     Raises:
-        BadRequestError: it is malformed.
-        TooLargeError: a tensor would be larger than a request may be.
-        UnsupportedError: it asks for shared memory, which the server does not take.
+        BadRequestError: the request is malformed.
+        TooLargeError: a tensor exceeds the limit of a request.
+        UnsupportedError: the request uses shared memory, which the server does not accept.
     """
     whole = memoryview(body)
     raw = _RawBytes(whole[json_bytes:] if json_bytes is not None else whole[:0])
@@ -153,14 +153,14 @@ def decode_request(
 
 
 def refuse_duplicates(what: str, names: list[str]) -> None:
-    """Raise :class:`BadRequestError` if a name is given twice."""
+    """Raise :class:`BadRequestError` if a name occurs twice."""
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise BadRequestError(f"the {what} {shown(twice)} is given twice")
 
 
 def check_id(value: object, limits: Limits) -> str:
-    """A request's id, empty for none."""
+    """The id of a request, checked; empty without one."""
     if value is None:
         return ""
     if not isinstance(value, str) or len(value) > limits.id_length:
@@ -214,7 +214,7 @@ def _input(record: dict[str, Any], raw: _RawBytes, limits: Limits, regions: Regi
     span = regions.span(parameters, f"input {shown(name)}")
     if span is not None:
         if "data" in record or BINARY_SIZE in parameters:
-            raise BadRequestError(f"input {shown(name)} has data beside its shared memory: send one of them")
+            raise BadRequestError(f"input {shown(name)} has both data and shared memory: send one of them")
         return InputTensor(name, datatype, elements.from_raw(name, dtype, dims, span.read(limits)))
     if BINARY_SIZE in parameters:
         if "data" in record:
@@ -232,7 +232,7 @@ def _input(record: dict[str, Any], raw: _RawBytes, limits: Limits, regions: Regi
 
 
 def _strings(name: str, flat: list[Any], dims: tuple[int, ...]) -> InputTensor:
-    """Text, or objects ``{"b64": …}`` that say that the text stands for raw bytes."""
+    """Text, or objects ``{"b64": …}`` whose text stands for raw bytes."""
     if all(isinstance(one, str) for one in flat):
         return InputTensor(name, BYTES, bytes_array(flat, dims), text=True)
     if not all(isinstance(one, dict) and isinstance(one.get("b64"), str) for one in flat):
@@ -240,12 +240,12 @@ def _strings(name: str, flat: list[Any], dims: tuple[int, ...]) -> InputTensor:
     try:
         decoded = [base64.b64decode(one["b64"], validate=True) for one in flat]
     except (binascii.Error, ValueError) as problem:
-        raise BadRequestError(f"input {shown(name)} holds 'b64' that is no base64: {problem}") from None
+        raise BadRequestError(f"input {shown(name)} has 'b64' that is not base64: {problem}") from None
     return InputTensor(name, BYTES, bytes_array(decoded, dims))
 
 
 def _output(record: dict[str, Any], regions: Regions) -> tuple[RequestedOutput, bool | None, Span | None]:
-    """A requested output, whether it is wanted as raw bytes (None where it does not say), and its shared memory."""
+    """A requested output, whether it is wanted as raw bytes (None if unspecified), and its place in shared memory."""
     name = _name(record, "output")
     parameters = _parameters(record, f"output {shown(name)}")
     binary = _flag(parameters[BINARY_DATA], BINARY_DATA) if BINARY_DATA in parameters else None
@@ -254,20 +254,20 @@ def _output(record: dict[str, Any], regions: Regions) -> tuple[RequestedOutput, 
 
 
 def check_classification(name: str, count: object) -> int:
-    """The classification extension's count, 0 for off."""
+    """The count of the classification extension, checked; 0 for off."""
     if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < 2**31:
         raise BadRequestError(f"output {shown(name)} has the classification {shown(count)}: it must be a count")
     return count
 
 
 def encode_response(response: InferResponse, form: OutputForm) -> Encoded:
-    """An answer as JSON, its binary outputs behind it in the order in which it names them."""
+    """An answer as JSON, followed by its binary outputs in the order of their names there."""
     raw: list[bytes] = []
     outputs = []
     for tensor in response.outputs:
         values: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.data.shape)}
         if tensor.name in form.spans:
-            # Without parameters, as Triton answers: its C++ client takes any for those of a binary tensor.
+            # No parameters, as in Triton's answers: its C++ client would take any for those of a binary tensor.
             form.spans[tensor.name].write(elements.to_raw(tensor))
         elif form.binary(tensor.name):
             raw.append(elements.to_raw(tensor))
@@ -286,7 +286,7 @@ def encode_response(response: InferResponse, form: OutputForm) -> Encoded:
 
 
 def _json_values(tensor: OutputTensor) -> NDArray[Any] | list[str]:
-    """Row-major values that orjson can write."""
+    """Row-major values in a form that orjson can write."""
     if tensor.datatype == BYTES:
         return [value.decode() for value in tensor.data.ravel()]
     data = tensor.data.astype(np.float32) if tensor.datatype == "BF16" else tensor.data
@@ -294,13 +294,13 @@ def _json_values(tensor: OutputTensor) -> NDArray[Any] | list[str]:
 
 
 def refuse_overrides(names: Iterable[str]) -> None:
-    """Raise :class:`BadRequestError` if load or unload is told more than a name.
+    """Raise :class:`BadRequestError` if a load or unload request has more than a name.
 
-    Triton would take a configuration and files from the client; here models come from the engine's folder alone.
+    Triton would accept a configuration and files from the client; here models come only from the engine's folder.
     """
     unknown = sorted(set(names) - HARMLESS)
     if unknown:
         raise BadRequestError(
-            f"the parameter {shown(unknown[0])} is not taken: a model comes from the server's own folder, "
+            f"the parameter {shown(unknown[0])} is not accepted: a model comes from the server's own folder, "
             "with its own configuration"
         )

@@ -1,4 +1,4 @@
-"""Threads for decoding that would hold up the event loop."""
+"""Threads for decoding that would block the event loop."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 THREADS = 2
-"""JSON takes up to twenty times its size while it is decoded, so few bodies may be decoded at once."""
+"""Number of decoding threads. JSON takes up to twenty times its size in memory, so only a few bodies may be decoded."""
 T = TypeVar("T")
 
 
 class Decoders:
-    """A few threads of one transport."""
+    """Decoding threads of one transport."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(THREADS, "decode")
 
     async def run(self, work: Callable[..., T], *arguments: object) -> T:
-        """Call ``work`` in a thread."""
+        """Run ``work`` in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)

@@ -1,4 +1,4 @@
-"""Configuration, metadata and statistics as JSON values; gRPC's messages are parsed from the same values."""
+"""Configuration, metadata and statistics as JSON values; gRPC messages are parsed from the same values."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LOG_SETTINGS: dict[str, bool | int | str] = {
 
 
 def server_values(metadata: ServerMetadata, regions: Regions) -> dict[str, Any]:
-    """What ``GET /v2`` says."""
+    """Values of ``GET /v2``."""
     more = ["system_shared_memory"] if regions.allowed else []
     return {"name": metadata.name, "version": metadata.version, "extensions": [*metadata.extensions, *more]}
 
@@ -42,7 +42,7 @@ def _tensor_values(tensor: TensorMetadata) -> dict[str, Any]:
 
 
 def metadata_values(metadata: ModelMetadata) -> dict[str, Any]:
-    """A model's metadata, as far as both transports have room for it."""
+    """A model's metadata, as far as both transports can carry it."""
     return {
         "name": metadata.name,
         "versions": list(metadata.versions),
@@ -53,7 +53,7 @@ def metadata_values(metadata: ModelMetadata) -> dict[str, Any]:
 
 
 def _config_tensor(tensor: TensorMetadata) -> dict[str, Any]:
-    """A tensor without its batch dimension; Triton wants at least one left, so a plain [N] is reshaped from [N, 1]."""
+    """A tensor without its batch dimension. Triton needs at least one dimension, so [N] is reshaped from [N, 1]."""
     values: dict[str, Any] = {
         "name": tensor.name,
         "data_type": f"TYPE_{_CONFIG_TYPES.get(tensor.datatype, tensor.datatype)}",
@@ -65,7 +65,7 @@ def _config_tensor(tensor: TensorMetadata) -> dict[str, Any]:
 
 
 def config_values(metadata: ModelMetadata) -> dict[str, Any]:
-    """A model's configuration in Triton's words; labels are a JSON list in the parameters."""
+    """A model's configuration in Triton's terms; the labels are a JSON list among the parameters."""
     parameters = {"labels": orjson.dumps(list(metadata.labels)).decode(), **metadata.parameters}
     return {
         "name": metadata.name,
@@ -94,7 +94,7 @@ def _batch_values(size: int, compute: Duration) -> dict[str, Any]:
 
 
 def statistics_values(statistics: Sequence[ModelStatistics]) -> dict[str, Any]:
-    """Triton's statistics of models."""
+    """Statistics of models in Triton's form."""
     return {
         "model_stats": [
             {

@@ -1,4 +1,4 @@
-"""Tensors as they travel: raw bytes, or lists of values, and the checks that both need."""
+"""Conversion and checks of tensors, as raw bytes or as lists of values."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _SHOWN = 60
 
 
 def shown(value: object) -> str:
-    """A value of a request for an error message, cut short."""
+    """A value from a request, shortened for an error message."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def numpy_type(name: str, datatype: object) -> np.dtype[Any]:
-    """NumPy's type of a protocol datatype; :class:`BadRequestError` for an unknown one."""
+    """NumPy's dtype of a protocol datatype; raises :class:`BadRequestError` for an unknown one."""
     found = triton_to_np_dtype(datatype)
     if found is None:
         raise BadRequestError(f"input {shown(name)} has the unknown datatype {shown(datatype)}")
@@ -36,34 +36,34 @@ def numpy_type(name: str, datatype: object) -> np.dtype[Any]:
 
 
 def check_shape(name: str, shape: Sequence[object], dtype: np.dtype[Any], limits: Limits) -> tuple[int, ...]:
-    """The shape as integers whose tensor a request may hold.
+    """The shape as integers, checked against the limits of a request.
 
     Raises:
-        BadRequestError: a dimension is no integer or negative, or there are too many.
-        TooLargeError: the tensor would be larger than a whole request may be.
+        BadRequestError: a dimension is negative or not an integer, or there are too many dimensions.
+        TooLargeError: the tensor exceeds the limit of a whole request.
     """
     where = f"input {shown(name)}"
     if len(shape) > MAX_DIMENSIONS:
-        raise BadRequestError(f"{where} has {len(shape)} dimensions, at most {MAX_DIMENSIONS} are taken")
+        raise BadRequestError(f"{where} has {len(shape)} dimensions, the limit is {MAX_DIMENSIONS}")
     dims: list[int] = []
     for size in shape:
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
             raise BadRequestError(f"{where} has the dimension {shown(size)}: it must be an integer of at least 0")
         dims.append(size)
-    # An empty dimension must not hide a huge one, which NumPy cannot shape.
+    # An empty dimension must not hide a huge one, which NumPy cannot create.
     elements = math.prod(max(size, 1) for size in dims)
     if dtype.hasobject and elements > limits.rows:
-        raise TooLargeError(f"{where} has {elements} elements, at most {limits.rows} strings are taken")
+        raise TooLargeError(f"{where} has {elements} elements, the limit is {limits.rows} strings")
     if elements * dtype.itemsize > limits.body_bytes:
         raise TooLargeError(f"{where} would hold {elements * dtype.itemsize} bytes, over {limits.body_bytes}")
     return tuple(dims)
 
 
 def from_raw(name: str, dtype: np.dtype[Any], shape: tuple[int, ...], raw: bytes | memoryview) -> NDArray[Any]:
-    """A tensor from its little-endian bytes: a view of ``raw``, but copies for strings.
+    """A tensor from its little-endian bytes: a view of ``raw``, but a copy for strings.
 
     Raises:
-        BadRequestError: the size does not fit the shape, or strings run past the end.
+        BadRequestError: the size does not fit the shape, or a string extends past the end.
     """
     where = f"input {shown(name)}"
     elements = math.prod(shape)
@@ -87,10 +87,10 @@ def _strings_from_raw(where: str, shape: tuple[int, ...], raw: bytes | memoryvie
 
 
 def flatten(name: str, values: list[Any], shape: tuple[int, ...]) -> list[Any]:
-    """Values in row-major order from a flat list, or from one nested as the shape says.
+    """Values in row-major order, from a flat list or from one nested like the shape.
 
     Raises:
-        BadRequestError: it is nested in another way, or has another number of values.
+        BadRequestError: the nesting or the number of values does not fit the shape.
     """
     where = f"input {shown(name)}"
     nested: list[int] = []
@@ -102,22 +102,22 @@ def flatten(name: str, values: list[Any], shape: tuple[int, ...]) -> list[Any]:
         nested.append(lengths.pop())
         flat = list(chain.from_iterable(flat))
     if nested and (len(values), *nested) != shape:
-        raise BadRequestError(f"{where} has data of shape {[len(values), *nested]}, it says {list(shape)}")
+        raise BadRequestError(f"{where} has data of shape {[len(values), *nested]}, its shape says {list(shape)}")
     if len(flat) != math.prod(shape):
         raise BadRequestError(f"{where} has {len(flat)} values, its shape {list(shape)} needs {math.prod(shape)}")
     return flat
 
 
 def numbers(name: str, datatype: str, dtype: np.dtype[Any], flat: Sequence[Any]) -> NDArray[Any]:
-    """A flat tensor from Python numbers, each of which must be of the datatype.
+    """A flat tensor from Python numbers, which must all fit the datatype.
 
     Raises:
-        BadRequestError: a value is of another kind, or out of the datatype's range.
+        BadRequestError: a value has another type, or is out of the datatype's range.
     """
     where = f"input {shown(name)}"
     allowed = _PYTHON_TYPES.get(dtype.kind, _REAL)
     for other in set(map(type, flat)) - allowed:
-        raise BadRequestError(f"{where} holds a {_JSON_NAMES.get(other, other.__name__)}, which is no {datatype}")
+        raise BadRequestError(f"{where} holds a {_JSON_NAMES.get(other, other.__name__)}, which is not {datatype}")
     if dtype.kind in "iu" and flat:
         range_ = np.iinfo(dtype)
         if min(flat) < range_.min or max(flat) > range_.max:
@@ -135,7 +135,7 @@ _JSON_NAMES = {type(None): "null", dict: "JSON object", list: "list", str: "stri
 
 
 def to_raw(tensor: OutputTensor) -> bytes:
-    """The bytes of an output; strings each behind their length."""
+    """The bytes of an output; each string follows its length."""
     if tensor.datatype == BYTES:
         return b"" if tensor.data.size == 0 else bytes(serialize_byte_tensor(tensor.data).item())
     return tensor.data.tobytes()

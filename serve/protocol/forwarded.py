@@ -1,4 +1,4 @@
-"""Behind a reverse proxy: the address, scheme, host and path prefix that the client sees."""
+"""Support for reverse proxies: the address, scheme, host and path prefix that the client sees."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from prompttune.serve.protocol.types import BadRequestError
 
 _PREFIX = re.compile(r"(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*")
 _OWN = frozenset({"v2", "docs", "page", "status", "metrics", "openapi.json"})
-"""First parts of the server's own paths, which a prefix could not be told from."""
+"""First parts of the server's own paths; a prefix must differ from them."""
 
 
 def prefix_problem(prefix: str) -> str:
-    """Why ``prefix`` cannot stand before the server's paths, empty if it can."""
+    """The reason why ``prefix`` cannot precede the server's paths; empty if it can."""
     if not _PREFIX.fullmatch(prefix):
         return "it must be a path such as /vision, with letters, digits, '.', '_', '~' and '-'"
     first = prefix.split("/")[1] if prefix else ""
@@ -29,7 +29,7 @@ def prefix_problem(prefix: str) -> str:
 
 
 def read_prefix(value: str) -> str:
-    """A path prefix without its last slash, empty for none; :class:`UsageError` for what is no such path."""
+    """A path prefix without its last slash, empty for none; raises :class:`UsageError` for an invalid prefix."""
     prefix = value.rstrip("/")
     if problem := prefix_problem(prefix):
         raise UsageError(f"--root-path {value!r}: {problem}")
@@ -37,7 +37,7 @@ def read_prefix(value: str) -> str:
 
 
 def read_proxies(value: str) -> tuple[str, ...]:
-    """Addresses and networks that are separated by commas, or ``*``; :class:`UsageError` for anything else."""
+    """Addresses and networks separated by commas, or ``*``; raises :class:`UsageError` for anything else."""
     found = tuple(one.strip() for one in value.split(",") if one.strip())
     for one in found if found != ("*",) else ():
         try:
@@ -48,9 +48,9 @@ def read_proxies(value: str) -> tuple[str, ...]:
 
 
 class BehindProxy(ProxyHeadersMiddleware):
-    """Sets what the path prefix and the trusted proxies' ``X-Forwarded-*`` headers say; others' are ignored.
+    """Applies the path prefix and the ``X-Forwarded-*`` headers of trusted proxies; other clients' headers are ignored.
 
-    A proxy may take the prefix away or leave it.
+    A proxy may remove the prefix or keep it.
     """
 
     def __init__(self, app: ASGIApp, proxies: Sequence[str], root_path: str) -> None:
@@ -58,7 +58,7 @@ class BehindProxy(ProxyHeadersMiddleware):
         self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # type: ignore[override]
-        """Run the application with the scope that the client means."""
+        """Run the application with the scope that the client sees."""
         if scope["type"] == "http":
             prefix, client = self._root_path, scope.get("client")
             if client is not None and client[0] in self.trusted_hosts:
@@ -78,5 +78,5 @@ class BehindProxy(ProxyHeadersMiddleware):
 
 
 def _first(headers: Headers, name: str) -> str:
-    """What the proxy nearest to the client said."""
+    """The first value of a header, which the proxy nearest to the client has set."""
     return headers.get(name, "").split(",")[0].strip()

@@ -1,4 +1,4 @@
-"""gRPC's messages to and from those of the service; raw tensors are views of the message's bytes."""
+"""Conversion between gRPC's messages and the service's; raw tensors are views of the message's bytes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from prompttune.serve.protocol.types import (
 
 FINAL_RESPONSE, EMPTY_FINAL_RESPONSE = "triton_final_response", "triton_enable_empty_final_response"
 INLINE_BYTES, INLINE_VALUES = 2**20, 4096
-"""What is decoded on the event loop, in well under a millisecond; more goes to a thread."""
+"""Largest message to decode on the event loop, in well under a millisecond; larger ones go to a thread."""
 _CONTENTS = {
     "BOOL": "bool_contents",
     "INT8": "int_contents",
@@ -40,7 +40,7 @@ _CONTENTS = {
     "FP64": "fp64_contents",
     BYTES: "bytes_contents",
 }
-"""Datatype → the field of typed contents; FP16 and BF16 have none."""
+"""Field of typed contents for each datatype; FP16 and BF16 do not have one."""
 
 
 def parse_values(values: dict[str, Any], message: Any) -> Any:
@@ -58,12 +58,12 @@ def is_small(message: Any) -> bool:
 def decode_request(
     message: Any, limits: Limits, timeout_s: float | None, regions: Regions = NO_REGIONS
 ) -> InferRequest:
-    """A ``ModelInferRequest``.
+    """Decode a ``ModelInferRequest``.
 
     Raises:
-        BadRequestError: it is malformed.
-        TooLargeError: a tensor would be larger than a request may be.
-        UnsupportedError: it asks for shared memory, which the server does not take.
+        BadRequestError: the request is malformed.
+        TooLargeError: a tensor exceeds the limit of a request.
+        UnsupportedError: the request uses shared memory, which the server does not accept.
     """
     raw = message.raw_input_contents
     if not message.inputs:
@@ -91,7 +91,7 @@ def decode_request(
 
 
 def decode_parameters(parameters: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """Name → the value that is set; one with no value is refused."""
+    """Values of parameters by name; a parameter without a value is refused."""
     found: dict[str, bool | int | float | str] = {}
     for name, parameter in parameters.items():
         kind = parameter.WhichOneof("parameter_choice")
@@ -108,7 +108,7 @@ def _input(message: Any, raw: bytes | None, limits: Limits) -> InputTensor:
     typed = message.contents.ListFields()
     if raw is not None:
         if typed:
-            raise BadRequestError(f"input {shown(name)} has contents beside raw_input_contents: send one of them")
+            raise BadRequestError(f"input {shown(name)} has both contents and raw_input_contents: send one of them")
         return InputTensor(name, datatype, elements.from_raw(name, dtype, dims, raw))
     expected = _CONTENTS.get(datatype)
     if expected is None:
@@ -129,7 +129,7 @@ def _output(message: Any) -> RequestedOutput:
 
 
 def output_spans(message: Any, regions: Regions) -> dict[str, Span]:
-    """The outputs that go into shared memory; raises as :meth:`Regions.span` does."""
+    """Places of the outputs that go into shared memory; raises the errors of :meth:`Regions.span`."""
     found = {
         one.name: regions.span(decode_parameters(one.parameters), f"output {shown(one.name)}")
         for one in message.outputs
@@ -138,7 +138,7 @@ def output_spans(message: Any, regions: Regions) -> dict[str, Span]:
 
 
 def encode_response(response: InferResponse, spans: Mapping[str, Span] | None = None) -> Any:
-    """A ``ModelInferResponse`` with raw outputs; those of ``spans`` go there, and leave an empty place behind."""
+    """A ``ModelInferResponse`` with raw outputs; those in ``spans`` go to shared memory and leave an empty place."""
     message = service_pb2.ModelInferResponse(model_name=response.model, model_version=response.version, id=response.id)
     encode_parameters(response.parameters, message.parameters)
     for tensor in response.outputs:
@@ -151,7 +151,7 @@ def encode_response(response: InferResponse, spans: Mapping[str, Span] | None = 
 
 
 def encode_parameters(values: Mapping[str, bool | int | float | str], parameters: Any) -> None:
-    """Write values into a message's map of parameters."""
+    """Write values into a message's parameter map."""
     fields: dict[type, str] = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
     for name, value in values.items():
         setattr(parameters[name], fields[type(value)], value)

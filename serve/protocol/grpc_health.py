@@ -1,4 +1,4 @@
-"""gRPC's own health protocol, which load balancers and Kubernetes ask.
+"""gRPC's own health protocol, which load balancers and Kubernetes use.
 
 https://github.com/grpc/grpc/blob/master/doc/health-checking.md
 """
@@ -17,19 +17,19 @@ from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.types import NotFoundError
 
 SERVER_NAMES = ("", "inference.GRPCInferenceService")
-"""Services that stand for the whole server; any other name is a model's."""
+"""Services that stand for the whole server; any other name is that of a model."""
 LOOK_EVERY_S = 0.25
 
 
 class Health:
-    """Status of the server and of each model, read from the service at each question."""
+    """Status of the server and of each model, read from the service at each call."""
 
     def __init__(self, service: InferenceService, calls: Calls) -> None:
         self._service = service
         self._calls = calls
 
     def status(self, name: str) -> Any:
-        """A ``ServingStatus``; nothing serves while the server leaves."""
+        """A ``ServingStatus``; it is never ``SERVING`` while the server is stopping."""
         states = health_pb2.HealthCheckResponse
         ready = self._service.ready() if name in SERVER_NAMES else self._service.model_ready(name)
         if ready and not self._calls.leaving:
@@ -42,14 +42,14 @@ class Health:
         return states.NOT_SERVING
 
     async def check(self, message: Any) -> Any:
-        """The status now; :class:`NotFoundError` for no such model."""
+        """The current status; raises :class:`NotFoundError` for an unknown model."""
         status = self.status(message.service)
         if status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
-            raise NotFoundError(f"there is no model {shown(message.service)}")
+            raise NotFoundError(f"unknown model {shown(message.service)}")
         return health_pb2.HealthCheckResponse(status=status)
 
     async def watch(self, message: Any) -> AsyncGenerator[Any, None]:
-        """The status now and after each change; ends once it has said that the server leaves."""
+        """The current status and each change; ends after reporting that the server is stopping."""
         last = None
         while True:
             leaving = self._calls.leaving

@@ -1,4 +1,4 @@
-"""Inference over gRPC, a request at a time or in a stream."""
+"""Inference over gRPC, one request at a time or in a stream."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Inference:
         self._threads = Decoders()
 
     async def answer(self, message: Any, context: Any, record: RequestRecord) -> Any:
-        """Classify images; the call's deadline is the request's, and a cancelled call cancels it."""
+        """Answer one request; the call's deadline applies to it, and cancelling the call cancels it."""
         record.model, record.version = message.model_name, message.model_version
         spans = grpc_codec.output_spans(message, self._regions)
         request = await self._decode(message, time_left(context))
@@ -38,7 +38,7 @@ class Inference:
         return grpc_codec.encode_response(response, spans)
 
     def answer_stream(self, messages: AsyncIterator[Any], context: Any) -> AsyncGenerator[Any, None]:
-        """Classify the requests of a stream, each answered when it is done."""
+        """Answer the requests of a stream, each as soon as it is done."""
 
         async def answer(message: Any, record: RequestRecord) -> Any:
             with self._calls.inside():
@@ -54,6 +54,6 @@ class Inference:
 
 
 def time_left(context: Any) -> float | None:
-    """Seconds until the call's deadline, None without one."""
+    """Seconds until the call's deadline; None without a deadline."""
     left: float | None = context.time_remaining()
     return None if left is None or left > _LONGEST_S else max(left, 0.0)

@@ -31,20 +31,20 @@ logger = logging.getLogger(__name__)
 
 SERVICE = "GRPCInferenceService"
 PROTOCOL_OVERHEAD = 64 * 1024
-"""Bytes of a message beside its tensors."""
+"""Bytes that a message may need in addition to its tensors."""
 _OPEN_CALLS = frozenset({"ServerLive", "ServerReady", "Check"})
 _HEALTH = "grpc.health.v1.Health"
 _CONTROL_CALLS = frozenset({"RepositoryModelLoad", "RepositoryModelUnload"})
 _KEEPALIVE_MS, _KEEPALIVE_ANSWER_MS = 60_000, 20_000
 Call = Callable[[Any, Any, RequestRecord], Awaitable[Any]]
-"""Message, context, log record → message."""
+"""Handler of a call, from message, context and log record to the reply message."""
 StreamCall = Callable[[AsyncIterator[Any], Any], AsyncGenerator[Any, None]]
 
 
 def grpc_server(service: InferenceService, settings: TransportSettings, state: State | None = None) -> grpc.aio.Server:
-    """A server without a port; call it on the loop that runs ``service``, then :func:`add_port` and ``start``.
+    """Create a server without a port, on the event loop of ``service``; then call :func:`add_port` and ``start``.
 
-    ``state`` is what it shares with the HTTP application, where there is one.
+    ``state`` is shared with the HTTP application, if there is one.
     """
     state = state or State(settings)
     calls = state.calls
@@ -55,7 +55,7 @@ def grpc_server(service: InferenceService, settings: TransportSettings, state: S
             ("grpc.max_send_message_length", -1),
             ("grpc.max_metadata_size", settings.head_bytes),
             ("grpc.so_reuseport", 0),
-            # A client whose machine is gone is noticed, and its requests leave the queue.
+            # Detects clients whose machine is gone, so that their requests leave the queue.
             ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
             ("grpc.keepalive_timeout_ms", _KEEPALIVE_ANSWER_MS),
             ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 6),
@@ -69,10 +69,10 @@ def grpc_server(service: InferenceService, settings: TransportSettings, state: S
 
 
 def add_port(server: grpc.aio.Server, address: str, tls: Tls | None) -> int:
-    """Listen on ``host:port``, port 0 for a free one; return the port.
+    """Listen on ``host:port``, where port 0 picks a free port; return the port.
 
     Raises:
-        EngineError: the address is taken, or is none.
+        EngineError: the address is in use or invalid.
     """
     try:
         if tls is None:
@@ -91,7 +91,7 @@ def _credentials(tls: Tls) -> Any:
 
 
 def _guarded(servicer: Servicer, inference: Inference, settings: TransportSettings, calls: Calls) -> SimpleNamespace:
-    """Every call of the protocol, wrapped; one that nobody answers fails here."""
+    """Every call of the protocol, wrapped; a call without a handler fails here."""
     found: dict[str, Any] = {
         "ModelInfer": _wrapped("ModelInfer", inference.answer, settings, calls),
         "ModelStreamInfer": _wrapped_stream("ModelStreamInfer", inference.answer_stream, settings),
@@ -103,7 +103,7 @@ def _guarded(servicer: Servicer, inference: Inference, settings: TransportSettin
 
 
 def _guarded_health(health: Health, settings: TransportSettings, calls: Calls) -> SimpleNamespace:
-    """The server's health is open to probes; a model's needs what its readiness over HTTP needs."""
+    """Health calls: the server's health is open to probes; a model's needs the token of its HTTP readiness."""
 
     def check(message: Any, context: Any) -> None:
         access = Access.OPEN if message.service in SERVER_NAMES else Access.INFERENCE
@@ -125,7 +125,7 @@ def _guarded_health(health: Health, settings: TransportSettings, calls: Calls) -
 
 
 def _described(call: Callable[[Any], Awaitable[Any]]) -> Call:
-    """A call that needs its message alone; the log learns which model it is about."""
+    """A call that needs only its message; the log record gets the model's name."""
 
     async def answer(message: Any, _: Any, record: RequestRecord) -> Any:
         record.model = getattr(message, "model_name", getattr(message, "name", ""))
@@ -135,7 +135,7 @@ def _described(call: Callable[[Any], Awaitable[Any]]) -> Call:
 
 
 def access_of(call: str) -> Access:
-    """What a call needs; inference's token unless it is named otherwise."""
+    """The token that a call needs; the inference token by default."""
     if call in _CONTROL_CALLS:
         return Access.CONTROL
     return Access.OPEN if call in _OPEN_CALLS else Access.INFERENCE
@@ -187,7 +187,7 @@ def _metadata(context: Any, key: str) -> str:
 
 
 def _strings(context: Any) -> dict[str, str]:
-    """The metadata of a call, binary values aside; of a key that comes twice the first value."""
+    """The text metadata of a call; the first value wins if a key occurs twice."""
     pairs = [(name, value) for name, value in context.invocation_metadata() or () if isinstance(value, str)]
     return dict(reversed(pairs))
 

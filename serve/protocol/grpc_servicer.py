@@ -4,7 +4,7 @@ https://github.com/kserve/open-inference-protocol/blob/main/specification/protoc
 """
 
 # ruff: noqa: N802, ARG002
-# The methods bear the protocol's names, and take a message even where it says nothing.
+# The methods have the protocol's names, and take a message even if it is empty.
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from prompttune.serve.protocol.types import UnsupportedError
 
 
 class Servicer:
-    """One method for each call but inference: a message in, a message out or a ``ServeError``."""
+    """One method for each call except inference: takes a message, returns a message or raises a ``ServeError``."""
 
     def __init__(self, service: InferenceService, state: State) -> None:
         self._service = service
@@ -38,19 +38,19 @@ class Servicer:
         self._cuda_regions = Regions(allowed=False, kind="CUDA")
 
     async def ServerLive(self, message: Any) -> Any:
-        """Whether the process is well."""
+        """Whether the process is alive."""
         return service_pb2.ServerLiveResponse(live=self._service.live())
 
     async def ServerReady(self, message: Any) -> Any:
-        """Whether the server answers."""
+        """Whether the server is ready to answer."""
         return service_pb2.ServerReadyResponse(ready=self._service.ready())
 
     async def ModelReady(self, message: Any) -> Any:
-        """Whether a model answers."""
+        """Whether a model is ready to answer."""
         return service_pb2.ModelReadyResponse(ready=self._service.model_ready(message.name, message.version))
 
     async def ServerMetadata(self, message: Any) -> Any:
-        """Name, version, extensions."""
+        """Name, version and extensions of the server."""
         values = server_values(self._service.server_metadata(), self._regions)
         return grpc_codec.parse_values(values, service_pb2.ServerMetadataResponse())
 
@@ -60,34 +60,34 @@ class Servicer:
         return grpc_codec.parse_values(values, service_pb2.ModelMetadataResponse())
 
     async def ModelConfig(self, message: Any) -> Any:
-        """A model's configuration, its labels among the parameters."""
+        """A model's configuration, with its labels among the parameters."""
         values = {"config": config_values(self._service.model_metadata(message.name, message.version))}
         return grpc_codec.parse_values(values, service_pb2.ModelConfigResponse())
 
     async def ModelStatistics(self, message: Any) -> Any:
-        """Statistics of one model, or of all."""
+        """Statistics of one model or of all models."""
         values = statistics_values(self._service.statistics(message.name, message.version))
         return grpc_codec.parse_values(values, service_pb2.ModelStatisticsResponse())
 
     async def RepositoryIndex(self, message: Any) -> Any:
-        """Every model there is."""
+        """Every model in the repository."""
         values = {"models": index_values(self._service.index(message.ready))}
         return grpc_codec.parse_values(values, service_pb2.RepositoryIndexResponse())
 
     async def RepositoryModelLoad(self, message: Any) -> Any:
-        """Load a model, or its new version."""
+        """Load a model or its new version."""
         refuse_overrides(message.parameters)
         await self._service.load(message.model_name)
         return service_pb2.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(self, message: Any) -> Any:
-        """Take a model out."""
+        """Unload a model."""
         refuse_overrides(message.parameters)
         await self._service.unload(message.model_name)
         return service_pb2.RepositoryModelUnloadResponse()
 
     async def SystemSharedMemoryStatus(self, message: Any) -> Any:
-        """A registered region, or all."""
+        """One registered region or all of them."""
         response = service_pb2.SystemSharedMemoryStatusResponse()
         for one in self._regions.status(message.name):
             grpc_codec.parse_values(one, response.regions[one["name"]])
@@ -99,25 +99,25 @@ class Servicer:
         return service_pb2.SystemSharedMemoryRegisterResponse()
 
     async def SystemSharedMemoryUnregister(self, message: Any) -> Any:
-        """Forget a region, or all."""
+        """Unregister one region or all of them."""
         self._regions.unregister(message.name)
         return service_pb2.SystemSharedMemoryUnregisterResponse()
 
     async def CudaSharedMemoryStatus(self, message: Any) -> Any:
-        """No region, ever."""
+        """Always empty: CUDA regions are not supported."""
         self._cuda_regions.status(message.name)
         return service_pb2.CudaSharedMemoryStatusResponse()
 
     async def CudaSharedMemoryRegister(self, message: Any) -> Any:
-        """Refused."""
+        """Refuse the region: CUDA regions are not supported."""
         self._cuda_regions.check_allowed()
 
     async def CudaSharedMemoryUnregister(self, message: Any) -> Any:
-        """Nothing is registered, so there is nothing to do."""
+        """Do nothing: CUDA regions are never registered."""
         return service_pb2.CudaSharedMemoryUnregisterResponse()
 
     async def TraceSetting(self, message: Any) -> Any:
-        """Tracing is off; changing it is refused."""
+        """Report that tracing is off; refuse changes."""
         if message.settings:
             raise UnsupportedError(NO_TRACE_CHANGES)
         if message.model_name:
@@ -125,7 +125,7 @@ class Servicer:
         return grpc_codec.trace_settings()
 
     async def LogSettings(self, message: Any) -> Any:
-        """What is logged; changing it is refused."""
+        """Report the log settings; refuse changes."""
         if message.settings:
             raise UnsupportedError(NO_LOG_CHANGES)
         return grpc_codec.log_settings()

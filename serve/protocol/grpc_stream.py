@@ -1,4 +1,4 @@
-"""A stream of requests over gRPC: many run at once, and each is answered when it is done."""
+"""A stream of requests over gRPC: many run at once, and each is answered as soon as it is done."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 async def answer_stream(
     messages: AsyncIterator[Any], answer: Callable[[Any, RequestRecord], Awaitable[Any]], limit: int
 ) -> AsyncGenerator[Any, None]:
-    """Answers in the order in which they are ready; at most ``limit`` requests wait for one.
+    """Answers in the order in which they are ready; at most ``limit`` requests run at once.
 
-    An error is an answer too and does not end the stream. When the client leaves, everything is cancelled.
+    An error is also an answer and does not end the stream. When the client leaves, everything is cancelled.
     """
     room = asyncio.Semaphore(limit)
     done: asyncio.Queue[Any] = asyncio.Queue()
@@ -53,7 +53,7 @@ async def _answer(message: Any, answer: Callable[[Any, RequestRecord], Awaitable
     status = "CANCELLED"
     try:
         response = await answer(message, record)
-        # No model here answers a request more than once, so every answer is its request's last.
+        # A model here answers each request once, so every answer is its request's last.
         response.parameters[FINAL_RESPONSE].bool_param = True
         status = "OK"
         return service_pb2.ModelStreamInferResponse(infer_response=response)
@@ -69,7 +69,7 @@ async def _answer(message: Any, answer: Callable[[Any, RequestRecord], Awaitable
 
 
 def _failure(message: Any, error: str) -> Any:
-    """An error, with enough beside it for the client to know which request it answers."""
+    """An error reply, with the fields that tell the client which request it answers."""
     response = service_pb2.ModelInferResponse(
         model_name=message.model_name, model_version=message.model_version, id=message.id
     )

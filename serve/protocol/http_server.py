@@ -1,4 +1,4 @@
-"""uvicorn for the HTTP transport: TLS, and limits that hold before the application sees a request."""
+"""uvicorn for the HTTP transport: TLS, and limits that apply before the application gets a request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prompttune.serve.protocol.settings import TransportSettings
 
 
 def http_config(application: ASGIApp, settings: TransportSettings, drain_s: int = 5) -> uvicorn.Config:
-    """uvicorn's configuration; ``drain_s`` is what running answers get when it stops, in seconds."""
+    """uvicorn's configuration; ``drain_s`` is the time in seconds for running answers when it stops."""
     tls = settings.tls
     return uvicorn.Config(
         BehindProxy(application, settings.proxies, settings.root_path),
@@ -36,9 +36,9 @@ def http_config(application: ASGIApp, settings: TransportSettings, drain_s: int 
 
 
 def _limited_protocol(settings: TransportSettings) -> type[HttpToolsProtocol]:
-    """The protocol of a connection, which ends when a request's head is too large or too slow.
+    """The connection protocol; it closes a connection whose request head is too large or too slow.
 
-    httptools reads heads without limit.
+    httptools itself does not limit the head.
     """
 
     class LimitedProtocol(HttpToolsProtocol):
@@ -83,10 +83,10 @@ def _limited_protocol(settings: TransportSettings) -> type[HttpToolsProtocol]:
 
 
 def _send_at_once(transport: asyncio.BaseTransport) -> None:
-    """Switch off Nagle's algorithm.
+    """Disable Nagle's algorithm.
 
-    asyncio does so only for sockets that name their protocol, which those of ``socket.create_server`` do not; with it
-    an answer waits 40 ms for the client to acknowledge its headers.
+    asyncio does this only for sockets that name their protocol, unlike those of ``socket.create_server``. With the
+    algorithm, an answer waits 40 ms for the client to acknowledge its headers.
     """
     connection = transport.get_extra_info("socket")
     if connection is not None and connection.family in (socket.AF_INET, socket.AF_INET6):

@@ -1,6 +1,6 @@
-"""Structured logs: a JSON object a line, and one line for each request.
+"""Structured logs: one JSON object per line, and one line for each request.
 
-A line never holds a token, a query string or anything of a request's body but its id, model, version and row count.
+A line never holds a token, a query string or any part of a request's body except its id, model, version and row count.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ID = re.compile(r"[!-~]+")
 
 
 def configure_logs(level: int | str = logging.INFO, stream: IO[str] | None = None) -> None:
-    """Write every log record of the process as a line of JSON to ``stream``, standard error by default."""
+    """Write every log record of the process as a JSON line to ``stream``, standard error by default."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(
         OrjsonFormatter(
@@ -42,44 +42,44 @@ def configure_logs(level: int | str = logging.INFO, stream: IO[str] | None = Non
         library = logging.getLogger(name)
         library.handlers.clear()
         library.propagate = True
-    # Its lines hold query strings; ours take their place.
+    # uvicorn's access lines hold query strings; our lines replace them.
     logging.getLogger("uvicorn.access").disabled = True
 
 
 def new_request_id() -> str:
-    """An id for a request that came without one."""
+    """An id for a request without one."""
     return uuid.uuid4().hex
 
 
 def usable_id(value: str, longest: int) -> str:
-    """``value`` if it may stand in a header and a log as a request's id, else an empty string."""
+    """``value`` if it is fit as a request id for a header and a log, else an empty string."""
     return value if len(value) <= longest and _ID.fullmatch(value) else ""
 
 
 @dataclass
 class RequestRecord:
-    """What the log says of one request; filled while it is answered."""
+    """Log record of one request; filled while the request is answered."""
 
     transport: str
     """``http`` or ``grpc``."""
     operation: str
-    """Method and path without the query, or the name of the call."""
+    """HTTP method and path without the query, or the name of the gRPC call."""
     request_id: str = field(default_factory=new_request_id)
     model: str = ""
     version: str = ""
     rows: int | None = None
     routine: bool = False
-    """A probe, logged for debugging only."""
+    """Whether this is a probe, which is logged only at debug level."""
     started: float = field(default_factory=time.perf_counter)
 
     def describe(self, request: InferRequest) -> None:
-        """Take the id and the row count of a decoded request."""
+        """Record the id and the row count of a decoded request."""
         first = request.inputs[0].data
         self.request_id = request.id or self.request_id
         self.rows = first.shape[0] if first.ndim else None
 
     def finish(self, status: int | str) -> None:
-        """Write the line; ``status`` is HTTP's number or gRPC's name."""
+        """Write the log line; ``status`` is an HTTP status code or a gRPC status name."""
         level = logging.DEBUG if self.routine else logging.INFO
         if _access.isEnabledFor(level):
             _access.log(

@@ -31,10 +31,10 @@ _REQUESTS = (schemas.InferenceRequest, schemas.IndexRequest, schemas.RepositoryR
 
 
 class _Application(FastAPI):
-    """FastAPI whose OpenAPI document also knows the requests that the routes read themselves."""
+    """FastAPI whose OpenAPI document includes the requests that the routes read themselves."""
 
     def openapi(self) -> dict[str, Any]:
-        """The document, made once."""
+        """The OpenAPI document, created once."""
         if self.openapi_schema is None:
             document = super().openapi()
             _, requests = models_json_schema(
@@ -46,9 +46,9 @@ class _Application(FastAPI):
 
 
 def rest_application(service: InferenceService, settings: TransportSettings, state: State | None = None) -> FastAPI:
-    """The application; it needs no lifespan, and calls ``service`` on the loop that runs it.
+    """Create the application; it needs no lifespan, and calls ``service`` on the event loop that runs it.
 
-    ``state`` is what it shares with the gRPC server, where there is one.
+    ``state`` is shared with the gRPC server, if there is one.
     """
     state = state or State(settings)
     application = _Application(
@@ -79,7 +79,7 @@ async def _serve_error(_: Request, problem: Exception) -> Response:
 async def _http_error(request: Request, problem: Exception) -> Response:
     assert isinstance(problem, HTTPException)
     where = f"{request.method} {request.url.path}"
-    message = {404: f"there is no {where}", 405: f"{where} is not allowed"}.get(problem.status_code, problem.detail)
+    message = {404: f"{where} does not exist", 405: f"{where} is not allowed"}.get(problem.status_code, problem.detail)
     return error_answer(message, problem.status_code, dict(problem.headers or {}))
 
 

@@ -1,6 +1,6 @@
-"""Triton's extensions beside inference: shared memory, traces and log settings.
+"""Triton's extensions besides inference: shared memory, traces and log settings.
 
-What is not taken is told truthfully (nothing is registered, nothing is traced); changing it is refused with 501.
+Unsupported parts report their true state (nothing registered, nothing traced); changes are refused with status 501.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from prompttune.serve.protocol.types import UnsupportedError
 
 
 def extension_routes(service: InferenceService, settings: TransportSettings, regions: Regions) -> APIRouter:
-    """Shared memory, trace and log settings."""
+    """Routes for shared memory, trace and log settings."""
     router = APIRouter(prefix="/v2", tags=["extensions"], dependencies=require(Access.INFERENCE, settings))
     _add_shared_memory(router, "systemsharedmemory", regions, settings)
     _add_shared_memory(router, "cudasharedmemory", Regions(allowed=False, kind="CUDA"), settings)
@@ -70,8 +70,8 @@ def _add_shared_memory(router: APIRouter, kind: str, regions: Regions, settings:
         regions.register(name, told.get("key"), told.get("offset", 0), told.get("byte_size"))
         return json_answer({})
 
-    @router.post(f"/{kind}/unregister", summary="Forget all regions", responses=errors(401))
-    @router.post(f"{region}/unregister", summary="Forget a region", responses=errors(401), openapi_extra=_NAME)
+    @router.post(f"/{kind}/unregister", summary="Unregister all regions", responses=errors(401))
+    @router.post(f"{region}/unregister", summary="Unregister a region", responses=errors(401), openapi_extra=_NAME)
     async def unregister(request: Request) -> Response:
         regions.unregister(request.path_params.get("name", ""))
         return json_answer({})

@@ -24,15 +24,15 @@ from prompttune.serve.protocol.shared_memory import Regions
 from prompttune.serve.protocol.types import InferRequest
 
 INLINE_JSON, INLINE_BODY = 32 * 1024, 2**20
-"""Bytes that are decoded on the event loop, in well under a millisecond; more go to a thread."""
+"""Largest JSON and largest body in bytes to decode on the event loop, in well under a millisecond."""
 HEADER_LENGTH = "Inference-Header-Content-Length"
 T = TypeVar("T")
 
 _BODY = {
     "requestBody": {
         "required": True,
-        "description": "JSON, or JSON followed by raw tensors (then the header Inference-Header-Content-Length says "
-        "how long the JSON is), either of them also as gzip or deflate.",
+        "description": "JSON, or JSON followed by raw tensors (then the header Inference-Header-Content-Length gives "
+        "the JSON's length), also compressed as gzip or deflate.",
         "content": {
             "application/json": {
                 "schema": {"$ref": "#/components/schemas/InferenceRequest"},
@@ -49,12 +49,12 @@ _DOCUMENTED: dict[str, Any] = {
 
 
 def inference_routes(service: InferenceService, settings: TransportSettings, regions: Regions) -> APIRouter:
-    """The two paths of inference."""
+    """The two paths of inference: with and without a version."""
     router = APIRouter(dependencies=require(Access.INFERENCE, settings))
     decoder = _Decoder(settings.limits, regions)
 
     @router.post("/v2/models/{model}/infer", summary="Classify images", **_DOCUMENTED)
-    @router.post("/v2/models/{model}/versions/{version}/infer", summary="Classify by one version", **_DOCUMENTED)
+    @router.post("/v2/models/{model}/versions/{version}/infer", summary="Classify with one version", **_DOCUMENTED)
     async def infer(model: str, request: Request, version: str = "") -> Response:
         record = record_of(request)
         record.model, record.version = model, version
@@ -70,7 +70,7 @@ def inference_routes(service: InferenceService, settings: TransportSettings, reg
 
 
 class _Decoder:
-    """Decodes small bodies at once and large ones in a few threads."""
+    """Decodes small bodies on the event loop and large ones in threads."""
 
     def __init__(self, limits: Limits, regions: Regions) -> None:
         self._limits = limits
@@ -94,10 +94,10 @@ class _Decoder:
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which is cancelled when the client leaves first.
+    """The result of ``work``, which is cancelled if the client leaves first.
 
     Raises:
-        starlette.requests.ClientDisconnect: it left.
+        starlette.requests.ClientDisconnect: the client left.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(request))

@@ -1,4 +1,4 @@
-"""Around every HTTP request: its id, its log line, and an answer for what nobody caught."""
+"""Middleware around every HTTP request: its id, its log line, and an answer for uncaught errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROUTINE = ("/v2/health/", "/metrics", "/status")
 
 
 class ObserveRequests:
-    """ASGI middleware; no request data but ids, names and counts reaches the log."""
+    """ASGI middleware; from request data, only ids, names and counts reach the log."""
 
     def __init__(self, app: ASGIApp, id_length: int, calls: Calls) -> None:
         self._app = app
@@ -29,13 +29,13 @@ class ObserveRequests:
         self._calls = calls
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application, and log."""
+        """Run the application and write the log line."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         record = scope[RECORD] = self._record(scope)
         status = 0
-        # The one in the record may be replaced by the body's, which need not fit a header.
+        # The body's id may replace the one in the record, and need not fit a header.
         header_id = record.request_id
 
         async def observed(message: Message) -> None:
@@ -48,7 +48,7 @@ class ObserveRequests:
                     headers["Connection"] = "close"
             await send(message)
 
-        # What answers GET answers HEAD too; the server sends no body then.
+        # Routes of GET also answer HEAD; the server then sends no body.
         answered = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         try:
             with continued(Headers(scope=scope)), self._calls.inside():
@@ -77,5 +77,5 @@ class ObserveRequests:
 
 
 def sent_id(headers: Headers, longest: int) -> str:
-    """``X-Request-Id``, empty where there is none that may stand in a header again."""
+    """``X-Request-Id`` if it is fit for a header, else empty."""
     return usable_id(headers.get("x-request-id", ""), longest)

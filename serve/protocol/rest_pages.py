@@ -1,4 +1,4 @@
-"""For people and their tools: the web page, its data, metrics and the documentation."""
+"""Routes for people and their tools: the web page, its data, metrics and the documentation."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from prompttune.serve.protocol.settings import TransportSettings
 _COMMON = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
 _POLICY = "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 PAGE_HEADERS = {**_COMMON, "Content-Security-Policy": f"{_POLICY}; img-src 'self' blob: data:"}
-"""Nothing from elsewhere and no inline script; images may also be those that a person drops onto the page."""
+"""Headers of the web page. They allow only the server's own content, without inline scripts, and dropped images."""
 DOCS_HEADERS = {
     **_COMMON,
     "Content-Security-Policy": f"{_POLICY}; img-src 'self' data:; style-src 'self' 'unsafe-inline'",
 }
-"""Swagger UI sets styles of its elements and draws its icons from data URLs."""
+"""Headers of the documentation: Swagger UI needs inline styles and draws its icons from data URLs."""
 
 _SWAGGER = Path(fastapi_offline.__file__).parent / "static"
 _DOCS_PAGE = """<!doctype html>
@@ -46,32 +46,32 @@ _DOCS_SCRIPT = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#docs", deepLinki
 
 
 class _Files(StaticFiles):
-    """A folder whose files carry the page's headers."""
+    """A folder whose files are sent with the page's headers."""
 
     def __init__(self, folder: Path, headers: dict[str, str]) -> None:
         super().__init__(directory=folder, check_dir=False)
         self._headers = headers
 
     async def get_response(self, path: str, scope: Scope) -> Response:
-        """The file, or its 304."""
+        """The file, or status 304 if it has not changed."""
         response = await super().get_response(path, scope)
         response.headers.update(self._headers)
         return response
 
 
 def status_routes(service: InferenceService, settings: TransportSettings) -> APIRouter:
-    """Metrics, and what the page shows."""
+    """Routes for metrics and for the web page's data."""
     router = APIRouter(tags=["status"], dependencies=require(Access.INFERENCE, settings))
 
     @router.get("/metrics", summary="Prometheus metrics", responses=errors(401))
     async def metrics() -> Response:
         return Response(service.metrics(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    @router.get("/status", summary="The server in figures", responses=errors(401))
+    @router.get("/status", summary="Figures of the server", responses=errors(401))
     async def status() -> Response:
         return json_answer(service.status())
 
-    @router.get("/status/tasks", summary="Each task in figures", responses=errors(401))
+    @router.get("/status/tasks", summary="Figures of each task", responses=errors(401))
     async def task_status() -> Response:
         return json_answer(service.task_status())
 
@@ -79,7 +79,7 @@ def status_routes(service: InferenceService, settings: TransportSettings) -> API
 
 
 def add_pages(application: FastAPI, settings: TransportSettings) -> None:
-    """The page at ``/`` and the documentation at ``/docs``; both hold no data and work offline."""
+    """Add the page at ``/`` and the documentation at ``/docs``; both hold no data and work offline."""
 
     @application.get("/", include_in_schema=False)
     async def page() -> Response:

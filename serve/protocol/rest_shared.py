@@ -1,4 +1,4 @@
-"""What every group of HTTP routes uses: answers, documented errors, tokens."""
+"""Shared parts of the HTTP routes: answers, documented errors, tokens."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ RECORD = "prompttune.record"
 """Key of the request's log record in its ASGI scope."""
 CONTROL_BYTES = 2**20
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-_bearer = HTTPBearer(auto_error=False, description="A token of the server's token file, where it has one")
+_bearer = HTTPBearer(auto_error=False, description="A token from the server's token file, if it has one")
 
 _MEANINGS = {
     400: "The request is malformed or does not fit the model",
-    401: "No token, or a wrong one",
-    403: "Not allowed, or switched off",
-    404: "No such model or version",
-    408: "The body came too slowly",
-    413: "Too many bytes, pixels or rows",
-    415: "The body is compressed in an unknown way",
-    501: "A part of the protocol that makes no sense here",
-    503: "It may succeed after Retry-After seconds",
-    504: "The request's time is over",
+    401: "The token is missing or wrong",
+    403: "The request is not allowed, or the function is off",
+    404: "The model or version does not exist",
+    408: "The body did not arrive in time",
+    413: "The request has too many bytes, pixels or rows",
+    415: "The compression of the body is unknown",
+    501: "This part of the protocol is not supported",
+    503: "The request may succeed after Retry-After seconds",
+    504: "Deadline exceeded",
 }
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI responses of a route that may answer with these errors."""
+    """OpenAPI responses of a route that may return these errors."""
     return {status: {"model": ErrorMessage, "description": _MEANINGS[status]} for status in statuses}
 
 
@@ -62,7 +62,7 @@ def error_answer(message: str, status: int, headers: dict[str, str] | None = Non
 
 
 def serve_error_answer(problem: ServeError) -> Response:
-    """The answer for an error, with the headers that its status asks for."""
+    """The HTTP answer of an error, with the headers that its status needs."""
     headers = {}
     if isinstance(problem, UnavailableError):
         headers["Retry-After"] = str(max(1, math.ceil(problem.retry_after_s)))
@@ -72,10 +72,10 @@ def serve_error_answer(problem: ServeError) -> Response:
 
 
 async def read_object(request: Request, settings: TransportSettings) -> dict[str, Any]:
-    """The JSON object of a small request, empty for an empty body."""
+    """The JSON object of a small request; empty for an empty body."""
     body = await read_body(request, settings.limits, settings.body_seconds)
     if len(body) > CONTROL_BYTES:
-        raise TooLargeError(f"the request has over {CONTROL_BYTES} bytes")
+        raise TooLargeError(f"the request exceeds {CONTROL_BYTES} bytes")
     return parse_object(body) if body.strip() else {}
 
 
@@ -86,9 +86,9 @@ def record_of(request: Request) -> RequestRecord:
 
 
 def require(access: Access, settings: TransportSettings) -> Any:
-    """A dependency that lets a request through, or raises as :meth:`Guard.check` does.
+    """A dependency that allows a request or raises the errors of :meth:`Guard.check`.
 
-    A browser that calls for a page of another site is refused too: no token would stop it where none is set.
+    Requests from pages of other sites are refused too: without tokens nothing else would stop them.
     """
 
     async def check(request: Request) -> None:
@@ -100,5 +100,5 @@ def require(access: Access, settings: TransportSettings) -> Any:
 
 
 def _documented(check: Callable[[Request], Coroutine[Any, Any, None]]) -> list[Any]:
-    """``check`` first, then the scheme that makes OpenAPI show where a token goes; it refuses nothing itself."""
+    """``check`` first, then a scheme that only makes OpenAPI show where a token goes; the scheme refuses nothing."""
     return [Security(check), Security(_bearer)]

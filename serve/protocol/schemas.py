@@ -1,5 +1,5 @@
-"""The protocol's messages for the OpenAPI page. Requests are read by :mod:`prompttune.serve.protocol.codec`, which is
-stricter and quicker than these models; they document it."""
+"""The protocol's messages for the OpenAPI page. They document the requests; :mod:`prompttune.serve.protocol.codec`
+reads them, and is stricter and faster than these models."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ class _Message(BaseModel):
 
 
 class ErrorMessage(_Message):
-    """Every error."""
+    """Body of every error."""
 
     error: str = Field(examples=["no model 'flower': did you mean flowers?"])
 
 
 class Live(_Message):
-    """The process is well."""
+    """The process is alive."""
 
     live: bool
 
 
 class Ready(_Message):
-    """The server, or a model, answers."""
+    """The server, or a model, is ready."""
 
     ready: bool
 
 
 class ModelReady(Ready):
-    """A model answers."""
+    """A model is ready."""
 
     name: str
 
@@ -51,7 +51,7 @@ class Server(_Message):
 
 
 class Tensor(_Message):
-    """A tensor of a model; -1 where any size goes."""
+    """A tensor of a model; -1 stands for any size."""
 
     name: str
     datatype: Datatype
@@ -71,39 +71,39 @@ class Model(_Message):
 
 
 class RequestInput(_Message):
-    """A tensor, with its data here or as raw bytes behind the JSON."""
+    """A tensor, with its data here or as raw bytes after the JSON."""
 
     name: str = Field(min_length=1, examples=["image"])
     shape: list[int] = Field(max_length=8, examples=[[1]])
     datatype: Datatype = Field(examples=["BYTES"])
     parameters: ParameterValues | None = Field(
-        None, description="binary_data_size: how many of the bytes behind the JSON are this tensor's"
+        None, description="binary_data_size: number of bytes after the JSON that belong to this tensor"
     )
     data: list[Any] | None = Field(
         None,
-        description="Row-major, flat or nested as the shape. Encoded images as base64 strings, data URLs or "
+        description="Row-major, flat or nested like the shape. Encoded images as base64 strings, data URLs or "
         '{"b64": "…"}',
     )
 
 
 class RequestOutput(_Message):
-    """An output that is wanted."""
+    """A requested output."""
 
     name: str = Field(min_length=1, examples=["label"])
     parameters: ParameterValues | None = Field(
-        None, description="binary_data: as raw bytes; classification: so many 'score:index:label' strings"
+        None, description="binary_data: return raw bytes; classification: number of 'score:index:label' strings"
     )
 
 
 class InferenceRequest(_Message):
     """Images to classify."""
 
-    id: str | None = Field(None, description="Comes back with the answer")
+    id: str | None = Field(None, description="Id that the answer repeats")
     parameters: ParameterValues | None = Field(
         None, description="top_k, priority, timeout in microseconds, binary_data_output"
     )
     inputs: list[RequestInput] = Field(min_length=1)
-    outputs: list[RequestOutput] | None = Field(None, description="All where none is named")
+    outputs: list[RequestOutput] | None = Field(None, description="Requested outputs; all by default")
 
 
 INFERENCE_EXAMPLE = {
@@ -122,7 +122,7 @@ class ResponseOutput(Tensor):
 
 
 class InferenceResponse(_Message):
-    """An answer, all of it from one version of the model."""
+    """An answer; one version of the model gave all of it."""
 
     model_name: str
     model_version: str
@@ -132,14 +132,14 @@ class InferenceResponse(_Message):
 
 
 class Duration(_Message):
-    """A count and the nanoseconds that they took together."""
+    """A count and the total time in nanoseconds."""
 
     count: int
     ns: int
 
 
 class InferenceStatistics(_Message):
-    """Where the time of requests went."""
+    """Time of the requests by stage."""
 
     success: Duration
     fail: Duration
@@ -152,7 +152,7 @@ class InferenceStatistics(_Message):
 
 
 class BatchStatistics(_Message):
-    """Executions of one batch size."""
+    """Executions with one batch size."""
 
     batch_size: int
     compute_input: Duration
@@ -165,7 +165,7 @@ class ModelStatistics(_Message):
 
     name: str
     version: str
-    last_inference: int = Field(description="Unix time in milliseconds, 0 for never")
+    last_inference: int = Field(description="Unix time in milliseconds; 0 without inference so far")
     inference_count: int
     execution_count: int
     inference_stats: InferenceStatistics
@@ -179,13 +179,13 @@ class Statistics(_Message):
 
 
 class IndexRequest(_Message):
-    """Which models the index lists."""
+    """Selection of the models in the index."""
 
-    ready: bool = Field(False, description="Only those that answer")
+    ready: bool = Field(False, description="Whether to list only models that are ready")
 
 
 class IndexedModel(_Message):
-    """A line of the repository index."""
+    """An entry of the repository index."""
 
     name: str
     version: str
@@ -194,6 +194,6 @@ class IndexedModel(_Message):
 
 
 class RepositoryRequest(_Message):
-    """Parameters of load and unload; only ``unload_dependents`` is taken, and changes nothing."""
+    """Parameters of load and unload; only ``unload_dependents`` is accepted, and it has no effect."""
 
     parameters: ParameterValues | None = Field(None, examples=[{}])

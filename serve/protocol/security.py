@@ -1,4 +1,4 @@
-"""Who may ask for what: bearer tokens, the two levels that they open, and TLS."""
+"""Access control: bearer tokens with two access levels, and TLS."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ logger = logging.getLogger(__name__)
 
 
 class Access(Enum):
-    """What a call needs."""
+    """Access that a call needs."""
 
     OPEN = "open"
-    """Nothing: health, and the page's files, which hold no data."""
+    """No token: health, and the page's files, which hold no data."""
     INFERENCE = "inference"
-    """A token of the inference set, where there is one."""
+    """A token of the inference set, if there is one."""
     CONTROL = "control"
-    """Repository control switched on, and a token of the control set, where there is one."""
+    """Repository control switched on, and a token of the control set, if there is one."""
 
 
 class Tokens:
-    """A set of bearer tokens, kept as digests so that neither a log nor a debugger shows one."""
+    """A set of bearer tokens, kept as digests so that logs and debuggers do not show them."""
 
     def __init__(self, tokens: Iterable[str]) -> None:
         self._digests = tuple(_digest(token) for token in tokens)
@@ -39,7 +39,7 @@ class Tokens:
         return len(self._digests)
 
     def __contains__(self, token: str) -> bool:
-        """Whether ``token`` is in the set; takes as long for a right as for a wrong one."""
+        """Whether ``token`` is in the set; takes the same time for right and wrong tokens."""
         digest = _digest(token)
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return any(matches)
@@ -53,10 +53,10 @@ def _digest(token: str) -> bytes:
 
 
 def read_tokens(path: Path) -> Tokens:
-    """Tokens of a file, one a line; blank lines and lines that start with ``#`` are skipped.
+    """Read tokens from a file, one per line; blank lines and lines that start with ``#`` are skipped.
 
     Raises:
-        UsageError: the file cannot be read, or holds no token, or a line holds a space.
+        UsageError: the file cannot be read, does not hold a token, or has a line with a space.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -65,9 +65,9 @@ def read_tokens(path: Path) -> Tokens:
         raise UsageError(f"cannot read the token file {path}: {problem}") from None
     tokens = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not tokens:
-        raise UsageError(f"the token file {path} holds no token: write one a line")
+        raise UsageError(f"the token file {path} holds no token: write one token per line")
     if any(len(token.split()) > 1 for token in tokens):
-        raise UsageError(f"the token file {path} has a space inside a line: write one token a line")
+        raise UsageError(f"the token file {path} has a space inside a line: write one token per line")
     if mode & (stat.S_IRGRP | stat.S_IROTH):
         logger.warning("other users can read the token file %s: chmod 600 it", path)
     return Tokens(tokens)
@@ -75,7 +75,7 @@ def read_tokens(path: Path) -> Tokens:
 
 @dataclass(frozen=True)
 class Guard:
-    """Checks the ``Authorization`` of a call; the same for both transports."""
+    """Checks the ``Authorization`` of a call, for both transports."""
 
     tokens: Tokens | None = None
     control_tokens: Tokens | None = None
@@ -84,15 +84,15 @@ class Guard:
     def __post_init__(self) -> None:
         if self.control and self.tokens is not None and self.control_tokens is None:
             raise UsageError(
-                "repository control is on and inference needs a token, but control has none of its own: "
-                "give control a token file too"
+                "repository control is on and inference needs a token, but control does not have its own: "
+                "set a token file for control too"
             )
 
     def check(self, access: Access, authorization: str) -> None:
-        """Return if a call with this ``Authorization`` value, empty for none, may go on.
+        """Return if the ``Authorization`` value of a call, empty for none, allows it.
 
         Raises:
-            UnauthorizedError: a token is needed, and there is none or a wrong one.
+            UnauthorizedError: the call needs a token, and its token is missing or wrong.
             ForbiddenError: repository control is switched off.
         """
         if access is Access.OPEN:
@@ -111,7 +111,7 @@ class Guard:
 
 @dataclass(frozen=True)
 class Tls:
-    """A certificate chain and its key, PEM; with ``client_ca`` a client must show a certificate of that authority.
+    """A certificate chain and its key in PEM; with ``client_ca``, clients must show a certificate of that authority.
 
     Raises:
         UsageError: a file cannot be read, or the key does not belong to the certificate.
@@ -129,7 +129,7 @@ class Tls:
 
     def _check(self) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        # Without this an encrypted key asks for its password on the terminal.
+        # Otherwise an encrypted key would ask for its password on the terminal.
         context.load_cert_chain(self.certificate, self.key, password=lambda: b"")
         if self.client_ca is not None:
             context.load_verify_locations(self.client_ca)

@@ -1,4 +1,4 @@
-"""What a transport needs of the server behind it."""
+"""Interface between a transport and the server behind it."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from prompttune.serve.protocol.types import (
 
 
 class InferenceService(Protocol):
-    """The server without a transport. Everything is called on one event loop; errors are :class:`ServeError`."""
+    """The server without a transport. Call every method on one event loop; errors are :class:`ServeError`."""
 
     def live(self) -> bool:
-        """Whether the process is well."""
+        """Whether the process is alive."""
 
     def ready(self) -> bool:
-        """Whether every worker is warm and the server is not draining."""
+        """Whether every worker is warmed up and the server is not draining."""
 
     def model_ready(self, name: str, version: str = "") -> bool:
-        """Whether a model answers; False, not an error, for one that does not exist."""
+        """Whether a model is ready; False, not an error, for an unknown model."""
 
     def server_metadata(self) -> ServerMetadata:
-        """Name, version, extensions."""
+        """Name, version and extensions of the server."""
 
     def model_metadata(self, name: str, version: str = "") -> ModelMetadata:
-        """Inputs, outputs, labels; :class:`NotFoundError` for no such model or version."""
+        """Inputs, outputs and labels of a model; raises :class:`NotFoundError` for an unknown model or version."""
 
     def index(self, ready: bool = False) -> Sequence[IndexEntry]:
-        """Every task in the repository, unloaded ones too unless ``ready``."""
+        """Every task in the repository; with ``ready``, only those that are ready."""
 
     async def load(self, name: str) -> None:
-        """Read a task from its folder and bring it in; the old version answers until the new one can."""
+        """Load a task from its folder; the old version answers until the new one is ready."""
 
     async def unload(self, name: str) -> None:
-        """Take a task out; requests that already run are answered."""
+        """Unload a task; running requests are still answered."""
 
     def statistics(self, name: str = "", version: str = "") -> Sequence[ModelStatistics]:
-        """Of one model, or of all with an empty name."""
+        """Statistics of one model, or of all models for an empty name."""
 
     async def infer(self, request: InferRequest) -> InferResponse:
-        """Answer. A caller that is gone cancels the coroutine; its rows then leave the queue."""
+        """Answer a request. If the caller leaves, it cancels the coroutine, and the rows leave the queue."""
 
     def status(self) -> dict[str, Any]:
-        """What the page and ``/status`` show, tasks aside."""
+        """Figures for the page and ``/status``, without the tasks."""
 
     def task_status(self) -> list[dict[str, Any]]:
-        """What the page and ``/status/tasks`` show of each task."""
+        """Figures of each task for the page and ``/status/tasks``."""
 
     def metrics(self) -> bytes:
-        """Prometheus' text format."""
+        """The metrics in Prometheus' text format."""

@@ -1,4 +1,4 @@
-"""How the transports behave, whatever the service behind them."""
+"""Settings of the transports, independent of the service behind them."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ PAGE = Path(__file__).parent.parent / "page"
 
 @dataclass(frozen=True)
 class TransportSettings:
-    """What HTTP and gRPC share."""
+    """Settings that HTTP and gRPC share."""
 
     limits: Limits = field(default_factory=Limits)
     guard: Guard = field(default_factory=Guard)
     tls: Tls | None = None
     page: Path = PAGE
-    """Folder of the web page's static files, ``index.html`` among them."""
+    """Folder of the web page's static files, with ``index.html``."""
     head_seconds: float = 10.0
-    """Until the headers of an HTTP request must be complete."""
+    """Time limit for the headers of an HTTP request, in seconds."""
     body_seconds: float = 60.0
-    """Until the body of an HTTP request must be complete."""
+    """Time limit for the body of an HTTP request, in seconds."""
     head_bytes: int = 64 * 1024
-    """Of an HTTP request line and headers."""
+    """Size limit of an HTTP request line with its headers, in bytes."""
     idle_seconds: int = 75
-    """That an HTTP connection may wait for its next request: longer than a proxy keeps it, which is often 60."""
+    """Seconds that an HTTP connection may stay idle: longer than a proxy keeps it, which is often 60 seconds."""
     proxies: tuple[str, ...] = ()
-    """Addresses and networks of proxies whose ``X-Forwarded-*`` headers are believed; ``*`` for all."""
+    """Addresses and networks of proxies whose ``X-Forwarded-*`` headers are trusted; ``*`` for all."""
     shared_memory: bool = False
-    """Whether clients on this machine may leave tensors in shared memory."""
+    """Whether clients on this machine may pass tensors in shared memory."""
     root_path: str = ""
-    """Path prefix under which a proxy shows the server, without a slash at its end."""
+    """Path prefix under which a proxy publishes the server, without a trailing slash."""
     stream_requests: int = 64
-    """Requests of one gRPC stream that may run at once; the next are read when one is answered."""
+    """Largest number of running requests in one gRPC stream; the next one is read when one is answered."""

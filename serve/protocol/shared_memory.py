@@ -1,9 +1,9 @@
-"""Triton's system shared memory: tensors that clients on this machine leave in POSIX shared memory, and find there.
+"""Triton's system shared memory: clients on this machine pass and receive tensors in POSIX shared memory.
 
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_shared_memory.md
 
-Regions are read and written as files, never mapped: a client that makes one smaller meanwhile gets an error, where an
-access to mapped memory would end the server. A tensor is copied once, so it cannot change while it is checked.
+Regions are read and written as files, never mapped: if a client shrinks one in the meantime, the call gets an error,
+but an access to mapped memory would end the server. A tensor is copied once and cannot change while it is checked.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ MOST_REGIONS = 64
 LONGEST_NAME = 255
 REGION, SIZE, OFFSET = "shared_memory_region", "shared_memory_byte_size", "shared_memory_offset"
 _SEMAPHORE = "sem."
-_REFUSED = "the server takes no shared memory{more}: send the tensor in the request"
+_REFUSED = "the server does not accept shared memory{more}: send the tensor in the request"
 
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """A part of a shared memory object, under the name that a client gave it."""
+    """A part of a shared memory object, under the client's name for it."""
 
     name: str
     key: str
     offset: int
     byte_size: int
     file: IO[bytes] = field(repr=False)
-    """Closed when the last request that holds the region has been answered."""
+    """The open file; closed when the last request that uses the region has been answered."""
 
     def values(self) -> dict[str, Any]:
-        """What the protocol says of it."""
+        """The region in the protocol's form."""
         return {"name": self.name, "key": self.key, "offset": self.offset, "byte_size": self.byte_size}
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where in a region one tensor is."""
+    """The place of one tensor in a region."""
 
     where: str
     region: Region
     offset: int
-    """From the region's begin, in bytes."""
+    """Offset from the region's start, in bytes."""
     size: int
 
     def read(self, limits: Limits) -> bytes:
-        """A copy of the bytes; :class:`BadRequestError` if the client has taken them away."""
+        """A copy of the bytes; raises :class:`BadRequestError` if the client has removed them."""
         if self.size > limits.body_bytes:
             raise TooLargeError(f"{self.where} would hold {self.size} bytes, over {limits.body_bytes}")
         found = os.pread(self.region.file.fileno(), self.size, self.region.offset + self.offset)
@@ -63,7 +63,7 @@ class Span:
         return found
 
     def write(self, data: bytes) -> dict[str, str | int]:
-        """Put a tensor there; the parameters that tell the client where it is."""
+        """Write a tensor; return the parameters that tell the client its place."""
         if len(data) > self.size:
             raise BadRequestError(f"{self.where} has {len(data)} bytes, its shared memory has room for {self.size}")
         descriptor, begin = self.region.file.fileno(), self.region.offset + self.offset
@@ -79,8 +79,8 @@ class Regions:
     """The regions that clients have registered, for both transports.
 
     Args:
-        allowed: whether any can be.
-        kind: what the protocol calls them.
+        allowed: whether clients may register regions.
+        kind: the protocol's name for the kind of memory.
     """
 
     def __init__(self, allowed: bool, kind: str = "system") -> None:
@@ -89,16 +89,17 @@ class Regions:
         self._regions: dict[str, Region] = {}
 
     def check_allowed(self) -> None:
-        """Raise :class:`UnsupportedError` if they are not."""
+        """Raise :class:`UnsupportedError` if regions are not allowed."""
         if not self.allowed:
             raise UnsupportedError(self._refused)
 
     def register(self, name: str, key: object, offset: object, byte_size: object) -> None:
-        """Open a region.
+        """Open and register a region.
 
         Raises:
-            UnsupportedError: the server takes none.
-            BadRequestError: a name or a number is wrong, the object is not there or too small, or there are too many.
+            UnsupportedError: the server does not accept regions.
+            BadRequestError: a name or a number is invalid, the object does not exist or is too
+                small, or there are too many regions.
         """
         self.check_allowed()
         if not name or len(name) > LONGEST_NAME:
@@ -123,24 +124,24 @@ class Regions:
         self._regions[name] = Region(name, str(key), begin, size, file)
 
     def unregister(self, name: str = "") -> None:
-        """Forget one region, or all without a name; one that is not there is forgotten already."""
+        """Unregister one region, or all without a name; an unknown region is ignored."""
         if name:
             self._regions.pop(name, None)
         else:
             self._regions.clear()
 
     def status(self, name: str = "") -> Sequence[dict[str, Any]]:
-        """One region, or all; :class:`NotFoundError` for one that is not there."""
+        """One region, or all of them; raises :class:`NotFoundError` for an unknown region."""
         if name and name not in self._regions:
             raise NotFoundError(f"no shared memory region {shown(name)} is registered")
         return [one.values() for one in self._regions.values() if name in ("", one.name)]
 
     def span(self, parameters: Mapping[str, object], where: str) -> Span | None:
-        """Where the parameters of the tensor ``where`` say that it is; None for a tensor of the request itself.
+        """The place that the parameters of the tensor ``where`` give; None if the tensor is in the request itself.
 
         Raises:
-            UnsupportedError: the server takes no shared memory.
-            BadRequestError: there is no such region, or the tensor does not lie inside it.
+            UnsupportedError: the server does not accept shared memory.
+            BadRequestError: the region is unknown, or the tensor does not fit into it.
         """
         if not any(one.startswith("shared_memory") for one in parameters):
             return None
@@ -163,11 +164,11 @@ NO_REGIONS = Regions(allowed=False)
 
 
 def _path(key: object) -> Path:
-    """The object's file, which no key can leave."""
+    """Path of the object's file; a key cannot lead out of the folder."""
     name = key.removeprefix("/") if isinstance(key, str) else ""
     usable = name.isprintable() and "/" not in name and name not in ("", ".", "..") and not name.startswith(_SEMAPHORE)
     if not usable or len(name.encode()) > LONGEST_NAME:
-        raise BadRequestError(f"{shown(key)} is not a key of shared memory: it is a name such as /images")
+        raise BadRequestError(f"{shown(key)} is not a key of shared memory: use a name such as /images")
     return FOLDER / name
 
 

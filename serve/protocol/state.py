@@ -1,4 +1,4 @@
-"""What both transports of one server share while it runs."""
+"""State that both transports of one server share while it runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prompttune.serve.protocol.shared_memory import Regions
 
 
 class State:
-    """Make one for a server and hand it to both transports."""
+    """Shared state; create one per server and pass it to both transports."""
 
     def __init__(self, settings: TransportSettings) -> None:
         self.calls = Calls()

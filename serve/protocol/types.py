@@ -1,4 +1,4 @@
-"""What the transports and the service say to each other: the Open Inference Protocol v2 without a wire format.
+"""Types between the transports and the service: the Open Inference Protocol v2 without a wire format.
 
 Protocol: https://github.com/kserve/open-inference-protocol and Triton's extensions,
 https://github.com/triton-inference-server/server/tree/main/docs/protocol
@@ -22,7 +22,7 @@ MIXED = "mixed"
 
 
 class ServeError(PrompttuneError):
-    """A request that gets no answer; the class says which status it has over HTTP and over gRPC."""
+    """A request that cannot be answered; the class gives the status over HTTP and over gRPC."""
 
     http_status = 500
     grpc_status = "INTERNAL"
@@ -35,37 +35,37 @@ class BadRequestError(ServeError):
 
 
 class UnauthorizedError(ServeError):
-    """No token, or a wrong one."""
+    """The token is missing or wrong."""
 
     http_status, grpc_status = 401, "UNAUTHENTICATED"
 
 
 class ForbiddenError(ServeError):
-    """The token does not allow it, or it is switched off."""
+    """The token does not allow the call, or the function is switched off."""
 
     http_status, grpc_status = 403, "PERMISSION_DENIED"
 
 
 class NotFoundError(ServeError):
-    """No such model, version or page."""
+    """The model, version or page does not exist."""
 
     http_status, grpc_status = 404, "NOT_FOUND"
 
 
 class TooLargeError(ServeError):
-    """More bytes, pixels or rows than the server takes."""
+    """The request exceeds the limit of bytes, pixels or rows."""
 
     http_status, grpc_status = 413, "INVALID_ARGUMENT"
 
 
 class UnsupportedError(ServeError):
-    """A part of the protocol that makes no sense here."""
+    """This part of the protocol is not supported."""
 
     http_status, grpc_status = 501, "UNIMPLEMENTED"
 
 
 class UnavailableError(ServeError):
-    """It may succeed a little later: the queue is full, the worker is starting again, the server is leaving."""
+    """The request may succeed later: the queue is full, the worker restarts, or the server is shutting down."""
 
     http_status, grpc_status = 503, "UNAVAILABLE"
 
@@ -75,7 +75,7 @@ class UnavailableError(ServeError):
 
 
 class DeadlineError(ServeError):
-    """The request's time is over."""
+    """Deadline exceeded."""
 
     http_status, grpc_status = 504, "DEADLINE_EXCEEDED"
 
@@ -86,20 +86,20 @@ class InputTensor:
 
     name: str
     datatype: str
-    """``FP32``, ``UINT8``, ``BYTES``, … as the protocol spells them."""
+    """Datatype in the protocol's spelling, such as ``FP32``, ``UINT8`` or ``BYTES``."""
     data: NDArray[Any]
-    """Shaped as the request says. ``BYTES`` are an object array of ``bytes``, exactly as sent."""
+    """Values in the request's shape. ``BYTES`` are an object array of ``bytes``, exactly as sent."""
     text: bool = False
-    """The ``BYTES`` came as JSON strings, which cannot hold raw bytes: an image in them is base64."""
+    """Whether ``BYTES`` came as JSON strings, which cannot hold raw bytes: images in them are base64."""
 
 
 @dataclass(frozen=True)
 class RequestedOutput:
-    """An output that a request names."""
+    """An output named in a request."""
 
     name: str
     classification: int = 0
-    """Triton's classification extension: ``score:index:label`` strings of the best so many; 0 is off."""
+    """Number of ``score:index:label`` strings of Triton's classification extension; 0 for off."""
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,14 @@ class InferRequest:
     model: str
     inputs: Sequence[InputTensor]
     version: str = ""
-    """Empty for whichever is current."""
+    """Requested version; empty for the current one."""
     id: str = ""
     outputs: Sequence[RequestedOutput] = ()
-    """Empty for all."""
+    """Requested outputs; empty for all."""
     parameters: Parameters = field(default_factory=dict)
-    """``top_k``, ``priority``, ``timeout`` in microseconds."""
+    """Parameters ``top_k``, ``priority`` and ``timeout`` (in microseconds)."""
     timeout_s: float | None = None
-    """What the transport allows, from the moment of the call."""
+    """The transport's time limit in seconds, counted from the call."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class InferResponse:
-    """An answer. ``version`` is the number of the task's version that gave all of it."""
+    """An answer. ``version`` is the number of the task version that gave all of it."""
 
     model: str
     version: str
@@ -141,7 +141,7 @@ class InferResponse:
 
 @dataclass(frozen=True)
 class TensorMetadata:
-    """Name, datatype and shape (-1 where any size goes) of a tensor."""
+    """Name, datatype and shape of a tensor; -1 stands for any size."""
 
     name: str
     datatype: str
@@ -150,7 +150,7 @@ class TensorMetadata:
 
 @dataclass(frozen=True)
 class ServerMetadata:
-    """What ``GET /v2`` says."""
+    """Content of ``GET /v2``."""
 
     name: str
     version: str
@@ -159,13 +159,13 @@ class ServerMetadata:
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """What is known of a task without running it."""
+    """Description of a task, known without running it."""
 
     name: str
     versions: Sequence[str]
     platform: str
     inputs: Sequence[TensorMetadata]
-    """The form that the metadata call names first; ``parameters`` tell of the others."""
+    """The default form of the inputs; ``parameters`` describe the other forms."""
     outputs: Sequence[TensorMetadata]
     labels: Sequence[str]
     max_batch_size: int
@@ -174,7 +174,7 @@ class ModelMetadata:
 
 @dataclass(frozen=True)
 class IndexEntry:
-    """A line of the repository index; ``state`` is ``READY``, ``LOADING`` or ``UNAVAILABLE``."""
+    """An entry of the repository index; ``state`` is ``READY``, ``LOADING`` or ``UNAVAILABLE``."""
 
     name: str
     version: str
@@ -184,42 +184,42 @@ class IndexEntry:
 
 @dataclass
 class Duration:
-    """A count and the nanoseconds that they took together."""
+    """A count and the total time in nanoseconds."""
 
     count: int = 0
     ns: int = 0
 
     def add(self, seconds: float, count: int = 1) -> None:
-        """Count one more."""
+        """Add a duration in seconds, for ``count`` more."""
         self.count += count
         self.ns += int(seconds * 1e9)
 
 
 @dataclass
 class ModelStatistics:
-    """Triton's statistics of one model since the server started."""
+    """Statistics of one model since the server started, in Triton's form."""
 
     name: str
     version: str
     last_inference_ms: int = 0
-    """Unix time in milliseconds, 0 for never."""
+    """Time of the last inference as Unix time in milliseconds; 0 before the first."""
     inference_count: int = 0
-    """Rows answered."""
+    """Number of answered rows."""
     execution_count: int = 0
-    """Batches that held rows of it."""
+    """Number of batches that held rows of the model."""
     success: Duration = field(default_factory=Duration)
     fail: Duration = field(default_factory=Duration)
     queue: Duration = field(default_factory=Duration)
     compute_input: Duration = field(default_factory=Duration)
-    """Decoding and transforming images."""
+    """Time to decode and transform images."""
     compute_infer: Duration = field(default_factory=Duration)
     compute_output: Duration = field(default_factory=Duration)
     batches: dict[int, Duration] = field(default_factory=dict)
-    """Batch size → executions of that size and their compute time."""
+    """Executions and their compute time, by batch size."""
 
 
 def bytes_array(values: Sequence[str | bytes], shape: Sequence[int] | None = None) -> NDArray[np.object_]:
-    """An object array of ``bytes``, text as UTF-8."""
+    """An object array of ``bytes``; text becomes UTF-8."""
     flat = np.empty(len(values), dtype=object)
     flat[:] = [value.encode() if isinstance(value, str) else value for value in values]
     return flat if shape is None else flat.reshape(tuple(shape))

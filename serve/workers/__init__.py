@@ -1,4 +1,4 @@
-"""Workers: one engine on one device each."""
+"""Workers: each runs one engine on one device."""
 
 from prompttune.serve.workers.base import (
     Answer,
@@ -27,5 +27,5 @@ __all__ = [
 
 
 def open_worker(settings: WorkerSettings, process: bool) -> Worker:
-    """A worker that has yet to start, in a process of its own or in this one."""
+    """Create a worker that is not started yet, in its own process or in this one."""
     return ProcessWorker(settings) if process else InProcessWorker(settings)

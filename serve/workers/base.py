@@ -13,119 +13,119 @@ from prompttune.export.runtimes import Array, RuntimeOptions
 
 
 class Key(NamedTuple):
-    """A task state: versions of one task are different keys, so a row never changes under its name."""
+    """Name of a task state: each version of a task has its own key, so a row never changes under its name."""
 
     task: str
     version: str
 
 
 class WorkerDiedError(PrompttuneError):
-    """The worker ended before it answered; the same call may succeed on its successor."""
+    """The worker ended before it answered; the same call may succeed on the next worker."""
 
 
 class VersionGoneError(PrompttuneError):
-    """The folder no longer holds the version that was asked for."""
+    """The folder no longer holds the requested version."""
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What a worker is made of."""
+    """Settings of a worker."""
 
     engine: Path
     """The engine folder."""
     runtime: RuntimeOptions
     rows: int
-    """Bank rows to hold at most."""
+    """Largest number of bank rows."""
     axes: Mapping[str, int]
-    """Sizes of the layout's named axes to allocate for; a task that needs more makes the bank grow."""
+    """Allocated sizes of the layout's named axes; a task that needs more makes the bank grow."""
     max_batch: int
     host_bytes: int
-    """Memory for states that hold no row, the least recently used dropped first; 0 keeps none."""
+    """Memory for states without a row, in bytes; the least recently used is dropped first, 0 keeps none."""
     slots: int = 2
-    """Batches that can be prepared or running at once."""
+    """Number of batches that can be prepared or running at once."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Logits of a batch and what they cost."""
+    """Logits of a batch, and the time it took."""
 
     logits: Array
-    """float32 [B, C], the caller's own; columns past a row's own classes are -inf."""
+    """float32 [B, C], a copy for the caller; columns past a row's own classes are -inf."""
     seconds: float
-    """In the engine alone."""
+    """Time in the engine alone, in seconds."""
 
 
 @dataclass(frozen=True)
 class WorkerStats:
-    """What a worker holds."""
+    """Contents of a worker."""
 
     rows: int
-    """States that hold a row."""
+    """Number of states that hold a row."""
     row_bytes: int
-    """Of all rows that are allocated."""
+    """Bytes of all allocated rows."""
     host_tasks: int
     host_bytes: int
     resident_bytes: int | None
-    """Resident set of the worker's process, None where it cannot be read."""
+    """Resident set size of the worker's process in bytes; None if it cannot be read."""
 
 
 class Worker(ABC):
-    """Called on the event loop alone. Every await of one caller leaves the loop free for the others."""
+    """A worker, called only on the event loop. Every await of one caller leaves the loop free for the others."""
 
     settings: WorkerSettings
     on_death: Callable[[], None] | None = None
-    """Called on the event loop, once, when the worker ends without :meth:`close`."""
+    """Called once on the event loop if the worker ends without :meth:`close`."""
 
     @abstractmethod
     async def start(self) -> str:
-        """Open the engine, warm it up with an empty row at batch 1 and ``max_batch``; return it in words.
+        """Open the engine and warm it up with an empty row at batch 1 and ``max_batch``; return its description.
 
         Raises:
-            PrompttuneError: the engine cannot be opened, in one line.
+            PrompttuneError: the engine cannot be opened; the message is one line.
         """
 
     @abstractmethod
     def images(self, slot: int) -> Array:
-        """float32 [max_batch, 3, S, S], where the first rows of a slot's batch are written before :meth:`run`."""
+        """float32 [max_batch, 3, S, S]; write a batch's images to its first rows before :meth:`run`."""
 
     @abstractmethod
     async def run(self, slot: int, keys: Sequence[Key]) -> Answer:
-        """Answer the first ``len(keys)`` images of a slot; the slot is free again when this returns.
+        """Answer the first ``len(keys)`` images of a slot; the slot is free again after the return.
 
-        Batches run in the order of the calls. A cancelled caller does not stop a batch; the slot is still in use
+        Batches run in the order of the calls. Cancelling the caller does not stop its batch: the slot stays in use
         until the batch ends, and the caller waits for that.
 
         Raises:
             WorkerDiedError: the worker ended.
-            PrompttuneError: a key holds no row, or the runtime failed.
+            PrompttuneError: a key does not hold a row, or the runtime failed.
         """
 
     @abstractmethod
     async def load(self, key: Key, folder: Path) -> None:
-        """Give a state a row: from the host's memory, else from ``folder``, while batches go on.
+        """Load a state into a row, from the host's memory or else from ``folder``, while batches continue.
 
         Raises:
-            VersionGoneError: ``folder`` holds another version, or is gone.
-            PrompttuneError: it is damaged, does not fit the engine, or no row is free.
+            VersionGoneError: ``folder`` holds another version or does not exist.
+            PrompttuneError: the state is damaged or does not fit the engine, or all rows are in use.
             WorkerDiedError: the worker ended.
         """
 
     @abstractmethod
     async def evict(self, key: Key, keep: bool = True) -> None:
-        """Free a row; batches that already run keep what they read. With ``keep`` the host's memory keeps the state."""
+        """Free a row; running batches keep what they read. With ``keep``, the state stays in the host's memory."""
 
     @abstractmethod
     async def stats(self) -> WorkerStats:
-        """What it holds."""
+        """Fetch the worker's contents."""
 
     def abort(self) -> None:  # noqa: B027  # an engine in this very process cannot be ended alone
-        """End at once, because it hangs: what waits gets :class:`WorkerDiedError`. Does nothing where it cannot."""
+        """End a hanging worker at once; waiting calls get :class:`WorkerDiedError`. Has no effect in this process."""
 
     @abstractmethod
     async def close(self) -> None:
-        """End, after the batches that run. More than one call does no harm."""
+        """End the worker after its running batches. Further calls have no effect."""
 
     @property
     @abstractmethod
     def details(self) -> Mapping[str, Any]:
-        """For people: device, process id, runtime in words."""
+        """Description for people: device, process id, runtime."""

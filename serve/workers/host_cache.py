@@ -1,4 +1,4 @@
-"""Task states that hold no row, kept in the host's memory up to a number of bytes."""
+"""Cache in the host's memory for task states without a row, limited in bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prompttune.serve.workers.base import Key
 
 
 class HostCache:
-    """Copies of tasks, the least recently kept dropped first. Called from one thread at a time.
+    """Copies of task states; the least recently kept one is dropped first. Call it from one thread at a time.
 
     Args:
         limit: bytes of all states together; 0 keeps none.
@@ -22,13 +22,13 @@ class HostCache:
         self._limit = limit
         self._tasks: OrderedDict[Key, Task] = OrderedDict()
         self.nbytes = 0
-        """Of the states that are kept."""
+        """Bytes of the kept states."""
 
     def __len__(self) -> int:
         return len(self._tasks)
 
     def keep(self, key: Key, task: Task) -> None:
-        """Copy a task's state, and make room for it; one that is larger than the whole cache is not kept."""
+        """Copy a task's state and make room for it; a state larger than the whole cache is not kept."""
         self.take(key)
         size = _size(task)
         if size > self._limit:
@@ -39,7 +39,7 @@ class HostCache:
         self.nbytes += size
 
     def take(self, key: Key) -> Task | None:
-        """Give a task away; None if it is not here."""
+        """Remove a task from the cache and return it; None if it is not cached."""
         task = self._tasks.pop(key, None)
         if task is not None:
             self.nbytes -= _size(task)

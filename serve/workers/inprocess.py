@@ -1,4 +1,4 @@
-"""A worker in this very process: for tests, and where a process of its own is there already."""
+"""A worker in this process: for tests, and for processes that already run one engine each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 class InProcessWorker(Worker):
-    """See :class:`Worker`. One thread runs batches, one loads; nothing survives a crash of the runtime."""
+    """See :class:`Worker`. One thread runs batches, another one loads; a crash of the runtime ends the process."""
 
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings

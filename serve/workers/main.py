@@ -1,6 +1,6 @@
-"""The worker process: opens an engine and serves one server through two channels until that one ends.
+"""The worker process: opens an engine and serves one server through two channels until the server ends.
 
-The main thread runs batches, another one loads and evicts, each on a channel of its own: neither waits for the other.
+The main thread runs batches, another one loads and evicts. Each has its own channel, so neither waits for the other.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from prompttune.serve.workers.store import Store, open_store
 
 _LOG = logging.getLogger(__name__)
 _LOOK_MS = 1000
-"""How often to see whether the server is still there, should somebody else hold its end of the channels."""
+"""Milliseconds between checks that the server is alive, in case another process holds its end of the channels."""
 
 
 def main() -> NoReturn:
-    """Serve. Arguments: the descriptors of the channel of batches, of that of loads, and of the shared memory."""
+    """Serve. The arguments are descriptors: the channel of batches, the channel of loads, the shared memory."""
     batches, loads = (socket.socket(fileno=int(one)) for one in sys.argv[1:3])
     opening = receive(batches)
     if opening is None:
@@ -56,7 +56,7 @@ def _open(settings: WorkerSettings) -> Store:
 
 
 def _serve_batches(channel: socket.socket, store: Store, slots: Array) -> None:
-    """Answer until the server closes the channel; the batches that it sent before are answered first."""
+    """Answer until the server closes the channel; batches sent before that are still answered."""
     while (message := receive(channel)) is not None:
         keys = [Key(task, version) for task, version in message["keys"]]
         try:
@@ -86,7 +86,7 @@ _CALLS: dict[str, Callable[[Store, Message], Message]] = {"load": _load, "evict"
 
 
 def _serve_loads(channel: socket.socket, store: Future[Store], server: int) -> NoReturn:
-    """Answer, from the first moment on, until the server is gone; then end at once, whatever runs."""
+    """Answer from the start until the server is gone; then end at once, whatever is running."""
     try:
         while (message := _receive_from(channel, server)) is not None:
             try:
@@ -99,7 +99,7 @@ def _serve_loads(channel: socket.socket, store: Future[Store], server: int) -> N
 
 
 def _receive_from(channel: socket.socket, server: int) -> Message | None:
-    """The next message of the server; None when that process is gone."""
+    """The next message of the server; None if the server's process is gone."""
     readable = select.poll()
     readable.register(channel, select.POLLIN)
     while not readable.poll(_LOOK_MS):
@@ -115,7 +115,7 @@ def _refusal(problem: Exception) -> bytes:
 
 
 def _leave(status: int) -> NoReturn:
-    """End without tearing down a runtime that another thread may be using."""
+    """Exit without destroying a runtime that another thread may be using."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

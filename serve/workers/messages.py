@@ -1,6 +1,6 @@
-"""What a server and its worker process say to each other: JSON, and logits as the bytes that they are.
+"""Messages between a server and its worker process: JSON, with logits as raw bytes.
 
-A message is a header of two sizes, a JSON object and a payload. Each call has one reply, in the order of the calls.
+A message is a header of two sizes, a JSON object and a payload. Each call has one reply; replies keep the calls' order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from prompttune.serve.workers.base import VersionGoneError, WorkerSettings
 Message = Mapping[str, Any]
 
 _HEADER = struct.Struct("<II")
-"""Bytes of the JSON, bytes of the payload."""
+"""Header: number of bytes of the JSON and of the payload."""
 _ERRORS: dict[str, type[PrompttuneError]] = {
     one.__name__: one for one in (PrompttuneError, UsageError, EngineError, VersionGoneError)
 }
@@ -35,7 +35,7 @@ def pack(message: Message, payload: bytes = b"") -> bytes:
 
 
 def unpack(received: bytearray) -> tuple[Message, bytearray] | None:
-    """Take the first message and its payload off the front of ``received``; None until all of it is there."""
+    """Remove the first message and its payload from ``received``; None until all of it has arrived."""
     if len(received) < _HEADER.size:
         return None
     text, payload = _HEADER.unpack_from(received)
@@ -49,7 +49,7 @@ def unpack(received: bytearray) -> tuple[Message, bytearray] | None:
 
 
 def receive(channel: socket.socket) -> Message | None:
-    """Wait for a message without payload; None when the other side has closed the channel."""
+    """Wait for a message without a payload; None if the other side has closed the channel."""
     header = channel.recv(_HEADER.size, socket.MSG_WAITALL)
     if len(header) < _HEADER.size:
         return None
@@ -62,7 +62,7 @@ def receive(channel: socket.socket) -> Message | None:
 
 
 def failure(problem: Exception) -> Message:
-    """The reply that says what went wrong; an error that nobody raised on purpose keeps its type in words."""
+    """The reply for an error; an unexpected error keeps its type in the text."""
     if not isinstance(problem, PrompttuneError):
         text = f"the engine worker failed: {type(problem).__name__}: {first_line(problem)}"
         return {"error": EngineError.__name__, "text": text}
@@ -71,12 +71,12 @@ def failure(problem: Exception) -> Message:
 
 
 def failed(reply: Message) -> PrompttuneError | None:
-    """The error that a reply stands for, if it does."""
+    """The error in a reply; None if the reply is not an error."""
     return _ERRORS[reply["error"]](reply["text"]) if "error" in reply else None
 
 
 def pack_settings(settings: WorkerSettings) -> Message:
-    """Settings as plain values."""
+    """Settings as plain values for JSON."""
     found: Message = json.loads(json.dumps(asdict(settings), default=str))
     return found
 
@@ -97,5 +97,5 @@ def slots_of(memory: Any, settings: WorkerSettings, image_size: int) -> Array:
 
 
 def slots_size(settings: WorkerSettings, image_size: int) -> int:
-    """Bytes of the images that :func:`slots_of` finds."""
+    """Number of bytes of the images of :func:`slots_of`."""
     return settings.slots * settings.max_batch * 3 * image_size * image_size * np.dtype(np.float32).itemsize

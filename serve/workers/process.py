@@ -1,6 +1,6 @@
-"""A worker in a process of its own: a crash of the runtime, or whatever kills the process, leaves the server alive.
+"""A worker in its own process: the server survives a crash of the runtime and anything else that ends the process.
 
-Images are written where the process reads them, into memory without a name: the kernel frees it with the last of the
+Images are written to anonymous shared memory, where the process reads them. The kernel frees it with the last of the
 two processes, however they end, and a container's small ``/dev/shm`` does not limit it.
 """
 
@@ -29,13 +29,13 @@ from prompttune.serve.workers.base import Answer, Key, Worker, WorkerDiedError, 
 from prompttune.serve.workers.messages import Message, failed, pack, pack_settings, slots_of, slots_size, unpack
 
 CLOSE_S = 5.0
-"""What the batches that run may still take when the worker is closed."""
+"""Seconds that running batches may still take when the worker is closed."""
 _POLL_S = 0.005
 _DIED = "the engine worker ended before it answered: it crashed, was killed or ran out of memory"
 _LOG = logging.getLogger(__name__)
 
-# A terminal or a supervisor signals the whole group when the server is asked to drain, and that needs the worker; so
-# signals are off before the imports, which take seconds.
+# On a drain, a terminal or a supervisor signals the whole group, but the server still needs the worker. Signals are
+# therefore ignored before the imports, which take seconds.
 _PROGRAM = f"""
 import signal
 for one in ({signal.SIGINT:d}, {signal.SIGTERM:d}):
@@ -48,10 +48,10 @@ Reply = tuple[Message, bytearray]
 
 
 class Channel(asyncio.Protocol):
-    """Calls to the process, answered in their order.
+    """Calls to the process; the replies arrive in the order of the calls.
 
     Args:
-        on_lost: called when the other side is gone and every call that waited has got :class:`WorkerDiedError`.
+        on_lost: called when the other side is gone and every waiting call has got :class:`WorkerDiedError`.
     """
 
     def __init__(self, on_lost: Callable[[], None]) -> None:
@@ -61,10 +61,10 @@ class Channel(asyncio.Protocol):
         self._pending: deque[asyncio.Future[Reply]] = deque()
         self._refusal = "the engine worker has not started"
         self.open = False
-        """Whether calls can be made."""
+        """Whether calls are accepted."""
 
     async def connect(self) -> socket.socket:
-        """Open the channel; return the other side's end."""
+        """Open the channel; return the other end."""
         here, there = socket.socketpair()
         await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=here)
         return there
@@ -78,7 +78,7 @@ class Channel(asyncio.Protocol):
         self._received += data
         while (reply := unpack(self._received)) is not None:
             call = self._pending.popleft()
-            if not call.done():  # a caller that left has cancelled it
+            if not call.done():  # a caller that left has cancelled its call
                 call.set_result(reply)
 
     def connection_lost(self, problem: Exception | None) -> None:  # noqa: ARG002
@@ -92,10 +92,10 @@ class Channel(asyncio.Protocol):
         self._on_lost()
 
     def call(self, message: Message) -> asyncio.Future[Reply]:
-        """Send a message; the future is its reply.
+        """Send a message; the future holds its reply.
 
         Raises:
-            WorkerDiedError: the process is gone or has been told to go.
+            WorkerDiedError: the process has ended or was asked to end.
         """
         if not self.open or self._transport is None:
             raise WorkerDiedError(self._refusal)
@@ -105,29 +105,29 @@ class Channel(asyncio.Protocol):
         return reply
 
     def refuse(self, why: str) -> None:
-        """Take no more calls; those that were made are answered."""
+        """Refuse new calls; earlier ones are still answered."""
         if self.open:
             self._refusal, self.open = why, False
 
     def finish(self) -> None:
-        """Tell the process that no more calls come."""
+        """Tell the process that no more calls will come."""
         if self._transport is not None:
-            with contextlib.suppress(OSError):  # it may be gone this very moment
+            with contextlib.suppress(OSError):  # the process may just have ended
                 self._transport.write_eof()
 
     def abort(self) -> None:
-        """Wait for no answer."""
+        """Close without waiting for replies."""
         if self._transport is not None:
             self._transport.abort()
 
     @property
     def lost(self) -> bool:
-        """Whether there is no other side."""
+        """Whether the other side is gone."""
         return self._transport is None
 
 
 class ProcessWorker(Worker):
-    """See :class:`Worker`. The process ignores SIGINT and SIGTERM, and ends with this one however that ends."""
+    """See :class:`Worker`. The process ignores SIGINT and SIGTERM, and ends with the server, however that ends."""
 
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
@@ -195,7 +195,7 @@ class ProcessWorker(Worker):
         return WorkerStats(**(await _answer(self._loads, {"call": "stats"}))[0])
 
     def _on_lost(self) -> None:
-        """A channel ended: so does the process, and then the other channel, when what it still held is read."""
+        """A channel has ended: end the process, and the other channel once its remaining replies are read."""
         if self._process is not None:
             self._process.kill()
         if not self._lost:
@@ -209,7 +209,7 @@ class ProcessWorker(Worker):
         return self._batches.lost and self._loads.lost
 
     def _end(self) -> None:
-        """End at once, whatever runs."""
+        """End the process at once, whatever is running."""
         if self._process is not None:
             self._process.kill()
         for channel in (self._batches, self._loads):
@@ -218,10 +218,10 @@ class ProcessWorker(Worker):
     def abort(self) -> None:
         """See :meth:`Worker.abort`."""
         if self._process is not None:
-            self._process.kill()  # the channels then end, and say so
+            self._process.kill()  # the channels then end and report it
 
     async def close(self) -> None:
-        """See :meth:`Worker.close`; batches that take longer than five seconds get :class:`WorkerDiedError`."""
+        """See :meth:`Worker.close`; batches that take more than five seconds get :class:`WorkerDiedError`."""
         self._closed = True
         for channel in (self._batches, self._loads):
             channel.refuse("the engine worker is closed")
@@ -237,7 +237,7 @@ class ProcessWorker(Worker):
         await self._gone()
 
     async def _gone(self) -> None:
-        """Wait until everything that the process said is read, and until it is collected."""
+        """Wait until the process's last replies are read and the process is reaped."""
         while not self._lost or (self._process is not None and self._process.poll() is None):
             await asyncio.sleep(_POLL_S)
 
@@ -252,7 +252,7 @@ class ProcessWorker(Worker):
 
 
 async def _answer(channel: Channel, message: Message) -> Reply:
-    """Call, and raise what the process answers with if that is an error."""
+    """Send a call and wait for the reply; raise the error that it holds."""
     reply = await channel.call(message)
     if (problem := failed(reply[0])) is not None:
         raise problem

@@ -1,4 +1,4 @@
-"""What a worker works with: an open engine, the states that hold its rows, and those in the host's memory."""
+"""State of a worker: an open engine, the task states that hold its rows, and those in the host's memory."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from prompttune.serve.workers.base import Answer, Key, VersionGoneError, WorkerS
 from prompttune.serve.workers.host_cache import HostCache
 
 Reading = tuple[list[int], Mapping[str, Any]]
-"""The row of each image, and the bank: state key → placed tensor."""
+"""Row of each image, and the bank as placed tensors by state key."""
 
 
 class Store(ABC):
-    """An engine and its rows. One thread runs batches while another one loads, evicts and asks for statistics."""
+    """An engine and its rows. One thread runs batches while another one loads, evicts and reads statistics."""
 
     def __init__(self, manifest: Manifest, runtime: Runtime, settings: WorkerSettings) -> None:
         self._runtime = runtime
@@ -35,15 +35,15 @@ class Store(ABC):
 
     @property
     def description(self) -> str:
-        """Runtime, version and device, in words."""
+        """Runtime, version and device, as text."""
         return self._runtime.description
 
     @abstractmethod
     def reading(self, keys: Sequence[Key]) -> contextlib.AbstractContextManager[Reading]:
-        """The rows of ``keys``, which stay as they are until the block ends.
+        """The rows of ``keys``, which do not change until the block ends.
 
         Raises:
-            EngineError: a key holds no row.
+            EngineError: a key does not hold a row.
         """
 
     @abstractmethod
@@ -56,23 +56,23 @@ class Store(ABC):
 
     @abstractmethod
     def stats(self) -> WorkerStats:
-        """What is held."""
+        """Contents of the store."""
 
     def warm_up(self) -> None:
-        """Answer batches of 1 and of the largest size from the first row, whatever it holds."""
+        """Answer batches of size 1 and of the largest size from the first row, whatever it holds."""
         for rows in sorted({1, self._max_batch}):
             images = np.zeros((rows, 3, self._image_size, self._image_size), np.float32)
             with self.reading([]) as (_, bank):
                 self._runtime.logits(images, np.zeros(rows, np.int64), bank)
 
     def run(self, images: Array, keys: Sequence[Key]) -> Answer:
-        """Answer contiguous images [B, 3, S, S], row i for ``keys[i]``.
+        """Answer contiguous images [B, 3, S, S] with row i for ``keys[i]``.
 
         Raises:
-            EngineError: a key holds no row, or the runtime failed.
+            EngineError: a key does not hold a row, or the runtime failed.
         """
         with self.reading(keys) as (rows, bank):
-            # Rows come from the bank itself, so none can be out of range: on a GPU that would be undefined.
+            # Row indices come from the bank itself, so all are in range: on a GPU, others would be undefined behaviour.
             index = np.array(rows, dtype=np.int64)
             started = time.perf_counter()
             logits = self._runtime.logits(images, index, bank)
@@ -80,12 +80,12 @@ class Store(ABC):
 
 
 class ResidentStore(Store):
-    """Rows that states come to and leave."""
+    """A store whose states are loaded and evicted."""
 
     def __init__(self, manifest: Manifest, runtime: Runtime, settings: WorkerSettings) -> None:
         super().__init__(manifest, runtime, settings)
         named = {axis for shape in manifest.layout.values() for axis in shape if isinstance(axis, str)}
-        axes = dict.fromkeys(named, 1) | dict(settings.axes)  # an engine without tasks knows no sizes
+        axes = dict.fromkeys(named, 1) | dict(settings.axes)  # without tasks the engine does not know the sizes
         dtype = bank_dtype(manifest.bank_precision)
         self._bank = Bank(runtime, manifest.layout, {}, dtype, settings.rows, axes)
         self._host = HostCache(settings.host_bytes)
@@ -101,7 +101,7 @@ class ResidentStore(Store):
             yield [snapshot.entries[name].row for name in names], snapshot.placed
 
     def load(self, key: Key, folder: Path) -> None:
-        """Give a state a row, from the host's memory or from ``folder``; one that has a row stays as it is."""
+        """Load a state into a row, from the host's memory or from ``folder``; a state that holds a row is unchanged."""
         name = _name(key)
         if name in self._bank.entries:
             return
@@ -115,7 +115,7 @@ class ResidentStore(Store):
             raise
 
     def evict(self, key: Key, keep: bool = True) -> None:
-        """Free a state's row; without ``keep`` the host's memory forgets it as well."""
+        """Free a state's row; without ``keep``, also remove the state from the host's memory."""
         name = _name(key)
         with self._bank.lease([name]) as snapshot:
             entry = snapshot.entries.get(name)
@@ -138,7 +138,7 @@ class ResidentStore(Store):
 
 
 class BakedStore(Store):
-    """Rows that are constants of the model: each task is there from the beginning, in one version."""
+    """A store whose rows are constants of the model: each task is there from the start, in one version."""
 
     def __init__(self, folder: EngineFolder, runtime: Runtime, settings: WorkerSettings) -> None:
         super().__init__(folder.manifest, runtime, settings)
@@ -155,23 +155,23 @@ class BakedStore(Store):
         yield [self._rows[key] for key in keys], {}
 
     def load(self, key: Key, folder: Path) -> None:  # noqa: ARG002
-        """Check that the model holds this version."""
+        """Check that the model holds this version of the task."""
         if key not in self._rows:
-            raise VersionGoneError(f"the model holds no task {key.task!r} of version {key.version}")
+            raise VersionGoneError(f"the model does not hold version {key.version} of the task {key.task!r}")
 
     def evict(self, key: Key, keep: bool = True) -> None:
-        """Do nothing: a constant stays."""
+        """Do nothing: constants stay."""
 
     def stats(self) -> WorkerStats:
-        """See :meth:`Store.stats`; the rows' bytes are the model's."""
+        """See :meth:`Store.stats`; the bytes of the rows belong to the model."""
         return WorkerStats(len(self._rows), 0, 0, 0, resident_bytes())
 
 
 def open_store(settings: WorkerSettings) -> Store:
-    """Open an engine with nothing loaded.
+    """Open an engine without loading any state.
 
     Raises:
-        UsageError: there is no row to load to, or a batch of no image.
+        UsageError: the settings have 0 rows, slots or images per batch.
         PrompttuneError: the engine cannot be opened.
     """
     if min(settings.rows, settings.max_batch, settings.slots) < 1:
@@ -184,7 +184,7 @@ def open_store(settings: WorkerSettings) -> Store:
 
 
 def _name(key: Key) -> str:
-    """What the bank calls a state."""
+    """The bank's name of a state."""
     return f"{key.task}@{key.version}"
 
 
@@ -193,9 +193,9 @@ def _no_row(name: str) -> EngineError:
 
 
 def _read_version(key: Key, folder: Path) -> Task:
-    """Read a state, without what a worker has no use for.
+    """Read a state, without the parts that a worker does not need.
 
-    The version is computed from what was read, so a folder that is replaced meanwhile cannot give a mixture.
+    The version is computed from what was read, so a folder that is replaced in the meantime cannot give a mixture.
     """
     try:
         task, version = load_version(folder)
@@ -209,7 +209,7 @@ def _read_version(key: Key, folder: Path) -> Task:
 
 
 def _is_recorded(key: Key, folder: Path) -> bool:
-    """Whether a folder that cannot be read claims to hold a version, or might."""
+    """Whether an unreadable folder claims to hold a version, or may hold it."""
     if not (folder / TASK_RECORD).exists():
         return False
     try:

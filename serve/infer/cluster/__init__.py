@@ -1,4 +1,4 @@
-"""A job of inference on a Ray cluster: the rows of a local run, in the same order."""
+"""A job of inference on a Ray cluster: the same rows as in a local run, in the same order."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ __all__ = ["RaySettings", "run_on_ray"]
 def run_on_ray(
     chunks: Iterable[Sequence[Item]], work: Work, settings: RaySettings | None = None
 ) -> Iterator[list[Answer]]:
-    """The answers of every chunk, in the order of the chunks; each input is answered once, whatever node is lost.
+    """Answer every chunk, in the order of the chunks; each input is answered once, even if nodes are lost.
 
-    Chunks are listed here, in the caller's thread, no more than ``settings.window`` parcels ahead of the answers. Ray
-    Data decodes them in tasks and answers them in actors that hold an engine each. Workers open payloads, and the
-    engine's folder, under the same paths as here: both must be on storage that every node sees. Closing the iterator
-    ends the job and its actors. Ray is shut down at the end if it was not running in this process before.
+    The caller's thread lists chunks, at most ``settings.window`` parcels ahead of the answers. Ray Data decodes them in
+    tasks and answers them in actors with one engine each. Workers open payloads and the engine's folder under the same
+    paths as this process: both must be on storage that every node can read. Closing the iterator ends the job and its
+    actors. Ray is shut down at the end if it was not already running in this process.
 
     Raises:
         MissingExtraError: Ray Data is not installed.
-        UsageError: there is no cluster, or no room on it.
+        UsageError: the cluster cannot be reached or does not have enough room.
         EngineError: the engine cannot be opened on a node, or fails.
-        DataError: the job cannot go on, for another reason.
+        DataError: the job cannot continue for another reason.
     """
     for library in ("ray", "pyarrow", "pandas"):
         if importlib.util.find_spec(library) is None:
-            raise MissingExtraError(library, "ray", "prompttune infer runs on one machine without it")
+            raise MissingExtraError(library, "ray", "without it prompttune infer runs on one machine")
     job = importlib.import_module("prompttune.serve.infer.cluster.job")
     answers: Iterator[list[Answer]] = job.run(chunks, work, settings or RaySettings())
     return answers

@@ -1,4 +1,4 @@
-"""The cluster: how to reach it, how much room it has, and how to keep Ray from talking over the progress bar."""
+"""Connection to the cluster: its address, its resources, and console output that does not hide the progress bar."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ import ray
 from prompttune.errors import UsageError, first_line
 
 CONNECT_S = 5.0
-"""For the first answer of a cluster's address."""
+"""Seconds to wait for the first answer of a cluster's address."""
 SILENT = logging.CRITICAL + 1
 
 
 @contextlib.contextmanager
 def connected(address: str | None) -> Iterator[None]:
-    """Ray in this process: as it is, if it runs already, else for the length of the block.
+    """Use the Ray instance that runs in this process, or start one for the length of the block.
 
     Raises:
-        UsageError: there is no cluster at the address.
+        UsageError: there is not a cluster at the address.
     """
     if ray.is_initialized():
         yield
@@ -65,7 +65,7 @@ def _init(**options: Any) -> None:
 
 @contextlib.contextmanager
 def _without_native_lines() -> Iterator[None]:
-    """Ray's C++ part reports the set-up of its log on the stderr of this process, whatever the level."""
+    """Hide the lines that Ray's C++ part writes to stderr while it sets up its log, at any log level."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     sys.stderr.flush()
     kept = os.dup(2)
@@ -79,7 +79,7 @@ def _without_native_lines() -> Iterator[None]:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself would try for a minute, and then end the process."""
+    """Check the address first: Ray itself would try for a minute and then end the process."""
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdigit():
         raise UsageError(
@@ -90,12 +90,12 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
     except OSError as problem:
         reason = problem.strerror or first_line(problem)
-        raise UsageError(f"no Ray cluster at {address}: {reason}; `ray start --head` prints its address") from None
+        raise UsageError(f"cannot reach Ray at {address}: {reason}; `ray start --head` prints its address") from None
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Ray Data's console lines back; its log files keep them."""
+    """Hide Ray Data's console lines; its log files keep them."""
     consoles = [one for one in logging.getLogger("ray.data").handlers if one.name == "console"]
     levels = [one.level for one in consoles]
     for one in consoles:
@@ -110,5 +110,5 @@ def quiet() -> Iterator[None]:
 
 
 def alive_nodes() -> dict[str, dict[str, float]]:
-    """Node → its resources, of the nodes that are there."""
+    """Resources of each node that is alive."""
     return {one["NodeID"]: one["Resources"] for one in ray.nodes() if one["Alive"]}

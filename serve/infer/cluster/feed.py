@@ -1,4 +1,4 @@
-"""The inputs that are on their way, kept beside the driver until their answers have arrived there."""
+"""Unanswered inputs, kept next to the driver until their answers arrive."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 import ray
 
 FeedHandle = Any
-"""Handle of a :class:`Feed` actor, whose methods answer with references."""
+"""Handle of a :class:`Feed` actor, whose methods return references."""
 
 ATTEMPTS = 10
-"""That a parcel is tried: each but the first comes of a process or a node that was lost with it."""
+"""Largest number of attempts at a parcel: each retry follows the loss of a process or a node."""
 
 
 class BrokenOffError(Exception):
-    """The execution has been followed by another one."""
+    """Another execution has replaced this one."""
 
 
 class Feed:
-    """Parcels by their number.
+    """Parcels by number.
 
-    A Dataset has to know its inputs beforehand. Its input here are the mere numbers, without an end; tasks come to
-    this actor for what stands behind a number, so that the driver lists inputs while the job runs, and a task that
-    was lost with its node comes again.
+    A Dataset has to know its inputs beforehand. Here its inputs are only numbers, without an end; tasks fetch the
+    content of a number from this actor. The driver can therefore list inputs while the job runs, and a task that was
+    lost with its node can be retried.
     """
 
     def __init__(self) -> None:
@@ -35,16 +35,16 @@ class Feed:
         self._changed = asyncio.Condition()
 
     async def put(self, number: int, parcel: bytes) -> None:
-        """Keep a parcel. They may arrive here in another order than they were sent."""
+        """Keep a parcel. Parcels may arrive in another order than they were sent."""
         async with self._changed:
             self._parcels[number] = parcel
             self._changed.notify_all()
 
     async def expect(self, number: int, execution: int) -> None:
-        """Return when there has been a parcel of this number.
+        """Wait until a parcel of this number has arrived.
 
         Raises:
-            BrokenOffError: it is no business of this execution any more.
+            BrokenOffError: another execution has replaced this one.
         """
         async with self._changed:
             await self._changed.wait_for(
@@ -53,33 +53,33 @@ class Feed:
             self._check(execution)
 
     async def take(self, number: int) -> bytes | None:
-        """A parcel; None if it is needed no more."""
+        """A parcel; None if it is not needed any more."""
         return self._parcels.get(number)
 
     async def attempt(self, stage: str, number: int) -> bool:
-        """Count an attempt of a stage at a parcel; false when there have been too many."""
+        """Count an attempt of a stage at a parcel; return False if there were too many."""
         self._attempts[stage, number] += 1
         return self._attempts[stage, number] <= ATTEMPTS
 
     async def answered(self, number: int) -> None:
-        """Forget a parcel: the driver has its answers."""
+        """Drop a parcel: the driver has its answers."""
         self._parcels.pop(number, None)
         self._answered = max(self._answered, number + 1)
         for key in [key for key in self._attempts if key[1] == number]:
             del self._attempts[key]
 
     async def begin(self, execution: int) -> None:
-        """Break those before this execution off."""
+        """End all earlier executions."""
         async with self._changed:
             self._execution = max(self._execution, execution)
             self._changed.notify_all()
 
     async def join(self, execution: int) -> None:
-        """Raise :class:`BrokenOffError` if an execution has been broken off."""
+        """Raise :class:`BrokenOffError` if an execution has been replaced."""
         self._check(execution)
 
     async def leave(self, execution: int) -> None:
-        """Return when an execution is broken off."""
+        """Wait until an execution is replaced."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._execution > execution)
 
@@ -89,10 +89,10 @@ class Feed:
 
 
 def this_node() -> dict[str, str]:
-    """Selects where to run what must not be lost unless the driver is."""
+    """Resource label of this node, for actors that must live as long as the driver."""
     return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
 
 
 def start_feed() -> FeedHandle:
-    """A feed beside this process."""
+    """Start a feed on the driver's node."""
     return ray.remote(Feed).options(num_cpus=0, label_selector=this_node(), max_concurrency=1000).remote()

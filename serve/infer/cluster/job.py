@@ -1,4 +1,4 @@
-"""The job, seen from the driver: chunks go out ahead of the answers that come in, in one order."""
+"""The job as the driver runs it: chunks go out ahead of the answers, which arrive in order."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from prompttune.serve.infer.work import Work
 log = logging.getLogger(__name__)
 
 PARCELS_OF_ENGINE = 4
-"""On the way for each engine: one is answered, the next waits beside it, two are decoded."""
+"""Parcels in progress per engine: one is being answered, one waits at the engine, two are being decoded."""
 MOST_PARCELS = 512
 BLOCK_BYTES = 1
-"""A block of a Dataset is passed on when it is larger: here each row, which is a parcel, at once."""
+"""Size in bytes above which a block of a Dataset is passed on: here each row, which is a parcel, at once."""
 
 
 def run(chunks: Iterable[Sequence[Item]], work: Work, settings: RaySettings) -> Iterator[list[Answer]]:
@@ -52,10 +52,10 @@ def _on_workers(work: Work, settings: RaySettings) -> Work:
 
 
 class _Job:
-    """One job.
+    """One job on the cluster.
 
-    A Dataset never moves what a lost engine had before it to another engine: it waits until that one is up again.
-    Where it finds no place, the execution is broken off and a new one begins at the first chunk without an answer.
+    A Dataset never moves the work of a lost engine to another engine: it waits until the lost one is running again. If
+    that cannot happen, the execution is ended and a new one starts at the first unanswered chunk.
     """
 
     def __init__(self, chunks: Iterator[Sequence[Item]], work: Work, settings: RaySettings, booking: Booking) -> None:
@@ -70,7 +70,7 @@ class _Job:
         self._problem: Exception | None = None
 
     def answers(self) -> Generator[list[Answer], None, None]:
-        """Those of every chunk."""
+        """The answers of every chunk."""
         try:
             while not self._finished():
                 dataset = self._prepare()
@@ -80,7 +80,7 @@ class _Job:
                 except RayError as problem:
                     if not watch.broken_off:
                         raise DataError(f"the job on Ray has failed: {_cause(problem)}") from problem
-                    log.warning("a node was lost and what ran there found no other place: its inputs are begun again")
+                    log.warning("a node was lost and its work cannot be placed elsewhere: its inputs are retried")
                 finally:
                     watch.end()
                 self._execution += 1
@@ -95,7 +95,7 @@ class _Job:
     def _execute(self, dataset: Dataset) -> Generator[list[Answer], None, None]:
         if self._finished():
             return
-        # What is fetched ahead is held back until there is more, which would be never at the end of the inputs.
+        # A prefetched block is held back until the next one arrives, which never happens at the end of the inputs.
         batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
         with closing(iter(batches)) as tables:
             for table in tables:
@@ -103,7 +103,7 @@ class _Job:
                     if isinstance(content, Failure):
                         raise EngineError(content.message)
                     if number != self._answered:
-                        raise DataError(f"Ray gave the inputs {number} for the inputs {self._answered}")
+                        raise DataError(f"Ray returned parcel {number} in place of parcel {self._answered}")
                     self._answered += 1
                     self._feed.answered.remote(number)
                     self._list()
@@ -112,11 +112,11 @@ class _Job:
                     return
 
     def _list(self) -> None:
-        """Take the next parcel from the source. What it raises is raised after the answers of what came before."""
+        """Take the next parcel from the source; an error is raised after the answers of the parcels before it."""
         parcel: list[list[Item]] = []
         try:
             for chunk in islice(self._chunks, max(1, self._settings.parcel // self._work.chunk_inputs)):
-                parcel.append(list(chunk))  # what came before an error counts
+                parcel.append(list(chunk))  # chunks before an error count
         except Exception as problem:
             self._problem = problem
             self._chunks = iter(())
@@ -127,7 +127,7 @@ class _Job:
             self._exhausted = True
 
     def _prepare(self) -> Dataset:
-        """List what a new execution needs to keep the cluster busy, and plan it."""
+        """List enough parcels to keep the cluster busy and plan a new execution."""
         nodes = alive_nodes().values()
         least, most = self._engines(self._booking.room(nodes))
         cpus = math.floor(sum(node.get("CPU", 0.0) for node in nodes))
@@ -142,7 +142,7 @@ class _Job:
             return self._plan(ActorPoolStrategy(min_size=least, max_size=most))
 
     def _engines(self, room: int) -> tuple[int, int]:
-        """Engines at least and at most."""
+        """Smallest and largest number of engines."""
         booking, (least, most) = self._booking, self._settings.actors
         if not room:
             gpus = f" and {booking.gpus:g} GPUs" if booking.gpus else ""
@@ -153,7 +153,7 @@ class _Job:
         if self._execution:  # the cluster may be smaller than when the job began
             least = min(least, room)
         if least > room:
-            # They would take the CPUs of the decoders, and wait for them for ever.
+            # Additional engines would take the CPUs of the decoders and wait for them for ever.
             raise UsageError(f"the Ray cluster has room for {room} engines with their decoders, not for {least}")
         return least, room if most is None else min(most, room)
 
@@ -169,7 +169,7 @@ class _Job:
             batch_format="pyarrow",
             fn_kwargs={"feed": self._feed, "work": self._work, "folder": Path.cwd()},
             num_cpus=self._booking.decoder_cpus,
-            max_calls=0,  # no limit; but a stage with other options than the next is not made one with it
+            max_calls=0,  # unlimited; different options keep Ray from fusing this stage with the next
         )
         return decoded.map_batches(
             Answering,
@@ -182,6 +182,6 @@ class _Job:
 
 
 def _cause(problem: BaseException) -> str:
-    """The error in a worker that Ray's errors are wrapped around, in one line."""
+    """The error in a worker that Ray's errors wrap, in one line."""
     inner = getattr(problem, "cause", None) or problem.__cause__
     return _cause(inner) if isinstance(inner, BaseException) else f"{type(problem).__name__}: {first_line(problem)}"

@@ -12,7 +12,7 @@ from prompttune.serve.infer.settings import RaySettings as RaySettings
 
 @dataclass(frozen=True)
 class Booking:
-    """What an engine and a decoder take of a node."""
+    """Resources of a node that an engine and a decoder book."""
 
     cpus: float
     gpus: float
@@ -20,10 +20,10 @@ class Booking:
 
     @classmethod
     def of(cls, settings: RaySettings, on_gpu: bool) -> Booking:
-        """The resources of an engine that runs on a GPU or on CPUs.
+        """The booking of an engine that runs on a GPU or on CPUs.
 
         Raises:
-            UsageError: a GPU is needed and none is booked.
+            UsageError: a GPU is needed but not booked.
         """
         gpus = float(on_gpu) if settings.gpus is None else settings.gpus
         if on_gpu and not gpus:
@@ -31,9 +31,9 @@ class Booking:
         return cls(settings.cpus, gpus, settings.decoder_cpus)
 
     def room(self, nodes: Iterable[Mapping[str, float]]) -> int:
-        """How many engines fit on nodes of these resources with something left for decoders; other jobs do not count.
+        """Number of engines that fit on these nodes with room for decoders; other jobs are not considered.
 
-        On CPUs there is a decoder for each engine, for GPUs one at least.
+        On CPUs each engine needs a decoder; with GPUs one decoder is enough.
         """
         nodes = list(nodes)
         cpus = sum(node.get("CPU", 0.0) for node in nodes)

@@ -1,4 +1,4 @@
-"""What runs on the workers: numbers of parcels, their images, their answers."""
+"""Stages that run on the workers: numbers of parcels, their images, their answers."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from prompttune.serve.infer.rows import Answer
 from prompttune.serve.infer.work import Work, facts_of
 
 NUMBER, CONTENT = "number", "content"
-"""Columns: number of a parcel; what has become of it so far, pickled."""
+"""Columns of a block: number of a parcel, and its pickled content so far."""
 
 Parcel = Sequence[Sequence[Item]]
-"""Some chunks, that travel together: Ray Data takes a tenth of a second from one task to the next."""
+"""Several chunks that are sent together: Ray Data needs a tenth of a second from one task to the next."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Stands for what a stage could not give, so that the driver can say why without Ray's traceback."""
+    """The error of a stage, so that the driver can report it without Ray's traceback."""
 
     message: str
 
@@ -58,7 +58,7 @@ def unwrapped(table: pa.Table) -> Iterator[tuple[int, Any]]:
 
 
 class Numbers(Datasource):  # type: ignore[misc]
-    """The numbers of the parcels of a feed, each a block, as they become known; it has no end."""
+    """The numbers of a feed's parcels as they arrive, one per block, without an end."""
 
     def __init__(self, feed: FeedHandle, first: int, execution: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Numbers(Datasource):  # type: ignore[misc]
         return None
 
     def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
-        """One task, that waits most of the time."""
+        """One read task, which waits most of the time."""
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         return [ReadTask(self._read, unknown)]
 
@@ -81,17 +81,17 @@ def _numbers(feed: FeedHandle, first: int, execution: int) -> Iterator[pa.Table]
 
 
 def decode_parcels(table: pa.Table, feed: FeedHandle, work: Work, folder: Path) -> pa.Table:
-    """Decode parcels.
+    """Decode the images of parcels.
 
     Args:
-        table: their numbers.
-        feed: where they are.
-        work: what is to be done.
-        folder: the driver's working folder, from which relative paths count.
+        table: numbers of the parcels.
+        feed: the feed that holds them.
+        work: settings of the job.
+        folder: the driver's working folder, which relative paths start from.
     """
-    with contextlib.suppress(OSError):  # then what is given relative to it is missing, and each row says so
+    with contextlib.suppress(OSError):  # without the folder, rows report relative paths as missing
         os.chdir(folder)
-    hold_to_one_thread()  # as many as a decoding thread of a local run uses
+    hold_to_one_thread()  # the same as in a local run's decoding threads
     return pa.concat_tables([_decoded(number, feed, work) for number in table[NUMBER].to_pylist()])
 
 
@@ -103,19 +103,19 @@ def _decoded(number: int, feed: FeedHandle, work: Work) -> pa.Table:
 
 
 def _hopeless(source: str, what: str) -> Failure:
-    return Failure(f"{ATTEMPTS} processes or nodes were lost that tried to {what} {source} and the inputs after it")
+    return Failure(f"{ATTEMPTS} processes or nodes were lost trying to {what} {source} and the inputs after it")
 
 
 class Answering:
-    """An engine in a process of its own.
+    """An engine in its own process.
 
     Args:
-        feed: where attempts are counted.
-        execution: the one that the engine belongs to.
-        work: what is to be done.
+        feed: counts the attempts.
+        execution: number of the execution that the engine belongs to.
+        work: settings of the job.
 
     Raises:
-        BrokenOffError: the execution is over. Ray would start a lost engine again, and it would keep its place.
+        BrokenOffError: the execution is over. Ray would restart a lost engine, which would keep its place.
     """
 
     def __init__(self, feed: FeedHandle, execution: int, work: Work) -> None:
@@ -156,7 +156,7 @@ class Answering:
 
 
 def _leave_with(feed: FeedHandle, execution: int) -> None:
-    """End this process when its execution is broken off, whatever Ray still has for it to do."""
+    """End this process when its execution is replaced, whatever Ray has left for it to do."""
     with contextlib.suppress(RayError):  # the job is over: Ray Data ends its actors
         ray.get(feed.leave.remote(execution))
         os._exit(1)
@@ -167,5 +167,5 @@ def _open_engine(work: Work) -> Engine:
         raise EngineError(f"no engine at {work.engine}: its folder must be on storage that every node sees")
     found = {name: facts.version for name, facts in facts_of(EngineFolder(work.engine), list(work.known)).items()}
     if found != {name: facts.version for name, facts in work.known.items()}:
-        raise EngineError(f"the engine at {work.engine} is another one than where the job was started")
+        raise EngineError(f"the engine at {work.engine} differs from the one on the machine that started the job")
     return Engine(work.engine, **asdict(work.options), tasks=list(work.known))

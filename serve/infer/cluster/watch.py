@@ -1,4 +1,4 @@
-"""Lost nodes, and whether what ran there has found another place."""
+"""Detection of lost nodes, and of work that cannot be placed on other nodes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from prompttune.serve.infer.cluster.settings import Booking
 log = logging.getLogger(__name__)
 
 LOOK_S = 1.0
-"""Between two looks at the nodes."""
+"""Seconds between two checks of the nodes."""
 STALLED_S = 30.0
-"""Without an answer, after a node was lost: then what ran there has found no other place."""
+"""Seconds without an answer after a node was lost; work that takes longer counts as stuck."""
 
 
 class Watch:
-    """Breaks an execution off that a lost node has brought to a stand, where other nodes have room for a new one.
+    """Ends an execution that is stuck because of a lost node, if other nodes have room for a new one.
 
     Args:
-        feed: what the execution takes from.
-        execution: its number.
-        booking: what an engine takes.
-        answered: how many chunks are.
+        feed: the execution's feed.
+        execution: number of the execution.
+        booking: resources of an engine.
+        answered: returns the number of answered chunks.
     """
 
     def __init__(self, feed: FeedHandle, execution: int, booking: Booking, answered: Callable[[], int]) -> None:
@@ -37,12 +37,12 @@ class Watch:
         self._nodes = alive_nodes()
         self._ended = threading.Event()
         self.broken_off = False
-        """Whether it has done so."""
+        """Whether the execution was ended."""
         self._thread = threading.Thread(target=self._look, name="infer-ray-nodes", daemon=True)
         self._thread.start()
 
     def end(self) -> None:
-        """Look no longer."""
+        """Stop watching."""
         self._ended.set()
         self._thread.join()
 
@@ -58,5 +58,5 @@ class Watch:
                     self._feed.begin.remote(self._execution + 1)
                     return
                 if not told:
-                    log.warning("a node was lost, and no other has room for an engine: waiting for one")
+                    log.warning("a node was lost, and no other node has room for an engine: waiting for a node")
                     told = True

@@ -1,1 +1,1 @@
-"""Where rows go."""
+"""Sinks: destinations of the rows."""

@@ -1,4 +1,4 @@
-"""What sinks share: a file that only grows and can be cut back, inputs taken whole, folders on the disk."""
+"""Shared parts of the sinks: append-only files that can be cut back, inputs written whole, folders on the disk."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from prompttune.errors import DataError
 from prompttune.files import sync_folder
 
 BUFFER_BYTES = 2**20
-"""Held in memory at most between two writes."""
+"""Largest number of bytes held in memory between two writes."""
 
 
 PARTS = "parts written"
-"""Key in what :meth:`Sink.commit` gives: each :class:`Part` that came since the last commit."""
+"""Key in the result of :meth:`Sink.commit`: each :class:`Part` written since the last commit."""
 
 
 class Part(NamedTuple):
-    """What was written to a file, by which a later run can tell that it is still there."""
+    """A written part of a file, from which a later run can tell that the part is still there."""
 
     path: str
     start: int
     end: int
     digest: str
-    """Hex sha256 of the bytes between."""
+    """Hex sha256 of the part's bytes."""
     grows: bool = True
-    """More may follow; otherwise this is all of the file."""
+    """Whether more may follow; False if the part is the whole file."""
     passing: bool = False
-    """The file is there for a while only, and a sink knows what took its place."""
+    """Whether the file is temporary; its sink knows what replaces it."""
 
 
 class AppendedFile:
-    """Whole lines at the end of a file.
+    """A file to which whole lines are appended.
 
-    It is opened for each write and holds no descriptor, so thousands can be in use. A write begins at the size that
-    earlier writes are known to have reached: what a full disk cut short is written again by the next one.
+    It is opened for each write and keeps no descriptor, so thousands can be in use. Each write starts at the size that
+    earlier writes are known to have reached, so the next write repeats what a full disk cut short.
 
     Args:
-        path: the file; its folder is made.
-        kept: bytes of it to go on from, the rest is cut off; None begins an empty file.
-        buffer: bytes to hold in memory at most.
+        path: the file; its folder is created.
+        kept: number of bytes to keep, the rest is cut off; None starts an empty file.
+        buffer: largest number of bytes to hold in memory.
         passing: see :class:`Part`.
 
     Raises:
-        DataError: the file is not what it was when ``kept`` bytes of it were written.
-        OSError: it cannot be written.
+        DataError: the file was changed after its first ``kept`` bytes were written.
+        OSError: the file cannot be written.
     """
 
     def __init__(self, path: Path, kept: int | None = None, buffer: int = BUFFER_BYTES, passing: bool = False) -> None:
@@ -70,18 +70,18 @@ class AppendedFile:
 
     @property
     def size(self) -> int:
-        """Bytes, those in memory included."""
+        """Size in bytes, including those in memory."""
         return self._written + self._held
 
     def append(self, line: bytes) -> None:
-        """Take a line, its end included."""
+        """Add a line, which must include its line end."""
         self._waiting.append(line)
         self._held += len(line)
         if self._held >= self._limit:
             self.flush()
 
     def flush(self) -> None:
-        """Give what is held to the system."""
+        """Pass the buffered lines to the operating system."""
         if not self._held:
             return
         data = b"".join(self._waiting)
@@ -94,7 +94,7 @@ class AppendedFile:
         self._synced = False
 
     def sync(self) -> int:
-        """Bring everything to the disk; the size to go on from."""
+        """Write everything to the disk; return the size to resume from."""
         self.flush()
         if not self._synced:
             with self.path.open("r+b") as stream:
@@ -108,7 +108,7 @@ class AppendedFile:
         return self._written
 
     def new_parts(self) -> list[Part]:
-        """What :meth:`sync` has brought to the disk, each part once."""
+        """Parts that :meth:`sync` has written to the disk, each returned once."""
         parts, self._parts = self._parts, []
         return parts
 
@@ -125,16 +125,16 @@ def _cut(path: Path, kept: int) -> None:
     except FileNotFoundError:
         raise gone(path) from None
     raise DataError(
-        f"{path} was changed after the interrupted run wrote {kept} bytes of it, so that it cannot go on: "
+        f"{path} was changed after the interrupted run wrote {kept} bytes of it and cannot be resumed: "
         "begin again with --overwrite"
     )
 
 
 class Taking:
-    """Watches that each input is taken whole: ``with`` it.
+    """A context that detects inputs of which only some rows were written.
 
-    Whoever commits after an error in the middle of an input would record some of its rows, and write them once more
-    when the run goes on.
+    A commit after an error in the middle of an input would record some of its rows, and a resumed run would write them
+    once more.
     """
 
     def __init__(self, path: Path) -> None:
@@ -142,26 +142,26 @@ class Taking:
         self._halfway = False
 
     def __enter__(self) -> None:
-        """An input begins."""
+        """Start an input."""
         self.check()
         self._halfway = True
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """It has been taken, unless there was an error."""
+        """End the input, unless there was an error."""
         self._halfway = kind is not None
 
     def check(self) -> None:
-        """Make sure that no input was taken by halves.
+        """Check that every input was written whole.
 
         Raises:
-            DataError: one was.
+            DataError: an input was written in part.
         """
         if self._halfway:
-            raise DataError(f"{self._path} was stopped in the middle of an input: go on with --resume")
+            raise DataError(f"{self._path} was stopped in the middle of an input: run again with --resume")
 
 
 def part_digest(stream: BinaryIO, start: int, end: int) -> str:
-    """Hex sha256 of the bytes of an open file between two places."""
+    """Hex sha256 of an open file's bytes between two positions."""
     digest = hashlib.sha256()
     stream.seek(start)
     while start < end and (block := stream.read(min(BUFFER_BYTES, end - start))):
@@ -171,19 +171,19 @@ def part_digest(stream: BinaryIO, start: int, end: int) -> str:
 
 
 def whole_file(path: Path) -> Part:
-    """The part that is all of a finished file."""
+    """The part that covers a whole finished file."""
     with path.open("rb") as stream:
         end = stream.seek(0, os.SEEK_END)
         return Part(str(path), 0, end, part_digest(stream, 0, end), grows=False)
 
 
 def gone(path: Path) -> DataError:
-    """The error of a file that the interrupted run wrote and that is not there any more."""
-    return DataError(f"{path} is gone, so that there is nothing to go on from: begin again with --overwrite")
+    """Error for a missing file that the interrupted run has written."""
+    return DataError(f"{path} is gone, so the run cannot be resumed: begin again with --overwrite")
 
 
 def committed_lines(path: Path, size: int) -> Iterator[bytes]:
-    """The lines of the first ``size`` bytes."""
+    """The lines in the first ``size`` bytes."""
     left = size
     with path.open("rb") as stream:
         while left > 0 and (line := stream.readline()):
@@ -192,10 +192,10 @@ def committed_lines(path: Path, size: int) -> Iterator[bytes]:
 
 
 def state_number(state: Mapping[str, Any], name: str) -> int:
-    """A count out of a recorded state.
+    """A count from a recorded state.
 
     Raises:
-        DataError: there is none.
+        DataError: the state does not hold the count.
     """
     value = state.get(name)
     if not isinstance(value, int) or value < 0:

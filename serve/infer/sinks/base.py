@@ -1,4 +1,4 @@
-"""What inference writes to."""
+"""Interface of the sinks."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from prompttune.serve.infer.rows import Answer, Row
 
 
 class Sink(Protocol):
-    """Takes answers in order. What is committed stays; the rest may be lost by a crash and is written again."""
+    """Takes answers in order. Committed rows stay; a crash may lose the others, which are then written again."""
 
     @property
     def picture_side(self) -> int | None:
-        """Longest side of the pictures that it wants, in pixels; 0 for whole images, None for no pictures."""
+        """Longest side in pixels of the pictures that it needs; 0 for whole images, None for no pictures."""
 
     def write(self, answer: Answer) -> None:
-        """Take the rows of one input.
+        """Write the rows of one input.
 
         Raises:
-            OSError: as the file system or the pipe gives it.
+            OSError: the file system or the pipe reports an error.
         """
 
     def commit(self) -> Mapping[str, Any]:
-        """Bring everything taken so far to the disk.
+        """Write everything taken so far to the disk.
 
         Returns:
-            Plain values from which a sink of the same kind goes on as if nothing had come between; empty where a
-            sink cannot. Beside them, under :data:`~prompttune.serve.infer.sinks.appended.PARTS`, what came to its
+            Plain values from which a new sink of the same kind continues without a difference; empty for a sink that
+            cannot be resumed. Under :data:`~prompttune.serve.infer.sinks.appended.PARTS` they list the parts written to
             files since the last commit.
         """
 
     def finish(self) -> None:
-        """The last answer has been taken: write what is still held back, completely."""
+        """Write what is still held back, after the last answer."""
 
     def close(self) -> None:
-        """Let go of files, whether finished or not; may be called twice."""
+        """Release files, whether finished or not; a second call is allowed."""
 
 
 class Resumable(Sink, Protocol):
-    """A sink whose rows can be read again and which goes on where a commit left it."""
+    """A sink whose rows can be read again and which can resume from a commit."""
 
     def rows(self) -> Iterator[Row]:
-        """Every committed row: of a task in order, but one task's may come before another's."""
+        """Every committed row. The rows of a task are in order; the rows of different tasks may be in any order."""

@@ -1,4 +1,4 @@
-"""Answers drawn into their pictures."""
+"""Answers drawn into pictures."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from prompttune.serve.infer.rows import Row
 
 INK = (255, 255, 255)
 ERROR_INK = (255, 150, 140)
-"""Of errors: bright, since the ground is dark."""
+"""Text colour of errors: bright on the dark panel."""
 SMALLEST_TEXT = 11
-"""Height of letters in pixels below which they cannot be read."""
+"""Smallest readable height of letters, in pixels."""
 _TEXTS_IN_HEIGHT = 24
 _LONGEST_TEXT = 1000
-"""Letters of a text that are looked at; no line holds so many."""
+"""Number of letters of a text to consider; a line cannot hold more."""
 _PANEL = (0, 0, 0)
 _PANEL_OPACITY = 0.75
 _LONGEST_TASK = 0.4
-"""Share of a line that a task's name may take from the label."""
+"""Largest share of a line for a task's name, so that the label has room."""
 
 
 def shortened(text: str, face: Face, width: float) -> str:
-    """The text on one line, with … for its end where it is wider than ``width`` pixels; ``""`` if nothing fits."""
+    """The text on one line, cut with … if it is wider than ``width`` pixels; ``""`` if nothing fits."""
     letters = (letter if letter.isprintable() or letter in JOINERS else " " for letter in text[:_LONGEST_TEXT])
     text = " ".join("".join(letters).split())
     if face.getlength(text) <= width:
@@ -41,7 +41,7 @@ def shortened(text: str, face: Face, width: float) -> str:
 
 
 def wrapped(text: str, face: Face, width: float, lines: int) -> list[str]:
-    """The text broken between words into at most ``lines`` lines of ``width`` pixels, shortened where it is longer."""
+    """The text wrapped into at most ``lines`` lines of ``width`` pixels; too long lines are shortened."""
     found: list[str] = []
     line = ""
     words = text[:_LONGEST_TEXT].split()
@@ -59,13 +59,13 @@ def wrapped(text: str, face: Face, width: float, lines: int) -> list[str]:
 def caption(row: Row, face: Face, width: float, named: bool = True) -> str:
     """A row on one line of ``width`` pixels: task, label and probability, or task and error.
 
-    What is too long is shortened in the label, so that the probability stays.
+    A label that is too long is shortened, so that the probability stays.
 
     Args:
         row: the answer.
         face: the font.
-        width: of the line, in pixels.
-        named: whether to begin with the task's name.
+        width: width of the line, in pixels.
+        named: whether to start with the task's name.
     """
     before = f"{shortened(row.task, face, width * _LONGEST_TASK)}: " if named else ""
     after = "" if row.probability is None else f" {100 * row.probability:.1f} %"
@@ -78,12 +78,12 @@ def caption(row: Row, face: Face, width: float, named: bool = True) -> str:
 def annotate(picture: Image.Image, rows: Sequence[Row], *, size: int | None = None) -> Image.Image:
     """A copy of a picture with a line for each row, on a dark panel in its upper left corner.
 
-    Rows for which there is no room are counted in the last line.
+    The last line counts the rows that do not fit.
 
     Args:
-        picture: RGB; any size, though below some 60 pixels there is little to read.
+        picture: RGB picture of any size; below some 60 pixels the text is hardly readable.
         rows: answers for the picture.
-        size: height of the letters in pixels; None takes it from the picture's height.
+        size: height of the letters in pixels; None derives it from the picture's height.
     """
     drawn = picture.copy()
     size = size or max(SMALLEST_TEXT, min(drawn.size) // _TEXTS_IN_HEIGHT)
@@ -108,7 +108,7 @@ def annotate(picture: Image.Image, rows: Sequence[Row], *, size: int | None = No
 
 
 def contained(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """The picture no larger than ``width`` x ``height`` pixels, its shape kept; a small one stays as it is."""
+    """The picture scaled to fit ``width`` x ``height`` pixels, its aspect ratio kept; a smaller one is unchanged."""
     scale = min(width / picture.width, height / picture.height)
     if scale >= 1:
         return picture
@@ -117,7 +117,7 @@ def contained(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def centred(picture: Image.Image, width: int, height: int, ground: tuple[int, int, int]) -> Image.Image:
-    """The picture in the middle of one of ``width`` x ``height`` pixels, filled with ``ground`` around it."""
+    """The picture centred on a ground of ``width`` x ``height`` pixels in the colour ``ground``."""
     canvas = Image.new("RGB", (width, height), ground)
     canvas.paste(picture, ((width - picture.width) // 2, (height - picture.height) // 2))
     return canvas

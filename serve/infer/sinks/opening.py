@@ -1,4 +1,4 @@
-"""From what ``--output`` names to sinks: what kind each is, and what is in the way."""
+"""From the names in ``--output`` to sinks: the kind of each output, and what already exists at its path."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KNOWN = (
     "a folder of Parquet files (its name ends in / or .parquet), .mp4, .mov, .mkv, .avi or .webm (annotated video), "
     ".png, .jpg or .jpeg (contact sheets)"
 )
-"""For messages and help."""
+"""List of outputs for messages and help texts."""
 _OURS = {"source", "task", "task_version"}
 
 State = Mapping[str, Any]
@@ -40,16 +40,16 @@ class _Settings:
 
 @dataclass(frozen=True)
 class _Kind:
-    """A kind of file output. Libraries that it needs are imported by its functions."""
+    """A kind of file output. Its functions import the libraries that it needs."""
 
     suffixes: tuple[str, ...]
     open: Callable[[Path, _Settings, State | None], Sink]
     foreign: Callable[[Path], Path | None]
-    """A file at the path, or below it, that is none of ours."""
+    """Finds a file at or below the path that prompttune did not write."""
     clear: Callable[[Path], None]
-    """Remove what an earlier run wrote and what a new one would not replace."""
+    """Removes files of an earlier run that a new run would not replace."""
     standing: Callable[[Path], bool] = os.path.lexists
-    """Whether there is something at the path already."""
+    """Tells whether something exists at the path."""
     resumable: bool = True
 
 
@@ -140,7 +140,7 @@ def _open_overlays(path: Path, settings: _Settings, state: State | None) -> Sink
 
 
 def _nothing(path: Path) -> None:
-    """A file is emptied when it is opened."""
+    """Do nothing: opening the file empties it."""
 
 
 _FOLDER = _Kind((".parquet",), _open_parquet, _foreign_in_folder, _clear_folder, _has_entries)
@@ -183,20 +183,21 @@ def _kind(output: str) -> _Kind:
 def check_outputs(
     outputs: Sequence[str], *, overwrite: bool = False, resume: bool = False, segments: bool = False
 ) -> None:
-    """Refuse outputs that cannot be written; nothing is touched.
+    """Refuse outputs that cannot be written; no file is changed.
 
     Args:
         outputs: see :func:`open_sinks`.
-        overwrite: what an earlier run wrote may be replaced.
-        resume: what is there is to be gone on with.
-        segments: the tasks are segmentations.
+        overwrite: whether files of an earlier run may be replaced.
+        resume: whether to resume from existing outputs.
+        segments: whether the tasks are segmentations.
 
     Raises:
-        UsageError: of an unknown kind, named twice, in the way of each other, there already, not ours, not resumable.
-        MissingExtraError: what reads an output to be replaced is not installed.
+        UsageError: an output is of an unknown kind, is given twice, lies in another one, exists already, was not
+            written by prompttune, or cannot be resumed.
+        MissingExtraError: the library that reads an output to be replaced is not installed.
     """
     if sum(output in STANDARD_OUTPUTS for output in outputs) > 1:
-        raise UsageError("two outputs are the standard output: leave one out")
+        raise UsageError("standard output is given twice: leave one out")
     if segments and "csv:-" in outputs:
         raise UsageError(f"a segmentation cannot be written to 'csv:-'; known: {KNOWN_OF_SEGMENTATION}")
     files = [output for output in outputs if output not in STANDARD_OUTPUTS]
@@ -210,19 +211,19 @@ def check_outputs(
             what = "Parquet files" if kind is _FOLDER else "overlays"
             raise UsageError(f"{output} is a file: {what} are written into a folder; choose another name")
         if resume and not kind.resumable:
-            raise UsageError(f"{output} cannot be gone on with: a video is made in one run; give --overwrite")
+            raise UsageError(f"{output} cannot be resumed: a video is made in one run; give --overwrite")
         if resume or not kind.standing(path):
             continue
         if not overwrite:
-            raise UsageError(f"{output} exists: choose another output, give --overwrite, or --resume to go on")
+            raise UsageError(f"{output} exists: choose another output, or give --overwrite or --resume")
         _check_ours(path, kind)
 
 
 def check_unfinished(outputs: Sequence[str], states: Sequence[State]) -> None:
-    """Refuse an output that was finished and cannot take further inputs; nothing is touched.
+    """Refuse a finished output that cannot take further inputs; no file is changed.
 
     Raises:
-        UsageError: a contact sheet in JPEG, whose last page would lose detail each time.
+        UsageError: the output is a contact sheet in JPEG, whose last page would lose detail each time.
     """
     for output, state in zip(outputs, states, strict=False):
         path = Path(output)
@@ -269,19 +270,19 @@ def open_sinks(
     """Open a sink for each output.
 
     Args:
-        outputs: by their names: :data:`KNOWN`.
+        outputs: names of the outputs, see :data:`KNOWN`.
         labelled: whether there are true labels.
-        overwrite: replace what an earlier run wrote; files of others are never replaced.
-        states: of the sinks at the last recorded commit, in the order of ``outputs``, to go on from; empty where an
-            interrupted run recorded none, which begins again over what it left. None for a new run.
+        overwrite: whether to replace files of an earlier run; other files are never replaced.
+        states: states of the sinks at the last recorded commit, in the order of ``outputs``, to resume from; empty if
+            an interrupted run recorded none, which then starts again over its own files. None for a new run.
         stdout: the standard output.
-        rate: of a video, for inputs without timestamps.
-        tasks: what is known of the tasks, where they are segmentations; None where they are not.
-        csv_bom: begin CSV with a byte order mark.
+        rate: frames per second of a video, for inputs without timestamps.
+        tasks: facts about the tasks if they are segmentations, else None.
+        csv_bom: whether CSV starts with a byte order mark.
 
     Raises:
         UsageError: see :func:`check_outputs`; or an output cannot be opened.
-        DataError: an output is not what it was at that commit.
+        DataError: an output was changed after that commit.
         MissingExtraError: a library that an output needs is not installed.
     """
     resume = bool(states)

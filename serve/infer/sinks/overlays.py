@@ -1,4 +1,4 @@
-"""A folder of overlays: each picture with its classes as colours, its mask, and a legend a task."""
+"""A folder of overlays: each picture with its classes in colours, its mask, and a legend per task."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from prompttune.serve.infer.work import TaskFacts
 from prompttune.serve.masks import Mask, mask_of_image, palette
 
 MARK = "prompttune overlay"
-"""In the metadata of every picture, so that no other one is taken for it."""
+"""Marker in the metadata of every picture, which tells overlays from other pictures."""
 OPACITY = 0.5
-"""Of the colours on the picture."""
+"""Opacity of the colours over the picture."""
 _TEXT, _STEP, _MARGIN, _SWATCH, _WIDTH = 14, 22, 8, 16, 280
 _PAPER, _INK = (255, 255, 255), (20, 20, 20)
 _LEGENDS = re.compile(r"legend-.+\.json")
@@ -32,7 +32,7 @@ _LONGEST_NAME = 80
 
 
 def is_overlay(file: Path) -> bool:
-    """Whether a file is one of an earlier run's."""
+    """Whether an earlier run wrote the file."""
     if _LEGENDS.fullmatch(file.name):
         return True
     try:
@@ -43,24 +43,24 @@ def is_overlay(file: Path) -> bool:
 
 
 def foreign_file(folder: Path) -> Path | None:
-    """A file in the folder that no earlier run wrote."""
+    """A file in the folder that prompttune did not write."""
     return next((file for file in sorted(Path(one.path) for one in visible(folder)) if not is_overlay(file)), None)
 
 
 def clear(folder: Path) -> None:
-    """Remove what an earlier run wrote."""
+    """Remove the files of an earlier run."""
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         if is_overlay(file):
             file.unlink()
 
 
 def overlaid(picture: Image.Image, mask: Mask, classes: int) -> Image.Image:
-    """A copy of an RGB picture with its mask's colours over it; pixels without a class stay as they are.
+    """A copy of an RGB picture with its mask's colours over it; pixels without a class are unchanged.
 
     Args:
-        picture: of any size.
+        picture: RGB picture of any size.
         mask: class index of each of its pixels, [height, width].
-        classes: of the task.
+        classes: number of the task's classes.
     """
     pixels = np.asarray(picture, dtype=np.float32)
     known = mask != IGNORE_INDEX
@@ -70,7 +70,7 @@ def overlaid(picture: Image.Image, mask: Mask, classes: int) -> Image.Image:
 
 
 def indexed_picture(mask: Mask, classes: int) -> Image.Image:
-    """A mask as a picture whose pixels are class indices, with the palette's colours for whoever looks at it."""
+    """A mask as a picture whose pixels are class indices, with a palette so that viewers show its colours."""
     picture = Image.fromarray(mask).convert("P")
     picture.putdata(mask.ravel().tolist())
     colours = np.zeros((IGNORE_INDEX + 1, 3), dtype=np.uint8)
@@ -80,7 +80,7 @@ def indexed_picture(mask: Mask, classes: int) -> Image.Image:
 
 
 def legend(labels: tuple[str, ...]) -> Image.Image:
-    """The colour and the name of each class, one below the other."""
+    """The colours and names of the classes, one below the other."""
     picture = Image.new("RGB", (_WIDTH, 2 * _MARGIN + _STEP * len(labels)), _PAPER)
     draw, face = ImageDraw.Draw(picture), Face(_TEXT)
     for index, (label, colour) in enumerate(zip(labels, palette(len(labels)).tolist(), strict=True)):
@@ -92,18 +92,19 @@ def legend(labels: tuple[str, ...]) -> Image.Image:
 
 
 class OverlayFolder:
-    """``000017-street.png`` and ``000017-street.mask.png`` for input 17; with several tasks each names its own.
+    """Writes ``000017-street.png`` and ``000017-street.mask.png`` for input 17; with several tasks, names include the
+    task.
 
-    Both have the picture's size. An input without an answer has no file and keeps its number. ``legend-TASK.png`` and
-    ``legend-TASK.json`` say which colour and which index is which class.
+    Both have the picture's size. An input without an answer keeps its number but has no file. ``legend-TASK.png`` and
+    ``legend-TASK.json`` list the colour and the index of each class.
 
     Args:
         path: the folder.
-        tasks: what is known of the tasks that may answer.
-        state: of an earlier :meth:`commit`, to go on from; None begins anew.
+        tasks: facts about the tasks that may answer.
+        state: an earlier :meth:`commit` to resume from; None starts anew.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: a file cannot be written.
     """
 
     def __init__(self, path: Path, tasks: Mapping[str, TaskFacts], state: Mapping[str, Any] | None) -> None:
@@ -153,12 +154,12 @@ class OverlayFolder:
         self._files.append(whole_file(self._path / name))
 
     def commit(self) -> Mapping[str, Any]:
-        """The number of inputs: each file is on the disk already, and is written again under the same name."""
+        """The number of inputs. Each file is already on the disk, and is written again under the same name."""
         files, self._files = self._files, []
         return {"inputs": self._inputs, PARTS: files}
 
     def finish(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: every file is written at once."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""

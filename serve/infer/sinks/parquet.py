@@ -1,4 +1,4 @@
-"""Rows as Parquet files, in a folder for each task as Hive lays them out."""
+"""Rows as Parquet files, in one folder per task (Hive's layout)."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 
 ROWS_PER_FILE = 100_000
 ROWS_PER_GROUP = 10_000
-"""Rows of a row group: what is in memory while a file is written."""
+"""Rows in a row group, which is the part in memory while a file is written."""
 OTHER = "__other__"
-"""Partition of unknown tasks whose names can be no folder's, or of which there are too many."""
+"""Partition of unknown tasks, if their names cannot be folder names or there are too many of them."""
 MOST_PARTITIONS = 1000
-"""Beyond so many, a task that the engine does not have gets no partition of its own."""
+"""Number of partitions beyond which tasks unknown to the engine do not get their own."""
 _LONGEST_NAME = 200
 _SPOOL_BUFFER = 2**16
 
@@ -60,11 +60,11 @@ COLUMN_TYPES = {
     "target": "string",
     "target_probability": "float64",
 }
-"""Arrow types of the columns in a file. ``task`` is the partition's: ``task=<name>`` in the path, not in the file."""
+"""Arrow types of the columns in a file. ``task`` is not in the file but in the path: ``task=<name>``."""
 
 
 def arrow_schema(labelled: bool) -> pa.Schema:
-    """The schema of every file: the columns of :data:`COLUMN_TYPES`, the last two only where there are labels."""
+    """The schema of every file: the columns of :data:`COLUMN_TYPES`; the last two only if there are labels."""
     arrow = pyarrow()
     score = arrow.struct([("label", arrow.string()), ("probability", arrow.float64())])
     plain = {"string": arrow.string(), "int64": arrow.int64(), "float64": arrow.float64()}
@@ -73,29 +73,29 @@ def arrow_schema(labelled: bool) -> pa.Schema:
 
 
 def partition(task: str) -> str:
-    """The name of a task's folder without ``task=``: quoted as in an address, which is Hive's way."""
+    """Name of a task's folder without ``task=``, percent-encoded as Hive does it."""
     return quote(escaped(task), safe="")
 
 
 class ParquetParts:
-    """A folder of ``task=<name>/part-00000.parquet`` and so on, each with ``rows_per_file`` rows but for the last.
+    """A folder of ``task=<name>/part-00000.parquet`` and so on, each with ``rows_per_file`` rows except the last.
 
-    Which rows a file has depends on the rows alone, not on when they came: until there are enough of a task they
-    wait as JSON lines in :data:`SPOOL`, and a file appears only when it is whole. What a spool had is in the file
-    that took its place, so a state of any earlier commit can be gone on from.
+    The rows of a file depend on the rows only, not on their arrival times: until a task has enough of them they wait as
+    JSON lines in :data:`SPOOL`, and a file appears only when it is complete. A file keeps the rows of the spool that it
+    replaces, so a run can resume from any earlier commit.
 
-    A character that UTF-8 cannot hold, from a file name that is no Unicode, is written as an escape (``\\udcff``).
+    A character that UTF-8 cannot hold, from a file name that is not valid Unicode, is escaped (``\\udcff``).
 
     Args:
-        folder: where to write; it is made. Without a state nothing of this kind should be in it.
+        folder: output folder, which is created. Without a state it must not hold files of this kind.
         labelled: whether there are true labels.
-        state: of an earlier :meth:`commit`, to go on from; None begins anew.
-        rows_per_file: rows of a task in one file; a state brings its own.
+        state: an earlier :meth:`commit` to resume from; None starts anew.
+        rows_per_file: number of a task's rows in one file; a state has its own number.
 
     Raises:
         MissingExtraError: pyarrow is not installed.
-        DataError: the folder is not what it was at that commit.
-        OSError: it cannot be written.
+        DataError: the folder was changed after that commit.
+        OSError: a file cannot be written.
     """
 
     picture_side: int | None = None
@@ -118,7 +118,7 @@ class ParquetParts:
         self._committed = self._state()
 
     def _remove_beyond(self) -> None:
-        """Remove what was written after the commit; the rows come again."""
+        """Remove what was written after the commit; the rows will be written again."""
         kept = {part_file(self._folder, name, n) for name, task in self._tasks.items() for n in range(task.parts)}
         kept |= {task.spool.path for task in self._tasks.values() if task.spool is not None}
         for file in written_files(self._folder):
@@ -126,7 +126,7 @@ class ParquetParts:
                 file.unlink()
 
     def write(self, answer: Answer) -> None:
-        """Take the rows of one input."""
+        """Write the rows of one input."""
         with self._taking:
             for row in answer.rows:
                 self._add(row)
@@ -150,10 +150,10 @@ class ParquetParts:
         return name if fits else OTHER
 
     def commit(self) -> Mapping[str, Any]:
-        """Bring the rows to the disk; the number of files and what waits in the spool, for each task.
+        """Write the rows to the disk; return each task's number of files and of rows in the spool.
 
         Raises:
-            DataError: an error came in the middle of an input.
+            DataError: an error occurred in the middle of an input.
         """
         self._taking.check()
         parts = [part for task in self._tasks.values() for part in task.sync()]
@@ -165,7 +165,7 @@ class ParquetParts:
         return {"rows_per_file": self._rows_per_file, "tasks": tasks}
 
     def finish(self) -> None:
-        """Write the rows that fill no file, and remove the spool."""
+        """Write the last, smaller files and remove the spool."""
         self._taking.check()
         for task in self._tasks.values():
             if task.rows:
@@ -174,10 +174,10 @@ class ParquetParts:
         self._committed = self._state()
 
     def close(self) -> None:
-        """Nothing is open between two writes."""
+        """Do nothing: no file is open between two writes."""
 
     def rows(self) -> Iterator[Row]:
-        """Every committed row: task after task, those of a task in order."""
+        """Every committed row: task after task, the rows of each task in order."""
         committed = dict(self._committed["tasks"])
         for name, state in committed.items():
             for number in range(state["parts"]):
@@ -186,7 +186,7 @@ class ParquetParts:
 
 
 class _Task:
-    """The rows of one task: whole files, and a spool named after the file that it will be."""
+    """The rows of one task: complete files, and a spool named after the next file."""
 
     def __init__(self, folder: Path, name: str, schema: pa.Schema, state: Mapping[str, Any] | None = None) -> None:
         self._folder = folder
@@ -207,7 +207,7 @@ class _Task:
         if self.rows == 0:
             return
         spool, part = self._spool_file(), part_file(self._folder, self._name, self.parts)
-        if not spool.exists() and part.exists():  # it became that file after the commit
+        if not spool.exists() and part.exists():  # it was turned into that file after the commit
             labelled = "target" in self._schema.names
             make_folder(spool.parent)
             with replacing(spool) as temporary, temporary.open("wb") as stream:
@@ -219,7 +219,7 @@ class _Task:
         return spool_file(self._folder, self._name, self.parts)
 
     def add(self, line: bytes) -> None:
-        """Take a row."""
+        """Add a row."""
         if self.spool is None:
             make_folder(self._spool_file().parent)
             self.spool = AppendedFile(self._spool_file(), buffer=_SPOOL_BUFFER, passing=True)
@@ -227,7 +227,7 @@ class _Task:
         self.rows += 1
 
     def sync(self) -> list[Part]:
-        """Bring the spool to the disk; what is new since the last time."""
+        """Write the spool to the disk; return the parts written since the last call."""
         files, self._files = self._files, []
         if self.spool is not None:
             self.spool.sync()
@@ -235,11 +235,11 @@ class _Task:
         return files
 
     def state(self) -> dict[str, int]:
-        """What to go on from."""
+        """State to resume from."""
         return {"parts": self.parts, "rows": self.rows, "bytes": 0 if self.spool is None else self.spool.size}
 
     def complete(self) -> None:
-        """Make a file of the spool."""
+        """Turn the spool into a Parquet file."""
         assert self.spool is not None
         self.spool.flush()
         path = part_file(self._folder, self._name, self.parts)
@@ -281,7 +281,7 @@ def _rows_of(path: Path, name: str) -> Iterator[Row]:
 
 
 def _waiting_rows(folder: Path, name: str, state: Mapping[str, int]) -> Iterator[Row]:
-    """Rows of the file that was not whole at the commit, from the spool or from what it became."""
+    """Rows of the incomplete file at the commit, from its spool or from the file that replaced it."""
     spool = spool_file(folder, name, state["parts"])
     if state["rows"] and spool.exists():
         yield from _rows(map(json.loads, committed_lines(spool, state["bytes"])), name)

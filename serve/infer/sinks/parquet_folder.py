@@ -1,4 +1,4 @@
-"""The files that a folder of Parquet files has: which are ours, and where each stands."""
+"""Files in a folder of Parquet files: which ones prompttune wrote, and their paths."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from prompttune.files import LOCK_FILE, sync_folder
 from prompttune.serve.infer import libraries
 
 SPOOL = ".spool"
-"""Folder of the rows that fill no file yet; hidden, so that readers of the folder pass over it."""
-# what a crash leaves of a file that was being written has a dot before its name and a suffix behind it
+"""Folder of rows whose file is incomplete; it is hidden, so that readers of the folder skip it."""
+# A crash may leave an unfinished file; its name starts with a dot and has a suffix.
 _OURS = re.compile(
     r"task=[^/]*/(part-\d{5,}\.parquet|\.part-\d{5,}\.parquet\.\w+)"
     rf"|{re.escape(SPOOL)}/task=[^/]*/(\d{{5,}}\.jsonl|\.\d{{5,}}\.jsonl\.\w+)"
@@ -24,24 +24,24 @@ pyarrow = partial(libraries.pyarrow, "or write a .jsonl or .csv file")
 
 
 def part_file(folder: Path, name: str, number: int) -> Path:
-    """The file ``number`` of a task, by the name of its partition."""
+    """Path of a task's file ``number``; ``name`` is that of its partition."""
     return folder / f"task={name}" / f"part-{number:05}.parquet"
 
 
 def spool_file(folder: Path, name: str, number: int) -> Path:
-    """Where the rows of that file wait."""
+    """Path of the spool of that file."""
     return folder / SPOOL / f"task={name}" / f"{number:05}.jsonl"
 
 
 def written_files(folder: Path) -> Iterator[Path]:
-    """Every file below a folder that has the name and the place of one of ours, unfinished ones included."""
+    """Every file below a folder with the name and place of a file that prompttune writes, unfinished ones included."""
     for file in sorted(folder.glob("*/*.parquet*")) + sorted(folder.glob(f"{SPOOL}/*/*")):
         if _OURS.fullmatch(file.relative_to(folder).as_posix()):
             yield file
 
 
 def foreign_file(folder: Path) -> Path | None:
-    """A file below a folder that was not written here, by its name, its place and its columns."""
+    """A file below a folder that prompttune did not write, by its name, its place and its columns."""
     arrow = pyarrow()
     ours = {*written_files(folder), folder / LOCK_FILE}
     for file in sorted(one for one in folder.rglob("*") if not one.is_dir()):
@@ -58,7 +58,7 @@ def foreign_file(folder: Path) -> Path | None:
 
 
 def clear(folder: Path) -> None:
-    """Remove what was written here, and the folders that this leaves empty; not the folder itself."""
+    """Remove the files that prompttune wrote, and the subfolders that become empty."""
     for file in list(written_files(folder)):
         file.unlink()
     for one in [*folder.glob("task=*"), *folder.glob(f"{SPOOL}/task=*"), folder / SPOOL]:
@@ -67,7 +67,7 @@ def clear(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """A folder that is still there after a power failure."""
+    """Create a folder that survives a power failure."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)

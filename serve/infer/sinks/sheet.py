@@ -20,9 +20,9 @@ from prompttune.serve.infer.sinks.appended import PARTS, Part, Taking, gone, sta
 from prompttune.serve.infer.sinks.drawing import caption, centred, contained, shortened, wrapped
 
 MARK = "prompttune contact sheet"
-"""In the metadata of every page, so that no other picture is taken for one."""
+"""Marker in the metadata of every page, which tells pages from other pictures."""
 CAPTION_LINES = 3
-"""Below a thumbnail: its name, and two answers."""
+"""Number of lines below a thumbnail: its name and two answers."""
 JPEG_QUALITY = 90
 _TEXT, _STEP, _MARGIN = 12, 15, 6
 _PAPER, _INK, _ERROR_INK = (255, 255, 255), (20, 20, 20), (170, 20, 20)
@@ -30,12 +30,12 @@ _MAT, _CROSS = (225, 225, 225), (190, 190, 190)
 
 
 def page_file(path: Path, number: int) -> Path:
-    """The file of page ``number``, from 0: the path itself, then ``sheet-002.png`` and so on."""
+    """The file of page ``number``, counted from 0: the path itself, then ``sheet-002.png`` and so on."""
     return path if number == 0 else path.with_name(f"{path.stem}-{number + 1:03}{path.suffix}")
 
 
 def pages(path: Path) -> Iterator[Path]:
-    """The files there are that have the name of a page."""
+    """Existing files with the name of a page."""
     further = re.compile(rf"{re.escape(path.stem)}-\d{{3,}}{re.escape(path.suffix)}")
     if path.parent.is_dir():
         yield from sorted(one for one in path.parent.iterdir() if one == path or further.fullmatch(one.name))
@@ -51,7 +51,7 @@ def is_page(file: Path) -> bool:
 
 
 def clear(path: Path) -> None:
-    """Remove the pages of an earlier sheet and what it kept to go on from."""
+    """Remove the pages of an earlier sheet and the files that it kept for resuming."""
     for page in list(pages(path)):
         if is_page(page):
             page.unlink()
@@ -60,7 +60,7 @@ def clear(path: Path) -> None:
 
 
 def _remove_halves(path: Path) -> None:
-    """Remove what a crash left of pages that were being written."""
+    """Remove unfinished files that a crash left."""
     half = re.compile(rf"\.{re.escape(path.stem)}(-\d{{3,}})?{re.escape(path.suffix)}\.\w{{8}}")
     for file in path.parent.glob(".*"):
         if half.fullmatch(file.name) and file.is_file():
@@ -68,26 +68,26 @@ def _remove_halves(path: Path) -> None:
 
 
 def unfinished_folder(path: Path) -> Path:
-    """Hidden folder of the page that is not full yet; it is there until the sink is closed."""
+    """Hidden folder of the incomplete page; it exists until the sink is closed."""
     return path.with_name(f".{path.name}.unfinished")
 
 
 class ContactSheet:
-    """Thumbnails on pages, in the order of the inputs; a page appears when it is full.
+    """Pages of thumbnails, in the order of the inputs; a page appears when it is full.
 
-    An input that could not be read is a crossed grey field with the reason. The unfinished page is kept without loss
-    at each commit, for this commit and the one before; a PNG page can also be taken up from the page it became.
+    An unreadable input is a crossed grey field with the reason. Each commit keeps the incomplete page without loss, and
+    also the one of the commit before; a PNG sheet can also be resumed from the page that replaced it.
 
     Args:
-        path: of the first page, ``.png``, ``.jpg`` or ``.jpeg``; see :func:`page_file` for the others.
-        state: of an earlier :meth:`commit`, to go on from; None begins anew.
+        path: path of the first page, ``.png``, ``.jpg`` or ``.jpeg``; see :func:`page_file` for the others.
+        state: an earlier :meth:`commit` to resume from; None starts anew.
         columns: thumbnails in a row.
-        rows_per_page: rows of a page.
-        side: of a thumbnail, in pixels.
+        rows_per_page: rows of thumbnails on a page.
+        side: side of a thumbnail, in pixels.
 
     Raises:
-        DataError: the pages are not what they were at that commit.
-        OSError: they cannot be written.
+        DataError: the pages were changed after that commit.
+        OSError: a page cannot be written.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class ContactSheet:
         _remove_halves(self._path)
 
     def _take_up(self, number: int, tiles: int) -> None:
-        """Put the first tiles of an unfinished page on the canvas."""
+        """Draw the first tiles of an incomplete page on the canvas."""
         kept, page = self._unfinished(number), page_file(self._path, number)
         source = page if not kept.exists() and self._path.suffix.lower() == ".png" else kept
         try:
@@ -204,7 +204,7 @@ class ContactSheet:
             return []
         lines = [(shortened(_name(answer), face, self._side), _INK)]
         if answer.picture is None:
-            return lines  # the reason stands in the field
+            return lines  # the field already shows the reason
         fitting = CAPTION_LINES - 1
         shown = rows if len(rows) <= fitting else rows[: fitting - 1]
         for row in shown:
@@ -215,10 +215,10 @@ class ContactSheet:
         return lines
 
     def commit(self) -> Mapping[str, Any]:
-        """Bring the unfinished page to the disk; the number of ``pages`` and of the ``tiles`` after them.
+        """Write the incomplete page to the disk; return the number of ``pages`` and of the ``tiles`` after them.
 
         Raises:
-            DataError: an error came in the middle of an input.
+            DataError: an error occurred in the middle of an input.
         """
         self._taking.check()
         if (self._pages, self._tiles) != self._committed:
@@ -237,7 +237,7 @@ class ContactSheet:
             self._canvas.save(temporary, format="PNG", compress_level=1)
 
     def finish(self) -> None:
-        """Write the last page, as large as its thumbnails need."""
+        """Write the last page, cropped to its thumbnails."""
         self._taking.check()
         if self._tiles:
             used = self._blank(min(self._tiles, self._columns), math.ceil(self._tiles / self._columns))
@@ -247,7 +247,7 @@ class ContactSheet:
         self._finished = True
 
     def close(self) -> None:
-        """After :meth:`finish` remove what was kept to go on from; before, it stays."""
+        """After :meth:`finish`, remove the files kept for resuming; otherwise keep them."""
         if self._finished:
             shutil.rmtree(unfinished_folder(self._path), ignore_errors=True)
 

@@ -18,15 +18,15 @@ Form = Literal["jsonl", "csv"]
 
 _INTEGERS = ("row", "frame")
 _CSV_END = "\r\n"
-"""For the writer alone: it quotes what is in a line's end, and a cell may hold either character."""
+"""Line end for the csv writer only: it quotes the characters of its line end, and a cell may hold either of them."""
 _FLOATS = ("timestamp", "probability", "target_probability")
 
 
 def json_line(row: Row, labelled: bool) -> str:
-    """A row as a line of JSON, its end included.
+    """A row as a line of JSON, including its line end.
 
-    A file name that is no Unicode has surrogates in it, which UTF-8 cannot hold: its line is in ASCII, where they are
-    escaped, and still reads back exactly.
+    A file name that is not valid Unicode holds surrogates, which UTF-8 cannot hold. Its line is written in ASCII with
+    escapes and still reads back exactly.
     """
     values = row.to_dict(labelled)
     line = json.dumps(values, ensure_ascii=False) + "\n"
@@ -34,10 +34,10 @@ def json_line(row: Row, labelled: bool) -> str:
 
 
 def csv_lines(rows: Sequence[Row], labelled: bool) -> str:
-    """Rows as CSV: an empty cell where there is no value, ``top_k`` as the JSON text that a JSON line has.
+    """Rows as CSV: a missing value is an empty cell, ``top_k`` is the same JSON text as in a JSON line.
 
     Text goes through :func:`~prompttune.spreadsheets.guarded`. Numbers are written so that they read back exactly.
-    What is no Unicode in a file's name is written as an escape such as ``\\udcff``.
+    Characters of a file name that are not valid Unicode are escaped (``\\udcff``).
     """
     lines = []
     for row in rows:
@@ -50,12 +50,12 @@ def csv_lines(rows: Sequence[Row], labelled: bool) -> str:
 
 
 def csv_header(labelled: bool, bom: bool = False) -> str:
-    """The first line, with a byte order mark in front of it if wanted."""
+    """The header line, after a byte order mark if ``bom`` is set."""
     return BOM * bom + ",".join(_columns(labelled)) + "\n"
 
 
 def encodable(text: str) -> bool:
-    """Whether UTF-8 can hold it."""
+    """Whether UTF-8 can hold the text."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -73,7 +73,7 @@ def _columns(labelled: bool) -> tuple[str, ...]:
 
 
 class _TextRows:
-    """Rows at the end of a text file; :meth:`commit` gives its length, to which resuming cuts it back."""
+    """Rows appended to a text file; :meth:`commit` returns its length, to which resuming cuts it back."""
 
     picture_side: int | None = None
 
@@ -90,54 +90,54 @@ class _TextRows:
         self._rows += rows
 
     def commit(self) -> Mapping[str, Any]:
-        """Bring the rows to the disk; ``bytes`` and ``rows`` of the file.
+        """Write the rows to the disk; return the ``bytes`` and ``rows`` of the file.
 
         Raises:
-            DataError: an error came in the middle of an input.
+            DataError: an error occurred in the middle of an input.
         """
         self.finish()
         return {"bytes": self._committed, "rows": self._committed_rows, PARTS: self._file.new_parts()}
 
     def finish(self) -> None:
-        """Bring the rows to the disk."""
+        """Write the rows to the disk."""
         self._taking.check()
         self._committed = self._file.sync()
         self._committed_rows = self._rows
 
     def close(self) -> None:
-        """Nothing is open between two writes."""
+        """Do nothing: no file is open between two writes."""
 
     def _lines(self) -> Iterator[bytes]:
         return committed_lines(self._file.path, self._committed)
 
     def _damaged(self, number: int) -> DataError:
-        return DataError(f"{self._file.path} was changed: line {number} is none of prompttune's rows")
+        return DataError(f"{self._file.path} was changed: line {number} is not a row that prompttune writes")
 
 
 class JsonLines(_TextRows):
-    """A JSON object a line, UTF-8; see :func:`json_line`.
+    """One JSON object per line, UTF-8; see :func:`json_line`.
 
     Args:
         path: the file.
-        labelled: whether there are true labels, which have columns of their own.
-        state: of an earlier :meth:`commit`, to go on from; None begins a new file.
+        labelled: whether there are true labels, which have their own columns.
+        state: an earlier :meth:`commit` to resume from; None starts a new file.
 
     Raises:
-        DataError: the file is not what it was at that commit.
-        OSError: it cannot be written.
+        DataError: the file was changed after that commit.
+        OSError: the file cannot be written.
     """
 
     def write(self, answer: Answer) -> None:
-        """Add the rows of one input."""
+        """Write the rows of one input."""
         with self._taking:
             for row in answer.rows:
                 self._append(json_line(row, self._labelled), 1)
 
     def rows(self) -> Iterator[Row]:
-        """Every committed row, in order, exactly as it was written.
+        """Every committed row, in order, exactly as written.
 
         Raises:
-            DataError: the file was changed meanwhile.
+            DataError: the file was changed in the meantime.
         """
         for number, line in enumerate(self._lines(), 1):
             try:
@@ -148,10 +148,10 @@ class JsonLines(_TextRows):
 
 
 class CsvRows(_TextRows):
-    """CSV in UTF-8 with a header; see :func:`csv_lines`. Arguments and errors as of :class:`JsonLines`.
+    """CSV in UTF-8 with a header; see :func:`csv_lines`. :class:`JsonLines` has the other arguments and the errors.
 
     Args:
-        bom: begin the file with a byte order mark.
+        bom: whether to start the file with a byte order mark.
     """
 
     def __init__(self, path: Path, labelled: bool, state: Mapping[str, Any] | None, bom: bool = False) -> None:
@@ -160,15 +160,15 @@ class CsvRows(_TextRows):
             self._append(csv_header(labelled, bom), 0)
 
     def write(self, answer: Answer) -> None:
-        """Add the rows of one input."""
+        """Write the rows of one input."""
         with self._taking:
             self._append(csv_lines(answer.rows, self._labelled), len(answer.rows))
 
     def rows(self) -> Iterator[Row]:
-        """Every committed row, in order; an empty cell is None, apart from the label where there is a probability.
+        """Every committed row, in order; an empty cell is None, except for an empty label beside a probability.
 
         Raises:
-            DataError: the file was changed meanwhile.
+            DataError: the file was changed in the meantime.
         """
         reader = csv.reader(line.decode("utf-8", "replace") for line in self._lines())
         columns = _columns(self._labelled)
@@ -194,13 +194,13 @@ def _from_cells(cells: dict[str, str]) -> Row:
 
 
 class StandardOutput:
-    """Rows to a stream that somebody reads while they come; it cannot be gone on with.
+    """Rows to a stream whose reader sees them at once; it cannot be resumed.
 
     Args:
-        stream: where to; it is not closed.
+        stream: output stream, which stays open.
         labelled: whether there are true labels.
-        form: a JSON object a line, or CSV with a header.
-        bom: begin CSV with a byte order mark.
+        form: JSON lines, or CSV with a header.
+        bom: whether CSV starts with a byte order mark.
     """
 
     picture_side: int | None = None
@@ -214,10 +214,10 @@ class StandardOutput:
         self._begun = form != "csv"
 
     def write(self, answer: Answer) -> None:
-        """Add the rows of one input.
+        """Write the rows of one input.
 
         Raises:
-            BrokenPipeError: nobody reads any more.
+            BrokenPipeError: the reader has closed the pipe.
         """
         self._begin()
         if self._form == "csv":
@@ -232,12 +232,12 @@ class StandardOutput:
         return line.isascii() or escaped(line, self._encoding) == line
 
     def commit(self) -> Mapping[str, Any]:
-        """Flush; empty, since what was printed cannot be taken back."""
+        """Flush the stream. The state is empty, since printed rows cannot be taken back."""
         self._stream.flush()
         return {}
 
     def finish(self) -> None:
-        """Flush."""
+        """Flush the stream."""
         self._begin()
         self._stream.flush()
 
@@ -247,4 +247,4 @@ class StandardOutput:
             self._begun = True
 
     def close(self) -> None:
-        """The stream stays open."""
+        """Do nothing: the stream stays open."""

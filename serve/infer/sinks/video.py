@@ -1,4 +1,4 @@
-"""A video of the inputs with their answers drawn in."""
+"""A video of the inputs with their answers drawn into the frames."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ _LOG = logging.getLogger("prompttune.infer")
 _pyav = partial(libraries.pyav, "or write rows alone")
 
 RATE = Fraction(25)
-"""Pictures in a second where nothing tells their time."""
+"""Frames per second for inputs without a time."""
 HELD_BACK = 256
-"""Answers without a picture that wait for the first one, which tells the size."""
+"""Number of answers without a picture that wait for the first picture, which defines the frame size."""
 SIZE_WITHOUT_PICTURES = (640, 360)
 KEYFRAME_EVERY = 50
-"""Pictures; a player can begin at each of them."""
+"""Distance of key frames, in frames; a player can start at each of them."""
 MARK = "annotated by prompttune"
-"""In the metadata, so that no other video is taken for one of ours."""
+"""Marker in the metadata, which tells these videos from others."""
 _HEAD_BYTES = 2**16
-"""Of a file, with its metadata: every container here has them before the first picture."""
+"""Bytes at the start of a file that hold its metadata: every container here writes them before the first picture."""
 _BLACK = (0, 0, 0)
 _TICK = Fraction(1, 90_000)
 _LEAST_STEP = Fraction(1, 1000)
-"""Seconds between two pictures: Matroska counts in milliseconds."""
+"""Shortest time between two frames, in seconds: Matroska counts in milliseconds."""
 _BT_709, _BT_601 = 1, 5
 _LIMITED_RANGE = 1
 
-# An MP4 file whose index comes at the end cannot be played after a crash: fragments have their own.
+# An MP4 file with its index at the end cannot be played after a crash; fragments have their own index.
 _FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "frag_duration": "1000000"}
 _CLUSTERS = {"cluster_time_limit": "1000"}
-"""Milliseconds of video that Matroska holds back at most; MP4 counts in microseconds."""
-# bitexact: Matroska would have a random number in it
+"""Longest video that Matroska holds back, in milliseconds; MP4 counts in microseconds."""
+# bitexact: otherwise Matroska files would hold a random number
 _OPTIONS = {"flush_packets": "1", "fflags": "+bitexact"}
 _H264 = ("libx264", {"preset": "veryfast", "crf": "23", "tune": "zerolatency"})
 _VP9 = ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "crf": "32", "b": "0", "lag-in-frames": "0"})
-# AVI has no presentation times: players take H.264 for reordered, and show each frame when the next one is due
+# AVI has no presentation times. Players assume that H.264 frames are reordered and show each one when the next is due.
 _MPEG_4 = ("mpeg4", {"flags": "+qscale", "global_quality": str(4 * 118)})
 CONTAINERS: Mapping[str, tuple[str, tuple[str, dict[str, str]], dict[str, str]]] = {
     ".mp4": ("mp4", _H264, _FRAGMENTS),
@@ -56,11 +56,11 @@ CONTAINERS: Mapping[str, tuple[str, tuple[str, dict[str, str]], dict[str, str]]]
     ".avi": ("avi", _MPEG_4, {}),
     ".webm": ("webm", _VP9, _CLUSTERS),
 }
-"""Suffix → FFmpeg's container, encoder with its options (nothing is held back for later pictures), and options."""
+"""For each suffix: FFmpeg's container, the encoder with options that hold no picture back, and container options."""
 
 
 def is_annotated(file: Path) -> bool:
-    """Whether a video was written here, by its :data:`MARK`; so is an empty file, which an early end leaves."""
+    """Whether prompttune wrote a video, by its :data:`MARK`; also true for an empty file, which an early end leaves."""
     with file.open("rb") as stream:
         head = stream.read(_HEAD_BYTES)
     return not head or MARK.encode() in head
@@ -69,21 +69,21 @@ def is_annotated(file: Path) -> bool:
 class AnnotatedVideo:
     """H.264, VP9 in WebM or MPEG-4 Visual in AVI, with a frame for each input.
 
-    Frames stand where their rows' timestamps say, relative to the first, so that skipped and dropped ones leave their
-    time empty; where a source begins or its time goes back, the video goes on after the frame before. The size is
-    that of the first picture, made even; others are fitted into it. An input that cannot be read repeats the picture
-    before it. What a crash leaves can be played. AVI knows one rate: there times are rounded to it, and a frame whose
-    time is another one's already is left out, so that the others keep their time; a warning says so once.
+    Frames are placed at their rows' timestamps, relative to the first one, so skipped and dropped frames leave a gap.
+    If a new source starts or its time goes back, the video continues after the previous frame. The first picture
+    defines the size, rounded to even numbers; other pictures are scaled to fit. An unreadable input repeats the picture
+    before it. The file can be played even after a crash. AVI has a fixed rate: times are rounded to it, and a frame
+    whose time is already taken is left out, so that the others keep their time; a warning reports this once.
 
     Args:
-        path: the file, with a suffix of :data:`CONTAINERS`.
-        rate: pictures in a second where there are no timestamps, and what the file names as its rate.
-        state: None; a video cannot be gone on with.
+        path: the file, with a suffix in :data:`CONTAINERS`.
+        rate: frames per second for inputs without timestamps, and the rate that the file states.
+        state: None; a video cannot be resumed.
 
     Raises:
-        UsageError: a state is given, or another suffix.
+        UsageError: a state is given, or the suffix is unknown.
         MissingExtraError: PyAV is not installed.
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
 
     picture_side: int | None = 0
@@ -93,16 +93,16 @@ class AnnotatedVideo:
     ) -> None:
         _pyav()
         if state is not None:
-            raise UsageError(f"{path} cannot be gone on with: a video is made in one run; give --overwrite")
+            raise UsageError(f"{path} cannot be resumed: a video is made in one run; give --overwrite")
         if path.suffix.lower() not in CONTAINERS:
-            raise UsageError(f"{path} is no video that can be written: known are {', '.join(CONTAINERS)}")
+            raise UsageError(f"{path} is not a video format that can be written: known are {', '.join(CONTAINERS)}")
         self._path = path
         self._rate = Fraction(rate).limit_denominator(1001) if rate else RATE
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = _Output(path)
         one_rate = path.suffix.lower() == ".avi"
         self._clock = _Clock(self._rate, 1 / self._rate if one_rate else _TICK, late=not one_rate)
-        self._colours = _BT_601 if one_rate else _BT_709  # the other one cannot be said in AVI
+        self._colours = _BT_601 if one_rate else _BT_709  # AVI cannot state the other one
         self._warned = False
         self._held: list[Answer] = []
         self._picture: Image.Image | None = None
@@ -113,7 +113,7 @@ class AnnotatedVideo:
         """Add a frame.
 
         Raises:
-            DataError: the encoder does not take it.
+            DataError: the encoder refuses the frame.
         """
         if self._picture is None and answer.picture is None:
             self._held.append(answer)
@@ -124,7 +124,7 @@ class AnnotatedVideo:
         self._add(answer)
 
     def _begin(self, picture: Image.Image | None) -> None:
-        """Open the video in the size of its first picture, and write what waited for it."""
+        """Open the video in the size of its first picture, and write the frames that waited for it."""
         if self._picture is not None:
             return
         width, height = picture.size if picture is not None else SIZE_WITHOUT_PICTURES
@@ -172,7 +172,7 @@ class AnnotatedVideo:
         self._file.check()
 
     def commit(self) -> Mapping[str, Any]:
-        """Bring the frames to the disk as far as the container lets go of them; empty."""
+        """Write the frames to the disk as far as the container releases them; the state is empty."""
         self._file.sync()
         return {}
 
@@ -192,14 +192,14 @@ class AnnotatedVideo:
             self._file.check()
 
     def close(self) -> None:
-        """Close the file; a video that was not finished is given an end if the disk takes it."""
+        """Close the file; an unfinished video gets its end if the disk accepts it."""
         with contextlib.suppress(OSError, DataError):
             self._end()
         self._file.close()
 
 
 class _Output:
-    """What FFmpeg writes to. An error of the disk is kept, since FFmpeg loses some; after one nothing is written."""
+    """Output file of FFmpeg. It keeps disk errors, some of which FFmpeg loses; after an error nothing is written."""
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
@@ -207,7 +207,7 @@ class _Output:
         self._problem: OSError | None = None
 
     def write(self, data: bytes) -> int:
-        """Write all of it."""
+        """Write all of the data."""
         left = memoryview(data)
         try:
             while left and self._problem is None:
@@ -217,20 +217,20 @@ class _Output:
         return len(data)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go somewhere else; the position."""
+        """Move to a position and return it."""
         return self._stream.seek(offset, whence)
 
     def tell(self) -> int:
-        """The position."""
+        """The current position."""
         return self._stream.tell()
 
     def check(self) -> None:
-        """Raise the error that there was, each time."""
+        """Raise the kept error, at each call."""
         if self._problem is not None:
             raise self._problem
 
     def sync(self) -> None:
-        """Bring what was written to the disk."""
+        """Write everything to the disk."""
         self.check()
         os.fsync(self._stream.fileno())
 
@@ -243,9 +243,9 @@ class _Clock:
     """Presentation times in ticks, from the timestamps of rows; they always grow.
 
     Args:
-        rate: pictures in a second where there are no timestamps.
-        tick: seconds.
-        late: a picture whose tick is another one's already is shown later; otherwise it is left out.
+        rate: frames per second for rows without timestamps.
+        tick: length of a tick in seconds.
+        late: whether a picture whose tick is taken is shown later; otherwise it is left out.
     """
 
     def __init__(self, rate: Fraction, tick: Fraction, late: bool) -> None:
@@ -260,7 +260,7 @@ class _Clock:
         self._shift = 0.0
 
     def ticks(self, row: Row | None) -> int | None:
-        """When the next picture is shown; None if it is left out."""
+        """Tick at which the next picture is shown; None if it is left out."""
         after = 0.0 if self._last is None else self._seconds + self._gap
         if row is None or row.timestamp is None:
             self._seconds = after
@@ -287,7 +287,7 @@ def _fitted(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def _frame(picture: Image.Image | None, rows: Sequence[Row], colours: int) -> Any:
-    """A frame in the colours of BT.709, which players take video of any size for when it is said; or in another's."""
+    """A frame in the colours of BT.709, which players accept for any size if it is stated, or of another standard."""
     assert picture is not None
     av = _pyav()
     frame = av.VideoFrame.from_image(annotate(picture, rows)).reformat(
@@ -299,7 +299,7 @@ def _frame(picture: Image.Image | None, rows: Sequence[Row], colours: int) -> An
 
 @contextlib.contextmanager
 def _clear_errors(path: Path) -> Iterator[None]:
-    """FFmpeg's errors that are not the file system's, on one line."""
+    """Turn FFmpeg's own errors, but not those of the file system, into one line."""
     try:
         yield
     except OSError:

@@ -1,4 +1,4 @@
-"""Parquet and Arrow IPC tables: their light columns in a stream, and a column of images in small pieces."""
+"""Parquet and Arrow IPC tables: light columns are streamed, image columns are read in small pieces."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from prompttune.serve.infer import libraries
 
 ARROW_SUFFIXES = frozenset({".parquet", ".arrow", ".feather"})
 LIGHT_ROWS = 1024
-"""Rows of the light columns that are held at a time."""
+"""Number of rows of the light columns in memory at a time."""
 PIECE_BYTES = 2**23
-"""Encoded images that are read at a time, about."""
+"""Approximate bytes of encoded images that are read at a time."""
 PIECE_ROWS = range(8, 1025)
-"""Fewest and most rows of a piece."""
+"""Smallest and largest number of rows in a piece."""
 READ_BUFFER = 2**18
 IMAGE_FIELDS = ("bytes", "path")
-"""Fields of the struct that Hugging Face data sets keep an image in; the first that is filled counts."""
+"""Fields of the struct in which Hugging Face data sets store an image; the first filled one is used."""
 
 
 @dataclass(frozen=True)
@@ -30,35 +30,35 @@ class LightRows:
 
     group: int
     first: int
-    """Row of the group that they begin with."""
+    """First row, counted in the group."""
     length: int
     values: dict[str, list[Any]]
-    """Column name to its values [length]."""
+    """Values of each column [length]."""
 
 
 class ArrowTable(Protocol):
-    """A table in groups: places from which reading can begin."""
+    """A table in groups; reading can start at each group."""
 
     schema: Any
     """``pyarrow.Schema``."""
     total: int | None
-    """Number of rows, None where only reading to the end tells."""
+    """Number of rows; None if it is known only at the end."""
 
     def light(self, columns: Sequence[str]) -> Iterator[LightRows]:
-        """All rows in order, with these columns alone."""
+        """All rows in order, with only these columns."""
 
     def pieces(self, column: str, group: int) -> Iterator[Any]:
-        """A column of a group from its beginning, as ``pyarrow.Array`` of a few rows each."""
+        """A column of a group from its start, as ``pyarrow.Array`` of a few rows each."""
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
 
 
 def open_table(path: Path) -> ArrowTable:
-    """Open a table by its suffix; read nothing but its metadata.
+    """Open a table by its suffix; only its metadata is read.
 
     Raises:
-        DataError: it is damaged, or of another format than its suffix says.
+        DataError: the table is damaged, or its format is not the one of its suffix.
         MissingExtraError: pyarrow is not installed.
     """
     libraries.pyarrow("or write the table as CSV")
@@ -71,10 +71,10 @@ def open_table(path: Path) -> ArrowTable:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what pyarrow raises about a damaged table into one line.
+    """Turn pyarrow's errors for a damaged table into one line.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the table cannot be read.
     """
     import pyarrow
 
@@ -85,7 +85,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def class_names(schema: Any, column: str) -> list[str] | None:
-    """Names of the classes that the integers of a column stand for, where Hugging Face ``datasets`` wrote them down."""
+    """Class names behind the integers of a column, if Hugging Face ``datasets`` recorded them."""
     try:
         described = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
         return [str(name) for name in described["names"]] if described["_type"] == "ClassLabel" else None
@@ -94,12 +94,12 @@ def class_names(schema: Any, column: str) -> list[str] | None:
 
 
 class _Parquet:
-    """Groups are row groups."""
+    """A Parquet file; its groups are row groups."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow.parquet
 
-        # Without a buffer the reader takes the whole column of a row group into memory.
+        # Without a buffer, the reader loads the whole column of a row group into memory.
         self._file = pyarrow.parquet.ParquetFile(path, buffer_size=READ_BUFFER, pre_buffer=False)
         self.schema = self._file.schema_arrow
         self.total: int | None = self._file.metadata.num_rows
@@ -136,7 +136,7 @@ class _Parquet:
 
 
 class _Ipc:
-    """Arrow IPC, mapped into memory: what is not compressed is read by the page, where it is looked at."""
+    """Arrow IPC, mapped into memory: uncompressed data is loaded page by page when it is read."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow
@@ -156,7 +156,7 @@ class _Ipc:
         )
 
     def _lightest(self) -> list[str]:
-        """A column that tells the number of rows at little cost."""
+        """A column from which the number of rows can be read cheaply."""
         import pyarrow
 
         fixed = [field.name for field in self.schema if pyarrow.types.is_primitive(field.type)]
@@ -167,7 +167,7 @@ class _Ipc:
 
 
 class _IpcFile(_Ipc):
-    """The file format. Groups are record batches."""
+    """The file format; its groups are record batches."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow.dataset
@@ -190,7 +190,7 @@ class _IpcFile(_Ipc):
 
 
 class _IpcStream(_Ipc):
-    """The streaming format, as Hugging Face ``datasets`` caches it: one group, read from its beginning only."""
+    """The streaming format, as Hugging Face ``datasets`` caches it: one group, readable only from its start."""
 
     def _reader(self, columns: Sequence[str] | None) -> Any:
         import pyarrow

@@ -1,4 +1,4 @@
-"""Images in the cells of Parquet and Arrow tables, read where they stand."""
+"""Images in the cells of Parquet and Arrow tables, read in place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prompttune.serve.infer.sources.arrow import IMAGE_FIELDS, open_table, readi
 from prompttune.serve.infer.sources.common import EMPTY_CELL, file_of
 
 KEPT_ROWS = 32
-"""Rows behind the newest piece that stay, for threads that come a little later."""
+"""Number of rows behind the newest piece that are kept, for threads that come a little later."""
 OPEN_TABLES = 4
 
 
@@ -29,10 +29,10 @@ class CellPayload(Encoded):
     column: str
     group: int
     row: int
-    """Row of the group."""
+    """Row, counted in the group."""
 
     def stream(self) -> BinaryIO:
-        """Read the image; neighbours of a row are read with it and kept for those who ask next."""
+        """Read the image; the rows next to it are read too and kept for later calls."""
         try:
             value = _cells(self.table, self.column).read(self.group, self.row)
         except PrompttuneError as problem:
@@ -50,7 +50,7 @@ class CellPayload(Encoded):
 
 
 class _Cells:
-    """The images of an open table, read on from where the last one stood. Threads share what is read."""
+    """The images of an open table, read from the last position onwards. Threads share the read rows."""
 
     def __init__(self, path: Path, column: str) -> None:
         self._path = path
@@ -58,7 +58,7 @@ class _Cells:
         self._table = open_table(path)
         self._lock = threading.Lock()
         self._kept: deque[tuple[int, int, Any]] = deque()
-        """Group, first row of it and values; the newest last."""
+        """Group, first row and values of each piece; the newest last."""
         self._group = -1
         self._next = 0
         self._pieces: Iterator[Any] = iter(())
@@ -68,7 +68,7 @@ class _Cells:
         """The value of a cell.
 
         Raises:
-            DataError: the table is damaged there.
+            DataError: the table is damaged at this place.
         """
         with self._lock, reading(self._path):
             first, values = self._piece(group, row)
@@ -91,7 +91,7 @@ class _Cells:
                             return first, values
                 self._damage = DataError(f"the table {self._path} has changed: it ends before this row")
             except DataError as problem:
-                self._damage = problem  # the rows behind it are out of reach too, without another attempt for each
+                self._damage = problem  # later rows fail with the same error, without another attempt
         raise self._damage
 
     def _keep(self, group: int, first: int, values: Any) -> None:
@@ -112,5 +112,5 @@ def _opened(path: Path, column: str, stamp: tuple[int, int]) -> _Cells:  # noqa:
 def _cells(path: Path, column: str) -> _Cells:
     with reading(path):
         status = path.stat()
-    with _OPENING:  # so that threads which come at once open it once
+    with _OPENING:  # so that concurrent threads open the table once
         return _opened(path, column, (status.st_size, status.st_mtime_ns))

@@ -1,4 +1,4 @@
-"""What bounded sources share: their state, and how a path in a list or a table becomes an item."""
+"""Shared parts of bounded sources: their state, and items from paths in a list or a table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EMPTY_CELL = "the image cell is empty"
 
 
 class Bounded:
-    """Base of sources that end by themselves and give the same items whenever they are opened."""
+    """Base of sources that end by themselves and give the same items each time they are opened."""
 
     def __init__(self) -> None:
         self._closed = threading.Event()
@@ -28,7 +28,7 @@ class Bounded:
 
     @property
     def total(self) -> int | None:
-        """Number of items, None where it is not known before the end."""
+        """Number of items; None if it is known only at the end."""
         return None
 
     def items(self) -> Iterator[Item]:
@@ -43,11 +43,11 @@ class Bounded:
             yield item
 
     def counts(self) -> Mapping[str, int]:
-        """What became of inputs that gave no item, so far."""
+        """Counts so far of inputs without an item."""
         return {}
 
     def close(self) -> None:
-        """End it, from another thread if need be: no further item is given."""
+        """Stop, also from another thread; no further item is given."""
         self._closed.set()
 
     def _items(self) -> Iterator[Item]:
@@ -55,14 +55,14 @@ class Bounded:
 
 
 def printable(name: str) -> str:
-    """A file name as text that every output can hold: bytes of it that are no UTF-8 stand as ``\\xff``."""
+    """A file name as text that every output can hold: bytes that are not UTF-8 become ``\\xff``."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def text_of(value: object) -> str | None:
-    """A cell or a JSON value as a label or a task; None where it is missing or empty.
+    """A cell or a JSON value as a label or a task; None if it is missing or empty.
 
-    A whole number is written without a fraction, as tables keep whole numbers with gaps as floating point.
+    A whole number is written without a fraction, because tables store integer columns with gaps as floating point.
     """
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
@@ -74,7 +74,7 @@ def text_of(value: object) -> str | None:
 
 
 def file_of(folder: Path, written: str) -> tuple[FilePayload | None, str | None]:
-    """Where the image is that a path means, or why there is none; see :func:`~prompttune.data.files.find_file`."""
+    """The image file that a path names, or the reason for an error; see :func:`~prompttune.data.files.find_file`."""
     if is_url(written):
         return None, NO_URLS
     path = find_file(folder, written)
@@ -99,14 +99,14 @@ def path_item(
     """The item of a row that names its image by a path.
 
     Args:
-        written: the path as it stands there, or None.
-        folder: what a relative path belongs to.
-        container: the table; the item's source where there is no path.
+        written: the path as given, or None.
+        folder: folder that relative paths start from.
+        container: the table; the source of an item without a path.
         row: number of the row.
-        column: where the path stands.
+        column: name of the column with the path.
         task: task of this row.
         target: true label of this row.
-        no_task: whether a task must stand in every row.
+        no_task: whether every row must name a task.
     """
     source = printable(written or str(container))
     payload, error = None, None

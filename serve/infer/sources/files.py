@@ -1,4 +1,4 @@
-"""Image files: named, found in folders and by patterns, or listed in a text file."""
+"""Image files: named directly, found in folders and by patterns, or listed in a text file."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ COMMENT = "#"
 
 
 class FileSource(Bounded):
-    """Image files, in the order given. Items have no row.
+    """Image files, in the given order. Items do not have a row.
 
     Args:
-        paths: the files; one that is missing gives an item all the same, whose payload cannot be opened.
-        labels: where the true labels come from.
+        paths: the files; a missing one still gives an item, whose payload cannot be opened.
+        labels: source of the true labels.
     """
 
     def __init__(self, paths: Sequence[Path], labels: Labels | None = None) -> None:
@@ -41,22 +41,22 @@ class FileSource(Bounded):
 
 
 class ListSource(Bounded):
-    """A text file with the path of an image on each line, UTF-8 or whatever bytes the file names have.
+    """A text file with the path of an image on each line, in UTF-8 or in the bytes of the file names.
 
-    Blank lines are skipped, and lines that begin with ``#`` (a file of such a name is written ``./#…``); blanks at the
+    Blank lines are skipped, and lines that start with ``#`` (write ``./#…`` for a file of such a name); spaces at the
     ends of a line belong to the name. An item's row is the number of its line, counted from 0, and its source the path
     as written.
 
-    All relative paths of a list belong to one folder: the current one if the first of them that exists in either stands
-    there, else the list's. Where none exists in either, it is the list's.
+    All relative paths of a list start from one folder: the current folder if the first relative path that exists in
+    either is found there, else the list's folder. If none exists in either, they start from the list's folder.
 
     Args:
         path: the list.
-        labels: where the true labels come from.
+        labels: source of the true labels.
 
     Raises:
-        UsageError: there is no such file.
-        DataError: it cannot be read, or names nothing.
+        UsageError: the file does not exist.
+        DataError: the file cannot be read or is empty.
     """
 
     def __init__(self, path: Path, labels: Labels | None = None) -> None:
@@ -75,7 +75,7 @@ class ListSource(Bounded):
         return self._total
 
     def _survey(self) -> tuple[int, Path]:
-        """The number of paths, and the folder that the relative ones belong to."""
+        """The number of paths, and the folder that relative paths start from."""
         beside = self._path.parent
         folder: Path | None = None
         total = 0
@@ -86,7 +86,7 @@ class ListSource(Bounded):
         return total, beside if folder is None else folder
 
     def _lines(self) -> Iterator[tuple[int, str]]:
-        # a list made by find has the bytes of the names, whatever their encoding
+        # A list made by find holds the bytes of the names, whatever their encoding.
         for number, name in enumerate(text_lines(self._path, "the list", any_bytes=True)):
             if name.strip() and not name.startswith(COMMENT):
                 yield number, name

@@ -1,4 +1,4 @@
-"""Frames of videos and streams: their pixels, and which of them are taken."""
+"""Frames of videos and streams: their pixels, and the selection of frames."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prompttune.serve.infer import libraries
 from prompttune.serve.infer.items import ArrayPayload
 
 ROUNDING = 1e-6
-"""Of a tick: times are sums of floating point numbers, and a frame at 0.3 s belongs to the tick at 0.3 s."""
+"""Tolerance as a fraction of a tick: times are sums of floats, and a frame at 0.3 s belongs to the tick at 0.3 s."""
 
 
 pyav = partial(libraries.pyav, "or write the frames to image files first")
@@ -25,22 +25,22 @@ pyav = partial(libraries.pyav, "or write the frames to image files first")
 
 
 def reason(problem: BaseException) -> str:
-    """What FFmpeg says about an error, without a file's name or an address, which may hold a password."""
+    """FFmpeg's reason for an error, without file names and addresses, which may hold a password."""
     return getattr(problem, "strerror", None) or first_line(problem)
 
 
 def video_stream(container: Any) -> Any | None:
-    """First video stream of an open container, None where there is none; a cover picture is none."""
+    """First video stream of an open container, not counting cover pictures; None without one."""
     attached = pyav().stream.Disposition.attached_pic
     return next((stream for stream in container.streams.video if not stream.disposition & attached), None)
 
 
 def seconds_of(pts: int | None, stream: Any, start: int | None = None) -> float | None:
-    """Presentation time from a stream's start, in seconds; None where there is none.
+    """Presentation time from the stream's start, in seconds; None if the frame does not have one.
 
-    ``start`` is where the stream starts, in its time base; None asks FFmpeg.
+    ``start`` is the stream's start in its time base; None asks FFmpeg for it.
 
-    ``frame.time`` is not this: it counts from elsewhere, and the last frames of a decoder have none.
+    ``frame.time`` is not the same: it counts from another start, and a decoder's last frames do not have it.
     """
     begin = stream.start_time if start is None else start
     return None if pts is None else float((pts - (begin or 0)) * stream.time_base)
@@ -48,19 +48,19 @@ def seconds_of(pts: int | None, stream: Any, start: int | None = None) -> float 
 
 @dataclass(frozen=True, slots=True)
 class FramePayload:
-    """A decoded frame in FFmpeg's memory; it becomes RGB where it is opened, and plain pixels where it is pickled."""
+    """A decoded frame in FFmpeg's memory; it becomes RGB when it is opened, and plain pixels when it is pickled."""
 
     frame: Any
-    """An ``av.VideoFrame``."""
+    """The ``av.VideoFrame``."""
 
     def open(self) -> Image.Image:
-        """Convert it to RGB and turn it upright."""
+        """Convert the frame to RGB and turn it upright."""
         return Image.fromarray(self._pixels())
 
     def _pixels(self) -> NDArray[np.uint8]:
         """RGB [height, width, 3]."""
         try:
-            # one thread: decoders run side by side already
+            # one thread: decoders already run in parallel
             pixels: NDArray[np.uint8] = self.frame.reformat(format="rgb24", threads=1).to_ndarray()
         except (pyav().FFmpegError, ValueError) as problem:
             raise OSError(f"this frame cannot be converted: {reason(problem)}") from problem
@@ -71,9 +71,9 @@ class FramePayload:
 
 
 def _upright(pixels: NDArray[np.uint8], side_data: Any) -> NDArray[np.uint8]:
-    """Turn and mirror pixels [height, width, 3] after FFmpeg's display matrix, to the nearest quarter turn.
+    """Turn and mirror pixels [height, width, 3] by FFmpeg's display matrix, to the nearest quarter turn.
 
-    The matrix takes the column p and the row q of a stored pixel to the column a*p + c*q and the row b*p + d*q; see
+    The matrix maps the column p and the row q of a stored pixel to the column a*p + c*q and the row b*p + d*q; see
     ``libavutil/display.h``.
     """
     if side_data is None:
@@ -86,12 +86,12 @@ def _upright(pixels: NDArray[np.uint8], side_data: Any) -> NDArray[np.uint8]:
 
 
 class Selection:
-    """Which frames are taken.
+    """Selection of frames.
 
     Args:
-        stride: take each so manyth frame: 0, stride, 2 * stride and so on.
-        fps: take at most so many frames a second: the first at or past each tick of 1 / fps seconds; of those that
-            ``stride`` leaves.
+        stride: keep every N-th frame, starting with the first.
+        fps: largest number of frames per second: the first frame at or after each tick of 1 / fps seconds, among those
+            that ``stride`` keeps.
 
     Raises:
         UsageError: one of them is not positive.
@@ -107,10 +107,10 @@ class Selection:
         self._tick: int | None = None
 
     def takes(self, number: int, seconds: float | None) -> bool:
-        """Whether to take the frame ``number`` at ``seconds``; to be asked once for every frame, in order.
+        """Whether to keep the frame ``number`` at ``seconds``; call this once for every frame, in order.
 
-        A frame without a time is taken. A time that goes back by more than a second, as that of a stream that starts
-        again does, starts the ticks again.
+        A frame without a time is kept. If the time goes back by more than a second, as in a stream that starts again,
+        the ticks start again too.
         """
         if number % self._stride:
             return False

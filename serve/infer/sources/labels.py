@@ -1,4 +1,4 @@
-"""Where the true label of an input comes from."""
+"""True labels of inputs."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ FOLDER = "folder"
 
 @dataclass(frozen=True)
 class Labels:
-    """Where the true labels come from; :meth:`parse` makes one of the option ``--labels``."""
+    """Source of the true labels; :meth:`parse` reads the option ``--labels``."""
 
     folder: bool = False
-    """An image's label is the name of the folder that it lies in."""
+    """Whether an image's label is the name of its folder."""
     table: LabelTable | None = None
     """Labels by path."""
     column: str | None = None
-    """Column of a table, key of a JSON line or member of a shard; such sources read it themselves."""
+    """Column of a table, key of a JSON line or member of a shard; those sources read the label themselves."""
 
     @classmethod
     def parse(cls, text: str) -> Labels:
-        """Make sense of ``folder``, the path of a ``.csv`` file, or the name of a column, key or member.
+        """Read ``folder``, the path of a ``.csv`` file, or the name of a column, key or member.
 
         Raises:
-            UsageError: no text, or no such file.
-            DataError: the file is no table of ``path,label``, or names an image twice.
+            UsageError: the text is empty, or the file does not exist.
+            DataError: the file is not a table of ``path,label``, or names an image twice.
         """
         if not text.strip():
-            raise UsageError("--labels wants folder, a .csv file of path,label, or the name of a column")
+            raise UsageError("--labels needs 'folder', a .csv file of path,label, or the name of a column")
         if text == FOLDER:
             return cls(folder=True)
         if text.lower().endswith(".csv"):
@@ -43,11 +43,11 @@ class Labels:
         return cls(column=text)
 
     def of(self, path: Path, written: str | None = None) -> str | None:
-        """The label of an image file, None where it has none or ``column`` says where it is.
+        """The label of an image file; None if it does not have one or if ``column`` names its place.
 
         Args:
-            path: where the file is.
-            written: its path as the user wrote it, if that differs.
+            path: path of the file.
+            written: the path as the user wrote it, if it differs.
         """
         if self.folder:
             return Path(os.path.normpath(path.absolute())).parent.name or None
@@ -55,29 +55,28 @@ class Labels:
 
 
 class LabelTable:
-    """A CSV file with a header that has ``path`` and ``label``; more columns are ignored.
+    """A CSV file whose header has ``path`` and ``label``; other columns are ignored.
 
-    An image is looked for, in this order,
+    An image is looked up in this order:
 
-    1. by its path as it is written on both sides;
-    2. by the place it is at; relative paths of the table belong to the table's folder, and links of folders are
-       followed;
-    3. by its file name alone, where one row has that name and the file which that row means is not on this machine.
+    1. by its path, compared as written on both sides;
+    2. by its location; relative paths in the table start from the table's folder, and links to folders are followed;
+    3. by its file name alone, if a single row has this name and the file of that row is not on this machine.
 
     Args:
-        file: the table. A row without a label, or with a word such as ``nan`` that stands for none, leaves its image
-            without one.
+        file: the table. A row without a label, or with a word such as ``nan`` for a missing one, leaves its image
+            unlabelled.
 
     Raises:
-        UsageError: there is no such file.
-        DataError: it cannot be read, lacks a column, or has rows without a path or two for one file.
+        UsageError: the file does not exist.
+        DataError: the file cannot be read, lacks a column, has a row without a path or two rows for one file.
     """
 
     def __init__(self, file: Path) -> None:
         self._written: dict[str, str | None] = {}
         self._placed: dict[str, str | None] = {}
         self._named: dict[str, str | None] = {}
-        """Place of the row that alone has a file name, None where several have it."""
+        """Location of the only row with a file name; None if several rows have it."""
         self._real_folder = functools.lru_cache(maxsize=4096)(_real_folder)
         lines: dict[str, int] = {}
         try:
@@ -88,19 +87,17 @@ class LabelTable:
             path = row.path if exists(file.parent / row.path) else row.path.replace("\\", "/")
             place = self._place(path if path.startswith("/") else f"{file.parent}/{path}")
             if (first := lines.setdefault(place, row.line)) != row.line:
-                raise DataError(
-                    f"{file} line {row.line}: {row.path} stands on line {first} already; list each image once"
-                )
+                raise DataError(f"{file} line {row.line}: {row.path} is already on line {first}; list each image once")
             self._written[nfc(os.path.normpath(path))] = self._placed[place] = row.label
             name = place.rpartition("/")[2]
             self._named[name] = None if name in self._named else place
 
     def of(self, path: Path, written: str | None = None) -> str | None:
-        """The label of an image file, None where it has none.
+        """The label of an image file; None if it does not have one.
 
         Args:
-            path: where the file is.
-            written: its path as the user wrote it, if that differs.
+            path: path of the file.
+            written: the path as the user wrote it, if it differs.
         """
         key = nfc(os.path.normpath(path if written is None else written))
         if key in self._written:
@@ -109,11 +106,11 @@ class LabelTable:
         if place in self._placed:
             return self._placed[place]
         other = self._named.get(nfc(path.name))
-        # a row that means a file which is there says nothing about its namesakes
+        # A row whose file exists says nothing about other files of the same name.
         return None if other is None or exists(find_file(Path(), other)) else self._placed[other]
 
     def _place(self, path: str) -> str:
-        """Where a file is, whichever way leads there; a file that is a link stays what its name says."""
+        """Canonical location of a file, with links to folders resolved; a link to a file keeps its own name."""
         folder, slash, name = path.rpartition("/")
         return nfc(f"{self._real_folder(folder or slash)}/{name}")
 
@@ -121,18 +118,18 @@ class LabelTable:
 def _real_folder(folder: str) -> str:
     try:
         return str(Path(folder).resolve())
-    except (OSError, RuntimeError, ValueError):  # no path at all: its row says so when it is opened
+    except (OSError, RuntimeError, ValueError):  # not a path: its row reports that when it is opened
         return folder
 
 
 def target_index(target: str, labels: Sequence[str], as_index: bool) -> int | None:
-    """The class that a true label means, None if the task has no such class.
+    """The class index of a true label; None if the task does not have this class.
 
     Args:
         target: the true label.
         labels: names of the task's classes.
-        as_index: whether a target that is no name may be the number of a class, counted from 0, as in the ``.cls``
-            members of WebDataset. A name comes first: classes that are numbers are named by them.
+        as_index: whether a target that is not a class name may be a class index, counted from 0, as in the ``.cls``
+            members of WebDataset. Names come first: a number that is a class name means that class.
     """
     if target in labels:
         return labels.index(target)

@@ -1,4 +1,4 @@
-"""Cameras and network streams, read in a thread that connects again when a stream breaks off."""
+"""Cameras and network streams, read in a thread that reconnects when a stream breaks off."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _SECRET = re.compile(r"(?i)([?&][^=&#\s]*(?:pass|pwd|token|secret|key|auth|sig)[
 
 
 def is_stream(text: str) -> bool:
-    """Whether an input names a stream: the address of one, ``/dev/video0`` or ``camera:0``."""
+    """Whether an input names a stream: an address, ``/dev/video0`` or ``camera:0``."""
     return bool(_ADDRESS.match(text) or _CAMERA.fullmatch(text))
 
 
 def masked(address: str) -> str:
-    """An address without its secrets: user and password, and parameters that are called after such things."""
+    """An address without its secrets: user, password, and parameters whose names suggest a secret."""
     return _SECRET.sub(r"\1***", _USER.sub(r"\1***@", address))
 
 
 def backoff(attempt: int) -> float:
-    """Seconds to wait before an attempt, counted from 1: half a second, doubling up to 30, less up to a half at random.
+    """Seconds to wait before an attempt, counted from 1: 0.5, doubling up to 30, minus a random part of up to a half.
 
-    The random part keeps many readers of one server from coming back together.
+    The random part keeps many readers of one server from reconnecting at the same moment.
     """
     longest = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** min(attempt - 1, 16))
     return longest * random.uniform(0.5, 1.0)
@@ -47,29 +47,29 @@ def backoff(attempt: int) -> float:
 class LiveSource(Unbounded):
     """A camera or a network stream.
 
-    ``frame`` counts every frame that was decoded, over all connections, skipped and dropped ones included; a packet
-    that the decoder refuses is no frame and counts as ``damaged``. ``timestamp`` is the Unix time of arrival. After the
-    end, ``frames`` = items + ``skipped`` + ``dropped``.
+    ``frame`` counts every decoded frame over all connections, including skipped and dropped ones. A packet that the
+    decoder refuses is not a frame and counts as ``damaged``. ``timestamp`` is the Unix time of arrival. After the end,
+    ``frames`` = items + ``skipped`` + ``dropped``.
 
-    A stream that ends or breaks off is connected again. One that tells its duration is a video file, over HTTP for
-    example: it ends at its end, is read no faster than it is answered, whatever ``drop`` says, and its times are those
-    of presentation. With ``reconnects`` 0 any stream ends where the other side ends it.
+    A stream that ends or breaks off is reconnected. A stream that states its duration is a video file, for example over
+    HTTP: it ends at its end, is read only as fast as it is answered (whatever ``drop`` says), and its times are
+    presentation times. With ``reconnects`` 0, any stream ends when the other side ends it.
 
     Args:
-        address: see :func:`is_stream`; without its secrets it is the items' ``source``.
+        address: address, see :func:`is_stream`; without its secrets it is the items' ``source``.
         stride: see :class:`~prompttune.serve.infer.sources.frames.Selection`.
-        fps: likewise.
-        drop: ``oldest``: when answers fall behind, the oldest waiting frame goes; ``none``: the stream has to wait.
-        buffer: frames that wait at most.
-        reconnects: attempts in a row that may bring no frame; None for no end.
-        limit: items to give at most.
-        open_timeout_s: seconds that connecting may take.
-        read_timeout_s: seconds without any data after which a connection counts as broken.
-        options: FFmpeg's options; RTSP goes over TCP unless they say otherwise.
-        delay: seconds to wait before an attempt, counted from 1.
+        fps: see :class:`~prompttune.serve.infer.sources.frames.Selection`.
+        drop: ``oldest`` drops the oldest waiting frame when answers fall behind; ``none`` lets the stream wait.
+        buffer: largest number of waiting frames.
+        reconnects: largest number of attempts in a row without a frame; None for any number.
+        limit: largest number of items.
+        open_timeout_s: seconds until connecting times out.
+        read_timeout_s: seconds without data until a connection counts as broken.
+        options: FFmpeg's options; RTSP uses TCP unless they say otherwise.
+        delay: returns the seconds to wait before an attempt, counted from 1.
 
     Raises:
-        UsageError: an argument is out of its range.
+        UsageError: an argument is out of range.
         MissingExtraError: PyAV is not installed.
     """
 
@@ -90,7 +90,7 @@ class LiveSource(Unbounded):
     ) -> None:
         super().__init__(buffer, drop, limit)
         if reconnects is not None and reconnects < 0:
-            raise UsageError("the reconnects cannot be fewer than 0")
+            raise UsageError("the number of reconnects must be at least 0")
         if not (open_timeout_s > 0 and read_timeout_s > 0):
             raise UsageError("the timeouts must be positive")
         self._av = pyav()
@@ -105,7 +105,7 @@ class LiveSource(Unbounded):
         self._frames = self._skipped = self._attempts = self._damaged = 0
 
     def counts(self) -> Mapping[str, int]:
-        """``frames`` so far, ``skipped`` and ``dropped`` ones among them; ``reconnects``; ``damaged`` packets."""
+        """``frames`` so far, including ``skipped`` and ``dropped`` ones; ``reconnects``; ``damaged`` packets."""
         return {
             "frames": self._skipped + self._waiting.received,
             "skipped": self._skipped,
@@ -140,7 +140,7 @@ class LiveSource(Unbounded):
         """Read until the stream ends.
 
         Returns:
-            Why it broke off; None where the other side ended it.
+            The reason why it broke off; None if the other side ended it.
         """
         device = _CAMERA.fullmatch(self._address)
         try:
@@ -159,11 +159,11 @@ class LiveSource(Unbounded):
             stream = video_stream(container)
             if stream is None or stream.codec_context is None:
                 return "no video stream that can be decoded"
-            # a container that knows how long it is will come to an end, and would only start again
+            # A stream that knows its duration will end; reconnecting would only start it again.
             if container.duration is not None and container.duration > 0:
                 self._finite = True
                 self._waiting.drop = "none"
-            stream.thread_type = "SLICE"  # threads by frame would hold back as many frames
+            stream.thread_type = "SLICE"  # frame threads would hold back one frame each
             return self._frames_of(container, stream)
 
     def _frames_of(self, container: Any, stream: Any) -> str | None:
@@ -180,7 +180,7 @@ class LiveSource(Unbounded):
         return problem
 
     def _decode(self, stream: Any, packet: Any | None) -> None:
-        """Put the frames that a packet brings to light; None for what the decoder still holds."""
+        """Queue the frames of a packet; the packet None flushes the decoder."""
         try:
             frames = stream.codec_context.decode(packet)
         except self._av.FFmpegError:
@@ -202,12 +202,12 @@ class LiveSource(Unbounded):
         return f"{what}: {problem or 'the stream ended'}"
 
     def _reason(self, problem: Exception, timeout_s: float) -> str:
-        if isinstance(problem, self._av.error.ExitError):  # PyAV's way to end a call that takes too long
+        if isinstance(problem, self._av.error.ExitError):  # PyAV raises this when a call times out
             return f"no data within {timeout_s:g} s"
         return masked(reason(problem))
 
     def _hopeless(self) -> tuple[type[Exception], ...]:
-        """Errors of the first connection that mean a wrong address rather than a server that is still to come."""
+        """Errors of the first connection that mean a wrong address, not a server that has yet to start."""
         error = self._av.error
         return (
             *(error.ProtocolNotFoundError, error.DemuxerNotFoundError, error.OptionNotFoundError, error.ArgumentError),

@@ -1,4 +1,4 @@
-"""From what the command line names to a source: what kind each input is."""
+"""From the names on the command line to a source: the kind of each input."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from prompttune.serve.infer.sources.watch import WatchedFolder
 STANDARD_INPUT = "-"
 LIST_SUFFIXES = frozenset({".txt", ".lst", ".list"})
 CLASS_INDEX = "cls"
-"""Member of a shard that holds a class index as text: WebDataset's convention."""
+"""Member of a shard with a class index as text, by WebDataset's convention."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A source, and what is known of it."""
+    """A source and its properties."""
 
     source: Source
     frames: bool = False
-    """Its inputs are frames of a video or a stream."""
+    """Whether its inputs are frames of a video or a stream."""
     rate: Fraction | None = None
-    """Frames that are taken of a second of video, where that is known."""
+    """Selected frames per second of video, if known."""
     label_is_index: bool = False
-    """A true label that is no class name may be a class index."""
+    """Whether a true label that is not a class name may be a class index."""
 
 
 class Chain(Bounded):
@@ -54,19 +54,19 @@ class Chain(Bounded):
 
     @property
     def total(self) -> int | None:
-        """The sum, None if one is not known."""
+        """Sum of the totals; None if one of them is unknown."""
         totals = [source.total for source in self._sources]
         return None if None in totals else sum(total for total in totals if total is not None)
 
     def counts(self) -> Mapping[str, int]:
-        """The sums."""
+        """Sum of the counts."""
         sums: Counter[str] = Counter()
         for source in self._sources:
             sums.update(source.counts())
         return dict(sums)
 
     def close(self) -> None:
-        """End all of them."""
+        """Close all of them."""
         super().close()
         for source in self._sources:
             source.close()
@@ -83,24 +83,24 @@ def open_source(
     stdin: Callable[[], BinaryIO],
     done: Callable[[Item], bool] = lambda _: False,
 ) -> Opened:
-    """Open what is named: files, folders, quoted globs, lists, tables, shards, videos; or one stream, or ``-``.
+    """Open the named inputs: files, folders, quoted globs, lists, tables, shards, videos; or one stream; or ``-``.
 
     Args:
-        inputs: their names.
-        settings: how to read them.
+        inputs: names of the inputs.
+        settings: settings for reading them.
         stdin: opens standard input.
-        done: of a watched folder, tells of an image whether an earlier run has answered it as it is.
+        done: tells, for a watched folder, whether an earlier run has answered an image in its current state.
 
     Raises:
-        UsageError: an input that is not there, a combination that means nothing.
+        UsageError: an input does not exist, or options contradict each other.
         DataError: an input cannot be read.
-        MissingExtraError: a library that reads it is not installed.
+        MissingExtraError: a library for reading it is not installed.
     """
     if not inputs:
-        raise UsageError("name what to classify: files, folders, tables, shards, videos, a stream, or - to read a list")
+        raise UsageError("name the inputs: files, folders, tables, shards, videos, a stream, or - to read a list")
     alone = [one for one in inputs if one == STANDARD_INPUT or _is_stream(one, settings) or settings.watch]
     if alone and len(inputs) > 1:
-        raise UsageError(f"{alone[0]} never ends by itself, so it is read alone: give one input")
+        raise UsageError(f"{alone[0]} never ends by itself: give it as the only input")
     if alone:
         return _open_endless(alone[0], settings, stdin, done)
     kinds = [(_kind(one, settings), one) for text in inputs for one in _expanded(text)]
@@ -124,7 +124,7 @@ def _is_stream(text: str, settings: SourceSettings) -> bool:
 
 
 def _expanded(text: str) -> list[str]:
-    """Braces of shards, and globs; what is neither as it is."""
+    """Expand the braces of shards, and globs; other names stay as they are."""
     found = expand_braces(text) if is_shard(text) and not Path(text).exists() else [text]
     return [match for one in found for match in _matches(one)]
 
@@ -154,11 +154,11 @@ def _check(kinds: Sequence[tuple[str, str]], settings: SourceSettings) -> None:
     for kind, name in kinds:
         columns = kind in ("table", "shards")
         if settings.task_column is not None and not columns:
-            raise UsageError(f"--task-column: {name} has no columns; a table, shards or JSON lines have")
+            raise UsageError(f"--task-column: {name} has no columns; use a table, shards or JSON lines")
         if settings.image_column is not None and kind != "table":
-            raise UsageError(f"--image-column: {name} is no table")
+            raise UsageError(f"--image-column: {name} is not a table")
         if settings.labels is not None and kind == "video":
-            raise UsageError(f"--labels: the frames of {name} have none")
+            raise UsageError(f"--labels: the frames of {name} have no labels")
         if settings.label_column is not None and not columns:
             raise UsageError(f"--labels {settings.label_column}: {name} has no columns; use folder or a .csv file")
         if settings.labels is not None and settings.label_column is None and columns:
@@ -181,11 +181,11 @@ def _open(kind: str, names: Sequence[str], settings: SourceSettings) -> list[Sou
 def _open_endless(
     name: str, settings: SourceSettings, stdin: Callable[[], BinaryIO], done: Callable[[Item], bool]
 ) -> Opened:
-    """A source that is read once and may have no end."""
+    """A source that is read once and may be endless."""
     if settings.watch:
         _check([("images", name)], settings)
         if not Path(name).is_dir():
-            raise UsageError(f"--watch: {name} is no folder")
+            raise UsageError(f"--watch: {name} is not a folder")
         return Opened(WatchedFolder(name, done=done, limit=settings.limit))
     if name != STANDARD_INPUT:
         _check([("video", name)], settings)
@@ -212,7 +212,7 @@ def _open_endless(
             )
         )
     if settings.frame_size is None:
-        raise UsageError("raw frames say nothing of their size: give --frame-size WIDTHxHEIGHT")
+        raise UsageError("raw frames do not state their size: give --frame-size WIDTHxHEIGHT")
     _check([("video", "standard input")], settings)
     frames = RawFrames(
         stdin(),
@@ -228,7 +228,7 @@ def _open_endless(
 
 
 def _taken(rate: Fraction | None, settings: SourceSettings) -> Fraction | None:
-    """Frames a second after the stride and the limit of frames a second."""
+    """Frames per second after the stride and the frame rate limit."""
     strided = None if rate is None else rate / settings.stride
     wanted = None if settings.fps is None else Fraction(settings.fps).limit_denominator(1000)
     return min((one for one in (strided, wanted) if one is not None), default=None)

@@ -1,4 +1,4 @@
-"""Raw frames on a binary stream, as ffmpeg and cameras' tools write them into a pipe."""
+"""Raw frames on a binary stream, as ffmpeg and camera tools write them into a pipe."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from prompttune.serve.infer.sources.stdin import NAME, reading
 from prompttune.serve.infer.sources.waiting import Drop, Unbounded
 
 CHANNELS: Mapping[str, int] = {"rgb24": 3, "bgr24": 3, "gray8": 1}
-"""Bytes of a pixel in each pixel format."""
+"""Bytes per pixel of each pixel format."""
 
 
 class RawFrames(Unbounded):
-    """Frames of one size, one after another, without anything between them.
+    """Frames of one size, one directly after another.
 
-    ``frame`` counts all of them, ``timestamp`` is the Unix time of arrival. A last frame that is incomplete gives an
-    item with an error. After the end, ``frames`` = items + ``skipped`` + ``dropped``.
+    ``frame`` counts all of them; ``timestamp`` is the Unix time of arrival. An incomplete last frame gives an item with
+    an error. After the end, ``frames`` = items + ``skipped`` + ``dropped``.
 
     Args:
-        stream: binary, such as :func:`standard_input`.
-        width: of a frame, in pixels.
-        height: likewise.
+        stream: binary stream, such as :func:`standard_input`.
+        width: width of a frame, in pixels.
+        height: height of a frame, in pixels.
         pixel_format: one of :data:`CHANNELS`.
         stride: see :class:`~prompttune.serve.infer.sources.frames.Selection`.
-        fps: likewise, in time of arrival.
-        drop: ``none``: the writer waits when answers fall behind; ``oldest``: the oldest waiting frame goes.
-        buffer: frames that wait at most.
-        limit: items to give at most.
+        fps: see :class:`~prompttune.serve.infer.sources.frames.Selection`; it uses the time of arrival.
+        drop: ``none`` lets the writer wait when answers fall behind; ``oldest`` drops the oldest waiting frame.
+        buffer: largest number of waiting frames.
+        limit: largest number of items.
 
     Raises:
-        UsageError: an argument is out of its range or unknown.
+        UsageError: an argument is out of range or unknown.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RawFrames(Unbounded):
         self._skipped = 0
 
     def counts(self) -> Mapping[str, int]:
-        """``frames`` so far, ``skipped`` and ``dropped`` ones among them."""
+        """``frames`` so far, including ``skipped`` and ``dropped`` ones."""
         frames = self._skipped + self._waiting.received
         return {"frames": frames, "skipped": self._skipped, "dropped": self._waiting.dropped}
 
@@ -98,7 +98,7 @@ class RawFrames(Unbounded):
         return b"".join(parts) if len(parts) != 1 else parts[0]
 
     def _pixels(self, data: bytes) -> NDArray[np.uint8]:
-        """RGB [height, width, 3] of a frame's bytes, which are not copied."""
+        """RGB [height, width, 3] from a frame's bytes, without a copy."""
         pixels = np.frombuffer(data, np.uint8).reshape(self._shape)  # [height, width, channels]
         if self._format == "bgr24":
             return pixels[..., ::-1]

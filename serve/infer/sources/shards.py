@@ -1,4 +1,4 @@
-"""Images of WebDataset shards, see :mod:`prompttune.data.tars`."""
+"""Images in WebDataset shards, see :mod:`prompttune.data.tars`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from prompttune.serve.infer.sources.common import NO_TASK, Bounded, printable, t
 
 JSON_PREFIX = "json:"
 NAMED_MEMBERS = 5
-"""Members of a sample that an error names at most."""
+"""Largest number of a sample's members in an error message."""
 MOST_NAMES = 10**6
-"""What braces may stand for at most."""
+"""Largest number of names from braces."""
 
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class MemberPayload(Encoded):
-    """An encoded image inside a tar file that is not compressed."""
+    """An encoded image inside an uncompressed tar file."""
 
     shard: Path
     offset: int
-    """Where its bytes begin."""
+    """Offset of its first byte."""
     size: int
 
     def stream(self) -> BinaryIO:
@@ -39,24 +39,24 @@ class MemberPayload(Encoded):
 
 
 class ShardSource(Bounded):
-    """A sample of a tar file is an item; its number, counted from 0, is the item's row.
+    """Each sample of a tar file is an item; its number, counted from 0, is the item's row.
 
-    The image is the first member whose kind is that of an image (``jpg``); where there is none, the first whose last
-    extension is (``left.jpg``). Further ones are counted as ``further_images``. An item's source is the path of the
-    shard, a slash and the name of the member. Images of a compressed shard are read while the items are; those of
-    others stay where they are until their payload is opened.
+    The image is the first member whose kind is an image format (``jpg``), else the first whose last extension is
+    (``left.jpg``). Additional images are counted as ``further_images``. An item's source is the path of the shard, a
+    slash and the name of the member. Images of a compressed shard are read together with the items; those of other
+    shards are read when their payload is opened.
 
-    A shard that is damaged or cut short gives the samples before the damage and then one item with an error, which
-    names the shard; other sources go on.
+    A shard that is damaged or cut short gives the samples before the damage and then one item with an error that names
+    the shard; the other sources continue.
 
     Args:
-        path: the shard, whatever compression Python's ``tarfile`` knows.
-        label_key: kind of the text member that holds the true label, such as ``cls`` or ``txt``, or ``json:FIELD`` for
-            a field of the JSON member. A sample may have none.
-        task_key: the same for the task of a sample; one without it is an item with an error.
+        path: the shard, in any compression that Python's ``tarfile`` reads.
+        label_key: kind of the text member with the true label, such as ``cls`` or ``txt``, or ``json:FIELD`` for a
+            field of the JSON member. A sample without it has no label.
+        task_key: kind of the member with the task, in the same form; a sample without it is an item with an error.
 
     Raises:
-        UsageError: there is no such file, or a key is empty.
+        UsageError: the file does not exist, or a key is empty.
     """
 
     def __init__(self, path: Path, label_key: str | None = None, task_key: str | None = None) -> None:
@@ -69,7 +69,7 @@ class ShardSource(Bounded):
         self._further = 0
 
     def counts(self) -> Mapping[str, int]:
-        """``further_images``: images of samples that have another one already."""
+        """``further_images``: number of images in samples beyond their first."""
         return {"further_images": self._further} if self._further else {}
 
     def _items(self) -> Iterator[Item]:
@@ -80,7 +80,7 @@ class ShardSource(Bounded):
                 yield self._sample(row, members)
                 row += 1
         except DamagedShardError as problem:
-            where = f"damaged behind sample {row - 1}" if row else "not a tar file, or damaged at its beginning"
+            where = f"damaged after sample {row - 1}" if row else "not a tar file, or damaged at its beginning"
             error = f"the shard is {where}: {problem}"
             yield Item(printable(str(self._path)), row=row, error=error, container=self._path)
 
@@ -111,7 +111,7 @@ class ShardSource(Bounded):
 
 @dataclass(frozen=True)
 class _Key:
-    """Where in a sample a text stands."""
+    """The place of a text in a sample."""
 
     kind: str
     field: str | None
@@ -125,7 +125,7 @@ class _Key:
         return cls(kind, field)
 
     def of(self, texts: Mapping[str, bytes]) -> str | None:
-        """The text, None if the sample has none or it cannot be read."""
+        """The text; None if the sample does not have it or it cannot be read."""
         try:
             content = texts[self.kind].decode("utf-8-sig")
             return text_of(content.strip() if self.field is None else _scalar(json.loads(content)[self.field]))
@@ -134,18 +134,18 @@ class _Key:
 
 
 def _scalar(value: object) -> object:
-    """A list or an object is no label."""
+    """The value, unless it is a list or an object, which cannot be a label."""
     return None if isinstance(value, list | dict) else value
 
 
 def expand_braces(text: str) -> list[str]:
-    """The names that a pattern with braces stands for, in order: ``shard-{000..009}.tar``, ``{train,val}.tar``.
+    """Expand a pattern with braces into names, in order: ``shard-{000..009}.tar``, ``{train,val}.tar``.
 
-    A range counts up or down and keeps the width of numbers that begin with 0. Braces may be nested; those that hold
-    neither a comma nor a range, or are never closed, stand for themselves.
+    A range counts up or down and keeps the width of numbers with leading zeros. Braces may be nested; braces without a
+    comma or a range, and unclosed ones, are ordinary characters.
 
     Raises:
-        UsageError: there are more than a million names.
+        UsageError: the pattern stands for more than a million names.
     """
     parts = _first_braces(text)
     if parts is None:
@@ -159,7 +159,7 @@ def expand_braces(text: str) -> list[str]:
 
 
 def _first_braces(text: str) -> tuple[str, str, str] | None:
-    """What stands before, in and after the first pair of braces; None if there is none."""
+    """The text before, in and after the first pair of braces; None without braces."""
     for start in (place for place, character in enumerate(text) if character == "{"):
         depth = 0
         for place in range(start, len(text)):

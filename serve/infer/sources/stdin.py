@@ -21,20 +21,20 @@ from prompttune.serve.infer.sources.waiting import Unbounded
 
 NAME = "-"
 LONGEST_LINE = 64 * 2**20
-"""Bytes of a JSON line."""
+"""Longest JSON line, in bytes."""
 LONGEST_PATH = 2**16
-"""Bytes of a line of a list."""
+"""Longest line of a list, in bytes."""
 BUFFER = 64
-"""Lines that wait at most."""
+"""Largest number of waiting lines."""
 
 
 def standard_input() -> BinaryIO:
-    """Standard input through a buffer of its own.
+    """Standard input through its own buffer.
 
-    A thread that still waits in ``sys.stdin`` when the interpreter ends makes it abort.
+    Python aborts if it exits while a thread still waits in ``sys.stdin``.
 
     Raises:
-        DataError: it is closed.
+        DataError: standard input is closed.
     """
     try:
         return os.fdopen(os.dup(0), "rb")
@@ -52,7 +52,7 @@ class _Lines(Unbounded):
 
     @abstractmethod
     def _item(self, line: bytes, row: int) -> Item | None:
-        """What a line stands for; None for nothing."""
+        """The item of a line; None for a blank line."""
 
     def _read(self) -> None:
         for row, line in enumerate(self._lines()):
@@ -66,7 +66,7 @@ class _Lines(Unbounded):
                     self._waiting.put(item)
 
     def _lines(self) -> Iterator[bytes | None]:
-        """Each line, None for one that is too long; a byte order mark in front is left out."""
+        """Each line without a leading byte order mark; None for a line that is too long."""
         first = True
         while line := self._line():
             if len(line) > self._longest and not line.endswith(b"\n"):
@@ -84,24 +84,24 @@ class _Lines(Unbounded):
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """Turn what a broken or closed stream raises into a :class:`DataError`."""
+    """Turn the errors of a broken or closed stream into a :class:`DataError`."""
     try:
         yield
-    except (OSError, ValueError) as problem:  # ValueError: it has been closed
+    except (OSError, ValueError) as problem:  # ValueError: the stream is closed
         raise DataError(f"cannot read standard input: {first_line(problem)}") from problem
 
 
 class ListReader(_Lines):
-    """A list of image files, a path a line; ``source`` is the path.
+    """A list of image files, one path per line; ``source`` is the path.
 
-    Lines as in a :class:`~prompttune.serve.infer.sources.files.ListSource`, but a relative path always counts from the
-    current directory.
+    Lines have the form of a :class:`~prompttune.serve.infer.sources.files.ListSource`, but relative paths always start
+    from the current folder.
 
     Args:
-        stream: binary, such as :func:`standard_input`.
-        labels: where the true labels come from.
-        limit: items to give at most.
-        buffer: items that wait at most.
+        stream: binary stream, such as :func:`standard_input`.
+        labels: source of the true labels.
+        limit: largest number of items.
+        buffer: largest number of waiting items.
     """
 
     def __init__(
@@ -116,26 +116,28 @@ class ListReader(_Lines):
             return None
         if "\0" in written:
             shown = written.replace("\0", "")
-            return Item(printable(shown), row=row, error="the line holds a zero byte: write a path a line, in UTF-8")
+            return Item(
+                printable(shown), row=row, error="the line holds a zero byte: write one path per line, in UTF-8"
+            )
         payload, error = file_of(Path(), written)
         target = self._labels.of(payload.path, written=written) if self._labels and payload else None
         return Item(printable(written), payload, row, target=target, error=error)
 
 
 class JsonReader(_Lines):
-    """JSON lines: objects with an image each.
+    """JSON lines: one object with an image per line.
 
-    An object has ``path``, a file, or ``image``, an encoded image in base64 (a ``data:`` URL too); and it may have
-    ``id``, a text or a number, which becomes ``source``; the task of this image alone; and its true label. Without
-    ``id`` the path is the ``source``. A line that is no such object gives an item with an error.
+    An object has ``path`` (a file) or ``image`` (an encoded image in base64, also as a ``data:`` URL). It may have
+    ``id`` (a text or a number, which becomes ``source``), the task of this image, and its true label. Without ``id``
+    the path is the ``source``. A line that is not such an object gives an item with an error.
 
     Args:
-        stream: binary, such as :func:`standard_input`.
-        label_key: key of the true label; None where there are no labels.
+        stream: binary stream, such as :func:`standard_input`.
+        label_key: key of the true label; None without labels.
         task_key: key of the task.
-        limit: items to give at most.
-        buffer: items that wait at most; with images in them they are what memory holds.
-        longest: bytes of a line at most.
+        limit: largest number of items.
+        buffer: largest number of waiting items; their images are in memory.
+        longest: longest line, in bytes.
     """
 
     def __init__(
@@ -166,7 +168,7 @@ class JsonReader(_Lines):
 
 
 class _LineError(Exception):
-    """What is wrong with a line."""
+    """Error in a line."""
 
 
 def _object(line: bytes) -> dict[str, Any]:
@@ -180,7 +182,7 @@ def _object(line: bytes) -> dict[str, Any]:
 
 
 def _word(values: dict[str, Any], key: str) -> str | None:
-    """A text or a number as text; None where there is none."""
+    """A text or a number as text; None if the key is missing."""
     value = values.get(key)
     if value is None:
         return None
@@ -190,14 +192,14 @@ def _word(values: dict[str, Any], key: str) -> str | None:
 
 
 def _writable(text: str) -> str:
-    """A text that every output can hold; JSON can spell code points that UTF-8 cannot."""
+    """A text that every output can hold; JSON can express code points that UTF-8 cannot."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _payload(values: dict[str, Any]) -> Payload:
     path, image = values.get("path"), values.get("image")
     if (path is None) == (image is None):
-        raise _LineError("needs path or image, one of them")
+        raise _LineError("the object needs either path or image")
     if path is not None:
         if not isinstance(path, str):
             raise _LineError("path is not a text")

@@ -18,19 +18,19 @@ from prompttune.serve.infer.sources.common import NO_TASK, Bounded, path_item, p
 
 CSV_DIALECTS = {".csv": "excel", ".tsv": "excel-tab"}
 TABLE_SUFFIXES = frozenset(CSV_DIALECTS) | ARROW_SUFFIXES
-"""Files with these endings, in upper or lower case, are tables."""
+"""Suffixes of tables, in upper or lower case."""
 PATH_COLUMNS = ("path", "file", "file_name", "filename", "image", "image_path")
-"""Names of columns that are taken for the image's path, the first that a table has."""
+"""Column names that mean the image's path; the first one in a table is used."""
 NAMED_COLUMNS = 20
-"""Columns that an error names at most."""
+"""Largest number of columns in an error message."""
 
 Kind = Literal["cell", "path"]
-"""How a column holds images: itself, or by their paths."""
+"""Content of an image column: the images themselves, or their paths."""
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """What is read of a table."""
+    """Columns of a table to read."""
 
     image: str
     kind: Kind
@@ -51,26 +51,25 @@ class _Format(Protocol):
 
 
 class TableSource(Bounded):
-    """A row of a table is an item; its number, counted from 0, is the item's row.
+    """Each row of a table is an item; its number, counted from 0, is the item's row.
 
-    Formats go by the suffix: ``.csv`` and ``.tsv`` (UTF-8, with a header), ``.parquet``, ``.arrow`` and ``.feather``
+    The suffix tells the format: ``.csv`` and ``.tsv`` (UTF-8, with a header), ``.parquet``, ``.arrow`` and ``.feather``
     (the file and the streaming format of Arrow IPC). Images stay in the table until their payload is opened. Labels and
     tasks become text, whole numbers without a fraction; integers that Hugging Face ``datasets`` wrote as class labels
-    become the names of their classes.
+    become class names.
 
     Args:
         path: the table.
-        image_column: holds the path of an image, relative to the table's folder; or, except in CSV, an encoded image,
-            or a struct with the fields ``bytes`` and ``path`` of which the first that is filled counts. None takes the
-            only column with encoded images or structs, else the first of :data:`PATH_COLUMNS` that there is.
-        task_column: holds the task of each row; a row without one is an item with an error.
-        label_column: holds the true label of each row; a row may have none.
+        image_column: column with the path of an image, relative to the table's folder; or, except in CSV, with an
+            encoded image or a struct of ``bytes`` and ``path``, whose first filled field is used. None picks the only
+            column with encoded images or structs, else the first of :data:`PATH_COLUMNS` in the table.
+        task_column: column with the task of each row; a row without a task is an item with an error.
+        label_column: column with the true label of each row; a row may lack it.
 
     Raises:
-        UsageError: there is no such file or column, a column cannot be what it is taken for, or no column is plainly
-            that of the images.
-        DataError: the table is damaged. CSV files are read through to find out, so that no run ends half way.
-        MissingExtraError: pyarrow is not installed and the table is no CSV.
+        UsageError: the file or a column does not exist, a column has the wrong type, or the image column is ambiguous.
+        DataError: the table is damaged. CSV files are read through at once, so that a run does not stop half way.
+        MissingExtraError: the table is not CSV and pyarrow is not installed.
     """
 
     def __init__(
@@ -92,7 +91,7 @@ class TableSource(Bounded):
 
     @property
     def total(self) -> int | None:
-        """Number of rows; None for the streaming format of Arrow IPC, which does not tell."""
+        """Number of rows; None for the streaming format of Arrow IPC, which does not state it."""
         return self._format.total
 
     def _items(self) -> Iterator[Item]:
@@ -102,14 +101,14 @@ class TableSource(Bounded):
 def _choose(
     path: Path, kinds: Sequence[tuple[str, Kind | None]], image: str | None, task: str | None, label: str | None
 ) -> _Columns:
-    """Find the columns that are asked for, and that of the images if none is.
+    """Find the requested columns, and the image column if it is not given.
 
     Args:
         path: the table.
-        kinds: name of each column, and how it can hold images.
+        kinds: the possible image content of each column, by name.
         image: ``image_column`` of :class:`TableSource`.
-        task: its ``task_column``.
-        label: its ``label_column``.
+        task: ``task_column`` of :class:`TableSource`.
+        label: ``label_column`` of :class:`TableSource`.
     """
     names = [name for name, _ in kinds]
     known = dict(kinds)
@@ -139,7 +138,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 class _Csv:
-    """Blank lines are no rows; blanks around a cell do not count."""
+    """A CSV file; blank lines are skipped, and spaces around a cell are dropped."""
 
     def __init__(self, path: Path, *columns: str | None) -> None:
         self._path = path
@@ -154,7 +153,7 @@ class _Csv:
         self._places = {name: self._header.index(name) for name in self._columns.texts}
 
     def _rows(self) -> Iterator[tuple[int, list[str]]]:
-        """Number of the line and cells of each row, the header first."""
+        """Line number and cells of each row, the header first."""
         return csv_rows(self._path, "the table", CSV_DIALECTS[self._path.suffix.lower()])
 
     def items(self) -> Iterator[Item]:
@@ -223,14 +222,14 @@ class _Arrow:
     def _target(self, label: Any) -> str | None:
         if self._classes is None or not isinstance(label, int):
             return text_of(label)
-        # Hugging Face data sets write -1 where a label is not told, as in the test split of a contest
+        # Hugging Face data sets write -1 for an unknown label, as in the test split of a contest.
         if label == -1:
             return None
         return self._classes[label] if 0 <= label < len(self._classes) else str(label)
 
 
 def _kind(kind: Any) -> Kind | None:
-    """How a column of a type of pyarrow can hold images."""
+    """The possible image content of a column, by its pyarrow type."""
     from pyarrow import types
 
     if types.is_dictionary(kind):

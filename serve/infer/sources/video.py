@@ -1,4 +1,4 @@
-"""A video file: each of its frames has a number, a time and, whatever the decoder made of it, a row."""
+"""A video file: each frame has a number, a time and a row, even if it cannot be decoded."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ EXTENSIONS = frozenset(
         *("mkv", "mov", "mp4", "mpeg", "mpg", "mts", "mxf", "ogv", "ts", "vob", "webm", "wmv", "y4m"),
     )
 )
-"""Names with these endings are taken for videos, in upper or lower case."""
+"""Suffixes of videos, in upper or lower case."""
 
 
 def is_video(name: str) -> bool:
-    """Whether a file name is that of a video: a known extension, not hidden."""
+    """Whether a file name is a video's: a known extension, not hidden."""
     return not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS
 
 
 class VideoSource:
     """A video file, decoded while it is read.
 
-    ``frame`` counts in the order of presentation. A frame that cannot be decoded, or only in part, is an item with an
-    error in its place; so is one that a file's index announces and that a cut file lacks. A file that cannot be read,
-    or is no video, is one item with an error, as a damaged image is. So ``frames`` = items +
-    ``skipped``. ``timestamp`` counts from the stream's start; where a file holds no times it is the number over the
-    average rate. Pictures are upright and 8-bit RGB; pixels that are not square stay so.
+    ``frame`` counts in the order of presentation. A frame that cannot be decoded completely is an item with an error at
+    its position; so is a frame that a file's index announces and that a cut file lacks. A file that cannot be read, or
+    is not a video, is one item with an error, like a damaged image. Always ``frames`` = items + ``skipped``.
+    ``timestamp`` counts from the stream's start; in a file without times it is the frame number divided by the average
+    rate. Pictures are upright and 8-bit RGB; non-square pixels are not corrected.
 
     Args:
-        path: the file; its text as given is the items' ``source``.
+        path: the file; the path as given is the items' ``source``.
         stride: see :class:`~prompttune.serve.infer.sources.frames.Selection`.
-        fps: likewise, in presentation time.
-        limit: items to give at most; None for no limit.
+        fps: see :class:`~prompttune.serve.infer.sources.frames.Selection`; it uses the presentation time.
+        limit: largest number of items; None for no limit.
 
     Attributes:
-        width, height: of the upright pictures, in pixels; 0 where the file cannot be read.
-        rate: average frames per second, None where the file does not tell.
-        total: number of items; None unless the file's index tells it exactly (MP4 and MOV with H.264 or HEVC) and
+        width, height: size of the upright pictures, in pixels; 0 if the file cannot be read.
+        rate: average frames per second; None if the file does not state it.
+        total: number of items; None unless the file's index states it exactly (MP4 and MOV with H.264 or HEVC) and
             ``fps`` is not given.
 
     Raises:
-        UsageError: there is no such file; stride or fps is not positive.
+        UsageError: the file does not exist, or stride or fps is not positive.
         MissingExtraError: PyAV is not installed.
     """
 
@@ -79,7 +79,7 @@ class VideoSource:
                 self._threaded = reader.threaded
                 announced = reader.announced
                 self.width, self.height = reader.size()
-        except DataError:  # its row says so
+        except DataError:  # its row reports the error
             announced = 1
         self.total: int | None = None
         if fps is None and announced is not None and (self._threaded or not self.width):
@@ -87,7 +87,7 @@ class VideoSource:
             self.total = chosen if limit is None else min(chosen, limit)
 
     def items(self) -> Iterator[Item]:
-        """The chosen frames, in the order of presentation."""
+        """The selected frames, in the order of presentation."""
         given = 0
         for number, found in enumerate(self._found()):
             if self._closed.is_set() or given == self._limit:
@@ -111,9 +111,9 @@ class VideoSource:
             yield Found(None, None, str(problem), rest=True)
 
     def counts(self) -> Mapping[str, int]:
-        """``frames`` so far, ``skipped`` ones among them, and ``damaged`` ones: refused, incomplete or missing."""
+        """``frames`` so far, including ``skipped`` ones and ``damaged`` ones (refused, incomplete or missing)."""
         return {"frames": self._frames, "skipped": self._skipped, "damaged": self._damaged}
 
     def close(self) -> None:
-        """End it: ``items`` stops at the next frame."""
+        """Stop: ``items`` ends at the next frame."""
         self._closed.set()

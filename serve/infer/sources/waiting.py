@@ -1,4 +1,4 @@
-"""Between one thread that reads and one that answers: a bounded queue, and the sources that stand on it."""
+"""A bounded queue between a reading and an answering thread, and the sources that use it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ T = TypeVar("T")
 class Waiting(Generic[T]):
     """A queue of at most ``size`` items between one reader and one consumer.
 
-    At any time ``received`` = items taken + items waiting + ``dropped``.
+    At any time ``received`` = taken items + waiting items + ``dropped``.
 
     Args:
-        size: items that wait at most.
-        drop: ``oldest`` keeps the newest items, ``none`` keeps all and holds the reader back.
+        size: largest number of waiting items.
+        drop: ``oldest`` keeps the newest items; ``none`` keeps all items and makes the reader wait.
 
     Attributes:
-        drop: may be changed before the first item is put.
-        received: items that were put.
-        dropped: items that nobody will take.
+        drop: can be changed before the first item.
+        received: number of items put into the queue.
+        dropped: number of items that nobody will take.
     """
 
     def __init__(self, size: int, drop: Drop) -> None:
@@ -45,11 +45,11 @@ class Waiting(Generic[T]):
         self._changed = threading.Condition()
 
     def put(self, item: T) -> int:
-        """Add an item; under ``none`` wait for room.
+        """Add an item; with ``none``, wait for room.
 
         Returns:
-            Items dropped by this: 1 where the oldest had to leave, or where the queue is closed and the item itself
-            was dropped, else 0.
+            Number of dropped items: 1 if the oldest item was dropped, or if the queue is closed and the item itself was
+            dropped, else 0.
         """
         with self._changed:
             while self.drop == "none" and len(self._items) >= self.size and not self._closed:
@@ -67,13 +67,13 @@ class Waiting(Generic[T]):
             return int(full)
 
     def take(self, most: int) -> list[T]:
-        """Wait for one item, then take what is there, ``most`` items at most, oldest first.
+        """Wait for one item, then take the waiting ones, at most ``most``, oldest first.
 
         Returns:
-            The items; none once the queue is closed and empty.
+            The items; empty once the queue is closed and empty.
 
         Raises:
-            BaseException: what :meth:`fail` was given, once the items before it have been taken.
+            BaseException: the error given to :meth:`fail`, once the items before it are taken.
         """
         if most < 1:
             raise ValueError("most must be at least 1")
@@ -88,29 +88,29 @@ class Waiting(Generic[T]):
 
     @property
     def closed(self) -> bool:
-        """Whether nothing more is put."""
+        """Whether the queue is closed for new items."""
         return self._closed
 
     def wait(self, seconds: float) -> bool:
-        """Wait for an item or the end; false if neither came within ``seconds``."""
+        """Wait for an item or the end; return False if neither came within ``seconds``."""
         with self._changed:
             return self._changed.wait_for(lambda: bool(self._items) or self._closed, seconds)
 
     def close(self) -> None:
-        """Nothing more is put; what waits can still be taken."""
+        """Refuse new items; waiting ones can still be taken."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
-        """Close it because of an error, which :meth:`take` raises at the end; without effect on a closed one."""
+        """Close the queue with an error that :meth:`take` raises at the end; no effect on a closed queue."""
         with self._changed:
             if not self._closed:
                 self._error = error
             self.close()
 
     def discard(self) -> None:
-        """Close it and drop what waits: the consumer takes no more."""
+        """Close the queue and drop the waiting items: the consumer takes no more."""
         with self._changed:
             self.dropped += len(self._items)
             self._items.clear()
@@ -121,13 +121,13 @@ class Waiting(Generic[T]):
 class Unbounded(ABC):
     """A :class:`~prompttune.serve.infer.items.Source` that a thread reads while earlier inputs are answered.
 
-    It cannot be read again. ``close`` from any thread ends it at once; the thread, a daemon, lets go of what it reads
-    as soon as that gives something or runs out of time.
+    It cannot be read again. ``close`` from any thread ends it at once; the thread is a daemon and releases what it
+    reads after the next data or timeout.
 
     Args:
-        buffer: inputs that wait at most.
+        buffer: largest number of waiting inputs.
         drop: see :class:`Waiting`.
-        limit: inputs to give at most, dropped and skipped ones not counted; None for no limit.
+        limit: largest number of inputs, without dropped and skipped ones; None for no limit.
     """
 
     bounded = False
@@ -142,16 +142,16 @@ class Unbounded(ABC):
 
     @abstractmethod
     def _read(self) -> None:
-        """Put items until there are no more or ``_stopping`` is set; runs in a thread of its own.
+        """Queue items until the end or until ``_stopping`` is set; runs in its own thread.
 
         Raises:
-            DataError: there should be more, and it cannot be read.
+            DataError: the source breaks off and cannot be read any further.
         """
 
     def chunks(self, most: int) -> Iterator[list[Item]]:
-        """What waits, ``most`` inputs at most: waits for the first, never for the rest.
+        """Waiting inputs, at most ``most`` at a time: waits for the first one, never for more.
 
-        To be called once, and not together with :meth:`items`.
+        Call this once, and not together with :meth:`items`.
 
         Raises:
             DataError: the source cannot be read any further.
@@ -169,23 +169,23 @@ class Unbounded(ABC):
             self.close()
 
     def items(self) -> Iterator[Item]:
-        """The inputs one at a time, as :meth:`chunks` gives them."""
+        """The inputs of :meth:`chunks`, one at a time."""
         for chunk in self.chunks(1):
             yield from chunk
 
     def counts(self) -> Mapping[str, int]:
-        """``dropped``: inputs that were read and not given."""
+        """``dropped``: number of inputs that were read and dropped."""
         return {"dropped": self._waiting.dropped}
 
     def close(self) -> None:
-        """End it; what still waits counts as dropped."""
+        """Stop; waiting inputs count as dropped."""
         self._stopping.set()
         self._waiting.discard()
 
     def _run(self) -> None:
         try:
             self._read()
-        except BaseException as problem:  # whatever it is, the consumer must not wait for ever
+        except BaseException as problem:  # on any error, the consumer must not wait for ever
             self._waiting.fail(problem)
         else:
             self._waiting.close()

@@ -1,4 +1,4 @@
-"""A folder that images keep coming into."""
+"""A folder that new images arrive in."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from prompttune.serve.infer.sources.waiting import Unbounded
 SETTLE_S = 0.5
 PATIENCE_S = 60.0
 STEP_MS = 250
-"""How often files that are still being written are looked at."""
+"""Milliseconds between two checks of files that are still being written."""
 
 
 class Signature(NamedTuple):
-    """What tells one content of a file from the next."""
+    """Time and size of a file, which tell one content from the next."""
 
     modified_ns: int
     size: int
@@ -39,18 +39,18 @@ class _Held:
 
 
 class Arrivals:
-    """Which files are complete, and have not been given with this content before.
+    """Files that are complete and whose current content has not been given before.
 
-    A file is complete once its size and modification time have stayed the same for ``settle_s`` seconds, it is not
-    empty, and the kernel knows of nobody who has it open for writing. The last can be known on Linux for the files of
-    one's own user on most local file systems; elsewhere the first two decide. After ``patience_s`` seconds without
-    change a file counts as complete whatever the others say; should it change later, it is given again.
+    A file is complete once its size and modification time have not changed for ``settle_s`` seconds, it is not empty,
+    and the kernel does not know of a process that has it open for writing. The kernel knows this on Linux for the
+    user's own files on most local file systems; elsewhere the other conditions decide. After ``patience_s`` seconds
+    without a change a file counts as complete in any case; if it changes later, it is given again.
 
     Args:
-        settle_s: see above.
-        patience_s: likewise.
-        clock: seconds that only grow.
-        written: whether somebody has a file open for writing.
+        settle_s: seconds without a change before a file is complete.
+        patience_s: seconds without a change after which a file is complete in any case.
+        clock: monotonic clock in seconds.
+        written: tells whether a file is open for writing.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Arrivals:
         self._held: dict[Path, _Held] = {}
 
     def note(self, path: Path, age_s: float = 0.0) -> None:
-        """Something happened to a file, or it was found, unchanged for ``age_s`` seconds."""
+        """Record an event for a file, or a found file that has not changed for ``age_s`` seconds."""
         signature = _signature(path)
         if signature is None or signature == self._given.get(path):
             self._held.pop(path, None)
@@ -78,12 +78,12 @@ class Arrivals:
             self._held[path] = _Held(signature, self._clock() - min(self._settle_s, age_s))
 
     def pass_over(self, path: Path) -> None:
-        """Take a file's present content for given."""
+        """Mark a file's current content as given."""
         if (signature := _signature(path)) is not None:
             self._given[path] = signature
 
     def complete(self) -> Iterator[Path]:
-        """The files that have become complete, in the order of their arrival."""
+        """Files that have become complete, in the order of their arrival."""
         for path in list(self._held):
             self.note(path)
             held = self._held.get(path)
@@ -98,25 +98,25 @@ class Arrivals:
 
 
 class WatchedFolder(Unbounded):
-    """The images of a folder and of those below it, and then each new one, once it is completely written.
+    """The images in a folder and its subfolders, and then each new image once it is completely written.
 
-    First come the images that are there, sorted, then others in the order of their arrival. ``source`` is the folder as
-    given with the path below it. See :class:`Arrivals` for when a file is taken; an image that changes is given again.
-    Hidden files, such as those that a copy is written to before it gets its name, are left out.
+    The existing images come first, sorted, then new ones in the order of their arrival. ``source`` is the folder as
+    given plus the path below it. See :class:`Arrivals` for when a file is complete; an image that changes is given
+    again. Hidden files are left out, such as those that a copy is written to before it gets its name.
 
-    The kernel's notices do not cross network file systems; ``WATCHFILES_FORCE_POLLING=true`` looks by itself.
+    Kernel events do not cross network file systems; ``WATCHFILES_FORCE_POLLING=true`` polls the folder instead.
 
     Args:
-        folder: what to watch.
-        existing: whether to give the images that are there already.
-        done: tells of an image that is there at the start whether it has been answered before, as it is.
-        limit: items to give at most.
-        buffer: items that wait at most.
+        folder: folder to watch.
+        existing: whether to give images that already exist.
+        done: tells whether an earlier run has answered an existing image in its current state.
+        limit: largest number of items.
+        buffer: largest number of waiting items.
         settle_s: see :class:`Arrivals`.
-        patience_s: likewise.
+        patience_s: see :class:`Arrivals`.
 
     Raises:
-        DataError: there is no such folder.
+        DataError: the folder does not exist.
         MissingExtraError: watchfiles is not installed.
     """
 
@@ -143,7 +143,7 @@ class WatchedFolder(Unbounded):
         self._skipped = 0
 
     def counts(self) -> Mapping[str, int]:
-        """``skipped``: images that were there and answered before; ``dropped``: read and not given."""
+        """``skipped``: existing images that were answered before; ``dropped``: images that were read and dropped."""
         return {"skipped": self._skipped, "dropped": self._waiting.dropped}
 
     def _read(self) -> None:
@@ -151,7 +151,7 @@ class WatchedFolder(Unbounded):
             self._first_look()
             self._give()
             self._follow()
-        except OSError as problem:  # such as the kernel's limit on what may be watched
+        except OSError as problem:  # such as the kernel's limit on watches
             raise DataError(f"cannot watch {self._folder}: {first_line(problem)}") from problem
 
     def _first_look(self) -> None:
@@ -182,7 +182,7 @@ class WatchedFolder(Unbounded):
         for changed in changes:
             if not self._root.is_dir():
                 raise DataError(f"the watched folder {self._folder} is gone")
-            # what came before the watch stood, and what a new folder held before it was watched, makes no notice
+            # Files from before the watch started, and those in a new folder before it was watched, cause no event.
             found = [path for _, path in changed] if watching else [self._root]
             watching = True
             for path in map(Path, found):
@@ -204,15 +204,15 @@ class WatchedFolder(Unbounded):
 
 
 def _leave_out(problem: OSError) -> None:
-    """A folder of a moment ago may be gone, or closed to this user until its owner opens it."""
+    """Ignore the error: the folder may be gone, or closed to this user until its owner opens it."""
 
 
 def open_for_writing(path: Path) -> bool:
-    """Whether somebody has a file open for writing; false where the kernel does not tell.
+    """Whether a process has a file open for writing; False if the kernel does not tell.
 
-    Linux grants a read lease on a file that nobody writes to. It is given back at once, and should somebody open the
-    file within that moment, the kernel sends the lease's holder a signal: one that does nothing by default, not SIGIO,
-    which would end the process.
+    Linux grants a read lease on a file that nobody writes to. The lease is returned at once. If a process opens the
+    file within that moment, the kernel sends a signal to the lease's holder: one that does nothing by default instead
+    of SIGIO, which would end the process.
     """
     try:
         import fcntl
@@ -236,7 +236,7 @@ def open_for_writing(path: Path) -> bool:
 
 
 def _signature(path: Path) -> Signature | None:
-    """None where there is no such file."""
+    """The signature of a file; None if it does not exist."""
     with contextlib.suppress(OSError):
         found = path.stat()
         if stat.S_ISREG(found.st_mode):
