@@ -2,5 +2,5 @@
 
 RANK, CLASSES, CLUSTERS = "rank", "classes", "clusters"
 CHOICES = (CLASSES, CLUSTERS)
-"""Axes of which a forward chooses one entry. A state tensor of the shape ``(axis,)`` is added to the scores of the
-choice, and padded with -inf instead of zeros, so that padding is never chosen."""
+"""Axes along which a forward chooses one entry. A state tensor of the shape ``(axis,)`` is added to the scores and
+padded with -inf instead of zeros, so that padding is never chosen."""

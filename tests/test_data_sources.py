@@ -120,10 +120,10 @@ def test_a_split_inside_a_folder_of_its_name(tmp_path: Path) -> None:
         (["train/a", "train/b", "Train/a", "Train/b"], "the folders .* mean the same split"),
         (["train/a", "train/b", "val/a", "valid/a"], "the folders .* mean the same split"),
         (["car", "train"], r"folders of splits \(train\) beside other folders with images \(car\)"),
-        (["valid", "invalid"], "rename a class that is called as a split"),
+        (["valid", "invalid"], "rename a class with a split's name"),
         (["train", "test"], "train has no class folders"),
         (["cat/train", "cat/test", "dog/train", "dog/test"], "cat holds folders of splits .* split before the class"),
-        (["train/a", "train/b", "train/test"], "train holds the folder test, which is called as a split"),
+        (["train/a", "train/b", "train/test"], "train holds the folder test, which has a split's name"),
         (["pets/train/a", "pets/train/b", "pets/val/a"], "pets holds folders of splits .* give that folder"),
     ],
 )  # fmt: skip

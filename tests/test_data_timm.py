@@ -263,7 +263,7 @@ def test_shards_that_are_cut_or_compressed_are_refused(shards: Path) -> None:
 @pytest.mark.parametrize("name", ["constraint-0.tar", "train-test-0.tar"])
 def test_shards_of_no_split_beside_those_of_one_are_refused(shards: Path, name: str) -> None:
     (shards / "pets-val-0.tar").rename(shards / name)
-    with pytest.raises(DataError, match=r"the name of the shard .*0.tar (tells no split|has several splits)"):
+    with pytest.raises(DataError, match=r"the name of the shard .*0.tar (does not name a split|has several splits)"):
         load_data("wds/pets", root=str(shards.parent))
 
 
@@ -285,7 +285,7 @@ def test_shard_folders_that_are_refused(shards: Path) -> None:
     with pytest.raises(DataError, match="no images to train on, only a split val"):
         load_data("wds/pets", root=str(shards.parent))
     (shards / "info.json").write_text('{"splits": {"train": {}}}')
-    with pytest.raises(DataError, match="does not describe splits as timm wants it"):
+    with pytest.raises(DataError, match="does not describe splits in timm's form"):
         load_data("wds/pets", root=str(shards.parent))
     with pytest.raises(DataError, match="download them and give it as --data-root"):
         load_data("wds/nowhere")

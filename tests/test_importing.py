@@ -108,7 +108,7 @@ def test_sa2vp_settings_that_no_file_holds(vit, tmp_path):
     message = refused("holds 2 prompt maps", UsageError, "sa2vp", file, tmp_path / "x", vit, settings={
         "prompt_layers": [0, 2, 4]})  # fmt: skip
     assert "--prompt-layers" in message
-    refused("takes no setting 'rank'", UsageError, "sa2vp", file, tmp_path / "x", vit, settings={"rank": 4})
+    refused("does not have a setting 'rank'", UsageError, "sa2vp", file, tmp_path / "x", vit, settings={"rank": 4})
 
 
 def test_sa2vp_on_a_swin(swin, images, tmp_path):
@@ -246,8 +246,8 @@ def test_lora_ranks_and_alphas_of_single_blocks(vit, images, tmp_path):
             {"alpha_pattern": {"blocks.1.attn.qkv": math.nan}},
             "alpha_pattern 'blocks.1.attn.qkv' must be a number .* nan",
         ),
-        ({"alpha_pattern": {"(": 3}}, r"alpha_pattern '\(' is no regular expression"),
-        ({"alpha_pattern": [3]}, "alpha_pattern is no table"),
+        ({"alpha_pattern": {"(": 3}}, r"alpha_pattern '\(' is not a regular expression"),
+        ({"alpha_pattern": [3]}, "alpha_pattern is not a table"),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -268,7 +268,7 @@ def test_lora_refusals(vit, swin, tmp_path):
     folder = tmp_path / "adapter"
     tensors = released.peft_folder(folder, vit)
     refused("changes keys too", UsageError, "lora", folder, tmp_path / "x", vit, settings={"targets": "qv"})
-    refused("LoRA runs on a ViT", CheckpointError, "lora", folder, tmp_path / "x", swin)
+    refused("LoRA needs a ViT", CheckpointError, "lora", folder, tmp_path / "x", swin)
     tensors["base_model.model.blocks.0.mlp.fc1.lora_A.weight"] = torch.zeros(4, 64)
     save_file(tensors, folder / "adapter_model.safetensors")
     refused(r"unexpected: blocks.0.mlp.fc1.lora_A", CheckpointError, "lora", folder, tmp_path / "x", vit)
@@ -367,7 +367,7 @@ def test_what_cannot_be_represented_is_refused_by_name(vit, swin, workshop, tmp_
     file = vpt_with()
     registers = drawn_backbone("test_vit2", workshop, SIZE)
     refused("reads the class token", CheckpointError, "vpt", file, output, registers)
-    refused("it is no SA²VP checkpoint", CheckpointError, "sa2vp", file, output, vit)
+    refused("not an SA²VP checkpoint", CheckpointError, "sa2vp", file, output, vit)
     deep = save(released.vpt(vit, deep=True, moco=True), tmp_path / "deep.pth")
     refused("import it as vpt", CheckpointError, "gapt", deep, output, vit, settings={"pool": "mean"})
     refused("does not say what its head reads", UsageError, "gapt", file, output, vit)

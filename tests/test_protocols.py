@@ -387,7 +387,7 @@ def test_torchvision_folders_are_read_and_a_fifth_is_held_out(tmp_path: Path) ->
     ("kind", "content", "message"),
     [
         ("vtab", "images/x.png\n", "line 1: not 'path label'"),
-        ("vtab", "\n", "lists no image"),
+        ("vtab", "\n", "does not list any images"),
         ("vtab", "a.png cat\n", "line 1: not 'path label'"),
         ("fgvc", "[]", "must be an object"),
         ("fgvc", "{", "cannot read"),

@@ -165,7 +165,7 @@ def declare(path, width, height):
     [
         (lambda path: Image.new("RGB", (40, 30)).save(path), "has colours (RGB)"),
         (lambda path: Image.new("L", (30, 30)).save(path), "has 30 x 30 pixels, the image 40 x 30"),
-        (lambda path: Image.new("L", (40, 30), 9).save(path), "has the number 9, which no class has"),
+        (lambda path: Image.new("L", (40, 30), 9).save(path), "has the number 9, which is not a class"),
         (lambda path: path.write_bytes(b"no picture"), "the annotation 0.png cannot be read (not an image"),
         (lambda path: declare(path, 60_000, 60_000), "the annotation 0.png cannot be read (Image size (3600000000"),
     ],

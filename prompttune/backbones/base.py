@@ -1,4 +1,4 @@
-"""What every frozen backbone offers, whatever its architecture."""
+"""Interface of every frozen backbone, whatever its architecture."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from prompttune.preprocess import Preprocess
 def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
     """Hex sha256 over sorted tensor names, dtypes, shapes and bytes.
 
-    Taken of the weights as they come from their source, before position embeddings are resampled to the image
-    size: resampling may differ in the last bit between machines, the source does not.
+    The weights are those of the source, before position embeddings are resampled to the image size: resampling may
+    differ in the last bit between machines, the source does not.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -31,12 +31,12 @@ ALLOCATOR_KEEPS = 32 * 2**20
 
 
 def one_batch(tokens: Tensor, hidden_width: int) -> bool:
-    """Whether the pathways in ``tokens`` [2, B, N, D] go through an MLP of ``hidden_width`` quicker as one batch.
+    """Whether an MLP of ``hidden_width`` is faster on both pathways in ``tokens`` [2, B, N, D] as one batch.
 
-    They do, except in eager mode on a CPU once the hidden activations outgrow what the C allocator keeps for reuse:
-    from there on each call would fault fresh pages in, and one pathway after the other is quicker.
+    It is, except in eager mode on a CPU once the hidden activations exceed the memory that the C allocator keeps for
+    reuse: from there on each call would fault in fresh pages, and one pathway after the other is faster.
     """
-    # A traced graph has no size to decide on: comparing it would bind the graph to batches on one side.
+    # A traced graph does not have a fixed size: comparing it would bind the graph to one range of batches.
     if torch.compiler.is_compiling() or tokens.device.type != "cpu":
         return True
     return tokens[..., 0].numel() * hidden_width * tokens.element_size() <= ALLOCATOR_KEEPS
@@ -45,12 +45,12 @@ def one_batch(tokens: Tensor, hidden_width: int) -> bool:
 class Backbone(nn.Module):
     """A frozen timm model. Its parameters never train and it never leaves evaluation mode.
 
-    ``forward(images [B, 3, S, S])`` gives the pooled features [B, D] of the plain model, those that a linear probe
-    reads. The methods drive the parts of a concrete class (:class:`prompttune.backbones.vit.VitBackbone`).
+    ``forward(images [B, 3, S, S])`` returns the pooled features [B, D] of the plain model, which a linear probe reads.
+    The methods drive the parts of a concrete class (:class:`prompttune.backbones.vit.VitBackbone`).
     """
 
     name: str
-    """timm's model name, as asked for."""
+    """timm's model name, as requested."""
     image_size: int
     """Side of the square input, in pixels."""
     width: int
@@ -58,15 +58,15 @@ class Backbone(nn.Module):
     depth: int
     """Number of blocks."""
     grid: tuple[int, int]
-    """Rows and columns of the patch map, or of the map that leaves a stem of convolutions."""
+    """Rows and columns of the patch map, or of the map after a convolutional stem."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: str
     """Resizing filter that the weights were trained with."""
     weights: str
-    """What to give ``load_backbone(weights=...)`` to get the same weights again."""
+    """Value for ``load_backbone(weights=...)`` that loads the same weights again."""
     weights_source: str
-    """Where the weights came from, in words."""
+    """Description of the weights' source, for people."""
     fingerprint: str
     """See :func:`fingerprint_of`."""
     is_tuned: bool = False
@@ -78,10 +78,10 @@ class Backbone(nn.Module):
         super().train(False)
 
     def check_images(self, images: Tensor) -> None:
-        """Check the type and shape of normalised images, which a traced graph need not do again.
+        """Check the type and shape of normalised images; a traced graph skips the check.
 
         Raises:
-            UsageError: they are not floats [B, 3, image_size, image_size]; the message says what to do.
+            UsageError: the images are not floats [B, 3, image_size, image_size]; the message says what to do.
         """
         size = self.image_size
         wanted = f"{getattr(self, 'name', type(self).__name__)} takes normalised float images [B, 3, {size}, {size}]"
@@ -100,15 +100,15 @@ class Backbone(nn.Module):
         raise UsageError(f"{wanted}, not {shape}: {hint}")
 
     def train(self, mode: bool = True) -> Backbone:  # noqa: ARG002
-        """Stay in evaluation mode: drop-out and the like belong to the methods."""
+        """Stay in evaluation mode: dropout and similar layers belong to the methods."""
         return super().train(False)
 
     def block(self, index: int) -> nn.Module:
-        """The frozen timm block ``index``."""
+        """The frozen timm block of this index."""
         raise NotImplementedError
 
     def default_preprocess(self) -> Preprocess:
-        """The evaluation transform of these weights: squash to ``image_size``, the weights' own mean and std."""
+        """The evaluation transform of these weights: resize to ``image_size``, the weights' own mean and std."""
         return Preprocess(self.image_size, self.mean, self.std, self.interpolation)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class Backbone(nn.Module):
             images: normalised [B, 3, image_size, image_size].
 
         Returns:
-            [B, D]; no graph is kept for gradients, unless the images need them.
+            [B, D]; gradients are tracked only if the images need them.
 
         Raises:
             UsageError: images of another shape, see :meth:`check_images`.

@@ -32,22 +32,22 @@ _BLOCKS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
 
 @dataclass(frozen=True)
 class ConvStage:
-    """Blocks that end on one grid; on a ResNet the first of them brings the map there."""
+    """Blocks that end on one grid; in a ResNet the first of them changes the map to this grid."""
 
     blocks: range
-    """Numbers of the stage's blocks, counted over the whole model."""
+    """Indices of the stage's blocks, counted over the whole model."""
     grid: tuple[int, int]
-    """Rows and columns of the map that leaves each of these blocks."""
+    """Rows and columns of the map after each of these blocks."""
     width: int
 
     @property
     def num_tokens(self) -> int:
-        """Places of the map."""
+        """Number of places in the map."""
         return self.grid[0] * self.grid[1]
 
 
 def check_supported(model: ConvModel, name: str) -> None:
-    """Raise :class:`BackboneError` that says why ``model`` cannot be driven block by block."""
+    """Raise :class:`BackboneError`, with the reason, if ``model`` cannot be driven block by block."""
     problem = ""
     if type(model) not in CONV_MODELS:
         problem = f"it is a {type(model).__name__}"
@@ -82,7 +82,7 @@ def _stem(model: ConvModel) -> nn.Sequential:
 
 
 def _map_shapes(model: ConvModel, image_size: int) -> Iterator[tuple[int, int, int]]:
-    """Channels, rows and columns of the maps that leave the stem and each stage; nothing is computed."""
+    """Channels, rows and columns of the maps after the stem and after each stage, without computing them."""
     x = torch.empty(1, 3, image_size, image_size, device="meta")
     for part in (_stem(model), *_stages(model)):
         tensors = {**dict(part.named_parameters()), **dict(part.named_buffers())}
@@ -99,7 +99,7 @@ class ConvBackbone(Backbone):
     ``width`` the channels of the pooled features.
 
     Args:
-        model: timm's.
+        model: the timm model.
         image_size: side of the square input, in pixels.
 
     Raises:
@@ -113,9 +113,9 @@ class ConvBackbone(Backbone):
         self.image_size = image_size
         try:
             shapes = list(_map_shapes(self.model, image_size))
-        except RuntimeError:  # a convolution or a pooling found fewer pixels than it spans
+        except RuntimeError:  # a convolution or pooling window exceeds the map
             raise UsageError(
-                f"image size {image_size} is too small: nothing of it would be left in the last stage"
+                f"image size {image_size} is too small: the map of the last stage would be empty"
             ) from None
         self.stem_width, rows, columns = shapes[0]
         self.grid = (rows, columns)
@@ -129,7 +129,7 @@ class ConvBackbone(Backbone):
         self.width = int(self.model.head_hidden_size)
 
     def block(self, index: int) -> nn.Module:
-        """The frozen timm block ``index``."""
+        """The frozen timm block of this index."""
         number = next(number for number, stage in enumerate(self.stages) if index in stage.blocks)
         return _blocks(_stages(self.model)[number])[index - self.stages[number].blocks.start]
 
@@ -147,11 +147,11 @@ class ConvBackbone(Backbone):
         return x
 
     def position(self, x: Tensor) -> Tensor:
-        """Give a prompt map [1, C, R, C'] the norm that ends a ConvNeXt's stem; a ResNet's ends in a pooling."""
+        """Apply the last norm of a ConvNeXt's stem to a prompt map [1, C, R, C']; a ResNet's stem has none."""
         return x if isinstance(self.model, ResNet) else cast(Tensor, self.model.stem[-1](x))
 
     def enter(self, number: int, x: Tensor) -> Tensor:
-        """What stands between two stages, in front of stage ``number``; on a ResNet nothing does."""
+        """Apply the layers between two stages, before stage ``number``; a ResNet has none."""
         if isinstance(self.model, ResNet):
             return x
         return cast(Tensor, self.model.stages[number].downsample(x))
@@ -167,7 +167,7 @@ class ConvBackbone(Backbone):
         return first, second
 
     def run_stages(self, x: Tensor, numbers: range) -> Tensor:
-        """Whole stages, [B, C, R, C'] to a map of the last one."""
+        """Run whole stages: from [B, C, R, C'] to the map of the last one."""
         for number in numbers:
             x = self.enter(number, x)
             for index in self.stages[number].blocks:
@@ -179,5 +179,5 @@ class ConvBackbone(Backbone):
         """The model's own pooling with its norms: [B, C, R, C'] to [B, D]."""
         if not isinstance(self.model, ResNet):
             x = self.model.norm_pre(x)
-        # Of channels that lie last, the exporter would pool with a view of made-up strides.
+        # With channels last, the exporter would create a view with wrong strides for the pooling.
         return cast(Tensor, self.model.forward_head(x.contiguous(), pre_logits=True))

@@ -22,7 +22,7 @@ from prompttune.errors import BackboneError
 from prompttune.foreign import plain_dict, plain_tensors, read_foreign
 
 TimmModel: TypeAlias = VisionTransformer | SwinTransformer | ResNet | ConvNeXt
-"""What a backbone may be in timm."""
+"""timm models that a backbone can be made of."""
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 SUFFIXES = (".safetensors", *PICKLED, ".npz")
 _WRAPPERS = ("state_dict", "model", "teacher", "target_encoder", "model_state")
@@ -37,14 +37,14 @@ _NOT_BACKBONE = (
     "pre_logits",
     "fc.",
 )
-"""Starts of names, after unwrapping, that belong to pre-training or to a classifier and are left out."""
+"""Prefixes of names, after unwrapping, that belong to pre-training or to a classifier and are skipped."""
 
 
 def load_file_into(model: TimmModel, path: Path) -> None:
     """Copy the weights in ``path`` into ``model``; timm resamples position embeddings and biases of another size.
 
     Raises:
-        BackboneError: the file is missing, damaged, of an unknown kind or of another architecture.
+        BackboneError: the file is missing, damaged, of an unknown kind or for another architecture.
     """
     if not path.is_file():
         raise BackboneError(f"no weights file at {path}")
@@ -58,7 +58,7 @@ def load_file_into(model: TimmModel, path: Path) -> None:
     tensors = _unwrap(read_foreign(path, BackboneError), path, model)
     try:
         renamed = _renamed(tensors, model)
-    except Exception as problem:  # timm takes shapes apart without looking at them
+    except Exception as problem:  # timm does not check the shapes that it unpacks
         told = _misshapen(tensors, model) or _told(problem)
         raise BackboneError(f"{path} does not fit the backbone: {told}") from None
     try:
@@ -74,7 +74,7 @@ def load_file_into(model: TimmModel, path: Path) -> None:
 
 
 def _renamed(tensors: dict[str, Tensor], model: TimmModel) -> dict[str, Tensor]:
-    """An author's names and shapes as timm has them."""
+    """The tensors of an author's file with timm's names and shapes."""
     if isinstance(model, ResNet):
         return tensors
     architectures = {SwinTransformer: swin_transformer, ConvNeXt: convnext}
@@ -94,7 +94,7 @@ def _misshapen(tensors: Mapping[str, Tensor], model: TimmModel) -> str:
 
 
 def _told(problem: Exception) -> str:
-    """An error's first two lines: the first of torch's says only that there is one."""
+    """The first two lines of an error: torch's first line says only that there is an error."""
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
     return " ".join(lines[:2]) or type(problem).__name__
 
@@ -107,7 +107,7 @@ def _some(kind: str, names: list[str]) -> str:
 def _load_npz(model: VisionTransformer, path: Path) -> None:
     try:
         model.load_pretrained(str(path))
-    except Exception as problem:  # zipfile's and NumPy's own errors, and timm's on arrays of other shapes
+    except Exception as problem:  # errors of zipfile and NumPy, and timm's for arrays of other shapes
         raise BackboneError(f"{path} is not a Google ViT checkpoint of this architecture: {_told(problem)}") from None
 
 

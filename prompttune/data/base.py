@@ -1,4 +1,4 @@
-"""What every data set is to training: an indexed source of images with named classes, in two splits."""
+"""Interface of data sets for training: an indexed source of images with named classes, in two splits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ImageSource(Protocol):
         """Return an RGB image and its class index.
 
         Raises:
-            OSError, ValueError: this image cannot be read; the others may be.
+            OSError, ValueError: this image cannot be read; others may be readable.
         """
         ...
 
@@ -41,7 +41,7 @@ class ImageSource(Protocol):
         ...
 
     def labels(self) -> list[int] | None:
-        """Class index of every image, without decoding any; None if that is not known."""
+        """Class index of every image, without decoding any; None if they are unknown."""
         ...
 
 
@@ -81,24 +81,24 @@ class DataSplits:
     val: ImageSource
     classes: list[str]
     name: str
-    """The specification that it was loaded by."""
+    """Specification of the data set, as given by the user."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The splits that a data set has of itself. Nothing is held out."""
+    """The splits that a data set defines itself; no image is held out."""
 
     named: Mapping[str, ImageSource]
-    """By split: some of ``train``, ``val`` and ``test``, or ``all`` alone for a data set without splits. Each source
-    has classes of its own, some of which may have no image."""
+    """Sources by split: some of ``train``, ``val`` and ``test``, or only ``all`` without splits. Each source has its
+    own classes, some of which may lack images."""
     name: str
-    """Where they come from, for messages."""
+    """Where the images come from, for messages."""
     unfit: str | None = None
-    """Why no model can be trained on them, such as a class folder without images; they can be scored all the same."""
+    """Reason why a model cannot be trained on them, such as an empty class folder; they can still be scored."""
 
 
 OBJECT = "object:"
-"""Begins the name by which a run remembers data that were an object of Python."""
+"""Prefix of the name under which a run records that its data were a Python object."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ class DataObject:
     """A data set that is an object of Python, see :mod:`prompttune.data.objects`."""
 
     name: str
-    """Tells it from others of another length or with other labels."""
+    """Name that differs between objects of another length or with other labels."""
     parts: Parts
 
     def __str__(self) -> str:
@@ -114,12 +114,12 @@ class DataObject:
 
 
 class FileSource(ImageSource):
-    """Image files with a class index each.
+    """Image files with one class index each.
 
     Args:
-        paths: the files.
-        labels: class index of each.
-        classes: names by index.
+        paths: paths of the files.
+        labels: class index of each file.
+        classes: class names by index.
         root: folder of the data set.
     """
 
@@ -171,7 +171,7 @@ class Subset(ImageSource):
 
 
 class Renumbered(ImageSource):
-    """A source whose classes have the indices that they have among ``classes``, which names all of them."""
+    """A source whose class indices are replaced by those in ``classes``, which names all of its classes."""
 
     def __init__(self, source: ImageSource, classes: Sequence[str]) -> None:
         self.source = source
@@ -198,9 +198,9 @@ class Renumbered(ImageSource):
 
 
 def file_at(source: ImageSource, index: int) -> tuple[Path, str] | None:
-    """The file of an image, and its path below the data set's folder with forward slashes.
+    """The file of an image, and its path relative to the data set's folder with forward slashes.
 
-    The path is as it is for a file outside that folder. None where the image is not a file of its own.
+    The path is unchanged for a file outside that folder. None if the image does not have its own file.
     """
     while isinstance(source, Subset | Renumbered):
         index = source.indices[index] if isinstance(source, Subset) else index
@@ -213,7 +213,7 @@ def file_at(source: ImageSource, index: int) -> tuple[Path, str] | None:
 
 
 def numbered(labels: Sequence[int]) -> list[str]:
-    """Class names "0", "1" and so on, up to the greatest label."""
+    """Class names "0", "1" and so on, up to the largest label."""
     return [str(number) for number in range(max(labels, default=-1) + 1)]
 
 
@@ -225,10 +225,10 @@ def check_class_count(classes: Sequence[str], where: str) -> None:
 
 
 def with_classes(held: ImageSource, classes: Sequence[str], where: str) -> ImageSource:
-    """The images to validate on, numbered as the training classes, of which they may lack some.
+    """The validation images, with the indices of the training classes; they may lack some classes.
 
     Raises:
-        DataError: they have a class that training has not; the message names the differences.
+        DataError: they have a class that training lacks; the message names the differences.
     """
     if held.classes == list(classes):
         return held

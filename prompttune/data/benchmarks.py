@@ -1,4 +1,4 @@
-"""The layouts that published benchmarks are distributed in: VTAB-1k's lists, VPT's JSON splits, torchvision's folders.
+"""Layouts in which published benchmarks are distributed: VTAB-1k's lists, VPT's JSON splits, torchvision's folders.
 
 - ``vtab/NAME/TRAIN/EVAL``: ``<root>/NAME/TRAIN.txt`` with lines ``path label``, paths relative to ``<root>/NAME``, as
   distributed with `NOAH <https://github.com/ZhangYuanhan-AI/NOAH>`_, SSF and FacT.
@@ -31,14 +31,14 @@ from prompttune.images import read_image
 KINDS = ("vtab", "fgvc", "tv")
 FGVC_IMAGE_FOLDERS = ("", "images", "Images")
 PARTS = {"train80": 0, "val20": 1}
-"""Parts of a training split, and their place in what the splitting returns."""
+"""Parts of a training split, with their index in the result of the splitting."""
 HELD_OUT = 0.2
 VTAB_LISTS = ("train800", "val200", "train800val200", "test")
 
 
 @dataclass(frozen=True)
 class _Name:
-    """A specification, taken apart."""
+    """A parsed specification."""
 
     kind: str
     root: DataRoot
@@ -57,22 +57,22 @@ class _Name:
 
     @property
     def expected(self) -> list[str]:
-        """Files and folders, below the root, without which nothing can be loaded."""
+        """Files and folders below the root that loading needs."""
         if self.kind == "tv":
             return list(TORCHVISION[_torchvision_name(self)].expected)
         suffix = "txt" if self.kind == "vtab" else "json"
         return [f"{self.name}/{split}.{suffix}" for split in dict.fromkeys((self.train, self.held))]
 
     def fetched(self) -> Path:
-        """The root as a folder that holds all of the data set."""
+        """The root as a local folder with the whole data set."""
         return self.root.fetch(self.expected if self.kind == "tv" else [self.name])
 
 
 def load_benchmark(kind: str, name: str, root: str | None) -> Parts:
-    """Load two splits of a benchmark's data set; see this module's description.
+    """Load two splits of a benchmark's data set, see the description of this module.
 
     Raises:
-        UsageError: the specification is not ``NAME/TRAIN/EVAL``, there is no ``root``, or an unknown name.
+        UsageError: the specification is not ``NAME/TRAIN/EVAL``, the root is missing, or the name is unknown.
         DataError: files are missing or wrong; the message names the first.
     """
     wanted = _Name.read(kind, name, root)
@@ -83,7 +83,7 @@ def load_benchmark(kind: str, name: str, root: str | None) -> Parts:
 
 
 def missing_files(spec: str, root: str | None) -> list[str]:
-    """Files and folders that a specification expects and that are not there; empty for one of another kind."""
+    """Files and folders that a specification needs and that are missing; empty for other kinds."""
     kind, _, name = spec.partition("/")
     if kind not in KINDS:
         return []
@@ -92,13 +92,13 @@ def missing_files(spec: str, root: str | None) -> list[str]:
 
 
 def download(spec: str, root: str | None) -> None:
-    """Fetch a data set of torchvision that is missing from where it is published into the folder ``root``.
+    """Download a missing torchvision data set from its publisher into the folder ``root``.
 
-    Does nothing for another kind.
+    Other kinds are ignored.
 
     Raises:
         UsageError: the root is not a folder.
-        DataError: it cannot be fetched.
+        DataError: the data set cannot be downloaded.
     """
     kind, _, name = spec.partition("/")
     if kind != "tv":
@@ -118,7 +118,7 @@ def _vtab(wanted: _Name, root: Path) -> tuple[ImageSource, ImageSource]:
         for split in dict.fromkeys((wanted.train, wanted.held, *VTAB_LISTS))
         if (base / f"{split}.txt").exists()
     }
-    # a class may have no image in 800, so every list that is there tells of the classes
+    # some class may have no image in train800, so every existing list counts for the number of classes
     classes = [str(number) for number in range(1 + max(label for rows in lists.values() for _, label in rows))]
     train, held = (
         FileSource([base / path for path, _ in rows], [label for _, label in rows], classes, base)
@@ -137,7 +137,7 @@ def _read_list(file: Path) -> list[tuple[str, int]]:
             raise DataError(f"{file} line {number}: not 'path label' with a label from 0: {line.strip()!r}")
         rows.append((path.strip(), int(label)))
     if not rows:
-        raise DataError(f"{file} lists no image")
+        raise DataError(f"{file} does not list any images")
     return rows
 
 
@@ -171,13 +171,13 @@ def _read_json(file: Path) -> dict[str, int | str]:
 
 @dataclass(frozen=True)
 class _Torchvision:
-    """A data set of torchvision: its class, where it lies, the names of its splits, and its labels."""
+    """A data set of torchvision: its class, its location, the names of its splits, and its labels."""
 
     made: str
     expected: tuple[str, ...]
     labels: Callable[[Any], Sequence[int]]
     by_flag: bool = False
-    """Whether ``train=`` selects the split, not ``split=``."""
+    """Whether ``train=`` selects the split instead of ``split=``."""
 
 
 TORCHVISION = {

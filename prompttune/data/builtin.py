@@ -18,7 +18,7 @@ SHAPES_TRAIN, SHAPES_VAL = 1000, 400
 
 
 class ArraySource(ImageSource):
-    """Images that are held in memory."""
+    """Images in memory."""
 
     def __init__(self, images: NDArray[np.uint8], labels: list[int], classes: list[str], name: str) -> None:
         self.images = images
@@ -59,7 +59,7 @@ SHAPE_TASKS = {
 
 
 class ShapeSource(ImageSource):
-    """One split of a shape task; an image is rendered when it is first asked for, then kept."""
+    """One split of a shape task; an image is rendered at its first use, then kept."""
 
     def __init__(self, task: str, split: str, size: int) -> None:
         self.task = task
@@ -72,7 +72,7 @@ class ShapeSource(ImageSource):
         return self._size
 
     def scene(self, index: int) -> shapes.Scene:
-        """What the image at ``index`` shows; raises :class:`IndexError` past the end."""
+        """Content of the image at ``index``; raises :class:`IndexError` past the end."""
         if not 0 <= index < self._size:
             raise IndexError(index)
         return SHAPE_TASKS[self.task].scene(index, shapes.Dice(f"{self.task}/{self.split}/{index}"))
@@ -120,12 +120,12 @@ def _load_shapes(task: str) -> Parts:
 def load_builtin(name: str) -> Parts:
     """Load ``digits``, ``location``, ``orientation`` or ``count``.
 
-    Images and splits are always the same, whatever the seed and the validation fraction of a run, so that figures
-    compare: of scikit-learn's 1,797 digits (8 x 8 pixels) 1,000 train, stratified; of each shape task (64 x 64
-    pixels) 1,000 images train and 400 validate, the classes in turn.
+    Images and splits are always the same, whatever the seed and the validation fraction of a run, so that results are
+    comparable. Of scikit-learn's 1,797 digits (8 x 8 pixels), 1,000 train, stratified. Each shape task (64 x 64 pixels)
+    has 1,000 training and 400 validation images, whose classes take turns.
 
     Raises:
-        UsageError: an unknown name.
+        UsageError: the name is unknown.
     """
     if choose("demo data set", name, ["digits", *SHAPE_TASKS]) == "digits":
         return _load_digits()

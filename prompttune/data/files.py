@@ -1,4 +1,4 @@
-"""The one walk through a folder of images: what is hidden, where links lead, and the order that files come in."""
+"""Finding images in folders: which files are hidden, where links lead, and the order of the files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prompttune.images import is_image, is_unread_image, unread_remedy
 logger = logging.getLogger("prompttune")
 
 SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
-"""Folders that systems and archives make: they count as hidden."""
+"""Folders that systems and archives create; they count as hidden."""
 NO_URLS = "prompttune reads no URLs: download it first"
 _DRIVE = re.compile("[A-Za-z]:/")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -29,21 +29,21 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 class Walk:
     """The images at any depth below a folder, each file once.
 
-    Hidden files and folders are skipped. A symbolic link is followed where it brings something new: one to a folder
-    above it, or to a file or a folder that has been found already, gives nothing. Everything without links is found
-    first, so a link takes no file away from the folder that holds it. A link that leads nowhere counts as a file, which
+    Hidden files and folders are skipped. A symbolic link is followed only if it leads to something new: a link to a
+    parent folder, or to a file or folder that was already found, is ignored. Files without links are found first, so a
+    link cannot take a file away from the folder that holds it. A broken link counts as a file that
     cannot be read.
 
     Args:
         root: the folder.
-        refuse: called for each folder that may not be entered; None raises :class:`DataError`, which names it.
-        wanted: whether a file of such a name counts; images by default.
+        refuse: called for each folder that cannot be entered; None raises :class:`DataError`, which names it.
+        wanted: tells whether a file of this name counts; images by default.
 
     Attributes:
-        images: paths relative to the root, with forward slashes, in the order of the names of their components.
-        folders: the folders below the root in that order, relative to it, links to folders among them.
-        unread: pictures of formats that are not read, in that order.
-        lost: links to nowhere whose names are not those of files, so that a folder may be missing.
+        images: paths relative to the root, with forward slashes, sorted by the names of their components.
+        folders: the folders below the root in the same order, relative to it, including links to folders.
+        unread: pictures in unsupported formats, in the same order.
+        lost: broken links without a file name's form, so that a folder may be missing.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class Walk:
         self._refuse = refuse or _refuse
         self._links: list[str] = []
         self._files: set[tuple[int, int]] = set()
-        """Device and inode, which tell a file from every other one."""
+        """Device and inode of each file, which identify it."""
         self._entered: set[tuple[int, int]] = set()
         for above in root.resolve().parents:
             with contextlib.suppress(OSError):
                 self._entered.add(_identity(above.stat()))
         self._enter("")
         while self._links:
-            # a class folder that is a link goes before a link inside another class folder
+            # a link directly below the root precedes links inside class folders
             links, self._links = sorted(self._links, key=lambda one: (one.count("/"), components(one))), []
             for link in links:
                 self._follow(link)
@@ -77,18 +77,18 @@ class Walk:
 
     @property
     def paths(self) -> list[Path]:
-        """The images, with the root in front."""
+        """Paths of the images, including the root."""
         return [self.root / name for name in self.images]
 
     def warn(self) -> None:
-        """Log a line about the pictures that are not read, and one about links to nowhere, if there are any."""
+        """Log a warning about unsupported pictures, and one about broken links, if there are any."""
         if self.unread:
             logger.warning("%d files in %s are not read: %s", len(self.unread), self.root, why_unread(self.unread))
         if self.lost:
             logger.warning("%d links in %s lead nowhere, the first: %s", len(self.lost), self.root, self.lost[0])
 
     def _enter(self, start: str) -> None:
-        """Find what lies below a folder without a link in between."""
+        """Find everything below a folder that is reached without another link."""
         waiting = [start]
         while waiting:
             folder = waiting.pop()
@@ -121,7 +121,7 @@ class Walk:
         try:
             status = link.stat()
             target, holder = link.resolve(), link.parent.resolve()
-        except (OSError, RuntimeError):  # it leads nowhere, or in a circle
+        except (OSError, RuntimeError):  # a broken link, or a loop
             (self.images if self._wanted(link.name) else self.lost).append(name)
             return
         if stat.S_ISDIR(status.st_mode):
@@ -136,11 +136,11 @@ class Walk:
 def find_images(inputs: Sequence[str | Path]) -> list[Path]:
     """Image files in the order of ``inputs``: files, folders (all images below, see :class:`Walk`) and glob patterns.
 
-    A file that is named is taken whatever its extension.
+    A named file is taken whatever its extension.
 
     Raises:
-        UsageError: an input that does not exist or is a URL, a pattern that matches nothing.
-        DataError: a folder without images, or one that cannot be read.
+        UsageError: an input does not exist or is a URL, or a pattern matches nothing.
+        DataError: a folder has no images or cannot be read.
     """
     return [path for one in inputs for path in _found(one)]
 
@@ -166,11 +166,11 @@ def matches(pattern: str) -> list[Path]:
     """The files that a glob pattern matches, in the order of their paths; ``**`` stands for folders at any depth.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the pattern matches nothing.
     """
     parts = Path(pattern).parts
     if "**" in parts:
-        # glob itself runs through a link to a folder above again and again
+        # glob itself would follow a link to a parent folder again and again
         first = next(place for place, part in enumerate(parts) if glob.has_magic(part))
         below = re.compile("".join("(?:.+/)?" if one == "**" else f"{_regex(one)}/" for one in parts[first:]))
         root = Path(*parts[:first])
@@ -184,20 +184,20 @@ def matches(pattern: str) -> list[Path]:
 
 
 def _regex(part: str) -> str:
-    """What a component of a pattern matches, without the mark of the end."""
+    """The regular expression for a component of a pattern, without an end anchor."""
     return re.sub(r"\\[Zz]$", "", fnmatch.translate(part).replace(".*", "[^/]*"))
 
 
 def is_url(text: str) -> bool:
-    """Whether a path is none: ``https://…``, ``s3://…`` and so on."""
+    """Whether a path is really a URL: ``https://…``, ``s3://…`` and so on."""
     return _URL.match(text) is not None
 
 
 def find_file(folder: Path, written: str) -> Path:
-    """The file that a table or a list means by a path, which is relative to ``folder`` or absolute.
+    """The file of a path in a table or a list, which is absolute or relative to ``folder``.
 
-    As it is written, if there is such a file or nothing else to try; else in another form of Unicode, or with ``/`` for
-    the separators of Windows.
+    The path is taken as written if that file exists or there are no alternatives; else in another Unicode form, or with
+    ``/`` in place of the separators of Windows.
     """
     plain = folder / written
     if (written.isascii() and "\\" not in written) or exists(plain):
@@ -208,7 +208,7 @@ def find_file(folder: Path, written: str) -> Path:
 
 
 def windows_path(folder: Path, written: str) -> str | None:
-    """Why a path as Windows writes it may lead to nothing; None for any other path."""
+    """A hint for a path in the form of Windows that leads to nothing; None for any other path."""
     if "\\" not in written and not _DRIVE.match(written):
         return None
     slashed = folder / written.replace("\\", "/")
@@ -216,7 +216,7 @@ def windows_path(folder: Path, written: str) -> str | None:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file; none has a name that is too long or holds a zero byte."""
+    """Whether a file exists; False for a name that is too long or holds a zero byte."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -224,19 +224,19 @@ def exists(path: Path) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or a folder of such a name is skipped."""
+    """Whether files and folders of this name are skipped."""
     return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
 def why_unread(names: Sequence[str]) -> str:
-    """How many pictures of which formats are not read, and what to do about them."""
+    """Numbers of unsupported pictures by format, and what to do about them."""
     counts = Counter(Path(name).suffix.lower() for name in names)
     remedies = dict.fromkeys(unread_remedy(f"x{suffix}") for suffix in counts)
     return "; ".join([", ".join(f"{count} {suffix}" for suffix, count in counts.most_common()), *remedies])
 
 
 def components(path: str) -> list[str]:
-    """Names of a relative path, by which files are sorted: ``a/z.png`` comes before ``a.png``."""
+    """Components of a relative path, by which files are sorted: ``a/z.png`` comes before ``a.png``."""
     return path.split("/")
 
 
@@ -245,5 +245,5 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def _refuse(problem: OSError) -> None:
-    """A folder that may not be entered would otherwise be left out without a word."""
+    """Raise an error for a folder that cannot be entered, which would otherwise be skipped silently."""
     raise DataError(f"cannot read the folder {problem.filename}: {problem.strerror}")

@@ -1,4 +1,4 @@
-"""Folders of images: one folder a class, below folders of splits or without splits."""
+"""Folders of images: one folder per class, inside folders of splits or without splits."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from prompttune.errors import DataError, shortened
 logger = logging.getLogger("prompttune")
 
 UNLABELLED = frozenset({"unknown", "unlabeled", "unlabelled"})
-"""Names, beside those of splits and words such as ``images``, of the only folder of images without classes."""
+"""Names, besides those of splits and words such as ``images``, of a single folder of images without classes."""
 
 
 @dataclass
 class _Tree:
-    """A folder as the walk found it."""
+    """A folder as found by the walk."""
 
     folders: dict[str, _Tree] = field(default_factory=lambda: defaultdict(_Tree))
     """Visible folders by name."""
     images: list[str] = field(default_factory=list)
-    """Images directly in it, relative to the walk's root."""
+    """Images directly in the folder, relative to the walk's root."""
     unread: list[str] = field(default_factory=list)
-    """Pictures directly in it of formats that are not read."""
+    """Unsupported pictures directly in the folder."""
 
     @classmethod
     def of(cls, found: Walk) -> _Tree:
@@ -53,23 +53,23 @@ class _Tree:
         return [image for tree in self.everything() for image in tree.images]
 
     def everything(self) -> Iterator[_Tree]:
-        """It, and what lies below."""
+        """This folder and all folders below it."""
         yield self
         for below in self.folders.values():
             yield from below.everything()
 
 
 def read_folder(folder: Path) -> Parts:
-    """Read class folders, which stand in folders of splits (``train/cat``) or directly in the folder (``cat``).
+    """Read class folders, which are in folders of splits (``train/cat``) or directly in the folder (``cat``).
 
-    :func:`~prompttune.data.split_names.split_of` tells the names of splits, which are never taken for classes. Images
-    are found at any depth below their class folder, as :class:`~prompttune.data.files.Walk` finds them. Classes are
-    numbered in the order of their names, in Unicode's form NFC. A split without class folders has no labels: it is left
-    out, with a warning, beside a split that has them.
+    :func:`~prompttune.data.split_names.split_of` defines the names of splits, which are never classes. Images are found
+    at any depth below their class folder, as :class:`~prompttune.data.files.Walk` finds them. Classes are numbered in
+    the order of their names, in Unicode's form NFC. A split without class folders has no labels: it is skipped with a
+    warning if another split has them.
 
     Raises:
         DataError: the folder is missing or has no class folders, or its splits and classes cannot be told apart; the
-            message says what was found and what to write.
+            message says what was found and what to change.
     """
     if not folder.is_dir():
         raise DataError(f"no folder {folder}")
@@ -98,7 +98,7 @@ def read_folder(folder: Path) -> Parts:
 
 
 def _splits(folder: Path, tree: _Tree) -> dict[str, tuple[Path, _Tree]]:
-    """Place and content of each split; nothing for a folder without splits."""
+    """Place and content of each split; empty for a folder without splits."""
     found: dict[str, list[str]] = {}
     for name in tree.folders:
         if split := split_of(name):
@@ -108,7 +108,7 @@ def _splits(folder: Path, tree: _Tree) -> dict[str, tuple[Path, _Tree]]:
         names = [name for several in found.values() for name in several]
         raise DataError(
             f"{folder} has folders of splits ({shortened(names)}) beside other folders with images "
-            f"({shortened(others)}); put every class folder into a split, or rename a class that is called as a split"
+            f"({shortened(others)}); put every class folder into a split, or rename a class with a split's name"
         )
     if double := next((names for names in found.values() if len(names) > 1), None):
         raise DataError(f"the folders {' and '.join(double)} of {folder} mean the same split: keep one of them")
@@ -116,20 +116,20 @@ def _splits(folder: Path, tree: _Tree) -> dict[str, tuple[Path, _Tree]]:
 
 
 def _unwrapped(place: Path, tree: _Tree, split: str) -> tuple[Path, _Tree]:
-    """A split that an archive has put into another folder of its name: ``training_set/training_set``."""
+    """The content of a split that an archive has put into another folder of the same name, as ``train/train``."""
     while len(tree.folders) == 1 and not tree.images and split_of(only := next(iter(tree.folders))) == split:
         place, tree = place / only, tree.folders[only]
     return place, tree
 
 
 def _is_unlabelled(tree: _Tree) -> bool:
-    """Whether a split has images, or nothing, instead of class folders."""
+    """Whether a split has images, or nothing, in place of class folders."""
     names = [name for name, below in tree.folders.items() if below.all_images()]
     return not tree.folders or (len(names) == 1 and not tree.images and names[0].casefold() in UNLABELLED)
 
 
 def _classes(place: Path, tree: _Tree, root: Path) -> tuple[FileSource, list[str]]:
-    """The images of class folders, and what a training would refuse about them."""
+    """The images of class folders, and the reason why they are unfit for training."""
     if not tree.folders:
         raise DataError(f"{place} has no class folders; put the images of each class into a folder of its own")
     _warn_loose(place, tree)
@@ -160,7 +160,7 @@ def _source(images: Mapping[str, Sequence[str]], root: Path) -> FileSource:
 
 def _check_class(place: Path, name: str, tree: _Tree) -> None:
     if split_of(name):
-        raise DataError(f"{place} holds the folder {name}, which is called as a split: move it, or rename the class")
+        raise DataError(f"{place} holds the folder {name}, which has a split's name: move it, or rename the class")
     below = [one for one in tree.folders if split_of(one)]
     if len({split_of(one) for one in below}) > 1:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Batches of an epoch: the same for the same seed and epoch, whatever the workers and whatever ran before."""
+"""Batches of an epoch: the same for the same seed and epoch, whatever the workers and earlier epochs."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from prompttune.data.mask_transforms import JointTransform
 
 Key = tuple[int, int]
-"""Epoch and index of an image: the epoch goes with the index to processes that outlive an epoch."""
+"""Epoch and index of an image: the epoch is sent along because worker processes outlive an epoch."""
 Sample = tuple[Tensor, Any] | str
-"""An image [3, S, S] and its class index or mask, or the line about one that cannot be read."""
+"""An image [3, S, S] with its class index or mask, or a line about an image that cannot be read."""
 
 
 @dataclass
 class Batch:
-    """Images of one step. One without a readable image has B = 0 and still counts as a step."""
+    """Images of one step. A batch without a readable image has B = 0 and still counts as a step."""
 
     images: Tensor
     """float32 [B, 3, S, S]."""
@@ -50,17 +50,17 @@ class Batch:
         return self.images.to(device, non_blocking=True), self.targets.to(device, non_blocking=True)
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory."""
+        """Move the batch to page-locked memory."""
         return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.corrupt)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # torch would send tensors from worker processes through /dev/shm: 64 MB in a container, and where that is
-        # full the process that waits for the batch waits for ever
+        # torch would send tensors from worker processes through /dev/shm, 64 MB in a container: once it is full,
+        # the process that waits for the batch never wakes up
         return _received, (_sent(self.images), _sent(self.targets), self.corrupt)
 
 
 def _sent(tensor: Tensor) -> tuple[Any, ...]:
-    """A tensor on its way to another process: in anonymous memory where the system has it, else as bytes."""
+    """Pickled form of a tensor for another process: in anonymous memory if the system has it, else as bytes."""
     array = tensor.numpy()
     if not array.nbytes or not hasattr(os, "memfd_create"):
         return (array,)
@@ -94,12 +94,12 @@ _FAILED_WORKER = re.compile(r"Caught (?P<kind>\w+) in (?:DataLoader worker proce
 
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
-    """A block that takes batches: what ends a worker process becomes one line.
+    """A block that takes batches: the failure of a worker process becomes a one-line error.
 
-    torch raises it where it learns of it, which may be in the middle of a training step.
+    torch raises it when it detects the failure, which may be in the middle of a training step.
 
     Raises:
-        DataError: a worker process was killed, ended by itself, or ran out of memory or of something else.
+        DataError: a worker process was killed, ended by itself, or ran out of memory or another resource.
     """
     try:
         yield
@@ -120,7 +120,7 @@ def loading() -> Iterator[None]:
 def on_device(
     batches: Iterable[Batch], device: torch.device, corrupt: CorruptImages | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and targets of every batch of which an image could be read; ``corrupt`` counts the others."""
+    """Images and targets of every batch with a readable image; ``corrupt`` counts the unreadable ones."""
     for batch in batches:
         if corrupt is not None:
             corrupt.add(batch.corrupt)
@@ -129,7 +129,7 @@ def on_device(
 
 
 class CorruptImages:
-    """Keeps count of the images that cannot be read, each once, up to a limit."""
+    """Counts the images that cannot be read, each once, up to a limit."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -138,14 +138,14 @@ class CorruptImages:
 
     @property
     def count(self) -> int:
-        """Images that could not be read so far."""
+        """Number of unreadable images so far."""
         return len(self.lines)
 
     def add(self, lines: Iterable[str]) -> None:
-        """Note the lines of a batch.
+        """Add the lines of a batch.
 
         Raises:
-            DataError: there are more than ``limit`` by now; the message names the first.
+            DataError: the limit is exceeded; the message names the first image.
         """
         for line in lines:
             path = line.rpartition(": ")[0]
@@ -158,7 +158,7 @@ class CorruptImages:
 
 
 class Samples(Dataset[Sample]):
-    """A source's images, transformed; the transform draws as ``seed``, epoch and index say."""
+    """A source's images, transformed; random draws depend only on ``seed``, epoch and index."""
 
     def __init__(self, source: Any, transform: Any, seed: int) -> None:
         self.source = source
@@ -170,7 +170,7 @@ class Samples(Dataset[Sample]):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Sample]:
-        """The samples of a batch: the loader calls this, so that the generators are kept once for all of them."""
+        """The samples of a batch. The loader calls this, so the random generators are saved once per batch."""
         if self.is_exact:
             return [self._read(index) for _, index in keys]
         with generators_kept():
@@ -191,21 +191,21 @@ class Samples(Dataset[Sample]):
             return self._told(index, problem)
 
     def _told(self, index: int, problem: Exception) -> str:
-        # without ": " in the reason, what stands before the last one is the path
+        # with ": " removed from the reason, the text before the last one is the path
         reason = " ".join(str(problem).split()).replace(": ", ", ") or type(problem).__name__
         return f"{self.source.describe(index)}: {reason}"
 
     def draw(self, loaded: tuple[Any, Any]) -> tuple[Any, Any]:
-        """An image and its class index as they came from the source, the image transformed.
+        """An image, transformed, with its class index.
 
         Raises:
-            UnresizableError: this image cannot be transformed; the others may be.
+            UnresizableError: this image cannot be transformed; others may be.
         """
         image, target = loaded
         return self.transform(image), target
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Stack the samples that are images and list the lines of the others."""
+        """Stack the readable samples and list the lines of the others."""
         images = [sample[0] for sample in samples if not isinstance(sample, str)]
         targets = [sample[1] for sample in samples if not isinstance(sample, str)]
         corrupt = [sample for sample in samples if isinstance(sample, str)]
@@ -219,7 +219,7 @@ class Samples(Dataset[Sample]):
 
 
 class _EpochBatches(Sampler[list[Key]]):
-    """The keys of each batch of one process in the epoch that was set."""
+    """The keys of each batch of one process, in the current epoch."""
 
     def __init__(
         self, size: int, batch_size: int, *, shuffle: bool, seed: int, drop_last: bool, rank: int, world_size: int
@@ -239,7 +239,7 @@ class _EpochBatches(Sampler[list[Key]]):
             return list(range(self.rank, self.size, self.world_size))
         generator = torch.Generator().manual_seed(derive_seed("order", self.seed, self.epoch))
         order: list[int] = torch.randperm(self.size, generator=generator).tolist()
-        # processes of a training step wait for one another, so each gets as many; the first images come once more
+        # processes of a training step wait for one another, so each gets the same number: the first images are repeated
         total = math.ceil(self.size / self.world_size) * self.world_size
         return [order[position % self.size] for position in range(self.rank, total, self.world_size)]
 
@@ -259,7 +259,7 @@ class _EpochBatches(Sampler[list[Key]]):
 
 
 class EpochLoader:
-    """Batches of one epoch after another; iterate once for each :meth:`set_epoch`."""
+    """Batches of one epoch after another; call :meth:`set_epoch` before each iteration."""
 
     def __init__(self, samples: Samples, batches: _EpochBatches, workers: int, pin_memory: bool) -> None:
         self._batches = batches
@@ -270,16 +270,16 @@ class EpochLoader:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
-            # the loader draws a seed of its own for the workers, by default from the global generator
+            # the loader draws a seed for the workers, by default from the global generator
             generator=torch.Generator().manual_seed(0),
         )
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Number of batches in an epoch."""
         return len(self._batches)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration; epochs may come in any order."""
+        """Set the epoch of the next iteration; epochs may be in any order."""
         self._batches.epoch = epoch
 
     def __iter__(self) -> Iterator[Batch]:
@@ -301,25 +301,26 @@ def make_loader(
     pin_memory: bool = False,
     samples: type[Samples] = Samples,
 ) -> EpochLoader:
-    """Make the batches of a source for one of ``world_size`` processes.
+    """Create the loader of a source for one of ``world_size`` processes.
 
-    The order and every draw of the transform depend on ``seed``, the epoch and the image's index alone: not on
-    ``workers``, on epochs before or on the global random generators, which iterating leaves as they are. An image
-    that cannot be read or resized is left out of its batch and listed there; a batch may end up empty.
+    The order and every draw of the transform depend only on ``seed``, the epoch and the image's index, not on
+    ``workers``, earlier epochs or the global random generators, which iterating does not change. An image that cannot
+    be read or resized is left out of its batch and listed there; a batch may become empty.
 
     Args:
         source: the images.
-        transform: makes a float32 tensor [3, S, S] of an RGB image.
-        batch_size: images of a batch.
-        shuffle: a new order each epoch, the processes given equally many images by repeating a few; otherwise in
-            the source's order, each image in exactly one process, so that the last may get one fewer.
-        seed: of the order and of the transform.
-        workers: processes that read ahead, kept from one epoch to the next; 0 reads in this process.
-        drop_last: leave out a last batch that is not full.
+        transform: function from an RGB image to a float32 tensor [3, S, S].
+        batch_size: number of images in a batch.
+        shuffle: use a new order in each epoch, in which every process gets the same number of images by repeating a
+            few; otherwise keep the source's order, with each image in exactly one process, so that the last may get one
+            fewer.
+        seed: seed of the order and of the transform.
+        workers: number of loader processes, kept from one epoch to the next; 0 loads in this process.
+        drop_last: whether to skip a last batch that is not full.
         rank: number of this process.
         world_size: number of processes.
-        pin_memory: put batches into page-locked memory.
-        samples: how a source's images become tensors.
+        pin_memory: whether to put batches into page-locked memory.
+        samples: class that turns a source's images into tensors.
 
     Raises:
         UsageError: a number is out of range.

@@ -16,12 +16,12 @@ class MaskSamples(Samples):
     """A source's images and masks through a joint transform."""
 
     def draw(self, loaded: tuple[Any, Any]) -> tuple[Any, Any]:
-        """Image [3, S, S] and mask [S, S]; errors as in :meth:`Samples.draw`."""
+        """Image [3, S, S] and mask [S, S]; raises the errors of :meth:`Samples.draw`."""
         pair: tuple[Any, Any] = self.transform(*loaded)
         return pair
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Stack the samples that are images; targets are [B, S, S]."""
+        """Stack the readable samples; targets are [B, S, S]."""
         pairs = [sample for sample in samples if not isinstance(sample, str)]
         corrupt = [sample for sample in samples if isinstance(sample, str)]
         side = self.transform.preprocess.image_size
@@ -31,5 +31,5 @@ class MaskSamples(Samples):
 
 
 def make_mask_loader(source: MaskSource, transform: JointTransform, **settings: Any) -> EpochLoader:
-    """As :func:`make_loader`, whose settings it takes; a batch's targets are masks int64 [B, S, S]."""
+    """The same as :func:`make_loader`, with its settings; targets are masks int64 [B, S, S]."""
     return make_loader(source, transform, samples=MaskSamples, **settings)

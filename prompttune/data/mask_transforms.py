@@ -1,4 +1,4 @@
-"""Transforms of an image and its mask together: what moves pixels moves both, what changes colours the image alone."""
+"""Joint transforms of an image and its mask: geometry changes both, colour changes only the image."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from prompttune.preprocess import Preprocess
 from prompttune.transform import RESIZED_HERE, EvaluationTransform
 
 NEAREST = InterpolationMode.NEAREST_EXACT
-"""The filter for masks: the class of the pixel whose area holds the new pixel's centre."""
+"""Filter for masks: each new pixel gets the class of the pixel whose area contains its centre."""
 
 
 @dataclass(frozen=True)
 class JointTransform:
     """From an RGB image and its mask to a normalised float32 [3, S, S] and class indices int64 [S, S].
 
-    A random crop takes the place of the evaluation's resizing, as in the classification's augmentation; the mask is
-    resized with the nearest pixel. Draws from the global generators of ``random`` and torch.
+    A random crop replaces the evaluation's resizing, as in the augmentation for classification; the mask is resized to
+    the nearest pixel. Random numbers come from the global generators of ``random`` and torch.
 
     Args:
         preprocess: the task's evaluation transform.
-        augment: how training images vary; None leaves them as evaluation sees them.
+        augment: augmentation of training images; None for none.
 
     Raises:
-        UsageError: the transform pads, or the augmentation would need to know what it does to a mask.
+        UsageError: the transform pads, or the augmentation has a step that cannot be applied to a mask.
     """
 
     preprocess: Preprocess
@@ -52,7 +52,7 @@ class JointTransform:
 
     @property
     def is_exact(self) -> bool:
-        """Whether it draws no random numbers."""
+        """Whether the transform draws no random numbers."""
         one = self.augment
         return one is None or not (one.crops or one.hflip or one.vflip or one.color_jitter)
 
@@ -94,7 +94,7 @@ class JointTransform:
 
 
 def check_geometry(preprocess: Preprocess) -> None:
-    """Raise :class:`UsageError` unless a mask can follow the evaluation transform."""
+    """Raise :class:`UsageError` unless the evaluation transform can be applied to a mask."""
     if preprocess.crop_mode == "border" or preprocess.interpolation not in RESIZED_HERE:
         raise UsageError(
             f"segmentation: needs crop_mode squash or center and interpolation {' or '.join(RESIZED_HERE)}, not "

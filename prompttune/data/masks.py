@@ -26,7 +26,7 @@ NAMES_FILE = "classes.txt"
 ADE20K_NAMES_FILE = "objectInfo150.txt"
 LAYOUT = "images/training, annotations/training, images/validation and annotations/validation"
 INDEX_MODES = ("1", "L", "P", "I", "I;16")
-"""Pillow's modes of pictures whose pixels are numbers, not colours."""
+"""Pillow's modes for pictures whose pixels are numbers instead of colours."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,16 @@ class MaskSplits:
     val: MaskSource
     classes: list[str]
     name: str
-    """The specification that it was loaded by."""
+    """Specification of the data set, as given by the user."""
 
 
 class FileMaskSource(MaskSource):
     """Image files, each with an annotation file whose pixels are class numbers.
 
     Args:
-        pairs: image and annotation.
-        classes: names by index.
-        reduce_zero_label: the annotation's 0 is no class, 1 is the class of index 0 and so on.
+        pairs: image and annotation files.
+        classes: class names by index.
+        reduce_zero_label: whether 0 in an annotation means that a pixel has no class; 1 is then the class of index 0.
         root: folder of the data set.
     """
 
@@ -66,7 +66,7 @@ class FileMaskSource(MaskSource):
         image_path, mask_path = self.pairs[index]
         image, orientation = read_oriented(image_path)
         numbers, drawn = read_numbers(mask_path)
-        if orientation != drawn:  # it may have been drawn over the upright picture or over the stored one
+        if orientation != drawn:  # it may fit the upright picture or the stored one
             raise ValueError(
                 f"the image has EXIF orientation {orientation}, the annotation {mask_path.name} has {drawn}; "
                 "store both upright, or both with the same orientation"
@@ -80,7 +80,7 @@ class FileMaskSource(MaskSource):
         classes = mask[mask != IGNORE_INDEX]
         if classes.size and int(classes.max()) >= len(self.classes):
             number = int(classes.max()) + self.reduce_zero_label
-            raise ValueError(f"the annotation {mask_path.name} has the number {number}, which no class has")
+            raise ValueError(f"the annotation {mask_path.name} has the number {number}, which is not a class")
         return image, mask
 
     def describe(self, index: int) -> str:
@@ -89,10 +89,10 @@ class FileMaskSource(MaskSource):
 
 
 def read_numbers(path: Path) -> tuple[NDArray[np.int64], int]:
-    """The numbers of an annotation file, upright [height, width], and the EXIF orientation that it had.
+    """The numbers of an annotation file, upright [height, width], and the EXIF orientation in the file.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
         ValueError: its pixels are colours.
     """
     try:
@@ -102,14 +102,14 @@ def read_numbers(path: Path) -> tuple[NDArray[np.int64], int]:
                 return np.asarray(upright).astype(np.int64), orientation
     except OSError as problem:
         raise OSError(f"the annotation {path.name} cannot be read ({problem})") from None
-    raise ValueError(f"the annotation {path.name} has colours ({mode}), not a class number a pixel")
+    raise ValueError(f"the annotation {path.name} has colours ({mode}), not one class number per pixel")
 
 
 def indexed(numbers: NDArray[np.int64], reduce_zero_label: bool) -> Mask:
-    """Class indices of an annotation's numbers.
+    """Class indices from an annotation's numbers.
 
     Raises:
-        ValueError: a number is none that a mask can hold.
+        ValueError: a number exceeds the range of a mask.
     """
     ignored = numbers == IGNORE_INDEX
     if reduce_zero_label:
@@ -122,7 +122,7 @@ def indexed(numbers: NDArray[np.int64], reduce_zero_label: bool) -> Mask:
 
 
 def mask_files_at(source: Any, index: int) -> tuple[Path, Path, str] | None:
-    """Image and annotation, and the image's path below the data set's folder; None for what is not files."""
+    """Image and annotation, and the image's path relative to the data set's folder; None if they are not files."""
     while isinstance(source, Subset):
         index, source = source.indices[index], source.source
     if not isinstance(source, FileMaskSource):
@@ -139,18 +139,18 @@ def load_masks(
     seed: int = 0,
     reduce_zero_label: bool = True,
 ) -> MaskSplits:
-    """Load a data set of masks to train with: the split ``train``, and ``val``, else ``test``, to validate on.
+    """Load a data set of masks for training: the split ``train``, and ``val`` or else ``test`` for validation.
 
     Args:
-        spec: see :func:`load_mask_parts`, as are ``root`` and ``reduce_zero_label``.
-        root: folder that a relative path belongs to.
-        limit: use at most so many images of each split.
-        seed: seed of the choice that ``limit`` makes.
-        reduce_zero_label: number 0 of a folder's annotations means that a pixel has no class.
+        spec: see :func:`load_mask_parts`.
+        root: folder that a relative path starts from.
+        limit: largest number of images in each split.
+        seed: seed of the selection for ``limit``.
+        reduce_zero_label: whether 0 in a folder's annotations means that a pixel has no class.
 
     Raises:
-        UsageError: an unknown name, or a limit out of range.
-        DataError: the data are missing, incomplete or name no classes; one line that says what to do.
+        UsageError: the name is unknown, or the limit is out of range.
+        DataError: the data are missing or incomplete, or do not name classes; one line that says what to do.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, not {limit}")
@@ -159,7 +159,7 @@ def load_masks(
     val = parts.named.get(VAL, parts.named.get(TEST))
     if train is None or val is None:
         raise DataError(f"{parts.name} has no split {TRAIN if train is None else VAL}; a training reads {LAYOUT}")
-    # numbers without names are names themselves, so the shorter list is the beginning of the longer one
+    # unnamed classes are named by their numbers, so the shorter list is a prefix of the longer one
     classes = max(train.classes, val.classes, key=len)
     if not 2 <= len(classes) <= IGNORE_INDEX:
         raise DataError(f"{parts.name} has {len(classes)} classes; a segmentation needs from 2 to {IGNORE_INDEX}")
@@ -170,18 +170,18 @@ def load_masks(
 
 
 def load_mask_parts(spec: str, *, root: str | None = None, reduce_zero_label: bool = True) -> Parts:
-    """Load the splits that a data set of masks has, to score them; the sources are :class:`MaskSource`.
+    """Load the splits of a data set of masks, for scoring; the sources are :class:`MaskSource`.
 
     Args:
-        spec: ``demo/shapes-seg``, or a folder as ADE20K has it: ``images/training``, ``annotations/training``,
-            ``images/validation`` and ``annotations/validation``, an annotation called as its image. The splits may
-            have other usual names, see :func:`~prompttune.data.split_names.split_of`, and without any the images
-            stand in ``images`` and ``annotations`` themselves. A test split without annotations is left out.
-        root: folder that a relative path belongs to.
-        reduce_zero_label: number 0 of a folder's annotations means that a pixel has no class.
+        spec: ``demo/shapes-seg``, or a folder in ADE20K's layout: ``images/training``, ``annotations/training``,
+            ``images/validation`` and ``annotations/validation``, an annotation with the name of its image. Other usual
+            names of splits work too, see :func:`~prompttune.data.split_names.split_of`; without splits the files are
+            directly in ``images`` and ``annotations``. A test split without annotations is skipped.
+        root: folder that a relative path starts from.
+        reduce_zero_label: whether 0 in a folder's annotations means that a pixel has no class.
 
     Raises:
-        UsageError: an unknown name.
+        UsageError: the name is unknown.
         DataError: the data are missing or incomplete; one line that says what to do.
     """
     kind, _, name = spec.partition("/")
@@ -206,7 +206,7 @@ def load_mask_parts(spec: str, *, root: str | None = None, reduce_zero_label: bo
 
 
 def _split_folders(walk: Walk, top: str) -> dict[str, str]:
-    """The folder of each split, or the folder itself where none is one of a split, relative to the data set's."""
+    """The folder of each split, relative to the data set's, or the folder itself if it does not have splits."""
     if top not in walk.folders:
         raise DataError(f"no folder {walk.root / top}; a segmentation reads {LAYOUT}")
     found: dict[str, str] = {}
@@ -221,13 +221,13 @@ def _split_folders(walk: Walk, top: str) -> dict[str, str]:
 
 
 def _pairs(walk: Walk, images: str, annotations: str) -> list[tuple[Path, Path]]:
-    """Images of a split in the order of their paths, each with the annotation of its path and name."""
+    """Images of a split, sorted by path, each with the annotation of the same path and name."""
     places = {
         PurePath(name).with_suffix(""): name for name in _below(walk, annotations) if name.lower().endswith(".png")
     }
     found = _below(walk, images)
     if not found:
-        raise DataError(f"{walk.root / images} holds no image")
+        raise DataError(f"{walk.root / images} does not hold any images")
     pairs = {name: places.get(annotations / PurePath(name).relative_to(images).with_suffix("")) for name in found}
     if missing := [name for name, place in pairs.items() if place is None]:
         raise DataError(f"{walk.root / missing[0]} has no annotation {PurePath(missing[0]).stem}.png in "
@@ -240,7 +240,7 @@ def _below(walk: Walk, folder: str) -> list[str]:
 
 
 def _classes(folder: Path, pairs: Sequence[tuple[Path, Path]], reduce_zero_label: bool) -> list[str]:
-    """Class names: of ``classes.txt``, of ADE20K's own list, or the numbers that occur."""
+    """Class names from ``classes.txt`` or ADE20K's own list, else the numbers that occur."""
     if (folder / NAMES_FILE).is_file():
         names = [nfc(line.strip()) for line in text_lines(folder / NAMES_FILE, "the class names") if line.strip()]
     elif (folder / ADE20K_NAMES_FILE).is_file():
@@ -254,7 +254,7 @@ def _classes(folder: Path, pairs: Sequence[tuple[Path, Path]], reduce_zero_label
 
 
 def _numbered(pairs: Sequence[tuple[Path, Path]], reduce_zero_label: bool) -> list[str]:
-    """The annotations' numbers as names, up to the greatest; those that cannot be read are told later."""
+    """Names for the annotations' numbers, up to the largest; unreadable annotations are reported later."""
     greatest = 0
     for _, path in pairs:
         try:

@@ -26,20 +26,20 @@ from prompttune.images import read_image
 Labelled: TypeAlias = Dataset[Any] | Sequence[tuple[str | Path, str | int]] | ImageSource
 """A map-style data set of (image, class index), or a list of (path, label)."""
 Data: TypeAlias = str | Path | Labelled | Mapping[str, Labelled] | DataObject
-"""What functions take for data: a name as of the command line, a path, an object, or ``{"train": ..., "val": ...}``."""
+"""Data as functions accept them: a name as in ``--data``, a path, an object, or ``{"train": ..., "val": ...}``."""
 
 
 def settled(data: Data) -> str | DataObject:
-    """Bring what a user gave to text or an object. ``Path("demo/digits")`` is a folder, never the built-in data.
+    """Normalise a user's data to text or an object. ``Path("demo/digits")`` is a folder, never the built-in data.
 
     Raises:
-        UsageError: it is no map-style data set or list, or its labels or images are not of the kind that is read.
+        UsageError: the data are neither a map-style data set nor a list, or have unsupported labels or images.
     """
     given: Any = data
     if isinstance(given, str | DataObject):
         return given
     if isinstance(given, int | float) and not isinstance(given, bool):
-        return str(given)  # as YAML reads a folder called 2024
+        return str(given)  # YAML reads a folder named 2024 as a number
     if isinstance(given, os.PathLike):
         return str(given) if Path(given).is_absolute() else f"./{given}"
     return _made(given)
@@ -51,7 +51,7 @@ def _made(data: Any) -> DataObject:
         choose("split", name, SPLITS)
     if not given:
         raise UsageError("the data are an empty mapping: give {'train': ..., 'val': ...}")
-    # a split that does not name its classes has those of the other
+    # a split that does not name its classes uses those of the other split
     names = next((found for one in given.values() if (found := _class_names(one))), None)
     named = {split: _source(one, names) for split, one in given.items()}
     digest = hashlib.sha256()
@@ -68,17 +68,17 @@ def _made(data: Any) -> DataObject:
 class DatasetSource(ImageSource):
     """A map-style data set of (image, class index), such as torchvision's.
 
-    An image is a PIL image, or uint8: a NumPy array [H, W, 3] or a tensor [3, H, W]. Class names are those of
-    ``classes`` or ``class_to_idx``, else the numbers. Labels are ``targets`` where nothing transforms them; otherwise
-    every item is read once for them.
+    An image is a PIL image, or uint8: a NumPy array [H, W, 3] or a tensor [3, H, W]. Class names come from ``classes``
+    or ``class_to_idx``, else they are the numbers. Labels come from ``targets`` unless something transforms them;
+    otherwise every item is read once for its label.
 
     Args:
-        dataset: the data set; it is not changed.
-        name: for messages; by default its class.
-        names: of the classes, where the data set does not tell them.
+        dataset: the data set, which is not changed.
+        name: name in messages; by default the object's class.
+        names: class names, if the data set does not define them.
 
     Raises:
-        UsageError: an image or a label is not of that kind; the message names the item.
+        UsageError: an image or a label is of another kind; the message names the item.
     """
 
     def __init__(self, dataset: Any, name: str = "", names: list[str] | None = None) -> None:
@@ -86,7 +86,7 @@ class DatasetSource(ImageSource):
         self.dataset = _reading(dataset)
         if not len(dataset):
             raise UsageError(f"the data set {self.name} is empty")
-        with contextlib.suppress(OSError, ValueError):  # an image that cannot be read is counted later
+        with contextlib.suppress(OSError, ValueError):  # an unreadable image is counted later
             _image(self._item(0)[0], f"{self.name}[0]")
         self._names = _class_names(dataset) or names
         targets = _targets(dataset)
@@ -107,7 +107,7 @@ class DatasetSource(ImageSource):
             item = self.dataset[index]
         except (OSError, ValueError, PrompttuneError):
             raise
-        except Exception as problem:  # whatever the data set's own code does is one line, and one image
+        except Exception as problem:  # any error of the data set's code concerns one image
             raise DataError(f"{self.name}[{index}] cannot be read: {describe_failure(problem)}") from problem
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise UsageError(f"{self.name}[{index}] is a {type(item).__name__}, not a pair (image, label)")
@@ -125,12 +125,12 @@ class DatasetSource(ImageSource):
         return _image(image, f"{self.name}[{index}]"), label
 
     def describe(self, index: int) -> str:
-        """The path where the data set is made of files, else its name and the index."""
+        """The path if the data set consists of files, else its name and the index."""
         files = getattr(self.dataset, "samples", None)
         return str(files[index][0]) if files else f"{self.name}[{index}]"
 
     def labels(self) -> list[int]:
-        """See :class:`ImageSource`; they may have to be read."""
+        """See :class:`ImageSource`; the images may have to be read for them."""
         if self._labels is None:
             self._labels = self._checked(map(self._read_label, range(len(self))))
         return list(self._labels)
@@ -144,7 +144,7 @@ class DatasetSource(ImageSource):
 
 
 def is_source(data: object) -> TypeGuard[ImageSource]:
-    """Whether data are an image source already."""
+    """Whether data are already an image source."""
     return all(hasattr(data, part) for part in ("load", "describe", "labels", "classes"))
 
 
@@ -167,7 +167,7 @@ def _source(data: Any, names: list[str] | None) -> ImageSource:
 
 
 def _listed(rows: Sequence[Any]) -> FileSource:
-    """Files and labels; labels are names in their sorted order, numbers in that of numbers."""
+    """Files and labels; labels that are names are sorted as text, numbers as numbers."""
     if not rows:
         raise UsageError("the list of (path, label) is empty")
     seen: dict[str, int] = {}
@@ -210,7 +210,7 @@ def _label(label: Any, where: str) -> int:
 def _image(image: Any, where: str) -> Image.Image:
     pixels = image.permute(1, 2, 0).numpy() if isinstance(image, torch.Tensor) and image.dim() == 3 else image
     if isinstance(pixels, Image.Image | np.ndarray):
-        with contextlib.suppress(UsageError):  # told below, with the item
+        with contextlib.suppress(UsageError):  # reported below, with the item
             return read_image(pixels)
     kind = (type(image).__name__, getattr(image, "dtype", ""), list(getattr(image, "shape", ())) or "")
     raise UsageError(
@@ -231,7 +231,7 @@ def _reading(dataset: Any) -> Any:
 
 
 def _targets(dataset: Any) -> Iterable[Any] | None:
-    """Labels that are known without reading images; None if they are not, or if something changes them."""
+    """Labels that are known without reading images; None if they are unknown or if something changes them."""
     if type(dataset) is TorchSubset:
         known = _targets(dataset.dataset)
         return None if known is None else [list(known)[index] for index in dataset.indices]

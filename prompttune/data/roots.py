@@ -1,7 +1,7 @@
-"""Where the data sets of a benchmark are kept: a folder, or a repository of data on the Hugging Face hub.
+"""Locations of benchmark data: a folder, or a data repository on the Hugging Face hub.
 
-A repository is named as the hub's own file system names it: ``hf://datasets/OWNER/NAME[@REVISION][/FOLDER]``. Only
-what a run reads is fetched, into the hub's cache, and what the cache holds serves without a connection too.
+A repository is named as in the hub's own file system: ``hf://datasets/OWNER/NAME[@REVISION][/FOLDER]``. Only the data
+that a run reads are downloaded, into the hub's cache, and cached data work without a connection too.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _HUB_ROOT = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision
 
 
 class _HubFailedError(DataError):
-    """The hub's client failed otherwise than by a refusal."""
+    """The hub's client failed for another reason than a refusal."""
 
 
 class DataRoot(ABC):
-    """A place below which data sets lie; paths are relative to it, with forward slashes."""
+    """A location of data sets; paths are relative to it, with forward slashes."""
 
     @abstractmethod
     def missing(self, paths: Sequence[str]) -> list[str]:
-        """Those of the files and folders that are not there, each as it can be told to a user."""
+        """The missing ones among files and folders, in the form to show to a user."""
 
     @abstractmethod
     def fetch(self, paths: Sequence[str]) -> Path:
-        """The root as a folder of this machine that holds the files and whole folders at ``paths``."""
+        """A local folder of this root with the files and whole folders at ``paths``."""
 
 
 @dataclass(frozen=True)
@@ -56,31 +56,31 @@ class LocalRoot(DataRoot):
 
 @dataclass(frozen=True)
 class HubRoot(DataRoot):
-    """A repository of data on the hub, or a folder of one."""
+    """A data repository on the hub, or a folder of one."""
 
     repo: str
     revision: str | None
     folder: str
-    """Below the repository's top, "" for the top itself."""
+    """Path below the repository's top; "" for the top."""
 
     @classmethod
     def read(cls, text: str) -> HubRoot:
-        """Take ``hf://datasets/OWNER/NAME[@REVISION][/FOLDER]`` apart; raises :class:`UsageError` if it is not that."""
+        """Parse ``hf://datasets/OWNER/NAME[@REVISION][/FOLDER]``; raises :class:`UsageError` for any other form."""
         found = _HUB_ROOT.fullmatch(text)
         if found is None:
             raise UsageError(f"{text!r}: data on the hub are given as hf://datasets/OWNER/NAME[@REVISION][/FOLDER]")
         return cls(found["repo"], found["revision"], found["folder"] or "")
 
     def __str__(self) -> str:
-        """As it is given."""
+        """The root in the form in which it is given."""
         revision = f"@{self.revision}" if self.revision else ""
         return "/".join(filter(None, (f"hf://datasets/{self.repo}{revision}", self.folder)))
 
     def missing(self, paths: Sequence[str]) -> list[str]:
-        """See :class:`DataRoot`; asks the hub, or its cache if the hub is out of reach.
+        """See :class:`DataRoot`; asks the hub, or its cache if the hub cannot be reached.
 
         Raises:
-            DataError: the repository is not there or not open to this user, or the hub fails.
+            DataError: the repository does not exist or is closed to this user, or the hub fails.
         """
         inside = {self._inside(path): path for path in paths}
         if not hub_answers():
@@ -88,7 +88,7 @@ class HubRoot(DataRoot):
         try:
             with self._told("look into"):
                 found = HfApi().get_paths_info(self.repo, list(inside), repo_type="dataset", revision=self.revision)
-        except _HubFailedError:  # it may have gone since it was last asked
+        except _HubFailedError:  # the hub may have gone since the last request
             with contextlib.suppress(DataError):
                 return self._cached().missing(paths)
             raise
@@ -96,10 +96,10 @@ class HubRoot(DataRoot):
         return [f"{self}/{path}" for within, path in inside.items() if within not in there]
 
     def fetch(self, paths: Sequence[str]) -> Path:
-        """See :class:`DataRoot`. Fetches what the hub's cache lacks, if the hub can be reached.
+        """See :class:`DataRoot`. Downloads what the hub's cache lacks, if the hub can be reached.
 
         Raises:
-            DataError: the repository is not there or not open to this user, or a file cannot be fetched.
+            DataError: the repository does not exist or is closed to this user, or a file cannot be downloaded.
         """
         wanted = [pattern for path in map(self._inside, paths) for pattern in (path, f"{path}/*")]
         return self._snapshot("fetch data of", wanted, offline=not hub_answers())
@@ -108,7 +108,7 @@ class HubRoot(DataRoot):
         return "/".join(filter(None, (self.folder, path)))
 
     def _cached(self) -> LocalRoot:
-        """Whatever part of the repository is on this machine: nothing is asked for by name."""
+        """The cached part of the repository, without requesting anything by name."""
         return LocalRoot(self._snapshot("look into", [], offline=True))
 
     def _snapshot(self, what: str, patterns: list[str], *, offline: bool) -> Path:
@@ -124,7 +124,7 @@ class HubRoot(DataRoot):
 
     @contextlib.contextmanager
     def _told(self, what: str) -> Iterator[None]:
-        """Make what the hub's client raises one line."""
+        """Turn the errors of the hub's client into one line."""
         try:
             yield
         except (RepositoryNotFoundError, GatedRepoError) as problem:
@@ -141,5 +141,5 @@ class HubRoot(DataRoot):
 
 
 def data_root(text: str) -> DataRoot:
-    """The place that ``--data-root`` names; raises :class:`UsageError` if it is neither a folder nor on the hub."""
+    """The root for ``--data-root``; raises :class:`UsageError` if it is neither a folder nor on the hub."""
     return HubRoot.read(text) if text.startswith(HUB_PREFIX) else LocalRoot(Path(text).expanduser())

@@ -14,20 +14,20 @@ from prompttune.data.base import Mask, MaskSource, Parts
 from prompttune.errors import choose
 
 TRAIN, VAL = 600, 200
-"""Images of the two splits."""
+"""Number of images in the two splits."""
 KINDS = {"square": shapes.SQUARE, "ellipse": shapes.ELLIPSE, "heart": shapes.HEART, "arrow": shapes.ARROW}
 CLASSES = ["background", *KINDS]
 MOST = 3
-"""Greatest number of shapes in an image."""
+"""Largest number of shapes in an image."""
 RADII = (9.0, 18.0)
-"""Least and greatest radius, in pixels."""
+"""Smallest and largest radius, in pixels."""
 NAME = "shapes-seg"
 
 
 def scene(index: int, dice: shapes.Dice) -> tuple[shapes.Scene, tuple[int, ...]]:
-    """One to three shapes that do not touch, and the class of each; all else varies.
+    """One to three shapes that do not touch, with their classes; everything else varies.
 
-    The kind of the first shape goes in turn with ``index``, so that every class is equally frequent.
+    The kind of the first shape cycles with ``index``, so that every class is equally frequent.
     """
     background, wanted = dice.colour(), 1 + dice.below(MOST)
     placed: list[shapes.Shape] = []
@@ -47,7 +47,7 @@ def scene(index: int, dice: shapes.Dice) -> tuple[shapes.Scene, tuple[int, ...]]
 
 
 def mask_of(drawn: shapes.Scene, classes: tuple[int, ...]) -> Mask:
-    """The class of each pixel: that of a shape which covers at least half of it, else the background."""
+    """The class of each pixel: that of the shape which covers at least half of it, else the background."""
     mask = np.zeros((shapes.SIDE, shapes.SIDE), dtype=np.uint8)
     for shape, kind in zip(drawn.shapes, classes, strict=True):
         canvas = Image.new("L", (shapes.SIDE * shapes.OVERSAMPLING,) * 2, 0)
@@ -57,7 +57,7 @@ def mask_of(drawn: shapes.Scene, classes: tuple[int, ...]) -> Mask:
 
 
 class ShapeMaskSource(MaskSource):
-    """One split; an image is rendered when it is first asked for, then kept."""
+    """One split; an image is rendered at its first use, then kept."""
 
     def __init__(self, split: str, size: int) -> None:
         self.split = split
@@ -87,7 +87,7 @@ def load_shape_masks(name: str) -> Parts:
     """Load ``shapes-seg``: always the same 600 training and 200 validation images.
 
     Raises:
-        UsageError: an unknown name.
+        UsageError: the name is unknown.
     """
     choose("demo data set of masks", name, [NAME])
     named: dict[str, Any] = {"train": ShapeMaskSource("train", TRAIN), "val": ShapeMaskSource("val", VAL)}

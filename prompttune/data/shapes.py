@@ -1,7 +1,7 @@
-"""Rendered shapes for tasks about where, which way and how many, after the structured group of VTAB.
+"""Rendered shapes for tasks about location, orientation and count, after the structured group of VTAB.
 
-VTAB (https://arxiv.org/abs/1910.04867) takes these tasks from dSprites and Clevr; here the images are drawn anew. An
-image is a function of its task, split and index alone, so it never changes and never depends on another image.
+VTAB (https://arxiv.org/abs/1910.04867) takes these tasks from dSprites and Clevr; here the images are new drawings. An
+image depends only on its task, split and index, so it never changes and never depends on another image.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from PIL import Image, ImageDraw
 SIDE = 64
 """Side of an image, in pixels."""
 OVERSAMPLING = 8
-"""Side of the finer grid that a pixel is averaged from."""
+"""Number of subpixels along a pixel's side, which are averaged."""
 BINS = 16
-"""Classes of location and of orientation."""
+"""Number of classes of location and of orientation."""
 STEPS = 32
-"""Places, or angles, that occur: two for each bin, each half a step from the bin's ends."""
+"""Number of places or angles that occur: two per bin, each half a step from the bin's ends."""
 PLACED_RADII = (5.0, 12.0)
-"""Least and greatest radius where a shape is to be located, in pixels."""
+"""Smallest and largest radius of a shape in the location task, in pixels."""
 TURNED_RADII = (11.0, 16.0)
-"""Least and greatest radius where its angle is asked for, in pixels."""
+"""Smallest and largest radius of a shape in the orientation task, in pixels."""
 MOST = 8
-"""Greatest count of shapes."""
+"""Largest number of shapes."""
 GAP = 2.0
-"""Least distance between the circles around two shapes, in pixels."""
+"""Smallest distance between the circles around two shapes, in pixels."""
 COUNTED_RADII = (3.0, 6.0)
-"""Least and greatest radius where shapes are counted, in pixels."""
+"""Smallest and largest radius of a shape in the counting task, in pixels."""
 CONTRAST = 120.0
-"""Least distance of a shape's colour from the background, of 442 at most."""
+"""Smallest distance of a shape's colour from the background; the largest possible is 442."""
 TRIES = 200
 
 Point = tuple[float, float]
@@ -70,7 +70,7 @@ WEDGE = _centred([(0, 1), (0.5, -1), (-0.5, -1)])
 PLACED = (SQUARE, ELLIPSE, HEART)
 """dSprites' three shapes."""
 TURNED = (ARROW, HEART, WEDGE)
-"""Shapes that only a full turn brings back to themselves; at angle 0 they point up (the heart's notch is up)."""
+"""Shapes that repeat only after a full turn; at angle 0 they point up (the heart's notch is up)."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Shape:
     colour: Colour
 
     def corners(self) -> list[Point]:
-        """Corners on the canvas that is :data:`OVERSAMPLING` times as fine."""
+        """Corners on a canvas that is :data:`OVERSAMPLING` times as fine."""
         cos, sin = math.cos(self.angle), math.sin(self.angle)
         across, up = self.outline[:, 0], self.outline[:, 1]
         x = self.x + self.radius * (cos * across - sin * up)
@@ -101,7 +101,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows."""
+    """Content of an image."""
 
     background: Colour
     shapes: tuple[Shape, ...]
@@ -117,7 +117,7 @@ class Scene:
 
 
 class Dice(random.Random):
-    """Random numbers of one image; only ``random()`` is drawn, which Python keeps the same for ever."""
+    """Random numbers of one image. Only ``random()`` is called, whose sequence Python keeps stable."""
 
     def between(self, low: float, high: float) -> float:
         """A number from ``low`` to ``high``."""
@@ -128,7 +128,7 @@ class Dice(random.Random):
         return int(self.random() * count)
 
     def colour(self, background: Colour | None = None) -> Colour:
-        """Any colour; before a background, one that stands out against it."""
+        """A random colour; with a background, one that contrasts with it."""
         while True:
             colour = (self.below(256), self.below(256), self.below(256))
             if background is None or math.dist(colour, background) >= CONTRAST:
@@ -136,7 +136,7 @@ class Dice(random.Random):
 
 
 def location(index: int, dice: Dice) -> Scene:
-    """The horizontal place of a shape's centre, in 16 bins of equal width; all else varies."""
+    """The horizontal place of a shape's centre, in 16 bins of equal width; everything else varies."""
     label = index % BINS
     step = label * (STEPS // BINS) + dice.below(STEPS // BINS)
     margin = PLACED_RADII[1]
@@ -153,7 +153,7 @@ def location(index: int, dice: Dice) -> Scene:
 
 
 def orientation(index: int, dice: Dice) -> Scene:
-    """The angle of a shape over the full turn, in 16 bins of 22.5 degrees; all else varies."""
+    """The angle of a shape over the full turn, in 16 bins of 22.5 degrees; everything else varies."""
     label = index % BINS
     step = label * (STEPS // BINS) + dice.below(STEPS // BINS)
     margin = TURNED_RADII[1]
@@ -170,7 +170,7 @@ def orientation(index: int, dice: Dice) -> Scene:
 
 
 def count(index: int, dice: Dice) -> Scene:
-    """The number of shapes, 1 to 8, that do not touch; all else varies."""
+    """The number of shapes, 1 to 8, that do not touch; everything else varies."""
     label = index % MOST
     background = dice.colour()
     shapes: list[Shape] = []
@@ -182,5 +182,5 @@ def count(index: int, dice: Dice) -> Scene:
             outline, angle = PLACED[dice.below(len(PLACED))], dice.between(0, 2 * math.pi)
             shapes.append(Shape(outline, x, y, radius, angle, dice.colour(background)))
         elif (tries := tries + 1) % TRIES == 0:
-            shapes.clear()  # those that stand may leave no room
+            shapes.clear()  # the shapes so far may leave no room
     return Scene(background, tuple(shapes), label)

@@ -1,8 +1,8 @@
 """WebDataset shards on a local disk, read by index.
 
-timm's reader streams shards: the order it shuffles them into depends on the number of workers, and an image that cannot
-be read is dropped without a word. Here timm says which shards a split has and where the labels are; their members are
-then looked up by :mod:`prompttune.data.tars`, so that shards behave like any other data set.
+timm's own reader streams shards: their shuffled order depends on the number of workers, and unreadable images are
+dropped silently. Here timm defines the shards of a split and the place of the labels; the members are then looked up
+by :mod:`prompttune.data.tars`, so that shards behave like any other data set.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Image:
 class _Split:
     shards: list[Path]
     label_key: str
-    """Field of the JSON member that holds the label; empty if a ``.cls`` member holds it."""
+    """Field of the JSON member with the label; empty if the label is in a ``.cls`` member."""
 
 
 class ShardSource(ImageSource):
@@ -61,7 +61,7 @@ class ShardSource(ImageSource):
         return read_image(read_member(image.shard, image.offset, image.size)), self._labels[index]
 
     def describe(self, index: int) -> str:
-        """Path of the shard, and the name inside it."""
+        """Path of the shard, with the name inside it."""
         return f"{self.images[index].shard}/{self.images[index].name}"
 
     def labels(self) -> list[int]:
@@ -72,9 +72,9 @@ class ShardSource(ImageSource):
 def load_wds(name: str, root: str | None) -> Parts:
     """Load local shards from the folder ``root``/``name``, else from ``root``.
 
-    Splits are those of timm's ``_info.json``; without that file, a shard belongs to the split whose name stands in its
-    own, and all of them are one if none is named. Classes are numbered; images with a negative label are left out, as
-    timm does. A test split that has no labels is left out, with a warning.
+    Splits come from timm's ``_info.json``. Without this file, a shard belongs to the split that its name contains, and
+    all shards are one split if no name contains one. Classes are numbered; images with a negative label are skipped, as
+    in timm. A test split without labels is skipped with a warning.
 
     Raises:
         MissingExtraError: webdataset is not installed.
@@ -112,7 +112,7 @@ def _folder(name: str, root: str | None) -> Path:
 
 
 def _described_splits(name: str, folder: Path) -> dict[str, _Split]:
-    """The splits of the description file; none without such a file."""
+    """The splits in the description file; empty without such a file."""
     file = next((folder / known for known in INFO_FILES if (folder / known).is_file()), None)
     if file is None:
         return {}
@@ -120,7 +120,7 @@ def _described_splits(name: str, folder: Path) -> dict[str, _Split]:
         known = json.loads(file.read_text(encoding="utf-8"))["splits"]
         return {split: _timm_split(name, folder, theirs) for theirs in known if (split := split_of(theirs))}
     except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise DataError(f"{file} does not describe splits as timm wants it: {problem!r}") from None
+        raise DataError(f"{file} does not describe splits in timm's form: {problem!r}") from None
 
 
 def _timm_split(name: str, folder: Path, split: str) -> _Split:
@@ -142,15 +142,15 @@ def _named_splits(folder: Path) -> dict[str, _Split]:
             raise DataError(f"the name of the shard {shard} has several splits in it: {' and '.join(sorted(splits))}")
         found.setdefault(next(iter(splits), ALL), []).append(shard)
     if ALL in found and len(found) > 1:
-        raise DataError(f"the name of the shard {found[ALL][0]} tells no split, those of others do: rename it")
+        raise DataError(f"the name of the shard {found[ALL][0]} does not name a split, but other names do: rename it")
     return {split: _Split(part, "") for split, part in found.items()}
 
 
 def _samples(split: _Split) -> Iterator[tuple[_Image, int]]:
-    """The image and the label of each sample of a split."""
+    """The image and the label of each sample in a split."""
     for shard in split.shards:
         try:
-            # all of them first: a sample that damage has cut would lack an image or a label
+            # read all samples first: a sample that damage has cut would lack an image or a label
             for members in list(samples(shard, ("json",) if split.label_key else ("cls",))):
                 where = f"sample {members[0].key} in {shard}"
                 image = image_of(members)

@@ -1,4 +1,4 @@
-"""From what a user names to a data set: the splits that it has, or two to train with."""
+"""From a user's specification to a data set: the splits that it defines, or two splits for training."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def load_data(
     root: str | None = None,
     limit: int | None = None,
 ) -> DataSplits:
-    """Load a data set to train with: its training images, and those that choose the epoch.
+    """Load a data set for training: its training images, and validation images that choose the epoch.
 
-    The latter are those of the split ``val``, else of ``test``, else a share of each class that is held out.
+    The validation images are those of the split ``val``, else ``test``, else a held-out share of each class.
 
     Args:
-        spec: see :func:`load_parts`, as are ``root`` and ``limit``.
-        val_fraction: share of each class held out where the data have no validation split of their own.
-        seed: seed of that split, and of the choice that ``limit`` makes.
-        root: folder that a relative path belongs to, and that timm's data sets are kept in.
-        limit: use at most so many images of each split, each class represented if there are enough.
+        spec: see :func:`load_parts`.
+        val_fraction: share of each class to hold out if the data do not define a validation split.
+        seed: seed of that split, and of the selection for ``limit``.
+        root: folder that a relative path starts from, and that holds timm's data sets.
+        limit: largest number of images in each split, with every class represented if possible.
 
     Raises:
-        UsageError: an unknown name, a fraction or a limit out of range.
-        DataError: the data are missing, empty or contradict themselves, have fewer than two classes, or validation
+        UsageError: the name is unknown, or a fraction or a limit is out of range.
+        DataError: the data are missing, empty or inconsistent, have fewer than two classes, or validation
             images of a class without training images; one line that says what to do.
         MissingExtraError: a library of the extra ``data`` is needed.
     """
@@ -65,20 +65,20 @@ def load_data(
 
 
 def load_parts(spec: str | DataObject, *, root: str | None = None, limit: int | None = None, seed: int = 0) -> Parts:
-    """Load the splits that a data set has of itself, to score them or to look at them: nothing is held out.
+    """Load the splits that a data set defines, for scoring or for viewing; no image is held out.
 
     Args:
         spec: ``demo/NAME`` (built in), ``torch/NAME``, ``hfds/NAME`` or ``wds/NAME`` (timm's data set factory),
             ``vtab/…``, ``fgvc/…`` or ``tv/…`` (see :mod:`prompttune.data.benchmarks`), a ``.csv`` file or a
-            folder of images. A folder whose own name begins so is written ``./demo/…``. Or an object, see
+            folder of images. Write ``./demo/…`` for a folder whose own name starts like that. Or an object, see
             :mod:`prompttune.data.objects`.
-        root: folder that a relative path belongs to, and that timm's data sets are kept in.
-        limit: use at most so many images of each split, each class represented if there are enough.
-        seed: seed of that choice.
+        root: folder that a relative path starts from, and that holds timm's data sets.
+        limit: largest number of images in each split, with every class represented if possible.
+        seed: seed of that selection.
 
     Raises:
-        UsageError: an unknown name, or a limit out of range.
-        DataError: the data are missing, empty or contradict themselves; one line that says what to do.
+        UsageError: the name is unknown, or the limit is out of range.
+        DataError: the data are missing, empty or inconsistent; one line that says what to do.
         MissingExtraError: a library of the extra ``data`` is needed.
     """
     _check_limit(limit)
@@ -97,7 +97,7 @@ def _load(spec: str | DataObject, root: str | None) -> Parts:
     if isinstance(spec, DataObject):
         return spec.parts
     if spec.startswith(OBJECT):
-        raise UsageError(f"{spec} was an object of Python, which no name finds again: give the object or other data")
+        raise UsageError(f"{spec} was a Python object, which cannot be loaded by name: give the object or other data")
     kind, _, name = spec.partition("/")
     if kind == "demo":
         return load_builtin(name)

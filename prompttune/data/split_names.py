@@ -1,4 +1,4 @@
-"""The usual names of splits, in any case and spelling: ``Train``, ``training_set``, ``val2017``, ``Test-Images``."""
+"""Usual names of splits, in any case and spelling: ``Train``, ``training_set``, ``val2017``, ``Test-Images``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unicodedata
 
 TRAIN, VAL, TEST, ALL = "train", "val", "test", "all"
 SPLITS = (TRAIN, VAL, TEST)
-"""Splits that a data set may have of itself; :data:`ALL` stands for a data set without splits."""
+"""Splits that a data set may define; :data:`ALL` stands for a data set without splits."""
 
 NAMES = {
     TRAIN: frozenset({"train", "training", "trainval", "trn"}),
@@ -19,9 +19,9 @@ FILLERS = ("dataset", "datasets", "set", "sets", "data", "split", "images", "ima
 
 
 def split_of(name: str) -> str | None:
-    """The split that a name stands for: one of :data:`SPLITS`, None for any other name.
+    """The split that a name stands for, one of :data:`SPLITS`; None for any other name.
 
-    Case, digits, punctuation and :data:`FILLERS` do not count, whether they stand apart or not: ``trainset``.
+    Case, digits, punctuation and :data:`FILLERS` are ignored, also without a separator: ``trainset``.
     """
     words = re.findall(r"[^\W\d_]+", unicodedata.normalize("NFKC", name).casefold())
     kept = [word for word in words if word not in FILLERS]
@@ -32,5 +32,5 @@ def split_of(name: str) -> str | None:
 
 
 def splits_in(text: str) -> set[str]:
-    """The splits that words of a longer name stand for, such as that of a shard: ``pets-train-0001``."""
+    """The splits named by the words of a longer name, such as that of a shard: ``pets-train-0001``."""
     return {split for word in re.split(r"[\W\d_]+", text) if (split := split_of(word))}

@@ -1,4 +1,4 @@
-"""Seeded, stratified choices of images: a validation split, and a smaller part of a split."""
+"""Seeded, stratified selections of images: a validation split, and a smaller part of a split."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from prompttune.data.base import DataSplits, ImageSource, Subset
 from prompttune.errors import DataError
 
 SEEDS = 2**32
-"""Number of seeds that NumPy's generator knows."""
+"""Number of seeds that NumPy's generator accepts."""
 
 
 def hold_out(source: ImageSource, fraction: float, seed: int, name: str) -> DataSplits:
-    """Split one source: ``fraction`` of each class validates, and each class keeps at least one training image.
+    """Split one source: ``fraction`` of each class becomes validation images, but each class keeps a training image.
 
     Raises:
-        DataError: no class has an image to spare.
+        DataError: every class has only one image.
     """
     labels = source.labels()
     train, val = split_indices(len(source), labels, fraction, seed)
@@ -31,8 +31,8 @@ def hold_out(source: ImageSource, fraction: float, seed: int, name: str) -> Data
 def split_indices(size: int, labels: Sequence[int] | None, fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Indices of the training and of the validation images, each in ascending order.
 
-    A class of one image trains. Of the others, each class also keeps a training image where ``fraction`` alone
-    would take them all. Without labels the choice is not stratified.
+    A class of one image is used for training. Every other class keeps a training image, even if ``fraction`` would take
+    them all. Without labels the selection is not stratified.
     """
     from sklearn.model_selection import train_test_split
 
@@ -42,7 +42,7 @@ def split_indices(size: int, labels: Sequence[int] | None, fraction: float, seed
     if not spare:
         return list(range(size)), []
     kinds = len({classes[index] for index in spare})
-    # the splitter wants at least one image a class on either side; every class in `spare` has two
+    # the splitter needs at least one image per class on either side; every class in `spare` has two
     held = min(max(round(fraction * len(spare)), kinds), len(spare) - kinds)
     _, val = train_test_split(
         spare, test_size=held, random_state=seed % SEEDS, stratify=[classes[index] for index in spare]
@@ -53,7 +53,7 @@ def split_indices(size: int, labels: Sequence[int] | None, fraction: float, seed
 
 
 def _keep_one(val: Sequence[int], classes: Sequence[int], counts: Counter[int]) -> list[int]:
-    """Give a class's first validation image back to training where validation has taken all of them."""
+    """Return a class's first validation image to training if validation has taken all of its images."""
     taken = Counter(classes[index] for index in val)
     given_back = {kind for kind, count in taken.items() if count == counts[kind]}
     kept = []
@@ -66,9 +66,9 @@ def _keep_one(val: Sequence[int], classes: Sequence[int], counts: Counter[int]) 
 
 
 def at_most(source: ImageSource, limit: int | None, seed: int) -> ImageSource:
-    """Keep at most ``limit`` images: one of each class first, then in proportion to the classes.
+    """Keep at most ``limit`` images: first one of each class, then in proportion to the classes.
 
-    The same seed makes a smaller choice a part of every larger one.
+    With the same seed, a smaller selection is part of every larger one.
     """
     if limit is None or len(source) <= limit:
         return source

@@ -24,14 +24,14 @@ class _Image:
 
 
 def read_table(file: Path) -> Parts:
-    """Read a CSV file with a header of ``path,label`` or ``path,label,split``; more columns are ignored.
+    """Read a CSV file with a header of ``path,label`` or ``path,label,split``; other columns are ignored.
 
     Paths are relative to the file, see :func:`~prompttune.data.files.find_file`. Labels are names, numbered in their
     sorted order. ``split`` is a usual name of a split, see :func:`~prompttune.data.split_names.split_of`.
 
     Raises:
-        DataError: the file is missing or empty, or lacks a column; a line, given by its number, has too many or too few
-            cells, no path or label, an unknown split, or an image that stood before.
+        DataError: the file is missing or empty or lacks a column; or a line, named by its number, has too many or too
+            few cells, no path or label, an unknown split, or an image that is listed twice.
     """
     try:
         rows = list(labelled_rows(file, WHAT))
@@ -71,7 +71,7 @@ def _images(rows: Sequence[LabelledRow], file: Path) -> list[_Image]:
             lost += [f"{where}: {why}"] if not path.exists() else []
         if (first := seen.setdefault(path, row.line)) != row.line:
             # an image listed twice could train and validate
-            raise DataError(f"{where}: {row.path} stands on line {first} already; list each image once")
+            raise DataError(f"{where}: {row.path} is already on line {first}; list each image once")
         images.append(_Image(path, row.label, split, row.line))
     if lost and len(lost) == windows:
         raise DataError(lost[0])

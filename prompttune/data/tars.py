@@ -1,8 +1,7 @@
-"""WebDataset shards: tar files in which the members of a sample follow one another and share a name.
+"""WebDataset shards: tar files in which the members of a sample are adjacent and share a name.
 
 The convention is that of https://github.com/webdataset/webdataset: a sample's key is the member's path up to the first
-dot of its base name, and what follows that dot is the kind of member. Members are looked up once and read where they
-stand.
+dot of its base name, and the text after that dot is the kind of member. Members are looked up once and read in place.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ from prompttune.errors import PrompttuneError, first_line
 from prompttune.images import is_image
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-"""Files with these endings, in upper or lower case, are shards."""
+"""Suffixes of shards, in upper or lower case."""
 TEXT_BYTES = 2**24
-"""A member that holds text is read up to this size."""
+"""Largest size in bytes of a text member that is read."""
 
 _DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
-"""What ``tarfile`` and the decompressors raise about a damaged file."""
+"""Errors of ``tarfile`` and the decompressors for a damaged file."""
 
 
 class DamagedShardError(PrompttuneError):
-    """A shard is damaged or cut short, or no tar file at all; the message is the reason, without its name."""
+    """The shard is damaged or cut short, or is not a tar file; the message is the reason, without the shard's name."""
 
 
 def is_shard(name: str) -> bool:
-    """Whether a file name is that of a shard."""
+    """Whether a file name is a shard's."""
     return name.lower().endswith(SHARD_SUFFIXES)
 
 
@@ -45,16 +44,16 @@ class Member:
     key: str
     name: str
     kind: str
-    """What follows the first dot, in lower case."""
+    """Text after the first dot, in lower case."""
     size: int
     offset: int | None = None
-    """Where its bytes stand in the file; None in a compressed shard, and for a link."""
+    """Offset of its bytes in the file; None in a compressed shard, and for a link."""
     content: bytes | None = None
-    """Of text that was asked for, and of an image that has no offset."""
+    """Content of a requested text member, and of an image without an offset."""
 
     @property
     def is_image(self) -> bool:
-        """Whether its last extension is that of an image."""
+        """Whether its last extension is an image's."""
         return is_image(f"_.{self.kind}")
 
 
@@ -62,11 +61,11 @@ def samples(shard: Path, texts: Collection[str] = ()) -> Iterator[list[Member]]:
     """The members of each sample, in order.
 
     Args:
-        shard: the file, whatever compression Python's ``tarfile`` knows.
-        texts: kinds of members whose content is read too.
+        shard: the file, in any compression that Python's ``tarfile`` reads.
+        texts: kinds of members whose content is also read.
 
     Raises:
-        DamagedShardError: it cannot be read any further; all that stands before the damage has been given.
+        DamagedShardError: the shard cannot be read any further; all samples before the damage have been returned.
     """
     damage: Exception | None = None
     members: list[Member] = []
@@ -85,13 +84,13 @@ def samples(shard: Path, texts: Collection[str] = ()) -> Iterator[list[Member]]:
 
 
 def image_of(members: Collection[Member]) -> Member | None:
-    """The image of a sample: its first member whose kind is an image's (``jpg``), else by its end (``left.jpg``)."""
+    """The image of a sample: the first member whose kind is an image's (``jpg``), else by extension (``left.jpg``)."""
     images = [member for member in members if member.is_image]
     return next((member for member in images if "." not in member.kind), next(iter(images), None))
 
 
 def read_member(shard: Path, offset: int, size: int) -> bytes:
-    """The bytes of a member; raises :class:`OSError`, whose message is the reason, if they are not there."""
+    """The bytes of a member; raises :class:`OSError` with the reason if they cannot be read."""
     try:
         with shard.open("rb") as stream:
             stream.seek(offset)
@@ -131,15 +130,15 @@ def _content(archive: tarfile.TarFile, header: tarfile.TarInfo, most: int) -> by
 
 
 class _Header(tarfile.TarInfo):
-    """Tells a damaged end from a proper one: ``tarfile`` takes each header that it cannot read for the end."""
+    """A header that tells a damaged end from a proper one; ``tarfile`` treats each unreadable header as the end."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         if len(buf) < tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("it is cut short: there is no mark of the end")
+            raise tarfile.ReadError("it is cut short: the end mark is missing")
         try:
             return super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError:
-            if not any(buf):  # the mark of the end
+            if not any(buf):  # the end mark
                 raise
             raise tarfile.ReadError("the header of a member is damaged") from None

@@ -1,4 +1,4 @@
-"""Text files that name images: their encoding, the rows of CSV, and which label stands for none."""
+"""Text files that name images: their encoding, the rows of CSV, and words for a missing label."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from prompttune.spreadsheets import restored
 
 PATH_COLUMN, LABEL_COLUMN, SPLIT_COLUMN = "path", "label", "split"
 MISSING = frozenset({"", "nan", "none", "null", "<na>"})
-"""Labels that tables write where there is none, in any case."""
+"""Words for a missing label in tables, in any case."""
 HEAD = 4096
-"""Bytes that tell UTF-16."""
+"""Number of bytes to inspect for UTF-16."""
 
 
 def nfc(text: str) -> str:
-    """A name as it is compared: macOS writes an accent behind its letter where other systems write both as one."""
+    """Unicode's form NFC of a name, for comparison: macOS stores an accent apart from its letter."""
     return unicodedata.normalize("NFC", text)
 
 
 def text_lines(file: Path, what: str, *, any_bytes: bool = False) -> Iterator[str]:
-    """The lines of a file in UTF-8, with or without a byte order mark, whatever ends a line.
+    """The lines of a UTF-8 file, with or without a byte order mark, with any line end.
 
     Args:
         file: the file.
-        what: what it is, for messages, such as ``the list``.
-        any_bytes: keep bytes that are not UTF-8 as surrogates: file names may hold any.
+        what: name of the file's kind in messages, such as ``the list``.
+        any_bytes: keep bytes that are not UTF-8 as surrogates, since file names may hold any bytes.
 
     Raises:
-        FileNotFoundError: it does not exist.
-        DataError: it cannot be read, or is in another encoding; the message names the line.
+        FileNotFoundError: the file does not exist.
+        DataError: the file cannot be read or has another encoding; the message names the line.
     """
     try:
         with file.open("rb") as stream:
@@ -57,7 +57,7 @@ def text_lines(file: Path, what: str, *, any_bytes: bool = False) -> Iterator[st
 
 
 def is_text(name: str) -> bool:
-    """Whether a name is text, not bytes of another encoding."""
+    """Whether a name is valid text rather than bytes of another encoding."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -66,14 +66,14 @@ def is_text(name: str) -> bool:
 
 
 def csv_rows(file: Path, what: str, dialect: str = "excel") -> Iterator[tuple[int, list[str]]]:
-    """Number of the line and the cells of each row, the header first, without blanks around a cell and blank lines.
+    """Line number and cells of each row, the header first; spaces around a cell are dropped and blank lines skipped.
 
-    A quote mark that :func:`~prompttune.spreadsheets.guarded` set in front of a formula is taken away.
+    A quote mark that :func:`~prompttune.spreadsheets.guarded` put before a formula is removed.
 
-    A cell holds no line break: where one does, a quote that nobody closed has swallowed the rows behind it.
+    A cell must not hold a line break: an unclosed quote would swallow the rows after it.
 
     Raises:
-        FileNotFoundError, DataError: see :func:`text_lines`, and quotes that do not match.
+        FileNotFoundError, DataError: see :func:`text_lines`; also for unbalanced quotes.
     """
     reader = csv.reader(text_lines(file, what), dialect, strict=True)
     while True:
@@ -98,9 +98,9 @@ def csv_rows(file: Path, what: str, dialect: str = "excel") -> Iterator[tuple[in
 
 
 def misfit(cells: list[str], width: int) -> str | None:
-    """What is wrong with the number of cells in a row; empty ones at the end do not count.
+    """The error in the number of a row's cells; empty cells at the end are ignored.
 
-    One comma too many or too few moves the other cells to a wrong column.
+    A missing or additional comma moves the other cells to a wrong column.
     """
     if len(cells) >= width and not any(cells[width:]):
         return None
@@ -114,7 +114,7 @@ _BASE64 = re.compile(
 
 
 def is_base64(text: str) -> bool:
-    """Whether a cell for a path holds an encoded image: no path is so long without a dot, a dash or an underscore."""
+    """Whether a path cell holds an encoded image: paths of this length have a dot, a dash or an underscore."""
     return _BASE64.fullmatch(text) is not None
 
 
@@ -127,17 +127,17 @@ class LabelledRow:
     label: str | None
     """In Unicode's form NFC; None for a word of :data:`MISSING`."""
     written: str
-    """The label as it stands there."""
+    """The label as written."""
     split: str | None
-    """None where the table has no such column."""
+    """Name of the split; None if the table does not have this column."""
 
 
 def labelled_rows(file: Path, what: str) -> Iterator[LabelledRow]:
-    """The rows of a CSV file whose header has ``path``, ``label`` and perhaps ``split``; more columns are ignored.
+    """The rows of a CSV file whose header has ``path``, ``label`` and optionally ``split``; other columns are ignored.
 
     Raises:
-        FileNotFoundError: it does not exist.
-        DataError: it cannot be read, lacks a column, or a line has too many or too few cells or no path.
+        FileNotFoundError: the file does not exist.
+        DataError: the file cannot be read or lacks a column, or a line has too many or too few cells or no path.
     """
     rows = csv_rows(file, what)
     _, header = next(rows, (1, []))
@@ -164,12 +164,12 @@ def labelled_rows(file: Path, what: str) -> Iterator[LabelledRow]:
 
 
 def _other(header: list[str]) -> str:
-    """What a header without the right columns looks like."""
+    """Hint for a header that lacks a required column."""
     return separated(header) or f" (columns: {', '.join(header[:5]) or 'none'})"
 
 
 def separated(header: list[str]) -> str:
-    """What a header says that is one cell because other signs than commas stand between its columns; else empty."""
+    """Hint for a header of one cell whose columns are separated by another character than a comma; else empty."""
     for name, sign in (("semicolons", ";"), ("tabs", "\t")):
         if len(header) == 1 and sign in header[0]:
             return f", and its columns are separated by {name}: save it with commas"

@@ -1,4 +1,4 @@
-"""Data sets that timm's factory makes by name: torchvision's and those of Hugging Face ``datasets``."""
+"""Data sets of timm's factory: torchvision's, and those of Hugging Face ``datasets``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class HfdsSource(ImageSource):
     def load(self, index: int) -> tuple[Image.Image, int]:
         """See :class:`ImageSource`."""
         try:
-            # timm's data set would put the next image in the place of one that cannot be read; its reader does not
+            # timm's data set would replace an unreadable image by the next one; its reader does not
             stream = self.reader[index][0]
         except (AssertionError, TypeError):
             raise OSError("the row has no image") from None
@@ -60,13 +60,13 @@ class HfdsSource(ImageSource):
 
 
 def load_torch(name: str, root: str | None) -> Parts:
-    """Load torchvision's data set ``name`` from ``root``, downloading it first if it is not there.
+    """Load torchvision's data set ``name`` from ``root``; download it first if it is missing.
 
-    ``image_folder`` reads ``root`` itself as any other folder.
+    ``image_folder`` reads ``root`` itself like any other folder.
 
     Raises:
-        UsageError: an unknown name, or no ``root``.
-        DataError: the data cannot be found, fetched or read.
+        UsageError: the name is unknown, or ``root`` is missing.
+        DataError: the data cannot be found, downloaded or read.
     """
     if root is None:
         raise UsageError(f"torch/{name} needs the folder that the data are kept in: give --data-root")
@@ -88,15 +88,15 @@ def _torch_split(name: str, root: Path, split: str) -> DatasetSource:
 
 
 def load_hfds(name: str, root: str | None) -> Parts:
-    """Load the Hugging Face data set ``name``, or the one in a local folder ``name``; ``root`` is the cache.
+    """Load the Hugging Face data set ``name``, or a local folder ``name``; ``root`` is the cache.
 
-    The image and the label are the columns of these names, else the only ones of their kind. A split whose images have
-    no labels is left out, with a warning, beside one that has them.
+    The image and the label are in the columns with these names, else in the only columns of their type. A split whose
+    images lack labels is skipped with a warning if another split has them.
 
     Raises:
         MissingExtraError: the library is not installed.
-        DataError: the data cannot be found, fetched or read, have no image or label column, or splits that nobody can
-            tell apart.
+        DataError: the data cannot be found, downloaded or read, or lack an image or a label column, or the splits
+            cannot be told apart.
     """
     try:
         import datasets
@@ -120,7 +120,7 @@ def load_hfds(name: str, root: str | None) -> Parts:
 
 
 def _hfds_splits(names: list[str], where: str) -> dict[str, str]:
-    """The data set's own name of each split that it has."""
+    """The data set's own name for each of its splits."""
     if len(names) == 1 and split_of(names[0]) is None:
         return {ALL: names[0]}
     found: dict[str, str] = {}
@@ -137,7 +137,7 @@ def _hfds_splits(names: list[str], where: str) -> dict[str, str]:
 
 
 def _column(features: Any, usual: str, kind: type[Any], name: str) -> str:
-    """The column of the usual name, else the only one of a kind."""
+    """The column with the usual name, else the only one of a type."""
     if usual in features:
         return usual
     fitting = [column for column, feature in features.items() if isinstance(feature, kind)]
@@ -150,7 +150,7 @@ def _column(features: Any, usual: str, kind: type[Any], name: str) -> str:
 def _hfds_sources(
     readers: Mapping[str, Any], names: Mapping[str, str], column: str, where: str
 ) -> dict[str, ImageSource]:
-    """A source for each split, with the same classes."""
+    """One source per split, all with the same classes."""
     values = {split: list(reader.dataset[column]) for split, reader in readers.items()}
     unlabelled = [split for split, part in values.items() if any(value is None or value == -1 for value in part)]
     for split in unlabelled:
@@ -168,7 +168,7 @@ def _hfds_sources(
 
 
 def _classes(values: Sequence[Any], class_to_idx: dict[str, int], name: str) -> tuple[list[str], dict[Any, int]]:
-    """Class names, and the class index of every value that the label column holds."""
+    """Class names, and the class index of every value in the label column."""
     if class_to_idx:
         classes = [nfc(name) for name in sorted(class_to_idx, key=class_to_idx.__getitem__)]
     elif all(isinstance(value, int) and value >= 0 for value in values):

@@ -42,18 +42,18 @@ JITTERED_POLICY = "3a"
 
 @dataclass(frozen=True)
 class Augment:
-    """How training images vary. The defaults leave them as evaluation sees them.
+    """Augmentation of training images. The defaults do not change them.
 
     Raises:
         UsageError: a value is out of range, or a policy is unknown; one line that names the setting.
     """
 
-    scale_min: float = setting(1.0, help="least share of the image's area that a random crop keeps")
-    scale_max: float = setting(1.0, help="greatest share of the area; with both at 1 nothing is cropped")
-    ratio_min: float = setting(3 / 4, help="least width over height of a random crop")
-    ratio_max: float = setting(4 / 3, help="greatest width over height of a random crop")
+    scale_min: float = setting(1.0, help="smallest share of the image's area in a random crop")
+    scale_max: float = setting(1.0, help="largest share of the area in a random crop; with both at 1, no crop")
+    ratio_min: float = setting(3 / 4, help="smallest aspect ratio (width / height) of a random crop")
+    ratio_max: float = setting(4 / 3, help="largest aspect ratio (width / height) of a random crop")
     random_crop: bool = setting(
-        False, help="crop anywhere what evaluation crops in the centre; takes effect with crop_pct below 1"
+        False, help="crop at a random place instead of the centre; has an effect with crop_pct below 1"
     )
     hflip: float = setting(0.0, help="probability of a horizontal flip")
     vflip: float = setting(0.0, help="probability of a vertical flip")
@@ -92,7 +92,7 @@ class Augment:
 
     @classmethod
     def preset(cls, name: str) -> Augment:
-        """``none`` (images as evaluation sees them, VTAB's habit), ``light`` or ``strong``."""
+        """``none`` (images as in evaluation, VTAB's habit), ``light`` or ``strong``."""
         return PRESETS[choose("augmentation", name, PRESETS)]
 
     @property
@@ -103,9 +103,9 @@ class Augment:
     def transform(self, preprocess: Preprocess) -> Transform:
         """Return a function from an RGB PIL image to a normalised float32 tensor [3, image_size, image_size].
 
-        It draws from the global generators of ``random``, NumPy and torch. Where no setting asks for chance it is
-        ``preprocess.transform()``. A random crop takes the place of the evaluation's resizing; without one, that
-        stays as it is and the other steps follow.
+        It draws from the global generators of ``random``, NumPy and torch. Without any random setting it is
+        ``preprocess.transform()``. A random crop replaces the evaluation's resizing; without one, the resizing stays
+        and the other steps follow.
         """
         exact = preprocess.transform()
         if not self._is_random:
@@ -143,7 +143,7 @@ class Augment:
 
 
 def _resizing(exact: Transform) -> list[Any]:
-    """The steps of an evaluation transform that come before the tensor."""
+    """The steps of an evaluation transform before the conversion to a tensor."""
     if isinstance(exact, EvaluationTransform):
         return [_Resized(exact)]
     steps = _steps(exact)
@@ -152,7 +152,7 @@ def _resizing(exact: Transform) -> list[Any]:
 
 @dataclass(frozen=True)
 class _Resized:
-    """An evaluation transform up to the pixels."""
+    """An evaluation transform without the conversion to a tensor."""
 
     exact: EvaluationTransform
 
@@ -163,7 +163,7 @@ class _Resized:
 
 @dataclass(frozen=True)
 class _RandomCrop:
-    """An evaluation transform's resizing, then a crop of its size anywhere."""
+    """An evaluation transform's resizing, followed by a crop of its size at a random place."""
 
     exact: EvaluationTransform
 
@@ -187,7 +187,7 @@ def _steps(transform: Transform) -> list[Any]:
 
 
 def _mend_posterize(policy: Any) -> None:
-    """timm's policies may ask for 0 bits of each colour, which Pillow refuses from version 13 on."""
+    """Raise the number of bits per colour in timm's policies to 1: Pillow refuses 0 from version 13 on."""
     chains = policy.policy if isinstance(policy, AutoAugment) else [getattr(policy, "ops", [])]
     for operation in (operation for chain in chains for operation in chain):
         if operation.aug_fn is posterize:

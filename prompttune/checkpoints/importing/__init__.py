@@ -1,4 +1,4 @@
-"""Checkpoints of other people's released code, one file a layout, made into checkpoint folders."""
+"""Import of checkpoints from other released code, one module per layout, into checkpoint folders."""
 
 from prompttune.checkpoints.importing.run import LAYOUTS, Imported, import_checkpoint
 

@@ -1,4 +1,4 @@
-"""What every layout of a released checkpoint offers, and how its backbone's names become timm's."""
+"""Interface of every layout of a released checkpoint, and the mapping of its backbone's names to timm's."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ from prompttune.checkpoints.importing.source import Source
 from prompttune.errors import CheckpointError, UsageError
 
 SAME_WEIGHTS = 1e-6
-"""Largest difference between weights that are called the same."""
+"""Largest difference between weights that count as equal."""
 HEAD_PARTS = ("weight", "bias")
 LARGEST_SIDE = 8192
-"""Pixels; shapes that say more are not believed."""
+"""Largest side in pixels that a file's shapes may imply."""
 Names = Callable[[str], tuple[str, ...]]
-"""From timm's name of a backbone tensor to the file's names, whose tensors are joined along axis 0."""
+"""Function from timm's name of a backbone tensor to the file's names, whose tensors are joined along axis 0."""
 
 
 @dataclass
 class Foreign:
-    """A task out of a released file, under our names."""
+    """A task from a released file, under our names."""
 
     method: str
     settings: dict[str, Any]
-    """Settings that the file's shapes or its own config give."""
+    """Settings from the file's shapes or its own config."""
     assumed: dict[str, Any] = field(default_factory=dict)
-    """Settings that stand nowhere in the file, at the released code's value; the user may give others."""
+    """Settings that the file does not hold, at the released code's values; the user may give others."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """Parameters of the method, by their names in its ``state_dict``."""
     head: dict[str, Tensor] | None = None
-    """``weight`` [C, D] and ``bias`` [C], None where the file holds no head."""
+    """``weight`` [C, D] and ``bias`` [C]; None if the file does not hold a head."""
     backbone: str = "not in the file"
-    """What became of the backbone's weights in the file."""
+    """What was done with the backbone's weights in the file."""
     notes: list[str] = field(default_factory=list)
 
 
 class Layout(ABC):
-    """One way in which released code stores a task."""
+    """A form in which released code stores a task."""
 
     name: ClassVar[str]
     code: ClassVar[str]
-    """Where the released code is."""
+    """Address of the released code."""
     normalisation: ClassVar[str]
-    """What the released code's evaluation transform uses, by the names of ``preprocess.NORMALISATIONS``."""
+    """Normalisation of the released code's evaluation transform, by the names of ``preprocess.NORMALISATIONS``."""
     interpolation: ClassVar[str | None]
-    """Its filter, None for the backbone's own."""
+    """Resizing filter of that transform; None for the backbone's own."""
     usual_backbone: ClassVar[str]
-    """timm's name of what the released code trains over."""
+    """timm's name of the backbone that the released code trains over."""
     settings: ClassVar[tuple[str, ...]]
     """Settings that a user may give because the file does not hold them."""
 
@@ -69,14 +69,14 @@ class Layout(ABC):
 
     @abstractmethod
     def backbone_names(self, source: Source) -> Names | None:
-        """How the file names the backbone's tensors; None if it holds none."""
+        """The file's names of the backbone's tensors; None if it does not hold any."""
 
     @abstractmethod
     def convert(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
         """Take the task's tensors out of ``source``; ``given`` are the user's settings."""
 
     def image_size(self, source: Source) -> int | None:
-        """Side of the images in pixels that the file was trained at, where its shapes say so."""
+        """Side in pixels of the images that the file was trained at, if its shapes imply it."""
         names = self.backbone_names(source)
         if names is None:
             return None
@@ -84,7 +84,7 @@ class Layout(ABC):
 
 
 def image_side(source: Source, places: str, patches: str, *, prefix_tokens: int) -> int | None:
-    """Side in pixels of the images that were trained at, or None where the shapes do not say it.
+    """Side in pixels of the training images; None if the shapes do not imply it.
 
     Args:
         source: the file.
@@ -100,12 +100,12 @@ def image_side(source: Source, places: str, patches: str, *, prefix_tokens: int)
 
 
 def timm_names(prefix: str) -> Names:
-    """timm's own names behind a prefix."""
+    """timm's own names after a prefix."""
     return lambda name: (prefix + name,)
 
 
 def swin_names(prefix: str) -> Names:
-    """Microsoft's Swin (https://github.com/microsoft/Swin-Transformer): merging belongs to the stage in front of it."""
+    """Microsoft's Swin (https://github.com/microsoft/Swin-Transformer): merging belongs to the stage before it."""
 
     def names(name: str) -> tuple[str, ...]:
         merging = re.match(r"layers\.(\d+)\.downsample\.(.*)", name)
@@ -144,7 +144,7 @@ def jax_vit_names(prefix: str) -> Names:
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", stem)
         if block and block[2] in _PARTS:
             return tuple(f"{prefix}encoder.layer.{block[1]}.{part}.{leaf}" for part in _PARTS[block[2]])
-        return (f"{prefix}{name}",)  # that code has no such tensor: it is reported as missing
+        return (f"{prefix}{name}",)  # the code does not have such a tensor: it is reported as missing
 
     return names
 
@@ -164,10 +164,10 @@ def take_backbone(source: Source, names: Names, backbone: Backbone) -> dict[str,
 
 
 def same_weights(found: Mapping[str, Tensor], backbone: Backbone, where: str) -> str:
-    """Compare the backbone in the file with the one at hand; says in words that they are the same.
+    """Compare the backbone in the file with the given one; return a sentence that they are the same.
 
     Raises:
-        CheckpointError: they are not.
+        CheckpointError: they differ.
     """
     other = []
     for name, parameter in backbone.model.named_parameters():
@@ -185,7 +185,7 @@ def same_weights(found: Mapping[str, Tensor], backbone: Backbone, where: str) ->
 
 
 def take_head(source: Source, stem: str, backbone: Backbone) -> dict[str, Tensor] | None:
-    """The linear head called ``stem``, or None."""
+    """The linear head called ``stem``; None if it does not exist."""
     if f"{stem}.weight" not in source:
         return None
     classes = source.size(f"{stem}.weight", 0, 2)
@@ -196,10 +196,10 @@ def take_head(source: Source, stem: str, backbone: Backbone) -> dict[str, Tensor
 
 
 def need_class_token(backbone: Backbone, code: str) -> VitBackbone:
-    """``backbone`` as a ViT whose features are its class token, the only prefix token.
+    """``backbone`` as a ViT whose features are its class token, its only prefix token.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: the backbone is another one.
     """
     if not isinstance(backbone, VitBackbone) or not backbone.pools_class_token or backbone.num_prefix_tokens != 1:
         raise CheckpointError(
@@ -212,15 +212,15 @@ def need_swin(backbone: Backbone, where: str) -> SwinBackbone:
     """``backbone`` as a Swin.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: the backbone is not a Swin.
     """
     if not isinstance(backbone, SwinBackbone):
-        raise CheckpointError(f"{where} was trained over a Swin, {backbone.name} is none")
+        raise CheckpointError(f"{where} was trained over a Swin; {backbone.name} is not a Swin")
     return backbone
 
 
 def refuse_given(given: Mapping[str, Any], derived: Mapping[str, Any]) -> None:
-    """Raise :class:`UsageError` if a setting that the file gives was given otherwise."""
+    """Raise :class:`UsageError` if a given setting contradicts the file."""
     for name, value in derived.items():
         if given.get(name, value) != value:
             raise UsageError(f"{name} is {value} in the file, not {given[name]}")

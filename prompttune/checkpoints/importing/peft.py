@@ -46,12 +46,12 @@ PLAIN = {
     "velora_config": (),
     "init_lora_weights": (True, False, "gaussian", "eva"),
 }
-"""Values of PEFT's config, besides none at all, that leave the arithmetic and the base model as they are."""
+"""Values of PEFT's config that do not change the arithmetic or the base model; a missing value does not either."""
 VARIANT = "use_"
 """Switches of PEFT's variants of LoRA."""
 RSLORA = "use_rslora"
 RANKS, ALPHAS = "rank_pattern", "alpha_pattern"
-"""Tables of values of their own for some blocks, by regular expressions."""
+"""Tables of separate values for some blocks, by regular expressions."""
 FLOAT32 = torch.finfo(torch.float32)
 
 
@@ -86,20 +86,20 @@ class PeftLayout(Layout):
         return source
 
     def backbone_names(self, source: Source) -> Names | None:  # noqa: ARG002
-        """See :meth:`Layout.backbone_names`; an adapter holds none."""
+        """See :meth:`Layout.backbone_names`; an adapter does not hold any."""
         return None
 
     def convert(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
         """See :meth:`Layout.convert`."""
         assert isinstance(source, PeftSource)
         if not isinstance(backbone, VitBackbone):
-            raise CheckpointError(f"LoRA runs on a ViT, {backbone.name} is none")
+            raise CheckpointError(f"LoRA needs a ViT; {backbone.name} is not a ViT")
         out = backbone.num_heads * backbone.head_dim
         adapted = [index for index in range(backbone.depth) if f"{_stem(index)}.lora_A.weight" in source]
         ranks = {index: _rank(source, index) for index in adapted}
         if not adapted:
             other = listed(source.names()) or "nothing"
-            raise CheckpointError(f"{source.where} adapts no attn.qkv of {backbone.name}'s blocks; it holds {other}")
+            raise CheckpointError(f"{source.where} does not adapt {backbone.name}'s attn.qkv; it holds {other}")
         pairs = {
             index: (
                 source.take(f"{_stem(index)}.lora_A.weight", (own, backbone.width)),
@@ -132,7 +132,7 @@ class PeftLayout(Layout):
 
 
 def _targets(keys: Tensor, given: Mapping[str, Any], where: str) -> str:
-    """The user's, or what the file needs; ``keys`` [L, H d, r] is what it adds to the keys."""
+    """The user's targets, or those that the file needs; ``keys`` [L, H d, r] is the update of the keys."""
     needed = "qkv" if keys.abs().max() > 0 else "qv"
     if needed == "qkv" and given.get("targets") == "qv":
         raise UsageError(f"{where} changes keys too: it needs targets qkv")
@@ -155,7 +155,7 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
 def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
     for name in (RANKS, ALPHAS):
         if not isinstance(config.get(name) or {}, Mapping):
-            raise CheckpointError(f"{path}: {name} is no table")
+            raise CheckpointError(f"{path}: {name} is not a table")
 
     alpha: Any = config.get("lora_alpha")
     dropout = config.get("lora_dropout")
@@ -172,7 +172,7 @@ def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _entries(config: Mapping[str, Any], table: str) -> list[tuple[str, Any]]:
-    """A table's values by what the messages call them."""
+    """The values of a table, by their names in messages."""
     return [(f"{table} {reprlib.repr(pattern)}", value) for pattern, value in (config.get(table) or {}).items()]
 
 
@@ -199,13 +199,13 @@ def _weight(config: Mapping[str, Any], alpha: float, rank: int) -> float:
 
 
 def _alpha(config: Mapping[str, Any], rank: int) -> float:
-    """The α whose α / rank is the weight of a block of the adapter's largest rank."""
+    """The α for which α / rank is the weight of a block of the adapter's largest rank."""
     alpha = float(config["lora_alpha"])
     return alpha * rank**0.5 if config.get(RSLORA) else alpha
 
 
 def _rank(source: PeftSource, index: int) -> int:
-    """The rank of one block's product, which its tensors and the config agree on."""
+    """The rank of one block's product, on which its tensors and the config must agree."""
     name = f"{_stem(index)}.lora_A.weight"
     own, wanted = source.size(name, 0, 2), _of_block(source.config, RANKS, index, source.config["r"])
     if own != wanted:
@@ -228,5 +228,5 @@ def _of_block(config: Mapping[str, Any], table: str, index: int, usual: Any) -> 
             if re.match(rf"(.*\.)?({pattern})$", _stem(index)):
                 return value
         except (re.error, OverflowError, RecursionError):
-            raise CheckpointError(f"{CONFIG}: {table} {reprlib.repr(pattern)} is no regular expression") from None
+            raise CheckpointError(f"{CONFIG}: {table} {reprlib.repr(pattern)} is not a regular expression") from None
     return usual

@@ -1,4 +1,4 @@
-"""``import_checkpoint``: a released file to a checkpoint folder."""
+"""``import_checkpoint``: from a released file to a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ from prompttune.preprocess import NORMALISATIONS, Preprocess
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout for layout in (SA2VPLayout(), VPTLayout(), GaPTLayout(), PeftLayout())
 }
-"""By the name that ``--from`` takes."""
+"""Layouts by the name for ``--from``."""
 
 
 @dataclass
 class Imported:
-    """What became of a released checkpoint."""
+    """Result of an import."""
 
     model: PromptModel
     path: Path
     """The checkpoint folder."""
     layout: str
     assumed: dict[str, Any]
-    """Settings that stood neither in the file nor among those given: the released code's values."""
+    """Settings that neither the file nor the user gave: the released code's values."""
     ignored: list[str]
-    """Tensors of the file that were left out."""
+    """Tensors of the file that were skipped."""
     backbone: str
-    """What became of the backbone's weights in the file."""
+    """What was done with the backbone's weights in the file."""
     has_head: bool
     notes: list[str] = field(default_factory=list)
 
     @property
     def parameters(self) -> int:
-        """Numbers in the task's tensors, the head aside."""
+        """Number of values in the task's tensors, without the head."""
         return sum(parameter.numel() for parameter in self.model.method.parameters())
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,23 +98,24 @@ def import_checkpoint(
     """Write the task in a released checkpoint as a checkpoint folder.
 
     Args:
-        layout: whose code wrote ``file``, one of :data:`LAYOUTS`.
+        layout: the code that wrote ``file``, one of :data:`LAYOUTS`.
         file: ``.pth`` or ``.safetensors``; the adapter's folder for ``lora``.
         output: the checkpoint folder to write.
-        backbone: what it was trained over: timm's name, or one that is loaded already.
-        image_size: side of the images in pixels; by default what the file says, else the backbone's own.
-        weights: the backbone's, as :func:`load_backbone` takes them. Those in the file, if it holds any, must be equal.
-        save_backbone: a ``.safetensors`` file to write the checkpoint's own backbone to, and to take as ``weights``. It
-            is written once the checkpoint is.
+        backbone: timm's name of the backbone that the task was trained over, or a loaded backbone.
+        image_size: side of the images in pixels; by default from the file, else the backbone's own.
+        weights: source of the backbone's weights, see :func:`load_backbone`. Weights in the file must be equal to
+            these.
+        save_backbone: a ``.safetensors`` file to write the checkpoint's own backbone to, which then serves as
+            ``weights``. It is written after the checkpoint.
         labels: class names in the order of the logits; by default ``"0" .. "C-1"``. A file without a head needs them.
-        normalisation: one of :data:`NORMALISATIONS`; by default what the released code uses.
-        crop_pct, crop_mode, interpolation: of the evaluation transform, see :class:`Preprocess`.
-        settings: of the method, where the file does not hold them; those it does hold must agree.
-        overwrite: replace a checkpoint in ``output``.
+        normalisation: one of :data:`NORMALISATIONS`; by default that of the released code.
+        crop_pct, crop_mode, interpolation: settings of the evaluation transform, see :class:`Preprocess`.
+        settings: settings of the method that the file does not hold; others must agree with the file.
+        overwrite: whether to replace a checkpoint in ``output``.
 
     Raises:
-        UsageError: an unknown layout or setting, something that the file does not say is not given, or ``output``
-            would replace a folder that holds another of these files.
+        UsageError: a layout or setting is unknown, a setting that the file lacks is not given, or ``output`` would
+            replace a folder that holds another of these files.
         CheckpointError: the file cannot be read or does not fit the backbone or the method.
         BackboneError: the backbone's weights cannot be found.
     """
@@ -124,7 +125,7 @@ def import_checkpoint(
     for name in given:
         if name not in kind.settings:
             raise UsageError(
-                f"{layout} takes no setting {name!r}; what its files do not hold: {', '.join(kind.settings)}"
+                f"{layout} does not have a setting {name!r}; settings that its files lack: {', '.join(kind.settings)}"
             )
     _check_output(folder, overwrite)
     target = None if save_backbone is None else Path(save_backbone).expanduser()
@@ -164,13 +165,13 @@ def _check_output(folder: Path, overwrite: bool) -> None:
 
 
 def _weights_file(weights: str | Path) -> Path | None:
-    """The file that ``weights`` names, if it names one."""
+    """The file that ``weights`` names; None if it is not a path."""
     path = Path(weights).expanduser()
     return path if path.is_file() else None
 
 
 def _check_inside(folder: Path, files: Mapping[str, Path | None]) -> None:
-    """Refuse an output that would take a file with it: the folder is replaced as a whole."""
+    """Refuse an output folder that contains one of the files: the folder is replaced as a whole."""
     output = folder.resolve()
     for what, path in files.items():
         if path is not None and path.resolve().is_relative_to(output):
@@ -182,9 +183,9 @@ def _check_inside(folder: Path, files: Mapping[str, Path | None]) -> None:
 def _check_target(
     target: Path, folder: Path, file: Path, backbone: str | Backbone, weights: str | Path, overwrite: bool
 ) -> None:
-    """Refuse a place for the file's own backbone."""
+    """Check the target file for the backbone."""
     if isinstance(backbone, Backbone):
-        raise UsageError("save_backbone needs the backbone's name, not a backbone that is loaded already")
+        raise UsageError("save_backbone needs the backbone's name, not a loaded backbone")
     if str(weights) != "auto":
         raise UsageError(
             f"--save-backbone takes the checkpoint's own backbone, --weights {weights} another one: give one of the two"
@@ -206,7 +207,7 @@ def _backbone(
     weights: str | Path,
     target: Path | None,
 ) -> Iterator[Backbone]:
-    """The backbone that the task belongs to; ``target`` holds it when the block ends without an error."""
+    """The backbone of the task; ``target`` holds it when the block ends without an error."""
     if isinstance(backbone, Backbone):
         yield backbone
         return
@@ -220,7 +221,7 @@ def _backbone(
     tensors = _own_backbone(source, names, backbone, size)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        draft = Path(folder) / target.name  # by its own name, which weights_source tells
+        draft = Path(folder) / target.name  # under its own name, which weights_source reports
         save_file(tensors, draft, metadata={"format": "pt"})
         del tensors  # as large as the backbone
         frozen = load_backbone(backbone, size, draft)
@@ -231,7 +232,7 @@ def _backbone(
 
 
 def _own_backbone(source: Source, names: Names, backbone: str, size: int | None) -> dict[str, Tensor]:
-    """The backbone in the file, by timm's names; it stays in ``source``."""
+    """The backbone in the file, by timm's names; its tensors stay in ``source``."""
     look = source.fork()
     skeleton = load_backbone(backbone, size, "random")
     tensors = take_backbone(look, names, skeleton)

@@ -53,11 +53,11 @@ VIT_GAMMA, SWIN_GAMMA, WINDOW = 0.1, 0.5, 3
 VIT, SWIN = "vit_base.transformer.", "vit_base."
 VIT_MAP, SWIN_MAP = f"{VIT}embeddings.ppt", f"{SWIN}patch_embed.deep_ppt"
 BUFFERS = ("attn_mask", "relative_position_index")
-"""Constants of Swin's windows, which timm computes itself."""
+"""Constants of Swin's windows that timm computes itself."""
 
 
 class SA2VPLayout(Layout):
-    """SA²VP over a ViT or a Swin; the file's names tell which."""
+    """SA²VP over a ViT or a Swin, told apart by the file's names."""
 
     name = "sa2vp"
     code = "https://github.com/tommy-xq/SA2VP"
@@ -79,7 +79,7 @@ class SA2VPLayout(Layout):
     def convert(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
         """See :meth:`Layout.convert`."""
         if SWIN_MAP not in source and VIT_MAP not in source:
-            raise CheckpointError(f"{source.where} holds neither {VIT_MAP} nor {SWIN_MAP}: it is no SA²VP checkpoint")
+            raise CheckpointError(f"{source.where} holds neither {VIT_MAP} nor {SWIN_MAP}: not an SA²VP checkpoint")
         return self._swin(source, backbone, given) if SWIN_MAP in source else self._vit(source, backbone, given)
 
     def _vit(self, source: Source, given_backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
@@ -167,7 +167,7 @@ class SA2VPLayout(Layout):
 
 
 def _prompt_layers(source: Source, given: Mapping[str, Any], backbone: Backbone) -> tuple[int, ...]:
-    """The user's, or the released code's; there must be one for each map in the file."""
+    """The user's prompt layers, or the released code's; the file must hold one map for each."""
     stored = source.shape(f"{VIT}encoder.deep_ppt")
     maps = 1 + (stored[0] if stored else 0)
     layers = SA2VPConfig(prompt_layers=given.get("prompt_layers")).resolved(backbone).prompt_layers

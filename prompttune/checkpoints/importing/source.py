@@ -1,4 +1,4 @@
-"""The tensors of somebody else's checkpoint: read without running code, and every name accounted for."""
+"""The tensors of a foreign checkpoint: read without running code, with every name accounted for."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from prompttune.errors import CheckpointError
 from prompttune.foreign import PickledArray, plain_dict, plain_tensors, read_foreign
 
 WRAPPERS = ("model", "state_dict", "model_state", "module")
-"""Keys under which training code stores a state dict; those beside it (optimiser, epoch, arguments) are left out."""
+"""Keys under which training code stores a state dict; other keys (optimiser, epoch, arguments) are skipped."""
 PREFIXES = ("module.", "_orig_mod.")
-"""What data parallelism and torch.compile put in front of every name."""
+"""Prefixes that data parallelism and torch.compile add to every name."""
 SHOWN_NAMES = 4
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LARGEST_AXIS = 2**17
-"""More prompts, ranks or classes than any task has."""
+"""Largest number of prompts, ranks or classes that a task may have."""
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
-    """The state dict in ``path``, out of its wrapping and without prefixes that every name has.
+    """The state dict in ``path``, unwrapped and without prefixes that all names share.
 
     Raises:
-        CheckpointError: the file is missing, damaged, holds no tensors, or needs code to be read.
+        CheckpointError: the file is missing, damaged or empty, or cannot be read without running code.
     """
     if not path.is_file():
         raise CheckpointError(f"no checkpoint file at {path}")
@@ -52,11 +52,11 @@ def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Source:
-    """Tensors that are taken one by one; what is missing, of another shape or left over is told at the end.
+    """Tensors that are taken one by one; missing, misshapen and remaining ones are reported at the end.
 
     Args:
-        tensors: by the file's own names.
-        where: what the messages call it.
+        tensors: the tensors, by the file's own names.
+        where: name of the file in messages.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -71,19 +71,19 @@ class Source:
         return name in self._left
 
     def names(self, start: str = "") -> list[str]:
-        """Names that nobody took yet."""
+        """Names of the remaining tensors."""
         return [name for name in self._left if name.startswith(start)]
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape of a tensor that nobody took yet, or None."""
+        """Shape of a remaining tensor; None if it does not exist."""
         found = self._left.get(name)
         return None if found is None else tuple(found.shape)
 
     def size(self, name: str, axis: int, ndim: int) -> int:
-        """One axis of a tensor that everything else is measured by.
+        """Size of one axis of a tensor, from which other sizes are derived.
 
         Raises:
-            CheckpointError: it is not there, has another number of axes, is empty, or the axis longer than
+            CheckpointError: the tensor is missing, empty, has another number of axes, or the axis exceeds
                 :data:`LARGEST_AXIS`.
         """
         shape = self.shape(name)
@@ -96,7 +96,7 @@ class Source:
         return shape[axis]
 
     def take(self, name: str, shape: Sequence[int]) -> Tensor:
-        """The tensor in float32; zeros in its place, and a word at the end, if it is not as expected."""
+        """The tensor in float32; zeros and a later report if it is not as expected."""
         found = self._left.pop(name, None)
         if found is None:
             self._missing.append(name)
@@ -111,27 +111,27 @@ class Source:
             self._wrong.append(
                 f"{name} holds {str(found.dtype).removeprefix('torch.')}, not floats of 16, 32 or 64 bits"
             )
-        return torch.zeros(()).expand(tuple(shape))  # a file's sizes may be enormous: no memory for them
+        return torch.zeros(()).expand(tuple(shape))  # sizes in a file may be huge, so no memory is allocated
 
     def ignore(self, names: Iterable[str]) -> None:
-        """Leave tensors out, for a reason that the layout's documentation gives."""
+        """Skip tensors, for a reason that the layout's documentation gives."""
         for name in names:
             del self._left[name]
             self.ignored.append(name)
 
     def fork(self) -> Source:
-        """The same tensors, to be looked at without being taken from here."""
+        """A copy from which tensors can be taken without taking them from here."""
         return Source(self._left, self.where)
 
     def check(self, fits: str, *, all_taken: bool = True) -> None:
-        """Say all that was not as expected.
+        """Report everything that was not as expected.
 
         Args:
-            fits: what the file was compared with.
-            all_taken: whether tensors that nobody took are unexpected.
+            fits: name of what the file was compared with.
+            all_taken: whether remaining tensors are an error.
 
         Raises:
-            CheckpointError: something was.
+            CheckpointError: something was not as expected.
         """
         parts = [
             f"{kind}: {listed(names)}"
@@ -148,6 +148,6 @@ class Source:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
+    """The first few names, and the number of the others."""
     more = len(names) - SHOWN_NAMES
     return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -41,7 +41,7 @@ ENCODER, HEAD = "enc.", "head.last_layer"
 JAX = f"{ENCODER}transformer."
 SHALLOW, DEEP, PROJECTION = "prompt_embeddings", "deep_prompt_embeddings", "prompt_proj"
 ALONE = ("shallow_prompt", "deep_prompt")
-"""Names in a file of prompts alone."""
+"""Names in a file that holds only prompts."""
 
 
 class VPTLayout(Layout):
@@ -98,7 +98,7 @@ class VPTLayout(Layout):
 
 
 def _prompt_names(source: Source) -> tuple[str, str, str]:
-    """Names of the prompts of block 0, of the other blocks, and of their projection."""
+    """Names of the prompts of block 0, the prompts of the other blocks, and their projection."""
     if ALONE[0] in source:
         return (*ALONE, "")
     prefix = JAX if f"{JAX}{SHALLOW}" in source else ENCODER

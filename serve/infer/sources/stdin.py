@@ -199,7 +199,7 @@ def _writable(text: str) -> str:
 def _payload(values: dict[str, Any]) -> Payload:
     path, image = values.get("path"), values.get("image")
     if (path is None) == (image is None):
-        raise _LineError("the object needs either path or image")
+        raise _LineError("needs either path or image")
     if path is not None:
         if not isinstance(path, str):
             raise _LineError("path is not a text")
