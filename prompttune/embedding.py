@@ -1,4 +1,4 @@
-"""Features of a data set: what a model or a plain backbone makes of every image."""
+"""Features of a data set: the output of a model or a plain backbone for every image."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class ImageFeatures:
     labels: NDArray[np.int64]
     """Class index of each image, [N]."""
     names: list[str]
-    """Where each image comes from: a path, or a name such as ``demo/digits/val[17]``."""
+    """Origin of each image: a path, or a name such as ``demo/digits/val[17]``."""
     classes: list[str]
     """Names of the classes, by index."""
     corrupt: list[str]
-    """One line for each image that could not be read; it is left out."""
+    """One line for each image that was left out because it could not be read."""
 
 
 def features(
@@ -55,21 +55,21 @@ def features(
 
     Args:
         model: a model, the folder of a checkpoint, or a plain backbone with its own transform. It is moved to the
-            device and keeps its mode.
+            device and keeps its training mode.
         data: a data set as ``train`` takes it, or an image source.
         split: ``train``, ``val``, ``test`` or ``all``.
-        data_root: see ``TrainConfig.data_root``, as are ``limit`` and ``max_corrupt``.
-        limit: use at most so many images of each split, each class represented.
-        seed: seed of that choice.
-        batch_size: images of a forward pass.
-        workers: loader processes.
+        data_root: see ``TrainConfig.data_root``.
+        limit: largest number of images in each split, with every class represented.
+        seed: seed of the selection for ``limit``.
+        batch_size: number of images in a forward pass.
+        workers: number of loader processes.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:INDEX``.
-        max_corrupt: unreadable images that are tolerated.
-        on_batch: called with the images done and the images to do.
+        max_corrupt: number of unreadable images to tolerate.
+        on_batch: called with the number of finished images and of all images.
 
     Raises:
-        UsageError: an unknown device or split.
-        DataError: the data cannot be read or have no such split, or more images than ``max_corrupt`` cannot be read.
+        UsageError: the device or split is unknown.
+        DataError: the data cannot be read, do not have the split, or have more than ``max_corrupt`` unreadable images.
     """
     place = resolve_device(device)
     parts = load_parts(settled(data), root=data_root, limit=limit, seed=seed)
@@ -109,16 +109,16 @@ def extract(
     max_corrupt: int = 10,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> ImageFeatures:
-    """:func:`features` of sources one after the other, whose classes are joined by name.
+    """:func:`features` of several sources, one after the other, with classes joined by name.
 
     Args:
-        pooled: normalised images [B, 3, S, S] on ``device`` to features [B, D].
+        pooled: function from normalised images [B, 3, S, S] on ``device`` to features [B, D].
         preprocess: the evaluation transform.
         sources: the images.
         device, batch_size, workers, max_corrupt, on_batch: see :func:`features`.
 
     Raises:
-        DataError: more images than ``max_corrupt`` cannot be read, or none can.
+        DataError: more than ``max_corrupt`` images are unreadable, or all of them.
     """
     classes = list(dict.fromkeys(name for source in sources for name in source.classes))
     found, labels, names, done = [], [], [], 0

@@ -1,4 +1,4 @@
-"""Errors that reach a user: one clear line each, and the exit code of the command line."""
+"""Errors for the user: one clear line each, with the exit code of the command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class PrompttuneError(Exception):
 
 
 class UsageError(PrompttuneError):
-    """A name, an option or a setting is wrong; nothing has been started."""
+    """A name, an option or a setting is wrong; no work has been started."""
 
     exit_code = 2
 
@@ -28,19 +28,19 @@ class CheckpointError(PrompttuneError):
 
 
 class DataError(PrompttuneError):
-    """A data set is missing, empty or too damaged to go on."""
+    """A data set is missing, empty or too damaged to continue."""
 
 
 class TrainingError(PrompttuneError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class DivergedError(TrainingError):
     """The loss or a parameter is no longer finite.
 
     Args:
-        what: what was seen.
-        advice: what to do about it where the run was started.
+        what: the observation.
+        advice: what to do about it, in terms of the command that started the run.
     """
 
     def __init__(self, what: str, advice: str) -> None:
@@ -53,11 +53,11 @@ class EngineError(PrompttuneError):
 
 
 class ParityError(PrompttuneError):
-    """An engine does not answer as PyTorch does."""
+    """An engine's answers differ from PyTorch's."""
 
 
 class MissingExtraError(PrompttuneError):
-    """A library that belongs to an optional extra is not installed."""
+    """A library of an optional extra is not installed."""
 
     def __init__(self, package: str, extra: str, instead: str = "") -> None:
         hint = f"; {instead}" if instead else ""
@@ -65,18 +65,18 @@ class MissingExtraError(PrompttuneError):
 
 
 def first_line(problem: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
+    """The first line of an error's text, or its type if it does not have any."""
     lines = str(problem).strip().splitlines()
     return lines[0].strip() if lines else type(problem).__name__
 
 
 NO_MEMORY = "out of memory"
 _NO_MEMORY_SIGNS = ("can't allocate memory", NO_MEMORY, "bad_alloc", "bad allocation", "failed to allocate memory")
-"""How libraries tell that memory ran out, in small letters."""
+"""Texts of libraries for exhausted memory, in lower case."""
 
 
 def describe_failure(problem: BaseException) -> str:
-    """One line for whatever ended a piece of work."""
+    """One line about any error that ended a piece of work."""
     text = " ".join(str(problem).split())
     if isinstance(problem, PrompttuneError):
         return text
@@ -90,22 +90,22 @@ def describe_failure(problem: BaseException) -> str:
 
 
 MOST_NAMES = 40
-"""So many names of what is known are told at most."""
+"""Largest number of known names in a message."""
 
 
 def some_names(names: Iterable[str]) -> str:
-    """The first :data:`MOST_NAMES` of some names, and how many more there are; ``none`` of none."""
+    """The first :data:`MOST_NAMES` of some names, and the number of the others; ``none`` for an empty list."""
     return shortened(list(names), MOST_NAMES) or "none"
 
 
 def shortened(names: Sequence[str], limit: int = 5) -> str:
-    """Names joined by commas, the first few of many."""
+    """The first names, joined by commas, and the number of the others."""
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest
 
 
 def choose(kind: str, name: object, known: Iterable[str]) -> str:
-    """Return ``name`` if it is one of ``known``, else raise a :class:`UsageError` that names the nearest."""
+    """Return ``name`` if it is one of ``known``; else raise a :class:`UsageError` that names the nearest."""
     options = list(known)
     if isinstance(name, str) and name in options:
         return name

@@ -1,4 +1,4 @@
-"""Files that are never half written or written by two: temporary file, fsync, rename; locks; digests to check by."""
+"""Safe files: no half-written files (temporary file, fsync, rename), no two writers (locks), digests to check them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from prompttune.errors import PrompttuneError, UsageError
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _OF_THE_SYSTEM = "lost+found"
-"""A folder that ext4 makes at the root of every volume, and that nobody may remove."""
+"""Folder that ext4 creates at the root of every volume and that cannot be removed."""
 _LOG = logging.getLogger("prompttune.files")
 _mine = threading.local()
 _held: set[IO[bytes]] = set()
@@ -42,7 +42,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's list of names to the disk."""
+    """Write a folder's list of names to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -58,9 +58,9 @@ def sync_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; move it over ``path`` when the block ends without an error.
+    """Give a temporary path next to ``path``; move the file to ``path`` when the block ends without an error.
 
-    The rename is atomic, so a reader sees the old file or the new one, never a part.
+    The rename is atomic, so a reader sees either the old or the new file, never a part.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -79,7 +79,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _system_errors(path: Path) -> Iterator[None]:
-    """What a library in Rust (safetensors) tells of a failed write in its own words becomes an :class:`OSError`."""
+    """Turn a failed write that a Rust library (safetensors) reports in its own words into an :class:`OSError`."""
     try:
         yield
     except (SafetensorError, RuntimeError) as problem:
@@ -97,15 +97,15 @@ def _umask() -> int:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path, last: str | None = None) -> Iterator[Path]:
-    """Give a temporary folder; its content becomes that of ``path`` when the block ends without an error.
+    """Give a temporary folder; its content replaces that of ``path`` when the block ends without an error.
 
-    The caller holds :func:`locked`, so what a killed process left behind is removed first.
+    The caller holds :func:`locked`, so the remains of a killed process are removed first.
 
     Args:
-        path: the folder. One that exists is moved aside first and removed last, if ``last`` is not given.
-        last: the file that makes the folder valid. With it, a folder that exists is filled from within, because it may
-            be a mount point or stand where nothing can be renamed. This file goes first and comes last, so no crash
-            leaves a folder of two halves that opens. Hidden files in it stay.
+        path: the folder. An existing one is moved aside first and removed last, unless ``last`` is given.
+        last: the file that makes the folder valid. With it, an existing folder keeps its place and gets new content,
+            because it may be a mount point or in a folder without rename permission. This file is removed first and
+            written last, so that a crash cannot leave a valid folder with mixed content. Hidden files stay.
     """
     within = last is not None and path.is_dir()
     parent = path if within else path.parent
@@ -134,7 +134,7 @@ def replacing_folder(path: Path, last: str | None = None) -> Iterator[Path]:
 
 
 def _fill(path: Path, temporary: Path, last: str) -> None:
-    """Put what is in ``temporary``, a folder in ``path``, in the place of what is in ``path``; see above."""
+    """Replace the content of ``path`` by that of its subfolder ``temporary``; see above."""
     made, aside = list(temporary.iterdir()), temporary / ".old"
     aside.mkdir()
     for old in sorted(visible(path), key=lambda one: one.name != last):
@@ -144,29 +144,30 @@ def _fill(path: Path, temporary: Path, last: str) -> None:
 
 
 def visible(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """What is in a folder, without hidden files and what the file system puts there; nothing of no folder."""
+    """Entries of a folder, without hidden files and those of the file system; empty for a missing folder."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as found:
         yield from (one for one in found if not one.name.startswith(".") and one.name != _OF_THE_SYSTEM)
 
 
 LOCK_FILE = ".lock"
-"""Name of the file in a folder that its writer holds."""
+"""Name of the file in a folder that the folder's writer locks."""
 
 
 @contextlib.contextmanager
 def locked(path: Path, again: bool = False) -> Iterator[None]:
-    """Let nobody else write to a file or folder, which need not exist yet, until the block ends.
+    """Keep other writers away from a file or folder, which need not exist yet, until the block ends.
 
-    The lock is the kernel's (``flock``): it ends with its process, however that ends. It is on a hidden file beside
-    ``path`` and, where ``path`` is a folder, on one in it, which is found through every mount of the folder. A file
-    system without locks is warned of.
+    The lock is the kernel's (``flock``): it ends with its process, however that ends. It is on a hidden file next to
+    ``path`` and, if ``path`` is a folder, on one inside it, which is visible through every mount of the folder. A
+    warning is logged for a file system without locks.
 
     Args:
         path: the file or folder.
-        again: pass where this thread holds the lock already.
+        again: whether to succeed if this thread holds the lock already.
 
     Raises:
-        UsageError: somebody holds it, and who; or nothing can be written there. Nothing was changed.
+        UsageError: another process, which is named, holds the lock, or the place cannot be written. No file was
+            changed.
     """
     path = path.absolute() if path.is_symlink() and not path.exists() else path.resolve()
     mine: set[Path] = _mine.__dict__.setdefault("paths", set())
@@ -209,7 +210,7 @@ def _locked_file(file: Path, path: Path) -> Iterator[None]:
 
 
 def _take(file: Path, path: Path) -> IO[bytes]:
-    """Create and lock a file; whoever holds it removes it."""
+    """Create and lock a file; its holder removes it later."""
     while True:
         stream = file.open("a+b")
         try:
@@ -229,7 +230,7 @@ def _take(file: Path, path: Path) -> IO[bytes]:
                 return stream
             stream.close()
             raise
-        stream.close()  # its last holder removed it between the two calls
+        stream.close()  # the last holder removed it between the two calls
 
 
 def _is_at(file: Path, stream: IO[bytes]) -> bool:
@@ -240,7 +241,7 @@ def _is_at(file: Path, stream: IO[bytes]) -> bool:
 
 
 def _let_go() -> None:
-    """A process that was just forked lets go of the locks: they are its parent's, and end with that."""
+    """Release the locks in a forked process: they belong to the parent and end with it."""
     for stream in _held:
         stream.close()
     _held.clear()
@@ -257,12 +258,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically, indented, keys in the order given."""
+    """Write a JSON file atomically, indented, with the keys in the given order."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path, error: type[PrompttuneError], what: str) -> dict[str, Any]:
-    """Read a JSON object; on any failure raise ``error`` with one line that names the file and ``what`` it is."""
+    """Read a JSON object; on a failure raise ``error`` with one line that names the file and its kind ``what``."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Fonts for texts in pictures: DejaVu Sans, which matplotlib brings, and for other scripts what is installed."""
+"""Fonts for text in pictures: matplotlib's DejaVu Sans, and installed fonts for other scripts."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ logger = logging.getLogger("prompttune")
 
 DEJAVU = str(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 JOINERS = "\u200c\u200d"
-"""Letters without a picture that shape their neighbours, in Hindi and Persian for example."""
+"""Invisible characters that shape their neighbours, for example in Hindi and Persian."""
 _STYLES = ("black", "bold", "condensed", "extra", "italic", "light", "medium", "mono", "oblique", "serif", "thin")
 _BOXES = ("adobeblank", "lastresort")
-"""Fonts that have every letter, as a box."""
+"""Fonts that show every letter as a box."""
 _told: set[str] = set()
-"""Packages that a warning of this process has named."""
+"""Packages that this process has already named in a warning."""
 
 
 class Face:
-    """Text of one size, each letter from the first font that has it.
+    """Text of one size; each letter uses the first font that has it.
 
     Args:
         size: height of the letters in pixels.
@@ -39,11 +39,11 @@ class Face:
         self._size = size
 
     def getlength(self, text: str) -> float:
-        """Width of a line in pixels."""
+        """Width of a line, in pixels."""
         return sum(_sized(path, self._size).getlength(part) for path, part in runs(text))
 
     def draw(self, on: ImageDraw.ImageDraw, place: tuple[float, float], text: str, ink: tuple[int, int, int]) -> None:
-        """Draw one line whose upper left corner is ``place``."""
+        """Draw one line with its upper left corner at ``place``."""
         left, top = place
         ascent = _sized(DEJAVU, self._size).getmetrics()[0]
         for path, part in runs(text):
@@ -53,13 +53,13 @@ class Face:
 
 
 def runs(text: str) -> list[tuple[str, str]]:
-    """A text in pieces of one font each: its file, and the piece."""
+    """Split a text into pieces of one font: font file and piece."""
     if text.isascii():
         return [(DEJAVU, text)]
     fonts = fonts_of(text)
     found: list[tuple[str, str]] = []
     for letter in text:
-        # what changes the letter before it stays with that one
+        # a combining character stays with the letter before it
         follows = bool(found) and (letter in JOINERS or unicodedata.category(letter).startswith("M"))
         path = found[-1][0] if follows else fonts.get(letter, DEJAVU)
         if found and found[-1][0] == path:
@@ -70,7 +70,7 @@ def runs(text: str) -> list[tuple[str, str]]:
 
 
 def fonts_of(letters: Iterable[str]) -> dict[str, str]:
-    """The font file of each letter that is not DejaVu's; those that no font has are left out, and told once."""
+    """Font file of each letter that DejaVu lacks; letters without a font are left out, with one warning."""
     wanted = dict.fromkeys(letter for letter in letters if not letter.isascii() and _has_picture(letter))
     found = {letter: path for letter in wanted if (path := _font_of(letter)) is not None}
     if missing := [letter for letter in wanted if letter not in found]:
@@ -80,15 +80,15 @@ def fonts_of(letters: Iterable[str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def readable(figure: Figure) -> Iterator[None]:
-    """Give a figure's texts the fonts that they need while it is saved."""
-    for axes in figure.axes:  # labels of ticks have no text before
+    """Set the fonts that a figure's texts need while it is saved."""
+    for axes in figure.axes:  # tick labels are empty before the layout
         axes.get_xticklabels(), axes.get_yticklabels()
     texts = [found for found in figure.findobj(Text) if isinstance(found, Text) and not found.get_text().isascii()]
     families = [_family(path) for path in dict.fromkeys(fonts_of("".join(map(Text.get_text, texts))).values())]
     for text in texts if families else ():
         text.set_fontfamily([*text.get_fontfamily(), *families])
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from")  # it was told in one line
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from")  # one line has already been logged
         yield
 
 
@@ -107,7 +107,7 @@ def _font_of(letter: str) -> str | None:
 
 @functools.cache
 def _installed() -> list[str]:
-    """Font files, plain ones first."""
+    """Installed font files, plain ones first."""
     found = [path for path in findSystemFonts() if not any(name in Path(path).name.lower() for name in _BOXES)]
     return sorted(found, key=lambda path: (sum(style in Path(path).name.lower() for style in _STYLES), path))
 
@@ -146,7 +146,7 @@ def _warn(missing: list[str]) -> None:
 
 
 def _package(letter: str) -> str:
-    """Debian's package of a font that has a letter."""
+    """Debian package of a font that has the letter."""
     script = unicodedata.name(letter, "").partition(" ")[0]
     if script in ("BOPOMOFO", "CJK", "FULLWIDTH", "HALFWIDTH", "HANGUL", "HIRAGANA", "IDEOGRAPHIC", "KATAKANA"):
         return "fonts-noto-cjk"

@@ -1,4 +1,4 @@
-"""Files of tensors that somebody else wrote: read without running code, and believed only as far as they are stored."""
+"""Files of tensors from other software: read without running code, and with every claimed size checked."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from prompttune.errors import PrompttuneError, first_line
 
 _ARRAY_TYPES = tuple(order + size for order in "<>" for size in ("f2", "f4", "f8"))
-"""NumPy's codes of what an array in a pickled file may hold."""
+"""NumPy's type codes for arrays in a pickled file."""
 _UNSUPPORTED_GLOBAL = re.compile(r"GLOBAL ([\w.]+) (?:was not|whose module)")
-"""How torch names what a file asks for beyond that."""
+"""torch's message about a type that is not allowed."""
 
 
 class _ArrayType:
-    """``numpy.dtype`` in a pickled file. NumPy's own would take flags from there that break the process."""
+    """Stand-in for ``numpy.dtype`` in a pickled file: NumPy's own accepts flags that can crash the process."""
 
     name: object = None
     order: object = None
@@ -40,7 +40,7 @@ class _ArrayType:
 
 
 class PickledArray:
-    """A NumPy array in a pickled file, as it is stored."""
+    """A NumPy array in a pickled file, as stored."""
 
     state: object = None
 
@@ -50,7 +50,7 @@ class PickledArray:
         self.state = state
 
     def tensor(self) -> Tensor | None:
-        """Its numbers, or None where it holds no floats."""
+        """The array as a tensor; None if it does not hold floats."""
         match self.state:
             case (_, tuple(shape), _ArrayType(name=str(name), order=str(order)), by_column, bytes(data)):
                 if order + name not in _ARRAY_TYPES:
@@ -58,7 +58,7 @@ class PickledArray:
                 try:
                     stored = np.frombuffer(data, np.dtype(order + name))
                     return torch.from_numpy(stored.reshape(shape, order="F" if by_column else "C").astype(name))
-                except (TypeError, ValueError, OverflowError):  # a shape of other numbers than there are
+                except (TypeError, ValueError, OverflowError):  # the shape does not fit the number of values
                     return None
         return None
 
@@ -72,32 +72,32 @@ _PLAIN: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_ArrayType, "numpy.dtype"),
     codecs.encode,
 ]
-"""What may stand in a pickled file besides tensors and plain values."""
+"""Types allowed in a pickled file besides tensors and plain values."""
 
 
 def read_foreign(path: Path, error: type[PrompttuneError]) -> Any:
-    """What somebody else's ``.safetensors`` or pickled file holds; no code in it is run.
+    """Content of a foreign ``.safetensors`` or pickled file; code in it is never run.
 
-    Tensors come as they are stored: see :func:`plain_tensors` before one is used.
+    Tensors are returned as stored: call :func:`plain_tensors` before using one.
 
     Raises:
-        error: it cannot be read, or not without running code.
+        error: the file cannot be read, or cannot be read without running code.
     """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals(_PLAIN):
-            warnings.simplefilter("ignore")  # torch's on the pickle protocol stands beside an error that says more
+            warnings.simplefilter("ignore")  # an error says more than torch's warning on the pickle protocol
             return torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as problem:
         raise error(f"{path} is damaged: {first_line(problem)}") from None
     except (OSError, RuntimeError, MemoryError) as problem:
         raise error(f"cannot read {path}: {first_line(problem)}") from None
-    except Exception as problem:  # torch runs the pickle's instructions unchecked: a damaged one raises anything
+    except Exception as problem:  # a damaged pickle can make torch raise any error
         needed = _UNSUPPORTED_GLOBAL.search(str(problem)) if isinstance(problem, pickle.UnpicklingError) else None
         if needed is None:
             raise error(
-                f"cannot read {path}: it is no file of torch.save, is damaged, or holds more than tensors and plain "
+                f"cannot read {path}: it is not a file of torch.save, is damaged, or holds more than tensors and plain "
                 "values; give a state dict that torch.save wrote, or .safetensors"
             ) from None
         raise error(
@@ -107,9 +107,9 @@ def read_foreign(path: Path, error: type[PrompttuneError]) -> Any:
 
 
 def plain_dict(value: object) -> dict[Any, Any] | None:
-    """``value`` as a dict of its own, None where it is none.
+    """``value`` as a new dict; None if it is not a dict.
 
-    A pickle can set attributes of an ``OrderedDict``, its methods' names among them.
+    A pickle can set attributes of an ``OrderedDict``, even those of its methods.
     """
     return dict(dict.items(value)) if isinstance(value, dict) else None
 
@@ -117,22 +117,22 @@ def plain_dict(value: object) -> dict[Any, Any] | None:
 def plain_tensors(
     found: Mapping[Any, Tensor | PickledArray], path: Path, error: type[PrompttuneError]
 ) -> dict[str, Tensor]:
-    """Tensors out of a foreign file, without gradients and attributes, each backed by as many bytes as it claims.
+    """Tensors from a foreign file, without gradients and attributes, each backed by as many bytes as it claims.
 
     Raises:
-        error: a name is not printable text, an array holds no floats, or a tensor is sparse, quantised, not on the
-            CPU, of a class of its own or larger than what is stored of it.
+        error: a name is not printable text, an array does not hold floats, or a tensor is sparse, quantised, not on the
+            CPU, of a subclass, or larger than its stored bytes.
     """
     tensors = {}
     for name, value in found.items():
         if not isinstance(name, str) or not name.isprintable():
             key = reprlib.repr(name) if isinstance(name, str) else f"of type {type(name).__name__}"
-            raise error(f"{path} holds a tensor under a key {key}, which is no name; store a state dict")
+            raise error(f"{path} holds a tensor under a key {key}, which is not a name; store a state dict")
         plain = _plain(value)
         if plain is None:
-            raise error(f"{path}: {name} is no plain tensor; store it dense, on the CPU, as floats")
+            raise error(f"{path}: {name} is not a plain tensor; store it dense, on the CPU, as floats")
         if plain.numel() * plain.element_size() > plain.untyped_storage().nbytes():
-            raise error(f"{path}: {name} is {tuple(plain.shape)}, of which a part is stored; store it .contiguous()")
+            raise error(f"{path}: {name} is {tuple(plain.shape)}, only partly stored; store it .contiguous()")
         tensors[name] = plain
     return tensors
 

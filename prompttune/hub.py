@@ -13,13 +13,13 @@ logger = logging.getLogger("prompttune")
 
 
 def hub_answers() -> bool:
-    """Whether the hub can be reached at all: its own client retries for nearly a minute when it cannot."""
+    """Whether the hub can be reached; its own client would retry for nearly a minute if not."""
     return not constants.HF_HUB_OFFLINE and endpoint_answers(constants.ENDPOINT)
 
 
 @functools.cache
 def endpoint_answers(address: str) -> bool:
-    """Whether a hub answers, asked once in a process: of a hub that hangs, every question costs the whole time-out."""
+    """Whether a hub answers, asked once per process: with a hanging hub every request costs the whole timeout."""
     try:
         get_session().head(address, timeout=HUB_TIMEOUT_S)
     except Exception as problem:  # the client's HTTP library, and so its errors, differ between versions

@@ -1,4 +1,4 @@
-"""Reading images: whatever Pillow decodes becomes upright 8-bit RGB, by one rule for every door."""
+"""Reading images: everything that Pillow decodes becomes upright 8-bit RGB, by the same rule everywhere."""
 
 from __future__ import annotations
 
@@ -31,38 +31,38 @@ def _endings(names: str) -> frozenset[str]:
 EXTENSIONS = _endings(
     "apng avif bmp dib gif j2k jfif jp2 jpe jpeg jpf jpg jpx mpo pbm pgm png pnm ppm tga tif tiff webp"
 ) | (HEIF_EXTENSIONS if HEIF_INSTALLED else frozenset())
-"""Names with these endings are taken for images, in upper or lower case."""
+"""Suffixes of images, in upper or lower case."""
 UNREAD_EXTENSIONS = (
     HEIF_EXTENSIONS
     | _endings("ai bpg cdr cur dcm dds dicom djvu emf eps exr fit fits flif hdr heics icns ico jls jxl jxr kra pcx pfm")
     | _endings("psb psd qoi sgi svg svgz wdp wmf xbm xcf xpm")
     | _endings("3fr arw cr2 cr3 crw dcr dng erf iiq kdc mef mos mrw nef nrw orf pef raf raw rw2 rwl sr2 srf srw x3f")
 ) - EXTENSIONS
-"""Names with these endings are pictures that are not read, in upper or lower case."""
+"""Suffixes of unsupported pictures, in upper or lower case."""
 
 ORIENTATIONS = range(2, 9)
-"""EXIF's orientations that are not upright."""
+"""EXIF orientations that are not upright."""
 
 
 def is_image(name: str) -> bool:
-    """Whether a file name is that of an image: a known extension, not hidden."""
+    """Whether a file name is an image's: a known extension, not hidden."""
     return not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS
 
 
 def is_unread_image(name: str) -> bool:
-    """Whether a file name is that of a picture in a format that is not read, not hidden."""
+    """Whether a file name is that of an unsupported picture, not hidden."""
     return not name.startswith(".") and Path(name).suffix.lower() in UNREAD_EXTENSIONS
 
 
 def unread_remedy(name: str) -> str:
-    """What to do about a file for which :func:`is_unread_image` holds, such as ``convert it to PNG or JPEG``."""
+    """Advice for a file for which :func:`is_unread_image` is true, such as ``convert it to PNG or JPEG``."""
     if Path(name).suffix.lower() in HEIF_EXTENSIONS:
         return str(MissingExtraError("pillow-heif", "heif"))
     return "convert it to PNG or JPEG"
 
 
 class TooManyPixelsError(OSError):
-    """An image is larger than the caller takes, or than Pillow does."""
+    """The image exceeds the caller's limit of pixels, or Pillow's."""
 
 
 ImageFile: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
@@ -71,18 +71,18 @@ ImageLike: TypeAlias = ImageFile | NDArray[np.uint8]
 
 
 def open_image(source: ImageLike) -> Image.Image:
-    """Read one image as every command does; this is the package's public ``read_image``.
+    """Read one image like every command does; this is the package's public ``read_image``.
 
     Args:
         source: a path, an encoded image (bytes or an open binary file), a PIL image of any mode, or a NumPy array of
             RGB pixels, uint8 [height, width, 3]. A PIL image is not changed.
 
     Returns:
-        The image upright after its EXIF orientation and in 8-bit RGB, as :func:`prompttune.pixels.to_rgb` converts it.
+        The image upright by its EXIF orientation and in 8-bit RGB, converted by :func:`prompttune.pixels.to_rgb`.
 
     Raises:
-        DataError: it cannot be read; one line with the file's name.
-        UsageError: it is none of these, or an array of another type or shape.
+        DataError: the image cannot be read; one line with the file's name.
+        UsageError: the source is of another type, or an array of another type or shape.
     """
     try:
         return read_image(source)
@@ -94,19 +94,19 @@ def open_image(source: ImageLike) -> Image.Image:
 def read_image(
     source: ImageLike, *, formats: Sequence[str] | None = None, max_pixels: int | None = None
 ) -> Image.Image:
-    """Read one image as :func:`open_image` does, for callers who name the source themselves.
+    """Read one image like :func:`open_image`, for callers who name the source themselves.
 
-    An animated image gives its first frame, a PIL image the frame where it stands.
+    An animated image gives its first frame, a PIL image its current frame.
 
     Args:
-        source: what to read.
-        formats: Pillow's names of the formats to read, such as ``JPEG``; None reads all that Pillow knows.
-        max_pixels: width times height at most, looked up in the header before any pixel is decoded.
+        source: image to read.
+        formats: formats to read, by Pillow's names, such as ``JPEG``; None for all formats.
+        max_pixels: largest number of pixels (width times height), checked in the header before decoding.
 
     Raises:
-        TooManyPixelsError: it has more pixels.
-        OSError: it cannot be read; the message is the reason, without the file's name.
-        UsageError: it is of no known type, or an array of another type or shape.
+        TooManyPixelsError: the image has more pixels.
+        OSError: the image cannot be read; the message is the reason, without the file's name.
+        UsageError: the source is of an unknown type, or an array of another type or shape.
     """
     return read_oriented(source, formats=formats, max_pixels=max_pixels)[0]
 
@@ -114,7 +114,7 @@ def read_image(
 def read_oriented(
     source: ImageLike, *, formats: Sequence[str] | None = None, max_pixels: int | None = None
 ) -> tuple[Image.Image, int]:
-    """Read an image, and tell the EXIF orientation that the file had: 1 where it is upright or has none."""
+    """Read an image and return the EXIF orientation of the file too: 1 for an upright image or a missing entry."""
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
             shape = list(source.shape)
@@ -130,12 +130,12 @@ def read_oriented(
 
 @contextlib.contextmanager
 def opened(source: ImageFile, formats: Sequence[str] | None = None) -> Iterator[Image.Image]:
-    """Open an image that is no array; what its decoder raises before the block ends becomes an :class:`OSError`.
+    """Open an image that is not an array; its decoder's errors within the block become an :class:`OSError`.
 
     Raises:
-        TooManyPixelsError: it has more pixels than Pillow takes.
-        OSError: it cannot be read; the message is the reason, without the file's name.
-        UsageError: it is of no known type.
+        TooManyPixelsError: the image exceeds Pillow's limit of pixels.
+        OSError: the image cannot be read; the message is the reason, without the file's name.
+        UsageError: the source is of an unknown type.
     """
     if not isinstance(source, str | os.PathLike | bytes | Image.Image) and not hasattr(source, "read"):
         kind = type(source).__name__
@@ -156,22 +156,22 @@ def opened(source: ImageFile, formats: Sequence[str] | None = None) -> Iterator[
         raise OSError(reason) from problem
     except Image.DecompressionBombError as problem:
         raise TooManyPixelsError(_reason(problem)) from problem
-    except Exception as problem:  # a damaged file makes Pillow's many decoders raise whatever their code raises
+    except Exception as problem:  # for a damaged file Pillow's decoders may raise any error
         raise OSError(_reason(problem)) from problem
 
 
 def turn_upright(image: Image.Image) -> tuple[Image.Image, int]:
-    """Decode an image and turn it after its EXIF orientation.
+    """Decode an image and turn it upright by its EXIF orientation.
 
     Returns:
-        The upright image, the same one where there is nothing to turn; and the orientation that the file had, 1 where
-        it is upright or has none.
+        The upright image, the same object if it was upright already; and the orientation of the file, 1 for an upright
+        image or a missing entry.
     """
     mend(image)
-    # of a TIFF, which Pillow turns as it decodes
+    # for a TIFF, which Pillow turns while it decodes
     orientation = getattr(image, "tag_v2", {}).get(ExifTags.Base.Orientation)
     image.load()
-    # damaged metadata hides the orientation, not the picture
+    # damaged metadata hides the orientation, but not the picture
     with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, struct.error):
         found = image.getexif().get(ExifTags.Base.Orientation)
         if found in ORIENTATIONS:
@@ -188,7 +188,7 @@ def _register_heif() -> None:
 
 
 def _unidentified(file: str | os.PathLike[str] | BinaryIO, formats: Sequence[str] | None) -> str:
-    """Why no decoder takes a file."""
+    """Reason why no decoder accepts a file."""
     if formats is not None:
         return f"not an image, or of another format than {', '.join(formats)}"
     with contextlib.ExitStack() as stack:

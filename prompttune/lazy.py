@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used."""
+"""Names of a package that are imported at their first use."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 
 def lazy_names(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a package whose public names stand in other modules.
+    """The ``__getattr__`` of a package whose public names are defined in other modules.
 
     Args:
         package: its ``__name__``.
-        names: public name → module, with ``:other`` behind it where it is called otherwise there, or ``:`` where it
-            is the module itself.
+        names: module of each public name, followed by ``:other`` if the name differs there, or by ``:`` if it is the
+            module itself.
     """
 
     def find(name: str) -> Any:

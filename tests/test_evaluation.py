@@ -186,7 +186,7 @@ def test_indices_that_are_no_classes_are_refused() -> None:
             Tally(2).add(targets, predictions, [0.5])
     with pytest.raises(ValueError, match="for 2 classes"):
         Tally(2).add_logits(np.zeros((1, 3)), [0])
-    with pytest.raises(DataError, match="no readable image"):
+    with pytest.raises(DataError, match="none of the images to evaluate on is readable"):
         Tally(2).result(["a", "b"])
 
 
@@ -276,7 +276,7 @@ def test_rows_that_cannot_be_scored_are_counted() -> None:
     assert found["other"].evaluation is found["nobody"].evaluation is None
     assert found["other"].to_dict() == {"n": 0, "errors": 1, "unlabelled": 0, "unknown": 0, "unknown_labels": []}
     assert evaluation_of_rows([], {"t": ["a"]}) == {}
-    with pytest.raises(DataError, match="'z', which is none of its classes"):
+    with pytest.raises(DataError, match="'z', which is not one of its classes"):
         evaluation_of_rows([Row("t", "z", 0.5, target="a")], {"t": ["a"]})
     with pytest.raises(DataError, match="task 'u', whose classes are not known"):
         evaluation_of_rows([Row("u", "z", 0.5)], {"t": ["a"]})

@@ -404,7 +404,7 @@ def test_a_swin_is_explained_without_attention(workplace: Path) -> None:
     ("words", "code", "line"),
     [
         (["pictures"], 2, "none of .*pictures is the folder of a checkpoint"),
-        (["runs/first"], 2, "nothing to look at"),
+        (["runs/first"], 2, "nothing to explain"),
         (["runs/first", "missing.png"], 2, "no file or folder .*missing.png"),
         (["runs/first", "empty"], 1, "no images below .*empty"),
         (["runs/first", "pictures/broken.jpg"], 1, "none of the 1 images can be read"),

@@ -12,8 +12,8 @@ from tests import released
 from tests.drawing import drawn_backbone, drawn_model
 
 SIZE = 64
-NO_FILE = "it is no file of torch.save, is damaged, or holds more than tensors"
-KEY, PLAIN, PART = "is no name", "is no plain tensor", "of which a part is stored"
+NO_FILE = "it is not a file of torch.save, is damaged, or holds more than tensors"
+KEY, PLAIN, PART = "is not a name", "is not a plain tensor", "only partly stored"
 
 
 class Printing:

@@ -90,7 +90,7 @@ def test_a_logit_that_is_not_finite_makes_a_loss_that_training_stops_at() -> Non
 
 
 def test_no_image_is_an_error() -> None:
-    with pytest.raises(DataError, match="no readable image"):
+    with pytest.raises(DataError, match="none of the images to evaluate on is readable"):
         Scores(2).result(["a", "b"])
 
 

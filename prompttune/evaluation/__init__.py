@@ -1,4 +1,4 @@
-"""One evaluation for training, validation and inference: counts, figures, pictures and a page. Needs no torch."""
+"""The evaluation of training, validation and inference: counts, figures, pictures and a page. Works without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of an HTML page that needs nothing beside itself. Whatever is not markup is escaped here."""
+"""Parts of a self-contained HTML page. All text is escaped here, except markup."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Cell = tuple[str, str]
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """A whole page of finished markup; empty parts are left out."""
+    """A complete page from finished markup; empty parts are skipped."""
     body = "\n".join(part for part in parts if part)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -50,7 +50,7 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[Cell]], text: int) -> str:
-    """A table whose first ``text`` columns hold words; everything is escaped here."""
+    """A table whose first ``text`` columns hold text; all cells are escaped."""
     head = "".join(
         f'<th class="text">{escape(title)}</th>' if column < text else f"<th>{escape(title)}</th>"
         for column, title in enumerate(titles)
@@ -62,7 +62,7 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[Cell]], text: int) -> s
 
 
 def picture(png: bytes, description: str, broad: bool = False) -> str:
-    """A PNG file's bytes as a figure; a broad one has a line of its own among ``plots``."""
+    """A PNG file's bytes as a figure; a broad one gets its own line among ``plots``."""
     data = base64.b64encode(png).decode("ascii")
     kind = ' class="broad"' if broad else ""
     return f'<figure{kind}><img alt="{escape(description)}" src="data:image/png;base64,{data}"></figure>'

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: confusion matrix and reliability. Matplotlib's objects alone, no global state."""
+"""Pictures of an evaluation: confusion matrix and reliability, drawn with Matplotlib objects, without global state."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 NUMBERED_CLASSES = 20
-"""Up to so many classes, each cell of the confusion matrix carries its number."""
+"""Largest number of classes whose confusion matrix shows a number in each cell."""
 NAMED_CLASSES = 40
-"""Up to so many classes, the axes carry all of their names; of more, evenly spread ones."""
+"""Largest number of classes whose names are all on the axes; with more, evenly spread ones are shown."""
 WORST_PAIRS = 20
 DPI = 120
 _LIST_WIDTH = 6.5
-"""Of the list of pairs, in inches."""
+"""Width of the list of pairs, in inches."""
 BARS, GAP = "#3b6ea5", "#c8553d"
 
 
@@ -40,16 +40,16 @@ def confusion_figure(evaluation: Evaluation) -> Figure:
 def draw_confusion(
     confusion: Counts, labels: Sequence[str], not_finite: Counts | None = None, unit: str = "images"
 ) -> Figure:
-    """Draw a confusion matrix, each row divided by the images of its class.
+    """Draw a confusion matrix, each row divided by the number of images of its class.
 
-    Few classes have numbers in the cells. Of many, some have their number and name on the axes, and beside the picture
-    stands a list of the pairs that are confused most.
+    A small matrix shows numbers in its cells. A large one shows the numbers and names of some classes on its axes, and
+    a list of the most confused pairs beside it.
 
     Args:
         confusion: counts [C, C], true class by predicted class.
         labels: names of the C classes.
-        not_finite: images of each class [C] that are in no column; None if there are none.
-        unit: what is counted.
+        not_finite: images of each class [C] that are in no column; None for zero.
+        unit: name of what is counted.
     """
     classes = len(labels)
     many = classes > NAMED_CLASSES
@@ -117,7 +117,7 @@ def _shortened(name: str, limit: int = 24) -> str:
 
 
 def reliability_figure(evaluation: Evaluation) -> Figure:
-    """Accuracy over confidence in bins, the gap between both, and below how many images each bin has."""
+    """Accuracy over confidence in bins, the gap between both, and the number of images in each bin."""
     calibration = evaluation.calibration
     bins, filled = len(calibration.counts), calibration.counts > 0
     counts = np.maximum(calibration.counts, 1)

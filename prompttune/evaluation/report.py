@@ -1,4 +1,4 @@
-"""An evaluation as files: ``evaluation.json``, pictures, and one page that holds all of it."""
+"""An evaluation as files: ``evaluation.json``, pictures, and one page with everything."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from prompttune.evaluation.rows import TaskEvaluation
 from prompttune.files import replacing, write_json, write_text
 
 OPEN_CLASSES = 40
-"""Up to so many classes, their table is open when the page is."""
+"""Largest number of classes whose table is expanded at first."""
 PAIRS = 20
-"""Confused pairs that are listed."""
+"""Number of confused pairs in the list."""
 FIGURES = ("images", "top-1", "top-5", "balanced", "macro F1", "loss", "ECE")
 
 
@@ -26,19 +26,19 @@ def write_report(
     title: str = "Evaluation",
     about: Mapping[str, str] | None = None,
 ) -> None:
-    """Write ``evaluation.json``, ``evaluation.html`` and two pictures a task.
+    """Write ``evaluation.json``, ``evaluation.html`` and two pictures per task.
 
-    The pictures are ``confusion-TASK.png`` and ``reliability-TASK.png``, with ``/`` in a name as ``%2F``; a task of
-    which no image was scored has none. Each file is written atomically.
+    The pictures are ``confusion-TASK.png`` and ``reliability-TASK.png``, with ``/`` in a name as ``%2F``; a task
+    without scored images does not have any. Each file is written atomically.
 
     Args:
         evaluations: task → figures.
-        folder: made if need be; other files in it stay.
+        folder: output folder, created if necessary; other files in it stay.
         title: headline of the page.
-        about: what was evaluated, such as the name of the data; part of the page and of the JSON file.
+        about: facts about the evaluation, such as the name of the data, for the page and the JSON file.
 
     Raises:
-        OSError: the folder cannot be written to.
+        OSError: the folder cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,12 +64,12 @@ def _file_part(name: str) -> str:
 
 
 def scored(one: Evaluation | TaskEvaluation) -> Evaluation | None:
-    """The figures; None if no image was scored."""
+    """The figures; None without scored images."""
     return one.evaluation if isinstance(one, TaskEvaluation) else one
 
 
 def draw(evaluation: Evaluation) -> dict[str, bytes]:
-    """The pictures as PNG files, by their kind."""
+    """The pictures as PNG files, by kind."""
     return {
         "confusion": png_bytes(confusion_figure(evaluation)),
         "reliability": png_bytes(reliability_figure(evaluation)),
@@ -77,7 +77,7 @@ def draw(evaluation: Evaluation) -> dict[str, bytes]:
 
 
 def figure_cells(evaluation: Evaluation | None) -> list[Cell]:
-    """A table's cells of :data:`FIGURES`."""
+    """A table's cells for :data:`FIGURES`."""
     if evaluation is None:
         return [("0", ""), *[("-", "")] * (len(FIGURES) - 1)]
     loss = evaluation.loss
@@ -94,7 +94,7 @@ def figure_cells(evaluation: Evaluation | None) -> list[Cell]:
 
 def section(task: str, evaluation: Evaluation, pictures: Mapping[str, bytes]) -> str:
     """Pictures, confused pairs and classes of one task, as markup."""
-    broad = len(evaluation.labels) > NUMBERED_CLASSES  # a matrix of many classes is read at its full size
+    broad = len(evaluation.labels) > NUMBERED_CLASSES  # a matrix of many classes needs its full size
     shown = "".join(
         picture(data, f"{kind} of {task}", broad and kind == "confusion") for kind, data in pictures.items()
     )

@@ -17,45 +17,45 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """Figures of one class, between 0 and 1; None where nothing is divided by."""
+    """Figures of one class, between 0 and 1; None if the denominator is 0."""
 
     precision: float | None
-    """Share of the images taken for this class that are of it; None if none was taken for it."""
+    """Share of the images predicted as this class that belong to it; None without such predictions."""
     recall: float | None
-    """Share of its images that were recognised, its accuracy; None if it has no images."""
+    """Share of its images that were recognised (its accuracy); None without images."""
     f1: float | None
-    """Harmonic mean of both; None if it has no images and none was taken for it."""
+    """Harmonic mean of both; None without images and predictions of this class."""
     support: int
-    """Images of it."""
+    """Number of its images."""
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """How often answers of a given confidence are right, in bins of equal width.
+    """Accuracy of answers as a function of their confidence, in bins of equal width.
 
     Confidence is the probability of the predicted class. Bin m of M holds confidences in ((m - 1) / M, m / M], after
     Guo et al. 2017, On Calibration of Modern Neural Networks, https://arxiv.org/abs/1706.04599.
     """
 
     counts: Counts
-    """Images in each bin [M]."""
+    """Number of images in each bin [M]."""
     correct: Counts
-    """Right answers in each bin [M]."""
+    """Number of right answers in each bin [M]."""
     confidence: NDArray[np.float64]
     """Sum of the confidences in each bin [M]."""
 
     @property
     def ece(self) -> float | None:
-        """Expected calibration error: mean |accuracy - confidence| of the bins, weighted by their images.
+        """Expected calibration error: mean |accuracy - confidence| of the bins, weighted by their number of images.
 
-        None if there are no images.
+        None without images.
         """
         total = int(self.counts.sum())
         # a bin's weight times its gap is |right answers - sum of confidences| / all images
         return float(np.abs(self.correct - self.confidence).sum() / total) if total else None
 
     def bins(self) -> list[dict[str, float | int | None]]:
-        """Bounds, images, mean confidence and accuracy of each bin; the means None where it is empty."""
+        """Bounds, number of images, mean confidence and accuracy of each bin; the means are None for an empty bin."""
         width = len(self.counts)
         return [
             {
@@ -77,38 +77,38 @@ class Evaluation:
 
     top1: float
     top5: float | None
-    """Share whose class is among the five likeliest (all of them, if there are fewer classes); None if that is not
-    known of every image."""
+    """Share of images whose class is among the five likeliest (all, if there are fewer classes); None if unknown for an
+    image."""
     loss: float | None
-    """Mean cross entropy, in nats; None if the true class's probability is not known of every image."""
+    """Mean cross entropy, in nats; None if the probability of the true class is unknown for an image."""
     n: int
-    """Images scored."""
+    """Number of scored images."""
     labels: tuple[str, ...]
     """Names of the C classes; the last ``unseen`` of them are classes of the data that the model does not have."""
     confusion: Counts
     """Counts [C, C]: true class by predicted class, in the order of ``labels``."""
     not_finite: Counts
-    """Images of each class [C] whose logits are not finite. They count as wrong and are in no column of
-    ``confusion`` and in no bin of ``calibration``."""
+    """Number of images of each class [C] whose logits are not finite. They count as wrong, and are not in ``confusion``
+    or ``calibration``."""
     calibration: Calibration
     unseen: int = 0
-    """Classes that only the data have. Their images count as wrong everywhere but in the loss, which is the mean over
-    the others."""
+    """Number of classes that only the data have. Their images count as wrong, except in the loss, which is the mean
+    over the others."""
 
     @property
     def notes(self) -> list[str]:
-        """What to know about classes that only the model or only the data have, a line each."""
+        """Remarks about classes that only the model or only the data have, one line each."""
         return class_notes(self.labels, self.unseen, self.support.tolist())
 
     @property
     def support(self) -> Counts:
-        """Images of each class [C]."""
+        """Number of images of each class [C]."""
         total: Counts = self.confusion.sum(axis=1) + self.not_finite
         return total
 
     @property
     def per_class(self) -> dict[str, float | None]:
-        """Accuracy of each class by name; None for one without images."""
+        """Accuracy of each class by name; None for a class without images."""
         return {label: figures.recall for label, figures in self.report.items()}
 
     @property
@@ -128,12 +128,12 @@ class Evaluation:
 
     @property
     def balanced_accuracy(self) -> float:
-        """Mean accuracy of the classes that have images."""
+        """Mean accuracy of the classes with images."""
         return float(np.mean([one.recall for one in self.report.values() if one.recall is not None]))
 
     @property
     def macro_f1(self) -> float:
-        """Mean F1 of the classes that have images or were predicted."""
+        """Mean F1 of the classes with images or predictions."""
         return float(np.mean([one.f1 for one in self.report.values() if one.f1 is not None]))
 
     @property
@@ -149,14 +149,14 @@ class Evaluation:
         }
 
     def worst_pairs(self, limit: int) -> list[tuple[str, str, int, float]]:
-        """What is confused most: true class, predicted class, images and their share of the true class."""
+        """The most confused pairs: true class, predicted class, number of images, and their share of the true class."""
         return [
             (self.labels[row], self.labels[column], int(self.confusion[row, column]), share)
             for row, column, share in worst_cells(self.confusion, self.support, limit)
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON; a loss that is not finite is None."""
+        """Plain values for JSON; a loss that is not finite becomes None."""
         return {
             "top1": self.top1,
             "top5": self.top5,
@@ -175,19 +175,19 @@ class Evaluation:
 
 
 def unseen_counts(labels: Sequence[str], unseen: int, support: Counts) -> dict[str, int]:
-    """How much there is of each class that only the data have."""
+    """Number of images of each class that only the data have."""
     known = len(labels) - unseen
     return dict(zip(labels[known:], support[known:].tolist(), strict=True))
 
 
 def row_shares(confusion: Counts, support: Counts) -> NDArray[np.float64]:
-    """Each row of a confusion matrix [C, C] over the images of its class [C]; zeros for a class without any."""
+    """Each row of a confusion matrix [C, C] divided by the number of images of its class [C]; zeros without images."""
     shares: NDArray[np.float64] = confusion / np.maximum(support, 1)[:, None]
     return shares
 
 
 def worst_cells(confusion: Counts, support: Counts, limit: int) -> list[tuple[int, int, float]]:
-    """Row, column and share of up to ``limit`` cells off the diagonal [C, C], the largest share first."""
+    """Row, column and share of at most ``limit`` off-diagonal cells [C, C], the largest share first."""
     wrong = row_shares(confusion, support)
     np.fill_diagonal(wrong, 0.0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:limit]
@@ -197,5 +197,5 @@ def worst_cells(confusion: Counts, support: Counts, limit: int) -> list[tuple[in
 
 
 def percent(value: float | None) -> str:
-    """A share, or a dash where it is not known."""
+    """A share in percent, or a dash if it is unknown."""
     return "-" if value is None else f"{value:.2%}"

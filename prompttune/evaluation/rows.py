@@ -1,4 +1,4 @@
-"""Evaluation of rows that an inference has written: one for each image and task, with the true label where known."""
+"""Evaluation of an inference's rows: one per image and task, with the true label if known."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from prompttune.evaluation.result import Evaluation
 from prompttune.evaluation.tally import TOP_K, Tally
 
 _PENDING = 4096
-"""Rows that are counted together."""
+"""Number of rows that are counted together."""
 _NAMED = 8
-"""Unknown labels that are named."""
+"""Number of unknown labels in a message."""
 
 
 OTHERS = "(other classes)"
-"""Stands for true labels that are none of a task's classes, if they are several."""
+"""Name for several true labels outside a task's classes."""
 
 
 class ScoredRow(Protocol):
-    """What is read of a row."""
+    """The parts of a row that an evaluation reads."""
 
     @property
     def task(self) -> str:
@@ -30,52 +30,52 @@ class ScoredRow(Protocol):
 
     @property
     def label(self) -> str | None:
-        """Predicted class; None where there is no answer."""
+        """Predicted class; None without an answer."""
 
     @property
     def probability(self) -> float | None:
-        """Its probability."""
+        """Probability of the predicted class."""
 
     @property
     def top_k(self) -> Sequence[tuple[str, float]]:
-        """The likeliest classes and their probabilities, best first; any number of them."""
+        """The likeliest classes with their probabilities, best first; any number of them."""
 
     @property
     def target(self) -> str | None:
-        """True class, None where it is not known."""
+        """True class; None if it is unknown."""
 
     @property
     def target_probability(self) -> float | None:
-        """Its probability, None where it is not known."""
+        """Probability of the true class; None if it is unknown."""
 
     @property
     def error(self) -> str | None:
-        """Why there is no answer."""
+        """Reason why the row has no answer."""
 
 
 @dataclass(frozen=True, eq=False)
 class TaskEvaluation:
-    """Figures of one task's rows, and how many rows they leave out."""
+    """Figures of one task's rows, and the number of rows that they leave out."""
 
     evaluation: Evaluation | None
-    """None if no row could be scored."""
+    """The figures; None if every row was left out."""
     errors: int = 0
-    """Rows with an error."""
+    """Number of rows with an error."""
     unlabelled: int = 0
-    """Rows without a true label."""
+    """Number of rows without a true label."""
     unknown: int = 0
-    """Rows whose true label is none of the task's classes. They count as wrong, together as one more class, if other
-    rows are scored."""
+    """Number of rows whose true label is not a class of the task. They count as wrong, together as one more class, if
+    other rows are scored."""
     unknown_labels: tuple[str, ...] = ()
-    """Some of these labels."""
+    """Some of these true labels."""
 
     @property
     def told_of_unknown(self) -> str:
-        """What becomes of the unknown ones, in words."""
+        """How the unknown labels are treated, for a message."""
         return "nothing is scored" if self.evaluation is None else "they are counted as wrong"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON: those of the evaluation, or ``n`` of 0 alone, and the rows left out."""
+        """Plain values for JSON: those of the evaluation, or only ``n`` of 0, and the rows left out."""
         return {
             **({"n": 0} if self.evaluation is None else self.evaluation.to_dict()),
             "errors": self.errors,
@@ -86,7 +86,7 @@ class TaskEvaluation:
 
 
 class _Task:
-    """Sums of one task, and the rows that are not yet in them."""
+    """Sums of one task, and its rows that are not counted yet."""
 
     def __init__(self, labels: Sequence[str]) -> None:
         self.labels = tuple(labels)
@@ -111,10 +111,10 @@ class _Task:
                 self.flush()
 
     def _scored(self, row: ScoredRow, target: str) -> tuple[int, int, float, float, float]:
-        """Target, prediction, confidence, in the top five, probability of the target; NaN where not known."""
+        """Target, prediction, confidence, whether it is in the top five, probability of the target; NaN if unknown."""
         predicted, confidence = row.label, row.probability
         if predicted is not None and predicted not in self.index:
-            raise DataError(f"a row of task {row.task!r} has the label {predicted!r}, which is none of its classes")
+            raise DataError(f"a row of task {row.task!r} has the label {predicted!r}, which is not one of its classes")
         return (
             self.index.get(target, len(self.labels)),
             0 if predicted is None else self.index[predicted],
@@ -151,10 +151,10 @@ class _Task:
 
 
 class RowScores:
-    """Scores rows as they come. Its size depends on the tasks and their classes, not on the rows.
+    """Scores rows as they arrive. Memory use depends on the tasks and their classes, not on the rows.
 
     Args:
-        labels_of: task → names of its classes.
+        labels_of: class names of each task.
     """
 
     def __init__(self, labels_of: Mapping[str, Sequence[str]]) -> None:
@@ -162,12 +162,12 @@ class RowScores:
         self._tasks: dict[str, _Task] = {}
 
     def add(self, row: ScoredRow) -> None:
-        """Count a row. One with an error or without a true label is not scored.
+        """Count a row. A row with an error or without a true label is not scored.
 
-        A task that ``labels_of`` does not have may have rows with errors alone.
+        A task that is not in ``labels_of`` may only have rows with errors.
 
         Raises:
-            DataError: the row's task or its predicted class is not known.
+            DataError: the row's task or its predicted class is unknown.
         """
         if row.error is None and row.task not in self._labels_of:
             raise DataError(f"a row has an answer of task {row.task!r}, whose classes are not known")
@@ -176,25 +176,25 @@ class RowScores:
         self._tasks[row.task].add(row)
 
     def results(self) -> dict[str, TaskEvaluation]:
-        """Task → figures of the rows so far, in the order in which the tasks came."""
+        """Figures of each task for the rows so far, in the order in which the tasks appeared."""
         return {name: task.result() for name, task in self._tasks.items()}
 
 
 def evaluation_of_rows(rows: Iterable[ScoredRow], labels_of: Mapping[str, Sequence[str]]) -> dict[str, TaskEvaluation]:
     """Score the rows of an inference in one pass.
 
-    Top-5 is known where every row has its true class, or at least five others, among ``top_k``, or where a task has
-    five classes or fewer; the loss where every row has ``target_probability``.
+    Top-5 is known if every row has its true class, or at least five other classes, in ``top_k``, or if the task has at
+    most five classes. The loss is known if every row has ``target_probability``.
 
     Args:
-        rows: in any order, read once.
-        labels_of: task → names of its classes.
+        rows: rows in any order, read once.
+        labels_of: class names of each task.
 
     Returns:
-        Task → figures, in the order in which the tasks came; none without rows.
+        Figures of each task, in the order in which the tasks appeared; empty without rows.
 
     Raises:
-        DataError: a row's task or its predicted class is not known.
+        DataError: a row's task or its predicted class is unknown.
     """
     scores = RowScores(labels_of)
     for row in rows:

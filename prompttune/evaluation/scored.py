@@ -1,4 +1,4 @@
-"""What is scored: which split of a data set, and which of its classes is which of a model's. Needs no torch."""
+"""What is scored: a split of a data set, with its classes matched to a model's. Works without torch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from prompttune.errors import DataError, UsageError, shortened
 
 SPLITS = ("val", "test", "train", "all")
-"""What may be asked for. Without a wish, the first two are looked for, in this order; a data set that has neither is
+"""Splits that a user may choose. By default the first two are tried in this order; a data set that has neither is
 scored whole."""
 DEFAULT_SPLIT = "val, else test, else all"
 SHOWN = 8
-"""Classes that a message names."""
+"""Number of classes in a message."""
 
 Source = TypeVar("Source")
 
@@ -26,25 +26,25 @@ class Chosen:
     """Images to score."""
 
     sources: list[Any]
-    """Image sources, or sources of masks; each has classes of its own."""
+    """Image sources, or sources of masks; each has its own classes."""
     split: str
-    """The one of :data:`SPLITS` that they are."""
+    """Name of the split, one of :data:`SPLITS`."""
     what: str
-    """The same in words, such as ``the split val of photos``."""
+    """Description of the images, such as ``the split val of photos``."""
     notes: tuple[str, ...] = ()
-    """What a user has to know about the choice, a line each."""
+    """Remarks about the choice for the user, one line each."""
 
 
 def choose_split(named: Mapping[str, Source], name: str, wanted: str | None = None) -> Chosen:
-    """The images of a data set that are scored.
+    """Choose the images of a data set to score.
 
     Args:
-        named: the splits that the data set has, ``all`` alone for one without splits.
-        name: of the data set, for messages.
+        named: the splits of the data set; only ``all`` for one without splits.
+        name: name of the data set in messages.
         wanted: one of :data:`SPLITS`; None for the default.
 
     Raises:
-        UsageError: an unknown split.
+        UsageError: the split is unknown.
         DataError: the data set does not have that split.
     """
     if wanted not in (None, *SPLITS):
@@ -63,21 +63,21 @@ def choose_split(named: Mapping[str, Source], name: str, wanted: str | None = No
 
 @dataclass(frozen=True)
 class Matched:
-    """The classes of data and a model's, by name."""
+    """The classes of data and of a model, matched by name."""
 
     columns: list[NDArray[np.int64]]
-    """For each source, the index in ``labels`` of each of its classes; -1 for one that has no image."""
+    """Index in ``labels`` of each class, for each source; -1 for a class without images."""
     labels: tuple[str, ...]
-    """The model's classes, then those of the data that it does not have."""
+    """The model's classes, then the classes that only the data have."""
     unseen: int
-    """How many the latter are."""
+    """Number of the classes that only the data have."""
 
 
 def match_classes(sources: Sequence[Any], labels: Sequence[str]) -> Matched:
-    """Bring the classes of data to a model's, by their names. Classes without images do not count.
+    """Match the classes of data to a model's by name. Classes without images are ignored.
 
     Raises:
-        DataError: no class is in both; the message names those of either side.
+        DataError: data and model share no class; the message names the classes of either side.
     """
     held = [_with_images(source) for source in sources]
     found = list(dict.fromkeys(name for names in held for name in names))
@@ -93,7 +93,7 @@ def match_classes(sources: Sequence[Any], labels: Sequence[str]) -> Matched:
 
 
 def _with_images(source: Any) -> list[str]:
-    """Names of the classes that have images, as far as that can be told without reading any."""
+    """Names of the classes with images, as far as they are known without reading images."""
     if (labels := source.labels()) is None:
         return list(source.classes)
     present = set(labels)
@@ -101,13 +101,13 @@ def _with_images(source: Any) -> list[str]:
 
 
 def class_notes(labels: Sequence[str], unseen: int, support: Sequence[int], images: str = "images") -> list[str]:
-    """What to say about classes that only the model or only the data have.
+    """Remarks about classes that only the model or only the data have.
 
     Args:
-        labels: as in :class:`Matched`, as is ``unseen``.
-        unseen: how many of them are the data's alone.
-        support: what there is of each class.
-        images: what that is.
+        labels: class names, as in :class:`Matched`.
+        unseen: number of classes that only the data have.
+        support: count of each class.
+        images: name of what is counted.
     """
     known = len(labels) - unseen
     notes = []

@@ -1,4 +1,4 @@
-"""Figures of a segmentation, from one confusion matrix of pixels over all images. Needs no torch."""
+"""Figures of a segmentation, from one confusion matrix of pixels over all images. Works without torch."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ class SegmentationEvaluation:
 
     labels: tuple[str, ...]
     confusion: Counts
-    """Pixels [C, C]: true class by predicted class."""
+    """Number of pixels [C, C]: true class by predicted class."""
     n: int
-    """Images scored."""
+    """Number of scored images."""
     loss: float | None = None
-    """Mean cross entropy of a pixel, in nats."""
+    """Mean cross entropy per pixel, in nats."""
     corrupt: tuple[str, ...] = ()
     """One line for each image that could not be read."""
     unseen: int = 0
     """Number of classes that only the data have, the last of ``labels``; their pixels count as wrong."""
     chosen: Chosen | None = None
-    """Which images were scored; None in the course of a training."""
+    """Which images were scored; None during a training."""
 
     @property
     def notes(self) -> list[str]:
-        """What to know about the images and their classes, a line each."""
+        """Remarks about the images and their classes, one line each."""
         own = class_notes(self.labels, self.unseen, self.confusion.sum(axis=1).tolist(), "pixels")
         return [*(() if self.chosen is None else self.chosen.notes), *own]
 
     @property
     def pixels(self) -> int:
-        """Pixels scored."""
+        """Number of scored pixels."""
         return int(self.confusion.sum())
 
     @property
     def iou(self) -> dict[str, float | None]:
-        """Intersection over union of each class; None for one that is neither there nor predicted."""
+        """Intersection over union of each class; None for a class without pixels and predictions."""
         right = self.confusion.diagonal()
         union = self.confusion.sum(axis=0) + self.confusion.sum(axis=1) - right
         return {
@@ -59,16 +59,16 @@ class SegmentationEvaluation:
 
     @property
     def miou(self) -> float:
-        """Mean intersection over union of the classes that are there or predicted."""
+        """Mean intersection over union of the classes with pixels or predictions."""
         return float(np.mean([one for one in self.iou.values() if one is not None]))
 
     @property
     def pixel_accuracy(self) -> float:
-        """Share of the pixels whose class is right."""
+        """Share of the pixels with the right class."""
         return int(self.confusion.trace()) / self.pixels
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON; a loss that is not finite is None."""
+        """Plain values for JSON; a loss that is not finite becomes None."""
         return {
             "miou": self.miou,
             "pixel_accuracy": self.pixel_accuracy,
@@ -84,11 +84,11 @@ class SegmentationEvaluation:
 
 
 class PixelTally:
-    """Sums over images; those of several processes add up.
+    """Sums over images; the sums of several processes can be added.
 
     Args:
         classes: number of classes C.
-        unseen: number of further classes that only the masks have; their pixels are wrong, and in no loss.
+        unseen: number of additional classes that only the masks have; their pixels count as wrong, except in the loss.
     """
 
     def __init__(self, classes: int, unseen: int = 0) -> None:
@@ -101,12 +101,12 @@ class PixelTally:
         }
 
     def add(self, predicted: NDArray[Any], targets: NDArray[Any], loss: float = 0.0) -> None:
-        """Count images.
+        """Count a batch of images.
 
         Args:
             predicted: class indices [B, h, w].
             targets: class indices [B, h, w], or ``IGNORE_INDEX``.
-            loss: cross entropy summed over the pixels that have a class, in nats.
+            loss: cross entropy in nats, summed over the pixels with a class.
         """
         known = targets != IGNORE_INDEX
         cells = targets[known].astype(np.int64) * self.rows + predicted[known]
@@ -118,10 +118,10 @@ class PixelTally:
     def result(
         self, labels: Sequence[str], corrupt: Sequence[str] = (), with_loss: bool = True
     ) -> SegmentationEvaluation:
-        """The figures.
+        """The figures of all counted images.
 
         Raises:
-            DataError: no pixel had a class.
+            DataError: all pixels lack a class.
         """
         confusion: Counts = self.sums["confusion"]
         pixels = int(confusion.sum())

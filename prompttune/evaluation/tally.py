@@ -1,4 +1,4 @@
-"""Counting answers against true classes, in sums that add up over batches and processes."""
+"""Counts of answers against true classes, as sums that can be added over batches and processes."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from prompttune.evaluation.result import Calibration, Evaluation
 
 TOP_K = 5
 BINS = 15
-"""Bins of confidence, as in the calibration error's paper."""
+"""Number of confidence bins, as in the paper on the calibration error."""
 
 _UPPER = np.linspace(0.0, 1.0, BINS + 1)[1:]
 _SMALLEST = np.finfo(np.float64).tiny
 _DENSE = 1 << 22
-"""Values of logits that are looked at together: a batch of very many rows takes no more memory for it."""
+"""Number of logits that are processed together, so that a very large batch does not use more memory."""
 
 Floats = NDArray[np.float64]
 
 
 class Tally:
-    """Sums over images; those of several processes add up. Their size depends on the number of classes alone.
+    """Sums over images; the sums of several processes can be added. Their size depends only on the number of classes.
 
     Args:
         classes: number of classes C; predictions are indices below it.
-        unseen: number of further classes U that only the images have; targets are indices below C + U. An image of
-            one is a wrong answer, and its loss, which is infinite, is not in the mean.
+        unseen: number of additional classes U that only the images have; targets are indices below C + U. An image of
+            such a class is a wrong answer; its loss, which is infinite, is left out of the mean.
     """
 
     def __init__(self, classes: int, unseen: int = 0) -> None:
@@ -55,17 +55,17 @@ class Tally:
         in_top5: ArrayLike | None = None,
         target_probabilities: ArrayLike | None = None,
     ) -> None:
-        """Count images of which the answers are known, but not the logits.
+        """Count images with known answers but unknown logits.
 
         Args:
             targets: true classes [N].
             predictions: predicted classes [N].
-            confidences: probabilities of the predicted classes [N]; one that is not finite makes a wrong answer,
-                whatever the prediction.
-            in_top5: 1 where the true class is among the five likeliest, 0 where it is not, NaN where that is not
-                known [N]; None if it is known of none.
-            target_probabilities: probabilities of the true classes [N], NaN where they are not known; None if they
-                are known of none. One of 0, which a computer rounds to, counts as the smallest normal number.
+            confidences: probabilities of the predicted classes [N]; an answer whose value is not finite counts as
+                wrong, whatever the prediction.
+            in_top5: 1 if the true class is among the five likeliest, 0 if not, NaN if unknown [N]; None if it is
+                unknown for all images.
+            target_probabilities: probabilities of the true classes [N], NaN if unknown; None if unknown for all images.
+                A probability of 0, which comes from rounding, counts as the smallest normal number.
 
         Raises:
             ValueError: an index is not a class.
@@ -80,9 +80,9 @@ class Tally:
         self._count(indices, np.asarray(predictions), chosen, known, np.nan_to_num(losses))
 
     def add_logits(self, logits: ArrayLike, targets: ArrayLike) -> None:
-        """Count images by their logits [N, C] and true classes [N]; of equal logits the first is the likelier.
+        """Count images by their logits [N, C] and true classes [N]; the first of equal logits is the likelier one.
 
-        Figures are computed in double precision. The loss of a row that is not finite is NaN, and so is the mean.
+        Figures are computed in double precision. If a row is not finite, its loss and the mean are NaN.
 
         Raises:
             ValueError: the shapes do not fit, or an index is not a class.
@@ -131,7 +131,7 @@ class Tally:
         sums["loss"] += losses.sum()
         targets, predictions, confidences = targets[finite], predictions[finite], confidences[finite]
         np.add.at(sums["confusion"], (targets, predictions), 1)
-        # a rounded sum of probabilities may be a little above 1
+        # a rounded sum of probabilities may slightly exceed 1
         bins = np.minimum(np.searchsorted(_UPPER, confidences, side="left"), BINS - 1)
         np.add.at(sums["bin_counts"], bins, 1)
         np.add.at(sums["bin_correct"], bins, targets == predictions)
@@ -142,28 +142,28 @@ class Tally:
             raise ValueError(f"class indices from {indices.min()} to {indices.max()} for {classes} classes")
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The sums themselves: int64 and float64 arrays by name, the same names and shapes for as many classes."""
+        """The sums as int64 and float64 arrays by name; names and shapes depend only on the number of classes."""
         return dict(self._sums)
 
     def merge(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Add the :meth:`arrays` of another tally of as many classes."""
+        """Add the :meth:`arrays` of another tally with the same number of classes."""
         for name, total in self._sums.items():
             total += arrays[name]
 
     def result(self, labels: Sequence[str]) -> Evaluation:
-        """The figures.
+        """The figures of all counted images.
 
         Args:
-            labels: names of the C + U classes; unseen ones at the end that have no image may be left out.
+            labels: names of the C + U classes; unseen classes at the end may be left out if they have no images.
 
         Raises:
-            DataError: there was no image.
+            DataError: every image is missing or unreadable.
         """
         sums = {name: value.copy() for name, value in self._sums.items()}
         right = int(np.trace(sums["confusion"]))
         n = int(sums["confusion"].sum() + sums["not_finite"].sum())
         if not n:
-            raise DataError("there is no readable image to evaluate on")
+            raise DataError("none of the images to evaluate on is readable")
         size = len(labels)
         known = int(sums["confusion"][: self.classes].sum() + sums["not_finite"][: self.classes].sum())
         loss = float(sums["loss"]) / known if known else math.nan

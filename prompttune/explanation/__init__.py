@@ -1,4 +1,4 @@
-"""What a run looks at, beside its plain backbone: pictures, and one page that holds them."""
+"""Explanations of runs, next to their plain backbone: pictures, and one page that shows them."""
 
 from prompttune.explanation.result import Explanation
 from prompttune.explanation.run import explain

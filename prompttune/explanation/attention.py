@@ -1,8 +1,8 @@
-"""Attention maps by block: where the token that is pooled looks, LSPT's figures 3 and 4.
+"""Attention maps by block for the pooled token, as in LSPT's figures 3 and 4.
 
-LSPT, https://arxiv.org/abs/2402.17406. The forward uses fused attention, which keeps no weights; here they are
-recomputed from the queries and keys that :func:`prompttune.layers.probe.watching_attention` shows. Shapes: B images,
-H heads, K keys a query sees, a grid of R rows and C columns.
+LSPT, https://arxiv.org/abs/2402.17406. The forward uses fused attention, which does not keep its weights; here they
+are recomputed from the queries and keys that :func:`prompttune.layers.probe.watching_attention` gives. Shapes: B
+images, H heads, K keys per query, a grid of R rows and C columns.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from prompttune.layers.probe import watching_attention
 
 @dataclass(frozen=True)
 class BlockAttention:
-    """What one query of a block attends to.
+    """Attention of one query in a block.
 
-    The query is the class token where that is what the backbone pools, else the mean over the patches' queries of
-    their weights.
+    The query is the class token if the backbone pools it; else the weights are the mean over the queries of the
+    patches.
     """
 
     weights: Tensor
-    """[B, H, K], rows sum to 1: prefix tokens first, then prompts, the patches last."""
+    """[B, H, K], rows sum to 1: first the prefix tokens, then the prompts, then the patches."""
     num_prefix_tokens: int
     grid: tuple[int, int]
 
     @property
     def maps(self) -> Tensor:
-        """The part on the patches, [B, H, R, C]."""
+        """Attention to the patches, [B, H, R, C]."""
         rows, columns = self.grid
         maps: Tensor = self.weights[..., -rows * columns :].unflatten(-1, self.grid)
         return maps
 
     def shares(self) -> dict[str, float]:
-        """Parts of the attention on prefix tokens, prompts and patches, means over images and heads; their sum is 1."""
+        """Shares of the attention to prefix tokens, prompts and patches, means over images and heads; they sum to 1."""
         patches = self.grid[0] * self.grid[1]
         whole = self.weights.mean(dim=(0, 1))
         return {
@@ -56,11 +56,11 @@ class BlockAttention:
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax of the scaled scores, as :func:`prompttune.layers.attention.attend` weighs the values.
+    """Softmax of the scaled scores, as in :func:`prompttune.layers.attention.attend`.
 
     Args:
         q, k: [..., N, d] and [..., K, d].
-        mask: added to the scores.
+        mask: tensor added to the scores.
 
     Returns:
         float32 [..., N, K].
@@ -70,7 +70,7 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 def check_readable(backbone: Backbone) -> None:
-    """Raise :class:`UsageError` unless the attention of ``backbone`` has one map of all patches a block."""
+    """Raise :class:`UsageError` unless ``backbone`` has one attention map of all patches in each block."""
     if isinstance(backbone, SwinBackbone):
         raise UsageError(f"{backbone.name} attends within windows, which gives no map of the image")
     if not isinstance(backbone, VitBackbone):
@@ -79,18 +79,18 @@ def check_readable(backbone: Backbone) -> None:
 
 @torch.no_grad()
 def block_attention(subject: Subject, images: Tensor, layers: list[int]) -> dict[int, BlockAttention]:
-    """Run images through a subject and keep what the chosen blocks attend to.
+    """Run images through a subject and keep the attention of the chosen blocks.
 
-    A block's self attention is the first one behind its norm; what SA²VP asks the other pathway comes after it, and
-    of two pathways in one batch the image's is the first. Of two passes, which ``dam-vp`` makes, the last counts.
+    A block's self attention is the first one after its norm; SA²VP's cross attention comes after it. If two pathways
+    share a batch, the image's pathway comes first. ``dam-vp`` makes two passes, of which the last one counts.
 
     Args:
-        subject: a run, or a plain backbone.
+        subject: a run or a plain backbone.
         images: normalised [B, 3, S, S].
-        layers: blocks, counted from 0.
+        layers: indices of blocks, counted from 0.
 
     Raises:
-        UsageError: the backbone has no such maps.
+        UsageError: the backbone does not have such maps.
     """
     backbone = subject.driven
     check_readable(backbone)
@@ -118,7 +118,7 @@ def block_attention(subject: Subject, images: Tensor, layers: list[int]) -> dict
 
 @contextlib.contextmanager
 def _entering(backbone: VitBackbone, enter: Any) -> Iterator[None]:
-    """Call ``enter`` with a block's number whenever the norm in front of its attention runs."""
+    """Call ``enter`` with a block's index whenever the norm before its attention runs."""
     norms: list[nn.Module] = [backbone.block(index).norm1 for index in range(backbone.depth)]
     handles = [norm.register_forward_pre_hook(partial(enter, index)) for index, norm in enumerate(norms)]
     try:

@@ -1,12 +1,12 @@
-"""Grad-CAM on the last layer, by Captum's ``LayerGradCam``.
+"""Grad-CAM of the last layer, with Captum's ``LayerGradCam``.
 
-Grad-CAM, https://arxiv.org/abs/1610.02391. Captum, https://captum.ai, wants a module of a network whose output has
-channels in front of rows and columns; no module of a transformer has that, and the forward takes a state beside the
-images. So the network is wrapped, and what the chosen layer gives passes through an identity in that shape.
+Grad-CAM: https://arxiv.org/abs/1610.02391. Captum, https://captum.ai, needs a module whose output has channels before
+rows and columns. A transformer does not have such a module, and the forward takes a state besides the images. The
+network is therefore wrapped, and the output of the chosen layer passes through an identity in that shape.
 
-The layer is, on a ViT, the norm in front of the last block's attention: behind it the patches no longer reach a class
-token (the choice of https://github.com/jacobgil/pytorch-grad-cam). On a Swin it is the norm in front of the pooling, on
-a ResNet or ConvNeXt the last block, whose map is pooled.
+On a ViT the layer is the norm before the last block's attention: after it the patches do not reach a class token any
+more (the choice of https://github.com/jacobgil/pytorch-grad-cam). On a Swin it is the norm before the pooling, on a
+ResNet or ConvNeXt the last block, whose map is pooled.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from prompttune.model import PromptModel
 
 
 def last_layer(backbone: Backbone) -> tuple[nn.Module, tuple[int, int]]:
-    """The module whose output Grad-CAM weighs, and rows and columns of the map in it.
+    """The module whose output Grad-CAM weighs, and the rows and columns of its map.
 
     Raises:
-        UsageError: it is not known of this kind of backbone.
+        UsageError: this kind of backbone is not supported.
     """
     if isinstance(backbone, VitBackbone):
         return backbone.block(backbone.depth - 1).norm1, backbone.grid
@@ -39,18 +39,18 @@ def last_layer(backbone: Backbone) -> tuple[nn.Module, tuple[int, int]]:
         return cast(nn.Module, backbone.model.norm), backbone.stages[-1].grid
     if isinstance(backbone, ConvBackbone):
         return backbone.block(backbone.depth - 1), backbone.stages[-1].grid
-    raise UsageError(f"Grad-CAM knows no last layer of a {type(backbone).__name__}")
+    raise UsageError(f"Grad-CAM does not support a {type(backbone).__name__}")
 
 
 def check_explicable(model: PromptModel) -> None:
-    """Raise :class:`UsageError` unless Grad-CAM can explain what ``model`` answers."""
+    """Raise :class:`UsageError` unless Grad-CAM can explain the answers of ``model``."""
     if model.task != "classification":
-        raise UsageError(f"a {model.task} predicts no class of the whole image")
+        raise UsageError(f"a {model.task} does not predict a class for the whole image")
     last_layer(model.method.driven)
 
 
 class MappedModel(nn.Module):
-    """Logits of images under one state; what the last layer gives passes through :attr:`maps` as [B, D, R, C]."""
+    """Logits of images under one state; the last layer's output passes through :attr:`maps` as [B, D, R, C]."""
 
     def __init__(self, model: PromptModel, state: State) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class MappedModel(nn.Module):
         self.maps = nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S] to logits [B, classes], the same bits as without the detour."""
+        """Images [B, 3, S, S] to logits [B, classes], bit-identical to those without the identity."""
         with self._detour():
             return self.model.forward_state(images, self.state).logits
 
@@ -74,7 +74,7 @@ class MappedModel(nn.Module):
             handle.remove()
 
     def _through_maps(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        """Maps [B, D, R, C], or tokens [B, N, D], the patches last, or [pathways, B, N, D] with the image's first."""
+        """Maps [B, D, R, C], tokens [B, N, D] with the patches last, or [pathways, B, N, D], the image's first."""
         if self.gives_maps:
             return cast(Tensor, self.maps(output))
         pathways = output if output.ndim == 4 else output.unsqueeze(0)
@@ -87,20 +87,20 @@ class MappedModel(nn.Module):
 
 
 def grad_cam(model: PromptModel, state: State, images: Tensor, target: int) -> Tensor:
-    """Grad-CAM of one class: channels of the last layer weighed by the mean gradient of the class's logit, then ReLU.
+    """Grad-CAM of one class: the last layer's channels, weighted by the mean gradient of the class's logit, then ReLU.
 
     Args:
-        model: in evaluation mode.
-        state: of the model.
+        model: a model in evaluation mode.
+        state: state of the model.
         images: normalised [B, 3, S, S].
-        target: number of the class.
+        target: index of the class.
 
     Returns:
         float32 [B, R, C], at least 0, in units of the logit's gradient times the layer's output.
 
     Raises:
         MissingExtraError: Captum is not installed.
-        UsageError: the backbone is of another kind.
+        UsageError: the backbone is not supported.
     """
     try:
         from captum.attr import LayerGradCam

@@ -1,4 +1,4 @@
-"""Pictures of an explanation. Matplotlib's objects alone, no global state; maps are laid over what the model sees."""
+"""Pictures of an explanation, drawn with Matplotlib objects without global state, over what the model sees."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ PANEL = 1.45
 """Side of a map, in inches."""
 HEAT = "inferno"
 BRIGHTEST = 0.995
-"""Quantile of a map that gets the brightest colour: a few tokens of very high norm would darken all others."""
+"""Quantile of a map that gets the brightest colour; without it a few tokens of very high norm would darken the rest."""
 GREY = "#5c6670"
 CAM_COLUMNS = 6
 LEGEND_CLASSES = 20
-"""Up to so many classes, t-SNE has a legend."""
+"""Largest number of classes for which the t-SNE plot has a legend."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,15 +43,15 @@ class Row:
     name: str
     view: Pixels
     maps: Mapping[int, Tensor]
-    """Layer to map [R, C]."""
+    """Map of each layer, [R, C]."""
 
 
 def overlay(view: Pixels, heat: Tensor) -> Pixels:
-    """Lay a map over a picture: from its least value, dark and grey, to its brightest, in colour.
+    """Lay a map over a picture: its lowest value is dark and grey, its highest is bright and in colour.
 
     Args:
         view: [height, width, 3].
-        heat: [R, C], any range; one of a single value leaves the picture dark.
+        heat: [R, C], any range; a constant map leaves the picture dark.
     """
     height, width = view.shape[:2]
     large = F.interpolate(heat[None, None].float(), (height, width), mode="bicubic", align_corners=False)[0, 0].numpy()
@@ -66,7 +66,7 @@ def overlay(view: Pixels, heat: Tensor) -> Pixels:
 
 
 def maps_figure(rows: Sequence[Row], layers: Sequence[int], title: str) -> Figure:
-    """A row a subject: the picture, then its map of each layer laid over it; each map on a scale of its own."""
+    """One row per subject: the picture, then the map of each layer over it; each map has its own scale."""
     figure, axes = _panels(len(rows), len(layers) + 1)
     for line, row in zip(axes, rows, strict=True):
         line[0].imshow(row.view)
@@ -109,7 +109,7 @@ def cam_figure(panels: Sequence[CamPanel], title: str) -> Figure:
 
 @dataclass(frozen=True, eq=False)
 class SimilarityRow:
-    """Cosine similarities of one run, all layers on one scale."""
+    """Cosine similarities of one run, with all layers on one scale."""
 
     name: str
     view: Pixels
@@ -119,7 +119,7 @@ class SimilarityRow:
 
 
 def similarity_figure(rows: Sequence[SimilarityRow], layers: Sequence[int], title: str) -> Figure:
-    """A row a run: the picture with the token framed, then the cosine with every prompt token, layer by layer."""
+    """One row per run: the picture with the token framed, then its cosine with every prompt token by layer."""
     figure, axes = _panels(len(rows), len(layers) + 1, extra=0.9)
     for line, row in zip(axes, rows, strict=True):
         grid = next(iter(row.maps.values())).shape
@@ -145,7 +145,7 @@ def similarity_figure(rows: Sequence[SimilarityRow], layers: Sequence[int], titl
 
 
 def shares_figure(shares: Mapping[str, Mapping[int, float]]) -> Figure:
-    """The part of the attention that lies on prompts, layer by layer, a line a run."""
+    """The share of the attention to prompts by layer, one line per run."""
     figure = _figure(6.0, 3.2)
     axes = figure.subplots()
     for name, values in shares.items():
@@ -159,10 +159,10 @@ def shares_figure(shares: Mapping[str, Mapping[int, float]]) -> Figure:
 
 
 def values_figure(values: Mapping[str, Mapping[str, NDArray[np.float32]]]) -> Figure:
-    """Learned quantities by block: a plot a quantity, a bar a run.
+    """Learned values by block: one plot per quantity, one bar per run.
 
     Args:
-        values: quantity → run → one value a block.
+        values: one value per block, by quantity and run.
     """
     figure = _figure(6.0, 2.6 * len(values))
     for axes, (quantity, runs) in zip(
@@ -180,7 +180,7 @@ def values_figure(values: Mapping[str, Mapping[str, NDArray[np.float32]]]) -> Fi
 
 
 def embedding_figure(embeddings: Sequence[Embedding]) -> Figure:
-    """t-SNE of each subject side by side, classes in the same colours."""
+    """t-SNE of each subject side by side, with the same colours for the classes."""
     classes = embeddings[0].classes
     named = len(classes) <= LEGEND_CLASSES
     columns = min(len(embeddings), 3)
@@ -208,7 +208,7 @@ def embedding_figure(embeddings: Sequence[Embedding]) -> Figure:
 
 
 def compact_png(figure: Figure) -> bytes:
-    """A figure as a PNG file of 256 colours: a third of the size, and the eye sees no difference in such pictures."""
+    """A figure as a PNG file of 256 colours, which is a third of the size without a visible difference."""
     stream = io.BytesIO()
     with readable(figure):
         figure.savefig(stream, format="png", dpi=DPI, facecolor="white")

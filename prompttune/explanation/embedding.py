@@ -1,7 +1,7 @@
-"""t-SNE of pooled features of labelled images, a picture a subject.
+"""t-SNE of pooled features of labelled images, one picture per subject.
 
-t-SNE, https://jmlr.org/papers/v9/vandermaaten08a.html, by scikit-learn. It shows neighbourhoods and nothing of
-distances between groups; the accuracy of each image's nearest other image, in the features themselves, stands beside.
+t-SNE: https://jmlr.org/papers/v9/vandermaaten08a.html, by scikit-learn. It shows neighbourhoods, but not the distances
+between groups. The accuracy of each image's nearest other image, measured on the features, is reported next to it.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from prompttune.evaluation.scored import Chosen, choose_split
 from prompttune.explanation.settings import ExplainSettings
 
 PERPLEXITY = 30.0
-"""scikit-learn's and the paper's usual value; a third of the images at most."""
+"""Usual value of scikit-learn and the paper; at most a third of the number of images."""
 FEWEST = 5
-"""Images below which t-SNE says nothing."""
+"""Smallest number of images for t-SNE."""
 EXACT = 500
-"""Up to so many images, exact gradients: no sum depends on how threads met, and few images take no longer."""
+"""Largest number of images for exact gradients, whose sums do not depend on the threads and cost no more time."""
 
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """Features of one subject, laid out in two dimensions."""
+    """Features of one subject, projected to two dimensions."""
 
     name: str
     places: NDArray[np.float32]
@@ -38,11 +38,11 @@ class Embedding:
     """Class index of each image."""
     classes: list[str]
     nearest_accuracy: float
-    """Share of the images whose nearest other image, by the features' distance, is of their class."""
+    """Share of images whose nearest other image, by distance of the features, has their class."""
 
 
 def images_of(data: Data, settings: ExplainSettings) -> Chosen:
-    """The labelled images to show, all of them with the same classes."""
+    """The labelled images to show, all with the same classes."""
     if is_source(data):
         return Chosen([data], "all", "the images that were given")
     parts = load_parts(settled(data), seed=settings.seed, limit=settings.data_limit)
@@ -54,7 +54,7 @@ def images_of(data: Data, settings: ExplainSettings) -> Chosen:
 def embed(
     name: str, features: NDArray[np.float32], targets: NDArray[np.int64], classes: list[str], seed: int
 ) -> Embedding:
-    """Lay features [images, D] out in two dimensions; the same seed gives the same places.
+    """Project features [images, D] to two dimensions; the same seed gives the same places.
 
     Raises:
         DataError: there are too few images.

@@ -1,4 +1,4 @@
-"""Images to explain: found, read, as the model sees them and as a person wants to see them."""
+"""Images to explain: found, read, and prepared for the model and for viewers."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from prompttune.images import read_image
 from prompttune.preprocess import LONGEST_SIDE, Preprocess, UnresizableError
 
 VIEW_SIDE = 336
-"""Pixels of the side, at least, of the picture that a map is laid over."""
+"""Smallest side in pixels of the picture that a map is laid over."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image that could be read."""
+    """A readable image."""
 
     source: str
-    """Its path."""
+    """Path of the image."""
     image: Image.Image
     """Upright RGB."""
 
@@ -35,18 +35,18 @@ class Picture:
 def read_pictures(
     paths: Sequence[Path], limit: int, transforms: Sequence[Preprocess]
 ) -> tuple[list[Picture], list[str]]:
-    """Read images until there are ``limit``.
+    """Read images until ``limit`` is reached.
 
     Args:
-        paths: of the files.
-        limit: how many to read at most.
-        transforms: those that each image will go through.
+        paths: paths of the files.
+        limit: largest number of images to read.
+        transforms: transforms that each image will go through.
 
     Returns:
-        The images, and one line for each that could not be read or that a transform cannot resize.
+        The images, and one line for each image that could not be read or resized.
 
     Raises:
-        DataError: none could be read.
+        DataError: every image is unreadable.
     """
     pictures: list[Picture] = []
     corrupt: list[str] = []
@@ -67,21 +67,21 @@ def read_pictures(
 
 
 def model_input(preprocess: Preprocess, image: Image.Image, device: torch.device) -> Tensor:
-    """The image as a model takes it: normalised, [1, 3, S, S]."""
+    """The image as the model's input: normalised, [1, 3, S, S]."""
     return preprocess.transform()(image).unsqueeze(0).to(device)
 
 
 def _enlarged(preprocess: Preprocess) -> Preprocess:
-    """The transform for what a person sees, within what any transform may resize to."""
+    """The transform for viewers, within the size that any transform may resize to."""
     side = preprocess.image_size
     most = int(LONGEST_SIDE * preprocess.crop_pct) // side
     return dataclasses.replace(preprocess, image_size=min(math.ceil(VIEW_SIDE / side), most) * side)
 
 
 def view(preprocess: Preprocess, image: Image.Image) -> NDArray[np.float32]:
-    """What the model sees of the image, as a person wants to see it.
+    """The part of the image that the model sees, for viewers.
 
-    The same transform at a multiple of its size, at least :data:`VIEW_SIDE` if it may resize so far, without the
+    It is made by the same transform at a multiple of its size, at least :data:`VIEW_SIDE` if possible, without the
     normalisation.
 
     Returns:
@@ -94,11 +94,11 @@ def view(preprocess: Preprocess, image: Image.Image) -> NDArray[np.float32]:
 
 
 def token_of(preprocess: Preprocess, size: tuple[int, int], point: tuple[float, float], grid: tuple[int, int]) -> int:
-    """The number of the token that a pixel of an image falls into.
+    """The index of the token that contains a pixel of an image.
 
     Args:
         preprocess: the transform between the image and the model.
-        size: width and height of the image.
+        size: width and height of the image, in pixels.
         point: x and y of the pixel.
         grid: rows and columns of the map.
 

@@ -1,4 +1,4 @@
-"""The page of an explanation: every picture in it, nothing beside it."""
+"""The page of an explanation; it contains every picture."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from prompttune.explanation.result import Explanation
 from prompttune.files import write_text
 
 LEGENDS = {
-    "attention": "Attention: where the token that is pooled looks (the class token, or the mean over the patches), "
-    "layer by layer. Each map has a scale of its own; the brightest half per cent of its tokens share a colour.",
-    "grad-cam": "Grad-CAM: what speaks for the class in the last layer.",
-    "similarity": "Similarity: cosine of the framed image token with every token of the prompt map, behind each layer.",
+    "attention": "Attention of the pooled token (the class token, or the mean over the patches), "
+    "layer by layer. Each map has its own scale; its brightest half per cent of tokens share a colour.",
+    "grad-cam": "Grad-CAM: evidence for the class in the last layer.",
+    "similarity": "Similarity: cosine of the framed image token with every token of the prompt map, after each layer.",
     "tsne": "t-SNE shows neighbourhoods; sizes of groups and distances between them mean nothing.",
 }
 

@@ -22,16 +22,16 @@ from prompttune.explanation.subjects import Subject
 
 @dataclass
 class Explained:
-    """Of one image."""
+    """Figures and values of one image."""
 
     figures: dict[str, Figure] = field(default_factory=dict)
-    """Part of the file's name → figure."""
+    """Figures by the part of their file name."""
     values: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """A subject with the image as it takes it, [1, 3, S, S], and as a person sees it."""
+    """A subject with the image as its input, [1, 3, S, S], and as viewers see it."""
 
     subject: Subject
     images: Tensor
@@ -39,15 +39,15 @@ class _Seen:
 
 
 class PictureExplainer:
-    """Explains images one by one with the same subjects.
+    """Explains images one by one for the same subjects.
 
     Args:
         subjects: runs and plain backbones.
-        settings: what to draw.
-        notes: gets a line for each part that is left out.
+        settings: settings of the explanation.
+        notes: list that gets a line for each part that is left out.
 
     Raises:
-        UsageError: a part that was asked for by name, a layer, a head or a label does not exist.
+        UsageError: a part that was requested by name, a layer, a head or a label does not exist.
     """
 
     def __init__(self, subjects: Sequence[Subject], settings: ExplainSettings, notes: list[str]) -> None:
@@ -64,7 +64,7 @@ class PictureExplainer:
         self._shares: dict[str, dict[int, list[float]]] = {}
 
     def _that_can(self, part: str, check: Callable[[Subject], None], subjects: Sequence[Subject]) -> list[Subject]:
-        """The subjects of which ``part`` can be drawn; a note of the others, or an error where it was asked for."""
+        """The subjects that support ``part``; adds notes about the others, or raises an error if it was requested."""
         if not self.settings.wants(part):
             return []
         able = []
@@ -73,7 +73,7 @@ class PictureExplainer:
                 check(subject)
                 able.append(subject)
             except UsageError as problem:
-                if subject.model is not None:  # of a plain backbone the first run over it says the same
+                if subject.model is not None:  # for a plain backbone, its first run gives the same note
                     self.settings.leave_out(part, str(problem), self.notes, subject.name)
         return able
 
@@ -82,7 +82,7 @@ class PictureExplainer:
         for subject in self.attending:
             count = int(getattr(subject.backbone, "num_heads"))  # noqa: B009  # every readable backbone has heads
             if isinstance(heads, int) and not 0 <= heads < count:
-                raise UsageError(f"there is no head {heads}: {subject.backbone.name} has {count}, counted from 0")
+                raise UsageError(f"no head {heads}: {subject.backbone.name} has {count}, counted from 0")
 
     def _check_target(self) -> None:
         target = self.settings.target
@@ -97,7 +97,7 @@ class PictureExplainer:
         """Draw one image.
 
         Raises:
-            UsageError: the token or point is outside, or no run has a prompt map to compare it with.
+            UsageError: the token or point is outside the image, or all runs lack a prompt map to compare it with.
         """
         seen = [
             _Seen(one, model_input(one.preprocess, picture.image, one.device), view(one.preprocess, picture.image))
@@ -140,7 +140,7 @@ class PictureExplainer:
                 kept.setdefault(layer, []).append(share["prompts"])
 
     def prompt_shares(self) -> dict[str, dict[int, float]]:
-        """Mean part of the attention on prompts, by run and layer, over the images so far; runs with prompts alone."""
+        """Mean share of the attention to prompts over the images so far, by layer, for each run with prompts."""
         means = {
             name: {layer: sum(values) / len(values) for layer, values in layers.items()}
             for name, layers in self._shares.items()
@@ -150,7 +150,7 @@ class PictureExplainer:
     # ------------------------------------------------------------- Grad-CAM
 
     def _predictions(self, result: Explained, seen: Sequence[_Seen]) -> None:
-        """What each run answers, and Grad-CAM of that class or of the one that was asked for."""
+        """Each run's answer, and Grad-CAM of that class or of the requested one."""
         panels = []
         result.values["predictions"], result.values["grad_cam"] = {}, {}
         for one in seen:

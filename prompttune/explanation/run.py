@@ -1,4 +1,4 @@
-"""Explain runs: draw what was asked for, write it, and say what was written."""
+"""Explain runs: draw the requested parts, write them, and list the files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from prompttune.model import PromptModel
 from prompttune.training.scoring import resolve_device
 
 Progress = Callable[[str, int, int], None]
-"""Takes what is being done, the steps done and the steps to do."""
+"""Function of a description, the number of finished steps and the number of all steps."""
 
 
 def explain(
@@ -37,29 +37,29 @@ def explain(
     on_step: Progress | None = None,
     **settings: Any,
 ) -> Explanation:
-    """Draw what runs look at beside their plain backbone: PNG files, one page and a JSON file.
+    """Draw explanations of runs next to their plain backbone: PNG files, one page and a JSON file.
 
     Args:
-        runs: models or checkpoint folders, one or several.
-        images: image files and folders; for attention, Grad-CAM and similarity.
-        output: folder, made if need be; other files in it stay.
+        runs: one or several models or checkpoint folders.
+        images: image files and folders for attention, Grad-CAM and similarity.
+        output: output folder, created if necessary; other files in it stay.
         data: labelled images for t-SNE: a data set as ``train`` takes it, or an image source.
-        weights: where to take the backbones' weights from, if not from where training took them.
-        on_step: told of every step.
+        weights: source of the backbones' weights, if it differs from that of the training.
+        on_step: called at every step.
         settings: fields of :class:`ExplainSettings`.
 
     Raises:
-        UsageError: a setting is wrong, another run writes to the output, or a part that was asked for by name cannot
-            be drawn of these runs.
+        UsageError: a setting is wrong, another run writes to the output, or a part that was requested by name cannot
+            be drawn for these runs.
         CheckpointError, BackboneError: a run cannot be loaded.
         DataError: no image can be read.
-        MissingExtraError: Grad-CAM without Captum.
+        MissingExtraError: Grad-CAM is requested and Captum is not installed.
     """
     chosen = ExplainSettings(**settings)
     runs = [runs] if isinstance(runs, PromptModel | str | Path) else list(runs)
     images = [images] if isinstance(images, str | Path) else list(images)
     if not images and data is None:
-        raise UsageError("nothing to look at: give images, labelled data (--data), or both")
+        raise UsageError("nothing to explain: give images, labelled data (--data), or both")
     result = Explanation(Path(output))
     for part in OF_IMAGES if not images else ():
         chosen.leave_out(part, "it needs images; give files or folders of them", result.notes)
@@ -73,7 +73,7 @@ def explain(
         if len(found) > len(pictures) + len(corrupt):
             result.notes.append(f"the first {len(pictures)} of {len(found)} images; --limit takes more")
         tell = on_step or (lambda *_: None)
-        # Without images these parts are left out of all runs, whatever each could show.
+        # Without images, these parts are left out for all runs, whatever each run supports.
         explainer = PictureExplainer(subjects, chosen, result.notes if images else [])
         result.folder.mkdir(parents=True, exist_ok=True)
         result.values = {"subjects": [_about(one) for one in subjects], "images": []}
@@ -113,7 +113,7 @@ def _summarise(result: Explanation, explainer: PictureExplainer) -> None:
 
 
 def _values(result: Explanation, subjects: Sequence[Subject], settings: ExplainSettings) -> None:
-    """Gates, temperatures and the like, of the runs that have them."""
+    """Learned values such as gates and temperatures, for the runs that have them."""
     if not settings.wants("values"):
         return
     found: dict[str, dict[str, Any]] = {}
@@ -163,5 +163,5 @@ def _embed(
 
 
 def _file_part(name: str) -> str:
-    """A file's name without what a shell or a page could stumble over."""
+    """A file name without characters that are special in a shell or a page."""
     return re.sub(r"[^\w.-]+", "_", name)[:60] or "image"

@@ -1,7 +1,7 @@
-"""How like an image token the tokens of the prompt map are, by block: SA²VP's figure 5.
+"""Similarity of an image token to the tokens of the prompt map, by block: SA²VP's figure 5.
 
-SA²VP, https://arxiv.org/abs/2312.10376. Compared is what leaves a block: the chosen token of the image's pathway with
-every patch of the prompt pathway, by cosine.
+SA²VP: https://arxiv.org/abs/2312.10376. The outputs of a block are compared by cosine: the chosen token of the image's
+pathway with every patch of the prompt pathway.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from prompttune.methods import State
 from prompttune.model import PromptModel
 
 Maps = dict[int, Tensor]
-"""Block to tokens [N, D] of one image, the patches last."""
+"""Tokens [N, D] of one image for each block, the patches last."""
 
 
 @torch.no_grad()
 def record_maps(model: PromptModel, state: State, images: Tensor) -> tuple[Maps, Maps]:
-    """Run one image and keep both pathways of each block that has a prompt map.
+    """Run one image and keep both pathways of each block with a prompt map.
 
     Args:
-        model: any; one without a prompt map gives nothing.
-        state: of the model.
+        model: any model; without a prompt map the result is empty.
+        state: state of the model.
         images: normalised [1, 3, S, S].
 
     Returns:
-        Tokens of the image's pathway and of the prompt pathway.
+        Tokens of the image's pathway, and of the prompt pathway.
     """
     with recording() as recorded:
         model.forward_state(images, state, aux=True)
@@ -45,7 +45,7 @@ def record_maps(model: PromptModel, state: State, images: Tensor) -> tuple[Maps,
 
 
 def _tokens(one: Tensor) -> Tensor:
-    """Tokens [N, D] as they are, or those of a convolution's map [D, R, C]."""
+    """Tokens [N, D] unchanged, or the places of a convolutional map [D, R, C]."""
     return one if one.ndim == 2 else one.flatten(1).transpose(0, 1)
 
 
@@ -57,10 +57,10 @@ def grid_of(backbone: Backbone, layer: int) -> tuple[int, int]:
 
 
 def number_of(token: tuple[int, int] | None, grid: tuple[int, int]) -> int:
-    """The number of a token among the patches; None is the centre.
+    """The index of a token among the patches; None is the centre.
 
     Raises:
-        UsageError: it is outside the map.
+        UsageError: the token is outside the map.
     """
     rows, columns = grid
     row, column = (rows // 2, columns // 2) if token is None else token
@@ -74,7 +74,7 @@ def cosine_map(image: Tensor, prompts: Tensor, token: int, grid: tuple[int, int]
 
     Args:
         image, prompts: [N, D], the patches last.
-        token: number of the patch.
+        token: index of the patch.
         grid: rows R and columns C.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Who is looked at: the runs, and the plain backbone of each for comparison."""
+"""Subjects of an explanation: the runs, and each run's plain backbone for comparison."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from prompttune.preprocess import Preprocess
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A run, or a plain backbone."""
+    """A run or a plain backbone."""
 
     name: str
-    """As it stands in the pictures; all differ."""
+    """Unique name in the pictures."""
     backbone: Backbone
     preprocess: Preprocess
     model: PromptModel | None = None
-    """None: the plain backbone."""
+    """The run's model; None for a plain backbone."""
     state: State | None = None
-    """The model's, computed once."""
+    """The model's state, computed once."""
 
     @property
     def device(self) -> torch.device:
-        """Where it stands."""
+        """Device of the weights."""
         return next(self.backbone.parameters()).device
 
     @property
     def driven(self) -> Backbone:
-        """The backbone that runs: of full fine-tuning, the tuned one."""
+        """The backbone that runs: the tuned one for full fine-tuning."""
         return self.backbone if self.model is None else self.model.method.driven
 
     @property
     def leading_keys(self) -> int:
-        """Keys in front of those of the tokens, see :class:`prompttune.methods.base.Method`."""
+        """Number of keys before those of the tokens, see :class:`prompttune.methods.base.Method`."""
         return 0 if self.model is None else self.model.method.leading_keys
 
     def features(self, images: Tensor) -> Tensor:
@@ -68,16 +68,16 @@ def is_run(path: Path) -> bool:
 def load_subjects(
     runs: Sequence[PromptModel | str | Path], device: torch.device, weights: str | None = None
 ) -> list[Subject]:
-    """Load runs, each backbone once, with the plain backbone in front of the first run over it.
+    """Load runs, with each backbone loaded once and its plain form before the first run over it.
 
     Args:
-        runs: models, or folders of checkpoints.
-        device: where to put them.
-        weights: where to take the backbones' weights from, if not from where training took them.
+        runs: models or checkpoint folders.
+        device: device to load them to.
+        weights: source of the backbones' weights, if it differs from that of the training.
 
     Raises:
-        UsageError: no run was given.
-        CheckpointError, BackboneError: one cannot be loaded.
+        UsageError: the list of runs is empty.
+        CheckpointError, BackboneError: a run cannot be loaded.
     """
     if not runs:
         raise UsageError("give at least one run: the folder of a checkpoint that prompttune train wrote")
@@ -104,7 +104,7 @@ def _load(folder: Path, loaded: dict[tuple[str, int], Backbone], weights: str | 
 
 
 def _names(runs: Sequence[PromptModel | str | Path]) -> list[str]:
-    """A short name for each run, longer or numbered where two would be the same."""
+    """A short name for each run, made longer or numbered if it occurs twice."""
     short = [run.config.method if isinstance(run, PromptModel) else Path(run).resolve().name for run in runs]
     full = [run.config.method if isinstance(run, PromptModel) else str(run) for run in runs]
     names: list[str] = []
