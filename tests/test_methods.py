@@ -202,7 +202,7 @@ def test_supervision_of_the_prompt_pathway_is_a_switch(vit, images):
         ("sa2vp", {"base_weight": 1.5}, "base_weight"),
         ("lspt", {"num_prompts": 0}, "num_prompts"),
         ("lspt", {"long_term": 1}, "long_term must be true or false, not 1"),
-        ("lspt", {"long_term": False, "cell_rank": 2}, "no cell to set cell_rank of"),
+        ("lspt", {"long_term": False, "cell_rank": 2}, "cell_rank needs long_term"),
         ("sa2vp", {"gamma": float("nan")}, "gamma must be finite"),
         ("sa2vp", {"gamma": float("-inf")}, "gamma must be finite"),
         ("linear", {"rank": 4}, "its settings: none"),

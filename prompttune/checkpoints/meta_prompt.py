@@ -1,4 +1,4 @@
-"""A meta-learned prompt on disk: a safetensors file with one tensor and what it was made for."""
+"""A meta-learned prompt on disk: a safetensors file with one tensor and the settings that it fits."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def write_prompt(path: Path, prompt: Tensor, backbone: Backbone, prompt_size: in
     Args:
         path: the file.
         prompt: the border's pixels, see :func:`prompttune.methods.damvp.method.add_border`.
-        backbone: what it was learned over.
+        backbone: backbone that it was learned over.
         prompt_size: width of the border.
-        made: how it was learned: data sets, settings, losses.
+        made: facts about the learning: data sets, settings, losses.
     """
     document = {
         "format_version": FORMAT_VERSION,
@@ -45,10 +45,10 @@ def write_prompt(path: Path, prompt: Tensor, backbone: Backbone, prompt_size: in
 
 
 def read_prompt(source: str | Path, backbone: Backbone, prompt_size: int) -> Tensor:
-    """The prompt [3, P] in a file of :func:`write_prompt`, or the mean of those of a dam-vp checkpoint folder.
+    """The prompt [3, P] in a file of :func:`write_prompt`, or the mean of the prompts in a dam-vp checkpoint folder.
 
     Raises:
-        CheckpointError: it is missing or damaged, or was made for another backbone, image or border.
+        CheckpointError: the prompt is missing or damaged, or was made for another backbone, image size or border.
     """
     path = Path(source).expanduser()
     found, prompt = _read_checkpoint(path) if path.is_dir() else _read_file(path)
@@ -77,7 +77,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], Tensor]:
         version = document["format_version"]
         found = {name: document[name] for name in ("fingerprint", "image_size", "prompt_size")}
     except (SafetensorError, KeyError, TypeError, ValueError) as problem:
-        raise CheckpointError(f"{path} is no meta prompt, or is damaged: {problem}") from None
+        raise CheckpointError(f"{path} is not a meta prompt, or is damaged: {problem}") from None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path} has meta prompt format {version!r}, this prompttune reads {FORMAT_VERSION}")
     return found, prompt
@@ -89,7 +89,7 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Any], Tensor]:
         raise CheckpointError(f"{path} is a checkpoint of {config['method']}, not of {_METHOD}")
     tensors = read_tensors(path, config)
     if "method.prompts" not in tensors:
-        raise CheckpointError(f"{path} holds no prompts")
+        raise CheckpointError(f"{path} does not hold prompts")
     backbone, settings = config["backbone"], config["settings"]
     found = {
         "fingerprint": backbone["fingerprint"],

@@ -1,4 +1,4 @@
-"""Bottleneck adapter of SA²VP, split into its per-task tensors and the computation that reads them.
+"""The bottleneck adapter of SA²VP, split into its per-task tensors and the computation that reads them.
 
 ``adapter(z) = up(act(down(LayerNorm(z))))``: SA²VP, https://arxiv.org/abs/2312.10376, Eq. 3.
 """
@@ -32,7 +32,7 @@ class Adapter(nn.Module):
             nn.init.normal_(self.up.bias, std=1e-6)
 
     def folded(self, gamma: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tensors of the equal adapter that has no affine norm and whose output is already scaled by ``gamma``.
+        """Tensors of the equivalent adapter without an affine norm and with its output already scaled by ``gamma``.
 
         Returns:
             down [D, r], its bias [r], up [r, D], its bias [D].
@@ -52,7 +52,7 @@ def apply_adapter(
     dropout: float = 0.0,
     training: bool = False,
 ) -> Tensor:
-    """Run folded adapters, one for all rows or one a row.
+    """Run folded adapters, one for all rows or one per row.
 
     Args:
         z: [B, N, D].
@@ -63,7 +63,7 @@ def apply_adapter(
     Returns:
         [B, N, D].
     """
-    # In float32 whatever z is: squares overflow float16.
+    # In float32, whatever the type of z: squares overflow in float16.
     normed = F.layer_norm(z.float(), z.shape[-1:], eps=ADAPTER_NORM_EPS).to(z.dtype)
     given = bottleneck(normed, down, down_bias, up, up_bias, activation, dropout, training)
     return F.dropout(given, dropout, training)

@@ -1,7 +1,7 @@
 """Spatially aligned attention: each patch query sees the c x c window of patches around its own place.
 
-SA²VP, AAAI 2024, https://arxiv.org/abs/2312.10376, section 3.2. Positions outside the map are left out of the softmax
-(nothing is zero-padded); patch queries see no prefix token; a prefix query sees every token.
+SA²VP, AAAI 2024, https://arxiv.org/abs/2312.10376, section 3.2. The softmax excludes positions outside the map (there
+is zero padding nowhere); patch queries do not see prefix tokens; a prefix query sees every token.
 
 Shapes: P prefix tokens, a grid of R rows and C columns, N = P + R C tokens, H heads of d channels.
 """
@@ -16,10 +16,10 @@ from prompttune.layers.attention import attend
 
 IMPLEMENTATIONS = ("auto", "masked", "gathered")
 MASKED_TOKENS_A_KEY = 71
-"""Up to this many tokens for each of a window's c² keys, one masked N x N product is quicker than gathering windows
+"""Largest number of tokens, per key of a c² window, for which one masked N x N product is faster than gathering windows
 (``benchmarks/attention.py``)."""
 HIDDEN = -1e4
-"""Added to hidden scores: finite, so that no row can become NaN, and within float16; exp of it is exactly 0."""
+"""Score added to hidden keys: finite, so that a row cannot become NaN, and within float16; its exp is exactly 0."""
 
 
 def window_offsets(window: int) -> list[tuple[int, int]]:
@@ -29,10 +29,10 @@ def window_offsets(window: int) -> list[tuple[int, int]]:
 
 
 def window_neighbours(grid: tuple[int, int], window: int) -> tuple[Tensor, Tensor]:
-    """Which patches each patch sees.
+    """The patches that each patch sees.
 
     Returns:
-        Patch indices int64 [R C, c²] (0 where outside the map) and whether they lie inside it, bool [R C, c²].
+        Patch indices int64 [R C, c²] (0 outside the map), and whether they are inside the map, bool [R C, c²].
     """
     rows, columns = grid
     offsets = torch.tensor(window_offsets(window))  # [c², 2]
@@ -44,7 +44,7 @@ def window_neighbours(grid: tuple[int, int], window: int) -> tuple[Tensor, Tenso
 
 
 def window_mask(grid: tuple[int, int], num_prefix_tokens: int, window: int) -> Tensor:
-    """Additive float32 mask [N, N]: 0 where a query (row) sees a key (column), :data:`HIDDEN` elsewhere."""
+    """Additive float32 mask [N, N]: 0 if a query (row) sees a key (column), else :data:`HIDDEN`."""
     index, inside = window_neighbours(grid, window)
     patches = index.shape[0]
     visible = torch.zeros(patches, patches, dtype=torch.bool)
@@ -61,10 +61,10 @@ class AlignedAttention(nn.Module):
 
     Args:
         grid: rows and columns of the patch map.
-        num_prefix_tokens: tokens in front of the patches.
+        num_prefix_tokens: number of tokens before the patches.
         window: odd side c of the window; None for global attention (the paper's ablation).
-        implementation: ``masked`` builds N x N scores under a mask, ``gathered`` gathers c² keys a query, ``auto``
-            takes the quicker one for the grid.
+        implementation: ``masked`` computes N x N scores with a mask, ``gathered`` gathers c² keys per query, ``auto``
+            picks the faster one for the grid.
     """
 
     def __init__(
@@ -88,13 +88,13 @@ class AlignedAttention(nn.Module):
         elif window is not None:
             neighbours, inside = window_neighbours(grid, window)
             outside = torch.zeros(inside.shape).masked_fill_(~inside, HIDDEN)
-        # Constants of the grid: a task's state dict has no business with them.
+        # Constants of the grid, which do not belong in a task's state dict.
         self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("neighbours", neighbours, persistent=False)
         self.register_buffer("outside", outside, persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Queries of one map over keys and values of the other.
+        """Attend with the queries of one map to keys and values of the other.
 
         Args:
             q, k, v: [B, H, N, d].
@@ -125,7 +125,7 @@ class AlignedAttention(nn.Module):
 def aligned_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], num_prefix_tokens: int, window: int | None
 ) -> Tensor:
-    """The definition, one query at a time; slow, for tests to compare :class:`AlignedAttention` with.
+    """The definition, one query at a time: slow, for comparison with :class:`AlignedAttention` in tests.
 
     Args:
         q, k, v: [B, H, N, d].

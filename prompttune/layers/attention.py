@@ -1,8 +1,8 @@
-"""Scaled dot-product attention, in the library's fused form or as explicit products.
+"""Scaled dot-product attention, fused by the library or as explicit products.
 
-Training and PyTorch inference use the fused form, but for training in half precision on a CPU, where the fused kernel's
-backward pass takes more than half of a step (``benchmarks/training_step.py``). Exporters choose: explicit products and
-a softmax are what ONNX Runtime and TensorRT match and fuse by themselves, in every release.
+Training and PyTorch inference use the fused form, except for training in half precision on a CPU, where the fused
+kernel's backward pass takes more than half of a step (``benchmarks/training_step.py``). Exporters choose the form: ONNX
+Runtime and TensorRT recognise and fuse explicit products with a softmax in every release.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _explicit: ContextVar[bool | None] = ContextVar("explicit", default=None)
 
 @contextlib.contextmanager
 def explicit_attention(explicit: bool = True) -> Iterator[None]:
-    """Choose the form of every :func:`attend` in the block; outside of one, each call takes the quicker form."""
+    """Choose the form of every :func:`attend` in the block; outside of a block, each call uses the faster form."""
     token = _explicit.set(explicit)
     try:
         yield
@@ -34,12 +34,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     """Softmax attention.
 
     Args:
-        q: [..., Nq, d]; leading axes of size 1 stand for those of k.
+        q: [..., Nq, d]; leading axes of size 1 are broadcast to those of k.
         k, v: [..., Nk, d].
         mask: float32, added to the scores, broadcast to [..., Nq, Nk].
 
     Returns:
-        [..., Nq, d]. The explicit form scales q before the product, which keeps float16 scores in range, and takes
+        [..., Nq, d]. The explicit form scales q before the product, which keeps float16 scores in range, and computes
         the softmax in float32.
     """
     probe_attention(q, k, mask)
@@ -62,9 +62,9 @@ def _slow_backward(*tensors: Tensor) -> bool:
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The fused kernels take four axes of equal sizes; any other shape falls back to a slow path.
+    """Call the fused kernels, which need four axes of equal sizes: other shapes use a slow path.
 
-    TensorRT takes a mask of four axes alone.
+    TensorRT accepts only masks with four axes.
     """
     q = q.expand(*k.shape[:-2], *q.shape[-2:])
     mask = None if mask is None else mask.to(q.dtype)[(None,) * (4 - mask.ndim)]

@@ -1,6 +1,6 @@
-"""A bottleneck of two linear layers, ``up(act(down(x)))``: per-task tensors and the computation that reads them.
+"""A bottleneck of two linear layers, ``up(act(down(x)))``: per-task tensors, and the computation that reads them.
 
-The core of the adapters of SA²VP, AdaptFormer and Houlsby et al.
+It is the core of the adapters of SA²VP, AdaptFormer and Houlsby et al.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PARTS = ("down", "down_bias", "up", "up_bias")
 
 
 class Bottleneck(nn.Module):
-    """Parameters of one bottleneck: ``down`` D to r, ``up`` r to D. Whoever makes it initialises it."""
+    """Parameters of one bottleneck: ``down`` D to r, ``up`` r to D. The caller initialises them."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Bottleneck(nn.Module):
 
 
 def stacked(name: str, blocks: Iterable[nn.Module], scale: float = 1.0) -> dict[str, Tensor]:
-    """The state of a bottleneck a block, its output scaled.
+    """The state of one bottleneck per block, with its output scaled.
 
     Returns:
         ``{name}.down`` [1, L, D, r], ``{name}.down_bias`` [1, L, r], ``{name}.up`` [1, L, r, D], ``{name}.up_bias``
@@ -41,7 +41,7 @@ def stacked(name: str, blocks: Iterable[nn.Module], scale: float = 1.0) -> dict[
 
 
 def stacked_layout(name: str, depth: int, width: int, rank: int | str) -> dict[str, tuple[int | str, ...]]:
-    """Shapes of what :func:`stacked` gives, without the leading dimension."""
+    """Shapes of the tensors of :func:`stacked`, without the leading dimension."""
     return {
         f"{name}.down": (depth, width, rank),
         f"{name}.down_bias": (depth, rank),
@@ -51,7 +51,7 @@ def stacked_layout(name: str, depth: int, width: int, rank: int | str) -> dict[s
 
 
 def of_block(state: Mapping[str, Tensor], name: str, index: int) -> dict[str, Tensor]:
-    """One block's tensors, by the names of :func:`bottleneck`'s arguments, out of a state made by :func:`stacked`."""
+    """One block's tensors from a state of :func:`stacked`, by the names of :func:`bottleneck`'s arguments."""
     return {part: state[f"{name}.{part}"][:, index] for part in PARTS}
 
 
@@ -65,13 +65,13 @@ def bottleneck(
     dropout: float = 0.0,
     training: bool = False,
 ) -> Tensor:
-    """Run bottlenecks, one for all rows or one a row.
+    """Run bottlenecks, one for all rows or one per row.
 
     Args:
         x: [B, N, D].
         down, down_bias, up, up_bias: [1 or B, D, r], [1 or B, r], [1 or B, r, D], [1 or B, D].
         activation: ``gelu`` (the exact, erf form) or ``relu``.
-        dropout: probability behind the activation, while ``training``.
+        dropout: probability after the activation, while ``training``.
 
     Returns:
         [B, N, D].

@@ -1,4 +1,4 @@
-"""Intermediate results of the one forward, by name, for whoever looks for the place where two sides part."""
+"""Named intermediate results of the forward, for finding the place where two computations start to differ."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 _recorded: ContextVar[dict[str, Tensor] | None] = ContextVar("recorded", default=None)
 
 AttentionWatcher = Callable[[Tensor, Tensor, Tensor | None], None]
-"""Takes the queries, keys and mask of one attention, as :func:`prompttune.layers.attention.attend` does."""
+"""Function of the queries, keys and mask of one attention, as in :func:`prompttune.layers.attention.attend`."""
 _watcher: ContextVar[AttentionWatcher | None] = ContextVar("watcher", default=None)
 
 
 def probe(name: str, tensor: Tensor) -> None:
-    """Keep an intermediate result if someone is recording; otherwise do nothing."""
+    """Keep an intermediate result while a recording runs; otherwise do nothing."""
     recorded = _recorded.get()
     if recorded is not None:
         recorded[name] = tensor
@@ -34,7 +34,7 @@ def recording() -> Iterator[dict[str, Tensor]]:
 
 
 def probe_attention(q: Tensor, k: Tensor, mask: Tensor | None) -> None:
-    """Show queries, keys and mask of an attention to whoever watches; otherwise do nothing."""
+    """Pass queries, keys and mask of an attention to the watcher, if there is one."""
     watcher = _watcher.get()
     if watcher is not None:
         watcher(q, k, mask)

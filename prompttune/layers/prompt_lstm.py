@@ -1,4 +1,4 @@
-"""The LSTM cell of LSPT's long-term prompt coding, with its input half foldable per task.
+"""The LSTM cell of LSPT's long-term prompt coding, whose input half can be folded per task.
 
 LSPT, https://arxiv.org/abs/2402.17406, section 3.3. Gates in PyTorch's order: input, forget, cell, output.
 """
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 class PromptLSTMCell(nn.Module):
-    """Weights of one LSTM cell over width D, full (as ``nn.LSTMCell``) or factored to a low rank.
+    """Weights of one LSTM cell of width D, full (like ``nn.LSTMCell``) or factored to a low rank.
 
     Args:
         width: channels D of input, hidden and cell.
-        rank: None for full matrices [4D, D]; else each is a product [4D, rank] [rank, D].
+        rank: None for full matrices [4D, D]; else each matrix is a product [4D, rank] [rank, D].
     """
 
     def __init__(self, width: int, rank: int | None) -> None:
@@ -32,7 +32,7 @@ class PromptLSTMCell(nn.Module):
         self.bias_hh = nn.Parameter(torch.empty(gates).uniform_(-bound, bound))
 
     def input_gates(self, inputs: Tensor) -> Tensor:
-        """The gates' share of the inputs and of both biases: [..., D] to [..., 4D]."""
+        """The gates' part from the inputs and both biases: [..., D] to [..., 4D]."""
         if self.rank is None:
             gates = inputs @ self.weight_ih.T
         else:
@@ -40,7 +40,7 @@ class PromptLSTMCell(nn.Module):
         return gates + (self.bias_ih + self.bias_hh)
 
     def hidden_weights(self) -> dict[str, Tensor]:
-        """What the hidden state is multiplied by, ready for ``hidden @ weight``: name to tensor.
+        """The factors of the hidden state, for ``hidden @ weight``, by name.
 
         ``weight`` [D, 4D], or ``down`` [D, rank] and ``up`` [rank, 4D].
         """
@@ -57,7 +57,7 @@ def _factors(rows: int, rank: int, columns: int) -> tuple[nn.Parameter, nn.Param
 
 
 def lstm_step(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-    """One step from summed gates.
+    """One step of the cell from summed gates.
 
     Args:
         gates: [B, P, 4D].

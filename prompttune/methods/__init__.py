@@ -1,4 +1,4 @@
-"""The methods, by name. A method is one config dataclass and one module behind ``methods/base.py``."""
+"""The methods by name. A method is one config dataclass and one module behind ``methods/base.py``."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ for _config in (
 
 
 def config_from_dict(method: str, settings: Mapping[str, Any]) -> MethodConfig:
-    """The config of ``method`` with ``settings`` over its defaults.
+    """The config of ``method`` with ``settings`` replacing its defaults.
 
     Raises:
-        UsageError: an unknown method, setting or value.
+        UsageError: the method, a setting or a value is unknown.
     """
     config = METHODS[choose("method", method, METHODS)]
     known = [field.name for field in dataclasses.fields(config)]
@@ -61,7 +61,7 @@ def config_from_dict(method: str, settings: Mapping[str, Any]) -> MethodConfig:
 
 
 class _Callable(types.ModuleType):
-    """``prompttune.methods`` is this package and, called, the list of the methods."""
+    """Makes ``prompttune.methods`` both this package and a function that lists the methods."""
 
     def __call__(self) -> MethodList:
         """See :func:`prompttune.methods.describing.methods`."""

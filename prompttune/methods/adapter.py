@@ -1,12 +1,12 @@
 """Serial bottleneck adapters, Houlsby et al.: https://arxiv.org/abs/1902.00751 (ICML 2019).
 
-Each block has two: one behind the projection of the attention, one behind the MLP, both in front of the residual
-addition and with a skip connection of their own: ``x + A(attention(norm1(x)))``, ``A(z) = z + up(GELU(down(z)))``.
+Each block has two adapters: one after the projection of the attention, one after the MLP, both before the residual
+addition and with their own skip connection: ``x + A(attention(norm1(x)))``, ``A(z) = z + up(GELU(down(z)))``.
 
-The weights start as a normal distribution of standard deviation 1e-3, cut off at two of these, as released: close to
-the identity. Deviations: the paper's BERT norms behind the addition, a ViT in front of it, and the places are kept;
-GELU is the exact one, the released code has the tanh approximation; the paper also trains the backbone's norms,
-here the backbone stays frozen. LayerScale counts as part of the projection, so the adapter stands behind it.
+The weights start from a normal distribution of standard deviation 1e-3, cut off at two of these, as released: close to
+the identity. Deviations: the paper's BERT norms after the addition, a ViT before it, and the places are kept; GELU is
+exact, the released code has the tanh approximation; the paper also trains the backbone's norms, here the backbone
+stays frozen. LayerScale counts as part of the projection, so the adapter comes after it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class AdapterConfig(MethodConfig):
     """Settings of the serial adapters."""
 
     method = "adapter"
-    summary = "Bottleneck adapters behind attention and MLP"
+    summary = "Bottleneck adapters after attention and MLP"
     paper = "https://arxiv.org/abs/1902.00751"
 
     rank: int = setting(64, "width of the adapters' bottleneck", above=0)
-    dropout: float = setting(0.0, "drop-out inside the adapters, while training", low=0, below=1)
+    dropout: float = setting(0.0, "dropout inside the adapters, while training", low=0, below=1)
 
 
 @implements(AdapterConfig)
@@ -61,7 +61,7 @@ class SerialAdapter(MethodOver[VitBackbone]):
         return stacked_layout("attention", depth, width, RANK) | stacked_layout("mlp", depth, width, RANK)
 
     def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
-        """See :meth:`Method.forward`; there is no prompt pathway."""
+        """See :meth:`Method.forward`; this method has no prompt pathway."""
         backbone = self.backbone
         reader, tokens = MapReader(backbone, levels), backbone.embed(images)  # [B, N, D]
         for index in range(backbone.depth):

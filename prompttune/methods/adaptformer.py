@@ -1,12 +1,12 @@
 """AdaptFormer: https://arxiv.org/abs/2205.13535 (NeurIPS 2022).
 
 A bottleneck with ReLU runs parallel to the MLP of every block. It reads the tokens that enter the second half of the
-block, before their norm; what it makes of them is scaled and added to what the MLP adds:
+block, before their norm; its output is scaled and added to the MLP's:
 ``x + MLP(norm2(x)) + s up(ReLU(down(x)))``. This is the released code's default form; the paper's Eq. 3 has a norm
-in front of ``down``, which that default leaves out.
+before ``down``, which that default leaves out.
 
-The scale folds into ``up``. On a backbone with LayerScale, which the released code does not know, the block's scale
-acts on the MLP alone.
+The scale folds into ``up``. The released code does not support LayerScale; on a backbone with LayerScale, the block's
+scale acts only on the MLP.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class AdaptFormerConfig(MethodConfig):
     """Settings of AdaptFormer; the defaults are the paper's."""
 
     method = "adaptformer"
-    summary = "Bottleneck adapters beside the MLPs"
+    summary = "Bottleneck adapters parallel to the MLPs"
     paper = "https://arxiv.org/abs/2205.13535"
 
     rank: int = setting(64, "width of the adapters' bottleneck", above=0)
-    adapter_scale: float = setting(0.1, "s, weight of what the adapters add")
-    dropout: float = setting(0.1, "drop-out inside the adapters, while training", low=0, below=1)
+    adapter_scale: float = setting(0.1, "weight s of the adapters' output")
+    dropout: float = setting(0.1, "dropout inside the adapters, while training", low=0, below=1)
 
 
 @implements(AdaptFormerConfig)
@@ -60,7 +60,7 @@ class AdaptFormer(MethodOver[VitBackbone]):
         return stacked_layout("adapters", backbone.depth, backbone.width, RANK)
 
     def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
-        """See :meth:`Method.forward`; there is no prompt pathway."""
+        """See :meth:`Method.forward`; this method has no prompt pathway."""
         backbone = self.backbone
         reader, tokens = MapReader(backbone, levels), backbone.embed(images)  # [B, N, D]
         for index in range(backbone.depth):

@@ -1,4 +1,4 @@
-"""What the methods are and what they can be set to, for people: text in a terminal, a table in a notebook."""
+"""Descriptions of the methods and their settings: text in a terminal, a table in a notebook."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SettingDescription:
     type: str
     default: Any
     bounds: str
-    """Values that it may take, in words; empty for any of its type."""
+    """Allowed values as text; empty if any value of the type is allowed."""
     help: str
 
     @classmethod
@@ -34,13 +34,13 @@ class SettingDescription:
 
 
 class _Shown:
-    """Prints as a title and a table, and as HTML in a notebook."""
+    """Base of descriptions: prints as a title and a table, and as HTML in a notebook."""
 
     def _title(self) -> str:
         raise NotImplementedError
 
     def _rows(self) -> list[Sequence[object]]:
-        """Headings, then rows."""
+        """Headings, followed by the rows."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -66,7 +66,7 @@ class MethodDescription(_Shown):
     name: str
     summary: str
     paper: str
-    """Address, empty if there is none."""
+    """Address of the paper; empty without one."""
     settings: tuple[SettingDescription, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class MethodDescription(_Shown):
 
 
 class MethodList(_Shown, dict[str, str]):
-    """What each method does, by its name."""
+    """Summary of each method, by name."""
 
     __repr__ = _Shown.__repr__
 
@@ -95,15 +95,15 @@ class MethodList(_Shown, dict[str, str]):
 
 
 def methods() -> MethodList:
-    """Every method with what it does in one line, those of other packages too; :func:`describe` tells more."""
+    """Every method, including those of other packages, with a one-line summary; :func:`describe` gives details."""
     return MethodList({name: config.summary for name, config in METHODS.items()})
 
 
 def describe(method: str) -> MethodDescription:
-    """Tell a method's summary, paper and settings with their defaults, bounds and help.
+    """A method's summary, its paper, and its settings with their defaults, bounds and help.
 
     Raises:
-        UsageError: there is no such method.
+        UsageError: the method is unknown.
     """
     config = METHODS[choose("method", method, METHODS)]
     settings = tuple(SettingDescription.of(known) for known in settings_of(config).values())

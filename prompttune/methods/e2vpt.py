@@ -1,20 +1,20 @@
 """E²VPT, input prompts, key-value prompts and pruning: https://arxiv.org/abs/2307.13770 (ICCV 2023).
 
-P prompts stand between the prefix tokens and the patches, fresh ones before every block as in VPT-deep. Beside them
-every block's attention has n learnable keys and values in each head, in front of its own; by default one tensor is
-both. Part way through training the least important input prompts are pruned, at two levels: whole tokens, and the R
-segments of each token's channels. Then all that trains is rewound to its initial values and trains again.
+P prompts are placed between the prefix tokens and the patches, new ones before every block as in VPT-deep. In addition
+every block's attention has n learnable keys and values in each head, before its own; by default one tensor serves as
+both. During training the least important input prompts are pruned, at two levels: whole tokens, and the R segments of
+each token's channels. Then all trained values are rewound to their initial values and train again.
 
-Follows the released code (https://github.com/ChengHan111/E2VPT, ``src/models/vit_prompt/vit_prompt_VK.py``,
+The code follows the release (https://github.com/ChengHan111/E2VPT, ``src/models/vit_prompt/vit_prompt_VK.py``,
 ``src/engine/trainer.py``): masks multiply the prompts and are the same in every block; channel c belongs to segment
-c mod R; key-value prompts start Kaiming-uniform. A pruned token is zero where it enters a block. It is still a token:
-the block's norm makes its bias of it, and the attention sees that.
+c mod R; key-value prompts start Kaiming-uniform. A pruned token is zero where it enters a block. It remains a token:
+the block's norm turns it into its bias, and the attention sees that.
 
-Deviations. Importance is the paper's |dL/dmask|, summed over the steps of the epoch in front of the pruning; the
-released code sums it with its sign over an epoch more, and gives every segment of a token the token's own. Masks stay
-1 until then, where the released first stage trains them. Shares are given, where the released code tries 10 to 90 %
-of each and keeps the best on validation images. Both stages are one run (``prune_at``), so the rewound values are
-those this run began with, and the head, which belongs to no method, is not rewound.
+Deviations: importance is the paper's |dL/dmask|, summed over the steps of the epoch before the pruning; the released
+code sums signed values over one more epoch, and gives every segment of a token the token's importance. Masks stay at
+1 until then, while the released first stage trains them. The shares are settings, while the released code tries 10 to
+90 % of each and keeps the best on validation images. Both stages are one run (``prune_at``), so the values are rewound
+to the start of this run, and the head, which does not belong to a method, is not rewound.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from prompttune.methods.base import Features, Layout, MethodConfig, MethodOver, 
 from prompttune.methods.vpt import prompt_bound, with_prompts, without_prompts
 
 ROUNDING = 1e-9
-"""Keeps a share such as 0.29 of 100 at 29."""
+"""Tolerance that keeps a share such as 0.29 of 100 at 29."""
 
 
 @dataclass(frozen=True)
@@ -48,34 +48,34 @@ class E2VPTConfig(MethodConfig):
     shapes_graph = ("num_prompts", "deep", "num_kv", "share_kv")
 
     num_prompts: int = setting(10, "prompt tokens", above=0)
-    deep: bool = setting(True, "fresh prompt tokens before every block")
-    num_kv: int = setting(5, "key-value prompts of each head in each block", above=0)
-    share_kv: bool = setting(True, "key prompts serve as value prompts too")
-    prune_tokens: float = setting(0.5, "share of the prompt tokens that is pruned", low=0, below=1)
-    prune_segments: float = setting(0.5, "share of each prompt token's segments that is pruned", low=0, below=1)
-    segments: int = setting(16, "segments of a prompt token's channels", above=0)
+    deep: bool = setting(True, "use new prompt tokens before every block")
+    num_kv: int = setting(5, "number of key-value prompts of each head in each block", above=0)
+    share_kv: bool = setting(True, "use the key prompts as value prompts too")
+    prune_tokens: float = setting(0.5, "share of the prompt tokens to prune", low=0, below=1)
+    prune_segments: float = setting(0.5, "share of each prompt token's segments to prune", low=0, below=1)
+    segments: int = setting(16, "number of segments of a prompt token's channels", above=0)
     prune_at: float = setting(
         0.5, "share of the epochs after which prompts are pruned and training begins again", above=0, below=1
     )
-    dropout: float = setting(0.0, "drop-out on input prompts and key-value prompts while training", low=0, below=1)
+    dropout: float = setting(0.0, "dropout on input prompts and key-value prompts while training", low=0, below=1)
 
     @property
     def prunes(self) -> bool:
-        """Whether anything is pruned: a small share of few prompts may be none."""
+        """Whether at least one prompt is pruned: a small share of few prompts may be zero."""
         return self.pruned_tokens > 0 or self.pruned_segments > 0
 
     @property
     def pruned_tokens(self) -> int:
-        """How many prompt tokens are pruned."""
+        """Number of pruned prompt tokens."""
         return int(self.prune_tokens * self.num_prompts + ROUNDING)
 
     @property
     def pruned_segments(self) -> int:
-        """How many segments of each prompt token are pruned."""
+        """Number of pruned segments of each prompt token."""
         return int(self.prune_segments * self.segments + ROUNDING)
 
     def epochs_before_pruning(self, epochs: int) -> int:
-        """How many of a run's epochs come before the pruning; at least one, and at least one follows."""
+        """Number of a run's epochs before the pruning; at least one, and at least one follows."""
         return min(max(round(self.prune_at * epochs), 1), epochs - 1)
 
     def check_epochs(self, epochs: int) -> None:
@@ -90,8 +90,8 @@ class E2VPTConfig(MethodConfig):
 class E2VPT(MethodOver[VitBackbone]):
     """``prompts`` [L, P, D] (or [1, P, D]), ``key`` [L, H, n, d], ``value`` likewise unless shared.
 
-    With pruning also, not trained by gradient: ``masks.token`` [P], ``masks.segment`` [P, R], and ``initial.*``, what
-    the three began with.
+    With pruning it also has tensors that gradients do not train: ``masks.token`` [P], ``masks.segment`` [P, R], and
+    ``initial.*``, the initial values of the others.
     """
 
     backbones = (VitBackbone,)
@@ -121,16 +121,16 @@ class E2VPT(MethodOver[VitBackbone]):
             )
         self.initial.update({name: _fixed(one.detach().clone()) for name, one in self.named_parameters()})
         self.masks.update({"token": _fixed(torch.ones(count)), "segment": _fixed(torch.ones(count, segments))})
-        # A hook on the parameter itself sees each step's gradient, and leaves the forward as it is.
+        # A hook on the parameter sees each step's gradient without changing the forward.
         self.prompts.register_hook(self._observe)
 
     @property
     def leading_keys(self) -> int:
-        """The key prompts."""
+        """Number of key prompts."""
         return self.config.num_kv
 
     def mask(self) -> Tensor:
-        """1 where a prompt's channel is left, 0 where it is pruned: [P, D]."""
+        """1 for each channel of a prompt that remains, 0 for a pruned one: [P, D]."""
         repeated = self.masks["segment"].repeat(1, self.prompts.shape[-1] // self.config.segments)  # [P, D]
         mask: Tensor = self.masks["token"].unsqueeze(1) * repeated
         return mask
@@ -156,12 +156,12 @@ class E2VPT(MethodOver[VitBackbone]):
         return super().parameters_left() - pruned
 
     def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
-        """See :meth:`Method.forward`; there is no prompt pathway."""
+        """See :meth:`Method.forward`; this method has no prompt pathway."""
         backbone = self.backbone
         count = self.config.num_prompts
         tokens = backbone.embed(images)  # [B, N, D]
         prompts, keys = self._rows(state["prompts"], tokens), self._rows(state["keys"], tokens)
-        # drop-out draws for keys and values apart, as released
+        # dropout draws separate values for keys and values, as released
         values = self._rows(state["keys" if self.config.share_kv else "values"], tokens)
         tokens = with_prompts(backbone, tokens, prompts[:, 0])  # [B, N + P, D]
         for index in range(backbone.depth):
@@ -177,7 +177,7 @@ class E2VPT(MethodOver[VitBackbone]):
         return Features(backbone.pool(without_prompts(backbone, tokens, count)))
 
     def _rows(self, tensor: Tensor, tokens: Tensor) -> Tensor:
-        """A state tensor [1 or B, ...] for every image of tokens [B, N, D], dropped out."""
+        """Expand a state tensor [1 or B, ...] to every image of tokens [B, N, D], with dropout."""
         rows = tensor.expand(tokens.shape[0], *tensor.shape[1:])
         return F.dropout(rows, self.config.dropout, self.training)
 
@@ -185,10 +185,10 @@ class E2VPT(MethodOver[VitBackbone]):
         """See :meth:`Method.end_epoch`: prune and rewind, once.
 
         Raises:
-            TrainingError: it is time, but no gradient has been seen in this epoch.
+            TrainingError: the pruning is due, but this epoch had no gradient.
         """
         seen, seen_of_tokens = self._importance, self._token_importance
-        self._importance = self._token_importance = None  # the last epoch before the pruning decides alone
+        self._importance = self._token_importance = None  # only the last epoch before the pruning counts
         if not self.config.prunes or epoch + 1 != self.config.epochs_before_pruning(epochs):
             return False
         if seen is None or seen_of_tokens is None:
@@ -201,7 +201,7 @@ class E2VPT(MethodOver[VitBackbone]):
 
     @torch.no_grad()
     def start_from_loaded(self) -> None:
-        """See :meth:`Method.start_from_loaded`: pruned prompts are zeros that may grow; what is here is rewound to."""
+        """See :meth:`Method.start_from_loaded`: pruned prompts are zeros that may grow; the state to rewind to."""
         if self.config.prunes:
             self.prompts.mul_(self.mask())
             for mask in self.masks.values():
@@ -211,10 +211,10 @@ class E2VPT(MethodOver[VitBackbone]):
 
     @torch.no_grad()
     def _observe(self, gradient: Tensor) -> None:
-        """Add one step's |dL/dmask|, all masks being 1: the sum of gradient times prompt over what a mask covers.
+        """Add one step's |dL/dmask|, with all masks at 1: the sum of gradient times prompt over what a mask covers.
 
-        In fp16 the gradient carries the step's loss scale, so steps behind a change of scale weigh otherwise; steps
-        that overflow do not count.
+        In fp16 the gradient contains the step's loss scale, so steps after a change of the scale have another weight;
+        steps that overflow are ignored.
         """
         by_channel = (gradient * self.prompts).sum(dim=0)  # [P, D]
         by_segment = by_channel.unflatten(1, (-1, self.config.segments)).sum(dim=1)  # [P, R]
@@ -225,7 +225,7 @@ class E2VPT(MethodOver[VitBackbone]):
         self._token_importance = by_token if self._token_importance is None else self._token_importance + by_token
 
     def _prune(self, tokens: Tensor, segments: Tensor) -> None:
-        """Set to 0 the masks of the least important tokens [P], and of each token's least important segments [P, R]."""
+        """Zero the masks of the least important tokens [P], and of each token's least important segments [P, R]."""
         for mask, importance, pruned in (
             (self.masks["token"], tokens, self.config.pruned_tokens),
             (self.masks["segment"], segments, self.config.pruned_segments),
@@ -239,7 +239,7 @@ def _fixed(tensor: Tensor) -> nn.Parameter:
 
 
 def _summed(tensor: Tensor) -> Tensor:
-    """The sum over all processes of a data parallel run: they must prune alike."""
+    """The sum over all processes of a data-parallel run, which must prune alike."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
     return tensor

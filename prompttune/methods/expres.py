@@ -1,16 +1,16 @@
 """EXPRES, expressive prompts with residuals: https://arxiv.org/abs/2303.15591 (CVPR 2023).
 
-P learnable output tokens enter block 0 beside the image's tokens, and the head reads what leaves the last block in
-their place. In every block a learnable vector for each of them is added to the output of the norm in front of the
-attention, of the query, key and value projections, and of the projection behind the attention (Figure 2 of the
-paper). The three can be switched off for the ablation.
+P learnable output tokens enter block 0 together with the image's tokens, and the head reads them after the last block.
+In every block a learnable vector for each of them is added to the output of the norm before the attention, of the
+query, key and value projections, and of the projection after the attention (Figure 2 of the paper). Each of the three
+can be switched off for the ablation.
 
-There is no released code. Choices of ours where the paper leaves room: the head reads the mean of the tokens, each
-behind the final norm; the norm's vector acts on the attention's norm alone; with LayerScale the projection's vector
-passes it too; vectors start at zero, tokens as in VPT; output tokens have no position embedding.
+The authors have not released code. Our choices where the paper is open: the head reads the mean of the tokens, each
+after the final norm; the norm's vector applies only to the attention's norm; with LayerScale the projection's vector
+passes it too; vectors start at zero, tokens as in VPT; output tokens do not have a position embedding.
 
-The norm's vector reaches nothing but the three projections, so what they make of it folds: the state holds one shift
-a token for queries, keys and values, and one for the projection.
+The norm's vector reaches only the three projections, so its effect on them can be folded: the state holds one shift
+per token for queries, keys and values, and one for the projection.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from prompttune.methods.base import Features, Layout, MethodConfig, MethodOver, 
 from prompttune.methods.vpt import prompt_bound
 
 QUERY, KEY, VALUE = range(3)
-"""Parts of a block's joint projection."""
+"""Indices of the parts of a block's joint projection."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class EXPRESConfig(MethodConfig):
     shapes_graph = ("num_prompts",)
 
     num_prompts: int = setting(10, "prompt tokens", above=0)
-    norm_residual: bool = setting(True, "vectors behind the norm in front of each attention")
-    qkv_residual: bool = setting(True, "vectors behind each query, key and value projection")
-    proj_residual: bool = setting(True, "vectors behind each projection of the attention's output")
-    dropout: float = setting(0.1, "drop-out on the prompts while training", low=0, below=1)
+    norm_residual: bool = setting(True, "add vectors after the norm before each attention")
+    qkv_residual: bool = setting(True, "add vectors after each query, key and value projection")
+    proj_residual: bool = setting(True, "add vectors after each projection of the attention's output")
+    dropout: float = setting(0.1, "dropout on the prompts while training", low=0, below=1)
 
 
 @implements(EXPRESConfig)
@@ -67,7 +67,7 @@ class EXPRES(MethodOver[VitBackbone]):
         self.proj = _zeros(depth, count, width) if config.proj_residual else None
 
     def task_state(self) -> State:
-        """``prompts`` [1, P, D]; ``qkv`` [1, L, 3, P, H d] and ``proj`` [1, L, P, D], shifts behind the projections."""
+        """``prompts`` [1, P, D]; ``qkv`` [1, L, 3, P, H d] and ``proj`` [1, L, P, D], shifts after the projections."""
         backbone, count = self.backbone, self.config.num_prompts
         blocks = range(backbone.depth)
         qkv = self.prompts.new_zeros(backbone.depth, 3, count, backbone.num_heads * backbone.head_dim)
@@ -90,13 +90,13 @@ class EXPRES(MethodOver[VitBackbone]):
         }
 
     def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
-        """See :meth:`Method.forward`; there is no prompt pathway."""
+        """See :meth:`Method.forward`; this method has no prompt pathway."""
         backbone, count = self.backbone, self.config.num_prompts
         tokens = backbone.embed(images)  # [B, N, D]
         prompts = state["prompts"].expand(tokens.shape[0], -1, -1)  # [B, P, D]
         tokens = torch.cat((F.dropout(prompts, self.config.dropout, self.training), tokens), dim=1)  # [B, P + N, D]
         for index in range(backbone.depth):
-            # behind the last block nobody reads the image's tokens
+            # after the last block only the output tokens are read
             read = tokens[:, :count] if index == backbone.depth - 1 else tokens
             attended = self._attention(index, backbone.norm1(index, tokens), read.shape[1], state["qkv"][:, index])
             attended = self._shifted(attended, state["proj"][:, index])
@@ -105,7 +105,7 @@ class EXPRES(MethodOver[VitBackbone]):
         return Features(backbone.pool_each(tokens))
 
     def _attention(self, index: int, normed: Tensor, asking: int, shift: Tensor) -> Tensor:
-        """What the attention adds to the first ``asking`` of normed tokens [B, P + N, D].
+        """The attention's output for the first ``asking`` of normed tokens [B, P + N, D], without the residual.
 
         Args:
             shift: [1 or B, 3, P, H d].

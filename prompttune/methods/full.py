@@ -1,8 +1,8 @@
-"""Full fine-tuning: every weight of the backbone trains. The reference that prompts are measured against.
+"""Full fine-tuning: every weight of the backbone trains. It is the reference for the prompt methods.
 
-A task is a whole backbone, so nothing is shared: the checkpoint holds all tuned tensors, and an engine has the tuned
-weights in its graph and one task. The copy stays in evaluation mode as the frozen backbone does: no drop-out, no
-stochastic depth, and a batch norm keeps its statistics.
+A task is a whole backbone, so tasks share nothing: the checkpoint holds all tuned tensors, and an engine has the tuned
+weights in its graph and one task. The copy stays in evaluation mode like the frozen backbone: without dropout and
+stochastic depth, and with fixed batch norm statistics.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class FullConfig(MethodConfig):
 class Full(Method):
     """``backbone.model.*``: the backbone's tensors by timm's names, a copy that trains.
 
-    Over a backbone that is tuned already, as an engine has it, there is no copy and nothing trains.
+    If the backbone is already tuned, as in an engine, it is not copied and nothing trains.
     """
 
     backbones = (Backbone,)
@@ -37,11 +37,11 @@ class Full(Method):
     def __init__(self, config: FullConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         if not backbone.is_tuned:
-            self.backbone = copy.deepcopy(backbone)  # a backbone stays in evaluation mode by itself
+            self.backbone = copy.deepcopy(backbone)  # a backbone always stays in evaluation mode
             self.backbone.requires_grad_(True)
 
     def task_state(self) -> State:
-        """Empty: the weights are the graph's own."""
+        """Empty: the graph holds the weights."""
         return {}
 
     def state_layout(self) -> Layout:

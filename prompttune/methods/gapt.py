@@ -1,14 +1,14 @@
 """GaPT, gated prompt tuning for self-supervised ViTs: https://arxiv.org/abs/2306.05067 (ICML 2023).
 
-Prompts enter block 0 as in VPT-shallow. Behind every block but the last a gate g in (0, 1), one learnable value a
+Prompts enter block 0 as in VPT-shallow. After every block but the last a gate g in (0, 1), one learnable value per
 block, mixes the prompts that leave the block with those that entered it: ``g out + (1 - g) in``; gates near 0 carry
 the prompts past a block. Every block's attention has a learnable temperature t, ``softmax(q k^T / (t sqrt(d)))``.
 
-Follows the released code (https://github.com/ryongithub/GatedPromptTuning): g = sigmoid(logit), all logits at
-``-gate_init``; temperatures at 1, written back into [0.01, 10] in front of each step. g and 1 / t fold into the state.
-The released code pools MoCo's class token, and for MAE the mean of prompts and patches, with the norm behind it:
-``pool`` ``backbone`` and ``mean``. A backbone that pools its patches pools them without the prompts under
-``backbone``, as VPT does here.
+The code follows the release (https://github.com/ryongithub/GatedPromptTuning): g = sigmoid(logit), all logits start at
+``-gate_init``; temperatures start at 1 and are clipped to [0.01, 10] before each step. g and 1 / t fold into the state.
+The released code pools MoCo's class token, and for MAE the mean of prompts and patches, followed by the norm:
+``pool`` ``backbone`` and ``mean``. With ``backbone``, a backbone that pools its patches pools them without the
+prompts, as in VPT here.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class GaPTConfig(MethodConfig):
     shapes_graph = ("num_prompts", "pool")
 
     num_prompts: int = setting(100, "prompt tokens", above=0)
-    gate_init: float = setting(10.0, "gates start at sigmoid(-gate_init)")
+    gate_init: float = setting(10.0, "initial gates: sigmoid(-gate_init)")
     pool: str = setting(
         "backbone",
-        "what the head reads: the backbone's own pooling, or the mean of prompts and patches (released for MAE)",
+        "input of the head: the backbone's own pooling, or the mean of prompts and patches (released for MAE)",
         ("backbone", "mean"),
     )
-    dropout: float = setting(0.1, "drop-out on the prompts while training", low=0, below=1)
+    dropout: float = setting(0.1, "dropout on the prompts while training", low=0, below=1)
 
 
 @implements(GaPTConfig)
@@ -67,7 +67,7 @@ class GaPT(MethodOver[VitBackbone]):
     def task_state(self) -> State:
         """``prompts`` [1, P, D]; ``gates`` [1, L - 1], g; ``sharpness`` [1, L], 1 / t."""
         temperatures: Tensor = self.temperatures
-        if self.training:  # the parameter itself, or it would drift on behind the bound and not come back
+        if self.training:  # clip the parameter itself, or it would drift beyond the bound
             with torch.no_grad():
                 temperatures.clamp_(COLDEST, HOTTEST)
         else:
@@ -84,14 +84,14 @@ class GaPT(MethodOver[VitBackbone]):
         return {"prompts": tuple(self.prompts.shape), "gates": (depth - 1,), "sharpness": (depth,)}
 
     def values_by_block(self) -> dict[str, Tensor]:
-        """``gate`` [L - 1], g; ``temperature`` [L], t within its bounds."""
+        """``gate`` [L - 1], g; and ``temperature`` [L], t within its bounds."""
         return {
             "gate": self.gates.detach().sigmoid(),
             "temperature": self.temperatures.detach().clamp(COLDEST, HOTTEST),
         }
 
     def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
-        """See :meth:`Method.forward`; there is no prompt pathway."""
+        """See :meth:`Method.forward`; this method has no prompt pathway."""
         backbone = self.backbone
         prefix, count = backbone.num_prefix_tokens, self.config.num_prompts
         tokens = backbone.embed(images)  # [B, N, D]

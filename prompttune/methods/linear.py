@@ -1,4 +1,4 @@
-"""Linear probe: the frozen backbone's pooled features under a trained head. The floor that methods are held to."""
+"""Linear probe: a trained head on the frozen backbone's pooled features. It is the baseline for all methods."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LinearConfig(MethodConfig):
 
 @implements(LinearConfig)
 class Linear(Method):
-    """No parameters beside the head."""
+    """Linear probe; the only parameters are the head's."""
 
     backbones = (Backbone,)
     gives_maps_on = (VitBackbone,)

@@ -1,10 +1,10 @@
 """LoRA, low-rank adaptation of the attention's projections: https://arxiv.org/abs/2106.09685 (ICLR 2022).
 
-In every block ``W_q`` and ``W_v``, with ``targets qkv`` ``W_k`` too, become ``W + (α / r) up down``. The products are
-never merged into the frozen weights: each row of a batch may belong to another task, so a row runs through its own
-``down`` and ``up``. The factor α / r folds into ``up``.
+In every block ``W_q`` and ``W_v``, with ``targets qkv`` also ``W_k``, become ``W + (α / r) up down``. The products are
+never merged into the frozen weights: each row of a batch may belong to another task, so each row uses its own ``down``
+and ``up``. The factor α / r folds into ``up``.
 
-As in the paper q and v are adapted by default, ``down`` starts Kaiming-uniform (as released; the paper says Gaussian)
+q and v are adapted by default as in the paper; ``down`` starts Kaiming-uniform (as released; the paper says Gaussian)
 and ``up`` at zero. A backbone that norms its queries and keys norms the sums, as with merged weights. timm
 keeps q, k and v in one matrix, so a library that adapts it as a whole (PEFT's ``target_modules="qkv"``) shares one
 ``down`` between the three: ``targets qkv`` with equal ``down``, see ``checkpoints/importing/peft.py``.
@@ -27,9 +27,9 @@ from prompttune.methods.base import RANK, Features, Layout, MethodConfig, Method
 from prompttune.methods.maps import Levels, MapReader
 
 QUERY, KEY, VALUE = range(3)
-"""Parts of a block's joint projection."""
+"""Indices of the parts of a block's joint projection."""
 TARGETS = {"qv": ("query", "value"), "qkv": ("query", "key", "value")}
-"""What each choice of targets adapts."""
+"""Projections that each choice of targets adapts."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class LoRAConfig(MethodConfig):
     paper = "https://arxiv.org/abs/2106.09685"
     shapes_graph = ("targets",)
 
-    rank: int = setting(4, "rank r of what is added to the weights", above=0)
-    alpha: float = setting(4.0, "α; what is added is weighed by α / r", above=0)
-    targets: str = setting("qv", "projections that are adapted: queries and values, or keys too", tuple(TARGETS))
-    dropout: float = setting(0.0, "drop-out on the input of the low-rank products, while training", low=0, below=1)
+    rank: int = setting(4, "rank r of the weight updates", above=0)
+    alpha: float = setting(4.0, "α; the updates are scaled by α / r", above=0)
+    targets: str = setting("qv", "projections to adapt: queries and values, or also keys", tuple(TARGETS))
+    dropout: float = setting(0.0, "dropout on the input of the low-rank products, while training", low=0, below=1)
 
 
 class LowRank(nn.Module):
-    """What is added to one weight in each of L blocks: ``down`` [L, r, D], ``up`` [L, H d, r]."""
+    """Updates of one weight in each of L blocks: ``down`` [L, r, D], ``up`` [L, H d, r]."""
 
     def __init__(self, depth: int, rank: int, width: int, out: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class LowRank(nn.Module):
 
 @implements(LoRAConfig)
 class LoRA(MethodOver[VitBackbone]):
-    """``query`` and ``value``, with ``targets qkv`` also ``key``, a :class:`LowRank` each."""
+    """A :class:`LowRank` each for ``query`` and ``value``, with ``targets qkv`` also for ``key``."""
 
     backbones = (VitBackbone,)
     gives_maps_on = (VitBackbone,)
@@ -76,7 +76,7 @@ class LoRA(MethodOver[VitBackbone]):
             self.add_module(name, LowRank(backbone.depth, config.rank, backbone.width, out))
 
     def task_state(self) -> State:
-        """``query.down`` [1, L, D, r], ``query.up`` [1, L, r, H d] times α / r, and the same of the other targets."""
+        """``query.down`` [1, L, D, r], ``query.up`` [1, L, r, H d] times α / r, and the same for the other targets."""
         scale = self.config.alpha / self.config.rank
         state = {}
         for name in self.targets:
@@ -97,7 +97,7 @@ class LoRA(MethodOver[VitBackbone]):
         return layout
 
     def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
-        """See :meth:`Method.forward`; there is no prompt pathway."""
+        """See :meth:`Method.forward`; this method has no prompt pathway."""
         backbone = self.backbone
         reader, tokens = MapReader(backbone, levels), backbone.embed(images)  # [B, N, D]
         for index in range(backbone.depth):
@@ -109,7 +109,7 @@ class LoRA(MethodOver[VitBackbone]):
         return Features(backbone.pool(tokens), maps=reader.maps)
 
     def _attention(self, backbone: VitBackbone, index: int, tokens: Tensor, state: State, whole: bool) -> Tensor:
-        """What the attention adds, [B, N, D] to [B, 1 or N, D]."""
+        """The attention with its updates, without the residual, [B, N, D] to [B, 1 or N, D]."""
         normed = backbone.norm1(index, tokens)
         asking = backbone.read(index, normed, whole)
         query = backbone.linear_qkv(index, asking, QUERY) + self._added("query", index, asking, state)
@@ -123,6 +123,6 @@ class LoRA(MethodOver[VitBackbone]):
         return backbone.project(index, merge_heads(attended))
 
     def _added(self, name: str, index: int, normed: Tensor, state: State) -> Tensor:
-        """The low-rank product of normed tokens, [B, N, D] to [B, N, H d]."""
+        """The low-rank product for normed tokens, [B, N, D] to [B, N, H d]."""
         dropped = F.dropout(normed, self.config.dropout, self.training)
         return dropped @ state[f"{name}.down"][:, index] @ state[f"{name}.up"][:, index]

@@ -1,13 +1,13 @@
 """Long-term Spatial Prompt Tuning for self-supervised ViTs: https://arxiv.org/abs/2402.17406.
 
-Prompts stand between the prefix tokens and the patches. Between two blocks the prompts that left the first one are
-coded anew: spatially (the mean of the patch tokens is added), then over the long term (an LSTM cell shared by all
-blocks reads a learnable input of its own for each block; the coded prompts are its hidden state). Patches and prefix
-tokens pass on unchanged, and nothing is coded after the last block. The cell's input half does not depend on the
-image and folds into the state.
+Prompts are placed between the prefix tokens and the patches. Between two blocks the prompts that left the first one
+are coded anew: spatially (the mean of the patch tokens is added), then over the long term (an LSTM cell shared by all
+blocks reads a learnable input for each block; the coded prompts are its hidden state). Patches and prefix tokens pass
+unchanged, and there is coding only between blocks. The cell's input half does not depend on the image and folds into
+the state.
 
-With the long-term coding off the spatially coded prompts enter the next block as they are; with both off what
-remains is VPT-shallow.
+Without long-term coding, the spatially coded prompts enter the next block directly. Without both, the method is
+VPT-shallow.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class LSPTConfig(MethodConfig):
     shapes_graph = ("num_prompts", "long_term", "spatial", "cell_rank")
 
     num_prompts: int = setting(10, "prompt tokens", above=0)
-    long_term: bool = setting(True, "long-term prompt coding: the LSTM cell between blocks")
-    spatial: bool = setting(True, "global spatial prompt coding: the mean of the patches is added to the prompts")
-    cell_rank: int | None = setting(None, "rank of the LSTM cell's matrices; none keeps them full", above=0)
-    dropout: float = setting(0.0, "drop-out on the prompts that enter block 0, while training", low=0, below=1)
+    long_term: bool = setting(True, "use long-term prompt coding: an LSTM cell between blocks")
+    spatial: bool = setting(True, "use global spatial prompt coding: add the mean of the patches to the prompts")
+    cell_rank: int | None = setting(None, "rank of the LSTM cell's matrices; none for full matrices", above=0)
+    dropout: float = setting(0.0, "dropout on the prompts that enter block 0, while training", low=0, below=1)
 
     def check(self) -> None:
         """See :meth:`MethodConfig.check`."""
-        self.require(self.long_term or self.cell_rank is None, "without long_term there is no cell to set cell_rank of")
+        self.require(self.long_term or self.cell_rank is None, "cell_rank needs long_term")
 
 
 @implements(LSPTConfig)
@@ -77,7 +77,7 @@ class LSPT(MethodOver[VitBackbone]):
         return {name: tuple(tensor.shape[1:]) for name, tensor in self.task_state().items()}
 
     def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
-        """See :meth:`Method.forward`; there is no prompt pathway."""
+        """See :meth:`Method.forward`; this method has no prompt pathway."""
         backbone = self.backbone
         prefix, count = backbone.num_prefix_tokens, self.config.num_prompts
         reader = MapReader(backbone, levels, count)
@@ -98,7 +98,7 @@ class LSPT(MethodOver[VitBackbone]):
         return Features(backbone.pool(without_prompts(backbone, tokens, count)), maps=reader.maps)
 
     def _code(self, index: int, prompts: Tensor, patches: Tensor, cell: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """Prompts and cell [B, P, D] after block ``index``, coded for the next one."""
+        """Prompts and cell [B, P, D] after block ``index``, coded for the next block."""
         if self.config.spatial:
             prompts = prompts + patches.mean(dim=1, keepdim=True)
         if not self.config.long_term:

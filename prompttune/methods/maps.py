@@ -1,4 +1,4 @@
-"""Maps of patch tokens, read out of a method's forward for a head that answers for each place."""
+"""Maps of patch tokens, read from a method's forward for a head that answers for each place."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Levels = tuple[int, ...]
 
 
 class MapReader:
-    """Collects the maps of one pathway while a forward goes through its blocks.
+    """Collects the maps of one pathway while a forward runs through its blocks.
 
     Args:
-        backbone: whose final norm every map goes through, those of earlier blocks too.
-        levels: which blocks; empty reads nothing.
-        inserted: prompt tokens that stand between the prefix tokens and the patches.
+        backbone: backbone whose final norm is applied to every map, even those of earlier blocks.
+        levels: blocks to read; empty for none.
+        inserted: number of prompt tokens between the prefix tokens and the patches.
     """
 
     def __init__(self, backbone: VitBackbone, levels: Levels, inserted: int = 0) -> None:
@@ -27,11 +27,11 @@ class MapReader:
 
     @property
     def whole(self) -> bool:
-        """Whether the last block must compute all tokens, not those alone that are pooled."""
+        """Whether the last block must compute all tokens, not only the pooled ones."""
         return bool(self._levels)
 
     def read(self, index: int, tokens: Tensor) -> None:
-        """Take tokens [B, N, D] that leave block ``index`` if they are asked for."""
+        """Keep tokens [B, N, D] that leave block ``index`` if this level is requested."""
         if index in self._levels:
             self._found.append(self._backbone.patch_map(tokens, self._inserted))
 

@@ -1,13 +1,13 @@
 """SSF, scaling and shifting of features: https://arxiv.org/abs/2210.08823 (NeurIPS 2022).
 
-A scale and a shift a channel behind every linear operation and norm, at the places of the released code: the patch
-embedding, then in each block ``norm1``, ``qkv``, ``proj``, ``norm2``, ``fc1``, ``fc2``, and the final norm. For
+Every linear operation and norm is followed by a scale and a shift per channel, at the places of the released code: the
+patch embedding, then in each block ``norm1``, ``qkv``, ``proj``, ``norm2``, ``fc1``, ``fc2``, and the final norm. For
 ViT-B/16 these are 205,824 values.
 
 The paper merges them into the weights, which would make a task a copy of the backbone; here they stay per-row
-tensors, so tasks mix in a batch. The released code scales ``proj`` and ``fc2`` in front of LayerScale; LayerScale is a
-factor a channel, so what it makes of the shift folds into the state. Deviation: a backbone with a norm in its patch
-embedding has one place there, behind the norm, where the released code has two.
+tensors, so tasks can be mixed in a batch. The released code scales ``proj`` and ``fc2`` before LayerScale, which is a
+factor per channel, so its effect on the shift folds into the state. Deviation: a backbone with a norm in its patch
+embedding has one place there, after the norm, while the released code has two.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SSFConfig(MethodConfig):
     """SSF has no settings of its own."""
 
     method = "ssf"
-    summary = "Scale and shift of the features behind every layer"
+    summary = "Scale and shift of the features after every layer"
     paper = "https://arxiv.org/abs/2210.08823"
 
 
@@ -54,7 +54,7 @@ class SSF(MethodOver[VitBackbone]):
             nn.init.normal_(self.shift[place], 0.0, INIT_STD)
 
     def task_state(self) -> State:
-        """``scale.*`` and ``shift.*``; the shifts of ``proj`` and ``fc2`` as LayerScale leaves them."""
+        """``scale.*`` and ``shift.*``; LayerScale is already applied to the shifts of ``proj`` and ``fc2``."""
         backbone = self.backbone
         shapes = places(backbone)
         state = {f"scale.{place}": self.scale[place].unsqueeze(0) for place in shapes}
@@ -73,7 +73,7 @@ class SSF(MethodOver[VitBackbone]):
         return {f"{kind}.{place}": shape for kind in ("scale", "shift") for place, shape in places(backbone).items()}
 
     def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
-        """See :meth:`Method.forward`; there is no prompt pathway."""
+        """See :meth:`Method.forward`; this method has no prompt pathway."""
         backbone = self.backbone
         tokens = backbone.place(_adapt(backbone.embed_patches(images), state, "patches"))  # [B, N, D]
         for index in range(backbone.depth):
@@ -84,7 +84,7 @@ class SSF(MethodOver[VitBackbone]):
 
 
 def places(backbone: VitBackbone) -> dict[str, tuple[int, ...]]:
-    """Where features are scaled and shifted, and the shape of each scale: L blocks, D channels, M hidden ones."""
+    """The places that are scaled and shifted, with the shape of each scale: L blocks, D channels, M hidden channels."""
     depth, width, heads = backbone.depth, backbone.width, backbone.num_heads * backbone.head_dim
     hidden = int(backbone.block(0).mlp.fc1.out_features)
     return {
@@ -100,7 +100,7 @@ def places(backbone: VitBackbone) -> dict[str, tuple[int, ...]]:
 
 
 def _adapt(features: Tensor, state: State, place: str, *at: int) -> Tensor:
-    """Features [B, N, C] scaled and shifted by the tensors of ``place``, of which ``at`` picks the block and part."""
+    """Scale and shift features [B, N, C] by the tensors of ``place``; ``at`` selects the block and the part."""
     scale, shift = state[f"scale.{place}"], state[f"shift.{place}"]  # [1 or B, (L, (3,)) C]
     for index in at:
         scale, shift = scale[:, index], shift[:, index]
@@ -108,7 +108,7 @@ def _adapt(features: Tensor, state: State, place: str, *at: int) -> Tensor:
 
 
 def _attention(backbone: VitBackbone, index: int, tokens: Tensor, state: State) -> Tensor:
-    """What the attention of a block adds, [B, N, D] to [B, 1 or N, D]."""
+    """The attention of a block, without the residual, [B, N, D] to [B, 1 or N, D]."""
     normed = _adapt(backbone.norm1(index, tokens), state, "norm1", index)
     asking = backbone.read(index, normed)
     query, key, value = (
@@ -120,7 +120,7 @@ def _attention(backbone: VitBackbone, index: int, tokens: Tensor, state: State) 
 
 
 def _mlp(backbone: VitBackbone, index: int, tokens: Tensor, state: State) -> Tensor:
-    """What the MLP of a block adds, [B, N, D]."""
+    """The MLP of a block, without the residual, [B, N, D]."""
     normed = _adapt(backbone.norm2(index, tokens), state, "norm2", index)
     hidden = _adapt(backbone.expand_mlp(index, normed), state, "fc1", index)
     return _adapt(backbone.contract_mlp(index, hidden), state, "fc2", index)

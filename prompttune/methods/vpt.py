@@ -1,14 +1,14 @@
 """Visual Prompt Tuning, shallow and deep: https://arxiv.org/abs/2203.12119 (ECCV 2022).
 
-P learnable prompts stand between the prefix tokens and the patches. Shallow: they enter at block 0 and are carried
-through. Deep: every block gets fresh ones in place of those that left the block before it.
+P learnable prompts are placed between the prefix tokens and the patches. Shallow: they enter at block 0 and are carried
+through. Deep: every block gets new ones instead of those that left the block before it.
 
-On a Swin the prompts stand in front of every window of a block and are ignored by patch merging: section 4.2 of the
-paper, whose released code settles the rest (``src/models/vit_prompt/swin_transformer.py`` of KMnP/vpt). Between a
-prompt and a token there is no position bias and no shift mask. What shallow prompts see is averaged over the windows;
-to reach the next stage's width they pass through the merging's weights as four equal neighbours. Deviations from that
-code: it pairs windows with the prompts of other images in the batch, here they are the image's own; it pools prompts
-and patches, here patches alone, as the backbone does; deep prompts' drop-out is drawn once a step for block 0 too.
+On a Swin the prompts precede every window of a block and are ignored by patch merging: section 4.2 of the paper, whose
+released code defines the rest (``src/models/vit_prompt/swin_transformer.py`` of KMnP/vpt). Between a prompt and a token
+there is neither position bias nor shift mask. The output for shallow prompts is averaged over the windows; to reach the
+next stage's width they pass the merging's weights as four equal neighbours. Deviations from that code: it pairs windows
+with the prompts of other images in the batch, here they are the image's own; it pools prompts and patches, here only
+patches, as the backbone does; dropout of deep prompts is drawn once per step, for block 0 too.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class VPTShallowConfig(MethodConfig):
     """Settings of VPT-shallow."""
 
     method = "vpt-shallow"
-    summary = "Prompt tokens in front of the first block"
+    summary = "Prompt tokens before the first block"
     paper = "https://arxiv.org/abs/2203.12119"
     shapes_graph = ("num_prompts",)
     deep = False
 
     num_prompts: int = setting(10, "prompt tokens", above=0)
-    dropout: float = setting(0.1, "drop-out on the prompts while training", low=0, below=1)
+    dropout: float = setting(0.1, "dropout on the prompts while training", low=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class VPTDeepConfig(VPTShallowConfig):
     """Settings of VPT-deep."""
 
     method = "vpt-deep"
-    summary = "Prompt tokens in front of every block"
+    summary = "Prompt tokens before every block"
     paper = "https://arxiv.org/abs/2203.12119"
     deep = True
 
@@ -58,13 +58,13 @@ def prompt_bound(backbone: VitBackbone | SwinBackbone) -> float:
 
 
 def with_prompts(backbone: VitBackbone, tokens: Tensor, prompts: Tensor, replaced: int = 0) -> Tensor:
-    """Tokens [B, N, D] with prompts [B, P, D] behind the prefix tokens, in the place of the ``replaced`` ones there."""
+    """Tokens [B, N, D] with prompts [B, P, D] after the prefix tokens, replacing the ``replaced`` tokens there."""
     prefix = backbone.num_prefix_tokens
     return torch.cat((tokens[:, :prefix], prompts, tokens[:, prefix + replaced :]), dim=1)
 
 
 def without_prompts(backbone: VitBackbone, tokens: Tensor, count: int) -> Tensor:
-    """Tokens [B, N + P, D] that left the last block, less the P prompts; token 0 alone passes as it is."""
+    """Tokens [B, N + P, D] of the last block without the P prompts; token 0 alone passes unchanged."""
     if backbone.pools_class_token:
         return tokens
     prefix = backbone.num_prefix_tokens
@@ -95,7 +95,7 @@ class VPT(MethodOver[VitBackbone]):
         return {"prompts": tuple(self.prompts.shape)}
 
     def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
-        """See :meth:`Method.forward`; there is no prompt pathway."""
+        """See :meth:`Method.forward`; this method has no prompt pathway."""
         backbone = self.backbone
         count = self.config.num_prompts
         reader = MapReader(backbone, levels, count)
@@ -132,10 +132,10 @@ class SwinVPT(MethodOver[SwinBackbone]):
         self.prompts = nn.ParameterList(torch.empty(size).uniform_(-bound, bound) for size in sizes)
 
     def task_state(self) -> State:
-        """Shallow: ``prompts`` [1, P, D]. Deep: a block's prompts are only seen there, so their keys and values fold.
+        """Shallow: ``prompts`` [1, P, D]. Deep: only attention reads a block's prompts, so keys and values are folded.
 
-        ``keys.{i}`` and ``values.{i}`` [1, blocks, H, P, d] for stage i. While training, drop-out of deep prompts is
-        drawn here, once for all images.
+        ``keys.{i}`` and ``values.{i}`` [1, blocks, H, P, d] for stage i. In training, dropout of deep prompts is drawn
+        here, once for all images.
         """
         if not self.config.deep:
             return {"prompts": self.prompts[0]}
@@ -163,13 +163,13 @@ class SwinVPT(MethodOver[SwinBackbone]):
         return layout
 
     def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
-        """See :meth:`Method.forward`; there is no prompt pathway."""
+        """See :meth:`Method.forward`; this method has no prompt pathway."""
         tokens = self.backbone.embed(images)  # [B, N, D]
         tokens = self._deep(tokens, state) if self.config.deep else self._shallow(tokens, state)
         return Features(self.backbone.pool(tokens))
 
     def _deep(self, tokens: Tensor, state: State) -> Tensor:
-        """All stages, every block with prompts of its own, [B, N, D] to [B, N', D']."""
+        """All stages, with separate prompts for every block, [B, N, D] to [B, N', D']."""
         backbone, rows = self.backbone, tokens.shape[0]
         for number, stage in enumerate(backbone.stages):
             tokens = backbone.merge(number, tokens)
@@ -198,7 +198,7 @@ class SwinVPT(MethodOver[SwinBackbone]):
         return tokens
 
     def _shallow_block(self, index: int, both: Tensor) -> Tensor:
-        """A block of prompts and tokens, [B, P + N, D]."""
+        """A block for prompts and tokens, [B, P + N, D]."""
         backbone, count = self.backbone, self.config.num_prompts
         q, k, v = backbone.qkv(index, backbone.norm1(index, both))  # [B, H, P + N, d]
         prompts = (q[:, :, :count], k[:, :, :count], v[:, :, :count])

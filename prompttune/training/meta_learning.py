@@ -1,10 +1,11 @@
-"""Meta-learning of the prompt that DAM-VP starts from: Reptile over the clusters of several data sets.
+"""Meta-learning of DAM-VP's initial prompt: Reptile over the clusters of several data sets.
 
-Section 3.3 of the paper, in the form of the released code that trains heads along (``meta-training/meta_ht.py`` of
-https://github.com/shikiw/DAM-VP). In each step every data set gives a batch; all its clusters' prompts start from the
-common one, take a few SGD steps on that batch together with the data set's own head, which stays for the next step,
-and the common prompt moves towards the mean of all prompts that came out. Deviations: the last prompt is kept, not
-that of the step with the lowest loss, which depends on its batches; no weight decay.
+This follows section 3.3 of the paper, in the form of the released code that also trains heads
+(``meta-training/meta_ht.py`` of https://github.com/shikiw/DAM-VP). In each step every data set gives a batch; all its
+clusters' prompts start from the common one and take a few SGD steps on that batch together with the data set's own
+head, which is kept for the next step; then the common prompt moves towards the mean of all resulting prompts.
+Deviations: the last prompt is kept, not that of the step with the lowest loss (it depends on the step's batches);
+no weight decay.
 """
 
 from __future__ import annotations
@@ -31,23 +32,23 @@ from prompttune.model import PromptModel
 
 logger = logging.getLogger("prompttune")
 MAX_CORRUPT = 10
-"""Unreadable images of a data set that are tolerated."""
+"""Number of unreadable images to tolerate in a data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetaSettings:
-    """Settings of the meta-learning; the defaults are those of the released code's arguments."""
+    """Settings of the meta-learning; the defaults are the released code's arguments."""
 
     steps: int = 200
-    """Moves of the common prompt."""
+    """Number of moves of the common prompt."""
     inner_steps: int = 8
-    """SGD steps of a data set's prompts in each of them."""
+    """Number of SGD steps of a data set's prompts in each move."""
     lr: float = 1.0
     """Learning rate of the prompts in the inner steps; it falls to 0 along a cosine."""
     head_lr: float = 0.1
     """Learning rate of the heads."""
     step_size: float = 1.0
-    """How far the common prompt moves towards the mean of the others."""
+    """Share of the way from the common prompt to the mean of the others in each move."""
     batch_size: int = 64
     seed: int = 0
 
@@ -70,19 +71,19 @@ def learn_prompt(
     """Meta-learn a prompt and write it to a file for ``DAMVPConfig(meta_init=...)``.
 
     Args:
-        backbone: frozen; the prompt fits it alone.
-        data: data sets, as training takes them; their training images are used.
-        output: the file to write.
-        config: border and clustering.
+        backbone: a frozen backbone; the prompt fits only this one.
+        data: data sets, as for training; their training images are used.
+        output: path of the file to write.
+        config: settings of border and clustering.
         settings: steps and learning rates.
-        device: where to compute.
-        on_step: told the number of steps done and the mean loss of the last one, before its inner steps.
+        device: device to compute on.
+        on_step: called with the number of finished steps and the mean loss of the last one, before its inner steps.
 
     Returns:
-        The mean loss over the data sets in front of each step's inner steps.
+        The mean loss over the data sets before each step's inner steps.
 
     Raises:
-        UsageError: no data set, or the output is a folder.
+        UsageError: the list of data sets is empty, or the output is a folder.
         DataError: a data set cannot be read.
         TrainingError: the loss is not finite.
     """
@@ -115,7 +116,7 @@ def learn_prompt(
 
 
 class _Task:
-    """A data set with its clusters, and its head, which lives through all steps."""
+    """A data set with its clusters, and its head, which is kept through all steps."""
 
     def __init__(
         self, backbone: Backbone, config: DAMVPConfig, data: str, settings: MetaSettings, device: torch.device
@@ -142,7 +143,7 @@ class _Task:
         self.criterion = nn.CrossEntropyLoss()
 
     def adapt(self, prompt: Tensor, lr: float, settings: MetaSettings) -> tuple[Tensor, float]:
-        """Prompts [K, 3, P] after inner steps from ``prompt``, and the loss in front of them."""
+        """Prompts [K, 3, P] after inner steps from ``prompt``, and the loss before them."""
         with torch.no_grad():
             self.method.prompts.copy_(prompt)
         optimizer = torch.optim.SGD(

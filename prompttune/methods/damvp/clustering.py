@@ -1,4 +1,4 @@
-"""The clusters of a task's images, as DAM-VP's released code finds them."""
+"""Clusters of a task's images, found as in DAM-VP's released code."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from prompttune.methods.damvp.config import DAMVPConfig
 
 
 def gather_features(backbone: Backbone, batches: Iterable[tuple[Tensor, Tensor]], most: int) -> Tensor:
-    """Pooled features of the plain backbone of at most ``most`` images, float32 [N, D] on the CPU.
+    """Pooled features of at most ``most`` images from the plain backbone, float32 [N, D] on the CPU.
 
     Raises:
-        TrainingError: there is no image, or the backbone's features of one are not finite.
+        TrainingError: the batches hold no image, or the features of an image are not finite.
     """
     gathered: list[Tensor] = []
     count = 0
@@ -38,15 +38,15 @@ def find_centres(features: Tensor, config: DAMVPConfig) -> Tensor:
     """Mean features of each cluster, [K, D].
 
     Agglomerative clustering with average linkage over Euclidean distances: clusters merge until the nearest two are
-    ``config.cluster_distance`` apart on average, or ``config.clusters`` are left. More than ``config.max_clusters``
-    go on merging.
+    ``config.cluster_distance`` apart on average, or until ``config.clusters`` remain. More than ``config.max_clusters``
+    continue to merge.
 
     Args:
         features: [N, D].
-        config: what ends the merging.
+        config: settings that end the merging.
 
     Raises:
-        TrainingError: there are fewer images than clusters were asked for.
+        TrainingError: the number of images is below ``config.clusters``.
     """
     from sklearn.cluster import AgglomerativeClustering
 

@@ -14,7 +14,7 @@ INITS = ("zero", "released")
 
 @dataclass(frozen=True)
 class DAMVPConfig(MethodConfig):
-    """Settings of DAM-VP; the defaults follow the paper and its code where they name a value for every backbone."""
+    """Settings of DAM-VP; the defaults follow the paper and its code if these name one value for every backbone."""
 
     method = "dam-vp"
     summary = "Pixel prompts, one for each cluster of the images"
@@ -27,14 +27,14 @@ class DAMVPConfig(MethodConfig):
         f"width of the border in pixels; by default {RELEASED_SIZE} of {RELEASED_IMAGE}, scaled to the image",
         low=1,
     )
-    clusters: int | None = setting(None, "number of clusters; by default as many as lie cluster_distance apart", low=1)
+    clusters: int | None = setting(None, "number of clusters; by default as many as are cluster_distance apart", low=1)
     cluster_distance: float | None = setting(
-        None, "distance of features from which clusters stay apart; by default the mean between two images", above=0
+        None, "smallest distance between clusters' features; by default the mean between two images", above=0
     )
-    max_clusters: int = setting(16, "at most so many clusters", low=1)
-    cluster_images: int = setting(1000, "training images that are clustered", low=1)
-    init: str = setting("zero", "start of the prompts: zero, or the released code's normal draw", choices=INITS)
-    meta_init: str | None = setting(None, "file of prompttune meta, or dam-vp checkpoint, that all prompts start from")
+    max_clusters: int = setting(16, "largest number of clusters", low=1)
+    cluster_images: int = setting(1000, "number of training images to cluster", low=1)
+    init: str = setting("zero", "initial prompts: zero, or the released code's normal draw", choices=INITS)
+    meta_init: str | None = setting(None, "file of prompttune meta, or dam-vp checkpoint, with the initial prompt")
 
     def check(self) -> None:
         """See :meth:`MethodConfig.check`."""
@@ -46,7 +46,7 @@ class DAMVPConfig(MethodConfig):
         )
 
     def resolved(self, backbone: Backbone) -> DAMVPConfig:
-        """The border's width for this backbone's image."""
+        """Fill in the border's width for this backbone's image size."""
         side = backbone.image_size
         size = self.prompt_size or max(1, round(side * RELEASED_SIZE / RELEASED_IMAGE))
         self.require(2 * size < side, f"a border of {size} pixels leaves nothing of an image of {side}")

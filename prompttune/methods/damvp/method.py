@@ -1,14 +1,14 @@
 """DAM-VP, diversity-aware meta visual prompting: https://arxiv.org/abs/2303.08138 (CVPR 2023).
 
-A task's images are clustered by the frozen backbone's features, and each cluster has a prompt of its own: a border of
-pixels that is added to the image. An image takes the prompt of the nearest cluster, so it goes through the backbone
+A task's images are clustered by the frozen backbone's features, and each cluster has its own prompt: a border of
+pixels that is added to the image. An image uses the prompt of the nearest cluster, so it passes the backbone
 twice. This is the paper's head-tuning setting; the rest follows https://github.com/shikiw/DAM-VP.
 
-Which centre c is nearest to features f does not depend on |f|², so f (c - m) - (|c|² - |m|²) / 2 is compared, with m
-the mean of the centres: all but one product folds into the state, and its values stay small.
+The centre c nearest to features f does not depend on |f|². Therefore f (c - m) - (|c|² - |m|²) / 2 is compared, with m
+the mean of the centres: all but one product folds into the state, and the values stay small.
 
-Deviations: the distance at which clusters stay apart has a default that follows the images, where the released code
-has one number for each of its backbones; the number of clusters has a limit; the prompts start at zero unless
+Deviations: the distance at which clusters stay apart has a default that depends on the images, while the released code
+has one number for each of its backbones; the number of clusters is limited; the prompts start at zero unless
 ``init`` is ``released``; one optimiser with one learning rate trains prompts and head.
 """
 
@@ -43,7 +43,7 @@ class DAMVP(Method):
         self._make(config.clusters or 1)
 
     def _make(self, clusters: int) -> None:
-        """Parameters for ``clusters`` clusters, all alike."""
+        """Create parameters for ``clusters`` clusters, all of them alike."""
         old = next(self.parameters(), torch.empty(0))
         centres = torch.zeros(clusters, self._backbone[0].width, device=old.device)
         prompt = torch.zeros(3, self.pixels)
@@ -63,13 +63,13 @@ class DAMVP(Method):
                 self.prompts.copy_(start)
 
     def take_sizes(self, stored: Mapping[str, Tensor]) -> None:
-        """As many clusters as the stored centres are."""
+        """Create as many clusters as there are stored centres."""
         clusters = len(stored["centres"]) if "centres" in stored and stored["centres"].ndim else 0
         if clusters and clusters != len(self.centres):
             self._make(clusters)
 
     def task_state(self) -> State:
-        """``centres`` less their mean, the ``offsets`` of the comparison, ``prompts``."""
+        """``centres`` minus their mean, the ``offsets`` of the comparison, and ``prompts``."""
         mean = self.centres.mean(dim=0)
         shifted = self.centres - mean
         offsets = -0.5 * (shifted * (self.centres + mean)).sum(dim=-1)
@@ -88,11 +88,11 @@ class DAMVP(Method):
         }
 
     def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
-        """See :meth:`Method.forward`; there is no prompt pathway."""
+        """See :meth:`Method.forward`; this method has no prompt pathway."""
         backbone = self._backbone[0]
         nearest = nearest_clusters(backbone(images), state["centres"], state["offsets"])  # [B]
         prompts = state["prompts"]  # [1 or B, K, 3, P]
-        # Row b of prompts begins at b K, the only row at 0: one plain Gather for both, and a small gradient.
+        # Row b of prompts begins at b K, a single row at 0: one plain Gather for both, with a small gradient.
         begin = torch.arange(prompts.shape[0], device=prompts.device) * prompts.shape[1]  # [1 or B]
         border = prompts.flatten(0, 1).index_select(0, begin + nearest)  # [B, 3, P]
         features: Tensor = backbone(add_border(images, border.to(images.dtype), self.prompt_size))
@@ -100,14 +100,14 @@ class DAMVP(Method):
 
 
 def nearest_clusters(features: Tensor, centres: Tensor, offsets: Tensor) -> Tensor:
-    """Index of the nearest centre of each image, the first among equals, int64 [B].
+    """Index of the nearest centre of each image, int64 [B]; the first one wins a tie.
 
     Args:
         features: [B, D].
-        centres: less their mean, [1 or B, K, D].
-        offsets: [1 or B, K]; -inf where there is no centre.
+        centres: centres minus their mean, [1 or B, K, D].
+        offsets: [1 or B, K]; -inf for a padding centre.
     """
-    # No matrix product: autocast would round it, and its rounding may depend on the batch.
+    # Not a matrix product: autocast would round it, and its rounding may depend on the batch.
     products = (features.float().unsqueeze(1) * centres.float()).sum(dim=-1)  # [B, K]
     scores = torch.add(products, offsets.float())
     probe("cluster_scores", scores)
@@ -115,12 +115,12 @@ def nearest_clusters(features: Tensor, centres: Tensor, offsets: Tensor) -> Tens
 
 
 def border_pixels(side: int, width: int) -> int:
-    """Pixels of a border of ``width`` in an image of ``side``."""
+    """Number of pixels in a border of ``width`` pixels around an image of ``side`` pixels."""
     return side * side - (side - 2 * width) ** 2
 
 
 def add_border(images: Tensor, border: Tensor, width: int) -> Tensor:
-    """Images [B, 3, S, S] plus a border [B, 3, P] of ``width``: its pixels are top, bottom, left and right, by rows."""
+    """Add a border [B, 3, P] of ``width`` to images [B, 3, S, S]: its pixels are top, bottom, left, right, by rows."""
     side = images.shape[-1]
     inner = side - 2 * width
     shapes = ((width, side), (width, side), (inner, width), (inner, width))

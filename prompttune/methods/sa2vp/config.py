@@ -16,7 +16,7 @@ from prompttune.methods.base import MethodConfig, setting
 PROMPT_LAYER_STRIDE = 4
 """The paper's prompt layers of a 12-block ViT are 0, 4 and 8."""
 SWIN_STAGE, SWIN_PROMPT_LAYER_STRIDE = 2, 6
-"""On a Swin the pathways meet in this stage; of its 18 blocks 0, 6 and 12 are prompt layers."""
+"""Stage of a Swin in which the pathways meet; of its 18 blocks 0, 6 and 12 are prompt layers."""
 CONV_STAGE, CONV_PROMPT_LAYER_STRIDE = 2, 6
 """The same for convolutions: the stage with most of the blocks."""
 
@@ -26,30 +26,30 @@ class SA2VPConfig(MethodConfig):
     """Settings of SA²VP. ``prompt_layers=None`` takes every fourth block; ``(0,)`` is the shallow mode."""
 
     method = "sa2vp"
-    summary = "Prompt map aligned with the image tokens, a pathway of its own"
+    summary = "Prompt map aligned with the image tokens, in its own pathway"
     paper = "https://arxiv.org/abs/2312.10376"
     shapes_graph = ("window", "prompt_layers", "attention", "adapter", "activation")
 
     rank: int = setting(16, "rank r of the prompt maps and adapters", above=0)
-    gamma: float = setting(0.5, "γ, weight of what one pathway gives the other")
+    gamma: float = setting(0.5, "γ, weight of one pathway's contribution to the other")
     window: int = setting(3, "odd side c of the aligned window, in patches")
     prompt_layers: tuple[int, ...] | None = setting(
-        None, "blocks that take a prompt map, 0 first; 0 alone is the shallow mode; by default every fourth"
+        None, "blocks with a prompt map, 0 first; only 0 is the shallow mode; by default every fourth block"
     )
     map_scale: float = setting(
-        1.0, "side of the learnable prompt maps over the token map's, above 0 to 1", above=0, high=1
+        1.0, "ratio of the prompt maps' side to the token map's side, above 0 to 1", above=0, high=1
     )
-    attention: str = setting("aligned", "what a patch query sees of the other map", ("aligned", "global"))
-    adapter: bool = setting(True, "bottleneck adapter on what the pathways exchange")
+    attention: str = setting("aligned", "part of the other map that a patch query sees", ("aligned", "global"))
+    adapter: bool = setting(True, "use a bottleneck adapter between the pathways")
     base_weight: float = setting(0.8, "λ, weight of the base pathway's loss; 1 leaves the prompts unsupervised")
     activation: str = setting("gelu", "adapter activation: gelu as released, relu as in the paper", ACTIVATIONS)
     fusion: str = setting(
         "released",
-        "a new prompt map goes through the block (released) or is added (paper)",
+        "pass a new prompt map through the block (released) or add it (paper)",
         ("released", "paper"),
     )
-    init: str = setting("zero", "the adapters' last layer: zero, or random as released", ("zero", "released"))
-    dropout: float = setting(0.1, "drop-out on the cross attention and in the adapters, while training", low=0, below=1)
+    init: str = setting("zero", "initial last layer of the adapters: zero, or random as released", ("zero", "released"))
+    dropout: float = setting(0.1, "dropout on the cross attention and in the adapters, while training", low=0, below=1)
 
     def check(self) -> None:
         """See :meth:`MethodConfig.check`."""
@@ -61,14 +61,14 @@ class SA2VPConfig(MethodConfig):
             self.require(len(layers) > 0 and layers[0] == 0 and rising, f"prompt_layers {layers} must rise from 0")
 
     def graph_settings(self) -> dict[str, Any]:
-        """See :meth:`MethodConfig.graph_settings`; those that have no meaning beside the others are left out."""
+        """See :meth:`MethodConfig.graph_settings`; settings without an effect next to the others are left out."""
         idle = {"window"} if self.attention == "global" else set()
         if not self.adapter:
             idle.add("activation")
         return {name: value for name, value in super().graph_settings().items() if name not in idle}
 
     def resolved(self, backbone: Backbone) -> SA2VPConfig:
-        """Prompt layers filled in for the blocks in which the pathways meet: all of a ViT's, one stage's elsewhere."""
+        """Fill in the prompt layers for the blocks where the pathways meet: all of a ViT's, one stage's elsewhere."""
         depth, stride = self._meeting_blocks(backbone)
         layers = self.prompt_layers
         if layers is None:
@@ -78,14 +78,14 @@ class SA2VPConfig(MethodConfig):
         return dataclasses.replace(self, prompt_layers=layers)
 
     def _meeting_blocks(self, backbone: Backbone) -> tuple[int, int]:
-        """How many blocks the pathways meet in, and one in how many of them is a prompt layer."""
+        """Number of blocks in which the pathways meet, and the distance between prompt layers."""
         if isinstance(backbone, SwinBackbone):
             self.require(len(backbone.stages) > SWIN_STAGE, f"{backbone.name} has no stage {SWIN_STAGE}")
-            self.require(self.fusion == "released", "fusion has no meaning on a Swin: no new prompt map joins there")
+            self.require(self.fusion == "released", "fusion has no effect on a Swin: new prompt maps do not join there")
             return len(backbone.stages[SWIN_STAGE].blocks), SWIN_PROMPT_LAYER_STRIDE
         if isinstance(backbone, ConvBackbone):
             self.require(
-                self.fusion == "released", "fusion has no meaning on convolutions: no new prompt map joins there"
+                self.fusion == "released", "fusion has no effect on convolutions: new prompt maps do not join there"
             )
             depth = len(backbone.stages[CONV_STAGE].blocks)
             self.require(

@@ -1,16 +1,16 @@
-"""SA²VP over convolutions, ResNet and ConvNeXt: the paper says that it carries over to them and gives no recipe.
+"""SA²VP over convolutions, ResNet and ConvNeXt: the paper says that it applies to them and gives no recipe.
 
-The design, by analogy with Swin's (``swin.py``): a prompt map of rank r at the resolution and width of the stem's
-output goes through the same frozen stages as the image, and the pathways meet in the stage with most of the blocks. A
-convolution has no queries, keys and values, so they meet *behind* a block, on what it made of both: the spatially
-aligned attention reads the maps themselves, each place normalised over its channels without parameters, in heads of at
-most 64 channels, scaled by 1/sqrt(d), and adds to the map that asks. A bottleneck adapter as elsewhere (its linear
-layers are 1 x 1 convolutions of a map) and γ make of it what one pathway gives the other. In a prompt layer the base
-adapts the prompts, behind all other blocks the prompts adapt the base. No new prompt map joins later. The head reads
+The design follows Swin's (``swin.py``): a prompt map of rank r, at the resolution and width of the stem's output,
+passes the same frozen stages as the image, and the pathways meet in the stage with most of the blocks. A convolution
+does not have queries, keys and values, so they meet *after* a block, on its outputs for both: the spatially aligned
+attention reads the maps themselves, each place normalised over its channels without parameters, in heads of at most
+64 channels, scaled by 1/sqrt(d), and adds to the asking map. A bottleneck adapter as elsewhere (its linear layers are
+1 x 1 convolutions of a map) and γ turn this into one pathway's contribution to the other. In a prompt layer the base
+adapts the prompts, after all other blocks the prompts adapt the base. New prompt maps do not join later. The head reads
 the model's own pooling.
 
-The prompt pathway up to and with the first block of that stage folds into the state: one map. Behind the last block in
-which the base reads the prompts, the prompt pathway is computed for its own loss alone.
+The prompt pathway up to and including the first block of that stage folds into the state: one map. After the last block
+in which the base reads the prompts, the prompt pathway is computed only for its own loss.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from prompttune.methods.sa2vp.config import CONV_STAGE, SA2VPConfig
 from prompttune.methods.sa2vp.parts import Pathways, PromptMap, probe_pathways
 
 LARGEST_HEAD = 64
-"""Channels of a head: the largest divisor of the width up to this."""
+"""Largest number of channels of a head, which is the largest divisor of the width up to this."""
 NORM_EPS = 1e-6
 
 
@@ -56,9 +56,9 @@ class ConvSA2VP(Pathways[ConvBackbone]):
         return self.backbone.stages[self.meeting_stage]
 
     def task_state(self) -> State:
-        """Folded tensors of the task, N and D those of the stage where the pathways meet.
+        """Folded tensors of the task; N and D are those of the stage where the pathways meet.
 
-        ``prompt.output`` [1, N, D], what that stage's first block makes of the prompt map; and :meth:`given_state`.
+        ``prompt.output`` [1, N, D], the output of that stage's first block for the prompt map; and :meth:`given_state`.
         """
         backbone = self.backbone
         stem = self.prompts["0"]().transpose(1, 2).unflatten(2, backbone.grid)  # [1, C, R, C']
@@ -69,7 +69,7 @@ class ConvSA2VP(Pathways[ConvBackbone]):
         return {"prompt.output": (self.stage.num_tokens, self.stage.width)} | self.given_layout()
 
     def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:
-        """See :meth:`Method.forward`. Without ``aux`` nothing is computed for the prompt pathway's own sake."""
+        """See :meth:`Method.forward`. Without ``aux``, the prompt pathway is computed only for the base."""
         backbone, first = self.backbone, self.stage.blocks.start
         h = self._enter(backbone.embed(images))
         p = self._map(state["prompt.output"])
@@ -91,13 +91,13 @@ class ConvSA2VP(Pathways[ConvBackbone]):
         return Features(features, backbone.pool(backbone.run_stages(p, behind)) if aux else None)
 
     def _enter(self, x: Tensor) -> Tensor:
-        """A stem's output through the stages in front and the first block of the one where the pathways meet."""
+        """Run a stem's output through the stages before the meeting stage, and through that stage's first block."""
         backbone = self.backbone
         x = backbone.enter(self.meeting_stage, backbone.run_stages(x, range(self.meeting_stage)))
         return backbone.run_block(self.stage.blocks.start, x)
 
     def _given(self, index: int, asking: Tensor, seen: Tensor, state: State) -> Tensor:
-        """What one pathway gives the other behind block ``index``: maps [B, D, R, C'] of both to such a map."""
+        """One pathway's contribution to the other after block ``index``, from maps [B, D, R, C'] of both."""
         tokens = tokens_of(asking)
         keys = self._heads(tokens_of(seen))
         attended = merge_heads(self.aligned(self._heads(tokens), keys, keys))
@@ -109,7 +109,7 @@ class ConvSA2VP(Pathways[ConvBackbone]):
         return heads.transpose(-3, -2)
 
     def normalised(self, tokens: Tensor) -> Tensor:
-        """What the attention reads of tokens [B, N, D]: a layer norm without parameters."""
+        """The attention's input from tokens [B, N, D]: a layer norm without parameters."""
         return F.layer_norm(tokens.float(), tokens.shape[-1:], eps=NORM_EPS).to(tokens.dtype)
 
     def _map(self, tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What SA²VP is made of, whatever the backbone: prompt maps, adapters, and what one pathway gives the other."""
+"""Parts of SA²VP for any backbone: prompt maps, adapters, and one pathway's contribution to the other."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from prompttune.methods.sa2vp.config import SA2VPConfig
 
 
 def probe_pathways(index: int, h: Tensor, p: Tensor) -> None:
-    """Offer what leaves block ``index`` to whoever records."""
+    """Pass the output of block ``index`` to a running recording."""
     probe(f"block{index}", h)
     probe(f"block{index}.prompts", p)
 
 
 class PromptMap(nn.Module):
-    """A learnable map of rank r: ``tokens`` [1, N', r], ``proj`` r to D, and ``scale`` [D] where it joins late.
+    """A learnable map of rank r: ``tokens`` [1, N', r], ``proj`` r to D, and ``scale`` [D] if it joins late.
 
-    The map may have fewer rows and columns than the patches; it is then resized to theirs, prefix tokens aside, before
-    anything reads it. Resizing and projecting commute, so it is done at rank r.
+    The map may have fewer rows and columns than the patches; it is then resized to theirs, without prefix tokens,
+    before it is used. Resizing and projecting commute, so the resizing works at rank r.
 
     Args:
         grid: rows and columns of the patch map.
-        num_prefix_tokens: tokens in front of the patches.
+        num_prefix_tokens: number of tokens before the patches.
         width: channels D.
-        config: its ``rank`` is r and its ``map_scale`` the side of the learnable map over that of the patch map.
+        config: settings; ``rank`` is r, and ``map_scale`` the ratio of the learnable map's side to the patch map's.
         scaled: whether the map joins in a later block.
     """
 
@@ -73,7 +73,7 @@ class PromptMap(nn.Module):
 
 
 def scaled_grid(grid: tuple[int, int], scale: float) -> tuple[int, int]:
-    """Rows and columns of a map ``scale`` times as large a side, rounded, at least 1."""
+    """Rows and columns of a map whose sides are scaled by ``scale``, rounded, at least 1."""
     return max(1, round(scale * grid[0])), max(1, round(scale * grid[1]))
 
 
@@ -81,12 +81,12 @@ class Pathways(MethodOver[Kind]):
     """Base of SA²VP over a backbone: adapters for the blocks where the pathways meet, and the aligned attention.
 
     Args:
-        config: with its prompt layers filled in.
-        backbone: any that a subclass drives.
-        depth: blocks in which the pathways meet; prompt layers and adapters count them from 0.
+        config: settings with their prompt layers filled in.
+        backbone: a backbone that the subclass drives.
+        depth: number of blocks in which the pathways meet; prompt layers and adapters are counted in them, from 0.
         width: channels D in these blocks.
         grid: rows and columns of the patch map there.
-        num_prefix_tokens: tokens in front of the patches.
+        num_prefix_tokens: number of tokens before the patches.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Pathways(MethodOver[Kind]):
         self.prompt_layers = config.prompt_layers
         self.depth = depth
         self.width = width
-        # The last block in which the base reads the prompts: behind it the prompt pathway matters to itself alone.
+        # The last block in which the base reads the prompts: after it, the prompt pathway affects only itself.
         self.last_read = max(index for index in range(depth) if index not in self.prompt_layers)
         self.prompts = nn.ModuleDict()
         self.adapters = nn.ModuleList(
@@ -138,5 +138,5 @@ class Pathways(MethodOver[Kind]):
         return apply_adapter(z, **own, activation=config.activation, dropout=config.dropout, training=self.training)
 
     def drop(self, attended: Tensor) -> Tensor:
-        """Drop-out on the cross attention's output, in training."""
+        """Apply dropout to the cross attention's output, in training."""
         return F.dropout(attended, self.config.dropout, self.training)

@@ -1,14 +1,14 @@
-"""SA²VP over a Swin: the pathways meet in stage index 2, as the paper's released code has it.
+"""SA²VP over a Swin: the pathways meet in stage index 2, as in the paper's released code.
 
-The prompt map has one token for each patch of the embedding and goes through the same patch norm, blocks and patch
-merging as the image. In the stage where the pathways meet, the cross attention reuses a block's own norm, projections
-and heads over the whole map: no shifted windows, no relative position bias. No new prompt map joins later, so the
-prompt layers are only the blocks in which the base adapts the prompts. The head reads the model's own pooling.
+The prompt map has one token per patch of the embedding and passes the same patch norm, blocks and patch merging as the
+image. In the stage where the pathways meet, the cross attention reuses a block's own norm, projections and heads over
+the whole map, without shifted windows and relative position bias. New prompt maps do not join later, so the prompt
+layers are only the blocks in which the base adapts the prompts. The head reads the model's own pooling.
 
-All stages of the prompt pathway in front of that one fold into the state, and its first block there. The state holds
-three maps of that stage's grid (1.2 MB on Swin-B at 224) in place of the tokens of rank r at sixteen times the places;
-the first stages then cost nothing for each image. Behind the last block in which the base reads the prompts, the
-prompt pathway is computed for its own loss alone.
+All stages of the prompt pathway before that stage fold into the state, and its first block there. The state holds
+three maps of that stage's grid (1.2 MB on Swin-B at 224) instead of tokens of rank r at sixteen times the places; the
+first stages then cost nothing per image. After the last block in which the base reads the prompts, the prompt pathway
+is computed only for its own loss.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class SwinSA2VP(Pathways[SwinBackbone]):
         return self.backbone.stages[SWIN_STAGE]
 
     def task_state(self) -> State:
-        """Folded tensors of the task, N and D those of the stage where the pathways meet.
+        """Folded tensors of the task; N and D are those of the stage where the pathways meet.
 
         ``prompt.input`` [1, N, D], the map that enters its block 0; ``prompt.query`` [1, H, N, d], its queries there;
-        ``prompt.output`` [1, N, D], what that block makes of it; and :meth:`given_state`.
+        ``prompt.output`` [1, N, D], the output of that block for it; and :meth:`given_state`.
         """
         backbone, first = self.backbone, self.stage.blocks.start
         start = self._enter(backbone.position(self.prompts["0"]()))
@@ -71,7 +71,7 @@ class SwinSA2VP(Pathways[SwinBackbone]):
         return layout | self.given_layout()
 
     def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:
-        """See :meth:`Method.forward`. Without ``aux`` nothing is computed for the prompt pathway's own sake."""
+        """See :meth:`Method.forward`. Without ``aux``, the prompt pathway is computed only for the base."""
         backbone, first = self.backbone, self.stage.blocks.start
         behind = range(SWIN_STAGE + 1, len(backbone.stages))
         h, p = self._first_block(self._enter(backbone.embed(images)), state)
@@ -90,11 +90,11 @@ class SwinSA2VP(Pathways[SwinBackbone]):
         return Features(backbone.pool(h), backbone.pool(p))
 
     def _enter(self, tokens: Tensor) -> Tensor:
-        """Embedded tokens through the stages in front, merged for the one where the pathways meet, [B, N, D]."""
+        """Run embedded tokens through the earlier stages, merged for the stage where the pathways meet, [B, N, D]."""
         return self.backbone.merge(SWIN_STAGE, self.backbone.run_stages(tokens, range(SWIN_STAGE)))
 
     def _first_block(self, h: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """Block 0 of the stage, [B, N, D]: the prompt pathway's own part comes folded with the state."""
+        """Block 0 of the stage, [B, N, D]; the prompt pathway's part is folded in the state."""
         backbone, block = self.backbone, self.stage.blocks.start
         q, k, v = backbone.qkv(block, backbone.norm1(block, h))  # [B, H, N, d]
         own = backbone.project(block, backbone.attend_windows(block, q, k, v))
@@ -113,7 +113,7 @@ class SwinSA2VP(Pathways[SwinBackbone]):
         return (h, p + given) if index in self.prompt_layers else (h + given, p)
 
     def _last_reading_block(self, index: int, h: Tensor, p: Tensor, state: State) -> Tensor:
-        """The last block in which the base reads the prompts, [B, N, D]: of these the keys and values alone."""
+        """The last block in which the base reads the prompts, [B, N, D]; only their keys and values are computed."""
         backbone, block = self.backbone, self.stage.blocks[index]
         normed = backbone.norm1(block, torch.stack((h, p)))  # [2, B, N, D]
         k, v = backbone.key_value(block, normed)  # [2, B, H, N, d]
@@ -122,7 +122,7 @@ class SwinSA2VP(Pathways[SwinBackbone]):
         return backbone.feed_forward(block, h + own) + self._given(index, h, q, k[1], v[1], state)
 
     def _given(self, index: int, asking: Tensor, q: Tensor, k: Tensor, v: Tensor, state: State) -> Tensor:
-        """What one pathway gives the other: tokens [B, N, D] ask with q the keys and values [B, H, N, d] of both."""
+        """One pathway's contribution to the other: tokens [B, N, D] ask with q keys and values [B, H, N, d] of both."""
         block = self.stage.blocks[index]
         cross = self.backbone.project(block, merge_heads(self.aligned(q, k, v)))
         return self.give(index, asking + self.drop(cross), state)

@@ -42,7 +42,7 @@ class SA2VP(Pathways[VitBackbone]):
         """Folded tensors of the task.
 
         ``prompt.input`` [1, N, D], the map that enters block 0; ``prompt.query`` [1, H, N, d], its queries there;
-        ``prompt.output`` [1, N, D], what block 0 makes of it; ``deep`` [1, K, N, D], the scaled later maps;
+        ``prompt.output`` [1, N, D], the output of block 0 for it; ``deep`` [1, K, N, D], the scaled later maps;
         and :meth:`given_state`.
         """
         backbone = self.backbone
@@ -81,7 +81,7 @@ class SA2VP(Pathways[VitBackbone]):
     # ---------------------------------------------------------------- forward
 
     def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:
-        """See :meth:`Method.forward`. Without ``aux`` nothing is computed for the prompt pathway's own sake."""
+        """See :meth:`Method.forward`. Without ``aux``, the prompt pathway is computed only for the base."""
         backbone = self.backbone
         reader, aux_reader = MapReader(backbone, levels), MapReader(backbone, levels if aux else ())
         h, p = self._first_block(backbone.embed(images), state)
@@ -104,7 +104,7 @@ class SA2VP(Pathways[VitBackbone]):
         return Features(backbone.pool(h), backbone.pool(last_p), reader.maps, aux_reader.maps)
 
     def _first_block(self, h: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """Block 0, [B, N, D]: the prompt pathway's own part comes folded with the state."""
+        """Block 0, [B, N, D]; the prompt pathway's part is folded in the state."""
         backbone = self.backbone
         q, k, v = backbone.qkv(0, backbone.norm1(0, h))  # [B, H, N, d]
         own = backbone.project(0, merge_heads(attend(q, k, v)))
@@ -113,7 +113,7 @@ class SA2VP(Pathways[VitBackbone]):
         return backbone.feed_forward(0, h + own), state["prompt.output"] + given
 
     def _block(self, index: int, h: Tensor, p: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """A block of both pathways, [B, N, D] each."""
+        """A block for both pathways, [B, N, D] each."""
         backbone = self.backbone
         x = torch.stack((h, p))  # [2, B, N, D]
         q, k, v = backbone.qkv(index, backbone.norm1(index, x))  # [2, B, H, N, d]
@@ -125,7 +125,8 @@ class SA2VP(Pathways[VitBackbone]):
         return self._join(index, h, p, given, state)
 
     def _last_block(self, h: Tensor, p: Tensor, state: State, aux: bool, whole: bool) -> tuple[Tensor, Tensor | None]:
-        """The last block: keys and values of all tokens, the rest only for the tokens that are pooled, or ``whole``.
+        """The last block: keys and values of all tokens, the rest only for the pooled tokens, or for all with
+        ``whole``.
 
         Returns:
             Tokens of the base and, with ``aux``, of the prompt pathway: [B, 1 or N, D].
@@ -146,7 +147,7 @@ class SA2VP(Pathways[VitBackbone]):
         if not (reads_prompts or aux):
             return out[0], None
         source, target = (0, 1) if reads_prompts else (1, 0)
-        # The class token, a prefix token, sees all of the other map.
+        # The class token, a prefix token, sees the whole other map.
         across = attend if pooled_alone else self.aligned
         cross = backbone.project(index, merge_heads(across(q[source], k[target], v[target])))
         given = self.give(index, asking[source] + self.drop(cross), state)
@@ -155,7 +156,7 @@ class SA2VP(Pathways[VitBackbone]):
         return self._join(index, out[0], out[1], given, state)
 
     def _join(self, index: int, h: Tensor, p: Tensor, given: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """Add what one pathway gives to the other one; a prompt layer also brings its new map."""
+        """Add one pathway's contribution to the other; a prompt layer also adds its new map."""
         if index not in self.prompt_layers:
             return h + given, p
         deep = state["deep"][:, self.prompt_layers.index(index) - 1]  # [1 or B, N, D]
