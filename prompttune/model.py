@@ -25,35 +25,35 @@ from prompttune.segmentation.heads import SegmentationHead
 
 @dataclass
 class Output:
-    """What a forward returns; C classes, D channels."""
+    """Result of a forward; C classes, D channels."""
 
     logits: Tensor
-    """[B, C]; of a segmentation [B, C, h, w], a map of a quarter of the input's height and width."""
+    """[B, C]; for a segmentation [B, C, h, w], a map of a quarter of the input's height and width."""
     features: Tensor
     """Pooled features of the base pathway, [B, D]."""
     aux_logits: Tensor | None = None
-    """The shared head on the prompt pathway, of the shape of ``logits``."""
+    """Logits of the shared head on the prompt pathway, in the shape of ``logits``."""
     aux_features: Tensor | None = None
     """Pooled features of the prompt pathway, [B, D]."""
     base_loss_weight: float = 1.0
-    """λ of the method, by which :func:`prompttune.loss` weighs ``logits`` against ``aux_logits``."""
+    """λ of the method, the weight of ``logits`` against ``aux_logits`` in :func:`prompttune.loss`."""
 
 
 class PromptModel(nn.Module):
-    """A task: what trains is ``method`` and ``head``; the backbone stays frozen and in evaluation mode.
+    """A task: ``method`` and ``head`` train; the backbone stays frozen and in evaluation mode.
 
     Args:
-        backbone: may be shared by many tasks.
-        config: which method, and its settings; or the method's name, with its settings as keywords.
-        num_classes: needed unless ``labels`` are given.
+        backbone: frozen backbone, which many tasks may share.
+        config: config of the method; or the method's name, with its settings as keywords.
+        num_classes: number of classes; required without ``labels``.
         labels: class names in the order of the logits; by default ``"0" .. "C-1"``.
         preprocess: evaluation transform; by default the backbone's own, squashed to its image size.
-        segmentation: answer for each place of an image, with this head; None answers for the image.
-        settings: of the method that is given by its name.
+        segmentation: settings of a head that answers for each place; None answers for the whole image.
+        settings: settings of a method that is given by its name.
 
     Raises:
-        UsageError: an unknown method or setting, bad labels, or a transform of another size.
-        BackboneError: the method does not run on the backbone, or gives no maps of patch tokens there.
+        UsageError: the method or a setting is unknown, the labels are invalid, or the transform has another size.
+        BackboneError: the method does not support the backbone, or does not give maps of patch tokens there.
 
     Example:
         >>> backbone = load_backbone("vit_small_patch14_dinov2", image_size=56)
@@ -88,7 +88,7 @@ class PromptModel(nn.Module):
         self.method: Method = self.config.build(backbone)
         self.segmentation = segmentation
         self.levels: tuple[int, ...] = ()
-        """Blocks whose patch tokens the head reads; none for a classification."""
+        """Blocks whose patch tokens the head reads; empty for a classification."""
         self.head: nn.Module
         if segmentation is None:
             self.head = _class_head(backbone.width, len(labels))
@@ -105,11 +105,11 @@ class PromptModel(nn.Module):
 
     @property
     def output_size(self) -> tuple[int, int] | None:
-        """Height and width of a segmentation's logits, None for a classification."""
+        """Height and width of a segmentation's logits; None for a classification."""
         return self.head.size if isinstance(self.head, SegmentationHead) else None
 
     def task_parameters(self) -> dict[str, nn.Parameter]:
-        """All that a checkpoint stores, by name: ``method.*`` and ``head.*``; see :meth:`trained_parameters`."""
+        """All values in a checkpoint by name, ``method.*`` and ``head.*``; see :meth:`trained_parameters`."""
         return {
             f"{part}.{name}": parameter
             for part, module in (("method", self.method), ("head", self.head))
@@ -117,21 +117,21 @@ class PromptModel(nn.Module):
         }
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Those of :meth:`task_parameters` that gradients train; a method sets the others itself."""
+        """The :meth:`task_parameters` that gradients train; the method itself sets the others."""
         return {name: parameter for name, parameter in self.task_parameters().items() if parameter.requires_grad}
 
     def requires_grad_(self, requires_grad: bool = True) -> PromptModel:
-        """Let what trains train, or freeze it; the backbone and what a method sets itself stay frozen."""
+        """Unfreeze or freeze the trained parameters; the backbone and values that a method sets stay frozen."""
         for name, parameter in self.task_parameters().items():
             parameter.requires_grad_(requires_grad and name not in self._fixed)
         return self
 
     def take_sizes(self, stored: Mapping[str, Tensor]) -> None:
-        """Make room for stored task parameters whose size a run's begin chose; see :meth:`Method.take_sizes`."""
+        """Make room for stored parameters whose size was chosen when training began; see :meth:`Method.take_sizes`."""
         self.method.take_sizes({name.removeprefix("method."): tensor for name, tensor in stored.items()})
 
     def task_state(self) -> State:
-        """All that can be computed without an image, leading dimension 1; differentiable."""
+        """Everything that can be computed without an image, leading dimension 1; differentiable."""
         head = {f"head.{name}": parameter.unsqueeze(0) for name, parameter in self.head.named_parameters()}
         return self.method.task_state() | head
 
@@ -145,15 +145,15 @@ class PromptModel(nn.Module):
         }
 
     def forward_state(self, images: Tensor, state: State, aux: bool = False) -> Output:
-        """The one forward: training, checkpoints, export and serving all run it.
+        """The only forward: training, checkpoints, export and serving all run it.
 
         Args:
             images: normalised [B, 3, S, S].
-            state: tensors as :meth:`task_state` gives them, leading dimension 1, or B for a task a row.
-            aux: compute the prompt pathway's output too, where the method has one.
+            state: tensors of :meth:`task_state`, with leading dimension 1, or B for one task per row.
+            aux: whether to compute the prompt pathway's output too, if the method has one.
 
         Raises:
-            UsageError: images of another type or shape.
+            UsageError: the images have another type or shape.
         """
         self.backbone.check_images(images)
         if self.segmentation is not None:
@@ -176,7 +176,7 @@ class PromptModel(nn.Module):
 
         Args:
             images: normalised [B, 3, S, S].
-            aux: compute the prompt pathway's output; None does so in training mode if the loss weighs it.
+            aux: whether to compute the prompt pathway's output; None computes it in training mode if the loss uses it.
         """
         if aux is None:
             aux = self.training and self.config.base_loss_weight < 1
@@ -304,6 +304,6 @@ def _labels(num_classes: int | None, labels: list[str] | None) -> list[str]:
 
 
 def _classify(features: Tensor, state: State) -> Tensor:
-    """Features [B, D] through the head of each row's task: [B, C]."""
+    """Apply the head of each row's task to features [B, D]: [B, C]."""
     weight, bias = state["head.weight"], state["head.bias"]  # [1 or B, C, D], [1 or B, C]
     return torch.add((features.to(weight.dtype).unsqueeze(1) @ weight.transpose(1, 2)).squeeze(1), bias)

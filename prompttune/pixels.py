@@ -1,4 +1,4 @@
-"""Pixels of every kind become 8-bit RGB by one rule, whatever file or program they come from."""
+"""Conversion of pixels of any kind to 8-bit RGB, by the same rule for every file and program."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, TiffImagePlugin
 
 UNIT_FLOATS = 16
-"""Floating point grey is on a scale from 0 to 1 unless it exceeds this: resampling and HDR go somewhat beyond 1."""
+"""Largest value of floating point grey on the scale from 0 to 1: resampling and HDR may slightly exceed 1."""
 _SPARED = 1000
-"""One pixel in so many may lie beyond either end of a stretched scale, at least one in an image of 64 or more."""
+"""Share of pixels beyond either end of a stretched scale: one in this many, at least one in an image of 64 or more."""
 _SWAPPED_TWICE = {"I;16BS": "I;16S", "I;32BS": "I;32S", "F;32BF": "F;32F"}
-"""Pillow's raw modes of compressed TIFFs of the other byte order, although libtiff swapped their samples already."""
+"""Pillow's raw modes of compressed TIFFs in the other byte order, whose samples libtiff has already swapped."""
 
 _PNG_SCALES: Mapping[str, Callable[[Any], Any]] = {
     "L;2": lambda grey: grey * 85,
     "L;4": lambda grey: grey * 17,
     "RGB;16B": lambda colour: tuple(value >> 8 for value in colour),
 }
-"""PNG's raw modes whose pixels Pillow brings to 8 bits, but not the colour that is transparent."""
+"""PNG's raw modes whose pixels Pillow converts to 8 bits without converting the transparent colour."""
 
 
 class Grey(NamedTuple):
-    """What a file says about its grey values and Pillow's mode does not."""
+    """Facts about a file's grey values that Pillow's mode does not tell."""
 
     white: int | None = None
-    """The greatest value of an unsigned number; None where the file leaves the range open."""
+    """Largest value of an unsigned number; None if the file does not define the range."""
     kind: str | None = None
-    """NumPy's type of the stored numbers, where Pillow takes them for another one of that size."""
+    """NumPy's type of the stored numbers, if Pillow reads them as another type of that size."""
     inverted: bool = False
-    """The least value is white, and Pillow does not turn it round."""
+    """Whether the smallest value is white and Pillow does not invert the image."""
 
 
 def grey_of(image: Image.Image) -> Grey:
-    """How to read the grey values of an image that was opened, by its bit depth and sample format; before it is turned.
+    """How to read an opened image's grey values, from its bit depth and sample format; call it before turning the
+    image.
 
-    An image that was copied or converted no longer says so, and its mode alone counts.
+    An image that was copied or converted does not have these facts; then only its mode counts.
     """
     white = 2**16 - 1 if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM") else None
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -54,8 +55,8 @@ def grey_of(image: Image.Image) -> Grey:
 
 
 def mend(image: Image.Image) -> None:
-    """Before an image is decoded: set right what Pillow would misread in compressed TIFFs and transparent PNGs."""
-    if len(getattr(image, "tile", ())) != 1:  # it is decoded, or of another kind
+    """Correct an image before decoding where Pillow would misread compressed TIFFs and transparent PNGs."""
+    if len(getattr(image, "tile", ())) != 1:  # already decoded, or of another kind
         return
     (tile,) = image.tile  # type: ignore[attr-defined]
     if tile.codec_name == "libtiff" and sys.byteorder == "little" and tile.args[0] in _SWAPPED_TWICE:
@@ -68,13 +69,13 @@ def to_rgb(image: Image.Image, grey: Grey | None = None) -> Image.Image:
     """Convert an image of any mode to 8-bit RGB; docs/images.md states the rule.
 
     Unsigned grey of n bits is scaled from [0, 2^n - 1] to [0, 255]. Signed, 32-bit and floating point grey has no
-    agreed range: 0 to 255, or 0 to 1 of floating point, stay what they are, and the scale is widened to the image's
-    least and greatest value where they lie beyond, one pixel in a thousand apart. LAB is CIE's with white D50. Colour
-    profiles are not applied. What is transparent is laid over white.
+    agreed range: values from 0 to 255, or floats from 0 to 1, keep their scale. If values lie beyond, the scale is
+    widened to the image's smallest and largest value, ignoring one pixel in a thousand. LAB is CIE's with white D50.
+    Colour profiles are not applied. Transparent parts are laid over white.
 
     Args:
-        image: of any mode; an RGB image without transparency is returned as it is.
-        grey: of :func:`grey_of` where the image was turned since it was opened; None asks it here.
+        image: image in any mode; an RGB image without transparency is returned unchanged.
+        grey: result of :func:`grey_of` if the image was turned after opening; None computes it here.
     """
     grey = grey_of(image) if grey is None else grey
     if image.mode == "RGB" and not image.has_transparency_data:
@@ -83,7 +84,7 @@ def to_rgb(image: Image.Image, grey: Grey | None = None) -> Image.Image:
         return _grey_to_8_bit(image, grey).convert("RGB")
     if image.mode == "LAB":
         rgb = ImageCms.applyTransform(image, _lab_to_srgb())
-        assert rgb is not None  # only in place there is none
+        assert rgb is not None  # None only for an in-place operation
         return rgb
     if image.has_transparency_data:
         rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
@@ -94,7 +95,7 @@ def to_rgb(image: Image.Image, grey: Grey | None = None) -> Image.Image:
 @functools.cache
 def _lab_to_srgb() -> ImageCms.ImageCmsTransform:
     profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    # Pillow's own conversion looks colours up in a coarse table and is off by up to 33 levels
+    # Pillow's own conversion uses a coarse colour table and is off by up to 33 levels
     return ImageCms.buildTransform(*profiles, "LAB", "RGB", flags=ImageCms.Flags.NOOPTIMIZE)
 
 
@@ -103,7 +104,7 @@ def _grey_to_8_bit(image: Image.Image, about: Grey) -> Image.Image:
     if about.kind:
         values = values.view(about.kind)
     low, high = (0.0, float(about.white)) if about.white else _bounds(values)
-    grey = values.astype(np.float64)  # eight bytes a pixel: nothing below makes another copy
+    grey = values.astype(np.float64)  # eight bytes per pixel: no further copy is made below
     np.nan_to_num(grey, copy=False, nan=0.0, posinf=high, neginf=low)
     np.clip(grey, low, high, out=grey)
     grey -= low
@@ -112,13 +113,13 @@ def _grey_to_8_bit(image: Image.Image, about: Grey) -> Image.Image:
     if about.inverted:
         levels = 255 - levels
     transparent = image.info.get("transparency")
-    if isinstance(transparent, int):  # of a 16-bit PNG
+    if isinstance(transparent, int):  # for a 16-bit PNG
         levels[values == transparent] = 255
     return Image.fromarray(levels)
 
 
 def _bounds(values: NDArray[np.generic]) -> tuple[float, float]:
-    """The ends of the scale of grey values without an agreed range."""
+    """The ends of the scale for grey values without an agreed range."""
     flat = values[np.isfinite(values)] if values.dtype.kind == "f" else values.ravel()
     if not flat.size:
         return 0.0, 1.0

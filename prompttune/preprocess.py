@@ -1,4 +1,4 @@
-"""How an image file becomes a tensor: one recipe, shared by evaluation, parity, inference and serving."""
+"""From an image file to a tensor: one recipe for evaluation, parity, inference and serving."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Preprocess(TransformSettings):
     """Evaluation transform of a task."""
 
     def normalised(self, normalisation: str) -> Preprocess:
-        """The same with the mean and standard deviation of one of :data:`NORMALISATIONS`."""
+        """The same transform with the mean and standard deviation of one of :data:`NORMALISATIONS`."""
         if choose("normalisation", normalisation, NORMALISATIONS) == "backbone":
             return self
         from timm.data import constants
@@ -37,9 +37,10 @@ class Preprocess(TransformSettings):
     def transform(self) -> Callable[[Image.Image], torch.Tensor]:
         """Return a function from a PIL image to a normalised float32 tensor [3, image_size, image_size].
 
-        The image goes through :func:`prompttune.read_image` first; one that was read by it stays as it is.
+        The image goes through :func:`prompttune.read_image` first, which does not change an image that it has read
+        before.
 
-        The function raises :class:`UnresizableError` where :meth:`check_sides` does.
+        The function raises :class:`UnresizableError` if :meth:`check_sides` does.
         """
         # The imports take seconds, and engines read settings without them.
         from prompttune.transform import RESIZED_HERE, CheckedSides, EvaluationTransform
@@ -58,6 +59,6 @@ class Preprocess(TransformSettings):
             crop_mode=self.crop_mode,
         )
         made.transforms.insert(0, CheckedSides(self))
-        made.is_exact = True  # for data loaders: it draws no random numbers
+        made.is_exact = True  # tells data loaders that it draws no random numbers
         checked: Callable[[Image.Image], torch.Tensor] = made
         return checked

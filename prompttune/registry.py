@@ -1,4 +1,4 @@
-"""Names of a kind of part, some of which other packages bring through entry points."""
+"""Registries of named parts, some of which other packages provide through entry points."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ logger = logging.getLogger("prompttune")
 class Registry(Mapping[str, Part], Generic[Part]):
     """Parts by name, in the order of their registration.
 
-    Entry points are loaded when a name is first looked up. An entry point that fails is one warning, and the others
-    are there.
+    Entry points are loaded at the first lookup of a name. An entry point that fails is logged as a warning; the others
+    are still loaded.
 
     Args:
-        kind: what the parts are, in words.
-        group: of the entry points.
-        register: takes the name and the object of an entry point, and adds it.
+        kind: description of the parts.
+        group: group of the entry points.
+        register: called with the name and the object of an entry point; adds the part.
     """
 
     def __init__(self, kind: str, group: str, register: Callable[[str, Any], object]) -> None:
@@ -34,7 +34,7 @@ class Registry(Mapping[str, Part], Generic[Part]):
         self._loaded = False
 
     def add(self, name: str, part: Part) -> None:
-        """Add a part; one that was defined anew under the same module and name takes the place of the old one.
+        """Add a part; a part that was redefined under the same module and name replaces the old one.
 
         Raises:
             UsageError: the name is taken by another part.
@@ -46,13 +46,13 @@ class Registry(Mapping[str, Part], Generic[Part]):
         self._parts[name] = part
 
     def registered(self) -> dict[str, Part]:
-        """Parts that are there already, without those of entry points that were not loaded yet."""
+        """The parts so far, without those of entry points that are not loaded yet."""
         return dict(self._parts)
 
     def _all(self) -> dict[str, Part]:
         with self._lock:
             if not self._loaded:
-                self._loaded = True  # first, because a package that is loaded may look up names itself
+                self._loaded = True  # set first, because a loaded package may look up names itself
                 for entry in sorted(metadata.entry_points(group=self.group)):
                     self._load(entry)
         return self._parts
@@ -60,7 +60,7 @@ class Registry(Mapping[str, Part], Generic[Part]):
     def _load(self, entry: metadata.EntryPoint) -> None:
         try:
             self._register(entry.name, entry.load())
-        except (Exception, SystemExit) as problem:  # whatever a foreign package does, the others go on
+        except (Exception, SystemExit) as problem:  # any error of another package; the others are still loaded
             package = entry.dist.name if entry.dist else "?"
             found = (self.kind, entry.name, package, entry.value, describe_failure(problem))
             logger.warning("the %s %s of the package %s (%s) is left out: %s", *found)

@@ -1,6 +1,6 @@
-"""CSV that a spreadsheet shows and does not run: text from outside, such as a file's name, may look like a formula.
+"""CSV that spreadsheets show but do not run: text from outside, such as a file name, may look like a formula.
 
-The rule is OWASP's (https://owasp.org/www-community/attacks/CSV_Injection): a quote mark in front of the text.
+The rule is OWASP's (https://owasp.org/www-community/attacks/CSV_Injection): a quote mark before the text.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 from prompttune.files import replacing
 
 BOM = "\ufeff"
-"""Tells Excel that a file is UTF-8."""
-# The full-width and small forms count as the signs themselves. Where ; or a tab separates cells, one begins behind it.
+"""Byte order mark that tells Excel that a file is UTF-8."""
+# Full-width and small forms count as the signs themselves. If ; or a tab separates cells, a cell starts after it.
 _FORMULA = "['\\s\0\ufeff]*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20\ufe66\ufe62\ufe63\ufe6b]"
 _UNGUARDED = re.compile(rf"(^|[;\t])(?={_FORMULA})")
 _GUARDED = re.compile(rf"(^|[;\t])'(?={_FORMULA})")
 
 
 def guarded(value: Any) -> Any:
-    """A cell that no spreadsheet takes for a formula; what is not text, such as a number, stays."""
+    """A cell that spreadsheets do not treat as a formula; values other than text, such as numbers, are unchanged."""
     return _UNGUARDED.sub(r"\1'", value) if isinstance(value, str) else value
 
 
@@ -32,7 +32,7 @@ def restored(text: str) -> str:
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as CSV in UTF-8, atomically, with a column for each key; without rows nothing is written."""
+    """Write rows as CSV in UTF-8, atomically, with a column for each key; nothing is written without rows."""
     if not rows:
         return
     names = list(dict.fromkeys(key for row in rows for key in row))

@@ -1,4 +1,4 @@
-"""The evaluation transform, in torchvision's operators on 8-bit tensors."""
+"""The evaluation transform, with torchvision's operators on 8-bit tensors."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ RESIZED_HERE = ("bicubic", "bilinear")
 
 @dataclass(frozen=True)
 class EvaluationTransform:
-    """Resize, crop the centre, normalise: what timm's evaluation transform does, sizes rounded as it does.
+    """Resize, crop the centre, normalise: the same as timm's evaluation transform, with the same rounding of sizes.
 
-    Resizing takes an eighth of the time that it takes in Pillow, with the same filter: in about 0.2 % of the values the
-    two differ, by one level of 255 or two.
+    Resizing takes an eighth of Pillow's time, with the same filter: about 0.2 % of the values differ by one or two
+    levels of 255.
 
     Args:
-        preprocess: of the crop modes ``squash`` and ``center``, and of one of :data:`RESIZED_HERE`.
+        preprocess: a transform with the crop mode ``squash`` or ``center``, and an interpolation in
+            :data:`RESIZED_HERE`.
     """
 
     preprocess: TransformSettings
@@ -38,33 +39,33 @@ class EvaluationTransform:
             UnresizableError: its sides differ too much, see :meth:`TransformSettings.check_sides`.
         """
         settings = self.preprocess
-        values = self.pixels(image).to(torch.float32).div_(255)  # the rounding of timm's, bit for bit
+        values = self.pixels(image).to(torch.float32).div_(255)  # rounds like timm, bit for bit
         normalised: Tensor = F.normalize_image(values, list(settings.mean), list(settings.std), inplace=True)
         return normalised.contiguous()
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """The image resized and cropped, uint8 [3, S, S]; errors as in a call."""
+        """The image resized and cropped, uint8 [3, S, S]; raises the errors of a call."""
         size = self.preprocess.image_size
         cropped: Tensor = F.center_crop_image(self.resized(image), [size, size])
         return cropped
 
     def resized(self, image: Image.Image) -> Tensor:
-        """The image resized and not yet cropped, uint8 [3, height, width]; errors as in a call."""
-        image = read_image(image)  # one that was read so stays as it is
+        """The image resized and not yet cropped, uint8 [3, height, width]; raises the errors of a call."""
+        image = read_image(image)  # does not change an image that was read so
         size, interpolation = self._resized_size(*image.size), InterpolationMode(self.preprocess.interpolation)
-        # A channel after the other within a pixel, as Pillow has them and torchvision is quickest with.
+        # Channels are interleaved as in Pillow, which is the fastest layout for torchvision.
         pixels: Tensor = F.resize_image(F.pil_to_tensor(image), size, interpolation, antialias=True)
         return pixels
 
     def resized_with(self, values: Tensor, interpolation: InterpolationMode) -> Tensor:
-        """What belongs to an image's pixels, [1, height, width], resized and cropped as the image is: [1, S, S]."""
+        """Per-pixel values of an image, [1, height, width], resized and cropped like the image: [1, S, S]."""
         height, width = values.shape[-2:]
         resized = F.resize_image(values, self._resized_size(width, height), interpolation, antialias=False)
         cropped: Tensor = F.center_crop_image(resized, [self.preprocess.image_size] * 2)
         return cropped
 
     def _resized_size(self, width: int, height: int) -> list[int]:
-        """Height and width of an image once it is resized; with ``center``, rounded down as torchvision does."""
+        """Height and width of an image after resizing; with ``center``, rounded down as torchvision does."""
         settings = self.preprocess
         settings.check_sides(width, height)
         short = math.floor(settings.image_size / settings.crop_pct)
@@ -81,7 +82,7 @@ class CheckedSides:
     preprocess: TransformSettings
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """Return the image as it is read; errors as :class:`EvaluationTransform` raises them."""
+        """Return the image after reading; raises the errors of :class:`EvaluationTransform`."""
         image = read_image(image)
         self.preprocess.check_sides(*image.size)
         return image

@@ -218,7 +218,7 @@ def test_runs_wait_for_a_point_that_failed(
     result = command(*words)
     assert result.exit_code == 1
     assert f"a/linear/lr=0.01: {told}\n" in result.stderr
-    assert "a/linear: left out, for a setting of its search could not be tried" in result.stderr
+    assert "a/linear: left out: a setting of its search could not be tried" in result.stderr
     assert not (tmp_path / "out" / "runs").exists()
     broken = False
     assert command(*words).exit_code == 0

@@ -1,4 +1,4 @@
-"""Published protocols: which methods, tasks, settings and seeds make a table, and the table."""
+"""Published protocols: the methods, tasks, settings and seeds of a table, and the table itself."""
 
 from prompttune.protocols.plan import RunSpec, make_plan
 from prompttune.protocols.recipe import Recipe, load_recipe

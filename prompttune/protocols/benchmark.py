@@ -24,7 +24,7 @@ RESULTS, TABLE, SUMMARY, LATENCY, PLOT = "results.csv", "summary.md", "summary.j
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that failed, or the runs of a method on a task whose settings could not be chosen."""
+    """A failed run, or the runs of a method on a task whose settings could not be chosen."""
 
     run: str
     error: str
@@ -32,14 +32,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class Report:
-    """What a benchmark came to."""
+    """Result of a benchmark."""
 
     summary: Summary
     outcomes: Sequence[Outcome]
     latencies: Sequence[Latency] = ()
     failures: Sequence[Failure] = ()
     notes: Sequence[str] = ()
-    """What a user should know beside the failures, a line each."""
+    """Remarks for the user besides the failures, one line each."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -53,42 +53,42 @@ class Report:
 
 @dataclass(frozen=True)
 class Job:
-    """What to compare, on what, and where it goes."""
+    """The methods to compare, the tasks, and the output."""
 
     recipe: Recipe
     labels: Sequence[str]
     tasks: Sequence[str]
     seeds: Sequence[int]
     overrides: Mapping[str, Any]
-    """Settings that go before the recipe's."""
+    """Settings that replace the recipe's."""
     output: Path
 
     def search(self) -> list[RunSpec]:
-        """Runs that choose settings."""
+        """The runs that choose settings."""
         return make_search(self.recipe, self.labels, self.tasks, self.overrides)
 
     def plan(self, choices: Choices) -> list[RunSpec]:
-        """Runs that are reported."""
+        """The runs that are reported."""
         return make_plan(self.recipe, self.labels, self.tasks, self.seeds, self.overrides, choices)
 
     @property
     def device(self) -> str:
-        """Of all runs."""
+        """Device of all runs."""
         return self.plan({})[0].config(self.output).device
 
 
 def run_benchmark(job: Job, jobs: int, listener: Listener, *, latency: bool = True) -> Report:
-    """Choose settings where the recipe says so, train every run, and write the files of both to the output.
+    """Choose settings if the recipe requires it, train every run, and write the files of both to the output.
 
-    See :func:`prompttune.protocols.search.run_search` and :func:`prompttune.protocols.runner.execute`. Where a setting
-    could not be tried, or none can be chosen, the runs that wait for it are left out, and the report says so.
+    See :func:`prompttune.protocols.search.run_search` and :func:`prompttune.protocols.runner.execute`. If a setting
+    could not be tried, or none can be chosen, the runs that depend on it are left out, and the report says so.
 
     Raises:
-        UsageError: a setting, a backbone's name or a device is wrong; nothing has been trained.
-        BackboneError: weights are missing or do not fit; nothing has been trained.
+        UsageError: a setting, a backbone's name or a device is wrong; no run has been trained.
+        BackboneError: weights are missing or do not fit; no run has been trained.
     """
     search = job.search()
-    # what is wrong with the reported runs is said before the search trains for days
+    # errors in the reported runs are raised before the search trains for days
     _check_backbones([*search, *job.plan({})], job.output)
     decision, tried = run_search(search, job.output, jobs, listener)
     plan = job.plan(decision.choices)
@@ -99,7 +99,7 @@ def run_benchmark(job: Job, jobs: int, listener: Listener, *, latency: bool = Tr
 
 
 def _check_backbones(specs: Sequence[RunSpec], output: Path) -> None:
-    """Load each backbone of the runs that are left once: a wrong name, file or device would fail them one by one."""
+    """Load each backbone of the remaining runs once: a wrong name, file or device would make each of them fail."""
     from prompttune.backbones import load_backbone
     from prompttune.training.scoring import resolve_device
 
@@ -115,16 +115,16 @@ def _failures(outcomes: Sequence[Outcome]) -> list[Failure]:
 
 
 def _without_choice(decision: Decision) -> list[Failure]:
-    waiting = dict.fromkeys(decision.waiting, "left out, for a setting of its search could not be tried")
+    waiting = dict.fromkeys(decision.waiting, "left out: a setting of its search could not be tried")
     reasons = {**waiting, **{pair: f"left out: {why}" for pair, why in decision.barren.items()}}
     return [Failure("/".join(pair), why) for pair, why in reasons.items()]
 
 
 def report_finished(job: Job, *, latency: bool = True) -> Report:
-    """Write the files over the runs that are finished so far, and train nothing.
+    """Write the files for the runs that are finished so far, without training.
 
     Raises:
-        UsageError: no run is finished, or settings are still to be chosen.
+        UsageError: all runs are unfinished, or settings are still to be chosen.
     """
     decision = decided_so_far(job.search(), job.output)
     plan = job.plan(decision.choices)
@@ -147,14 +147,14 @@ def _conclude(
     failures: Sequence[Failure] = (),
     notes: Sequence[str] = (),
 ) -> Report:
-    """Summary and plot, then again with the latencies once they are measured; the rows are written already."""
+    """Write summary and plot, then again with the latencies once they are measured; the rows are already written."""
     report = Report(_tabulate(job, plan, _rows(outcomes)), outcomes, failures=failures, notes=notes)
     _write(report, job.output)
     if not latency:
         return report
     try:
         report = dataclasses.replace(report, latencies=_latencies(outcomes))
-    except Exception as problem:  # days of training are not lost to a figure beside them
+    except Exception as problem:  # an additional figure must not lose days of training
         return dataclasses.replace(report, notes=[*notes, f"latencies are missing: {describe_failure(problem)}"])
     _write(report, job.output)
     return report
@@ -165,7 +165,7 @@ def _rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 
 class _Writer:
-    """Passes the news on and brings ``results.csv`` and the table up to date after every run."""
+    """Forwards the news, and updates ``results.csv`` and the table after every run."""
 
     def __init__(self, job: Job, plan: Sequence[RunSpec], ready: Sequence[RunSpec], listener: Listener) -> None:
         self.job, self.plan, self.ready, self.listener = job, plan, ready, listener
@@ -204,7 +204,7 @@ def _tabulate(job: Job, plan: Sequence[RunSpec], rows: Sequence[dict[str, Any]])
 
 
 def _latencies(outcomes: Sequence[Outcome]) -> list[Latency]:
-    """Of every label that has a figure, on the backbone of the plan, with the settings of its first run."""
+    """Latency of every label with a figure, on the plan's backbone, with the settings of its first run."""
     from prompttune.backbones import load_backbone
 
     specs: dict[str, RunSpec] = {}

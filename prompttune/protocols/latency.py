@@ -1,4 +1,4 @@
-"""What a method costs at inference: its forward over the plain backbone's, in turn on one machine."""
+"""Cost of a method at inference: time of its forward relative to the plain backbone's, alternating on one machine."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ BATCH, ROUNDS, WARMUP = 8, 15, 2
 
 @dataclass(frozen=True)
 class Latency:
-    """Time of a forward of one task in PyTorch, float32."""
+    """Time of one task's forward in PyTorch, float32."""
 
     label: str
     milliseconds: float
-    """Median over the rounds, for one batch."""
+    """Median over the rounds, in milliseconds per batch."""
     over_backbone: float
-    """Median over the rounds of the ratio to the plain timm model, taken in the same round."""
+    """Median over the rounds of the ratio to the plain timm model, measured in the same round."""
     batch: int
     threads: int
 
@@ -35,9 +35,9 @@ class Latency:
 def measure(
     specs: Mapping[str, RunSpec], backbone: Backbone, device: str = "cpu", classes: int = 16, batch: int = BATCH
 ) -> list[Latency]:
-    """Time the methods of ``specs``, by label, on noise; the task's state is computed before, as an engine does.
+    """Time the methods of ``specs``, by label, on noise; the task's state is computed beforehand, as in an engine.
 
-    Rounds go over all methods in turn, so what disturbs one disturbs all.
+    Rounds alternate between all methods, so a disturbance affects all of them.
     """
     from prompttune.model import PromptModel
     from prompttune.training.scoring import resolve_device

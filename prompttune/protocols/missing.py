@@ -1,4 +1,4 @@
-"""Whether the data of a protocol are there, before anything is trained."""
+"""Check of a protocol's data before any training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LAYOUTS = {
     "tv": "torchvision's folders below DATA_ROOT",
 }
 DOWNLOADED = "tv/"
-"""Start of the specifications whose data can be downloaded."""
+"""Prefix of the specifications whose data can be downloaded."""
 
 
 def available_tasks(
@@ -28,21 +28,22 @@ def available_tasks(
     dry: bool = False,
     tell: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """The tasks whose data are there.
+    """The tasks whose data exist.
 
     Args:
         recipe: the protocol.
-        tasks: those that were asked for.
+        tasks: requested tasks.
         root: ``--data-root``.
-        skip: leave out what is missing.
-        fetch: download the data sets of torchvision that are missing, into the folder ``root``. What cannot be
-            downloaded is told before; a download that fails leaves its data set missing.
-        dry: take what would be downloaded for there, and download nothing.
+        skip: whether to leave out tasks with missing data.
+        fetch: whether to download missing torchvision data sets into the folder ``root``. Data that cannot be
+            downloaded are reported first; a failed download leaves its data set missing.
+        dry: whether to treat downloadable data as existing, without downloading them.
         tell: called with a line for each task that is left out.
 
     Raises:
-        UsageError: a task needs ``--data-root`` and there is none, or it is no folder to download into.
-        DataError: data are missing; the message lists all of them and the layout. With ``skip``, only if all are.
+        UsageError: a task needs ``--data-root`` and it is missing, or it is not a folder to download into.
+        DataError: data are missing; the message lists all of them and the layout. With ``skip``, only if all are
+            missing.
     """
     specs = {task: [one for one in (recipe.tasks[task].search, recipe.tasks[task].data) if one] for task in tasks}
     kinds = {spec.partition("/")[0] for found in specs.values() for spec in found} & set(KINDS)
@@ -74,7 +75,7 @@ def _flat(absent: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _download(specs: Sequence[str], root: str | None) -> dict[str, str]:
-    """Fetch data sets; one line for each specification of a data set that could not be, which is tried once."""
+    """Download data sets, each tried once; return a line for each specification that failed."""
     problems: dict[str, str] = {}
     tried: dict[str, str | None] = {}
     for spec in specs:
@@ -83,7 +84,7 @@ def _download(specs: Sequence[str], root: str | None) -> dict[str, str]:
             try:
                 download(spec, root)
                 tried[name] = None
-            except Exception as problem:  # of the network, of an archive that is cut short, of a full disk
+            except Exception as problem:  # a network error, a truncated archive, a full disk
                 tried[name] = describe_failure(problem)
         if (line := tried[name]) is not None:
             problems[spec] = line
@@ -93,11 +94,11 @@ def _download(specs: Sequence[str], root: str | None) -> dict[str, str]:
 def _there(
     absent: Mapping[str, Sequence[str]], expected: str, skip: bool, tell: Callable[[str], None] | None = None
 ) -> list[str]:
-    """The tasks that lack nothing; raises :class:`DataError` as :func:`available_tasks` does."""
+    """The tasks with complete data; raises :class:`DataError` as :func:`available_tasks` does."""
     missing = {task: lines for task, lines in absent.items() if lines}
     if missing and (not skip or len(missing) == len(absent)):
         lines = [f"  {task}: {', '.join(paths)}" for task, paths in missing.items()]
-        hint = "" if len(missing) == len(absent) else "; --skip-missing goes on without"
+        hint = "" if len(missing) == len(absent) else "; --skip-missing continues without them"
         head = f"{len(missing)} of {len(absent)} data sets are missing (expected: {expected}){hint}"
         raise DataError("\n".join([head, *lines]))
     for task, paths in missing.items():

@@ -19,16 +19,16 @@ from prompttune.training.config import TrainConfig, augment_fields
 from prompttune.training.state import RunFolder
 
 RECORD_FILE = "benchmark.json"
-"""Written last into the folder of a run, once it is finished."""
+"""File that is written to a run's folder last, once the run is finished."""
 ERROR = "error"
-"""In the record of a candidate that diverged, which has no figures: what happened."""
+"""Key in the record of a diverged candidate, which does not have figures: the error."""
 _FIGURES = ("accuracy", "classes", "trainable_parameters", "parameters_beside_head", "share_of_backbone", "seed")
-"""What a table needs of a record."""
+"""Keys of a record that a table needs."""
 
 
 @dataclass(frozen=True, eq=False)
 class RunSpec:
-    """One run: a method, or a variant of one, on a task with a seed. Equal to itself alone."""
+    """One run: a method, or a variant of one, on a task with a seed. Equal only to itself."""
 
     protocol: str
     group: str
@@ -38,22 +38,22 @@ class RunSpec:
     settings: Mapping[str, Any]
     """Flat settings of ``prompttune train`` without ``output``."""
     candidate: Mapping[str, Any] | None = None
-    """What this run tries, if it is one of a search."""
+    """Values that this run tries, if it belongs to a search."""
 
     @property
     def name(self) -> str:
-        """Folder of the run below the benchmark's ``runs``, or ``search`` if it is one of a search."""
+        """Folder of the run below the benchmark's ``runs``, or below ``search`` if it belongs to a search."""
         if self.candidate is not None:
             tried = ",".join(f"{name}={value}" for name, value in self.candidate.items())
             return "/".join((_slug(self.task), _slug(self.label), _slug(tried)))
         return "/".join((_slug(self.task), _slug(self.label), f"seed{self.seed}"))
 
     def folder(self, output: Path) -> Path:
-        """Where the run is written."""
+        """Output folder of the run."""
         return output / ("runs" if self.candidate is None else "search") / self.name
 
     def config(self, output: Path) -> TrainConfig:
-        """The run's settings; raises :class:`UsageError` that names the run if one is wrong."""
+        """The run's settings; raises :class:`UsageError` with the run's name if one is wrong."""
         try:
             return TrainConfig.from_flat({**self.settings, "seed": self.seed, "output": str(self.folder(output))})
         except UsageError as problem:
@@ -67,7 +67,7 @@ class RunSpec:
     def digest(self) -> str:
         """Sixteen hexadecimal digits over every setting that could change the result.
 
-        Settings at their defaults are left out, so that one that a later version adds changes no digest.
+        Default values are left out, so that a setting of a later version does not change the digest.
         """
         flat = self.config(Path()).to_flat()
         known = settings_of(TrainConfig) | augment_fields() | settings_of(METHODS[flat["method"]])
@@ -79,10 +79,10 @@ class RunSpec:
         return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:16]
 
     def record(self, output: Path) -> dict[str, Any] | None:
-        """The row of a run that is finished; None if it is not. That of a candidate that diverged has :data:`ERROR`.
+        """The row of a finished run; None for an unfinished one. The row of a diverged candidate has :data:`ERROR`.
 
         Raises:
-            UsageError: it was trained with other settings.
+            UsageError: the run was trained with other settings.
             CheckpointError: the record is damaged.
         """
         folder = self.folder(output)
@@ -99,18 +99,18 @@ class RunSpec:
             )
         diverged = self.candidate is not None and isinstance(row.get(ERROR), str)
         if not diverged and (lost := [name for name in _FIGURES if not isinstance(row.get(name), int | float)]):
-            raise CheckpointError(f"{folder / RECORD_FILE} has no {' and '.join(lost)}; {train_again(folder)}")
+            raise CheckpointError(f"{folder / RECORD_FILE} lacks {' and '.join(lost)}; {train_again(folder)}")
         return row
 
     def state(self, output: Path) -> str:
-        """``finished``, ``diverged``, ``begun`` or ``to do``; raises as :meth:`record` does."""
+        """``finished``, ``diverged``, ``begun`` or ``to do``; raises the errors of :meth:`record`."""
         if (row := self.record(output)) is not None:
             return "diverged" if ERROR in row else "finished"
         return "begun" if RunFolder(self.folder(output)).last.exists() else "to do"
 
 
 def train_again(folder: Path) -> str:
-    """What a user does about a run that stands in the way of its like."""
+    """Advice about a finished run that prevents another one."""
     return f"remove the folder {folder} to train it again"
 
 
@@ -122,18 +122,18 @@ def make_plan(
     overrides: Mapping[str, Any] | None = None,
     choices: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
 ) -> list[RunSpec]:
-    """Every run, one seed after the other, so that a benchmark that is cut short has compared all methods.
+    """Every run, one seed after the other, so that an interrupted benchmark has compared all methods.
 
     Args:
         recipe: the protocol.
         labels: methods, or variants of an ablation.
         tasks: names of the recipe's tasks.
-        seeds: a run of everything for each.
-        overrides: settings that go before all others, for the methods that have them.
-        choices: what a search chose, by task and label.
+        seeds: seeds; everything runs once for each.
+        overrides: settings that replace all others, for the methods that have them.
+        choices: settings chosen by a search, by task and label.
 
     Raises:
-        UsageError: a setting is wrong; the message names the run. Nothing has been started.
+        UsageError: a setting is wrong; the message names the run. No run has been started.
     """
     specs = [
         RunSpec(

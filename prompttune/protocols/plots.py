@@ -1,4 +1,4 @@
-"""Accuracy over trained parameters and over latency. Matplotlib's objects alone, no global state."""
+"""Accuracy over trained parameters and over latency, drawn with Matplotlib objects, without global state."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 DOTS = "#3b6ea5"
 DOT_RADIUS = 4
-"""In pixels."""
+"""Radius in pixels."""
 Corner = tuple[int, int, Literal["left", "right"], Literal["bottom", "top"]]
-"""Where a label may stand: offset in points, alignment."""
+"""Possible place of a label: offset in points, alignment."""
 CORNERS: tuple[Corner, ...] = (
     (5, 4, "left", "bottom"),
     (-5, 4, "right", "bottom"),
@@ -30,14 +30,14 @@ CORNERS: tuple[Corner, ...] = (
     (-5, -4, "right", "top"),
 )
 Point = tuple[str, float, float | None, float | None]
-"""Label, place on the horizontal axis, mean and deviation, both as shares."""
+"""Label, horizontal position, mean and deviation, the last two as shares."""
 
 
 def plot_summary(path: Path, summary: Summary, latencies: Sequence[Latency]) -> bool:
-    """Draw the mean accuracy of each method into a PNG file; whether there was anything to draw.
+    """Draw the mean accuracy of each method into a PNG file; return whether there was anything to draw.
 
-    Left over the trained parameters, head included; right over the time of a forward as a ratio to the plain backbone.
-    A method that misses a task has no mean and is left out.
+    The left plot is over the trained parameters, including the head; the right one over the time of a forward relative
+    to the plain backbone. A method that misses a task does not have a mean and is left out.
     """
     lines = [line for line in summary.lines if line.mean is not None]
     if not lines:
@@ -57,7 +57,7 @@ def plot_summary(path: Path, summary: Summary, latencies: Sequence[Latency]) -> 
     row[0].set(xscale="log", xlabel="trained parameters, head included", ylabel="mean top-1 (%)")
     if timed:
         row[1].set(xlabel=f"time of a forward over the plain backbone's (PyTorch, batch {latencies[0].batch})")
-    figure.draw_without_rendering()  # labels are placed where the layout has put the points
+    figure.draw_without_rendering()  # the layout places the points, which the labels need
     for axes, points in zip(row, panels, strict=True):
         _name(axes, points)
     save_png(figure, path)

@@ -1,4 +1,4 @@
-"""A protocol as data: which tasks, in which groups, trained with which settings by which method.
+"""A protocol as data: its tasks and groups, and the settings of each method.
 
 Recipes are YAML files of this package, or a user's own::
 
@@ -9,16 +9,15 @@ Recipes are YAML files of this package, or a user's own::
     tasks:
       digits: {group: natural, data: demo/digits, settings: {}}
       # `search`, beside `data`: where the settings of a method with a grid are chosen; without it none are searched
-    methods:                                 # settings of a method, over the defaults
-      linear: {lr: 5e-2}
+    methods:                                 # settings of a method, over the defaults linear: {lr: 5e-2}
     grids:                                   # settings that are chosen on held-out images, by method or `default`
-      linear: {lr: [1e-2, 5e-2]}
+        linear: {lr: [1e-2, 5e-2]}
     search_seed: 0
-    variants:                                # instead of plain methods, where the recipe is an ablation
-      full: {method: sa2vp}
+    variants:                                # instead of plain methods, where the recipe is an ablation full: {method:
+        sa2vp}
 
-A method without an entry takes the defaults. An entry of a method that is not registered is ignored. What the protocol
-itself decides is no setting of a recipe: :func:`check_open`.
+A method without an entry uses the defaults. An entry of an unregistered method is ignored. Settings that the protocol
+itself fixes cannot be in a recipe: :func:`check_open`.
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ from prompttune.training.multi import suiting
 BUILT_IN = ("demo", "demo-ablation", "vtab-1k", "fgvc", "hta")
 _PARTS = ("protocol", "title", "seeds", "search_seed", "defaults", "tasks", "methods", "grids", "variants")
 ANY = "default"
-"""Grid of the methods that have none of their own."""
+"""Grid of the methods without their own grid."""
 _TASK_PARTS = ("group", "data", "search", "settings", "methods")
 SCORED_ONCE: Mapping[str, Any] = {"eval_every": 1_000_000, "patience": None}
-"""Settings of every run, so that the last epoch alone is scored: the images that are reported choose no epoch."""
+"""Settings of every run, so that only the last epoch is scored: the reported images do not choose an epoch."""
 _ELSEWHERE = {
     "method": "the entries of methods and variants name it",
     "data": "a task names it",
@@ -50,9 +49,9 @@ _ELSEWHERE = {
     "output": "give --output",
     "data_root": "give --data-root",
 }
-"""Settings that are none of a recipe's, and where they are given."""
+"""Settings that a recipe cannot have, with the place where they are given."""
 SEED_LIMIT = 2**63
-"""Seeds are below: torch takes no others."""
+"""Upper limit of seeds (exclusive), as in torch."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,13 @@ class TaskEntry:
     name: str
     group: str
     data: str
-    """As ``prompttune train --data`` takes it."""
+    """Data set, as for ``prompttune train --data``."""
     search: str | None = None
-    """Splits to choose settings on, which the reported images are no part of."""
+    """Splits for choosing settings, without the reported images."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of every run on it."""
+    """Settings of every run on this data set."""
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Settings of one method on it, which go before all others."""
+    """Settings of one method on this data set, which replace all others."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +82,12 @@ class Recipe:
     methods: Mapping[str, Mapping[str, Any]]
     variants: Mapping[str, Mapping[str, Any]]
     grids: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
-    """Values to choose from, by method, or :data:`ANY`, and setting."""
+    """Values to choose from, by method (or :data:`ANY`) and setting."""
     search_seed: int = 0
 
     @property
     def labels(self) -> list[str]:
-        """What can be compared: the variants of an ablation, else every registered method."""
+        """Labels that can be compared: the variants of an ablation, else every registered method."""
         return list(self.variants) if self.variants else list(METHODS)
 
     def method_of(self, label: str) -> str:
@@ -96,7 +95,7 @@ class Recipe:
         return str(self.variants[label].get("method", "sa2vp")) if self.variants else label
 
     def grid(self, label: str, task: str, overrides: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
-        """What is chosen for a method on a task; nothing where the user or the task's entry says it already."""
+        """Values to choose from for a method on a task, without settings that the user or the task's entry fixes."""
         method, entry = self.method_of(label), self.tasks[task]
         if entry.search is None or self.variants:
             return {}
@@ -105,7 +104,7 @@ class Recipe:
         return {name: values for name, values in suiting(grid, method).items() if name not in known}
 
     def settings(self, label: str, task: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """Flat settings of a run; ``overrides`` go before all, and reach the methods that have them."""
+        """Flat settings of a run; ``overrides`` replace all others, for the methods that have them."""
         method, entry = self.method_of(label), self.tasks[task]
         own = self.methods.get(method, {})
         variant = {name: value for name, value in self.variants.get(label, {}).items() if name != "method"}
@@ -123,7 +122,7 @@ class Recipe:
 
 
 def check_open(name: str, value: Any) -> None:
-    """Raise :class:`UsageError` if a setting is the protocol's own, which neither a recipe nor a user gives."""
+    """Raise :class:`UsageError` for a setting that the protocol fixes."""
     if name in SCORED_ONCE:
         raise UsageError(f"{name} is not open: every run is scored after its last epoch alone; leave it out")
     if name == "task" and value != "classification":
@@ -131,15 +130,15 @@ def check_open(name: str, value: Any) -> None:
 
 
 def is_seed(value: Any) -> bool:
-    """Whether a value can seed a run."""
+    """Whether a value is a valid seed of a run."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < SEED_LIMIT
 
 
 def load_recipe(name: str, file: Path | None = None) -> Recipe:
-    """Read the package's recipe ``name``, or a file in its place.
+    """Read the package's recipe ``name``, or a file instead.
 
     Raises:
-        UsageError: the file is missing or wrong; one line that names it and what is wrong.
+        UsageError: the file is missing or wrong; one line that names the file and the error.
     """
     if file is not None:
         return read_recipe(file)
@@ -184,13 +183,13 @@ def _mapping(path: Path, document: Mapping[str, Any], key: str) -> dict[str, Any
 
 
 def _settings(path: Path, where: str, values: Mapping[str, Any], method: str | None = None) -> dict[str, Any]:
-    """Names of settings with underscores, each known and a recipe's, and one of ``method`` where that is given."""
+    """Names of settings with underscores, known, allowed in a recipe, and those of ``method`` if it is given."""
     named = {name.replace("-", "_"): value for name, value in values.items()}
     for name, value in named.items():
         try:
             choose("setting", name, known_names())
             if name in _ELSEWHERE:
-                raise UsageError(f"{name} is no setting of a recipe: {_ELSEWHERE[name]}")
+                raise UsageError(f"{name} is not a setting of a recipe: {_ELSEWHERE[name]}")
             check_open(name, value)
             if method is not None and name in method_fields():
                 check_belongs(name, method)
@@ -231,7 +230,7 @@ def _task(path: Path, name: str, entry: Mapping[str, Any]) -> TaskEntry:
 
 
 def _scored(data: str) -> str:
-    """The part of a specification that says which images are scored."""
+    """The part of a specification that names the scored images."""
     kind, _, name = data.partition("/")
     parts = name.split("/")
     return f"{kind}/{parts[0]}/{parts[-1]}" if kind in KINDS else data
@@ -258,16 +257,16 @@ def _grids(path: Path, entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def chosen(kind: str, wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:
-    """The names that were asked for, all if none were.
+    """The requested names; all names by default.
 
     Raises:
-        UsageError: one is unknown, or stands there twice.
+        UsageError: a name is unknown or occurs twice.
     """
     if wanted is None:
         return list(known)
     names = [choose(kind, name, known) for name in wanted]
     if not names:
-        raise UsageError(f"no {kind} is named; known: {', '.join(known)}")
+        raise UsageError(f"the list of {kind}s is empty; known: {', '.join(known)}")
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"the {kind} {twice} is named twice")
     return names

@@ -1,4 +1,4 @@
-"""Carries a plan out: finished runs are kept, half ones go on, several at once if asked for."""
+"""Execution of a plan: finished runs are kept, unfinished ones are resumed, and several may run at once."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ from prompttune.protocols.plan import ERROR, RunSpec
 from prompttune.protocols.worker import Backbones, run_one, share_teller
 
 MOST_JOBS = 4
-"""Runs at once on a CPU if nothing is said; each has a backbone of its own in memory."""
+"""Largest default number of concurrent runs on a CPU; each run has a backbone in memory."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run: its row of figures, or one line that says what went wrong."""
+    """Result of a run: its row of figures, or one line about the error."""
 
     spec: RunSpec
     row: dict[str, Any] | None = None
     error: str | None = None
     kept: bool = False
-    """Whether it had been finished by an earlier call."""
+    """Whether an earlier call had finished the run."""
     diverged: bool = False
     """Whether the error is a candidate's result, which is not tried again."""
 
     @classmethod
     def of(cls, spec: RunSpec, row: dict[str, Any], *, kept: bool = False) -> Outcome:
-        """From the record that a run left."""
+        """The outcome from the record of a run."""
         if ERROR in row:
             return cls(spec, error=f"diverged: {row[ERROR]}", kept=kept, diverged=True)
         return cls(spec, row, kept=kept)
 
 
 class Listener(Protocol):
-    """Hears how a plan gets on."""
+    """Receives news about a plan."""
 
     def begin(self, pace: Pace) -> None:
         """The first run is about to start."""
 
     def update(self, pace: Pace) -> None:
-        """A run got a little further."""
+        """A run has made progress."""
 
     def ended(self, outcome: Outcome, pace: Pace) -> None:
         """A run has ended."""
@@ -59,30 +59,30 @@ class Listener(Protocol):
 
 @dataclass
 class Pace:
-    """How far a plan is, and from that the time left."""
+    """Progress of a plan, and the time left."""
 
     total: int
     jobs: int
     kept: int = 0
     ended: int = 0
-    """Runs of this call that are over."""
+    """Number of runs of this call that have ended."""
     waiting: list[RunSpec] = field(default_factory=list)
     running: dict[RunSpec, tuple[float, float]] = field(default_factory=dict)
-    """When each began, by ``time.monotonic``, and the share of it that is done."""
+    """Start time by ``time.monotonic`` and finished share of each running run."""
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    """Durations of the runs of this call, by label."""
+    """Durations of this call's runs in seconds, by label."""
 
     @property
     def done(self) -> int:
-        """Runs that are over, those of earlier calls included."""
+        """Number of ended runs, including those of earlier calls."""
         return self.kept + self.ended
 
     def share(self) -> float:
-        """Share of all runs that is done."""
+        """Finished share of all runs."""
         return (self.done + sum(share for _, share in self.running.values())) / max(self.total, 1)
 
     def seconds_left(self, now: float | None = None) -> float | None:
-        """Estimate for what is left; None before anything is known."""
+        """Estimated seconds left; None before the first estimate."""
         now = time.monotonic() if now is None else now
         known = [value for values in self.seconds.values() for value in values]
         known += [(now - began) / share for began, share in self.running.values() if share > 0]
@@ -100,31 +100,31 @@ class Pace:
 
 
 def default_jobs(device: str) -> int:
-    """Runs at once if nothing is said: one on a GPU, on a CPU one for each core up to :data:`MOST_JOBS`."""
+    """Default number of concurrent runs: one on a GPU; on a CPU one per core, up to :data:`MOST_JOBS`."""
     from prompttune.training.scoring import resolve_device
 
     return 1 if resolve_device(device).type == "cuda" else min(cores(), MOST_JOBS)
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def execute(specs: Sequence[RunSpec], output: Path, jobs: int, listener: Listener) -> list[Outcome]:
-    """Train every run of a plan that is not finished; one that fails does not stop the others.
+    """Train every unfinished run of a plan; a failed run does not stop the others.
 
     Args:
         specs: the plan.
-        output: folder of the benchmark.
-        jobs: worker processes, each with its share of the cores; 1 trains in this process.
-        listener: hears how it goes.
+        output: output folder of the benchmark.
+        jobs: number of worker processes, which share the cores; 1 trains in this process.
+        listener: receives news.
 
     Returns:
-        An outcome for each run, in the order of the plan.
+        One outcome per run, in the order of the plan.
 
     Raises:
-        UsageError: another benchmark is writing there, or a finished run had other settings; nothing has started.
+        UsageError: another benchmark writes to the folder, or a finished run had other settings; no run has started.
     """
     with locked(output):
         outcomes: dict[RunSpec, Outcome] = {}
@@ -170,7 +170,7 @@ def _in_process(pace: Pace, output: Path, listener: Listener) -> Iterator[Outcom
         tell = share_teller(lambda share, spec=spec: _progress(pace, spec, share, listener))  # type: ignore[misc]
         try:
             outcome = Outcome.of(spec, run_one(spec, output, backbones, tell))
-        except Exception as problem:  # whatever it is, it is this run's
+        except Exception as problem:  # any error belongs to this run
             outcome = Outcome(spec, error=describe_failure(problem))
         yield _end(pace, outcome, listener)
 
@@ -200,7 +200,7 @@ def _in_workers(pace: Pace, output: Path, listener: Listener) -> Iterator[Outcom
                 yield _end(pace, outcome, listener)
                 if worker.process.poll() is None and pace.waiting:
                     worker.spec = _start(pace)
-                    with contextlib.suppress(BrokenPipeError):  # it has just died: the next message says so
+                    with contextlib.suppress(BrokenPipeError):  # it has just died, which the next message reports
                         worker.channel.send(worker.spec)
                 else:
                     workers.remove(worker)
@@ -214,8 +214,8 @@ def _in_workers(pace: Pace, output: Path, listener: Listener) -> Iterator[Outcom
 def _hire(pace: Pace, output: Path) -> _Worker:
     """Start a process with its first run.
 
-    A program of its own: a forked process inherits torch's threads half, and multiprocessing's spawned one runs the
-    caller's main module again. ``-P`` keeps the modules of the folder that the user stands in out of it.
+    The process runs its own program: a forked process would inherit torch's threads in part, and multiprocessing's
+    spawned one would run the caller's main module again. ``-P`` keeps modules in the current folder out of it.
     """
     ours, theirs = multiprocessing.Pipe()
     words = (theirs.fileno(), os.getpid(), max(1, cores() // pace.jobs), output)
@@ -235,7 +235,7 @@ def _dismiss(worker: _Worker) -> None:
 
 
 def _hear(worker: _Worker, pace: Pace, listener: Listener) -> Outcome | None:
-    """Take one message of a worker; its run's outcome if that has ended."""
+    """Read one message of a worker; return its run's outcome if that has ended."""
     try:
         kind, value = worker.channel.recv()
     except (EOFError, ConnectionResetError):

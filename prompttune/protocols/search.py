@@ -1,4 +1,4 @@
-"""Choosing settings on held-out images, before anything is trained that is reported."""
+"""Choice of settings on held-out images, before the reported runs are trained."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ SEARCH, CHOSEN = "search.csv", "chosen.json"
 
 @dataclass(frozen=True)
 class Decision:
-    """What a search comes to. A task and label of its plan is in one of the three."""
+    """Result of a search. Each task and label of its plan is in one of the three fields."""
 
     choices: Choices
     waiting: Sequence[Pair] = ()
-    """Where a setting is still to be tried: a choice made without it could be another one later."""
+    """Pairs with a setting that is still to be tried, since that result could change the choice."""
     barren: Mapping[Pair, str] = dataclasses.field(default_factory=dict)
-    """Where every setting diverged, and how the first did."""
+    """Pairs whose settings all diverged, with the error of the first."""
 
     def is_open(self, spec: RunSpec) -> bool:
-        """Whether the settings of a run that is reported are not known."""
+        """Whether the settings of a reported run are still unknown."""
         pair = (spec.task, spec.label)
         return pair in self.waiting or pair in self.barren
 
@@ -41,7 +41,7 @@ class Decision:
 def make_search(
     recipe: Recipe, labels: Sequence[str], tasks: Sequence[str], overrides: Mapping[str, Any]
 ) -> list[RunSpec]:
-    """A run for each point of each method's grid on each task, with the recipe's seed for the search.
+    """One run for each point of each method's grid on each task, with the recipe's search seed.
 
     Raises:
         UsageError: a setting is wrong; the message names the run.
@@ -62,7 +62,7 @@ def make_search(
 
 
 def run_search(plan: Sequence[RunSpec], output: Path, jobs: int, listener: Listener) -> tuple[Decision, list[Outcome]]:
-    """Carry out a search; ``search.csv`` and ``chosen.json`` tell what was tried and what was chosen."""
+    """Run a search; ``search.csv`` and ``chosen.json`` list the tried and the chosen settings."""
     if not plan:
         return Decision({}), []
     outcomes = execute(plan, output, jobs, listener)
@@ -81,10 +81,10 @@ def _tried(spec: RunSpec) -> dict[str, Any]:
 
 
 def decide(outcomes: Sequence[Outcome]) -> Decision:
-    """Choose the best accuracy for each task and label, among equals the smallest learning rate.
+    """Choose the best accuracy for each task and label; the smallest learning rate wins a tie.
 
-    VPT's code breaks ties so, for stability. What diverged is never chosen; what has no result yet keeps the choice
-    open.
+    VPT's code breaks ties in this way, for stability. A diverged run is never chosen; a run without a result keeps the
+    choice open.
     """
     groups: dict[Pair, list[Outcome]] = {}
     for outcome in outcomes:
@@ -109,13 +109,13 @@ def _rank(outcome: Outcome) -> tuple[float, float]:
 
 
 def decided_so_far(plan: Sequence[RunSpec], output: Path) -> Decision:
-    """What a search has come to, without training."""
+    """Result of a search so far, without training."""
     rows = ((spec, spec.record(output)) for spec in plan)
     return decide([Outcome(spec) if row is None else Outcome.of(spec, row, kept=True) for spec, row in rows])
 
 
 def pending(plan: Sequence[RunSpec], search: Sequence[RunSpec], decision: Decision) -> list[RunSpec]:
-    """The plan with a placeholder where the search has not chosen; for showing, not for training."""
+    """The plan with placeholders for settings that are not chosen yet; for display, not for training."""
     open_names = {(spec.task, spec.label): list(spec.candidate or {}) for spec in search if decision.is_open(spec)}
     return [
         dataclasses.replace(

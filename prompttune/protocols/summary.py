@@ -1,4 +1,4 @@
-"""From rows of runs to the papers' tables: mean and deviation over seeds, over groups, over tasks."""
+"""From rows of runs to the papers' tables: mean and deviation over seeds, groups and tasks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Cell:
 
     mean: float
     deviation: float | None
-    """Sample standard deviation over the seeds, with n - 1; None for one seed."""
+    """Sample standard deviation over the seeds, with n - 1; None for a single seed."""
     seeds: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Cell:
-        """Mean and deviation of ``values``, of which there is at least one."""
+        """Mean and deviation of ``values``, which must not be empty."""
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
     def to_dict(self) -> dict[str, Any]:
@@ -29,28 +29,28 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """What a method, or a variant, reached."""
+    """Results of a method or a variant."""
 
     label: str
     cells: Mapping[str, Cell | None]
-    """By task; None where no run is finished."""
+    """Accuracies by task; None if all runs of the task are unfinished."""
     groups: Mapping[str, float | None]
-    """Mean over the tasks of each group; None where one is missing."""
+    """Mean over the tasks of each group; None if a task is missing."""
     mean: float | None
-    """Mean over all tasks; None where one is missing."""
+    """Mean over all tasks; None if a task is missing."""
     mean_of_groups: float | None
-    """Mean of the groups' means, VTAB's habit."""
+    """Mean of the groups' means, as is usual for VTAB."""
     deviation: float | None
     """Sample deviation over seeds of the mean over all tasks; None unless two seeds have every task."""
     trainable: int
-    """Trained parameters with the head, mean over the tasks, whose heads differ."""
+    """Number of trained parameters including the head, averaged over the tasks, whose heads differ."""
     beside_head: int
     share: float
-    """Trained parameters beside the head over those of the backbone."""
+    """Number of trained parameters without the head, divided by that of the backbone."""
 
     @property
     def seeds(self) -> tuple[int, int]:
-        """Least and greatest number of seeds of a task that has a figure."""
+        """Smallest and largest number of seeds among the tasks with a figure."""
         counts = [cell.seeds for cell in self.cells.values() if cell is not None]
         return min(counts), max(counts)
 
@@ -78,7 +78,7 @@ class Summary:
     """Group of each task, in the order of the columns."""
     lines: Sequence[Line]
     missing: int = 0
-    """Runs of the plan without a figure."""
+    """Number of planned runs without a figure."""
 
     @property
     def groups(self) -> list[str]:
@@ -103,9 +103,9 @@ def summarise(
     Args:
         title: headline of the table.
         tasks: group of each task, in the order of the columns.
-        labels: methods or variants, in the order of the lines; one without a row is left out.
-        rows: as ``results.csv`` has them.
-        missing: runs that have no row.
+        labels: methods or variants, in the order of the lines; those without a row are left out.
+        rows: rows of ``results.csv``.
+        missing: number of runs without a row.
     """
     lines = [_line(label, tasks, [row for row in rows if row["label"] == label]) for label in labels]
     return Summary(title, dict(tasks), [line for line in lines if line is not None], missing)
@@ -142,7 +142,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _deviation_of_mean(by_task: Mapping[str, Sequence[Mapping[str, Any]]]) -> float | None:
-    """Sample deviation of the seeds' means over all tasks, of the seeds that have every task."""
+    """Sample deviation of the seeds' means over all tasks, for the seeds that have every task."""
     by_seed: dict[int, list[float]] = {}
     for found in by_task.values():
         for row in found:

@@ -1,4 +1,4 @@
-"""A summary as a table in the papers' shape: on a terminal, as Markdown, and the runs as CSV."""
+"""A summary as a table in the papers' form, for a terminal and as Markdown, and the runs as CSV."""
 
 from __future__ import annotations
 

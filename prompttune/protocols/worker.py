@@ -1,4 +1,4 @@
-"""One run of a plan, in this process or in a worker of its own."""
+"""One run of a plan, in this process or in its own worker."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from prompttune.backbones import Backbone
 
 Backbones = dict[tuple[str, int | None, str], "Backbone"]
-"""What a process has loaded, by name, image size and weights; the last one alone is kept."""
+"""Loaded backbones of a process by name, image size and weights; only the last one is kept."""
 SHARE_STEP = 0.01
-"""A worker tells how far its run is in steps of this share."""
+"""Smallest share of a run between two progress messages of a worker."""
 _OVERWRITE = "; start again with --overwrite"
-"""End of the errors of resuming that names an option of theirs."""
+"""End of resume errors, which names an option that a benchmark does not have."""
 
 
 def run_one(spec: RunSpec, output: Path, backbones: Backbones, on_progress: OnProgress | None = None) -> dict[str, Any]:
-    """Train a run, or go on with it, and write its record; the row of figures.
+    """Train or resume a run and write its record; return the row of figures.
 
-    The checkpoint of the last epoch counts, whatever the epochs before it reached: the protocol validates after it
-    alone. The state that a run is resumed from is dropped once the record is there. A candidate that diverges has a
-    result too, a record without figures: trained again, it would diverge again.
+    The checkpoint of the last epoch counts, whatever the results of earlier epochs: the protocol validates only after
+    it. The state for resuming is removed once the record is written. A diverged candidate also has a result, a record
+    without figures: it would diverge again.
     """
     from prompttune.backbones import load_backbone
     from prompttune.training.loop import train
@@ -62,7 +62,7 @@ def run_one(spec: RunSpec, output: Path, backbones: Backbones, on_progress: OnPr
 def _told_here(problem: CheckpointError | UsageError, folder: Path) -> CheckpointError | UsageError:
     """A run's error without the options of ``prompttune train``, which a benchmark does not have."""
     text = str(problem)
-    if str(folder) not in text:  # nothing that stands in the folder is to blame
+    if str(folder) not in text:  # the error is not about the folder's content
         return problem
     return type(problem)(f"{text.removesuffix(_OVERWRITE)}; {train_again(folder)}")
 
@@ -115,7 +115,7 @@ def _row(spec: RunSpec, backbone: Backbone, metrics: dict[str, Any]) -> dict[str
 
 
 def share_teller(tell: Callable[[float], None]) -> OnProgress:
-    """From a run's news to the share of its training that is done, told in steps."""
+    """Turn a run's news into its finished share, reported in steps."""
     told = 0.0
 
     def on_progress(news: Progress) -> None:
@@ -130,7 +130,7 @@ def share_teller(tell: Callable[[float], None]) -> OnProgress:
 
 
 def serve_runs(channel: Connection, output: Path, threads: int) -> None:
-    """Body of a worker process: runs come in through the channel, shares and rows go back, None ends it."""
+    """Main loop of a worker process: the channel brings runs and takes shares and rows; None ends the loop."""
     import torch
 
     torch.set_num_threads(threads)
@@ -147,21 +147,21 @@ def serve_runs(channel: Connection, output: Path, threads: int) -> None:
             channel.send(("row", row))
         except BrokenPipeError:
             return
-        except Exception as problem:  # whatever it is, it is this run's
+        except Exception as problem:  # any error belongs to this run
             channel.send(("error", describe_failure(problem)))
 
 
 def _follow(parent: int) -> None:
-    """A worker that outlived its parent would train into folders that the next call goes on with."""
+    """End the worker with its parent: otherwise it would train into folders that the next call resumes."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
 def main(descriptor: int, parent: int, threads: int, output: str) -> None:
-    """Body of ``python -m prompttune.protocols``; see :func:`prompttune.protocols.runner.execute`."""
+    """Main function of ``python -m prompttune.protocols``; see :func:`prompttune.protocols.runner.execute`."""
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     try:
         serve_runs(Connection(descriptor), Path(output), threads)
     except KeyboardInterrupt:
-        sys.exit(130)  # Ctrl-C reaches the workers too; the parent speaks
+        sys.exit(130)  # Ctrl-C also reaches the workers; the parent reports it

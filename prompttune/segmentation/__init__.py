@@ -1,4 +1,4 @@
-"""Semantic segmentation: heads that answer for each place of an image, over the maps that a method gives."""
+"""Semantic segmentation: heads that answer for each place of an image, using the maps of a method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of segmentation: which head, and what it is made of."""
+"""Settings of segmentation: the head and its parts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 TASKS = ("classification", "segmentation")
 HEADS = ("linear", "pyramid")
 IGNORE_INDEX = 255
-"""In a mask: no class, neither trained nor scored. So a task has at most this many classes."""
+"""Mask value of pixels without a class, which are neither trained nor scored; also the largest number of classes."""
 STRIDE = 4
-"""Pixels of the input to one of the logits' map, in both directions."""
+"""Pixels of the input per value of the logits' map, in both directions."""
 PYRAMID_LEVELS = 4
 MAX_CHANNELS = 4096
-"""Of the pyramid head, whose parameters grow with their square."""
+"""Largest number of channels of the pyramid head, whose parameters grow with their square."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,17 @@ class SegmentationConfig:
     """A task that answers for each place of an image.
 
     Raises:
-        UsageError: an unknown head, or channels out of range.
+        UsageError: the head is unknown, or the number of channels is out of range.
     """
 
     head: str = "linear"
-    """``linear`` reads the last block's patch tokens; ``pyramid`` those of four depths, UPerNet's way."""
+    """Head: ``linear`` reads the last block's patch tokens; ``pyramid`` those of four depths, as UPerNet does."""
     channels: int = 64
-    """Of the pyramid head; the linear one has none of its own."""
+    """Number of channels of the pyramid head; the linear head does not use it."""
 
     def __post_init__(self) -> None:
         choose("head", self.head, HEADS)
-        # The type too: checkpoints that come from elsewhere bring any.
+        # The type is checked too: checkpoints from elsewhere may hold any value.
         if type(self.channels) is not int or not 1 <= self.channels <= MAX_CHANNELS:
             raise UsageError(f"a pyramid head needs from 1 to {MAX_CHANNELS} channels, not {self.channels!r}")
 
@@ -55,7 +55,7 @@ class SegmentationConfig:
         return tuple(-(-(number + 1) * depth // PYRAMID_LEVELS) - 1 for number in range(PYRAMID_LEVELS))
 
     def graph_settings(self) -> dict[str, Any]:
-        """The settings that tasks of one engine must agree on."""
+        """The settings that all tasks of an engine must share."""
         return {"head": self.head} | ({"channels": self.channels} if self.head == "pyramid" else {})
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class SegmentationConfig:
 
 
 def output_size(image_size: int) -> tuple[int, int]:
-    """Height and width of the logits' map: a :data:`STRIDE`-th of the input, rounded up."""
+    """Height and width of the logits' map: the input's divided by :data:`STRIDE`, rounded up."""
     side = -(-image_size // STRIDE)
     return side, side
 

@@ -1,9 +1,9 @@
-"""The seam of segmentation heads, and the linear one.
+"""The interface of segmentation heads, and the linear head.
 
-A head is split as a method is: ``task_state()`` holds its tensors with leading dimension 1, and ``forward`` reads a
-state of leading dimension 1 (one task) or B (a task a row), so that each row of a batch may have a head of its own.
+A head is split like a method: ``task_state()`` holds its tensors with leading dimension 1, and ``forward`` reads a
+state of leading dimension 1 (one task) or B (one task per row), so that each row of a batch may have its own head.
 Every product with a task's tensor is therefore a batched matrix product or a weighted sum, never a convolution with
-one weight for the whole batch, and there is no norm over the batch.
+one weight for the whole batch, and norms over the batch are not used.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from prompttune.methods.base import Layout, State
 
 PREFIX = "head."
-"""Of the state keys of a head."""
+"""Prefix of the state keys of a head."""
 
 
 class SegmentationHead(nn.Module):
-    """Logits for each place; a subclass names its parameters as its state keys without :data:`PREFIX`.
+    """Logits for each place; a subclass names its parameters like its state keys without :data:`PREFIX`.
 
     Args:
         width: channels D of the patch tokens.
         grid: rows R and columns C of the patch map.
         size: height and width of the logits' map.
-        classes: of the task.
+        classes: number of classes of the task.
     """
 
     def __init__(self, width: int, grid: tuple[int, int], size: tuple[int, int], classes: int) -> None:
@@ -51,7 +51,7 @@ class SegmentationHead(nn.Module):
         return layout | {f"{PREFIX}weight": ("classes", self.weight.shape[1]), f"{PREFIX}bias": ("classes",)}
 
     def forward(self, maps: tuple[Tensor, ...], state: State) -> Tensor:
-        """Logits [B, classes, h, w] of patch tokens [B, R C, D], one tensor for each level."""
+        """Logits [B, classes, h, w] from patch tokens [B, R C, D], one tensor per level."""
         raise NotImplementedError
 
     def map_of(self, tokens: Tensor) -> Tensor:
@@ -63,8 +63,8 @@ class SegmentationHead(nn.Module):
 class LinearHead(SegmentationHead):
     """A 1 x 1 convolution of the last block's patch tokens, then bilinear upsampling.
 
-    As the linear probes of DINOv2 (https://arxiv.org/abs/2304.07193, section 7.4) with the backbone's final norm in
-    the place of their batch norm.
+    It follows the linear probes of DINOv2 (https://arxiv.org/abs/2304.07193, section 7.4), with the backbone's final
+    norm instead of their batch norm.
     """
 
     def __init__(self, width: int, grid: tuple[int, int], size: tuple[int, int], classes: int) -> None:
@@ -75,7 +75,7 @@ class LinearHead(SegmentationHead):
         """See :meth:`SegmentationHead.forward`."""
         weight, bias = state["head.weight"], state["head.bias"]  # [1 or B, C, D], [1 or B, C]
         scores = maps[-1].to(weight.dtype) @ weight.transpose(1, 2)  # [B, R C, classes]
-        # The bias comes last: that of a padding class is -inf, which no interpolation may touch.
+        # The bias comes last: that of a padding class is -inf, which must not be interpolated.
         upsampled: Tensor = self.upsample(self.map_of(scores))
         probe("head", upsampled)
         return torch.add(upsampled, bias[:, :, None, None])

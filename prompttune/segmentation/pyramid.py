@@ -1,16 +1,16 @@
 """A light pyramid head after UPerNet: https://arxiv.org/abs/1807.10221.
 
-Patch tokens of four depths each go through a 1 x 1 convolution to K channels. The deepest map also goes through
-pyramid pooling: its means over 1, 2, 3 and 6 places a side, 1 x 1 convolutions of those, all of them beside the map,
-and a 1 x 1 convolution of the whole. From there each map is added to the next shallower one, every sum is smoothed by
-a 3 x 3 convolution, and all of them together are fused and classified.
+Patch tokens of four depths each pass a 1 x 1 convolution to K channels. The deepest map also passes pyramid pooling:
+its means over 1, 2, 3 and 6 places per side, 1 x 1 convolutions of those, all of them next to the map, and a 1 x 1
+convolution of the whole. Then each map is added to the next shallower one, every sum is smoothed by a 3 x 3
+convolution, and all of them together are fused and classified.
 
-What differs from UPerNet, to keep it light and exact where each row of a batch has a head of its own:
+Differences from UPerNet keep it light, and exact if each row of a batch has its own head:
 
 - a plain ViT has one resolution, so the maps of its depths are resized: the shallowest to that of the logits, the next
   one to twice the grid, the two deepest stay (mmsegmentation's neck for ViTs learns transposed convolutions instead);
 - 3 x 3 convolutions are depthwise, followed by a 1 x 1 one; that of the pooled maps is a 1 x 1 one;
-- a layer norm over the channels of each place takes the place of batch norm;
+- a layer norm over the channels of each place replaces batch norm;
 - pooled sizes that the grid does not have are left out.
 """
 
@@ -29,7 +29,7 @@ from prompttune.segmentation.heads import SegmentationHead
 from prompttune.segmentation.resize import Resize
 
 POOLED = (1, 2, 3, 6)
-"""Places a side of the pooled maps."""
+"""Numbers of places per side of the pooled maps."""
 KERNEL = 3
 EPSILON = 1e-5
 _DEEPEST = PYRAMID_LEVELS - 1
@@ -42,8 +42,8 @@ class PyramidHead(SegmentationHead):
         width: channels D of the patch tokens.
         grid: rows R and columns C of the patch map.
         size: height and width of the logits' map.
-        classes: of the task.
-        channels: K.
+        classes: number of classes of the task.
+        channels: number of channels K.
     """
 
     def __init__(self, width: int, grid: tuple[int, int], size: tuple[int, int], classes: int, channels: int) -> None:
@@ -58,7 +58,7 @@ class PyramidHead(SegmentationHead):
         nn.init.uniform_(self.depthwise, -1 / KERNEL, 1 / KERNEL)
         self.pointwise = _matrix(PYRAMID_LEVELS, k, k)
         self.fuse = _matrix(PYRAMID_LEVELS, k, k, inputs=PYRAMID_LEVELS * k)
-        # Norms: of the laterals, of the pooled maps, of what joins those, of the smoothed sums, of the fusion.
+        # Norms: of the laterals, of the pooled maps, of their fusion, of the smoothed sums, of the last fusion.
         norms = PYRAMID_LEVELS + pools + 1 + PYRAMID_LEVELS + 1
         self.scale = nn.Parameter(torch.ones(norms, k))
         self.shift = nn.Parameter(torch.zeros(norms, k))
@@ -82,7 +82,7 @@ class PyramidHead(SegmentationHead):
         summed = [self.spread[level](one) for level, one in enumerate(found)]
         for level in reversed(range(_DEEPEST)):
             summed[level] = summed[level] + self.descend[level](summed[level + 1])
-        # A sum of products in the place of one product of all maps side by side.
+        # A sum of products replaces one product of all maps side by side.
         parts = [
             self.gather[level](_mix(self._smooth(level, one, state), state["head.fuse"][:, level]))
             for level, one in enumerate(summed)
@@ -98,7 +98,7 @@ class PyramidHead(SegmentationHead):
         return self._norm(self.map_of(tokens.to(weight.dtype) @ weight), level, state)
 
     def _join_pooled(self, deepest: Tensor, state: State) -> Tensor:
-        """The deepest map with what its means over larger places say, [B, K, R, C]."""
+        """The deepest map combined with its means over larger places, [B, K, R, C]."""
         joined = _mix(deepest, state["head.top"][:, 0])
         for number, (pool, unpool) in enumerate(zip(self.pool, self.unpool, strict=True)):
             means = _mix(pool(deepest), state["head.pooled"][:, number])
@@ -123,7 +123,7 @@ class PyramidHead(SegmentationHead):
 
 
 def _matrix(count: int, rows: int, columns: int, inputs: int | None = None) -> nn.Parameter:
-    """``count`` matrices [rows, columns] whose products keep the size of what they read."""
+    """``count`` matrices [rows, columns], initialised so that products keep the scale of their input."""
     made = nn.Parameter(torch.empty(count, rows, columns))
     nn.init.trunc_normal_(made, std=(inputs or rows) ** -0.5)
     return made
@@ -138,7 +138,7 @@ def _mix(one: Tensor, weight: Tensor) -> Tensor:
 
 
 def depthwise(one: Tensor, kernel: Tensor) -> Tensor:
-    """A 3 x 3 convolution of each channel alone, zeros around the map, as a weighted sum of shifted maps.
+    """A 3 x 3 convolution of each channel with zero padding, as a weighted sum of shifted maps.
 
     Args:
         one: [B, K, h, w].

@@ -1,8 +1,8 @@
 """Resizing and pooling of maps as products with fixed matrices.
 
-What bilinear interpolation and adaptive average pooling do is linear, and the same for each row and column. As two
-small matrix products it has one form for every runtime, needs no Resize operator, and gives the same gradients on a
-GPU each time, which PyTorch's own bilinear interpolation does not.
+Bilinear interpolation and adaptive average pooling are linear, and the same for each row and column. As two small
+matrix products they have one form for every runtime, need no Resize operator, and give the same gradients on a GPU each
+time, which PyTorch's own bilinear interpolation does not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 def interpolation(source: int, target: int) -> Tensor:
     """Matrix [target, source] of bilinear interpolation along one axis, pixels as areas (``align_corners=False``)."""
-    unit = torch.eye(source).unsqueeze(1)  # [source, 1, source]: each column's own answer
+    unit = torch.eye(source).unsqueeze(1)  # [source, 1, source]: the response of each column
     resized: Tensor = F.interpolate(unit, size=target, mode="linear", align_corners=False)
     return resized[:, 0].T.contiguous()
 
@@ -40,7 +40,7 @@ class Resize(nn.Module):
 
     def __init__(self, rows: Tensor, columns: Tensor) -> None:
         super().__init__()
-        # What is fixed is no parameter of a task, so it is not saved with one.
+        # Fixed matrices are not a task's parameters, so they are not saved with it.
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("columns", columns, persistent=False)
 
@@ -51,12 +51,12 @@ class Resize(nn.Module):
 
     @classmethod
     def pooled(cls, source: tuple[int, int], target: int) -> Resize:
-        """To ``target`` rows and columns, each the mean of those below it."""
+        """Pool to ``target`` rows and columns, each the mean of the places that it covers."""
         return cls(pooling(source[0], target), pooling(source[1], target))
 
     def forward(self, maps: Tensor) -> Tensor:
         """[B, K, R, C] to [B, K, h, w]."""
         rows, columns = self.get_buffer("rows"), self.get_buffer("columns")
-        # The fixed matrix comes first in both products: quantisers take a fixed second one for a weight.
+        # The fixed matrix is the first factor of both products: quantisers treat a fixed second factor as a weight.
         across = (columns.to(maps.dtype) @ maps.transpose(-1, -2)).transpose(-1, -2)  # [B, K, R, w]
         return rows.to(maps.dtype) @ across

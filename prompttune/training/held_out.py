@@ -1,7 +1,7 @@
 """The list of a run's validation images, ``held_out.json``: names relative to the data, labels and digests.
 
-A folder that is split by a seed is split otherwise once it has grown, and then trained images are among those that
-validate. So an evaluation of a run reads which images it held out, and checks that they are still the same.
+A folder that has grown is split differently with the same seed, so validation images may be among the trained ones. An
+evaluation of a run therefore reads which images it held out, and checks that they have not changed.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from prompttune.training.state import HELD_OUT_FILE
 
 FORMAT_VERSION = 1
 READERS = 4
-"""Threads that read files to digest them."""
+"""Number of threads that read files to compute digests."""
 
 OnImage = Callable[[int, int], None]
-"""Called with the images done and the images to do."""
+"""Called with the number of finished images and of all images."""
 
 
 @dataclass(frozen=True)
 class HeldImage:
-    """One image."""
+    """One held-out image."""
 
     image: str
-    """Path below the data's folder, or a name such as ``demo/digits/val[17]``."""
+    """Path relative to the data's folder, or a name such as ``demo/digits/val[17]``."""
     label: str | None
-    """Its class; None for a mask, and where only reading the image would tell."""
+    """Name of its class; None for a mask, and if only reading the image would tell."""
     sha256: str | None
-    """Digest of its file, and of its annotation's behind it; None for what has no file of its own or cannot be read."""
+    """Digest of its file and of its annotation after it; None without an own or a readable file."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class HeldOut:
 
     images: tuple[HeldImage, ...]
     train_images: int
-    """How many it trained on."""
+    """Number of images that the run trained on."""
 
     @classmethod
     def of(cls, source: Any, train_images: int, on_image: OnImage | None = None) -> HeldOut:
@@ -60,10 +60,10 @@ class HeldOut:
 
     @classmethod
     def read(cls, folder: Path) -> HeldOut | None:
-        """Read the file; None for a run of a version that wrote none.
+        """Read the file; None for a run of a version that did not write it.
 
         Raises:
-            CheckpointError: it is damaged, or of another version.
+            CheckpointError: the file is damaged, or of another version.
         """
         file = folder / HELD_OUT_FILE
         if not file.exists():
@@ -77,22 +77,22 @@ class HeldOut:
             raise CheckpointError(f"{file} is damaged ({problem!r}); give --data to score other images") from None
 
     def lists(self, source: Any) -> bool:
-        """Whether these are the images of a source, by name and in its order."""
+        """Whether these are the images of a source, by name and order."""
         return [one.image for one in self.images] == [image_name(source, index) for index in range(len(source))]
 
     def find(self, named: Mapping[str, Any], where: str, on_image: OnImage | None = None) -> dict[str, list[int]]:
-        """Look for the images among the splits of the data as they are now.
+        """Find the images among the current splits of the data.
 
         Args:
-            named: split → source.
-            where: name of the data, for messages.
+            named: sources by split.
+            where: name of the data in messages.
             on_image: called while the files are checked.
 
         Returns:
-            Split → indices, of the splits that have some.
+            Indices by split, for the splits with some of the images.
 
         Raises:
-            DataError: an image is missing, or its file or label is another one now.
+            DataError: an image is missing, or its file or label has changed.
         """
         places = {image_name(source, index): (split, index) for split, source in named.items()
                   for index in range(len(source))}  # fmt: skip
@@ -115,7 +115,7 @@ class HeldOut:
 
 
 def image_name(source: Any, index: int) -> str:
-    """Path of an image below the data's folder, or its description where it is not a file of its own."""
+    """Path of an image relative to the data's folder, or its description if it does not have its own file."""
     file = file_at(source, index) or mask_files_at(source, index)
     return str(source.describe(index)) if file is None else str(file[-1])
 

@@ -1,4 +1,4 @@
-"""A run that starts from the parameters of another checkpoint."""
+"""Initialisation of a run from the parameters of another checkpoint."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def read_start(model: PromptModel) -> torch.Tensor | None:
 
 @torch.no_grad()
 def take_parameters(model: PromptModel, folder: Path) -> str:
-    """Copy a checkpoint's parameters into a new model; rows of the head go to the class of the same name.
+    """Copy a checkpoint's parameters into a new model; rows of the head are matched by class name.
 
-    A class that the checkpoint does not have keeps its fresh row.
+    A class that the checkpoint lacks keeps its new row.
 
     Args:
-        model: freshly made.
-        folder: the checkpoint's.
+        model: a new model.
+        folder: the checkpoint's folder.
 
     Returns:
-        One line on what was taken.
+        One line about the copied parameters.
 
     Raises:
-        CheckpointError: the checkpoint is missing or damaged, or has another method, backbone, head or another
-            setting that shapes a parameter; the line names both sides.
+        CheckpointError: the checkpoint is missing or damaged, or has another method, backbone, head or shape-relevant
+            setting; the line names both sides.
     """
     stored, own = read_config(folder), model.to_config()
     _check(_facts(stored, folder), _facts(own, folder), folder)
@@ -68,7 +68,7 @@ def take_parameters(model: PromptModel, folder: Path) -> str:
 
 
 def _facts(stored: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What two checkpoints must have in common, by the words that an error uses, of the config of one."""
+    """Facts that two checkpoints must share, from the config of one, named as in error messages."""
     backbone = stored["backbone"]
     try:
         head = SegmentationConfig.of_checkpoint(stored)
@@ -90,7 +90,7 @@ def _check(theirs: dict[str, Any], ours: dict[str, Any], folder: Path, what: str
     """Raise :class:`CheckpointError` if the two differ, with both sides of each difference."""
     names = [name for name in ours if theirs.get(name) != ours[name]]
     if "backbone" in names and theirs["fingerprint"] == ours["fingerprint"]:
-        names.remove("backbone")  # the same weights by another name
+        names.remove("backbone")  # the same weights under another name
     if names:
         words = "; ".join(f"{name} is {theirs.get(name)} there, {ours[name]} here" for name in names[:3])
         raise CheckpointError(f"cannot start from {folder}{what}: {words}; start from a checkpoint that agrees")

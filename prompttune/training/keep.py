@@ -1,4 +1,4 @@
-"""What a run keeps: the best checkpoint, the state to resume from, figures and pictures."""
+"""Results that a run keeps: the best checkpoint, the state to resume from, figures and pictures."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Result = EvaluationResult | SegmentationEvaluation
 
 
 def result_unit(result: Result) -> str:
-    """What the confusion matrix of a result counts."""
+    """Name of what the confusion matrix of a result counts."""
     return "pixels" if isinstance(result, SegmentationEvaluation) else "images"
 
 
 class Keeper:
-    """Holds a run's progression and its best parameters, and writes the run folder; only the first process writes."""
+    """Holds a run's progress and its best parameters, and writes the run folder; only the first process writes."""
 
     def __init__(
         self,
@@ -53,9 +53,9 @@ class Keeper:
         self._tensorboard: TensorBoard | None = None
 
     def begin(self, saved: Saved | None) -> None:
-        """Start from nothing, or go on from a saved state.
+        """Start from the beginning, or resume from a saved state.
 
-        A resumed run writes the best checkpoint once more: the kill may have come between its files.
+        A resumed run writes the best checkpoint again, since the run may have been killed between two of its files.
 
         Raises:
             UsageError: the state belongs to another backbone or other data.
@@ -64,7 +64,7 @@ class Keeper:
             if names := [name for name, value in self.identity.items() if saved.identity.get(name) != value]:
                 raise UsageError(f"cannot resume {self.folder.path}: {' and '.join(names)} changed since it began")
             self.progression, self.best = saved.progression, saved.best
-            self.progression.status = "running"  # it may have been over, and is extended
+            self.progression.status = "running"  # a run that was over is extended
             if self.best:
                 self.load_best()
                 self._save_best()
@@ -75,13 +75,13 @@ class Keeper:
             return
         if saved is None:
             self.folder.clear()
-            self._save_last(self.snapshot())  # first of all, so that there is always something to resume
+            self._save_last(self.snapshot())  # save first, so that the run can always be resumed
         self.folder.write_settings(self.settings)
         if self.config.tensorboard:
             self._tensorboard = TensorBoard(self.folder.tensorboard, self.progression.epoch)
 
     def end_epoch(self, record: dict[str, Any], result: Result | None) -> bool:
-        """Note an epoch that is done and write everything; whether it is the best so far."""
+        """Record a finished epoch and write everything; return whether it is the best so far."""
         progression = self.progression
         progression.epoch += 1
         progression.seconds += record["seconds"]
@@ -98,22 +98,22 @@ class Keeper:
         return is_best
 
     def rewind(self) -> None:
-        """Forget the optimiser's state and the best parameters; the method has gone back to its beginning."""
+        """Drop the optimiser's state and the best parameters: the method has gone back to its beginning."""
         self.optimizer.state.clear()
         self.progression.rewind()
         self.best = {}
 
     def _figures(self, result: Result) -> tuple[float, float, float]:
-        """Score, second figure and loss."""
+        """Score, second figure and loss of a result."""
         score, second = getattr(result, self.measures.score), getattr(result, self.measures.second)
         return score, second, math.nan if result.loss is None else result.loss
 
     def load_best(self) -> None:
-        """Put the best parameters into the model."""
+        """Load the best parameters into the model."""
         self._load(self.best)
 
     def snapshot(self) -> Saved:
-        """All that it takes to go on from here; the progression by reference, tensors copied."""
+        """Everything needed to resume from here, with tensors copied and the progress by reference."""
         tensors, scalars = optimizer_tensors(self.optimizer, self.trained)
         return Saved(
             progression=self.progression,
@@ -128,7 +128,7 @@ class Keeper:
     def finish(self, last: Saved, result: Result, status: str) -> None:
         """Write the final figures and pictures of the best checkpoint, then mark the run as over.
 
-        The mark comes last, so a run that is killed in between does this part again.
+        The mark comes last, so a run that is killed in between repeats this part.
         """
         from prompttune.training.plots import plot_confusion, plot_curves
 
@@ -141,13 +141,13 @@ class Keeper:
         self.close()
 
     def close(self) -> None:
-        """Finish TensorBoard's files."""
+        """Close TensorBoard's files."""
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
 
     def _save_best(self) -> None:
-        """Write the checkpoint; the model holds the best parameters."""
+        """Write the checkpoint; the model must hold the best parameters."""
         if self.fabric.is_global_zero:
             self.model.save(self.folder.path, self.progression.best_metrics(self.measures))
 
@@ -160,7 +160,7 @@ class Keeper:
         self.folder.write_metrics(document)
 
     def _parameters_left(self) -> int:
-        """Those of the identity's ``task_parameters`` that pruning has left."""
+        """The ``task_parameters`` of the identity that remain after pruning."""
         head = sum(parameter.numel() for parameter in self.model.head.parameters())
         return head + self.model.method.parameters_left()
 

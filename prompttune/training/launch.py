@@ -1,6 +1,6 @@
 """Lightning Fabric: devices, precision and the processes of a data parallel run.
 
-Lightning is imported inside the functions: it takes seconds, and the command line's help needs none of it.
+Lightning is imported inside the functions: the import takes seconds, and the command line's help does not need it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ MOST_WORKERS = 8
 
 
 def launch(config: TrainConfig) -> Fabric:
-    """Make Fabric for a run and start its processes.
+    """Create Fabric for a run and start its processes.
 
     Raises:
-        UsageError: the devices are not there, or cannot do the precision.
+        UsageError: the devices do not exist, or do not support the precision.
     """
     device = resolve_device(config.device)
     if config.precision == "fp16" and device.type == "cpu":
@@ -40,7 +40,7 @@ def launch(config: TrainConfig) -> Fabric:
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy
 
-    # without supervision of the prompt pathway, a prompt map late in it may reach no output
+    # without supervision of the prompt pathway, a late prompt map may not reach any output
     unsupervised = config.method_config().base_loss_weight == 1
     fabric = Fabric(
         accelerator=device.type,
@@ -53,20 +53,20 @@ def launch(config: TrainConfig) -> Fabric:
 
 
 def loader_workers(config: TrainConfig, device: torch.device) -> int:
-    """Loader processes of each device: as asked for, or enough to feed a GPU, or none beside a CPU that computes."""
+    """Loader processes per device: the requested number, or enough to feed a GPU, or none next to a computing CPU."""
     if config.workers is not None:
         return config.workers
     return 0 if device.type == "cpu" else min(MOST_WORKERS, (os.cpu_count() or 1) // config.devices)
 
 
 def on_rank_zero(fabric: Fabric, action: Callable[[], T]) -> T:
-    """Do something in the first process alone; every process gets its result or its error."""
+    """Run something only in the first process; every process gets its result or its error."""
     outcome: T | None = None
     problem: Exception | None = None
     if fabric.is_global_zero:
         try:
             outcome = action()
-        except Exception as raised:  # passed on to every process, and raised there
+        except Exception as raised:  # raised in every process
             problem = raised
     outcome, problem = fabric.broadcast((outcome, problem))
     if problem is not None:

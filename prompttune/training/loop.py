@@ -1,4 +1,4 @@
-"""``train``: one task from its settings to its run folder, from the start or from where it was stopped."""
+"""``train``: one task from its settings to its run folder, from the start or resumed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run ended."""
+    """Result of a run."""
 
     path: Path
     """The run folder; ``PromptModel.load`` reads its best checkpoint."""
@@ -31,17 +31,17 @@ class TrainResult:
     """Top-1 of the best checkpoint on the validation images, between 0 and 1."""
     best_epoch: int
     epochs: int
-    """Epochs done."""
+    """Number of finished epochs."""
     status: str
     """``finished`` or ``stopped early``."""
     metrics: dict[str, Any]
     """The content of ``metrics.json``."""
     was_over: bool = False
-    """Whether the run had ended before, so that nothing was left to resume."""
+    """Whether the run had already ended, so that there was nothing to resume."""
 
     @property
     def score_title(self) -> str:
-        """What the score is called, such as top-1."""
+        """Name of the score, such as top-1."""
         return measures_for(self.metrics["settings"].get("task")).score_title
 
     @property
@@ -65,24 +65,24 @@ def train(
 ) -> TrainResult:
     """Train one task and write its run folder, ``config.output``.
 
-    The global random generators are seeded anew for every epoch. On the CPU, the same settings and number of threads
-    give the same checkpoint to the bit, whether the run was interrupted and resumed or not.
+    The global random generators are seeded for every epoch. On the CPU, the same settings and number of threads give a
+    bit-identical checkpoint, whether or not the run was interrupted and resumed.
 
     Args:
-        config: every setting.
-        backbone: a loaded backbone to train over, shared with other tasks; None loads the one that ``config`` names.
-        resume: go on after the last whole epoch in ``config.output``, from the start if there is none. With more
-            epochs than before the run is extended: from the step that it has reached, the learning rate follows the
-            schedule over the new number of epochs.
-        overwrite: replace an earlier run in ``config.output``.
+        config: the settings of the run.
+        backbone: a loaded backbone, which other tasks may share; None loads the one that ``config`` names.
+        resume: continue after the last finished epoch in ``config.output``, or start if there is none. With more epochs
+            than before, the run is extended: from its current step on, the learning rate follows the schedule over the
+            new number of epochs.
+        overwrite: whether to replace an earlier run in ``config.output``.
         on_progress: called with the news, in the first process.
-        progress: show what the command shows, on the standard error or in the notebook.
+        progress: whether to show the command's progress display, on standard error or in the notebook.
 
     Raises:
-        UsageError: another run writes to the output, or the output holds something and neither ``resume`` nor
-            ``overwrite`` is given, or the run to resume had other settings; the message names them.
-        DataError: the data cannot be read, or more images are unreadable than ``config.max_corrupt``.
-        TrainingError: the loss or a parameter is not finite any more; what was saved stays as it is.
+        UsageError: another run writes to the output, or the output is not empty and neither ``resume`` nor
+            ``overwrite`` is given, or the run to resume had other settings, which the message names.
+        DataError: the data cannot be read, or the number of unreadable images exceeds ``config.max_corrupt``.
+        TrainingError: the loss or a parameter is not finite any more; saved files are not changed.
     """
     if progress:
         from rich.console import Console
@@ -144,7 +144,7 @@ def _load_backbone(config: TrainConfig) -> Backbone:
 
 
 def _check_backbone(config: TrainConfig, backbone: Backbone) -> None:
-    """A backbone that was handed in must be the one that the settings name, else the run folder would lie."""
+    """Check that a given backbone is the one in the settings, otherwise the run folder would be wrong."""
     if backbone.name != config.backbone:
         raise UsageError(f"the settings name the backbone {config.backbone}, but {backbone.name} was given")
     if config.image_size not in (None, backbone.image_size):

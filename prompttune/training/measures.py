@@ -1,4 +1,4 @@
-"""What the figures of a run are called: a classification has top-1 and top-5, a segmentation IoU and pixels."""
+"""Names of a run's figures: top-1 and top-5 for a classification, IoU and pixel accuracy for a segmentation."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Measures:
-    """Names of figures, as attributes of an evaluation and, behind ``train_`` or ``val_``, as keys of a record."""
+    """Names of figures, as attributes of an evaluation and, after ``train_`` or ``val_``, as keys of a record."""
 
     score: str
-    """What the best epoch is chosen by, on the validation images."""
+    """Score that chooses the best epoch, on the validation images."""
     second: str
-    """Told beside it."""
+    """Second figure, shown next to the score."""
     train: str
-    """Share of right answers, the only one that is reckoned while training."""
+    """Share of right answers, the only figure that is computed during training."""
     score_title: str
     train_title: str
 
@@ -26,10 +26,10 @@ SEGMENTATION = Measures("miou", "pixel_accuracy", "pixel_accuracy", "mIoU", "pix
 
 
 def measures_of(record: Mapping[str, Any]) -> Measures:
-    """Those of an epoch's record."""
+    """The measures of an epoch's record."""
     return SEGMENTATION if f"val_{SEGMENTATION.score}" in record else CLASSIFICATION
 
 
 def measures_for(task: Any) -> Measures:
-    """Those of the setting ``task``; runs from before there was one are classifications."""
+    """The measures of the setting ``task``; runs from before this setting are classifications."""
     return SEGMENTATION if task == "segmentation" else CLASSIFICATION

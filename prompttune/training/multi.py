@@ -1,4 +1,4 @@
-"""Several tasks from one file, over backbones that are loaded once and shared."""
+"""Training of several tasks from one file, over backbones that are loaded once and shared."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskOutcome:
-    """What became of a task: a result, or one line that says what went wrong."""
+    """Outcome of a task: a result, or one line about the error."""
 
     task: Task
     result: TrainResult | None = None
@@ -52,12 +52,12 @@ class TaskOutcome:
 def load_tasks(path: Path, overrides: Mapping[str, Any] | None = None) -> list[Task]:
     """Read a tasks file: ``defaults``, a mapping of settings, and ``tasks``, a list of mappings with a ``name``.
 
-    A task's own settings go before the defaults, and ``overrides`` before both. A setting of a method among the
-    defaults or the overrides goes to the tasks whose method has it. A task without an ``output`` is written to
-    the folder of its name in the ``output`` of the overrides or defaults.
+    A task's own settings replace the defaults, and ``overrides`` replace both. A method's setting among the defaults or
+    the overrides applies to the tasks whose method has it. A task without an ``output`` is written to the folder of its
+    name in the ``output`` of the overrides or defaults.
 
     Raises:
-        UsageError: the file is wrong, or a task of it; the message names the task. Nothing has been trained.
+        UsageError: the file or a task in it is wrong; the message names the task. No task has been trained.
     """
     document = read_yaml(path)
     for key in document:
@@ -105,7 +105,7 @@ def suiting(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
 
 
 def _check_overrides(tasks: list[Task], overrides: Mapping[str, Any]) -> None:
-    """A method's setting on the command line that suits no task is a mistake."""
+    """Raise an error for a method's setting on the command line that does not apply to any task."""
     fields, methods = method_fields(), {task.config.method for task in tasks}
     for name in overrides:
         if name in fields and not methods & fields[name].keys():
@@ -120,16 +120,16 @@ def train_tasks(
     on_progress: OnProgress | None = None,
     on_task: Callable[[int, Task], None] | None = None,
 ) -> list[TaskOutcome]:
-    """Train tasks one after the other; one that fails does not stop the others.
+    """Train tasks one after the other; a failed task does not stop the others.
 
-    Backbones are loaded once for each name, image size and weights, and dropped after the last task that needs them.
+    A backbone is loaded once per name, image size and weights, and dropped after the last task that needs it.
 
     Args:
-        tasks: what to train.
-        resume: go on with those that were begun; those that have ended are left as they are.
-        overwrite: replace earlier runs.
+        tasks: tasks to train.
+        resume: whether to resume unfinished runs; finished ones are not changed.
+        overwrite: whether to replace earlier runs.
         on_progress: see :func:`prompttune.training.train`.
-        on_task: called with the number of a task, from 0, before it starts.
+        on_task: called with the index of a task, counted from 0, before it starts.
     """
     keys = [(task.config.backbone, task.config.image_size, task.config.weights) for task in tasks]
     backbones: dict[tuple[str, int | None, str], Backbone] = {}
@@ -142,7 +142,7 @@ def train_tasks(
                 backbones[key] = _load(*key)
             result = train(task.config, backbones[key], resume=resume, overwrite=overwrite, on_progress=on_progress)
             outcomes.append(TaskOutcome(task, result))
-        except Exception as problem:  # whatever it is, it is this task's
+        except Exception as problem:  # any error belongs to this task
             outcomes.append(TaskOutcome(task, error=describe_failure(problem)))
         if key not in keys[index + 1 :]:
             backbones.pop(key, None)

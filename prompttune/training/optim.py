@@ -1,4 +1,4 @@
-"""Loss, optimiser and the course of the learning rate."""
+"""Loss, optimiser and learning rate schedule."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ if TYPE_CHECKING:
 WARMUP_SHARE = 0.1
 ONECYCLE_WARMUP_SHARE = 0.3
 ONECYCLE_START = 1 / 25
-"""Where the one-cycle schedule starts, as a share of the highest learning rate (torch's ``OneCycleLR`` does so)."""
+"""Initial learning rate of the one-cycle schedule as a share of the highest, as in torch's ``OneCycleLR``."""
 
 
 def loss(
     output: Output, targets: Tensor, *, class_weights: Tensor | None = None, label_smoothing: float = 0.0
 ) -> Tensor:
-    """What training minimises: ``λ CE(base) + (1 - λ) CE(prompt pathway)``, λ being the method's.
+    """The training loss: ``λ CE(base) + (1 - λ) CE(prompt pathway)``, with the method's λ.
 
-    The second term is there where the model computed the prompt pathway, as it does in training mode.
+    The second term exists if the model computed the prompt pathway, as it does in training mode.
 
     Args:
-        output: of a model, for B images.
-        targets: class indices int64 [B]; of a segmentation masks of them [B, H, W].
-        class_weights: weight of each class, [C]; a segmentation takes none.
+        output: output of a model, for B images.
+        targets: class indices int64 [B]; for a segmentation, masks of them [B, H, W].
+        class_weights: weight of each class, [C]; not supported for a segmentation.
         label_smoothing: share of the target that is spread over all classes.
 
     Returns:
         A scalar, in nats.
 
     Raises:
-        UsageError: targets of another type or shape.
+        UsageError: the targets have another type or shape.
     """
     _check_kinds(output, targets)
     maps = output.logits.dim() == 4
@@ -95,10 +95,10 @@ class Objective(nn.Module):
 
 
 def balanced_weights(labels: Sequence[int] | None, classes: int) -> Tensor:
-    """Weights n / (C n_c) [C] of classes that occur n_c times among n labels; 0 for one that does not occur.
+    """Weights n / (C n_c) [C] of classes that occur n_c times among n labels; 0 for a class that does not occur.
 
     Raises:
-        UsageError: the data set cannot tell its labels without reading every image.
+        UsageError: the data set cannot list its labels without reading every image.
     """
     if labels is None:
         raise UsageError("class_weights balanced needs the labels in advance, which this data set does not give")
@@ -108,10 +108,10 @@ def balanced_weights(labels: Sequence[int] | None, classes: int) -> Tensor:
 
 
 def make_optimizer(config: TrainConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser over a task's trained parameters, in their order, one group.
+    """The optimiser of a task's trained parameters, in their order, in one group.
 
-    Weight decay falls on every tensor, biases and norms too; SA²VP's and VPT's released code leave biases and most
-    vectors out, at 1e-4 a small difference.
+    Weight decay applies to every tensor, including biases and norms; the released code of SA²VP and VPT excludes biases
+    and most vectors, at 1e-4 a small difference.
     """
     values = list(parameters.values())
     if config.optimizer == "sgd":
@@ -122,9 +122,9 @@ def make_optimizer(config: TrainConfig, parameters: Mapping[str, nn.Parameter]) 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int, epochs: int | None = None) -> float:
     """Learning rate of ``step``, counted from 0 over the whole run, or over its last ``epochs`` epochs.
 
-    A pure function of the settings, so there is no scheduler state to keep: ``cosine`` climbs in a line for the
-    warm-up, then falls to ``min_lr`` at the last step; ``onecycle`` climbs along a cosine and falls along another;
-    ``constant`` stays after the warm-up.
+    It is a pure function of the settings, so there is no scheduler state to save: ``cosine`` rises linearly during the
+    warm-up, then falls to ``min_lr`` at the last step; ``onecycle`` rises along a cosine and falls along another;
+    ``constant`` stays the same after the warm-up.
     """
     epochs = config.epochs if epochs is None else epochs
     total = epochs * steps_per_epoch
@@ -146,7 +146,7 @@ def _cosine(start: float, end: float, done: float) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group of the optimiser this learning rate."""
+    """Set the learning rate of every group of the optimiser."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -154,7 +154,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: Sequence[str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Flatten an optimiser's state: tensors by ``key/parameter name``, and what is no tensor the same way."""
+    """Flatten an optimiser's state into tensors by ``key/parameter name``, and other values by the same names."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
     for index, entries in optimizer.state_dict()["state"].items():
@@ -165,7 +165,7 @@ def optimizer_tensors(
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str], values: Mapping[str, Any]) -> None:
-    """The inverse of :func:`optimizer_tensors`, tensors and others in one mapping."""
+    """The inverse of :func:`optimizer_tensors`, with tensors and other values in one mapping."""
     state: dict[int, dict[str, Any]] = {}
     index = {name: position for position, name in enumerate(names)}
     for path, value in values.items():

@@ -1,4 +1,4 @@
-"""Pictures of a run: training curves and the confusion matrix. Matplotlib's objects alone, no global state."""
+"""Pictures of a run: training curves and the confusion matrix, drawn with Matplotlib objects, without global state."""
 
 from __future__ import annotations
 

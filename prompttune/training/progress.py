@@ -1,4 +1,4 @@
-"""What a run tells while it goes on, and its display on a terminal."""
+"""News about the progress of a run, and its display on a terminal."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ Phase = Literal["note", "list", "train", "validate", "epoch"]
 
 @dataclass(frozen=True)
 class Progress:
-    """One piece of news from a run."""
+    """One piece of news about a run."""
 
     phase: Phase
-    """``note``: only ``text``; ``list``: after each validation image that the run lists before it begins; ``train``,
+    """``note``: only ``text``; ``list``: after each validation image that is listed before training; ``train``,
     ``validate``: after each batch; ``epoch``: after each epoch."""
     epoch: int = 0
-    """Counted from 1."""
+    """Current epoch, counted from 1."""
     epochs: int = 0
     step: int = 0
-    """Batches done of this phase, or images listed."""
+    """Number of finished batches of this phase, or of listed images."""
     steps: int = 0
     loss: float = 0.0
     """Mean training loss of this epoch so far."""
     accuracy: float = 0.0
     """Training accuracy of this epoch so far, between 0 and 1."""
     measure: str = "top-1"
-    """What that accuracy is."""
+    """Name of that accuracy."""
     images_per_second: float = 0.0
     seconds_left: float = 0.0
-    """Estimate for all that is left of the run."""
+    """Estimated seconds left of the whole run."""
     record: dict[str, Any] | None = None
     """The epoch's record as in ``metrics.json``, in the phase ``epoch``."""
     best: bool = False
@@ -58,18 +58,18 @@ class _Pace:
 
 
 class Clock:
-    """Speed of the two kinds of batch, and from it the time left."""
+    """Speed of the two kinds of batch, and the time left."""
 
     def __init__(self) -> None:
         self._pace: dict[Phase, _Pace] = {"train": _Pace(), "validate": _Pace()}
         self._mark = time.perf_counter()
 
     def start(self) -> None:
-        """Begin a phase: what was before it counts for neither kind."""
+        """Start a phase; the time before it counts for neither kind."""
         self._mark = time.perf_counter()
 
     def tick(self, phase: Phase, images: float) -> None:
-        """A batch of ``phase`` is done."""
+        """Count a finished batch of ``phase``."""
         now, pace = time.perf_counter(), self._pace[phase]
         pace.batches += 1
         pace.images += images
@@ -82,9 +82,9 @@ class Clock:
         return pace.images / pace.seconds if pace.seconds else 0.0
 
     def seconds_left(self, train_batches: int, validation_batches: int) -> float:
-        """Time for so many batches at the speed so far.
+        """Seconds for this many batches at the speed so far.
 
-        A validation batch is taken for half a training batch until one has been seen.
+        A validation batch counts as half a training batch until one has been measured.
         """
         train, validation = self._pace["train"], self._pace["validate"]
         each = train.seconds / max(train.batches, 1)
@@ -93,7 +93,7 @@ class Clock:
 
 
 def epoch_line(news: Progress) -> str:
-    """One line for an epoch that is done."""
+    """One line for a finished epoch."""
     record = news.record or {}
     measures = measures_of(record)
     parts = [
@@ -118,9 +118,9 @@ def duration(seconds: float) -> str:
 
 
 class Display:
-    """Prints a run's news: a live bar for the epoch on a terminal or in a notebook, a line an epoch anywhere.
+    """Prints a run's news: a live bar for the epoch on a terminal or in a notebook, and a line per epoch.
 
-    A context manager.
+    Use it as a context manager.
     """
 
     def __init__(self, console: Console) -> None:
@@ -128,7 +128,7 @@ class Display:
         from rich.progress import Progress as Bars
 
         self.console = console
-        # a notebook needs ipywidgets for a live bar, and shows the lines without
+        # a notebook needs ipywidgets for a live bar, and shows only the lines without it
         notebook = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
         self._live = console.is_terminal or notebook
         self._task: TaskID | None = None

@@ -1,4 +1,4 @@
-"""What a run writes down for people: ``metrics.json``, TensorBoard curves, pictures."""
+"""Files of a run for people: ``metrics.json``, TensorBoard curves, pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """Versions and hardware that a result depends on."""
+    """Versions and hardware that affect a result."""
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     return {
         "prompttune": __version__,
@@ -39,7 +39,7 @@ def metrics_document(
     device: torch.device,
     final: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of ``metrics.json``; ``final`` is the evaluation of the best checkpoint, once there is one."""
+    """The content of ``metrics.json``; ``final`` is the evaluation of the best checkpoint, if it exists."""
     done = progression.best_epoch > 0
     measures = measures_for(settings.get("task"))
     return {
@@ -62,14 +62,14 @@ def metrics_document(
 
 
 class TensorBoard:
-    """TensorBoard's event files of a run, or nothing at all."""
+    """TensorBoard's event files of a run, or a stand-in that does nothing."""
 
     def __init__(self, folder: Path | None, epochs_done: int) -> None:
         self._writer: SummaryWriter | None = None
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # what a killed run wrote of an epoch that is run again is marked as void
+            # marks the events of a killed run's unfinished epoch as void
             self._writer = SummaryWriter(str(folder), purge_step=epochs_done + 1)
 
     def add(self, record: dict[str, Any]) -> None:
@@ -91,6 +91,6 @@ class TensorBoard:
         self._writer.flush()
 
     def close(self) -> None:
-        """Finish the event file."""
+        """Close the event file."""
         if self._writer is not None:
             self._writer.close()

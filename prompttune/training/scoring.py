@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationResult(Evaluation):
-    """An evaluation of a model: all logits were seen, so no figure is unknown."""
+    """An evaluation of a model; every logit is known, and so is every figure."""
 
     top5: float
     loss: float
@@ -36,11 +36,11 @@ class EvaluationResult(Evaluation):
     corrupt: tuple[str, ...] = ()
     """One line for each image that could not be read."""
     chosen: Chosen | None = None
-    """Which images were scored; None in the course of a training."""
+    """Which images were scored; None during a training."""
 
     @property
     def notes(self) -> list[str]:
-        """What to know about the images and their classes, a line each."""
+        """Remarks about the images and their classes, one line each."""
         return [*(() if self.chosen is None else self.chosen.notes), *super().notes]
 
     def to_dict(self) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class EvaluationResult(Evaluation):
 
 
 class Scores:
-    """Sums over batches of tensors; those of several processes add up."""
+    """Sums over batches of tensors; the sums of several processes can be added."""
 
     def __init__(self, classes: int, unseen: int = 0) -> None:
         self.tally = Tally(classes, unseen)
@@ -64,7 +64,7 @@ class Scores:
         """The figures; ``reduce`` sums a tensor over the processes.
 
         Raises:
-            DataError: there was no image.
+            DataError: there were no images.
         """
         whole = self.tally
         if reduce is not None:
@@ -76,7 +76,7 @@ class Scores:
 
 
 class Sums(Protocol):
-    """Where the answers to batches are counted."""
+    """A counter of the answers to batches."""
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
         """Count a batch."""
@@ -93,14 +93,14 @@ def score(
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     on_batch: Callable[[Batch], None] | None = None,
 ) -> None:
-    """Run the base pathway over batches and add them to ``scores``.
+    """Run the base pathway over batches and add its answers to ``scores``.
 
     Args:
-        model: left in evaluation mode.
+        model: the model, which is left in evaluation mode.
         batches: images [B, 3, S, S] and class indices [B] of the data, or masks of them.
-        scores: where to count.
-        device: where the model stands.
-        columns: what to count each class of the data as, [classes of the data]; None if they are the model's.
+        scores: counter of the answers.
+        device: device of the model.
+        columns: index to count each class of the data as, [classes of the data]; None if they are the model's.
         autocast: context of the forward pass.
         on_batch: called after each batch.
     """
@@ -127,21 +127,21 @@ def score_all(
     columns: Sequence[Tensor | None],
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """:func:`score` over loaders of so many ``images`` in all; the model keeps its mode.
+    """Run :func:`score` over loaders with ``images`` images in total; the model keeps its mode.
 
     Args:
         model, scores, device: see :func:`score`.
-        loaders: one a source.
-        columns: see :func:`score`, for each of them.
-        images: of all of them, for the progress.
-        max_corrupt: unreadable images that are tolerated.
-        on_batch: called with the images done and the images to do.
+        loaders: one loader per source.
+        columns: see :func:`score`, one per loader.
+        images: total number of images, for the progress.
+        max_corrupt: number of unreadable images to tolerate.
+        on_batch: called with the number of finished images and of all images.
 
     Returns:
         One line for each image that could not be read.
 
     Raises:
-        DataError: more images than ``max_corrupt`` cannot be read.
+        DataError: the number of unreadable images exceeds ``max_corrupt``.
     """
     corrupt, done = CorruptImages(max_corrupt), 0
 
@@ -160,7 +160,7 @@ def score_all(
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` is the GPU if there is one; a GPU that is not there raises :class:`UsageError`."""
+    """The device; ``auto`` is the GPU if there is one. A missing GPU raises :class:`UsageError`."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -190,34 +190,34 @@ def evaluate(
     weights: str | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> EvaluationResult:
-    """Score a prompt model on a data set, with the transform that the checkpoint names, in float32.
+    """Score a prompt model on a data set, with the transform of its checkpoint, in float32.
 
     Args:
         checkpoint: a model, or the folder of a checkpoint.
-        data: a data set as ``train`` takes it, or an image source. None takes the images that the run in
-            ``checkpoint`` held out, see :mod:`prompttune.training.held_out`.
-        split: ``val``, ``test``, ``train`` or ``all``; None takes ``val``, else ``test``, else the whole data set. A
-            data set without splits has ``all`` alone. Ignored for an image source.
-        data_root: see ``TrainConfig.data_root``, as are ``seed``, ``limit`` and ``max_corrupt``; None takes the run's
-            where the data are the run's, else the default.
-        seed: seed of the choice that ``limit`` makes.
-        limit: use at most so many images of each split.
-        batch_size: images of a forward pass.
-        workers: loader processes.
+        data: a data set as in ``train``, or an image source. None uses the images that the run in ``checkpoint`` held
+            out, see :mod:`prompttune.training.held_out`.
+        split: ``val``, ``test``, ``train`` or ``all``; None uses ``val``, else ``test``, else the whole data set. A
+            data set without splits only has ``all``. Ignored for an image source.
+        data_root: see ``TrainConfig.data_root``; None, also for ``seed``, ``limit`` and ``max_corrupt``, uses the run's
+            value if the data are the run's, else the default.
+        seed: seed of the selection for ``limit``.
+        limit: largest number of images in each split.
+        batch_size: number of images in a forward pass.
+        workers: number of loader processes.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:INDEX``.
-        max_corrupt: unreadable images that are tolerated.
-        backbone: a loaded backbone to use, None to load the checkpoint's.
-        weights: where to take the backbone's weights from instead.
-        on_batch: called with the images done and the images to do; also while held-out images are checked.
+        max_corrupt: number of unreadable images to tolerate.
+        backbone: a loaded backbone to use; None loads the checkpoint's.
+        weights: source of the backbone's weights, if it differs from that of the training.
+        on_batch: called with the number of finished images and of all images, also while held-out images are checked.
 
     Returns:
         The figures. Classes are matched by name: images of a class that the model does not have count as wrong.
 
     Raises:
-        UsageError: an unknown split or device, or a model alone, without data.
+        UsageError: the split or device is unknown, or a model is given without data.
         CheckpointError: the checkpoint is missing or damaged.
-        DataError: the data cannot be read or have no such split, no class is in both, or a held-out image is missing
-            or has changed.
+        DataError: the data cannot be read or lack the split, data and model share no class, or a held-out image is
+            missing or has changed.
     """
     place = resolve_device(device)
     data = data if data is None or is_source(data) else settled(data)
@@ -240,7 +240,7 @@ def evaluate(
 
 
 def opened(checkpoint: PromptModel | str | Path, backbone: Backbone | None, weights: str | None) -> PromptModel:
-    """The model itself, or that of a checkpoint's folder."""
+    """The given model, or the model of a checkpoint's folder."""
     if isinstance(checkpoint, PromptModel):
         return checkpoint
     return PromptModel.load(checkpoint, backbone=backbone, weights=weights)

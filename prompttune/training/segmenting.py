@@ -1,4 +1,4 @@
-"""What training and evaluation do differently for a segmentation: loss, scores, data."""
+"""Parts of training and evaluation that differ for a segmentation: loss, scores, data."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 
 def at_mask_size(logits: Tensor, targets: Tensor) -> Tensor:
-    """Logits [B, C, h, w] brought to the size of the masks [B, H, W] by bilinear interpolation, float32."""
+    """Logits [B, C, h, w] interpolated bilinearly to the size of the masks [B, H, W], float32."""
     return F.interpolate(logits.float(), size=targets.shape[1:], mode="bilinear", align_corners=False)
 
 
 def pixel_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross entropy of the pixels that have a class, at the masks' size; 0 where none has.
+    """Mean cross entropy of the pixels with a class, at the masks' size; 0 if there are none.
 
-    A scalar, in nats, of logits [B, C, h, w] and masks [B, H, W].
+    The result is a scalar, in nats, for logits [B, C, h, w] and masks [B, H, W].
     """
     total = F.cross_entropy(
         at_mask_size(logits, targets),
@@ -47,7 +47,7 @@ def pixel_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) ->
 
 
 def right_pixels(logits: Tensor, targets: Tensor) -> Tensor:
-    """Over the batch, the sum of each image's share of right pixels among those that have a class."""
+    """Sum over the batch of each image's share of right pixels among those with a class."""
     known = targets != IGNORE_INDEX
     right = (at_mask_size(logits, targets).argmax(dim=1) == targets) & known
     shares: Tensor = right.flatten(1).sum(dim=1) / known.flatten(1).sum(dim=1).clamp(min=1)
@@ -55,7 +55,7 @@ def right_pixels(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class PixelScores:
-    """Sums over batches of tensors; those of several processes add up."""
+    """Sums over batches of tensors; the sums of several processes can be added."""
 
     def __init__(self, classes: int, unseen: int = 0) -> None:
         self.tally = PixelTally(classes, unseen)
@@ -73,7 +73,7 @@ class PixelScores:
         """The figures; ``reduce`` sums a tensor over the processes.
 
         Raises:
-            DataError: no pixel had a class.
+            DataError: all pixels lack a class.
         """
         if reduce is None:
             return self.tally.result(labels, corrupt)
@@ -102,32 +102,32 @@ def evaluate_segmentation(
 ) -> SegmentationEvaluation:
     """Score a segmentation on a data set of masks, in float32, at the size of the model's input.
 
-    Image and mask go through the transform that the checkpoint names, the mask with the nearest pixel; logits are
-    interpolated to its size. Published figures of ADE20K are mostly taken at each image's own size instead.
+    Image and mask go through the transform of the checkpoint, the mask with the nearest pixel; logits are interpolated
+    to its size. Published figures of ADE20K are mostly computed at each image's own size instead.
 
     Args:
         checkpoint: a model, or the folder of a checkpoint.
-        data: a data set as :func:`load_masks` takes it, or a source; None takes the images that the run held out.
-        split: see :func:`prompttune.training.scoring.evaluate`, as are the others.
+        data: a data set as in :func:`load_masks`, or a source; None uses the images that the run held out.
+        split: see :func:`prompttune.training.scoring.evaluate`.
         data_root: see :func:`load_masks`.
-        reduce_zero_label: in a folder, number 0 is no class; None takes the run's setting, else True.
-        seed: seed of the choice that ``limit`` makes.
-        limit: use at most so many images of each split.
-        batch_size: images of a forward pass.
-        workers: loader processes.
+        reduce_zero_label: whether 0 in a folder's annotations means no class; None uses the run's setting, else True.
+        seed: seed of the selection for ``limit``.
+        limit: largest number of images in each split.
+        batch_size: number of images in a forward pass.
+        workers: number of loader processes.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:INDEX``.
-        max_corrupt: unreadable images that are tolerated.
-        backbone: a loaded backbone to use, None to load the checkpoint's.
-        weights: where to take the backbone's weights from instead.
-        on_batch: called with the images done and the images to do.
+        max_corrupt: number of unreadable images to tolerate.
+        backbone: a loaded backbone to use; None loads the checkpoint's.
+        weights: source of the backbone's weights, if it differs from that of the training.
+        on_batch: called with the number of finished images and of all images.
 
     Returns:
         The figures. Classes are matched by name: pixels of a class that the model does not have count as wrong.
 
     Raises:
-        UsageError: an unknown split or device, or the checkpoint is no segmentation.
+        UsageError: the split or device is unknown, or the checkpoint is not a segmentation.
         CheckpointError: the checkpoint is missing or damaged.
-        DataError: as :func:`prompttune.training.scoring.evaluate`.
+        DataError: see :func:`prompttune.training.scoring.evaluate`.
     """
     place = resolve_device(device)
     given = {"data_root": data_root, "reduce_zero_label": reduce_zero_label, "seed": seed, "max_corrupt": max_corrupt}
@@ -150,10 +150,10 @@ def evaluate_segmentation(
 
 
 def pixel_columns(matched: Matched) -> list[Tensor]:
-    """What to count each value of the masks of each source as [256].
+    """The class index for each value of the masks of each source, as [256].
 
     Raises:
-        DataError: model and data have more classes together than a mask can tell apart.
+        DataError: model and data together have more classes than a mask can hold.
     """
     if len(matched.labels) > IGNORE_INDEX:
         raise DataError(f"model and data have {len(matched.labels)} classes together, masks tell {IGNORE_INDEX} apart")

@@ -1,4 +1,4 @@
-"""The run folder: what stands in it, and the one file that a stopped run goes on from."""
+"""The run folder: its files, and the file from which a stopped run is resumed."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ _TASK, _BEST, _OPTIMIZER = "task", "best", "optimizer"
 
 @dataclass
 class Progression:
-    """How far a run has come; all that is no tensor."""
+    """Progress of a run, apart from tensors."""
 
     epoch: int = 0
-    """Epochs done."""
+    """Number of finished epochs."""
     best_epoch: int = 0
     """Epoch of the best validation, counted from 1; 0 before the first."""
     best_top1: float = -1.0
-    """The score of the best validation: top-1, or the mean IoU of a segmentation; see ``measures``."""
+    """Score of the best validation: top-1, or the mean IoU of a segmentation; see ``measures``."""
     best_top5: float = -1.0
-    """The second figure there: top-5, or the pixel accuracy of a segmentation."""
+    """Second figure of the best validation: top-5, or the pixel accuracy of a segmentation."""
     best_loss: float = float("inf")
     stale: int = 0
-    """Validations since the score last rose."""
+    """Number of validations since the score last rose."""
     rewound: int = 0
-    """Epochs done when the method last rewound its parameters, where the schedule begins; 0 for never."""
+    """Number of finished epochs at the last rewind, where the schedule starts again; 0 for never."""
     status: str = "running"
     """``running``, ``finished`` or ``stopped early``."""
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
-    """One record an epoch."""
+    """Records of the epochs."""
     corrupt: list[str] = field(default_factory=list)
     """One line for each image that could not be read."""
 
     def judge(self, top1: float, top5: float, loss: float) -> bool:
-        """Note a validation of this epoch; whether it is the best: by its score, and among equals by the loss."""
+        """Record a validation of this epoch; return whether it is the best, by its score, then by its loss."""
         self.stale = 0 if top1 > self.best_top1 else self.stale + 1
         if (top1, -loss) <= (self.best_top1, -self.best_loss):
             return False
@@ -58,7 +58,7 @@ class Progression:
         return True
 
     def rewind(self) -> None:
-        """Begin anew after the epoch that is ending: what was best belongs to a model that is gone."""
+        """Start again after the current epoch: earlier best values belong to a model that does not exist any more."""
         self.rewound, self.stale = self.epoch + 1, 0
         self.best_epoch, self.best_top1, self.best_top5, self.best_loss = 0, -1.0, -1.0, float("inf")
 
@@ -73,11 +73,11 @@ class Progression:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run came to its end."""
+        """Whether the run has ended."""
         return self.status != "running"
 
     def goes_on(self, epochs: int, patience: int | None) -> bool:
-        """Whether a run of so many epochs has another one, its patience not being spent."""
+        """Whether a run of this many epochs continues, with patience left."""
         return self.epoch < epochs and (patience is None or self.stale < patience)
 
 
@@ -89,7 +89,7 @@ class Saved:
     settings: dict[str, Any]
     """The run's settings, flat."""
     identity: dict[str, Any]
-    """What the run was made of beside its settings: the backbone's fingerprint, the classes, the number of images."""
+    """Identity of the run besides its settings: the backbone's fingerprint, the classes, the number of images."""
     task: dict[str, Tensor]
     best: dict[str, Tensor]
     optimizer: dict[str, Any]
@@ -97,7 +97,7 @@ class Saved:
 
 
 def save(path: Path, saved: Saved) -> None:
-    """Write ``last.safetensors`` atomically: the old file stays whole until the new one is."""
+    """Write ``last.safetensors`` atomically: the old file stays until the new one is complete."""
     groups = {
         _TASK: saved.task,
         _BEST: saved.best,
@@ -125,7 +125,7 @@ def load(path: Path) -> Saved:
     """Read ``last.safetensors``.
 
     Raises:
-        CheckpointError: it is damaged, or was not written by this package.
+        CheckpointError: the file is damaged, or was not written by this package.
     """
     groups: dict[str, dict[str, Any]] = {_TASK: {}, _BEST: {}, _OPTIMIZER: {}}
     try:
@@ -153,23 +153,23 @@ def load(path: Path) -> Saved:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Names of a run folder's files. The best checkpoint stands at its root."""
+    """Paths of a run folder's files. The best checkpoint is at its root."""
 
     path: Path
 
     @classmethod
     def of(cls, output: str) -> RunFolder:
-        """The folder that ``TrainConfig.output`` names."""
+        """The folder of ``TrainConfig.output``."""
         return cls(Path(output).expanduser())
 
     @property
     def last(self) -> Path:
-        """State after the last whole epoch."""
+        """State after the last finished epoch."""
         return self.path / "last.safetensors"
 
     @property
     def settings(self) -> Path:
-        """Every setting, for ``--config``."""
+        """All settings, for ``--config``."""
         return self.path / "train_config.yaml"
 
     @property
@@ -193,11 +193,11 @@ class RunFolder:
         return self.path / "tensorboard"
 
     def check(self, *, resume: bool, overwrite: bool) -> bool:
-        """Whether ``last.safetensors`` is there to go on from; nothing is changed.
+        """Whether ``last.safetensors`` exists to resume from; no file is changed.
 
         Raises:
-            UsageError: the folder holds something, and neither ``resume`` nor ``overwrite`` says what to do; there
-                is nothing in it to resume; or it holds no run that could be overwritten.
+            UsageError: the folder is not empty and neither ``resume`` nor ``overwrite`` is set; or it has nothing to
+                resume; or it does not hold a run that could be overwritten.
         """
         if resume and overwrite:
             raise UsageError("resume and overwrite contradict each other: give one")
@@ -217,7 +217,7 @@ class RunFolder:
         return False
 
     def clear(self) -> None:
-        """Make the folder, and remove what an earlier run wrote in it, nothing else that may stand there."""
+        """Create the folder, or remove the files of an earlier run in it and nothing else."""
         self.path.mkdir(parents=True, exist_ok=True)
         names = [file.name for file in (self.last, self.settings, self.metrics, self.curves, self.confusion)]
         for name in (*names, HELD_OUT_FILE, CONFIG_FILE, MODEL_FILE, CARD_FILE):
