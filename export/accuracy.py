@@ -20,15 +20,15 @@ from prompttune.export.folder import Task
 from prompttune.export.samples import Labelled, read_images
 
 OTHER_CLASSES = "the classes of the data are not the task's labels; name the task, as TASK=DATA, to score it"
-"""Why data that were given for all tasks are not scored for one."""
+"""Reason why data for all tasks are not scored for one of them."""
 NAMED = 10
-"""Images whose logits are not finite that are named."""
+"""Largest number of named images whose logits are not finite."""
 DECODERS = 4
-"""Threads that read images ahead of the engine."""
+"""Number of threads that read images ahead of the engine."""
 PIECE = 4
-"""Images that a thread reads at a time."""
+"""Number of images that a thread reads at a time."""
 AHEAD = 2 * DECODERS
-"""Pieces that are being read, or have been and wait."""
+"""Largest number of pieces that are being read or wait."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Sides:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Top-1 of both sides on the same labelled images; None, with the reason, where the labels do not match."""
+    """Top-1 of both sides on the same labelled images; None, with the reason, if the labels do not match."""
 
     task: str
     data: str
@@ -50,17 +50,17 @@ class Accuracy:
     reference: float | None = None
     skipped: str = ""
     not_finite: int = 0
-    """Images for which the engine's logits are not finite; they count as wrong."""
+    """Number of images for which the engine's logits are not finite; they count as wrong."""
     not_finite_images: tuple[str, ...] = ()
-    """Where the first of them come from."""
+    """Names of the first of them."""
     evaluation: Sides | None = field(default=None, compare=False)
-    """All figures of both sides, where they were asked for."""
+    """All figures of both sides, if requested."""
     metric: str = "top-1"
-    """What ``engine`` and ``reference`` are: of a segmentation the mean IoU."""
+    """Name of the metric in ``engine`` and ``reference``: top-1, or the mean IoU of a segmentation."""
     pixels: dict[str, dict[str, Any]] | None = field(default=None, compare=False)
-    """Of a segmentation: all figures of both sides."""
+    """All figures of both sides of a segmentation."""
     notes: tuple[str, ...] = ()
-    """Which images were scored, and what to know about classes that only the task or only the data have."""
+    """Remarks about the scored images and about classes that only the task or only the data have."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -91,7 +91,7 @@ class NotFinite:
         self.images: list[str] = []
 
     def add(self, logits: Array, indices: Sequence[int], source: Labelled) -> None:
-        """Look at logits [B, ...] of the images ``indices`` of ``source``."""
+        """Check logits [B, ...] of the images ``indices`` of ``source``."""
         bad = np.flatnonzero(~np.isfinite(logits.reshape(len(logits), -1)).all(axis=1))
         self.count += len(bad)
         self.images += [source.describe(indices[row]) for row in bad[: NAMED - len(self.images)]]
@@ -107,16 +107,16 @@ def both_sides(
     size: int,
     limit: int | None,
 ) -> Generator[tuple[list[int], list[Any], Array, Array]]:
-    """What reference and engine answer to the labelled images of a task, in batches of at most ``size``.
+    """Answers of reference and engine to the labelled images of a task, in batches of at most ``size``.
 
     Args:
-        limit: at most so many images, evenly spread.
+        limit: largest number of images, evenly spread.
 
     Yields:
-        Indices of the images that could be read, their targets, the reference's logits, the engine's.
+        Indices of the readable images, their targets, the reference's logits, the engine's logits.
 
     Raises:
-        DataError: none of the images can be read.
+        DataError: every image is unreadable.
     """
     total = len(source) if limit is None else min(limit, len(source))
     chosen = np.unique(np.linspace(0, len(source) - 1, total).astype(int)).tolist()
@@ -136,12 +136,12 @@ def both_sides(
 
 
 def read_ahead(source: Labelled, task: Task, indices: Sequence[int]) -> Generator[tuple[int, Array | None, Any]]:
-    """Images of a data set through a task's transform, in order, read in threads ahead of whoever takes them.
+    """Images of a data set through a task's transform, in order, read ahead in threads.
 
-    At most :data:`AHEAD` pieces of :data:`PIECE` images are held. Close the iterator to end the threads early.
+    At most :data:`AHEAD` pieces of :data:`PIECE` images are in memory. Close the iterator to end the threads early.
 
     Yields:
-        Index, image [3, S, S] or None where unreadable, class index or mask.
+        Index, image [3, S, S] or None if unreadable, class index or mask.
     """
     pieces = iter([list(indices[start : start + PIECE]) for start in range(0, len(indices), PIECE)])
     pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")

@@ -1,4 +1,4 @@
-"""Exporting an engine, and adding tasks to one: fold, check, prove, then put in place."""
+"""Export of an engine, and of tasks into an engine: fold, check, prove, then put in place."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ from prompttune.export.versions import carry_over
 from prompttune.files import locked, replacing_folder, visible
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
-"""Precision → bytes of a weight."""
+"""Bytes of a weight by precision."""
 
 OnStage = Callable[[str], None]
-"""Called with what is being done now, in words."""
+"""Function that is called with a description of each stage."""
 
 
 def export_engine(
@@ -73,29 +73,29 @@ def export_engine(
     """Export the backbone and method that some checkpoints share once, with every task as an input.
 
     Args:
-        checkpoints: folders, or task name → folder; a task is called as its folder unless named.
-        output: the engine folder to make. It appears only when all is done and proven.
-        format: name of a format, or settings that name it with precision and the rest.
-        data: images to prove parity on, for all tasks or by task name; None takes seeded noise.
-        parity: compare the engine with PyTorch and refuse it if they differ.
-        atol: largest allowed absolute difference of a logit; this and what is None up to ``images`` follows the
+        checkpoints: folders, or folders by task name; by default a task has the name of its folder.
+        output: the engine folder to create. It appears only when everything is done and proven.
+        format: name of a format, or settings with its name, precision and so on.
+        data: images for the parity proof, for all tasks or by task name; None uses seeded noise.
+        parity: whether to compare the engine with PyTorch and refuse it if they differ.
+        atol: largest allowed absolute difference of a logit; None here and down to ``images`` uses the default of the
             precision, see :meth:`Gate.for_precision`.
         min_agreement: smallest allowed share of images with the same top class.
         max_accuracy_loss: largest allowed loss of top-1 on labelled images.
         batch_sizes: batch sizes to compare at.
-        images: images to compare each task on.
-        weights: where to take the backbone's weights from, if not from where training took them.
-        overwrite: replace an engine that is already there.
-        on_stage: told what is being done.
+        images: number of images to compare each task on.
+        weights: source of the backbone's weights, if it differs from that of the training.
+        overwrite: whether to replace an existing engine.
+        on_stage: called with each stage.
 
     Returns:
         The engine folder; its manifest holds the parity report.
 
     Raises:
-        UsageError: a bad name, format or setting, or the output exists.
+        UsageError: a name, format or setting is invalid, or the output exists.
         CheckpointError: a checkpoint is missing or damaged.
-        EngineError: the checkpoints do not belong into one engine, or the graph cannot be exported.
-        ParityError: the engine does not answer as PyTorch does.
+        EngineError: the checkpoints cannot share an engine, or the graph cannot be exported.
+        ParityError: the engine's answers differ from PyTorch's.
     """
     settings = (format if isinstance(format, Settings) else Settings(format)).resolved()
     kind = find_format(settings.format)
@@ -115,7 +115,7 @@ def export_engine(
     _check_output(target, overwrite)
     fit = check_fit(named)
     if fit.segmentation is not None and settings.format != "onnx":
-        raise UsageError(f"segmentation: the format {settings.format} is not among those that are proven; use onnx")
+        raise UsageError(f"segmentation: the format {settings.format} is not proven; use onnx")
     gate = gate if fit.segmentation is None else gate.for_maps()
     samples = Samples(data, masks=fit.segmentation is not None)
     with locked(target):
@@ -146,13 +146,13 @@ def _check_output(target: Path, overwrite: bool) -> None:
 
 
 def _check_space(target: Path, folded: Mapping[str, Folded], settings: Settings) -> None:
-    """Raise :class:`EngineError` if the disk has no room for the weights alone."""
+    """Raise :class:`EngineError` if the disk does not have room for the weights alone."""
     backbone = next(iter(folded.values())).model.backbone
     weights = sum(one.numel() for one in backbone.parameters()) * _BYTES[settings.precision]
     needed = weights + sum(value.nbytes for one in folded.values() for value in one.task.state.values())
     free = shutil.disk_usage(target if target.is_dir() else target.parent).free
     if needed > free:
-        raise EngineError(f"{target} needs at least {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free there")
+        raise EngineError(f"{target} needs at least {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are free there")
 
 
 def _write_engine(
@@ -163,7 +163,7 @@ def _write_engine(
     folder: Path,
     on_stage: OnStage,
 ) -> Manifest:
-    """Write an engine into a folder, all but its manifest, and prove it if there is a gate."""
+    """Write an engine without its manifest into a folder, and prove it if there is a gate."""
     on_stage("tracing and writing the graph")
     manifest = _write_model(folded, settings, samples, folder, on_stage)
     if gate is not None:
@@ -223,7 +223,7 @@ def _write_model(
 
 
 def tool_versions() -> dict[str, str]:
-    """Versions of what makes an engine."""
+    """Versions of the tools that affect an engine."""
     return {
         "prompttune": metadata.version("prompttune"),
         "python": platform.python_version(),
@@ -247,24 +247,24 @@ def add_task(
     weights: str | Path | None = None,
     on_stage: OnStage = lambda _: None,
 ) -> Task:
-    """Fold a checkpoint into an engine folder. The graph is not touched.
+    """Fold a checkpoint into an engine folder. The graph is not changed.
 
     Args:
         engine: the engine folder.
-        name: what to call the task.
+        name: name of the task.
         checkpoint: the checkpoint folder.
-        replace: replace a task of that name.
-        data: images to prove parity on; None takes seeded noise.
-        parity: compare the task with PyTorch and refuse it if they differ.
-        gate: how parity is measured and what passes; None follows the engine's precision.
-        weights: where to take the backbone's weights from, if not from where the export took them.
-        on_stage: told what is being done.
+        replace: whether to replace a task of that name.
+        data: images for the parity proof; None uses seeded noise.
+        parity: whether to compare the task with PyTorch and refuse it if they differ.
+        gate: measurement and thresholds of parity; None uses those of the engine's precision.
+        weights: source of the backbone's weights, if it differs from that of the export.
+        on_stage: called with each stage.
 
     Raises:
-        UsageError: the name is taken or bad.
+        UsageError: the name is taken or invalid.
         CheckpointError: the checkpoint is missing or damaged.
         EngineError: the engine is damaged, or the checkpoint does not fit it.
-        ParityError: the task does not answer as PyTorch does; it was not added.
+        ParityError: the task's answers differ from PyTorch's; it was not added.
     """
     folder = EngineFolder(engine, verify=False)
     folder.check_free(name, replace)
@@ -296,24 +296,24 @@ def _gate_of(manifest: Manifest, gate: Gate | None) -> Gate:
 
 
 def own_device(manifest: Manifest) -> str:
-    """The device that an engine was compiled for, or that its format runs on by default."""
+    """The device that an engine was compiled for, or the default device of its format."""
     return str(manifest.details.get("device", find_format(manifest.format).default_device))
 
 
 def remove_task(engine: str | Path, name: str) -> None:
-    """Take a task out of an engine folder. The graph is not touched.
+    """Remove a task from an engine folder. The graph is not changed.
 
     Raises:
-        EngineError: there is no engine, or it is damaged.
-        UsageError: there is no such task.
+        EngineError: the engine does not exist or is damaged.
+        UsageError: the task does not exist.
     """
     EngineFolder(engine, verify=False).remove_task(name)
 
 
 def list_tasks(engine: str | Path) -> Scan:
-    """The tasks of an engine folder, from their records alone, and those that cannot be used; no state is read.
+    """The tasks of an engine folder from their records, and those that cannot be used; no state is read.
 
     Raises:
-        EngineError: there is no engine, or its manifest is damaged.
+        EngineError: the engine does not exist, or its manifest is damaged.
     """
     return EngineFolder(engine, verify=False).scan()

@@ -1,4 +1,4 @@
-"""Comparing an engine's answers with a reference's: each task alone, and mixed batches."""
+"""Comparison of an engine's answers with a reference's: each task alone, and mixed batches."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ _REFERENCE_BATCH = 16
 
 
 class Runner(Protocol):
-    """An engine, as parity sees it."""
+    """An engine, as parity uses it."""
 
     @property
     def description(self) -> str:
-        """What runs, in words."""
+        """Description of the engine."""
 
     def logits(self, images: Array, tasks: Sequence[str]) -> Array:
-        """Logits [B, C (, h, w)] of images [B, 3, S, S], row i for ``tasks[i]``; past a task's classes is padding."""
+        """Logits [B, C (, h, w)] of images [B, 3, S, S], row i for ``tasks[i]``; padding follows a task's classes."""
 
 
 class Reference(Protocol):
-    """What an engine is held to, as parity sees it."""
+    """The reference of a comparison."""
 
     def __call__(self, images: Array, task: str) -> Array:
         """Logits [B, classes of the task (, h, w)] of images [B, 3, S, S]."""
 
 
 def state_reference(model: PromptModel, tasks: Mapping[str, Task]) -> Reference:
-    """PyTorch on the stored states: ``model.forward_state``, one task at a time, nothing padded.
+    """PyTorch on the stored states: ``model.forward_state``, one task at a time, without padding.
 
-    In float32, whatever the precision of a bank that a state is a view of.
+    It runs in float32, even if a state is a view of a bank of another precision.
     """
     states = {
         name: {key: torch.from_numpy(np.array(value, dtype=np.float32)) for key, value in task.state.items()}
@@ -56,7 +56,7 @@ def state_reference(model: PromptModel, tasks: Mapping[str, Task]) -> Reference:
 
 
 def checkpoint_reference(models: Mapping[str, PromptModel]) -> Reference:
-    """PyTorch on the checkpoints: each task's own model, its parameters not folded."""
+    """PyTorch on the checkpoints: each task's own model with unfolded parameters."""
 
     def logits(images: Array, task: str) -> Array:
         with torch.no_grad():
@@ -67,7 +67,7 @@ def checkpoint_reference(models: Mapping[str, PromptModel]) -> Reference:
 
 
 def runner_reference(runner: Runner, tasks: Mapping[str, Task], batch_size: int) -> Reference:
-    """Another engine, run ``batch_size`` images at a time."""
+    """Another engine, with ``batch_size`` images per call."""
 
     def logits(images: Array, task: str) -> Array:
         classes = tasks[task].num_classes
@@ -78,7 +78,7 @@ def runner_reference(runner: Runner, tasks: Mapping[str, Task], batch_size: int)
 
 
 def tally_for(logits: Array, noise: float) -> Tally | MapTally:
-    """What gathers figures of logits like these: [B, C], or maps [B, C, h, w]."""
+    """A tally that fits logits of this form: [B, C], or maps [B, C, h, w]."""
     return MapTally(noise) if is_map(logits) else Tally(noise)
 
 
@@ -94,13 +94,13 @@ def compare_tasks(
     batch_sizes: Sequence[int],
     noise: float = 0.0,
 ) -> list[Comparison]:
-    """Each task by itself, at each batch size, against each reference.
+    """Compare each task alone, at each batch size, with each reference.
 
     Args:
         runner: the engine.
-        references: name → what it is held to.
-        images: task → normalised images [N, 3, S, S].
-        batch_sizes: images of one call.
+        references: references by name.
+        images: normalised images [N, 3, S, S] by task.
+        batch_sizes: numbers of images per call.
         noise: see :class:`Tally`.
     """
     comparisons = []
@@ -124,10 +124,10 @@ def compare_mixed(
     noise: float = 0.0,
     name: str = STATE,
 ) -> tuple[list[Comparison], float | None]:
-    """Batches in which neighbouring rows belong to different tasks, against a reference and against single runs.
+    """Compare batches in which neighbouring rows have different tasks with a reference and with single runs.
 
     Returns:
-        The comparisons, and the largest difference from running each row alone; None with a single task.
+        The comparisons, and the largest difference from running each row alone; None for a single task.
     """
     names, sizes = list(images), [size for size in batch_sizes if size > 1]
     if len(names) < 2 or not sizes:

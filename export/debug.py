@@ -1,4 +1,4 @@
-"""Finding where an engine and PyTorch part: intermediate results of both, block by block."""
+"""Search for the place where an engine and PyTorch start to differ: intermediate results of both, block by block."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from prompttune.layers.probe import recording
 from prompttune.model import PromptModel
 
 IMAGES = 4
-"""Images of a task whose intermediate results are compared."""
+"""Number of a task's images whose intermediate results are compared."""
 _PREFIX = "debug."
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One intermediate result on both sides."""
+    """One intermediate result of both sides."""
 
     name: str
     max_abs: float
@@ -45,7 +45,7 @@ class Bisection:
 
     task: str
     tolerance: float
-    """Relative difference that the precision's rounding explains."""
+    """Relative difference that rounding in the precision explains."""
     probes: tuple[Probe, ...]
     skipped: tuple[str, ...]
     """Results that the engine's file does not hold any more, or holds in another shape."""
@@ -57,10 +57,10 @@ class Bisection:
 
     @property
     def verdict(self) -> str:
-        """What was found, in one line."""
+        """The result in one line."""
         first = self.first
         if first is None:
-            return f"task {self.task!r}: no intermediate result is beyond {self.tolerance:g} of PyTorch's"
+            return f"task {self.task!r}: every intermediate result is within {self.tolerance:g} of PyTorch's"
         one = next(probe for probe in self.probes if probe.name == first)
         return (
             f"task {self.task!r}: the first intermediate result that diverges is {first}, by {one.relative:.2g} "
@@ -80,10 +80,10 @@ class Bisection:
 
 
 def check_probes(manifest: Manifest) -> dict[str, str]:
-    """Intermediate result → name of the value in the engine's ONNX file that holds it.
+    """Name of the value in the engine's ONNX file for each intermediate result.
 
     Raises:
-        UsageError: the engine is no ONNX file, or names no such values.
+        UsageError: the engine is not an ONNX file, or does not name such values.
     """
     if manifest.format != "onnx":
         raise UsageError(
@@ -106,17 +106,17 @@ def bisect(
     tolerance: float,
     options: RuntimeOptions | None = None,
 ) -> Bisection:
-    """Run one task in PyTorch and in the engine's ONNX file and compare what is in between.
+    """Run one task in PyTorch and in the engine's ONNX file, and compare the intermediate results.
 
     Args:
-        folder: the engine folder; nothing is written into it and its weights are not copied.
-        manifest: the engine's.
-        model: answers for the engine's tasks in PyTorch.
-        name: the task's name.
+        folder: the engine folder; it is not changed, and its weights are not copied.
+        manifest: manifest of the engine.
+        model: computes the engine's tasks in PyTorch.
+        name: name of the task.
         task: the task.
-        images: normalised images [N, 3, S, S]; the first few are taken.
-        tolerance: relative difference that is not worth a word.
-        options: device.
+        images: normalised images [N, 3, S, S]; only the first few are used.
+        tolerance: relative difference that counts as equal.
+        options: device options.
 
     Raises:
         UsageError: see :func:`check_probes`.
@@ -146,7 +146,7 @@ def _compare(name: str, expected: Array, found: Array) -> Probe:
 
 
 def _torch_results(model: PromptModel, task: Task, images: Array) -> dict[str, Array]:
-    """Intermediate results of the eager forward; each row has a state of its own, as in the graph."""
+    """Intermediate results of the eager forward; each row has its own state, as in the graph."""
     state = {
         key: torch.from_numpy(np.array(value)).expand(len(images), *value.shape[1:])
         for key, value in task.state.items()
@@ -159,7 +159,7 @@ def _torch_results(model: PromptModel, task: Task, images: Array) -> dict[str, A
 def _onnx_results(
     folder: Path, manifest: Manifest, name: str, task: Task, images: Array, options: RuntimeOptions
 ) -> dict[str, Array]:
-    """Intermediate results of the engine's file, those that it still holds, as float32."""
+    """The intermediate results that the engine's file still holds, as float32."""
     from prompttune.export.runtimes.onnxruntime import open_session
 
     model = onnx.load(str(folder / ONNX_FILE), load_external_data=False)
@@ -176,7 +176,7 @@ def _onnx_results(
 
 
 def _add_outputs(model: onnx.ModelProto, probes: Mapping[str, str]) -> list[str]:
-    """Make values of a graph outputs, cast to float32; returns the probes whose value the graph still computes."""
+    """Make values of a graph outputs, cast to float32; return the probes whose value the graph still computes."""
     held = {output for node in model.graph.node for output in node.output}
     present = [probe for probe, value in probes.items() if value in held]
     for probe in present:
@@ -187,7 +187,7 @@ def _add_outputs(model: onnx.ModelProto, probes: Mapping[str, str]) -> list[str]
 
 
 def _feeds(manifest: Manifest, name: str, task: Task, images: Array) -> dict[str, ort.OrtValue]:
-    """One call of the task ``name``: a bank with this task alone, or its row where the bank is baked in."""
+    """Inputs of one call of the task ``name``: a bank with only this task, or its row in a baked-in bank."""
     row = 0 if manifest.baked is None else manifest.baked.index(name)
     feeds = {IMAGE: _value(images), TASK_INDEX: _value(np.full(len(images), row, dtype=np.int64))}
     if manifest.baked is None:
@@ -198,7 +198,7 @@ def _feeds(manifest: Manifest, name: str, task: Task, images: Array) -> dict[str
 
 def _value(array: NDArray[Any]) -> ort.OrtValue:
     if array.dtype == bank_dtype("bf16"):
-        # ONNX Runtime takes NumPy's types only: the bits, and what they mean.
+        # ONNX Runtime accepts only NumPy's types: pass the bits with their element type.
         bits, kind = array.view(np.uint16), onnx.TensorProto.BFLOAT16
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, kind)
     return ort.OrtValue.ortvalue_from_numpy(array)

@@ -1,4 +1,4 @@
-"""Figures of a comparison: how far two sides' logits are apart, gathered batch by batch."""
+"""Figures of a comparison: differences between two sides' logits, collected batch by batch."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ Figures = NDArray[np.float64]
 
 TOP = 5
 _KEPT = 1 << 18
-"""Logits of a comparison that are kept for its medians and plots."""
+"""Largest number of a comparison's logits that are kept for its medians and plots."""
 QUIET = np.errstate(invalid="ignore", divide="ignore", over="ignore")
-"""What is not finite is a result here, not a mistake of ours."""
+"""Error state that ignores non-finite values: here they are results, not mistakes."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Engine against reference over some images, logits of the padding classes left out.
+    """Engine against reference over some images, without the logits of padding classes.
 
-    Relative differences are |Δ| over the *scale* of the row, its largest absolute reference logit: a logit that happens
-    to be near zero does not blow them up, and they do not depend on the size of a task's head.
+    Relative differences are |Δ| over the *scale* of the row, which is its largest absolute reference logit. A logit
+    near zero therefore does not inflate them, and they do not depend on the size of a task's head.
     """
 
     task: str
-    """The task's name, or ``mixed`` for batches in which each row has its own task."""
+    """Name of the task, or ``mixed`` for batches in which each row has its own task."""
     reference: str
     """``state``, ``checkpoint`` or ``engine``, see :data:`STATE`."""
     batch_size: int
@@ -37,7 +37,7 @@ class Comparison:
     """Largest absolute difference of a logit."""
     mean_abs: float
     median_abs: float
-    """Over evenly spread images if there are very many logits, as ``median_rel``."""
+    """Median absolute difference; of evenly spread images if there are very many logits, as for ``median_rel``."""
     max_rel: float
     mean_rel: float
     median_rel: float
@@ -47,31 +47,31 @@ class Comparison:
     """Mean over the images of KL(reference ‖ engine) of the class probabilities, in nats."""
     kl_max: float
     agreement: float
-    """Share of images on which both sides name the same class; a row that is not finite agrees with nothing."""
+    """Share of images for which both sides name the same class; a row that is not finite agrees with no class."""
     disagreements: int
     ties: int
-    """Disagreements on rows whose every logit is within the gate's ``noise``, see :class:`Tally`."""
+    """Number of disagreements whose row has all logits within the gate's ``noise``, see :class:`Tally`."""
     unexplained: int
-    """Images of which a logit is further off than the gate's ``noise``, agreeing or not; 0 where noise is none."""
+    """Number of images with a logit beyond the gate's ``noise``, agreeing or not; 0 without noise."""
     top5_agreement: float | None
-    """Mean share of the reference's five best classes among the engine's; None if no task has more than five."""
+    """Mean share of the reference's five best classes among the engine's; None if all tasks have at most five."""
     margin: float | None
-    """Smallest lead of the reference's best class over its second: how near to a tie the images come."""
+    """Smallest lead of the reference's best class over its second: the distance of the images from a tie."""
     disagreement_margin: float | None
-    """Largest such lead among the disagreements that are no ties."""
+    """Largest lead among the disagreements that are not ties."""
     pairs: Array = field(repr=False, compare=False)
     """Reference and engine logits [2, n] for plots, of evenly spread images if there are very many; not in reports."""
     pixels: int = 0
-    """Of maps: the places that were compared. What is told of an image then holds of a place; 0 otherwise."""
+    """Number of compared places of maps; figures are then per place instead of per image. 0 for a classification."""
 
     @property
     def decided_agreement(self) -> float:
-        """The agreement, ties counted as agreeing: what a gate looks at."""
+        """The agreement with ties counted as agreeing, which the gate checks."""
         return 1 - (self.disagreements - self.ties) / max(self.pixels or self.images, 1)
 
 
 class _Rows:
-    """Rows of a stream, all of them or evenly spread ones, so that they hold about ``_KEPT`` logits at most."""
+    """Rows of a stream: all, or evenly spread ones, so that about ``_KEPT`` logits are kept at most."""
 
     def __init__(self) -> None:
         self._rows: list[Array] = []
@@ -89,12 +89,12 @@ class _Rows:
 
     @property
     def pairs(self) -> Array:
-        """[2, n]."""
+        """Reference and engine logits, [2, n]."""
         return np.concatenate(self._rows, axis=1)
 
     @QUIET
     def medians(self) -> tuple[float, float]:
-        """Of the absolute and of the relative differences."""
+        """Medians of the absolute and of the relative differences."""
         rows = [differences(row[:1].astype(np.float64), row[1:].astype(np.float64)) for row in self._rows]
         absolute, relative = (np.concatenate([one[kind][0] for one in rows]) for kind in (0, 1))
         return float(np.median(absolute)), float(np.median(relative))
@@ -111,16 +111,16 @@ class Tally:
     """Figures of a comparison, batch by batch.
 
     Args:
-        noise: how far a row's logits may be off for its disagreement to be a tie, relative to its own scale or to the
-            median scale of its task's rows, whichever is larger. Rounding does not shrink with the logits of a row, so
-            its own scale alone would call honest rounding an error where all logits are small.
+        noise: largest difference of a row's logits for which its disagreement is a tie, relative to the larger of its
+            own scale and the median scale of its task's rows. Rounding does not shrink with the logits of a row, so
+            with its own scale alone, honest rounding would be an error where all logits are small.
     """
 
     def __init__(self, noise: float = 0.0) -> None:
         self._noise = noise
         self._rows = _Rows()
         self._parts: list[dict[str, NDArray[Any]]] = []
-        """Of each batch: figure → its value for each image [B]."""
+        """Values [B] of each figure, for each batch."""
 
     @QUIET
     def add(self, expected: Array, found: Array, task: str = "") -> None:
@@ -152,12 +152,12 @@ class Tally:
 
     @QUIET
     def result(self, task: str, reference: str, batch_size: int) -> Comparison:
-        """The comparison.
+        """The comparison of all counted logits.
 
         Raises:
-            ValueError: nothing was added.
+            ValueError: nothing was counted.
         """
-        # A NaN stays one in every sum, mean, maximum and minimum: it must not pass for a small difference.
+        # A NaN stays in every sum, mean, maximum and minimum: it must not pass for a small difference.
         image = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
         logits, margin = int(image["classes"].sum()), float(image["lead"].min())
         median_abs, median_rel = self._rows.medians()
@@ -190,7 +190,7 @@ class Tally:
 
 
 def _typical(scale: Figures, task: NDArray[Any]) -> Figures:
-    """Of each row [B], its own scale or the median of its task's rows, whichever is larger."""
+    """The larger of each row's own scale [B] and the median of its task's rows."""
     typical = scale.copy()
     for name in np.unique(task):
         rows = task == name
@@ -206,7 +206,7 @@ def divergence(expected: Figures, found: Figures) -> Figures:
 
 
 def cosines(expected: Figures, found: Figures) -> Figures:
-    """Cosine similarity of each row [B]; 1 where a side is all zeros."""
+    """Cosine similarity of each row [B]; 1 if a side is all zeros."""
     products = (expected * found).sum(axis=1)
     norms = np.linalg.norm(expected, axis=1) * np.linalg.norm(found, axis=1)
     cosines: Figures = np.divide(products, norms, out=np.ones_like(products), where=norms != 0)

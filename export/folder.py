@@ -40,7 +40,7 @@ from prompttune.preprocess import Preprocess
 
 FORMAT_VERSION = 1
 SEGMENTATION_VERSION = 2
-"""Of the manifest of a segmentation's engine, which earlier readers must not take for less."""
+"""Manifest version of a segmentation's engine, which earlier versions must refuse."""
 MANIFEST, TASKS = "engine.json", "tasks"
 ONNX_FILE, ONNX_WEIGHTS_FILE = "model.onnx", "model.onnx.data"
 TASK_RECORD, STATE_FILE = "task.json", "state.safetensors"
@@ -49,7 +49,7 @@ _VERSION_DIGITS = 12
 
 
 def check_task_name(name: str) -> str:
-    """Return ``name`` if a task may be called so, else raise :class:`UsageError`; no name leaves the folder."""
+    """Return ``name`` if it is a valid task name, which cannot leave the folder; else raise :class:`UsageError`."""
     if not _TASK_NAME.fullmatch(name):
         raise UsageError(
             f"bad task name {name!r}: use at most 200 letters, digits, '.', '_' and '-', first a letter or a digit"
@@ -63,7 +63,7 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 
 def _sealed(values: dict[str, Any]) -> dict[str, Any]:
-    """``values`` with the digest of themselves, so that an edited file is noticed."""
+    """``values`` with their own digest, so that an edited file is detected."""
     return {**values, "digest": _digest(values)}
 
 
@@ -71,7 +71,7 @@ def _read_sealed(path: Path, what: str) -> dict[str, Any]:
     values = read_json(path, EngineError, what)
     version = values.get("format_version")
     if not isinstance(version, int):
-        raise EngineError(f"the {what} {path} names no format version")
+        raise EngineError(f"the {what} {path} does not have a format version")
     if version > SEGMENTATION_VERSION:
         raise EngineError(
             f"the {what} {path} has format version {version}, this prompttune reads up to {SEGMENTATION_VERSION}: "
@@ -92,11 +92,11 @@ class FileRecord:
 
     @classmethod
     def of(cls, path: Path) -> FileRecord:
-        """Measure a file."""
+        """Measure the file at ``path``."""
         return cls(path.stat().st_size, sha256_file(path))
 
     def check_size(self, path: Path, remedy: str) -> None:
-        """Raise :class:`EngineError` that ends with ``remedy`` unless ``path`` is there and of the right size."""
+        """Raise :class:`EngineError` that ends with ``remedy`` unless ``path`` exists and has the recorded size."""
         try:
             found = path.stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -110,7 +110,7 @@ class FileRecord:
         self._check_sha256(sha256_file(path), path, remedy)
 
     def read(self, path: Path, remedy: str) -> bytes:
-        """The recorded file's bytes; raises as :meth:`check`."""
+        """The recorded file's bytes; raises the errors of :meth:`check`."""
         self.check_size(path, remedy)
         content = path.read_bytes()
         self._check_sha256(hashlib.sha256(content).hexdigest(), path, remedy)
@@ -123,18 +123,18 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Task:
-    """A task folded for an engine: what is needed to answer, and where it came from."""
+    """A task folded for an engine, with its origin."""
 
     labels: tuple[str, ...]
     preprocess: Preprocess
     state: Mapping[str, NDArray[np.float32]] = field(repr=False)
-    """Key → [1, ...], not padded."""
+    """State tensors [1, ...] by key, not padded."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """The method's settings of this task."""
+    """The task's settings of the method."""
     source: dict[str, Any] = field(default_factory=dict)
     """Name, digest and metrics of the checkpoint."""
     parity: dict[str, Any] | None = None
-    """The report of the comparison with PyTorch that let the task in."""
+    """Report of the comparison with PyTorch that admitted the task."""
 
     @property
     def packed(self) -> bytes:
@@ -143,7 +143,7 @@ class Task:
 
     @property
     def version(self) -> str:
-        """Digest of all that an answer depends on: state, labels and preprocessing."""
+        """Digest of everything that affects an answer: state, labels and preprocessing."""
         return self._version(hashlib.sha256(self.packed).hexdigest())
 
     def _version(self, state_sha256: str) -> str:
@@ -156,7 +156,7 @@ class Task:
         return len(self.labels)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Key → shape of its tensor, leading dimension 1 included."""
+        """Shape of each state tensor, including the leading dimension 1."""
         return {key: value.shape for key, value in self.state.items()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -184,12 +184,12 @@ def save_task(task: Task, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """What a task's folder says of it without its state being read: some kilobytes instead of some megabytes."""
+    """A task's record, known without reading its state: some kilobytes instead of some megabytes."""
 
     name: str
     folder: Path
     values: Mapping[str, Any] = field(repr=False)
-    """All of ``task.json``, without its own digest."""
+    """Content of ``task.json`` without its own digest."""
     version: str
     labels: tuple[str, ...]
     preprocess: Preprocess
@@ -198,10 +198,10 @@ class TaskRecord:
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Key → shape of its tensor, leading dimension 1 included, from the header of the state file.
+        """Shape of each state tensor, including the leading dimension 1, from the header of the state file.
 
         Raises:
-            EngineError: it is damaged.
+            EngineError: the state file is damaged.
         """
         try:
             with safetensors.safe_open(self.folder / STATE_FILE, "numpy") as state:
@@ -219,10 +219,10 @@ def _remedy(folder: Path) -> str:
 
 
 def read_record(folder: Path) -> TaskRecord:
-    """Read a task's record; its state is there and as large as recorded, and stays unread until :func:`load_task`.
+    """Read a task's record. Its state must exist with the recorded size, and is read later by :func:`load_task`.
 
     Raises:
-        EngineError: one of them is missing, damaged or of a newer format.
+        EngineError: record or state is missing, damaged or of a newer format.
     """
     values = _read_sealed(folder / TASK_RECORD, "task record")
     try:
@@ -244,7 +244,7 @@ def load_task(folder: Path) -> Task:
 
 
 def load_version(folder: Path) -> tuple[Task, str]:
-    """A folded task as :func:`load_task` reads it, and its version, which is computed from what was read."""
+    """A folded task as in :func:`load_task`, and its version, computed from what was read."""
     record = read_record(folder)
     try:
         packed = record.state.read(folder / STATE_FILE, _remedy(folder))
@@ -257,21 +257,21 @@ def load_version(folder: Path) -> tuple[Task, str]:
 
 
 def task_names(parent: Path) -> list[str]:
-    """Names of folders that hold a task or are about to, sorted; hidden ones are somebody's temporary ones."""
+    """Sorted names of folders that hold a task or are about to; hidden folders are temporary and are skipped."""
     return sorted(one.name for one in visible(parent) if one.is_dir())
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What was found at one look at some tasks."""
+    """Result of one scan of some tasks."""
 
     records: Mapping[str, TaskRecord]
     problems: Mapping[str, str] = field(default_factory=dict)
-    """Task → why its folder cannot be used, in one line."""
+    """Reason in one line why a folder cannot be used, by task."""
 
 
 def digest_of(engine: Path, name: str) -> str:
-    """The version of a task that lies in an engine folder, empty for none that can be read."""
+    """The version of a task in an engine folder; empty if it cannot be read."""
     try:
         return read_record(engine / TASKS / name).version
     except EngineError:
@@ -280,12 +280,12 @@ def digest_of(engine: Path, name: str) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``engine.json`` says: enough to refuse what does not fit, and to rebuild the PyTorch reference."""
+    """Content of ``engine.json``: enough to refuse what does not fit, and to rebuild the PyTorch reference."""
 
     backbone: dict[str, Any]
-    """name, image_size, weights, weights_source, fingerprint, mean, std, interpolation."""
+    """Keys: name, image_size, weights, weights_source, fingerprint, mean, std, interpolation."""
     method: dict[str, Any]
-    """name, settings (those of the model that was traced), graph_settings (which every task must share)."""
+    """Keys: name, settings (those of the traced model), graph_settings (those that every task must share)."""
     layout: Layout
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -294,17 +294,17 @@ class Manifest:
     precision: str
     tools: dict[str, str]
     bank_precision: str = "fp32"
-    """Of the bank's tensors, see :data:`prompttune.export.layout.DTYPES`."""
+    """Precision of the bank's tensors, see :data:`prompttune.export.layout.DTYPES`."""
     attention: str = "explicit"
     quantization: str | None = None
     baked: tuple[str, ...] | None = None
-    """Tasks that are constants of the model, in the order of their rows; None where the bank is an input."""
+    """Tasks that are constants of the model, in the order of their rows; None if the bank is an input."""
     opset: int | None = None
     details: dict[str, Any] = field(default_factory=dict)
-    """What the format's runtime must know."""
+    """Details for the format's runtime."""
     parity: dict[str, Any] | None = None
     segmentation: dict[str, Any] | None = None
-    """The segmentation's head, whose tensors are state like the method's; None for a classification."""
+    """Settings of the segmentation's head, whose tensors are state like the method's; None for a classification."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -355,10 +355,10 @@ class Manifest:
         )
 
     def refuse_segmentation(self, what: str) -> None:
-        """Raise :class:`EngineError` if the engine answers for each place of an image, which ``what`` cannot."""
+        """Raise :class:`EngineError` if the engine answers for each place of an image, which ``what`` cannot do."""
         if self.segmentation is not None:
             raise EngineError(
-                f"the engine's tasks are segmentations, which {what} does not answer; prompttune infer writes their "
+                f"the engine's tasks are segmentations, which {what} does not support; prompttune infer writes their "
                 "masks, Engine.segment returns them"
             )
 
@@ -382,10 +382,10 @@ class Manifest:
 
 
 class EngineFolder:
-    """An engine on disk. Opening it checks the manifest, and with ``verify`` the model's digests too.
+    """An engine on disk. Opening it checks the manifest and, with ``verify``, the model's digests.
 
     Raises:
-        EngineError: there is no engine, or it is damaged, or of a newer format.
+        EngineError: the engine does not exist, is damaged, or is of a newer format.
     """
 
     def __init__(self, path: str | Path, verify: bool = True) -> None:
@@ -402,27 +402,27 @@ class EngineFolder:
                 file.check(self.path / name, "export the engine again")
 
     def tasks(self, most: int | None = None) -> list[str]:
-        """Names of the tasks in the folder, sorted, damaged ones among them; of more than ``most``, any so many."""
+        """Sorted names of the tasks in the folder, including damaged ones; with ``most``, any that many of them."""
         found = visible(self.path / TASKS)
         names = (one.name for one in found if _TASK_NAME.fullmatch(one.name) and one.is_dir())
         return sorted(itertools.islice(names, most))
 
     def present(self) -> list[str]:
-        """The same with the folders whose name no task may have; they can be removed."""
+        """The same with folders that have an invalid task name; they can be removed."""
         return task_names(self.path / TASKS)
 
     def folder_of(self, name: str) -> Path:
-        """Where a task lies, also one of a name that no task may have; raises as :meth:`task_folder`."""
+        """Folder of a task, also with an invalid name; raises the errors of :meth:`task_folder`."""
         folder = self.path / TASKS / name
         if name.startswith(".") or folder.name != name or not folder.is_dir():
             choose("task", name, self.present())
         return folder
 
     def task_folder(self, name: str) -> Path:
-        """Where a task lies.
+        """Folder of a task.
 
         Raises:
-            UsageError: the engine has no such task.
+            UsageError: the engine does not have this task.
         """
         folder = self.path / TASKS / str(name)
         if not _TASK_NAME.fullmatch(str(name)) or not folder.is_dir():
@@ -430,22 +430,22 @@ class EngineFolder:
         return folder
 
     def load_task(self, name: str) -> tuple[Task, str]:
-        """Read one task and its version, checked against its digests and the engine's layout.
+        """Read a task and its version, checked against its digests and the engine's layout.
 
         Raises:
-            UsageError: the engine has no such task.
-            EngineError: it is damaged or does not fit.
+            UsageError: the engine does not have this task.
+            EngineError: the task is damaged or does not fit.
         """
         task, version = load_version(self.task_folder(name))
         self.manifest.axes_of(task.shapes(), f"task {name!r}")
         return task, version
 
     def read_task(self, name: str) -> Task:
-        """Read one task, as :meth:`load_task`."""
+        """Read one task; see :meth:`load_task`."""
         return self.load_task(name)[0]
 
     def read_some(self, count: int, besides: str) -> dict[str, Task]:
-        """The first ``count`` tasks that can be read, ``besides`` not among them."""
+        """The first ``count`` readable tasks, without ``besides``."""
         some: dict[str, Task] = {}
         for name in self.tasks():
             if len(some) == count:
@@ -458,11 +458,11 @@ class EngineFolder:
     def scan(
         self, verify: bool = False, on_task: Callable[[], None] = lambda: None, only: Collection[str] | None = None
     ) -> Scan:
-        """Look at every task; one that cannot be used is a line and hides no other.
+        """Check every task; a task that cannot be used is reported and does not hide the others.
 
         Args:
-            only: leave out all others.
-            verify: read the states too, and check them against their digests and the engine's layout.
+            only: names to check; None for all.
+            verify: whether to read the states too, and check them against their digests and the engine's layout.
             on_task: called after each task.
         """
         records, problems, parent = {}, {}, self.path / TASKS
@@ -480,10 +480,10 @@ class EngineFolder:
         return Scan(records, problems)
 
     def write_task(self, name: str, task: Task, replace: bool = False) -> None:
-        """Put a task into the folder; a reader sees the old one or the new one, never a part.
+        """Put a task into the folder; a reader sees either the old or the new one, never a part.
 
         Raises:
-            UsageError: the name is taken and ``replace`` is not set, or cannot be a name.
+            UsageError: the name is invalid, or is taken and ``replace`` is not set.
             EngineError: the state does not fit the engine's layout.
         """
         with self.locked():
@@ -494,7 +494,7 @@ class EngineFolder:
                 count_version(self.path, name, task.version, digest_of(self.path, name))
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
-        """Let nobody else write to the folder until the block ends: see :func:`prompttune.files.locked`."""
+        """Keep other writers away from the folder until the block ends: see :func:`prompttune.files.locked`."""
         return locked(self.path, again=True)
 
     def check_free(self, name: str, replace: bool) -> None:
@@ -511,10 +511,10 @@ class EngineFolder:
             )
 
     def remove_task(self, name: str) -> None:
-        """Take a task out of the folder.
+        """Remove a task from the folder.
 
         Raises:
-            UsageError: there is no such task.
+            UsageError: the task does not exist.
         """
         self.check_open()
         with self.locked():

@@ -1,4 +1,4 @@
-"""What parity lets pass: thresholds by precision, and what a precision cannot decide."""
+"""Thresholds of parity by precision, and the limits of what a precision can decide."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ ATOL = 1e-4
 """Largest allowed difference of a logit in fp32."""
 MIN_AGREEMENT = 0.99
 MAX_ACCURACY_LOSS = 0.01
-"""Defaults of every precision below fp32; fp32 asks for the same top class on every image."""
+"""Default loss of every precision below fp32; fp32 requires the same top class on every image."""
 BATCH_SIZES = (1, 2, 8)
 IMAGES = 16
-"""Images that each task is compared on, unless asked otherwise."""
+"""Default number of images that each task is compared on."""
 
 NOISE = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.09, "int8": 0.2}
-"""Precision, strictest first → how far rounding alone may move a value, relative to the scale of its like.
+"""Largest change of a value by rounding alone, relative to the scale of its kind, by precision, strictest first.
 
-For fp16, bf16 and int8 about twice the most that logits were off: 0.005 in fp16 and 0.045 in bf16, each with all
+For fp16, bf16 and int8 it is about twice the largest difference seen: 0.005 in fp16 and 0.045 in bf16, each with all
 weights, activations and norms in it, over two tiny ViTs and a DINOv2 ViT-S/14; 0.09 in dynamic int8 over a tiny ViT.
 """
 
 NEIGHBOURS = {"fp32": 1e-5, "fp16": 5e-4, "bf16": 4e-3, "int8": 1e-5}
-"""Precision → largest difference of a logit between an image alone and in a batch, relative to its largest logit.
+"""Largest difference of a logit between an image alone and in a batch, relative to its largest logit, by precision.
 
-fp16 and bf16: one rounding of the type, because kernels that compute in it may follow the batch size; AOTInductor's
-bf16 moved logits of a tiny ViT by 1.1e-4. int8 has no such allowance: a row's scale is its own, its products are exact.
+fp16 and bf16: one rounding of the type, because kernels in it may depend on the batch size; AOTInductor's bf16 moved
+logits of a tiny ViT by 1.1e-4. int8 needs less: each row has its own scale, and its products are exact.
 """
 
 
 def loosest(*precisions: str) -> str:
-    """The precision that asks for the least among some.
+    """The least strict of some precisions.
 
     Raises:
-        UsageError: an unknown one.
+        UsageError: a precision is unknown.
     """
     order = list(NOISE)
     return max((choose("precision", one, order) for one in precisions), key=order.index)
@@ -45,29 +45,29 @@ def loosest(*precisions: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """How parity is measured and what passes; the defaults are those of fp32. A figure that is not finite never passes.
+    """Measurement and thresholds of parity; the defaults are those of fp32. A figure that is not finite never passes.
 
-    Agreement below fp32 leaves ties out: a few images must not refuse an honest engine because one of them lies between
-    two classes. A disagreement is a tie only if *every* logit of its row is within ``noise`` of the reference: the
-    reference's lead there is at most twice that, and rounding alone explains the change. An engine that is broken moves
-    its rows by more than rounding does, and each disagreement of such a row counts, however small the lead.
+    Below fp32 the agreement leaves ties out: a few images must not refuse an honest engine because one of them lies
+    between two classes. A disagreement is a tie only if *every* logit of its row is within ``noise`` of the reference:
+    the reference's lead is then at most twice that, and rounding alone explains the change. A broken engine moves its
+    rows by more than rounding does, and each disagreement of such a row counts, however small the lead.
     """
 
     atol: float | None = ATOL
-    """Largest allowed absolute difference of a logit; None asks for none."""
+    """Largest allowed absolute difference of a logit; None for no limit."""
     min_agreement: float = 1.0
-    """Smallest allowed share of images on which both sides name the same class, ties left out."""
+    """Smallest allowed share of images on which both sides name the same class, without ties."""
     batch_sizes: Sequence[int] = BATCH_SIZES
     images: int = IMAGES
-    """Images that each task is compared on."""
+    """Number of images that each task is compared on."""
     max_accuracy_loss: float | None = None
     """Largest allowed loss of top-1 on labelled images, from 0 to 1; one image may be lost unless this is 0."""
     noise: float = 0.0
-    """Largest difference of a tie's logits, relative to their scale, see :class:`Tally`; 0 knows no ties."""
+    """Largest difference of a tie's logits, relative to their scale, see :class:`Tally`; 0 for no ties."""
     max_neighbours: float = NEIGHBOURS["fp32"]
     """Largest allowed influence of an image's neighbours on its logits, see :class:`Neighbours`."""
     precision: str = "fp32"
-    """Whose thresholds these are."""
+    """Precision that the thresholds belong to."""
 
     def __post_init__(self) -> None:
         if self.atol is not None and not self.atol >= 0:
@@ -90,13 +90,13 @@ class Gate:
         batch_sizes: Sequence[int] | None = None,
         images: int | None = None,
     ) -> Gate:
-        """The thresholds of a precision, where none are given.
+        """The thresholds of a precision, with given ones taking precedence.
 
         fp32: ``atol`` 1e-4 and the same top class on every image. fp16, bf16 and int8: no ``atol``, the same top class
-        on 99 % of the images, ties left out, and at most one point of top-1 lost.
+        on 99 % of the images without ties, and at most one point of top-1 lost.
 
         Raises:
-            UsageError: an unknown precision or a threshold that makes no sense.
+            UsageError: the precision is unknown, or a threshold is out of range.
         """
         exact = choose("precision", precision, NOISE) == "fp32"
         if exact:
@@ -120,8 +120,8 @@ class Gate:
         return dataclasses.replace(default, **{name: value for name, value in given.items() if value is not None})
 
     def for_maps(self) -> Gate:
-        """The same where places of maps are compared: there are so many that some lie on a border between two classes,
-        so that rounding makes ties of them in fp32 too."""
+        """The same gate for places of maps: among so many, some lie on a border between two classes, so that rounding
+        makes ties in fp32 too."""
         return dataclasses.replace(self, noise=self.noise or NOISE[self.precision])
 
 

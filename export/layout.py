@@ -1,9 +1,9 @@
-"""Shapes of task states and of a bank of them: checking, padding, stacking.
+"""Shapes of task states and of banks of them: checking, padding, stacking.
 
 A layout maps each state key to the shape of its tensor without the leading dimension. Integer entries are the same
-for every task of an engine; named entries (``"rank"``, ``"classes"``, ``"clusters"``) differ between tasks and are
-padded in a bank to the largest resident task: with zeros, and with -inf for what is added to the score of a class or
-cluster, so that padding never wins (:data:`prompttune.axes.CHOICES`).
+for every task of an engine. Named entries (``"rank"``, ``"classes"``, ``"clusters"``) differ between tasks and are
+padded in a bank to the largest resident task: with zeros, and with -inf for terms of the score of a class or cluster,
+so that padding never wins (:data:`prompttune.axes.CHOICES`).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ HEAD = "head."
 HEAD_BIAS = "head.bias"
 
 DTYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
-"""Bank precision → numpy dtype; NumPy itself has no bfloat16."""
+"""numpy dtype by bank precision; NumPy itself does not have bfloat16."""
 FLOAT32 = np.dtype(np.float32)
 
 
 def bank_dtype(precision: str) -> np.dtype[Any]:
-    """numpy dtype of a bank precision; its name is that of the model's inputs."""
+    """numpy dtype of a bank precision; its name is the dtype of the model's inputs."""
     dtype: np.dtype[Any] = np.dtype(DTYPES[precision])
     return dtype
 
@@ -58,7 +58,7 @@ class TensorSpec:
 
 
 def bank_input(key: str) -> str:
-    """Name of the model input that carries the bank of one state key."""
+    """Name of the model input for the bank of one state key."""
     return f"bank.{key}"
 
 
@@ -73,7 +73,7 @@ def declare_inputs(layout: Layout, image_size: int, bank_precision: str = "fp32"
 
 
 def declare_outputs(classes: int | str = CLASSES, size: tuple[int, int] | None = None) -> list[TensorSpec]:
-    """Every output of a graph; a baked one has a fixed number of classes, a segmentation maps of a ``size``."""
+    """Every output of a graph. A baked graph has a fixed number of classes, a segmentation has maps of ``size``."""
     return [TensorSpec(LOGITS, "float32", (BATCH, classes, *(size or ())))]
 
 
@@ -81,11 +81,11 @@ def bind_axes(layout: Layout, shapes: Mapping[str, tuple[int, ...]], what: str) 
     """Check the shapes of one task's state (leading dimension 1) and return the sizes of the named axes.
 
     Raises:
-        EngineError: a key is missing or too many, or a size differs from the layout; ``what`` names the task.
+        EngineError: a key is missing or unknown, or a size differs from the layout; ``what`` names the task.
     """
     if shapes.keys() != layout.keys():
         differing = ", ".join(sorted(shapes.keys() ^ layout.keys()))
-        raise EngineError(f"{what} does not fit the engine: these state tensors are on one side only: {differing}")
+        raise EngineError(f"{what} does not fit the engine: only one side has these state tensors: {differing}")
     axes: dict[str, int] = {}
     for key, declared in layout.items():
         shape = shapes[key]
@@ -102,7 +102,7 @@ def bind_axes(layout: Layout, shapes: Mapping[str, tuple[int, ...]], what: str) 
 
 
 def largest_axes(every: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """The sizes of the named axes that hold all of the given tasks."""
+    """Sizes of the named axes that are large enough for all of the given tasks."""
     largest: dict[str, int] = {}
     for axes in every:
         for axis, size in axes.items():
@@ -113,10 +113,9 @@ def largest_axes(every: Iterable[Mapping[str, int]]) -> dict[str, int]:
 def empty_bank(
     layout: Layout, rows: int, axes: Mapping[str, int], dtype: np.dtype[Any] = FLOAT32
 ) -> dict[str, NDArray[Any]]:
-    """A bank of ``rows`` padding rows, key → [rows, ...].
+    """A bank of ``rows`` padding rows: tensors [rows, ...] by key.
 
-    Zeros come from the operating system as pages that take no memory until somebody writes to them, so rows that are
-    never used cost nothing.
+    The operating system provides zeros as pages that take no memory until they are written, so unused rows are free.
     """
     shapes = {key: (axes[axis] if isinstance(axis, str) else axis for axis in shape) for key, shape in layout.items()}
     bank: dict[str, NDArray[Any]] = {key: np.zeros((rows, *shape), dtype=dtype) for key, shape in shapes.items()}
@@ -131,7 +130,7 @@ def _padding(shape: tuple[int | str, ...]) -> float:
 
 
 def write_row(layout: Layout, bank: Mapping[str, NDArray[Any]], row: int, state: State) -> None:
-    """Write one task's state, key → [1, ...], into a bank's row; what it does not fill becomes padding."""
+    """Write one task's state, tensors [1, ...] by key, into a row of a bank; the rest of the row becomes padding."""
     for key, rows in bank.items():
         value = state[key][0]
         rows[row] = _padding(layout[key])

@@ -33,10 +33,10 @@ def measure_maps(
     limit: int | None,
     against: str,
 ) -> tuple[list[Accuracy], list[Comparison]]:
-    """As ``measure_accuracy``, for a segmentation: scored at the size of the model's input.
+    """The same as ``measure_accuracy`` for a segmentation, scored at the size of the model's input.
 
     Raises:
-        DataError: none of the images can be read.
+        DataError: every image is unreadable.
     """
     from prompttune.data.mask_transforms import NEAREST
 

@@ -1,4 +1,4 @@
-"""Figures of a comparison of maps: the logits of each place, gathered image by image."""
+"""Figures of a comparison of maps: the logits of each place, collected image by image."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from numpy.typing import NDArray
 from prompttune.export.figures import QUIET, Array, Comparison, Figures, cosines, differences, divergence
 
 KEPT_PLACES = 256
-"""Places of an image whose logits are kept for medians and plots, evenly spread."""
+"""Number of an image's places whose logits are kept for medians and plots, evenly spread."""
 KEPT_IMAGES = 64
-"""Images that they are kept of."""
+"""Largest number of images with kept places."""
 
 
 class MapTally:
-    """Figures of a comparison of logits [B, C, h, w], batch by batch; what is told of an image there holds of a place.
+    """Figures of a comparison of logits [B, C, h, w], batch by batch; figures per image become figures per place.
 
     Largest values are over all places, ``cosine`` is the lowest of an image's whole map, and shares are over places.
-    Sums alone are kept, so that a data set of any size takes little memory.
+    Only sums are kept, so that memory use does not grow with the data set.
 
     Args:
-        noise: how far a place's logits may be off for its disagreement to be a tie, relative to its own scale or to
-            the median scale of its image's places, whichever is larger.
+        noise: largest difference of a place's logits for which its disagreement is a tie, relative to the larger of its
+            own scale and the median scale of its image's places.
     """
 
     def __init__(self, noise: float = 0.0) -> None:
@@ -54,7 +54,7 @@ class MapTally:
         self._logits += reference.size
         for name, values in (("abs", absolute), ("rel", relative), ("kl", kl)):
             self._sums[name] += float(values.sum())
-            # np.maximum, not max: a NaN must stay one.
+            # np.maximum instead of max: a NaN must stay a NaN.
             self._most[name] = float(np.maximum(self._most[name], values.max()))
         cosine = cosines(reference.reshape(1, -1), engine.reshape(1, -1))[0]
         self._least["cosine"] = float(np.minimum(self._least["cosine"], cosine))
@@ -75,10 +75,10 @@ class MapTally:
 
     @QUIET
     def result(self, task: str, reference: str, batch_size: int) -> Comparison:
-        """The comparison; ``pixels`` says over how many places.
+        """The comparison; ``pixels`` is the number of compared places.
 
         Raises:
-            ValueError: nothing was added.
+            ValueError: nothing was counted.
         """
         if not self._images:
             raise ValueError("nothing was compared")
@@ -110,12 +110,12 @@ class MapTally:
 
 
 def _together(kept: list[Array]) -> tuple[Figures, Figures]:
-    """Absolute and relative differences of the places that were kept, flat."""
+    """Absolute and relative differences of the kept places, flat."""
     found = [differences(one[0].astype(np.float64), one[1].astype(np.float64)) for one in kept]
     absolute, relative = (np.concatenate([one[kind].ravel() for one in found]) for kind in (0, 1))
     return absolute, relative
 
 
 def is_map(logits: NDArray[Any]) -> bool:
-    """Whether logits are those of each place, [B, C, h, w]."""
+    """Whether logits are maps, [B, C, h, w]."""
     return logits.ndim == 4

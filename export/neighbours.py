@@ -1,4 +1,4 @@
-"""Neighbours: an image's answer must not depend on the images that share its batch, nor on their order."""
+"""Neighbours: an image's answer must not depend on the other images in its batch, nor on their order."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Neighbours:
 
     task: str
     among: str
-    """What shares the batch: other images of the task, the same in reverse, or images of other tasks."""
+    """Content of the batch: other images of the task, the same in reverse, or images of other tasks."""
     batch_size: int
     images: int
     changed: int
-    """Images whose top class is another one; of maps, the places."""
+    """Number of images (places, for maps) whose top class changes."""
     max_rel: float
     """Largest difference of a logit, relative to the largest logit of the image alone."""
 
@@ -31,16 +31,16 @@ class Neighbours:
 def check_neighbours(
     runner: Runner, images: Mapping[str, Array], batch_sizes: Sequence[int], tasks: Sequence[str]
 ) -> list[Neighbours]:
-    """Each image alone, then in batches: in order at every size, in reverse and among other tasks at the largest.
+    """Compare each image alone and in batches: in order at every size, in reverse and among others at the largest.
 
     Args:
         runner: the engine.
-        images: task → normalised images [N, 3, S, S], of which as many as the largest batch holds are used.
-        batch_sizes: those of the comparison.
+        images: normalised images [N, 3, S, S] by task, at most as many as the largest batch holds.
+        batch_sizes: batch sizes of the comparison.
         tasks: every task of the runner; the first others are mixed in.
 
     Returns:
-        What was found; nothing if no batch has two rows.
+        The findings; empty if all batches have one row.
     """
     sizes = [size for size in dict.fromkeys(batch_sizes) if size > 1]
     found = []
@@ -60,9 +60,9 @@ def check_neighbours(
 
 
 def _answers(runner: Runner, batch: Array, tasks: Sequence[str], order: NDArray[np.int64], size: int) -> Array:
-    """Logits of each image, run in batches of ``size`` that follow ``order``."""
+    """Logits of each image, run in batches of ``size`` in the order ``order``."""
     calls = [order[rows] for rows in batches(len(order), size)]
-    # Copies: a runtime may reuse its buffer.
+    # Copies, because a runtime may reuse its buffer.
     made = [np.array(runner.logits(batch[rows], [tasks[row] for row in rows])) for rows in calls]
     answers: Array = np.concatenate(made)[np.argsort(order)]
     return answers

@@ -1,4 +1,4 @@
-"""ONNX: writing the traced graph to a file, and checking that the file keeps what was declared."""
+"""ONNX: writing the traced graph to a file, and checking the file against its declaration."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from prompttune.export.layout import TensorSpec
 from prompttune.export.quiet import quiet
 
 OPSET = 20
-"""Native Gelu and LayerNormalization, and no operator that TensorRT 10.13 lacks."""
+"""Operator set with Gelu and LayerNormalization, and without operators that TensorRT 10.13 lacks."""
 FUSED_OPSET = 23
-"""The first one with an Attention operator."""
+"""First operator set with an Attention operator."""
 PROBE = "probe."
-"""In front of the names of values that hold an intermediate result of the forward."""
+"""Prefix for names of values that hold an intermediate result of the forward."""
 _STACK_TRACE = "pkg.torch.onnx.stack_trace"
 _DTYPES = {
     "float32": onnx.TensorProto.FLOAT,
@@ -40,15 +40,14 @@ def export_onnx(traced: Traced, folder: Path, opset: int = OPSET) -> dict[str, s
 
     Args:
         traced: the captured graph.
-        folder: where to.
+        folder: output folder.
         opset: ONNX operator set.
 
     Returns:
-        Name of each intermediate result that was traced → name of the value that holds it in the file. They are no
-        outputs of the model.
+        Name of the value in the file for each traced intermediate result. These values are not outputs of the model.
 
     Raises:
-        EngineError: the graph cannot be exported, or the file does not keep what was declared.
+        EngineError: the graph cannot be exported, or the file differs from its declaration.
     """
     path = folder / ONNX_FILE
     probes = {name: PROBE + name for name in traced.probes}
@@ -77,15 +76,15 @@ def export_onnx(traced: Traced, folder: Path, opset: int = OPSET) -> dict[str, s
 
 
 def _forget_sources(model: Any) -> None:
-    """Drop the exporter's stack traces: they name folders of this machine and make equal graphs differ."""
+    """Remove the exporter's stack traces: they name folders of this machine and make equal graphs differ."""
     for node in model.graph.all_nodes():
         node.metadata_props.pop(_STACK_TRACE, None)
 
 
 def _fold_weights(model: Any) -> None:
-    """Slice and transpose the frozen weights now; quantisers and TensorRT want to see matrices, not their recipes.
+    """Slice and transpose the frozen weights now: quantisers and TensorRT need matrices, not computed ones.
 
-    The exporter folds small constants alone.
+    The exporter itself only folds small constants.
     """
     largest = max((value.const_value.nbytes for value in model.graph.initializers.values()), default=0)
     onnxscript.optimizer.fold_constants(
@@ -95,10 +94,10 @@ def _fold_weights(model: Any) -> None:
 
 
 def _average_by_product(model: Any) -> None:
-    """Write averages over the last axis but one, as of tokens, as products with a constant row.
+    """Replace averages over the second-last axis, such as those over tokens, by products with a constant row.
 
-    ONNX Runtime sums those of a single image in another order than those of a batch, and int8 behind them makes a large
-    difference of the last digit.
+    ONNX Runtime sums a single image in another order than a batch, and int8 operators after it turn the last digit into
+    a large difference.
     """
     for node in [node for node in model.graph if node.op_type == "ReduceMean" and len(node.inputs) == 2]:
         values, axes = node.inputs
@@ -117,7 +116,7 @@ def _average_by_product(model: Any) -> None:
 
 
 def constant(graph: onnx_ir.Graph, name: str, value: NDArray[Any] | np.generic) -> onnx_ir.Value:
-    """The graph's constant of that name, made unless it is there."""
+    """The graph's constant of that name, created if it does not exist."""
     if name not in graph.initializers:
         tensor = onnx_ir.tensor(np.asarray(value), name=name)
         shape, kind = onnx_ir.Shape(np.shape(value)), onnx_ir.TensorType(tensor.dtype)
@@ -128,11 +127,11 @@ def constant(graph: onnx_ir.Graph, name: str, value: NDArray[Any] | np.generic) 
 def verify_onnx(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
     """Check that an ONNX file is valid and has exactly the declared inputs and outputs.
 
-    Names, order, dtypes, fixed sizes and dynamic axes must all be as declared: an exporter that bakes the sample's
-    batch size into the graph is found out here, not in production.
+    Names, order, dtypes, fixed sizes and dynamic axes must all match: this detects an exporter that bakes the sample's
+    batch size into the graph.
 
     Raises:
-        EngineError: it does not.
+        EngineError: the file is not valid or differs.
     """
     try:
         onnx.checker.check_model(str(path))

@@ -1,4 +1,4 @@
-"""Parity: how far an engine's answers are from its reference's, measured and gated."""
+"""Parity: measured differences between an engine's answers and its reference's, with thresholds."""
 
 from __future__ import annotations
 
@@ -20,45 +20,45 @@ from prompttune.export.swap import Swap
 
 
 def torch_description() -> str:
-    """The usual reference, in words."""
+    """Description of the usual reference."""
     return f"PyTorch {torch.__version__}, float32"
 
 
 class _Failure(NamedTuple):
-    """A figure beyond its gate."""
+    """A figure beyond its threshold."""
 
     severity: float
-    """How many times beyond what is allowed; infinite where nothing is."""
+    """The figure divided by its threshold; infinite for a threshold of 0."""
     line: str
 
 
 @dataclass(frozen=True)
 class ParityReport:
-    """What was compared with what, and whether it passed."""
+    """A comparison, and whether it passed."""
 
     runtime: str
     images: dict[str, str]
-    """Task → which images it was compared on, in words."""
+    """Description of the images that each task was compared on."""
     comparisons: tuple[Comparison, ...]
     mixed_vs_single: float | None
-    """Largest difference between a row of a mixed batch and the same row run alone; None with a single task."""
+    """Largest difference between a row of a mixed batch and the same row run alone; None for a single task."""
     gate: Gate = field(default_factory=Gate)
     accuracy: tuple[Accuracy, ...] = ()
     swaps: tuple[Swap, ...] = ()
-    """A, B, A for every task; empty with a single one."""
+    """Results of A, B, A for every task; empty for a single task."""
     neighbours: tuple[Neighbours, ...] = ()
-    """Each task's images alone and in batches; empty if no batch has two rows."""
+    """Each task's images alone and in batches; empty if all batches have one row."""
     bisection: Bisection | None = None
-    """Intermediate results, where they were asked for."""
+    """Intermediate results, if requested."""
     reference: str = field(default_factory=torch_description)
     notes: tuple[str, ...] = ()
-    """What a reader must know to judge the figures."""
+    """Remarks that a reader needs to judge the figures."""
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Of the tools that the engine was made with."""
+    """Versions of the tools that made the engine."""
 
     @property
     def failures(self) -> list[str]:
-        """One line for each figure beyond its gate, the worst first."""
+        """One line for each figure beyond its threshold, the worst first."""
         found = [
             *self._comparison_failures(),
             *self._accuracy_failures(),
@@ -69,10 +69,10 @@ class ParityReport:
 
     @property
     def warnings(self) -> list[str]:
-        """One line for each task whose logits are further off than rounding explains, although its answers may agree,
-        and for each one that has images without finite logits.
+        """One line for each task whose logits differ by more than rounding explains, even if its answers agree, and for
+        each task with images without finite logits.
 
-        Agreement over few images may overlook a mistake that moves every logit and changes no answer.
+        Agreement over few images may hide a mistake that moves every logit without changing an answer.
         """
         worst: dict[str, Comparison] = {}
         for one in self.comparisons:
@@ -126,9 +126,9 @@ class ParityReport:
             if allowed is None or one.engine is None or one.reference is None or not one.images:
                 continue
             loss = one.reference - one.engine
-            # Few images cannot show a small loss: one of them weighs more than is allowed, and may be a tie.
+            # Few images cannot show a small loss: one of them weighs more than the limit, and may be a tie.
             permitted = max(allowed, 1 / one.images) if allowed else 0.0
-            if not loss <= permitted + 1e-9:  # shares are quotients: 0.98 - 0.97 is a little more than 0.01
+            if not loss <= permitted + 1e-9:  # shares are quotients: 0.98 - 0.97 slightly exceeds 0.01
                 yield _Failure(
                     loss / permitted if permitted else math.inf,
                     f"task {one.task!r}: {one.metric} on {one.data} falls from {one.reference:.2%} to "
@@ -141,7 +141,7 @@ class ParityReport:
                 yield _Failure(
                     math.inf,
                     f"task {one.task!r}, batch size {one.batch_size}: after task {one.other!r} with batch size "
-                    f"{one.between} its answer is another one, by {one.max_abs:.3g}",
+                    f"{one.between} its answer changes by {one.max_abs:.3g}",
                 )
 
     def _neighbour_failures(self) -> Iterator[_Failure]:
@@ -157,7 +157,7 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every figure is within its gate."""
+        """Whether every figure is within its threshold."""
         return not self.failures
 
     @property
@@ -166,7 +166,7 @@ class ParityReport:
         return float(np.max([one.max_abs for one in self.comparisons], initial=0.0))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON; figures that are not finite become strings."""
+        """Plain values for JSON; figures that are not finite become strings."""
         plain: dict[str, Any] = _plain(
             {
                 "passed": self.passed,
@@ -199,7 +199,7 @@ def _counted(one: Comparison) -> str:
 
 
 def _figures(record: Comparison | Swap | Neighbours) -> dict[str, Any]:
-    """A record's values by name; the logits that plots are drawn from are no figures."""
+    """A record's values by name, without the logits for plots."""
     return {one.name: getattr(record, one.name) for one in dataclasses.fields(record) if one.name != "pairs"}
 
 

@@ -1,4 +1,4 @@
-"""Plots of a parity report as SVG text that stands inside a page and takes the page's colour of text."""
+"""Plots of a parity report as SVG text that is embedded in a page and uses the page's text colour."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from prompttune.export.debug import Bisection
 from prompttune.export.figures import Array
 
 POINTS = 4000
-"""Dots of a scatter plot; more hide each other."""
+"""Largest number of dots in a scatter plot; more would hide each other."""
 DPI = 200
-"""Of the dots, which are a picture inside the SVG."""
+"""Resolution of the dots, which are a raster picture inside the SVG."""
 DOTS, LIMIT = "#3d7fd0", "#d2483c"
 _INK = "#010203"
-"""Stands for the page's colour of text, which only the page knows: replaced by ``currentColor``."""
+"""Placeholder for the page's text colour, which only the page knows: replaced by ``currentColor``."""
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "prompttune",
@@ -36,7 +36,7 @@ _STYLE: Any = {
 
 
 def scatter(pairs: Array) -> str:
-    """Logits of the engine over those of the reference, ``pairs`` [2, n]; alike ones lie on the diagonal."""
+    """Logits of the engine over those of the reference, ``pairs`` [2, n]; equal ones lie on the diagonal."""
     shown = _finite(pairs)
     shown = shown[:, np.linspace(0, shown.shape[1] - 1, min(POINTS, shown.shape[1])).astype(int)]
     with mpl.rc_context(_STYLE):
@@ -50,7 +50,7 @@ def scatter(pairs: Array) -> str:
 
 
 def histogram(pairs: Array, atol: float | None) -> str:
-    """How often which absolute difference occurs in ``pairs`` [2, n], over its order of magnitude."""
+    """Histogram of the absolute differences in ``pairs`` [2, n], over their order of magnitude."""
     expected, found = _finite(pairs).astype(np.float64)
     differences = np.abs(expected - found)
     apart = differences[differences > 0]
@@ -74,7 +74,7 @@ def divergence(bisection: Bisection) -> str:
     values = np.array([one.relative for one in bisection.probes])
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(7.6, 3.2)
-        shown = np.isfinite(values) & (values > 0)  # a logarithm shows neither equal results nor a NaN
+        shown = np.isfinite(values) & (values > 0)  # a logarithm cannot show 0 and NaN
         places = np.arange(len(names))
         axes.plot(places[shown], values[shown], color=DOTS, marker="o", markersize=4, linewidth=1)
         axes.axhline(bisection.tolerance, color=LIMIT, linewidth=1.2, label=f"tolerance {bisection.tolerance:g}")
@@ -103,7 +103,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure) -> str:
-    """The ``<svg>`` element alone, without prolog and metadata."""
+    """Only the ``<svg>`` element, without prolog and metadata."""
     stream = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(stream, format="svg", dpi=DPI, metadata=nothing)

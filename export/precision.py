@@ -1,4 +1,4 @@
-"""Lower precision of a frozen backbone: weights and activations in half, norms and softmax and logits in float32."""
+"""Lower precision of a frozen backbone: half-precision weights and activations; norms, softmax, logits in float32."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from prompttune.backbones import ConvBackbone
 from prompttune.model import PromptModel
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""Precision → torch dtype; int8 is traced in float32 and quantised afterwards."""
+"""torch dtype by precision; int8 is traced in float32 and quantised afterwards."""
 
 
 def typed_model(model: PromptModel, precision: str) -> PromptModel:
-    """``model`` with its backbone in ``precision``, a copy unless nothing changes.
+    """``model`` with its backbone in ``precision``, a copy unless the precision is the same.
 
-    Norms keep float32 weights and run in float32, because their sums overflow float16; a batch norm, which sums nothing
-    here, becomes its scale and shift. The task's own parameters stay as they are: a graph takes them as state.
+    Norms keep float32 weights and run in float32, because their sums overflow float16; a batch norm, which does not sum
+    here, becomes its scale and shift. The task's own parameters are unchanged: a graph gets them as state.
     """
     dtype = TORCH_DTYPES[precision]
     if dtype == torch.float32:
@@ -32,7 +32,7 @@ def typed_model(model: PromptModel, precision: str) -> PromptModel:
             _reduce(module)
     backbone.to(dtype)
     if dtype == torch.bfloat16 and not isinstance(typed.backbone, ConvBackbone):
-        typed.backbone.model.patch_embed.float()  # ONNX has no bfloat16 convolution before operator set 22
+        typed.backbone.model.patch_embed.float()  # before operator set 22, ONNX lacks bfloat16 convolutions
     for name, module in norms.items():
         backbone.set_submodule(name, _float32(module, model.backbone.model.get_submodule(name)))
     return typed.eval()
@@ -40,7 +40,7 @@ def typed_model(model: PromptModel, precision: str) -> PromptModel:
 
 @torch.no_grad()
 def _reduce(norm: nn.BatchNorm2d) -> None:
-    """Put all of a frozen batch norm into its weight and bias: a variance may lie outside of float16."""
+    """Fold a frozen batch norm into its weight and bias: a variance may exceed float16."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = (norm.running_var + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight)

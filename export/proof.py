@@ -1,4 +1,4 @@
-"""Proving tasks when they enter an engine: against their checkpoints, alone and mixed."""
+"""Proof of tasks that enter an engine: against their checkpoints, alone and mixed."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from prompttune.export.swap import check_swaps
 from prompttune.export.tasks import Folded, engine_model, fold_checkpoint
 
 MIXED_WITH = 7
-"""Tasks already in an engine that a new one is mixed with when it is proven."""
+"""Number of an engine's tasks that a new task is mixed with in its proof."""
 
 
 def open_runner(
     folder: Path, manifest: Manifest, tasks: Mapping[str, Task], options: RuntimeOptions | None = None
 ) -> StateRunner:
-    """Open an engine folder's model with some tasks behind it."""
+    """Open an engine folder's model with some tasks."""
     states = {name: task.state for name, task in tasks.items()}
     return StateRunner(open_runtime(folder, manifest, options), manifest, states)
 
@@ -54,11 +54,11 @@ def prove(
 
     Args:
         runner: runs all of the tasks.
-        folded: the tasks to prove.
-        others: tasks that they are mixed with.
-        manifest: the engine's.
-        samples: images.
-        gate: how much and how strict.
+        folded: tasks to prove.
+        others: tasks to mix them with.
+        manifest: manifest of the engine.
+        samples: the images.
+        gate: amount and thresholds of the comparison.
     """
     tasks = {name: one.task for name, one in folded.items()}
     models = {name: one.model for name, one in folded.items()}
@@ -104,17 +104,17 @@ def fold_proven(
     samples: Samples,
     gate: Gate | None,
 ) -> Task:
-    """Fold a checkpoint and prove it, alone and mixed with tasks that the engine has already.
+    """Fold a checkpoint and prove it, alone and mixed with tasks that the engine already has.
 
     Args:
-        manifest: the engine's.
-        name: what the task will be called.
+        manifest: manifest of the engine.
+        name: name of the new task.
         checkpoint: the checkpoint folder.
-        backbone: the engine's.
-        others: the engine's tasks; the first few are mixed with.
-        runner_of: gives a runner of some tasks.
-        samples: images.
-        gate: how much and how strict; None leaves the proof out.
+        backbone: backbone of the engine.
+        others: tasks of the engine, of which the first few are mixed in.
+        runner_of: returns a runner of some tasks.
+        samples: the images.
+        gate: amount and thresholds of the comparison; None skips the proof.
 
     Returns:
         The task, with its parity report.

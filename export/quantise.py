@@ -1,11 +1,11 @@
 """int8: the backbone's matrix products.
 
-Weights are int8 with one scale a channel. Activations get their scale in each call (``dynamic``, a scale a row:
+Weights are int8 with one scale per channel. Activations get their scale in each call (``dynamic``, one scale per row:
 :mod:`prompttune.export.rowwise`) or from calibration images (``static``, by ONNX Runtime's own tools, as QuantizeLinear
-and DequantizeLinear pairs). Either way the channels are balanced on calibration images first
-(:mod:`prompttune.export.smooth`). Norms, softmax, GELU, residual sums and whatever a task brings stay in float. With
-static scales the last product of the first blocks' MLPs does as well: what follows GELU has the longest tails, and
-errors made early pass through every later block.
+and DequantizeLinear pairs). In both cases the channels are first balanced on calibration images
+(:mod:`prompttune.export.smooth`). Norms, softmax, GELU, residual sums and all of a task's tensors stay in float. With
+static scales the last product of the first blocks' MLPs does as well: the values after GELU have the longest tails, and
+early errors pass through every later block.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from prompttune.export.smooth import smoothed
 
 _BATCH = 8
 _FLOAT_BLOCKS = 3
-"""With static scales, one block in so many, from the first on, keeps its MLP's last product in float."""
+"""With static scales, the first 1/N of the blocks keep their MLP's last product in float."""
 
 
 def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> None:
@@ -41,12 +41,12 @@ def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> No
 
     Args:
         request: settings, tasks and calibration images.
-        folder: holds the model.
-        symmetric: zero-point 0 for the activations of static int8, as TensorRT wants it; ONNX Runtime's CPU kernels
-            are quicker with unsigned ones.
+        folder: folder that holds the model.
+        symmetric: whether static int8 activations have the zero point 0, which TensorRT needs; ONNX Runtime's CPU
+            kernels are faster with unsigned ones.
 
     Raises:
-        EngineError: there is nothing to quantise, or the graph cannot be quantised.
+        EngineError: the graph cannot be quantised, or does not have a product to quantise.
     """
     static, backbone = request.settings.quantization == "static", request.model.backbone
     in_float = math.ceil(backbone.depth / _FLOAT_BLOCKS) if static else 0
@@ -75,7 +75,7 @@ def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> No
             else:
                 request.on_stage("quantising to int8")
                 quantise_rows(folder / ONNX_FILE, made, products)
-        except Exception as problem:  # the tools raise whatever they meet
+        except Exception as problem:  # the tools may raise any error
             raise EngineError(f"the graph cannot be quantised: {first_line(problem)}") from problem
         (folder / ONNX_FILE).unlink()
         (folder / ONNX_WEIGHTS_FILE).unlink(missing_ok=True)
@@ -96,15 +96,15 @@ def calibrated(request: BuildRequest) -> BuildRequest:
 
 
 def _products(path: Path, backbone: Backbone, in_float: int) -> list[str]:
-    """Names of the nodes that become int8: products with a constant matrix, less the MLPs' last ones of the first
+    """Names of the nodes to quantise: products with a constant matrix, without the MLPs' last ones in the first
     ``in_float`` blocks.
 
-    Products of two activations, and those with what a task brings, have none: a scale that was calibrated on some
-    tasks need not fit the next one. ONNX Runtime's own ``MatMulConstBOnly`` does nothing in the static form. The
-    exporter notes for each node the module that it comes from.
+    Products of two activations and those with a task's tensors stay in float: a scale that was calibrated on some tasks
+    need not fit the next one. ONNX Runtime's own ``MatMulConstBOnly`` has no effect in the static form. The exporter
+    records for each node the module that it comes from.
 
     Raises:
-        EngineError: there are none.
+        EngineError: the graph does not have such nodes.
     """
     early = [f"{name}.mlp.fc2'" for name in _block_names(backbone)[:in_float]]
     graph = onnx.load(str(path), load_external_data=False).graph
@@ -115,26 +115,26 @@ def _products(path: Path, backbone: Backbone, in_float: int) -> list[str]:
         if node.op_type == "MatMul" and node.input[1] in constants
     }
     products = [name for name, scope in scopes.items() if not any(module in scope for module in early)]
-    if not products:  # ONNX Runtime takes an empty list for all of them, those of tasks included
+    if not products:  # ONNX Runtime treats an empty list as all nodes, including those of tasks
         raise EngineError(f"int8 quantises products with frozen matrices, and {backbone.name} has none: choose fp16")
     return products
 
 
 def _block_names(backbone: Backbone) -> list[str]:
-    """timm's name of each block, as the exporter notes it."""
+    """timm's name of each block, as the exporter records it."""
     blocks = {id(block): number for number, block in enumerate(map(backbone.block, range(backbone.depth)))}
     names = {blocks[id(module)]: name for name, module in backbone.named_modules() if id(module) in blocks}
     return [f"backbone.{names[number]}" for number in range(backbone.depth)]
 
 
 class _Calibration(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime ships no types
-    """Calibration images of every task, under their own task."""
+    """Calibration images of every task, each run with its own task."""
 
     def __init__(self, request: BuildRequest) -> None:
         self._feeds = _feeds(request)
 
     def get_next(self) -> Feeds | None:
-        """The next call's inputs, None at the end."""
+        """Inputs of the next call; None at the end."""
         return next(self._feeds, None)
 
 
@@ -150,7 +150,7 @@ def _feeds(request: BuildRequest) -> Iterator[Feeds]:
 
 
 def _batches(request: BuildRequest) -> Iterator[tuple[str, Array]]:
-    """Calibration images by task, a batch at a time; of many tasks the first ones give an image each."""
+    """Calibration images by task, one batch at a time; with many tasks, the first ones give one image each."""
     wanted = request.settings.calibration_images
     tasks = list(request.states)[:wanted]
     for task in tasks:

@@ -1,4 +1,4 @@
-"""Holding back what a library prints, warns and logs while it works; its errors still arrive as exceptions."""
+"""Suppression of a library's prints, warnings and logs while it works; its errors still arrive as exceptions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet(*loggers: str, stderr: bool = False) -> Iterator[None]:
-    """Let nothing but errors through.
+    """Suppress everything except errors.
 
     Args:
         loggers: names of the library's loggers; the empty name is the root logger.
-        stderr: hold standard error back as well, where a progress display may be drawing.
+        stderr: whether to hold back standard error as well, where a progress display may be drawing.
     """
     found = [logging.getLogger(name) for name in loggers]
     levels = [logger.level for logger in found]

@@ -1,4 +1,4 @@
-"""A parity report as one HTML page that needs nothing beside itself."""
+"""A parity report as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from prompttune.export.plots import divergence, histogram, scatter
 from prompttune.files import write_text
 
 LISTED = 10
-"""Failures that are listed, the worst first."""
+"""Largest number of failures in the list, the worst first."""
 PLOTTED = 12
-"""Tasks that are plotted: of the differences those furthest off, of the evaluations the first; the tables hold all."""
+"""Largest number of plotted tasks: those with the largest differences, and the first evaluations; tables hold all."""
 
 
 def write_html(report: ParityReport, engine: str, path: Path) -> None:
     """Write the page.
 
     Args:
-        report: what was found.
-        engine: what to call the engine.
+        report: the report.
+        engine: name of the engine on the page.
         path: the file to write.
     """
     passed = report.passed
@@ -79,7 +79,7 @@ def _failures(lines: Sequence[str]) -> str:
 
 
 def _cards(report: ParityReport) -> str:
-    """The figures that are looked at first."""
+    """The most important figures."""
     gate, comparisons = report.gate, report.comparisons
     agreement = min(one.decided_agreement for one in comparisons)
     cards = [
@@ -103,7 +103,7 @@ def _cards(report: ParityReport) -> str:
 
 
 def _within(value: float, limit: float | None) -> str:
-    """CSS class of a figure; one without a limit has none unless it is not finite."""
+    """CSS class of a figure; without a limit, only a figure that is not finite gets one."""
     if not math.isfinite(value):
         return "bad"
     return "" if limit is None else _class(value <= limit)
@@ -131,7 +131,7 @@ def _sides(found: Sides | None) -> tuple[Evaluation | None, Evaluation | None]:
 
 
 def _evaluations(report: ParityReport) -> str:
-    """Figures of both sides of each task, pictures and classes of the engine."""
+    """Figures of both sides of each task, with pictures and classes of the engine."""
     found = [(one.task, one.data, one.evaluation) for one in report.accuracy if one.evaluation is not None]
     parts = []
     for number, (task, data, sides) in enumerate(found):
@@ -193,7 +193,7 @@ def _bisection(report: ParityReport) -> str:
 
 
 def _plots(report: ParityReport) -> str:
-    """Logits and differences of each task, from the comparison of most images."""
+    """Logits and differences of each task, from the comparison with the most images."""
     chosen: dict[str, Comparison] = {}
     for one in report.comparisons:
         if one.task not in chosen or one.images > chosen[one.task].images:

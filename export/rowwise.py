@@ -1,8 +1,8 @@
-"""Dynamic int8: activations get a scale of their own for each row, so that no row of a batch touches another.
+"""Dynamic int8: activations get a separate scale for each row, so that the rows of a batch do not affect each other.
 
-ONNX's DynamicQuantizeLinear takes one scale for a whole tensor, so an image's answer depends on the images that share
-its batch. Here the largest value of a token alone decides its scale. Activations are unsigned with the zero point 128,
-which ONNX Runtime's quickest kernels take; products are exact integers, and what follows works on each row alone.
+ONNX's DynamicQuantizeLinear uses one scale for a whole tensor, so an image's answer depends on the other images in its
+batch. Here the scale depends only on the largest value of a token. Activations are unsigned with the zero point 128,
+which ONNX Runtime's fastest kernels use; products are exact integers, and later operators work on each row alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def quantise_rows(source: Path, target: Path, products: Collection[str]) -> None
 
     Args:
         source: an ONNX file in fp32.
-        target: the file to write, its weights beside it.
+        target: the file to write, with its weights beside it.
         products: names of the MatMul nodes whose second input is a constant matrix [in, out].
     """
     model = onnx_ir.load(source)
@@ -51,7 +51,7 @@ def quantise_rows(source: Path, target: Path, products: Collection[str]) -> None
         weights, columns = _columns(graph, matrix, uses[matrix.name])
         # MatMulInteger, Cast and Mul in one. It takes no scale of a row, which is multiplied behind it.
         product = tape.op("MatMulIntegerToFloat", [quantised, weights, one, columns, point], domain=_CONTRIB)
-        product.type, product.shape = node.outputs[0].type, node.outputs[0].shape  # which nothing infers behind it
+        product.type, product.shape = node.outputs[0].type, node.outputs[0].shape  # nothing infers them after this node
         made = tape.op("Mul", [product, scale])
         onnx_ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [made])
     RemoveUnusedNodesPass()(model)

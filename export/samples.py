@@ -1,4 +1,4 @@
-"""Images for parity: real ones where data is given, seeded noise otherwise."""
+"""Images for parity: real ones if data are given, seeded noise otherwise."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from prompttune.data.objects import Data as DataSet
 
 Data: TypeAlias = "DataSet | Mapping[str, DataSet] | None"
-"""One data set for every task, as of ``train``, or one for each task by name, or none."""
+"""One data set for every task, as in ``train``, or one for each task by name, or None."""
 
 
 class Labelled:
-    """Images to score, with what is true of them as classes of one task.
+    """Images to score, with their labels as classes of one task.
 
     Args:
         chosen: the images.
-        labels: of the task.
-        own: the data are this task's alone, so that one class in both is enough to score them.
-        strict: refuse data of its own that have none.
+        labels: labels of the task.
+        own: whether the data belong to this task only, so that one shared class is enough to score them.
+        strict: whether to refuse the task's own data if they share no class.
 
     Raises:
         DataError: see ``strict``.
@@ -40,7 +40,7 @@ class Labelled:
         self.starts = np.cumsum([0, *map(len, chosen.sources)])
         self.what = chosen.what
         self.matched: Matched | None = None
-        """None for images that belong to other classes: they are compared, not scored."""
+        """Matched classes; None for images of other classes, which are compared but not scored."""
         if own or all(set(source.classes) <= set(labels) for source in chosen.sources):
             try:
                 self.matched = match_classes(chosen.sources, labels)
@@ -52,7 +52,7 @@ class Labelled:
         return int(self.starts[-1])
 
     def load(self, index: int) -> tuple[Any, Any]:
-        """Image, and class index or mask, in the classes of ``matched``."""
+        """Image, and class index or mask in the classes of ``matched``."""
         part, place = self._find(index)
         image, target = self.sources[part].load(place)
         if self.matched is None:
@@ -76,14 +76,14 @@ class Labelled:
 
 @dataclass
 class Samples:
-    """The images of data sets that are scored, each loaded once.
+    """The images of data sets to score, each loaded once.
 
     Args:
         data: see :data:`Data`.
-        seed: of the noise for tasks without data.
-        masks: the data have a class for each pixel: the tasks are segmentations.
-        split: which images of them, see :func:`~prompttune.evaluation.scored.choose_split`.
-        strict: data that are named for one task have to have one of its classes.
+        seed: seed of the noise for tasks without data.
+        masks: whether the data have a class for each pixel, for segmentations.
+        split: split of the data sets, see :func:`~prompttune.evaluation.scored.choose_split`.
+        strict: whether data for one task must share a class with it.
     """
 
     data: Data = None
@@ -95,11 +95,11 @@ class Samples:
     _objects: dict[str, str | DataObject] = field(default_factory=dict, repr=False)
 
     def check(self, tasks: Mapping[str, Task]) -> None:
-        """Refuse data that cannot be scored before anything else is done.
+        """Refuse data that cannot be scored, before any other work.
 
         Raises:
-            UsageError: data is named for a task that there is not, or the split is unknown.
-            DataError: the data cannot be read or do not have the split, or those of a task share no class with it.
+            UsageError: data are given for an unknown task, or the split is unknown.
+            DataError: the data cannot be read or lack the split, or a task shares no class with its own data.
         """
         for task in self.data if isinstance(self.data, Mapping) else ():
             choose("task", task, tasks)
@@ -107,7 +107,7 @@ class Samples:
             self.images(name, one)
 
     def spec(self, task: str) -> str | None:
-        """The name of the data set that belongs to a task."""
+        """The name of a task's data set."""
         found = self._settled(task)
         return None if found is None else str(found)
 
@@ -123,7 +123,7 @@ class Samples:
         return self._objects[key]
 
     def images(self, name: str, task: Task) -> Labelled | None:
-        """The images that belong to a task, None without data."""
+        """The images of a task; None without data."""
         from prompttune.data import load_parts
         from prompttune.data.masks import load_mask_parts
 
@@ -136,10 +136,10 @@ class Samples:
         return Labelled(self._chosen[spec], task.labels, isinstance(self.data, Mapping), self.strict)
 
     def draw(self, name: str, task: Task, count: int) -> tuple[Array, str]:
-        """Up to ``count`` normalised images [N, 3, S, S] for a task, and what they are, in words.
+        """Up to ``count`` normalised images [N, 3, S, S] for a task, and their description.
 
         Raises:
-            DataError: none of the data's images can be read.
+            DataError: every image is unreadable.
         """
         source = self.images(name, task)
         size = task.preprocess.image_size
@@ -155,7 +155,7 @@ class Samples:
 
 
 def read_images(source: Labelled, task: Task, indices: list[int]) -> list[tuple[Array | None, Any]]:
-    """Images of a data set through a task's transform: [3, S, S] and class index or mask; None where unreadable."""
+    """Images of a data set through a task's transform: [3, S, S] and class index or mask; None if unreadable."""
     transform: Callable[..., object] = task.preprocess.transform()
     read: list[tuple[Array | None, Any]] = []
     for index in indices:

@@ -1,7 +1,7 @@
-"""Easier int8: the large channels of normed activations, moved into the weights that read them.
+"""Balanced channels for int8: the large channels of normed activations move into the weights that read them.
 
-One scale for a whole activation tensor is spoilt by a few large channels. Dividing a norm's affine part by s and
-multiplying the columns of the matrices behind it by s changes nothing but the balance: SmoothQuant,
+A few large channels spoil one scale for a whole activation tensor. Dividing a norm's affine part by s and multiplying
+the columns of the matrices after it by s changes only the balance: SmoothQuant,
 https://arxiv.org/abs/2211.10438, section 4.
 """
 
@@ -19,18 +19,18 @@ from prompttune.methods.base import State
 from prompttune.model import PromptModel
 
 STRENGTH = 0.7
-"""How much of the imbalance moves, from 0 to 1; of 0.3 to 0.8 the best on a DINOv2 ViT-S with two tasks."""
+"""Share of the imbalance to move, from 0 to 1; the best of 0.3 to 0.8 on a DINOv2 ViT-S with two tasks."""
 _SMALLEST = 1e-5
 _READERS = ("fc1", "fc1_g", "fc1_x")
-"""timm's names of what an MLP does first, of all its kinds."""
+"""timm's names for the first layer of an MLP of any kind."""
 
 
 def smoothed(model: PromptModel, calls: Iterable[tuple[Array, State]]) -> PromptModel:
-    """A copy that computes the same and quantises better.
+    """A copy with the same results that quantises better.
 
     Args:
-        model: in fp32, over a ViT; it is not changed.
-        calls: normalised images [B, 3, S, S] and the state to run each batch under.
+        model: a model in fp32 over a ViT, which is not changed.
+        calls: normalised images [B, 3, S, S], each batch with the state to run it under.
     """
     smooth = copy.deepcopy(model)
     if not isinstance(smooth.backbone, VitBackbone):
@@ -51,7 +51,7 @@ def smoothed(model: PromptModel, calls: Iterable[tuple[Array, State]]) -> Prompt
 
 
 def _pairs(backbone: VitBackbone, index: int, own: Sequence[str]) -> Iterator[tuple[nn.LayerNorm, list[nn.Linear]]]:
-    """Each norm of a block, less a method's own, with the matrices that read it and nothing else does."""
+    """Each norm of a block, without a method's own, with all matrices that read it, if no other module does."""
     block = backbone.block(index)
     behind = {"norm1": [block.attn.qkv], "norm2": [getattr(block.mlp, name, None) for name in _READERS]}
     for name, readers in behind.items():
@@ -61,7 +61,7 @@ def _pairs(backbone: VitBackbone, index: int, own: Sequence[str]) -> Iterator[tu
 
 
 def _largest(model: PromptModel, norms: list[nn.LayerNorm], calls: Iterable[tuple[Array, State]]) -> list[Tensor]:
-    """Largest absolute output of each norm by channel, [D] each."""
+    """Largest absolute output of each norm per channel, [D] each."""
     found = [torch.zeros_like(norm.weight) for norm in norms]
 
     def keep(place: int, output: Tensor) -> None:

@@ -13,35 +13,36 @@ from prompttune.export.figures import Array
 
 @dataclass(frozen=True)
 class Swap:
-    """One A, B, A."""
+    """Result of one A, B, A."""
 
     task: str
-    """A."""
+    """Name of task A."""
     other: str
-    """B."""
+    """Name of task B."""
     batch_size: int
-    """Of both calls of A."""
+    """Batch size of both calls of A."""
     between: int
     """Batch size of the call of B."""
     exact: bool
-    """Whether A's two answers have the same bits."""
+    """Whether A's two answers are bit-identical."""
     max_abs: float
     """Largest difference between them."""
 
 
 def check_swaps(runner: Runner, images: Mapping[str, Array], batch_sizes: Sequence[int]) -> list[Swap]:
-    """Each task as A with the next one as B, for single rows and the largest batch, each also after the other size.
+    """Test each task as A with the next one as B, for single rows and the largest batch, each also after the other
+    size.
 
-    An engine that keeps something of one task in the answers of the next, as blended weights or reused buffers would,
-    shows it here even where the difference is too small for a tolerance.
+    An engine that carries something of one task into the answers of the next, such as blended weights or reused
+    buffers, fails here even if the difference is below a tolerance.
 
     Args:
         runner: the engine.
-        images: task → normalised images [N, 3, S, S].
-        batch_sizes: those of the comparison.
+        images: normalised images [N, 3, S, S] by task.
+        batch_sizes: batch sizes of the comparison.
 
     Returns:
-        What was found; nothing with a single task.
+        The results; empty for a single task.
     """
     names = list(images)
     if len(names) < 2:
@@ -49,7 +50,7 @@ def check_swaps(runner: Runner, images: Mapping[str, Array], batch_sizes: Sequen
 
     def answer(task: str, size: int) -> Array:
         rows = np.arange(size) % len(images[task])
-        return np.array(runner.logits(images[task][rows], [task] * size))  # a copy: a runtime may reuse its buffer
+        return np.array(runner.logits(images[task][rows], [task] * size))  # copied: a runtime may reuse its buffer
 
     sizes = sorted({1, max(batch_sizes)})
     swaps = []

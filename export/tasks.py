@@ -1,4 +1,4 @@
-"""Folding checkpoints into an engine's tasks, and refusing those that do not fit."""
+"""Folding checkpoints into an engine's tasks, and refusing checkpoints that do not fit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Checkpoints = Mapping[str, str | Path] | Iterable[str | Path]
 
 @dataclass(frozen=True)
 class Fit:
-    """What the tasks of one engine share."""
+    """Properties that the tasks of one engine share."""
 
     backbone: str
     fingerprint: str
@@ -33,11 +33,11 @@ class Fit:
     graph_settings: dict[str, Any]
     shares_backbone: bool
     segmentation: dict[str, Any] | None = None
-    """What the tasks' segmentation heads must share; None for classifications."""
+    """Shared settings of the tasks' segmentation heads; None for classifications."""
 
     @classmethod
     def of_checkpoint(cls, folder: Path, config: Mapping[str, Any]) -> Fit:
-        """That of a checkpoint's config; settings that this version does not know raise CheckpointError."""
+        """The fit of a checkpoint's config; settings unknown to this version raise CheckpointError."""
         backbone = config["backbone"]
         try:
             settings = config_from_dict(config["method"], config["settings"])
@@ -57,7 +57,7 @@ class Fit:
 
     @classmethod
     def of_manifest(cls, manifest: Manifest) -> Fit:
-        """That of an engine."""
+        """The fit of an engine."""
         backbone, method = manifest.backbone, manifest.method
         return cls(
             backbone["name"],
@@ -73,12 +73,12 @@ class Fit:
         )
 
     def require(self, other: Fit, this: str, that: str) -> None:
-        """Raise :class:`EngineError` that names both sides unless ``other`` fits into what ``self`` describes."""
+        """Raise :class:`EngineError`, which names both sides, unless ``other`` fits ``self``."""
         if not (self.shares_backbone and other.shares_backbone):
             method = self.method if other.shares_backbone else other.method
             raise EngineError(
                 f"{that} cannot join {this}: {method} fine-tuning changes the backbone's own weights, "
-                "which takes one engine a task; export it by itself"
+                "which needs one engine per task; export it by itself"
             )
         if other.fingerprint != self.fingerprint:
             mine = f"{self.backbone} with fingerprint {self.fingerprint[:12]} ({self.weights_source})"
@@ -98,10 +98,10 @@ class Fit:
 
 
 def name_checkpoints(checkpoints: Checkpoints) -> dict[str, Path]:
-    """Task name → checkpoint folder; without a name of its own a task is called as its folder.
+    """Checkpoint folders by task name; by default a task has the name of its folder.
 
     Raises:
-        UsageError: no checkpoint, a bad name, or the same name twice.
+        UsageError: the list is empty, or a name is invalid or occurs twice.
     """
     if isinstance(checkpoints, (str, Path)):
         raise UsageError("give a list of checkpoint folders, or a dict of task name to folder")
@@ -124,17 +124,17 @@ class Folded:
     """A checkpoint read for an engine."""
 
     model: PromptModel
-    """The unfolded model, in evaluation mode; over its own backbone where the task has one."""
+    """The unfolded model in evaluation mode; over its own backbone if the task has one."""
     task: Task
 
 
 def check_fit(named: Mapping[str, Path], fit: Fit | None = None, engine: str = "the engine") -> Fit:
-    """Check that checkpoints share what one engine's tasks must share, before anything large is loaded.
+    """Check that checkpoints share what one engine's tasks must share, before any large file is loaded.
 
     Args:
-        named: task name → checkpoint folder.
-        fit: what an engine asks for; None takes the first checkpoint's.
-        engine: what ``fit`` belongs to, in words.
+        named: checkpoint folders by task name.
+        fit: requirements of an engine; None uses the first checkpoint's.
+        engine: description of the owner of ``fit``.
     """
     for name, path in named.items():
         found = Fit.of_checkpoint(path, read_config(path))
@@ -147,7 +147,7 @@ def check_fit(named: Mapping[str, Path], fit: Fit | None = None, engine: str = "
 
 
 def fold_checkpoint(path: Path, backbone: Backbone) -> Folded:
-    """Read a checkpoint over ``backbone`` and compute all of it that does not depend on the image.
+    """Read a checkpoint over ``backbone`` and compute everything that does not depend on the image.
 
     Raises:
         CheckpointError: the checkpoint is damaged or belongs to another backbone.
@@ -155,7 +155,7 @@ def fold_checkpoint(path: Path, backbone: Backbone) -> Folded:
     model = _over_own_backbone(PromptModel.load(path, backbone=backbone), path)
     config = read_config(path)
     with torch.no_grad():
-        # Copies: some of the state are the model's own parameters.
+        # Copies, because some of the state are the model's own parameters.
         state = {key: np.array(value.cpu(), dtype=np.float32) for key, value in model.task_state().items()}
     source = {
         "checkpoint": path.resolve().name,
@@ -174,7 +174,7 @@ def fold_checkpoint(path: Path, backbone: Backbone) -> Folded:
 
 
 def _over_own_backbone(model: PromptModel, path: Path) -> PromptModel:
-    """``model``, or the same over the backbone that it trained itself, so that a graph's weights are that one's."""
+    """``model`` over the backbone that it trained itself, if it did, so that a graph gets those weights."""
     own = model.method.own_backbone()
     if own is None:
         return model
@@ -188,12 +188,12 @@ def engine_backbone(manifest: Manifest, weights: str | Path | None = None) -> Ba
     """Load the backbone that an engine was exported with.
 
     Args:
-        manifest: the engine's.
-        weights: where to take the weights from, if not from where the export took them; of a task that trained them
-            itself, the checkpoint folder.
+        manifest: manifest of the engine.
+        weights: source of the weights, if it differs from that of the export; the checkpoint folder, for a task that
+            trained them itself.
 
     Raises:
-        EngineError: the weights found are not the engine's.
+        EngineError: the loaded weights are not the engine's.
     """
     wanted = manifest.backbone
     source = weights or wanted["weights"]
@@ -226,7 +226,7 @@ def _checkpoint_backbone(path: Path) -> Backbone:
 
 
 def engine_model(manifest: Manifest, backbone: Backbone) -> PromptModel:
-    """A model whose ``forward_state`` answers for every task of an engine; its own parameters do not matter."""
+    """A model whose ``forward_state`` answers for every task of an engine; its own parameters are not used."""
     config = config_from_dict(manifest.method["name"], manifest.method["settings"])
     head = None if manifest.segmentation is None else SegmentationConfig.from_dict(manifest.segmentation)
     return PromptModel(backbone, config, num_classes=1, segmentation=head).eval()

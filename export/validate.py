@@ -1,4 +1,4 @@
-"""Proving an engine again: against PyTorch, or against another engine."""
+"""Proof of an existing engine: against PyTorch, or against another engine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from prompttune.export.tasks import engine_backbone, engine_model
 from prompttune.model import PromptModel
 
 MOST_TASKS = 32
-"""Tasks of an engine that are compared, if none are named."""
+"""Largest number of an engine's tasks that are compared if none are named."""
 
 
 def validate_engine(
@@ -60,40 +60,40 @@ def validate_engine(
 ) -> ParityReport:
     """Compare an engine with PyTorch on its stored states, or with another engine.
 
-    Each task alone and all of them in mixed batches, at several batch sizes, and each one again after another one;
-    images alone, among others and in another order. With data, the images of each task (see ``split``) are run through
-    both sides as well, once, and both are evaluated: accuracy, precision and recall of each class, confusion,
-    calibration. A data set for all tasks is evaluated for those alone that have its classes.
+    It compares each task alone, all of them in mixed batches, at several batch sizes, and each one again after another
+    one; images alone, among others and in another order. With data, the images of each task (see ``split``) are also
+    run through both sides once, and both are evaluated: accuracy, precision and recall of each class, confusion,
+    calibration. A data set for all tasks is evaluated only for the tasks that have its classes.
 
     Args:
         engine: the engine folder.
-        data: a data set for all tasks, or task name → data set; None takes seeded noise.
-        against: another engine folder; its tasks of the same names are the reference, and PyTorch and the backbone's
-            weights are not needed. The thresholds are those of the looser precision.
-        atol: largest allowed absolute difference of a logit; this and what is None up to ``images`` follows the
+        data: a data set for all tasks, or data sets by task name; None uses seeded noise.
+        against: another engine folder. Its tasks of the same names are the reference; PyTorch and the backbone's
+            weights are then not needed. The thresholds are those of the less strict precision.
+        atol: largest allowed absolute difference of a logit; None here and down to ``images`` uses the default of the
             engine's precision, see :meth:`Gate.for_precision`.
         min_agreement: smallest allowed share of images with the same top class.
         max_accuracy_loss: largest allowed loss of top-1 on labelled images.
         batch_sizes: batch sizes to compare at.
-        images: images for the comparison at each batch size.
-        tasks: which tasks; None takes all, of many :data:`MOST_TASKS` that are evenly spread over their names.
-        limit: at most so many images of each task for the accuracy.
-        split: the images of the data sets that are scored: ``val``, ``test``, ``train`` or ``all``; None takes ``val``,
-            else ``test``, else the whole data set.
-        weights: where to take the backbone's weights from, if not from where the export took them.
-        debug: compare intermediate results of the task that is furthest off, too, and name the first that diverges.
-        runner: what to compare; None opens the engine's file. An open ``Engine`` is one.
-        options: how to open the engines' files.
-        on_stage: told what is being done.
+        images: number of images for the comparison at each batch size.
+        tasks: tasks to compare; None for all, or :data:`MOST_TASKS` evenly spread ones if there are more.
+        limit: largest number of images of each task for the accuracy.
+        split: split of the data sets to score: ``val``, ``test``, ``train`` or ``all``; None uses ``val``, else
+            ``test``, else the whole data set.
+        weights: source of the backbone's weights, if it differs from that of the export.
+        debug: whether to compare intermediate results of the most different task too, and name the first that diverges.
+        runner: engine to compare; None opens the engine's file. An open ``Engine`` works.
+        options: options for opening the engines' files.
+        on_stage: called with each stage.
 
     Returns:
         The report; ``passed`` says whether it is within the gate.
 
     Raises:
-        UsageError: an unknown task, a bad threshold, or ``debug`` where there is nothing to look into.
-        EngineError: an engine is damaged or has no tasks, or the two do not have comparable tasks.
+        UsageError: a task is unknown, a threshold is invalid, or ``debug`` is not possible for the engine.
+        EngineError: an engine is damaged or empty, or the two do not have comparable tasks.
         BackboneError: the backbone's weights cannot be found.
-        DataError: a data set cannot be read or does not have the split, or that of a task has none of its classes.
+        DataError: a data set cannot be read or lacks the split, or a task shares no class with its own data set.
     """
     folder = EngineFolder(engine, verify=runner is None)
     other = None if against is None else EngineFolder(against)
@@ -113,7 +113,7 @@ def validate_engine(
     if folder.manifest.segmentation is not None:
         gate = gate.for_maps()
     if isinstance(data, str) and len(held) == 1:
-        data = dict.fromkeys(held, data)  # there is no other task that it could be meant for
+        data = dict.fromkeys(held, data)  # the data can only be meant for these tasks
     samples = Samples(data, masks=folder.manifest.segmentation is not None, split=split, strict=True)
     samples.check(held)
     if other is None:
@@ -138,7 +138,7 @@ def validate_engine(
 def _tasks(
     folder: EngineFolder, other: EngineFolder | None, wanted: Sequence[str] | None
 ) -> tuple[dict[str, Task], list[str]]:
-    """The tasks to compare, read from ``folder``, and what to say of them; ``other`` must have comparable ones."""
+    """The tasks to compare, read from ``folder``, with remarks; ``other`` must have comparable ones."""
     present = folder.tasks()
     if not present:
         raise EngineError(f"the engine {folder.path} has no tasks to validate")
@@ -167,15 +167,15 @@ def _tasks(
 
 @dataclass(frozen=True)
 class _Side:
-    """What an engine is held to."""
+    """The reference of an engine."""
 
     name: str
-    """As in :class:`Comparison`."""
+    """Name of the reference, as in :class:`Comparison`."""
     answer: Reference
     description: str
     notes: tuple[str, ...] = ()
     model: PromptModel | None = None
-    """Where it is PyTorch."""
+    """The model, if the reference is PyTorch."""
 
 
 def _torch_side(folder: EngineFolder, tasks: Mapping[str, Task], weights: str | Path | None) -> _Side:
@@ -216,7 +216,7 @@ def _compare(
     limit: int | None,
     on_stage: OnStage,
 ) -> ParityReport:
-    """Everything but the intermediate results."""
+    """Compare everything but the intermediate results."""
     drawn = {name: samples.draw(name, task, gate.images) for name, task in tasks.items()}
     images = {name: batch for name, (batch, _) in drawn.items()}
     on_stage(f"comparing with {side.description}")
@@ -248,6 +248,6 @@ def _compare(
 
 
 def _furthest(report: ParityReport, tasks: Mapping[str, Task]) -> str:
-    """The task whose logits are furthest from the reference's; one that is not finite is further than any."""
+    """The task with the largest difference from the reference; one that is not finite comes first."""
     own = [one for one in report.comparisons if one.task in tasks]
     return max(own, key=lambda one: one.max_rel if math.isfinite(one.max_rel) else math.inf).task

@@ -1,7 +1,7 @@
-"""Numbers of a task's versions: 1, 2, 3 and so on, counted where the task is written.
+"""Version numbers of a task: 1, 2, 3 and so on, counted when the task is written.
 
-``versions/<task>.json`` beside ``tasks/`` says which digest has which number. It outlives the task's folder, so that a
-task that is removed and added again goes on counting. A task without such a file has the number 1.
+``versions/<task>.json`` next to ``tasks/`` records which digest has which number. It outlives the task's folder, so
+that the count continues for a task that is removed and added again. A task without this file has the number 1.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from prompttune.files import read_json, write_json
 
 VERSIONS = "versions"
 LARGEST = 2**63
-"""What Triton's tools read."""
+"""Largest number that Triton's tools read."""
 
 
 class Numbered(NamedTuple):
     """A version of a task."""
 
     number: int
-    """0 where none was counted."""
+    """Number of the version; 0 before the first count."""
     digest: str
 
 
 def read_number(engine: Path, task: str) -> Numbered:
-    """The version of ``task`` that was counted last.
+    """The last counted version of ``task``.
 
     Raises:
         EngineError: the file is damaged.
@@ -39,23 +39,23 @@ def read_number(engine: Path, task: str) -> Numbered:
     values = read_json(path, EngineError, "version number")
     number, digest = values.get("number"), values.get("version")
     if not isinstance(number, int) or number is True or not 0 < number < LARGEST or not isinstance(digest, str):
-        raise EngineError(f"the version number {path} is damaged: delete it, and the task counts from 1 again")
+        raise EngineError(f"the version number {path} is damaged: delete it to count from 1 again")
     return Numbered(number, digest)
 
 
 def write_number(engine: Path, task: str, one: Numbered) -> None:
-    """Remember a version, in one step."""
+    """Write a version's number atomically."""
     write_json(_path(engine, task), {"number": one.number, "version": one.digest})
 
 
 def count_version(engine: Path, task: str, digest: str, before: str = "") -> None:
-    """Count a version that is about to be written; one that is there already keeps its number.
+    """Count a version that is about to be written; an existing version keeps its number.
 
     Args:
         engine: the engine folder.
-        task: its name.
-        digest: what is written.
-        before: digest of what is there now, which counts as the first version if none was counted yet.
+        task: name of the task.
+        digest: digest of the new version.
+        before: digest of the existing version, which counts as the first one if none was counted yet.
     """
     last = read_number(engine, task)
     if not last.number and before:
@@ -64,9 +64,9 @@ def count_version(engine: Path, task: str, digest: str, before: str = "") -> Non
 
 
 def carry_over(old: Path, new: Path, tasks: Mapping[str, tuple[str, str]]) -> None:
-    """Go on counting in the engine folder ``new``, which is about to take the place of ``old``.
+    """Continue the count in the engine folder ``new``, which is about to replace ``old``.
 
-    ``tasks`` names for each task of either its digest there, empty where it is not, and its digest from now on.
+    ``tasks`` holds two digests for each task of either folder: the old one, empty if the task is new, and the new one.
     """
     if (old / VERSIONS).is_dir():
         shutil.copytree(old / VERSIONS, new / VERSIONS)

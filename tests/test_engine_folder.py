@@ -58,7 +58,7 @@ def test_export_into_a_folder_that_exists_keeps_that_folder(tmp_path):
 def test_a_disk_without_room_is_told_before_the_graph_is_traced(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     monkeypatch.setattr("prompttune.export.build._write_engine", lambda *_: pytest.fail("too late"))
-    with pytest.raises(EngineError, match=r"needs at least \d+ MB, and 0 MB are free"):
+    with pytest.raises(EngineError, match=r"needs at least \d+ MB, but only 0 MB are free"):
         pt.export_engine([checkpoint("linear", 0)], tmp_path / "engine")
     assert list(tmp_path.iterdir()) == []
 

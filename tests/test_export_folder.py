@@ -74,7 +74,7 @@ def test_layout_names_the_tensor_that_does_not_fit():
     assert bind_axes(layout, {"a": (1, 2, 5), "b": (1, 5, 3)}, "x") == {"rank": 5}
     with pytest.raises(EngineError, match=r"x does not fit the engine: b is \[4, 3\], the engine has \[5, 3\]"):
         bind_axes(layout, {"a": (1, 2, 5), "b": (1, 4, 3)}, "x")
-    with pytest.raises(EngineError, match="on one side only: b"):
+    with pytest.raises(EngineError, match="only one side has these state tensors: b"):
         bind_axes(layout, {"a": (1, 2, 5)}, "x")
 
 
@@ -273,5 +273,5 @@ def test_a_state_of_another_layout_is_refused(tmp_path):
         EngineFolder(folder).write_task("wide", wide)
     shutil.rmtree(folder / "tasks" / "task0")
     shutil.copytree(exported("vpt-shallow") / "tasks" / "task0", folder / "tasks" / "task0")
-    with pytest.raises(EngineError, match="on one side only: prompts"):
+    with pytest.raises(EngineError, match="only one side has these state tensors: prompts"):
         answer(folder, "task0")

@@ -132,15 +132,15 @@ def test_lower_precisions_lower_the_tuned_weights(tuned, tmp_path, precision):
 def test_one_engine_a_task(tuned, engine, tmp_path):
     other = checkpoint("full", 1)
     with pytest.raises(
-        EngineError, match=r"task 'b' cannot join task 'a': full fine-tuning .* one engine a task"
+        EngineError, match=r"task 'b' cannot join task 'a': full fine-tuning .* one engine per task"
     ) as two:
         pt.export_engine({"a": tuned, "b": other}, tmp_path / "two")
     assert "\n" not in str(two.value)
     assert not (tmp_path / "two").exists()
-    with pytest.raises(EngineError, match="one engine a task"):
+    with pytest.raises(EngineError, match="one engine per task"):
         pt.export_engine({"a": checkpoint("linear", 0), "b": other}, tmp_path / "two")
     for name in ("full", "linear"):
         with pytest.raises(EngineError, match="cannot join the engine: full fine-tuning"):
             pt.Engine(engine).add_task("second", checkpoint(name, 1))
-    with pytest.raises(EngineError, match="one engine a task"):
+    with pytest.raises(EngineError, match="one engine per task"):
         pt.Engine(exported("linear")).add_task("second", other)

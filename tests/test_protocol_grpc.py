@@ -120,7 +120,7 @@ def empty_parameter() -> Any:
         (request(shape=(-1, 2), fp32_contents=[1, 2]), "the dimension -1"),
         (request(shape=(2**40, 2**40), fp32_contents=[1, 2]), "would hold"),
         (request(shape=(0, 2**62)), "would hold"),
-        (request("BYTES", (10_000,)), "at most 256 strings"),
+        (request("BYTES", (10_000,)), "the limit is 256 strings"),
         (raw(bytes(8), bytes(8)), "1 inputs and 2 raw_input_contents"),
         (raw(bytes(7)), "7 bytes, its shape"),
         (raw(bytes(8), fp32_contents=[1, 2]), "both contents and raw_input_contents"),

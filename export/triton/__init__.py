@@ -40,26 +40,26 @@ def export_triton(
     on_stage: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> EngineFolder:
-    """Export some checkpoints as a model of a Triton repository; other models of the repository are left alone.
+    """Export some checkpoints as a model of a Triton repository; other models of the repository are not changed.
 
     The tasks are baked into the model unless ``triton`` says otherwise. The model appears only when it is complete and
     proven.
 
     Args:
-        checkpoints: as in :func:`export_engine`.
-        repository: the folder that Triton is given; made if it is missing.
-        triton: how Triton presents and batches the model.
+        checkpoints: see :func:`export_engine`.
+        repository: Triton's model folder; created if it is missing.
+        triton: settings of the model in Triton.
         format: ``onnx`` or ``trt``, or settings with one of them.
-        overwrite: replace a model of that name.
-        on_stage: told what is being done.
-        **options: further arguments of :func:`export_engine`.
+        overwrite: whether to replace a model of that name.
+        on_stage: called with each stage.
+        **options: other arguments of :func:`export_engine`.
 
     Returns:
         The engine folder within the repository.
 
     Raises:
         MissingExtraError: Triton's protobuf classes are not installed.
-        UsageError: Triton cannot serve such a model, or there is one of that name.
+        UsageError: Triton cannot serve such a model, or a model of that name exists.
         PrompttuneError: everything that :func:`export_engine` raises.
     """
     triton = triton or TritonSettings()
@@ -91,8 +91,8 @@ def _check_output(folder: Path, overwrite: bool) -> None:
 
 
 def _describe(engine: EngineFolder, settings: Settings, triton: TritonSettings, folder: Path) -> None:
-    """Write what stands beside the engine."""
-    # Imports the protobuf classes, which must be known to be there.
+    """Write the files next to the engine."""
+    # Imports the protobuf classes, which are known to be installed.
     from prompttune.export.triton.config import as_text, make_config, shared_labels
     from prompttune.export.triton.readme import make_readme
 

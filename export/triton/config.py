@@ -1,4 +1,4 @@
-"""``config.pbtxt``, made and written through the message that Triton itself parses it with."""
+"""``config.pbtxt``, created and written with Triton's own protobuf message."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prompttune.export.triton.settings import MAX_BATCH_SIZE, TritonSettings
 
 @dataclass(frozen=True)
 class Backend:
-    """What of Triton runs a format's model file."""
+    """Triton's backend for a format's model file."""
 
     platform: str
     name: str
@@ -29,7 +29,7 @@ BACKENDS = {
     "onnx": Backend("onnxruntime_onnx", "onnxruntime", ONNX_FILE),
     "trt": Backend("tensorrt_plan", "tensorrt", PLAN_FILE),
 }
-"""Format of an engine → its backend."""
+"""Backend by format of the engine."""
 
 DATA_TYPES = {
     "float32": triton_config.TYPE_FP32,
@@ -37,9 +37,9 @@ DATA_TYPES = {
     "bfloat16": triton_config.TYPE_BF16,
     "int64": triton_config.TYPE_INT64,
 }
-"""numpy's name of a dtype → Triton's."""
+"""Triton's data type by numpy dtype."""
 _BACKBONE = ("name", "image_size", "fingerprint", "mean", "std", "interpolation")
-"""What a client may know of the backbone; where its weights lie is not among it."""
+"""Facts about the backbone that clients may know; the place of its weights is not one of them."""
 
 
 def make_config(
@@ -52,10 +52,10 @@ def make_config(
     """The ``ModelConfig`` of an engine.
 
     Args:
-        manifest: of the engine.
-        tasks: its tasks, those of a baked engine in the order of their rows.
-        triton: how Triton presents and batches it.
-        gpu: it was proven on a GPU, so that is where it is to run.
+        manifest: manifest of the engine.
+        tasks: tasks of the engine; for a baked engine, in the order of their rows.
+        triton: settings of the model in Triton.
+        gpu: whether the engine was proven on a GPU, and is therefore to run on one.
         labels_file: file with the class names of the logits.
     """
     backend = BACKENDS[manifest.format]
@@ -93,13 +93,13 @@ def as_text(config: Any) -> str:
 
 
 def shared_labels(tasks: Mapping[str, Task]) -> Sequence[str] | None:
-    """The class names that all tasks have in common; None where tasks differ, as one file cannot tell them apart."""
+    """The class names that all tasks share; None if they differ, because one file cannot tell tasks apart."""
     first, *others = (task.labels for task in tasks.values())
     return first if all(labels == first for labels in others) else None
 
 
 def _dims(spec: TensorSpec, batched: bool) -> list[int]:
-    """Triton's sizes: those of one row where it batches, else all of them; -1 is any size."""
+    """Sizes in Triton's form: those of one row if Triton batches, else all of them; -1 is any size."""
     sizes = spec.shape[1:] if batched else spec.shape
     return [-1 if isinstance(size, str) else size for size in sizes]
 
@@ -108,19 +108,19 @@ def _input(spec: TensorSpec, batched: bool) -> Any:
     dims = _dims(spec, batched)
     made = triton_config.ModelInput(name=spec.name, data_type=DATA_TYPES[spec.dtype], dims=dims or [1])
     if not dims:
-        # Triton has no tensors without sizes: clients send [N, 1], the model is given [N].
+        # Triton does not support tensors without sizes: clients send [N, 1], the model gets [N].
         made.reshape.SetInParent()
     return made
 
 
 def _set_batching(config: Any, manifest: Manifest, triton: TritonSettings) -> None:
-    """Let Triton batch requests; a bank has no batch axis, so requests that carry one are never put together."""
+    """Let Triton batch requests. A bank lacks a batch axis, so requests that carry one are never combined."""
     profile = manifest.details.get("profile")
     config.max_batch_size = profile[BATCH][2] if profile else triton.max_batch_size or MAX_BATCH_SIZE
     config.dynamic_batching.max_queue_delay_microseconds = round(triton.max_delay_ms * 1000)
     if profile:
-        # A plan is quickest at the size that it was tuned for. ONNX Runtime has none, and Triton's own advice is then
-        # to prefer the largest batch, which it does by itself.
+        # A plan is fastest at the size that it was tuned for. ONNX Runtime does not have such a size, and Triton's own
+        # default is then to prefer the largest batch.
         config.dynamic_batching.preferred_batch_size.extend(sorted(set(profile[BATCH][1:])))
 
 
@@ -141,7 +141,7 @@ def _warmup(manifest: Manifest, tasks: Mapping[str, Task], batched: bool) -> Any
 
 
 def _parameters(manifest: Manifest, tasks: Mapping[str, Task]) -> dict[str, str]:
-    """What a client must know to ask, which it gets with the model's configuration: texts and JSON."""
+    """Facts that a client needs for its requests, as text and JSON; it gets them with the model's configuration."""
     rows = {name: row for row, name in enumerate(manifest.baked or ())}
     records = {
         name: {

@@ -1,4 +1,4 @@
-"""``README.md`` of a Triton model: how to start the server, and a client that runs as it stands."""
+"""``README.md`` of a Triton model: how to start the server, and a client that runs without changes."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ $client```
 """)
 
 _ASKING_BAKED = """\
-`image` takes normalised pixels, FP32 [N, 3, $size, $size], and `task_index`, INT64 [N, 1], the task of each image.
-Rows of different tasks share a batch, within a request and across requests. An index that no task has fails its whole
-batch on a CPU, other requests in it too; on a GPU its answer means nothing. So take indices from the configuration
-alone.
+`image` is normalised pixels, FP32 [N, 3, $size, $size], and `task_index`, INT64 [N, 1], the task of each image.
+Rows of different tasks share a batch, within a request and across requests. An index without a task fails its whole
+batch on a CPU, including other requests in it; on a GPU its answer is undefined. So take indices only from the
+configuration.
 """
 
 _ASKING_BANK = """\
@@ -92,7 +92,7 @@ _BACKENDS = {"onnx": "ONNX Runtime", "trt": "TensorRT"}
 
 
 def make_readme(manifest: Manifest, tasks: Mapping[str, Task], triton: TritonSettings, gpu: bool) -> str:
-    """The page for a model, its tasks and the device that it is configured for."""
+    """The page for a model, its tasks and its configured device."""
     baked = manifest.baked is not None
     values = {
         "name": triton.name,
@@ -117,20 +117,20 @@ def make_readme(manifest: Manifest, tasks: Mapping[str, Task], triton: TritonSet
 
 
 def _needs(manifest: Manifest) -> str:
-    """Which releases of Triton run the model, in words."""
+    """Releases of Triton that run the model, as a sentence."""
     if "tensorrt" in manifest.details:
         version = manifest.details["tensorrt"]
         return f"The plan runs on the kind of GPU that built it: take a release with TensorRT {version}."
-    return f"The model is of ONNX operator set {manifest.opset}: take a release whose ONNX Runtime knows it."
+    return f"The model uses ONNX operator set {manifest.opset}: take a release whose ONNX Runtime supports it."
 
 
 def _padding(tasks: Mapping[str, Task]) -> str:
-    """What the logits of smaller tasks hold, in words; nothing where all tasks have the same number of classes."""
+    """A sentence about the padded logits of smaller tasks; empty if all tasks have the same number of classes."""
     classes = {task.num_classes for task in tasks.values()}
     if len(classes) == 1:
         return ""
     words = (
-        f"Logits are as many as the largest task has classes, {max(classes)}; those past a task's own are minus "
-        "infinity, which JSON cannot say: ask for binary outputs, as tritonclient does by itself."
+        f"There are as many logits as the largest task has classes, {max(classes)}; those past a task's own are minus "
+        "infinity, which JSON cannot express: ask for binary outputs, as tritonclient does by itself."
     )
     return textwrap.fill(words, 120) + "\n"
