@@ -196,7 +196,7 @@ def is_url(text: str) -> bool:
 def find_file(folder: Path, written: str) -> Path:
     """The file of a path in a table or a list, which is absolute or relative to ``folder``.
 
-    The path is taken as written if that file exists or there are no alternatives; else in another Unicode form, or with
+    The path is taken as written if that file exists or without alternatives; else in another Unicode form, or with
     ``/`` in place of the separators of Windows.
     """
     plain = folder / written

@@ -122,7 +122,7 @@ def make_optimizer(config: TrainConfig, parameters: Mapping[str, nn.Parameter]) 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int, epochs: int | None = None) -> float:
     """Learning rate of ``step``, counted from 0 over the whole run, or over its last ``epochs`` epochs.
 
-    It is a pure function of the settings, so there is no scheduler state to save: ``cosine`` rises linearly during the
+    It is a pure function of the settings, without scheduler state: ``cosine`` rises linearly during the
     warm-up, then falls to ``min_lr`` at the last step; ``onecycle`` rises along a cosine and falls along another;
     ``constant`` stays the same after the warm-up.
     """
