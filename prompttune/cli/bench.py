@@ -35,7 +35,7 @@ def _words(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     "engine. May be repeated.",
 )
 @click.option(
-    "--batch-sizes", default="1,8", show_default=True, callback=sizes, metavar="N,N,...", help="Images of one call."
+    "--batch-sizes", default="1,8", show_default=True, callback=sizes, metavar="N,N,...", help="Images per call."
 )
 @click.option(
     "--mix",
@@ -44,17 +44,17 @@ def _words(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     show_default=True,
     callback=_words,
     metavar="one,all",
-    help="one: every row for the same task; all: rows go round the tasks.",
+    help="one: all rows for the same task; all: rows alternate between the tasks.",
 )
-@click.option("--tasks", type=click.IntRange(1), help="Go round so many tasks at most.  [default: all]")
+@click.option("--tasks", type=click.IntRange(1), help="Largest number of tasks to alternate between.  [default: all]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of every side.  [default: PyTorch's own number]")
 @runtime_options
-@click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Rounds before those that count.")
-@click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Rounds that count.")
-@click.option("--seconds", type=float, help="Rounds for so long at each batch size, instead of --repeats.")
+@click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Number of warm-up rounds.")
+@click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Number of measured rounds.")
+@click.option("--seconds", type=float, help="Duration of the measurement at each batch size, instead of --repeats.")
 @click.option("--add", "checkpoint", type=click.Path(path_type=Path), help="Also time adding this checkpoint.")
 @weights_option
-@click.option("--seed", default=0, show_default=True, help="Of the images, which are noise.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the images, which are noise.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write the measurements to this CSV file.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw latency and ratios into this PNG file.")
@@ -78,8 +78,8 @@ def bench(
 ) -> None:
     """Measure ENGINE: latency, throughput, memory, adding and switching tasks.
 
-    Everything runs in turn, round by round, in one process, so what disturbs one side disturbs all. A ratio is the
-    median of the rounds' ratios. Nothing is written into the engine.
+    Everything runs in turn, round by round, in one process, so a disturbance affects all sides alike. A ratio is the
+    median of the rounds' ratios. The engine folder is not changed.
 
     \b
     prompttune bench engine
@@ -124,7 +124,7 @@ def bench(
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar on standard error for as long as the block runs."""
+    """Show a bar on standard error while the block runs."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -165,7 +165,7 @@ def _print(console: Console, report: BenchReport) -> None:
 
 
 def _task_lines(report: BenchReport) -> Iterator[str]:
-    """What a task costs."""
+    """Lines about the costs of a task."""
     if report.bytes_per_task:
         yield f"a resident task takes {report.bytes_per_task / 1024:,.1f} KiB ({report.bank_precision})"
     switching, adding = report.switching, report.adding

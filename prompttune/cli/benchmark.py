@@ -25,8 +25,8 @@ _methods = click.option("--methods", metavar="A,B,…", callback=words, help="Me
 def benchmark() -> None:
     """Train methods by a protocol and tabulate their accuracy (`prompttune bench` times engines).
 
-    Every run has a folder of its own in the output. The same command goes on after an interruption: finished runs are
-    kept, a half one is resumed.
+    Every run has its own folder in the output. The same command resumes after an interruption: finished runs are kept,
+    an unfinished run continues.
     """
 
 
@@ -37,7 +37,7 @@ def benchmark() -> None:
 def demo(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: Any) -> None:
     """Compare methods on the built-in tasks: digits, location, orientation, count.
 
-    DINOv2 ViT-S at 56 pixels, 1,000 training images, 4 to 12 epochs, three seeds; one to three minutes a run on one
+    DINOv2 ViT-S at 56 pixels, 1,000 training images, 4 to 12 epochs, three seeds; one to three minutes per run on one
     CPU core in bf16, twice that in fp32.
 
     \b
@@ -53,7 +53,7 @@ def demo(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: Any)
 @common_options
 @click.pass_context
 def demo_ablation(ctx: click.Context, /, variants: tuple[str, ...] | None, **options: Any) -> None:
-    """Compare SA²VP with and without each of its parts, as Table 5 of its paper does, on the built-in tasks.
+    """Compare SA²VP with and without each of its parts on the built-in tasks, as in Table 5 of its paper.
 
     \b
     prompttune benchmark demo-ablation --output runs/demo-ablation
@@ -102,14 +102,14 @@ def fgvc(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: Any)
 @benchmark.command()
 @_methods
 @data_options
-@click.option("--download", is_flag=True, help="Fetch the data sets of torchvision that are missing into the folder.")
+@click.option("--download", is_flag=True, help="Download missing torchvision data sets into the folder.")
 @common_options
 @click.pass_context
 def hta(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: Any) -> None:
     """Compare methods on the ten data sets of head-tuning adaptation (DAM-VP).
 
     CUB-200-2011, NABirds, Oxford Flowers and Stanford Dogs as for `fgvc`; CIFAR-10, CIFAR-100, DTD, Food-101, GTSRB
-    and SVHN in torchvision's folders below DATA_ROOT, where --download fetches them.
+    and SVHN in torchvision's folders below DATA_ROOT, where --download puts them.
 
     \b
     prompttune benchmark hta --methods sa2vp --data-root data --download --output runs/hta
@@ -139,7 +139,7 @@ def _run(
 ) -> None:
     from prompttune.protocols.missing import available_tasks
 
-    # a shell leaves the ~ of --output=~/folder alone
+    # a shell does not expand the ~ in --output=~/folder
     recipe = load_recipe(protocol, recipe_file.expanduser() if recipe_file is not None else None)
     overrides = {**{name: value for name, value in place.items() if value is not None}, **changes}
     wanted = chosen("task", tasks, list(recipe.tasks))
@@ -177,7 +177,7 @@ def _carry_out(
         with Board(console) as board:
             report = run_benchmark(job, jobs or default_jobs(job.device), board, latency=latency)
     except KeyboardInterrupt:
-        click.echo("Interrupted; the same command goes on", err=True)
+        click.echo("Interrupted; the same command resumes", err=True)
         ctx.exit(INTERRUPTED)
     _show(ctx, job, report, as_json)
 

@@ -15,7 +15,7 @@ from prompttune.training.config import known_names
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 SEED_DIGITS = 19
-"""Of the largest seed; Python refuses to read a number of thousands of digits."""
+"""Number of digits of the largest seed; Python refuses to read a number of thousands of digits."""
 RESERVED = {
     "output": "--output",
     "seed": "--seeds",
@@ -23,7 +23,7 @@ RESERVED = {
     "data": "--tasks",
     "data_root": "--data-root",
 }
-"""Settings that have an option of their own here."""
+"""Settings with their own option here."""
 
 
 def words(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
@@ -43,7 +43,7 @@ def _seeds(_context: click.Context, _parameter: click.Parameter, value: str | No
 
 
 def _settings(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
-    """``name=value`` to settings; a value is read as YAML does."""
+    """Settings from ``name=value``; a value is read as in YAML."""
     made = {}
     for text in values:
         name, equals, value = text.partition("=")
@@ -60,7 +60,7 @@ def _settings(_context: click.Context, _parameter: click.Parameter, values: tupl
 def _value(text: str, value: str) -> Any:
     try:
         return yaml.safe_load(value)
-    except Exception as problem:  # YAML's own errors, and Python's on a number or a date that is none
+    except Exception as problem:  # errors of YAML, and of Python for invalid numbers and dates
         raise UsageError(f"--set {text}: cannot read the value: {' '.join(str(problem).split())}") from None
 
 
@@ -68,40 +68,40 @@ _OPTIONS = [
     click.option("--tasks", metavar="A,B,…", callback=words, help="Tasks of the protocol.  [default: all]"),
     click.option("--seeds", metavar="0,1,…", callback=_seeds, help="Seeds of the runs.  [default: the recipe's]"),
     click.option("--output", "-o", type=click.Path(path_type=Path, file_okay=False), help="Folder of the benchmark."),
-    click.option("--jobs", type=click.IntRange(1), help="Runs at once, each with its share of the CPU cores.  "
+    click.option("--jobs", type=click.IntRange(1), help="Number of concurrent runs, which share the CPU cores.   "
                  "[default: a core each, 4 at most; 1 on a GPU]"),
-    click.option("--backbone", metavar="NAME", help="timm name, in place of the recipe's."),
-    click.option("--image-size", type=click.IntRange(1), help="Side of the input in pixels, in place of the recipe's."),
-    click.option("--weights", metavar="SOURCE", help="auto, random, random:SEED or a file, in place of the recipe's."),
-    click.option("--device", help="auto, cpu, cuda or cuda:INDEX."),
+    click.option("--backbone", metavar="NAME", help="timm name of the backbone; replaces the recipe's."),
+    click.option("--image-size", type=click.IntRange(1), help="Side of the input in pixels; replaces the recipe's."),
+    click.option("--weights", metavar="SOURCE", help="auto, random, random:SEED or a file; replaces the recipe's."),
+    click.option("--device", help="Device: auto, cpu, cuda or cuda:INDEX."),
     click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", callback=_settings,
-                 help="A setting of `prompttune train` for every run whose method has it; may be repeated."),
+                 help="Setting of `prompttune train` for every run whose method has it; may be repeated."),
     click.option("--recipe", "recipe_file", type=click.Path(path_type=Path, dir_okay=False),
-                 help="YAML file in place of the package's recipe."),
-    click.option("--dry-run", is_flag=True, help="Print the runs and what is left of them; train and fetch nothing."),
+                 help="YAML file that replaces the package's recipe."),
+    click.option("--dry-run", is_flag=True, help="Print the runs and their state; do not train or download."),
     click.option("--table-only", is_flag=True,
-                 help="Tabulate and plot the runs that are finished so far; train and fetch nothing."),
+                 help="Tabulate and plot the finished runs; do not train or download."),
     click.option("--latency/--no-latency", default=True, show_default=True,
-                 help="Time each method's forward beside the plain backbone at the end."),
+                 help="At the end, time each method's forward next to the plain backbone's."),
     click.option("--json", "as_json", is_flag=True, help="Print the table and all runs as JSON."),
     click.option("--quiet", is_flag=True, help="Show no progress."),
 ]  # fmt: skip
 _DATA_OPTIONS = [
     click.option("--data-root", metavar="PLACE",
                  help="Folder of the data sets, or hf://datasets/OWNER/NAME[@REVISION][/FOLDER] for one on the hub."),
-    click.option("--skip-missing", is_flag=True, help="Go on without the data sets that are not there."),
+    click.option("--skip-missing", is_flag=True, help="Skip missing data sets."),
 ]  # fmt: skip
 
 
 def common_options(command: Command) -> Command:
-    """What every protocol takes."""
+    """Add the options of every protocol."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
 def data_options(command: Command) -> Command:
-    """What a protocol takes whose data are not built in."""
+    """Add the options of a protocol whose data are not built in."""
     for option in reversed(_DATA_OPTIONS):
         command = option(command)
     return command

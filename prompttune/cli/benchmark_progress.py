@@ -1,4 +1,4 @@
-"""What ``prompttune benchmark`` shows while it trains: a line a run, and one bar for all of them."""
+"""Display of ``prompttune benchmark`` during training: one line per run, and one bar for all of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Board:
-    """A listener of :func:`prompttune.protocols.runner.execute`. A context manager."""
+    """A listener of :func:`prompttune.protocols.runner.execute` and a context manager."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

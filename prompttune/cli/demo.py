@@ -1,7 +1,7 @@
-"""``prompttune demo``: the main job end to end on real images, offline.
+"""``prompttune demo``: the main workflow end to end on real images, offline.
 
-Trains over one frozen DINOv2 ViT-S: SA²VP on handwritten digits and on the location of shapes, LSPT on digits, linear
-probes to compare with. Exports one ONNX engine with one task, adds another task to it afterwards, proves parity with
+It trains over one frozen DINOv2 ViT-S: SA²VP on handwritten digits and on the location of shapes, LSPT on digits,
+linear probes for comparison. It exports one ONNX engine with one task, adds another task afterwards, proves parity with
 PyTorch, and classifies a batch in which neighbouring rows belong to different tasks.
 """
 
@@ -25,7 +25,7 @@ from prompttune.serve.engine import Prediction
 
 BACKBONE, IMAGE_SIZE = "vit_small_patch14_dinov2", 56
 RECIPE: dict[str, Any] = {"batch_size": 40, "lr": 5e-3, "schedule": "onecycle", "tensorboard": False}
-"""What learns in minutes on two CPU cores."""
+"""Settings that train in minutes on two CPU cores."""
 RUNS: list[tuple[str, str, str, int]] = [
     ("digits", "sa2vp", "demo/digits", 4),
     ("location", "sa2vp", "demo/location", 5),
@@ -73,7 +73,7 @@ def train_all(output: Path, backbone: pt.Backbone, console: Console) -> list[dic
 
 
 def export_and_validate(output: Path, console: Console) -> tuple[pt.Engine, ParityReport]:
-    """One engine for digits; location joins it afterwards, the graph untouched; then parity on both tasks' images."""
+    """Export an engine for digits, add location without changing the graph, and validate both on their images."""
     console.rule("export", align="left")
     folder, runs = output / "engine", output / "runs"
     pt.export_engine([runs / "digits"], folder, data={"digits": "demo/digits"}, overwrite=True)
@@ -81,8 +81,8 @@ def export_and_validate(output: Path, console: Console) -> tuple[pt.Engine, Pari
     engine = pt.Engine(folder)
     engine.add_task("location", runs / "location")
     if (folder / "model.onnx").stat().st_mtime_ns != graph.st_mtime_ns:
-        raise PrompttuneError("adding a task touched the graph")
-    console.print("exported with the task digits; location added afterwards, model.onnx untouched")
+        raise PrompttuneError("adding a task changed the graph")
+    console.print("exported with the task digits; location added afterwards, model.onnx unchanged")
     pt.export_engine(
         [runs / "digits-lspt"], output / "engine-lspt", data={"digits-lspt": "demo/digits"}, overwrite=True
     )
@@ -108,7 +108,7 @@ def classify_mixed(engine: pt.Engine, count: int = 12) -> tuple[list[Image.Image
 
 
 def draw_predictions(path: Path, images: list[Image.Image], truth: list[str], found: list[Prediction]) -> None:
-    """A sheet of the images with what was answered; wrong answers in red."""
+    """Draw a sheet of the images with their answers; wrong answers are red."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -126,7 +126,7 @@ def draw_predictions(path: Path, images: list[Image.Image], truth: list[str], fo
 
 
 def results_table(rows: list[dict[str, Any]]) -> Table:
-    """The table that the demo ends with."""
+    """The table at the end of the demo."""
     table = Table(title=f"{BACKBONE} at {IMAGE_SIZE} pixels, frozen")
     for heading in ("task", "method"):
         table.add_column(heading)
@@ -165,7 +165,7 @@ def demo(output: Path) -> None:
 
 
 def run(output: Path, console: Console) -> None:
-    """All steps; figures go to ``demo.json``, the picture to ``predictions.png``."""
+    """Run all steps; figures go to ``demo.json``, the picture to ``predictions.png``."""
     backbone = pt.load_backbone(BACKBONE, IMAGE_SIZE)
     console.print(f"{BACKBONE}: weights from {backbone.weights_source}")
     rows = train_all(output, backbone, console)

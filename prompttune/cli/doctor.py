@@ -1,4 +1,4 @@
-"""``prompttune doctor``: what is installed, and what was found. Nothing that is missing makes it fail."""
+"""``prompttune doctor``: installed libraries, devices and weights. Missing parts do not make it fail."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def _shown(value: Any) -> str:
 
 
 def _found(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A section's findings; what goes wrong while looking is a finding."""
+    """A section's findings; an error during the search is a finding too."""
     try:
         return look()
-    except Exception as problem:  # a broken installation is what this command is for
+    except Exception as problem:  # the command must work with a broken installation
         return {"error": f"{type(problem).__name__}: {problem}"}
 
 
@@ -89,14 +89,14 @@ def _tensorrt() -> dict[str, Any]:
         tensorrt = importlib.import_module("tensorrt")
     except ImportError as problem:
         return {"state": f"not usable: {problem}"}
-    # The package of type stubs also installs a module of this name, with nothing in it.
+    # The package of type stubs also installs an empty module of this name.
     if not hasattr(tensorrt, "Builder"):
         return {"state": "type stubs only, the library is not installed"}
     return {"state": "usable", "version": getattr(tensorrt, "__version__", None)}
 
 
 def _extras() -> dict[str, Any]:
-    """Extra → whether everything that it asks for is installed, or what is missing."""
+    """State of each extra: installed, or its missing packages."""
     declared = metadata.metadata("prompttune").get_all("Provides-Extra") or []
     extras: dict[str, list[str]] = {extra: [] for extra in declared}
     for requirement in metadata.requires("prompttune") or []:
@@ -111,7 +111,7 @@ def _extra_state(names: list[str]) -> str:
     missing = [name for name in names if _version(name) is None]
     if missing:
         return f"missing {', '.join(missing)}"
-    return "installed" if names else "asks for nothing"
+    return "installed" if names else "without requirements"
 
 
 def _weights() -> dict[str, Any]:

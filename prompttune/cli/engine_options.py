@@ -1,4 +1,4 @@
-"""Options and tables that the commands on engines share."""
+"""Shared options and tables of the commands for engines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prompttune.errors import UsageError
 
 SHOWN_FAILURES = 5
 WIDTH = 120
-"""Columns of a table that is written to a file or a pipe."""
+"""Number of columns of a table that is written to a file or a pipe."""
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -27,8 +27,8 @@ def gate_options(command: Command) -> Command:
             "--data",
             multiple=True,
             metavar="[TASK=]DATA",
-            help="Real images to compare on: a data set for every task, or TASK=DATA for one. May be repeated. "
-            "Without it, seeded noise.",
+            help="Images to compare on: a data set for every task, or TASK=DATA for one. May be repeated.  "
+            "[default: seeded noise]",
         ),
         click.option(
             "--atol",
@@ -53,14 +53,14 @@ def gate_options(command: Command) -> Command:
             show_default=True,
             callback=sizes,
             metavar="N,N,...",
-            help="Batch sizes to compare at.",
+            help="Batch sizes of the comparison.",
         ),
         click.option(
             "--images",
             type=click.IntRange(1),
             default=16,
             show_default=True,
-            help="Images that each task is compared on at each batch size.",
+            help="Number of images per task and batch size in the comparison.",
         ),
     ]
     for option in reversed(options):
@@ -69,9 +69,9 @@ def gate_options(command: Command) -> Command:
 
 
 def runtime_options(command: Command) -> Command:
-    """``--device``, ``--cuda-graph``, ``--provider`` and ``--provider-cache``, named as ``Engine`` takes them."""
+    """Add ``--device``, ``--cuda-graph``, ``--provider`` and ``--provider-cache``, named as in ``Engine``."""
     options = [
-        click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:INDEX."),
+        click.option("--device", default="cpu", show_default=True, help="Device: cpu, cuda or cuda:INDEX."),
         click.option("--cuda-graph", is_flag=True, help="Capture one CUDA graph for each batch size and replay it."),
         click.option(
             "--provider",
@@ -82,7 +82,7 @@ def runtime_options(command: Command) -> Command:
             "--provider-cache",
             "cache",
             type=click.Path(file_okay=False, path_type=Path),
-            help="Folder for what the provider compiles, kept between runs.",
+            help="Folder for the provider's compiled engines, kept between runs.",
         ),
     ]
     for option in reversed(options):
@@ -93,7 +93,7 @@ def runtime_options(command: Command) -> Command:
 no_parity_option = click.option("--no-parity", is_flag=True, help="Do not compare with PyTorch.")
 
 weights_option = click.option(
-    "--weights", help="Where to take the backbone's weights from, if not from where training and export took them."
+    "--weights", help="Source of the backbone's weights, if it differs from that of training and export."
 )
 
 
@@ -109,7 +109,7 @@ def sizes(_context: click.Context, _parameter: click.Parameter, value: str) -> t
 
 
 def named_checkpoints(runs: Iterable[str]) -> dict[str, Path]:
-    """Task name → folder of arguments ``PATH`` or ``NAME=PATH``; a folder whose name holds ``=`` is a path."""
+    """Folders by task name, from arguments ``PATH`` or ``NAME=PATH``; an existing folder with ``=`` is a path."""
     from prompttune.export.tasks import name_checkpoints
 
     named: dict[str, Path] = {}
@@ -124,10 +124,10 @@ def named_checkpoints(runs: Iterable[str]) -> dict[str, Path]:
 
 
 def named_data(data: Iterable[str], tasks: Collection[str]) -> str | dict[str, str] | None:
-    """One data set for all tasks, or task → data set, of the values of ``--data``.
+    """One data set for all tasks, or data sets by task, from the values of ``--data``.
 
     Raises:
-        UsageError: two data sets for the same task.
+        UsageError: two data sets are given for the same task.
     """
     common: str | None = None
     named: dict[str, str] = {}
@@ -147,7 +147,7 @@ def named_data(data: Iterable[str], tasks: Collection[str]) -> str | dict[str, s
 
 
 def parity_tables(console: Console, report: Mapping[str, Any]) -> None:
-    """Print a parity report, as :meth:`prompttune.export.ParityReport.to_dict` gives it; worst figures of a task."""
+    """Print the worst figures of each task in a report of :meth:`prompttune.export.ParityReport.to_dict`."""
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -186,7 +186,7 @@ def parity_tables(console: Console, report: Mapping[str, Any]) -> None:
 
 
 def _comparison_table(comparisons: Iterable[Mapping[str, Any]]) -> Table:
-    """One row for each task and reference, the worst of its batch sizes."""
+    """One row per task and reference, with the worst of its batch sizes."""
     figures: list[tuple[str, str, Callable[..., Any], str]] = [
         ("max |Δ|", "max_abs", max, ".2e"),
         ("mean |Δ|", "mean_abs", max, ".2e"),
@@ -210,7 +210,7 @@ def _comparison_table(comparisons: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def _probe_table(bisection: Mapping[str, Any]) -> Table:
-    """Intermediate results in the order of the computation; the first that diverges in red."""
+    """Intermediate results in the order of the computation; the first divergent one is red."""
     table = make_table(("result",), ("max |Δ|", "relative", "cosine"))
     for one in bisection["probes"]:
         style = "bold red" if one["name"] == bisection["first"] else None
@@ -220,7 +220,7 @@ def _probe_table(bisection: Mapping[str, Any]) -> Table:
 
 
 def make_table(left: Iterable[str], right: Iterable[str]) -> Table:
-    """A table of columns that never shorten what they hold."""
+    """A table whose columns are never shortened."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for title in left:
         table.add_column(title, no_wrap=True)
@@ -230,14 +230,14 @@ def make_table(left: Iterable[str], right: Iterable[str]) -> Table:
 
 
 def _worst(parts: Iterable[Mapping[str, Any]], figure: str, worst: Callable[..., Any], form: str) -> str:
-    """The worst of some figures; one that is not finite, a string, is worse than any."""
+    """The worst of some figures; a figure that is not finite, a string, is worst of all."""
     values = [one[figure] for one in parts if one[figure] is not None]
     strings = [value for value in values if isinstance(value, str)]
     return strings[0] if strings else _number(worst(values, default=None), form)
 
 
 def _accuracy_table(rows: Sequence[Mapping[str, Any]], reference: str) -> Table:
-    """Top-1 of both sides, and the calibration error where the sides were evaluated."""
+    """Top-1 of both sides, and the calibration error if the sides were evaluated."""
     names = {"engine": "engine", "reference": "PyTorch" if reference.startswith("PyTorch") else "reference"}
     calibrated = names if any(one["evaluation"] for one in rows) else {}
     titles = [f"{names[side]} top-1" for side in names] + [f"{names[side]} ECE" for side in calibrated]
@@ -253,7 +253,7 @@ def _accuracy_table(rows: Sequence[Mapping[str, Any]], reference: str) -> Table:
 
 
 def wide_console() -> Console:
-    """Standard output, wide enough for the tables where it is not a terminal."""
+    """Standard output, wide enough for the tables if it is not a terminal."""
     console = Console()
     return console if console.is_terminal else Console(width=WIDTH)
 

@@ -36,7 +36,7 @@ prompttune evaluate runs/photos --data photos/ --split test
 """
 SHOWN_CLASSES = 40
 OTHERS = ("seed", "batch_size", "device")
-"""Settings of training that an evaluation takes beside those of the data."""
+"""Training settings that an evaluation uses besides those of the data."""
 
 
 def _settings() -> list[click.Parameter]:
@@ -48,7 +48,7 @@ def _settings() -> list[click.Parameter]:
 @click.command(cls=SectionedCommand, examples=EXAMPLES, settings=_settings)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--split", type=click.Choice(SPLITS), help=f"Images to score.  [default: {DEFAULT_SPLIT}]")
-@click.option("--weights", help="Where to take the backbone's weights from, if not from where training took them.")
+@click.option("--weights", help="Source of the backbone's weights, if it differs from that of the training.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for evaluation.json and confusion_matrix.png.")
 @click.option(
     "--report",
@@ -69,18 +69,18 @@ def evaluate(
 ) -> None:
     """Report accuracy, calibration error (ECE), and precision and recall of each class of a prompt checkpoint.
 
-    Of a segmentation: IoU of each class, their mean, and the share of right pixels.
+    For a segmentation it reports the IoU of each class, their mean, and the share of right pixels.
 
-    Without --data, the validation images that the run itself held out are scored, whatever has been added to its data.
-    With --data, a data set without splits is scored whole.
+    Without --data, the validation images that the run itself held out are scored, even if images were added to its
+    data. With --data, a data set without splits is scored whole.
     """
     typed = {name: value for name, value in settings.items() if value is not None}
     data = data_settings(checkpoint, typed.get("data"), typed)["data"]
     segments = read_config(checkpoint).get("segmentation") is not None
     if segments and report is not None:
-        raise UsageError("--report shows a classification: give --output, which takes a segmentation's figures")
+        raise UsageError("--report is for classifications: use --output for a segmentation's figures")
     if not segments:
-        typed.pop("reduce_zero_label", None)  # a class has no label 0 to leave out
+        typed.pop("reduce_zero_label", None)  # classes of images do not have a label 0 to leave out
     scorer: Callable[..., EvaluationResult | SegmentationEvaluation] = evaluate_model
     if segments:
         from prompttune.training.segmenting import evaluate_segmentation as scorer

@@ -1,4 +1,4 @@
-"""``prompttune explain``: what runs look at, beside their plain backbone."""
+"""``prompttune explain``: explanations of runs next to their plain backbone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPLITS = ("val", "test", "train", "all")
 
 
 class Pair(click.ParamType[Any]):
-    """Two numbers with a comma between them."""
+    """Two numbers separated by a comma."""
 
     def __init__(self, kind: type[int] | type[float], metavar: str) -> None:
         self.kind = kind
@@ -59,7 +59,7 @@ def _heads(ctx: click.Context, param: click.Parameter, value: str) -> str | int:
     "--show",
     multiple=True,
     type=click.Choice(PARTS),
-    help="Draw this part alone; may be repeated. Without it, all that the runs and the inputs allow.",
+    help="Part to draw; may be repeated.  [default: all that the runs and the inputs allow]",
 )
 @click.option("--layers", callback=_layers, help="Blocks to draw, counted from 0, such as 0,5,11.  [default: up to 12]")
 @click.option(
@@ -68,20 +68,20 @@ def _heads(ctx: click.Context, param: click.Parameter, value: str) -> str | int:
 @click.option(
     "--token", type=Pair(int, "ROW,COLUMN"), help="Image token to compare with the prompt map.  [default: centre]"
 )
-@click.option("--point", type=Pair(float, "X,Y"), help="The same as a pixel of the image.")
-@click.option("--label", "target", help="Explain this label with Grad-CAM.  [default: the one that is predicted]")
-@click.option("--limit", type=click.IntRange(1), default=16, show_default=True, help="Images to explain at most.")
+@click.option("--point", type=Pair(float, "X,Y"), help="The same token as a pixel of the image.")
+@click.option("--label", "target", help="Label that Grad-CAM explains.  [default: the predicted one]")
+@click.option("--limit", type=click.IntRange(1), default=16, show_default=True, help="Most images to explain.")
 @click.option("--data", help="Labelled images for t-SNE: a folder, CSV, data set name or built-in, as for train.")
 @click.option(
-    "--split", type=click.Choice(SPLITS), help="Images of these to show.  [default: val, else test, else all]"
+    "--split", type=click.Choice(SPLITS), help="Split of --data to show.  [default: val, else test, else all]"
 )
-@click.option("--data-limit", type=click.IntRange(1), default=500, show_default=True, help="How many of these at most.")
+@click.option("--data-limit", type=click.IntRange(1), default=500, show_default=True, help="Largest number of them.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of t-SNE.")
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Images of a forward pass.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:INDEX.")
-@click.option("--weights", help="Where to take the backbone's weights from, if not from where training took them.")
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Images per forward pass.")
+@click.option("--device", default="auto", show_default=True, help="Device: auto, cpu, cuda or cuda:INDEX.")
+@click.option("--weights", help="Source of the backbones' weights, if it differs from that of the training.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was written, and the figures, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the written files and the figures as JSON.")
 def explain(
     inputs: tuple[Path, ...],
     output: Path,
@@ -92,11 +92,11 @@ def explain(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Draw what runs look at, each beside its plain backbone.
+    """Draw explanations of runs, each next to its plain backbone.
 
-    RUN is a checkpoint folder, IMAGES are files and folders of images. Written are PNG files, explanation.json and
-    explanation.html, a page that holds all of it: attention maps by layer, Grad-CAM of the last layer, the similarity
-    of an image token with the prompt map (sa2vp), t-SNE of labelled images (--data), and gates and temperatures (gapt).
+    RUN is a checkpoint folder, IMAGES are files and folders of images. The output is PNG files, explanation.json and
+    explanation.html, a page with everything: attention maps by layer, Grad-CAM of the last layer, the similarity of an
+    image token to the prompt map (sa2vp), t-SNE of labelled images (--data), and gates and temperatures (gapt).
     """
     from prompttune.explanation import explain as explain_runs
     from prompttune.explanation.subjects import is_run

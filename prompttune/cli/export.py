@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("onnx", "trt", "torch-trt", "aoti")
 REPOSITORIES = {"triton": "onnx", "triton-trt": "trt"}
-"""Name of a kind of Triton repository → format of the engine in it."""
+"""Format of the engine in each kind of Triton repository."""
 AXES = ("batch", "tasks", "rank", "classes", "clusters")
 
 
@@ -49,7 +49,7 @@ def _axes(
 
 
 def model_options(command: Command) -> Command:
-    """What the model file is like: format, precision and what belongs to them."""
+    """Add the options of the model file: format, precision and related ones."""
     options = [
         click.option(
             "--format",
@@ -57,20 +57,20 @@ def model_options(command: Command) -> Command:
             type=click.Choice([*FORMATS, *REPOSITORIES]),
             default="onnx",
             show_default=True,
-            help="onnx: ONNX Runtime; trt: TensorRT plan; torch-trt: Torch-TensorRT; aoti: AOTInductor, no library "
-            "beside PyTorch; triton, triton-trt: a model repository of Triton with ONNX or a TensorRT plan in it.",
+            help="onnx: ONNX Runtime; trt: TensorRT plan; torch-trt: Torch-TensorRT; aoti: AOTInductor, only needs "
+            "PyTorch; triton, triton-trt: a Triton model repository with ONNX or a TensorRT plan.",
         ),
         click.option(
             "--precision",
             type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
             default="fp32",
             show_default=True,
-            help="Of weights and activations; norms, softmax and logits stay in fp32.",
+            help="Precision of weights and activations; norms, softmax and logits stay in fp32.",
         ),
         click.option(
             "--bank-precision",
             type=click.Choice(["fp32", "fp16", "bf16"]),
-            help="Of the resident task tensors.  [default: as --precision; fp32 for int8]",
+            help="Precision of the resident task tensors.  [default: as --precision; fp32 for int8]",
         ),
         click.option(
             "--attention",
@@ -81,7 +81,7 @@ def model_options(command: Command) -> Command:
         click.option(
             "--quantization",
             type=click.Choice(["dynamic", "static"]),
-            help="Scales of int8 activations: found in each call, or from calibration images.  "
+            help="Scales of int8 activations: from each call, or from calibration images.  "
             "[default: dynamic for onnx, static for trt]",
         ),
         click.option(
@@ -89,15 +89,15 @@ def model_options(command: Command) -> Command:
             type=click.IntRange(1),
             default=256,
             show_default=True,
-            help="Images of --data that int8 is calibrated on, spread over the tasks; noise without it.",
+            help="Number of --data images for int8 calibration, spread over the tasks; noise without --data.",
         ),
         click.option(
             "--baked",
             is_flag=True,
-            help="Put the tasks into the model: its inputs are then image and task_index alone.",
+            help="Make the tasks constants of the model, whose only inputs are then image and task_index.",
         ),
         click.option(
-            "--device", help="Where the model will run: cpu, cuda or cuda:INDEX.  [default: cuda for trt and torch-trt]"
+            "--device", help="Device of the model: cpu, cuda or cuda:INDEX.  [default: cuda for trt and torch-trt]"
         ),
         click.option(
             "--axis",
@@ -105,22 +105,22 @@ def model_options(command: Command) -> Command:
             multiple=True,
             callback=_axes,
             metavar="AXIS=MIN:LIKELY:MAX",
-            help=f"Sizes that a TensorRT engine takes, of {', '.join(AXES)}. May be repeated.",
+            help=f"Range of sizes for a TensorRT engine, for {', '.join(AXES)}. May be repeated.",
         ),
-        click.option("--workspace", type=click.IntRange(1), help="TensorRT: bytes that a layer may use."),
+        click.option("--workspace", type=click.IntRange(1), help="TensorRT: largest workspace of a layer, in bytes."),
         click.option(
-            "--optimization-level", type=click.IntRange(0, 5), help="TensorRT: from 0, quick, to 5.  [default: 3]"
+            "--optimization-level", type=click.IntRange(0, 5), help="TensorRT: from 0 (fast build) to 5.  [default: 3]"
         ),
         click.option(
             "--timing-cache",
             type=click.Path(dir_okay=False, path_type=Path),
             help="TensorRT: file with the timings of earlier builds, read and rewritten.",
         ),
-        click.option("--version-compatible", is_flag=True, help="TensorRT: later versions may open the plan too."),
+        click.option("--version-compatible", is_flag=True, help="TensorRT: let later versions open the plan too."),
         click.option(
             "--hardware-compatibility",
             type=click.Choice(["none", "ampere_plus", "same_compute_capability"]),
-            help="TensorRT: on which other GPUs the plan runs.  [default: none]",
+            help="TensorRT: other GPUs that can run the plan.  [default: none]",
         ),
     ]
     for option in reversed(options):
@@ -129,25 +129,25 @@ def model_options(command: Command) -> Command:
 
 
 def triton_options(command: Command) -> Command:
-    """What Triton does with the model; named as ``TritonSettings`` has them."""
+    """Add the options of the model in Triton, named as in ``TritonSettings``."""
     options = [
         click.option("--model-name", "name", metavar="NAME", help="Triton: name of the model.  [default: prompttune]"),
         click.option(
             "--bank-inputs",
             is_flag=True,
             default=None,
-            help="Triton: each request carries the tasks that it asks for, and none are batched.  "
+            help="Triton: each request carries its tasks, and requests are not batched.  "
             "[default: the tasks are baked into the model]",
         ),
         click.option(
             "--max-batch-size",
             type=click.IntRange(1),
-            help="Triton: most images of one call.  [default: 64; of a plan, the largest of its axis batch]",
+            help="Triton: largest number of images per call.  [default: 64; for a plan, the largest of its axis batch]",
         ),
         click.option(
             "--max-delay-ms",
             type=click.FloatRange(0),
-            help="Triton: how long a request may wait for others to join its batch.  [default: 1]",
+            help="Triton: longest wait of a request for others to join its batch.  [default: 1]",
         ),
     ]
     for option in reversed(options):
@@ -156,10 +156,10 @@ def triton_options(command: Command) -> Command:
 
 
 def _triton(given: dict[str, Any]) -> TritonSettings | None:
-    """The settings of :func:`triton_options`, taken out of ``given``; None for an engine by itself.
+    """The settings of :func:`triton_options`, removed from ``given``; None for an engine by itself.
 
     Raises:
-        UsageError: such a setting for a format that has nothing to do with Triton.
+        UsageError: such a setting is given for a format without Triton.
     """
     names = ("name", "bank_inputs", "max_batch_size", "max_delay_ms")
     own = {name: value for name in names if (value := given.pop(name)) is not None}
@@ -175,7 +175,7 @@ def _triton(given: dict[str, Any]) -> TritonSettings | None:
 
 
 def _settings(given: dict[str, Any]) -> ExportSettings:
-    """The export settings of :func:`model_options`; a format's own options only where they were given."""
+    """The export settings of :func:`model_options`; a format's own options only if they were given."""
     from prompttune.export import ExportSettings
 
     own = ("workspace", "optimization_level", "timing_cache", "version_compatible", "hardware_compatibility")
@@ -191,14 +191,14 @@ def _settings(given: dict[str, Any]) -> ExportSettings:
     "-o",
     required=True,
     type=click.Path(path_type=Path),
-    help="Engine folder to make; for Triton, the repository.",
+    help="Engine folder to create; for Triton, the repository.",
 )
 @model_options
 @triton_options
 @gate_options
 @no_parity_option
 @weights_option
-@click.option("--overwrite", is_flag=True, help="Replace an engine, or a model of a repository, that is already there.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing engine or model of a repository.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest and the parity report as JSON.")
 def export(
     runs: tuple[str, ...],
@@ -215,10 +215,10 @@ def export(
     as_json: bool,
     **model: Any,
 ) -> None:
-    """Export the backbone and method that RUNs share once, each RUN becoming a task.
+    """Export the backbone and method that RUNs share once, with each RUN as a task.
 
-    Every export is compared with PyTorch, each task alone and all of them mixed, and is put in place only if it
-    answers alike. A task is called as its checkpoint folder; NAME=PATH gives it another name.
+    Every export is compared with PyTorch, each task alone and all of them mixed, and is put in place only if the
+    answers agree. A task has the name of its checkpoint folder; NAME=PATH gives it another name.
 
     \b
     prompttune export runs/digits --output engine

@@ -1,4 +1,4 @@
-"""``prompttune import-checkpoint``: released SA²VP, VPT, GaPT and PEFT LoRA checkpoints become ours."""
+"""``prompttune import-checkpoint``: import of released SA²VP, VPT, GaPT and PEFT LoRA checkpoints."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ prompttune import-checkpoint --from vpt last_model.pth --output runs/cars --back
     --save-backbone vit-in-file.safetensors
 prompttune import-checkpoint --from lora adapter/ --output runs/flowers --backbone vit_small_patch14_dinov2 --json
 """
-NOTES = {"Method settings": "Only what the file does not hold; anything else is refused."}
+NOTES = {"Method settings": "Only for settings that the file does not hold; others are refused."}
 
 
 def _own_settings() -> list[click.Parameter]:
-    """One option for each setting that some layout's files do not hold."""
+    """One option for each setting that the files of some layout do not hold."""
     takers: dict[str, list[str]] = {}
     for name, layout in LAYOUTS.items():
         for setting in layout.settings:
@@ -50,31 +50,31 @@ def _option(section: str, *names: str, **attrs: Any) -> Callable[[Command], Comm
 
 @click.command(cls=SectionedCommand, examples=EXAMPLES, notes=NOTES)
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--from", "layout", type=click.Choice(list(LAYOUTS)), required=True, help="Whose code wrote FILE.")
-@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="The checkpoint folder to write.")
-@click.option("--labels", help="Class names in the order of the logits: a,b,c or a text file with one a line.")
-@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is already there.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was imported as JSON.")
-@_option("Backbone", "--backbone", help="What the task was trained over, by timm's name.")
-@_option("Backbone", "--image-size", type=int, help="Pixels.  [default: what FILE says, else the backbone's own]")
+@click.option("--from", "layout", type=click.Choice(list(LAYOUTS)), required=True, help="Code that wrote FILE.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="Checkpoint folder to write.")
+@click.option("--labels", help="Class names in the order of the logits: a,b,c or a text file with one per line.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result of the import as JSON.")
+@_option("Backbone", "--backbone", help="timm name of the backbone that the task was trained over.")
+@_option("Backbone", "--image-size", type=int, help="Image side, pixels.  [default: from FILE, else the backbone's]")
 @_option("Backbone", "--weights", default="auto", show_default=True,
-         help="auto, random, random:SEED or a file. If FILE holds a backbone too, they must be equal.")  # fmt: skip
+         help="auto, random, random:SEED or a file; equal to a backbone in FILE.")  # fmt: skip
 @_option("Backbone", "--save-backbone", type=click.Path(path_type=Path), metavar="PATH",
-         help="Write the backbone that FILE holds there, as .safetensors, and take it as --weights.")  # fmt: skip
+         help="File (.safetensors) to write the backbone in FILE to; it then serves as --weights.")  # fmt: skip
 @_option("Evaluation transform", "--normalisation", type=click.Choice(list(NORMALISATIONS)),
          help="Mean and standard deviation: ImageNet's, Inception's (0.5) or the backbone's own.  [default: "
          + ", ".join(f"{one.normalisation} ({name})" for name, one in LAYOUTS.items()) + "]")  # fmt: skip
 @_option("Evaluation transform", "--crop-mode", type=click.Choice(CROP_MODES), default="squash", show_default=True,
-         help="How an image becomes square.")  # fmt: skip
+         help="Way to make an image square.")  # fmt: skip
 @_option("Evaluation transform", "--crop-pct", type=float, default=1.0, show_default=True,
-         help="Share of the resized image that is kept.")  # fmt: skip
+         help="Share of the resized image to keep.")  # fmt: skip
 @_option("Evaluation transform", "--interpolation", type=click.Choice(INTERPOLATIONS),
          help="Resizing filter.  [default: bilinear, the backbone's own (lora)]")  # fmt: skip
 @click.pass_context
 def import_checkpoint(
     ctx: click.Context, /, file: Path, layout: str, labels: str | None, as_json: bool, **given: Any
 ) -> None:
-    """Make FILE, a checkpoint of released code, a checkpoint folder that evaluates, exports and serves.
+    """Turn FILE, a checkpoint of released code, into a checkpoint folder that evaluates, exports and serves.
 
     sa2vp: github.com/tommy-xq/SA2VP, ViT and Swin. vpt: github.com/KMnP/vpt, ViT, shallow and deep. gapt:
     github.com/ryongithub/GatedPromptTuning. lora: a folder of Hugging Face PEFT that adapts a timm ViT's qkv. No code
@@ -94,7 +94,7 @@ _SETTINGS = {option.known.name for option in import_checkpoint.params if isinsta
 
 
 def _labels(text: str | None) -> list[str] | None:
-    """Names from the command line or from a file."""
+    """Class names from the command line or from a file."""
     if text is None:
         return None
     file = Path(text)

@@ -53,7 +53,7 @@ NOTES = {
 }
 SECTIONS = (TASKS, INPUTS, FRAMES, OUTPUTS, SPEED, CLUSTER)
 INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
-"""Exit codes of a process that a signal ended."""
+"""Exit codes of a process that was ended by a signal."""
 
 
 def _option(section: str, *names: str, **attrs: Any) -> Callable[[Any], Any]:
@@ -70,9 +70,9 @@ def _options() -> list[click.Parameter]:
 @_option(TASKS, "--report", type=click.Path(file_okay=False, path_type=Path),
          help="Folder for the evaluation: a page, confusion matrices, reliability plots, JSON.")  # fmt: skip
 @_option(OUTPUTS, "--json", "as_json", is_flag=True,
-         help="Print the summary as JSON; on standard error where rows go to standard output.")  # fmt: skip
+         help="Print the summary as JSON; on standard error if rows go to standard output.")  # fmt: skip
 @_option(CLUSTER, "--engine", "executor", type=click.Choice(["local", "ray"]), default="local", show_default=True,
-         help="Answer here, or with Ray Data on a cluster.")  # fmt: skip
+         help="Executor: this machine, or Ray Data on a cluster.")  # fmt: skip
 @click.pass_context
 def infer(
     ctx: click.Context,
@@ -86,9 +86,9 @@ def infer(
 ) -> None:
     """Classify INPUTS with tasks of ENGINE.
 
-    Each input and task gives one row, in order: an image that cannot be read too, whose row has an error, and the exit
-    code stays 0. Rows are committed every two seconds; a run that was killed goes on with --resume and ends in the
-    same bytes.
+    Each input and task gives one row, in order. An image that cannot be read gives a row with an error, and the exit
+    code stays 0. Rows are committed every two seconds; an interrupted run continues with --resume and ends in the same
+    bytes.
     """
     from prompttune.cli.infer_progress import Display
     from prompttune.serve.infer.running import prepared
@@ -98,7 +98,7 @@ def infer(
     ray = make(RaySettings, given) if executor == "ray" else None
     settings = make(InferSettings, {**given, "engine": engine, "inputs": inputs, "ray": ray})
     if report is not None and settings.source.labels is None:
-        raise UsageError("--report shows an evaluation: say with --labels where the true labels are")
+        raise UsageError("--report shows an evaluation: give the true labels with --labels")
     signals: list[int] = []
     try:
         with (
@@ -112,13 +112,13 @@ def infer(
             ) as ready,
         ):
             if ready.job is None:
-                click.echo(f"nothing left to do: all {ready.before.inputs} inputs are answered", err=True)
+                click.echo(f"nothing to do: all {ready.before.inputs} inputs are answered", err=True)
                 return
             display.begin(ready.before, ready.total)
             with _stopped_by_signals(ready.job, signals):
                 summary = ready.job.run()
     except BrokenPipeError:
-        # The reader has seen enough. Python would complain once more when it flushes standard output at exit.
+        # The reader has left. Otherwise Python would complain again when it flushes standard output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     _report(summary, ready, settings, report, as_json)
@@ -128,13 +128,13 @@ def infer(
 
 @contextlib.contextmanager
 def _stopped_by_signals(job: Job, seen: list[int]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM let the job end what is under way; a second one ends the process."""
+    """Let the job finish running inputs on Ctrl-C and SIGTERM; a second signal ends the process."""
 
     def stop(number: int, _frame: Any) -> None:
         seen.append(number)
         for one, handler in before.items():
             signal.signal(one, handler)
-        click.echo("ending: what is under way is written, press Ctrl-C again to leave at once", err=True)
+        click.echo("stopping: running inputs are written, press Ctrl-C again to stop at once", err=True)
         job.stop()
 
     before = {one: signal.signal(one, stop) for one in INTERRUPTED}

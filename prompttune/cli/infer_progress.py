@@ -1,4 +1,4 @@
-"""What ``prompttune infer`` tells while it runs and at its end."""
+"""Progress and final lines of ``prompttune infer``."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from prompttune.serve.infer.journal import Progress as JobProgress
 
 LINE_S = 30.0
-"""Between two lines where there is no terminal to draw a bar on."""
+"""Seconds between two lines if standard error is not a terminal with a bar."""
 CHECK_S = 0.1
-"""Between two updates of the bar, which come by the thousand while inputs are compared."""
+"""Seconds between two updates of the bar while inputs are compared, which happens by the thousand."""
 
 
 class Display:
-    """A bar on a terminal; a line now and then where standard error is a file, as a scheduler's log is."""
+    """A bar on a terminal, or a line now and then if standard error is a file, such as a scheduler's log."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -54,19 +54,19 @@ class Display:
         self._bar.stop()
 
     def check(self, done: int, total: int) -> None:
-        """Some of what an earlier run did has been compared with what is there, in any unit."""
+        """Show how much of an earlier run has been compared, in any unit."""
         if done == total or time.monotonic() - self._checked > CHECK_S:
             self._checked = time.monotonic()
             self._bar.update(self._task, description="comparing inputs and outputs", total=total, completed=done)
 
     def begin(self, before: JobProgress, total: int | None) -> None:
-        """The job begins; ``before`` is what earlier runs of it have done."""
+        """Start the display; ``before`` is the progress of earlier runs of the job."""
         self._before, self._total = before.inputs, total
         self._started = self._told = time.monotonic()
         self._bar.update(self._task, description="classifying", total=total, completed=before.inputs)
 
     def advance(self, progress: JobProgress) -> None:
-        """Another chunk is written."""
+        """Show that another chunk is written."""
         now = time.monotonic()
         speed = (progress.inputs - self._before) / max(now - self._started, 1e-9)
         self._bar.update(self._task, completed=progress.inputs, speed=speed, errors=progress.errors)
@@ -80,7 +80,7 @@ class Display:
 
 
 def in_words(summary: Summary, before: int, tasks: Sequence[str], outputs: Sequence[str]) -> str:
-    """One line about a job that has ended."""
+    """One line about a finished job."""
     new = summary.inputs - before
     parts = [f"{summary.inputs} images" if not before else f"{summary.inputs} images, {new} of them in this run"]
     if tasks:
@@ -94,11 +94,11 @@ def in_words(summary: Summary, before: int, tasks: Sequence[str], outputs: Seque
     line = ", ".join(parts) + (f"; wrote {', '.join(files)}" if files else "")
     if summary.finished:
         return line
-    return f"{line}; interrupted, go on with --resume" if files else f"{line}; interrupted"
+    return f"{line}; interrupted, run again with --resume" if files else f"{line}; interrupted"
 
 
 def evaluation_table(evaluations: Mapping[str, TaskEvaluation]) -> None:
-    """Accuracy and calibration of each task, on standard error: standard output may be rows."""
+    """Print accuracy and calibration of each task on standard error, since standard output may hold rows."""
     table = make_table(("task",), ("images", "top-1", "top-5", "balanced", "macro F1", "loss", "ECE", "not scored"))
     for task, one in evaluations.items():
         found = one.evaluation
@@ -113,5 +113,5 @@ def evaluation_table(evaluations: Mapping[str, TaskEvaluation]) -> None:
     for task, one in evaluations.items():
         if one.unknown:
             named = ", ".join(one.unknown_labels)
-            words = f"{one.unknown} true labels are none of its classes, such as {named}; {one.told_of_unknown}"
+            words = f"{one.unknown} true labels are not among its classes, such as {named}; {one.told_of_unknown}"
             click.echo(f"{task}: {words}", err=True)

@@ -1,4 +1,4 @@
-"""The root command. Commands are imported when they are called, so ``prompttune --help`` stays quick."""
+"""The root command. Commands are imported when they are called, so ``prompttune --help`` stays fast."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from prompttune.version import __version__
 
 COMMANDS = {
     "train": ("prompttune.cli.train", "Train one task, or several, over a frozen backbone."),
-    "meta": ("prompttune.cli.meta", "Meta-learn the prompt that dam-vp starts from."),
+    "meta": ("prompttune.cli.meta", "Meta-learn dam-vp's initial prompt."),
     "import-checkpoint": (
         "prompttune.cli.import_checkpoint",
-        "Make a released SA²VP, VPT, GaPT or PEFT LoRA file a checkpoint.",
+        "Import a released SA²VP, VPT, GaPT or PEFT LoRA checkpoint.",
     ),
     "evaluate": ("prompttune.cli.evaluate", "Report the accuracy of a prompt checkpoint."),
-    "explain": ("prompttune.cli.explain", "Draw what runs look at: attention, Grad-CAM, similarity, t-SNE."),
+    "explain": ("prompttune.cli.explain", "Draw explanations of runs: attention, Grad-CAM, similarity, t-SNE."),
     "export": ("prompttune.cli.export", "Export backbone and method once; tasks become inputs."),
     "tasks": ("prompttune.cli.tasks", "Add, remove or list the tasks of an engine."),
-    "validate": ("prompttune.cli.validate", "Prove that an engine answers as PyTorch does."),
+    "validate": ("prompttune.cli.validate", "Prove that an engine's answers agree with PyTorch's."),
     "infer": ("prompttune.cli.infer", "Classify images with a task of an engine."),
     "serve": ("prompttune.cli.serve", "Serve an engine's tasks over HTTP and gRPC."),
-    "bench": ("prompttune.cli.bench", "Time an engine beside its plain backbone, PyTorch or other engines."),
+    "bench": ("prompttune.cli.bench", "Time an engine against its plain backbone, PyTorch or other engines."),
     "benchmark": ("prompttune.cli.benchmark", "Train methods by a protocol and tabulate their accuracy."),
-    "demo": ("prompttune.cli.demo", "Run the main job end to end on real images."),
-    "doctor": ("prompttune.cli.doctor", "Show versions, devices, providers and weights found."),
+    "demo": ("prompttune.cli.demo", "Run the main workflow end to end on real images."),
+    "doctor": ("prompttune.cli.doctor", "Show versions, devices, providers and weights."),
 }
 
 
 TRACEBACK = "PROMPTTUNE_TRACEBACK"
-"""Environment variable: set, an error that is not one of prompttune's own is shown with its traceback."""
+"""Environment variable that makes unexpected errors show their traceback."""
 
 
 class LazyGroup(click.Group):
@@ -45,7 +45,7 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        """Import one command."""
+        """Import a command."""
         if cmd_name not in COMMANDS:
             return None
         command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name.replace("-", "_"))
@@ -59,7 +59,7 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; whatever ends it early becomes one line and an exit code."""
+        """Run a command; any early end becomes one line and an exit code."""
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -69,7 +69,7 @@ class LazyGroup(click.Group):
             ctx.exit(problem.exit_code)
         except Exception as problem:
             if os.environ.get(TRACEBACK) or (isinstance(problem, BrokenPipeError) and _is_unread(sys.stdout)):
-                raise  # click ends quietly where nobody reads the output any more
+                raise  # click ends quietly when the reader of the output has left
             line = describe_failure(problem)
             expected = isinstance(problem, OSError) or line.startswith(NO_MEMORY)
             hint = "" if expected else f"; prompttune did not expect this: {TRACEBACK}=1 shows where it happened"

@@ -1,4 +1,4 @@
-"""``prompttune meta``: a common start for dam-vp's prompts."""
+"""``prompttune meta``: a common initial prompt for dam-vp."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from rich.progress import Progress
 
 
 @click.command()
-@click.option("--data", required=True, multiple=True, help="Data set, as train takes it. Repeat it for each.")
+@click.option("--data", required=True, multiple=True, help="Data set, as for train; repeat the option for each one.")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="File to write, .safetensors.")
 @click.option("--backbone", default="vit_small_patch14_dinov2", show_default=True, help="timm name of the backbone.")
 @click.option(
-    "--image-size", type=click.IntRange(1), help="Side of the input in pixels; the backbone's own if not given."
+    "--image-size", type=click.IntRange(1), help="Side of the input in pixels.  [default: the backbone's own]"
 )
-@click.option("--weights", default="auto", show_default=True, help="As of train.")
+@click.option("--weights", default="auto", show_default=True, help="Source of the weights, as for train.")
 @click.option(
-    "--prompt-size", type=click.IntRange(1), help="Width of the border in pixels; as of train --method dam-vp."
+    "--prompt-size", type=click.IntRange(1), help="Width of the border in pixels, as for train --method dam-vp."
 )
-@click.option("--steps", type=click.IntRange(1), default=200, show_default=True, help="Moves of the prompt.")
-@click.option("--inner-steps", type=click.IntRange(1), default=8, show_default=True, help="SGD steps in each of them.")
+@click.option("--steps", type=click.IntRange(1), default=200, show_default=True, help="Number of moves of the prompt.")
+@click.option("--inner-steps", type=click.IntRange(1), default=8, show_default=True, help="SGD steps in each move.")
 @click.option("--lr", type=float, default=1.0, show_default=True, help="Highest learning rate of the prompts.")
 @click.option("--head-lr", type=float, default=0.1, show_default=True, help="Learning rate of the heads.")
-@click.option("--step-size", type=float, default=1.0, show_default=True, help="How far the common prompt follows.")
+@click.option("--step-size", type=float, default=1.0, show_default=True, help="Step size of the common prompt.")
 @click.option(
-    "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images of a data set a step."
+    "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images of a data set per step."
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of order and initialisation.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:INDEX.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of order and initialisation.")
+@click.option("--device", default="auto", show_default=True, help="Device: auto, cpu, cuda or cuda:INDEX.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def meta(
@@ -46,7 +46,7 @@ def meta(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Meta-learn the prompt that dam-vp starts from, over several data sets.
+    """Meta-learn dam-vp's initial prompt over several data sets.
 
     \b
     prompttune meta --data demo/digits --data demo/location --output meta.safetensors

@@ -1,4 +1,4 @@
-"""Click options out of settings dataclasses."""
+"""Click options made from settings dataclasses."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from prompttune.errors import UsageError
 from prompttune.settings import Setting, all_settings, settings_of
 
 NOTHING = "none"
-"""How an option is told to have no value."""
+"""Value that unsets an optional setting."""
 GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 
 
 class SettingType(click.ParamType[Any]):
-    """Text of the command line to a setting's value; ``unset`` is what gives none."""
+    """Converter from command line text to a setting's value; the text ``unset`` gives None."""
 
     def __init__(self, known: Setting, unset: str | None = None) -> None:
         self.known = known
@@ -27,11 +27,11 @@ class SettingType(click.ParamType[Any]):
         self.name = {int: "integer", float: "number", str: "text", Path: "path"}[known.type]
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:  # noqa: ARG002
-        """What stands for the value in the help."""
+        """Placeholder of the value in the help."""
         return f"{self.name},…".upper() if self.known.is_tuple else self.name.upper()
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Bring the text to the setting's type, or fail as click does."""
+        """Convert the text to the setting's type; raises click's error if that fails."""
         if value == self.unset:
             return None
         try:
@@ -41,17 +41,17 @@ class SettingType(click.ParamType[Any]):
 
 
 class SettingOption(click.Option):
-    """An option that carries one setting; it is None where it is not given.
+    """An option for one setting; its value is None if it is not given.
 
-    Further metadata of the field: ``short``, a name of one letter; ``metavar``; ``envvar``; ``repeat``, for a tuple
-    whose items are given one by one; ``path``, ``file`` or ``folder``; ``shown``, the default in words; ``bare``, what
-    the option without a value gives.
+    Other metadata of the field: ``short``, a name of one letter; ``metavar``; ``envvar``; ``repeat``, for a tuple whose
+    items are given one by one; ``path``, ``file`` or ``folder``; ``shown``, the default as text; ``bare``, the value of
+    the option without a value.
 
     Args:
         known: the setting.
-        section: its place in the help.
-        text: for the help.
-        over_file: the option goes before a settings file, so that a flag can be taken back and a value unset.
+        section: section of the help.
+        text: help text.
+        over_file: whether the option overrides a settings file, so that flags can be switched off and values unset.
     """
 
     def __init__(self, known: Setting, section: str, text: str, over_file: bool = False) -> None:
@@ -80,13 +80,13 @@ class SettingOption(click.Option):
         )
 
     def process_value(self, ctx: click.Context, value: Any) -> Any:
-        """As click does; the word for nothing becomes None."""
+        """Process the value like click; the word ``none`` becomes None."""
         made = super().process_value(ctx, value)
         return None if made is not None and made == self.unset else made
 
 
 def _type(known: Setting, unset: str | None) -> click.ParamType[Any] | None:
-    """What reads the text of an option; None for a flag."""
+    """Converter for the text of an option; None for a flag."""
     if known.type is bool:
         return None
     if known.choices is not None and not known.is_tuple:
@@ -107,7 +107,7 @@ def options_of(*kinds: type[Any], without: Collection[str] = ()) -> list[click.P
 
 
 def over_file(settings: Iterable[Setting], section: str) -> list[click.Parameter]:
-    """One option for each setting, to go before those of a settings file."""
+    """One option for each setting; it overrides the settings file."""
     return [
         SettingOption(known, known.section or section, f"{known.help}{_told(known, True)}", True) for known in settings
     ]
@@ -132,7 +132,7 @@ def method_options() -> list[click.Parameter]:
 
 
 def _shared(owners: list[Setting]) -> Setting:
-    """One option for the settings of one name: it takes what any of the methods takes, each refuses the rest itself."""
+    """One option for settings with the same name: it accepts any method's values; each method refuses others."""
     choices = [tuple(known.choices or ()) for known in owners]
     every = tuple(dict.fromkeys(value for values in choices for value in values)) if all(choices) else None
     optional = any(known.optional for known in owners)
@@ -140,7 +140,7 @@ def _shared(owners: list[Setting]) -> Setting:
 
 
 def training_options() -> list[click.Parameter]:
-    """Every setting of a training run as an option."""
+    """One option for each setting of a training run."""
     from prompttune.training.config import TrainConfig, augment_fields
 
     own = over_file(settings_of(TrainConfig).values(), "Training")
@@ -149,7 +149,7 @@ def training_options() -> list[click.Parameter]:
 
 
 def _told(known: Setting, flags: bool = False) -> str:
-    """Default and bounds in brackets; that of a flag that is off only if ``flags``."""
+    """Default and bounds in brackets; the default of a flag that is off only with ``flags``."""
     nothing = known.default in (None, (), "") or (known.default is False and not flags)
     default = known.metadata.get("shown", "" if nothing else _spelled(known.default))
     words = [f"default: {default}" * bool(default), known.bounds]
@@ -169,7 +169,7 @@ def _spelled(value: Any) -> str:
 
 
 def given_settings(ctx: click.Context) -> dict[str, Any]:
-    """The settings that stand on the command line or in the environment, by :attr:`Setting.key`."""
+    """Settings from the command line or the environment, by :attr:`Setting.key`."""
     return {
         option.known.key: ctx.params[option.known.key]
         for option in ctx.command.get_params(ctx)

@@ -1,4 +1,4 @@
-"""A help page in sections."""
+"""Help pages with sections."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import click
 
 
 class SectionOption(click.Option):
-    """An option with a place in the help.
+    """An option with a section of the help.
 
     Args:
-        section: headline that it stands under.
+        section: headline of the section.
     """
 
     def __init__(self, *args: Any, section: str = "Options", **attrs: Any) -> None:
@@ -21,13 +21,13 @@ class SectionOption(click.Option):
 
 
 class SectionedCommand(click.Command):
-    """A command whose help groups the settings; options of its own come first.
+    """A command whose help groups the settings in sections; the command's own options come first.
 
     Args:
-        examples: for the end of the help.
+        examples: examples at the end of the help.
         notes: texts by section.
-        sections: those that come first, in order.
-        settings: makes further options, anew for each call: a method may have been registered meanwhile.
+        sections: first sections, in order.
+        settings: makes more options at each call, since methods may have been registered in the meantime.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class SectionedCommand(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {name: [] for name in self.sections}
         for parameter in self.get_params(ctx):
             if isinstance(parameter, click.Argument):
-                continue  # the line of usage and the text name them
+                continue  # the usage line and the text name them
             record = parameter.get_help_record(ctx)
             if record is not None:
                 sections.setdefault(getattr(parameter, "section", "Options"), []).append(record)
@@ -66,7 +66,7 @@ class SectionedCommand(click.Command):
                 formatter.write_dl(records)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        """Write the examples as they stand."""
+        """Write the examples unchanged."""
         if self.examples:
             with formatter.section("Examples"):
                 for line in self.examples.strip().splitlines():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 OWN_TASKS = ""
-"""``--watch`` without a folder."""
+"""Value of ``--watch`` without a folder."""
 _NEEDED = {
     "fastapi": "fastapi",
     "uvicorn": "uvicorn",
@@ -29,11 +29,11 @@ _NEEDED = {
     "grpcio-health-checking": "grpc_health",
     "grpcio-reflection": "grpc_reflection",
 }
-"""Packages of the extra and the modules that they carry."""
+"""Packages of the extra, with their modules."""
 
 
 def size(_context: click.Context, _parameter: click.Parameter, value: str) -> int:
-    """Bytes of a size such as ``512MiB`` or ``4GB``."""
+    """Number of bytes from a size such as ``512MiB`` or ``4GB``."""
     found = _SIZE.fullmatch(value.strip())
     if found is None or found[2].upper() not in _UNITS:
         raise click.BadParameter(f"{value!r} is not a size such as 512MiB or 4GB")
@@ -46,87 +46,93 @@ def size(_context: click.Context, _parameter: click.Parameter, value: str) -> in
     "--host", default="127.0.0.1", show_default=True, envvar="PROMPTTUNE_HOST", show_envvar=True,
     help="Address or name to listen on, the same for both transports; 0.0.0.0 or :: for all of IPv4 and IPv6.",
 )  # fmt: skip
-@click.option("--http-port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--grpc-port", type=click.IntRange(0, 65535), default=8001, show_default=True, help="0 takes a free one.")
-@click.option("--no-grpc", is_flag=True, help="Serve HTTP alone.")
+@click.option(
+    "--http-port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="HTTP port; 0: a free one."
+)
+@click.option(
+    "--grpc-port", type=click.IntRange(0, 65535), default=8001, show_default=True, help="gRPC port; 0: a free one."
+)
+@click.option("--no-grpc", is_flag=True, help="Serve only HTTP.")
 @click.option(
     "--device", "devices", multiple=True, default=("cpu",), show_default=True,
-    help="cpu, cuda or cuda:INDEX; may be repeated, one worker each.",
+    help="Device: cpu, cuda or cuda:INDEX; may be repeated for more workers.",
 )  # fmt: skip
-@click.option("--threads", type=click.IntRange(1), help="CPU threads of one worker.  [default: one a core]")
-@click.option("--max-batch", type=click.IntRange(1), default=16, show_default=True, help="Images of one batch at most.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of each worker.  [default: one per core]")
+@click.option("--max-batch", type=click.IntRange(1), default=16, show_default=True, help="Most images in a batch.")
 @click.option(
     "--max-delay-ms", type=click.FloatRange(0), default=0.0, show_default=True,
-    help="How long an image may wait for others while its device is free.",
+    help="Longest wait of an image for others while its device is free.",
 )  # fmt: skip
 @click.option(
     "--stall-seconds", type=click.FloatRange(0.01), default=120.0, show_default=True,
-    help="A batch that takes longer hangs: its worker is started again.",
+    help="Longest time of a batch; a worker that exceeds it is restarted.",
 )  # fmt: skip
-@click.option("--max-queue", type=click.IntRange(1), default=1024, show_default=True, help="Images inside at most.")
-@click.option("--timeout", type=click.FloatRange(0.001), default=60.0, show_default=True, help="Seconds for a request.")
+@click.option("--max-queue", type=click.IntRange(1), default=1024, show_default=True, help="Most images inside.")
+@click.option("--timeout", type=click.FloatRange(0.001), default=60.0, show_default=True, help="Timeout, in seconds.")
 @click.option(
     "--resident-tasks", type=click.IntRange(1), default=64, show_default=True,
-    help="Tasks that each device keeps ready; the least recently used make room.",
+    help="Number of tasks that each device keeps loaded; the least recently used are evicted.",
 )  # fmt: skip
 @click.option(
     "--host-memory", default="1GiB", show_default=True, callback=size, metavar="SIZE",
-    help="Memory of each worker for tasks that are not resident, so that they need not be read from disk.",
+    help="Memory of each worker for tasks that are not loaded, so that they are not read from disk again.",
 )  # fmt: skip
 @click.option(
     "--watch", is_flag=False, flag_value=OWN_TASKS, metavar="[FOLDER]",
-    help="Follow tasks that come, change and go in the engine's folder, and in FOLDER as well if it is given.",
+    help="Follow added, changed and removed tasks in the engine's folder, and also in FOLDER if given.",
 )  # fmt: skip
 @click.option(
-    "--watch-seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="Between two looks at them."
+    "--watch-seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="Seconds between two scans."
 )
-@click.option("--decode-workers", type=click.IntRange(1), help="Threads that decode images.  [default: one a core]")
+@click.option("--decode-workers", type=click.IntRange(1), help="Number of decoding threads.  [default: one per core]")
 @click.option(
     "--token-file", type=click.Path(dir_okay=False, path_type=Path),
-    help="Bearer tokens that inference needs, one a line.  [default: inference is open]",
+    help="Bearer tokens for inference, one per line.  [default: inference is open]",
 )  # fmt: skip
 @click.option(
     "--allow-shared-memory", is_flag=True,
-    help="Let clients on this machine leave tensors in system shared memory; see the page on security first.",
+    help="Let clients on this machine pass tensors in system shared memory; read the page on security first.",
 )  # fmt: skip
 @click.option("--allow-control", is_flag=True, help="Let clients load and unload tasks.")
 @click.option(
-    "--control-token-file", type=click.Path(dir_okay=False, path_type=Path), help="Bearer tokens that control needs."
+    "--control-token-file", type=click.Path(dir_okay=False, path_type=Path), help="Bearer tokens for control."
 )
 @click.option("--tls-certificate", type=click.Path(dir_okay=False, path_type=Path), help="Certificate chain, PEM.")
-@click.option("--tls-key", type=click.Path(dir_okay=False, path_type=Path), help="Its private key, PEM.")
+@click.option("--tls-key", type=click.Path(dir_okay=False, path_type=Path), help="Private key of the certificate, PEM.")
 @click.option(
-    "--tls-client-ca", type=click.Path(dir_okay=False, path_type=Path), help="Ask clients for a certificate of it."
+    "--tls-client-ca", type=click.Path(dir_okay=False, path_type=Path), help="Authority of client certificates."
 )
-@click.option("--max-body", default="64MiB", show_default=True, callback=size, metavar="SIZE", help="Of one request.")
-@click.option("--max-images", type=click.IntRange(1), default=256, show_default=True, help="Of one request.")
-@click.option("--max-pixels", type=click.IntRange(1), default=50_000_000, show_default=True, help="Of one image.")
+@click.option("--max-body", default="64MiB", show_default=True, callback=size, metavar="SIZE", help="Largest request.")
+@click.option("--max-images", type=click.IntRange(1), default=256, show_default=True, help="Most images of a request.")
+@click.option(
+    "--max-pixels", type=click.IntRange(1), default=50_000_000, show_default=True, help="Most pixels of an image."
+)
 @click.option(
     "--keep-alive-seconds", type=click.IntRange(1), default=75, show_default=True,
-    help="Time that an HTTP connection may wait for its next request; longer than a proxy in front keeps it.",
+    help="Seconds that an HTTP connection may stay idle; longer than a proxy in front keeps it.",
 )  # fmt: skip
 @click.option(
     "--forwarded-allow-ips", default="", metavar="ADDRESSES",
-    help="Proxies whose X-Forwarded-For, -Proto, -Host and -Prefix are believed: addresses and networks, separated by "
+    help="Proxies whose X-Forwarded-For, -Proto, -Host and -Prefix are trusted: addresses and networks, separated by "
     "commas, or * for all.  [default: none]",
 )  # fmt: skip
 @click.option(
     "--root-path", default="", metavar="PATH",
-    help="Path prefix under which a proxy shows the server, such as /vision.",
+    help="Path prefix under which a proxy publishes the server, such as /vision.",
 )  # fmt: skip
 @click.option(
     "--drain-seconds", type=click.FloatRange(0), default=30.0, show_default=True,
-    help="Time after SIGTERM for requests inside to be answered; the others then get 503.",
+    help="Seconds after SIGTERM to answer the requests inside; the remaining ones get 503.",
 )  # fmt: skip
 @click.option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True,
-    help="Of the JSON lines on standard error.",
+    help="Level of the JSON log lines on standard error.",
 )  # fmt: skip
 def serve(engine: Path, log_level: str, **options: Any) -> None:
     """Serve the tasks of ENGINE with the Open Inference Protocol v2, over HTTP and gRPC.
 
     Every task is a model; the model "mixed" takes a task for each image. All share one backbone, and requests for
-    different tasks run in one batch. A page at / shows them. SIGTERM drains.
+    different tasks share batches. The page at / shows them. SIGTERM drains the server.
 
     \b
     prompttune serve engine

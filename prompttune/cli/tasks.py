@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def tasks() -> None:
-    """Add, remove or list the tasks of an ENGINE folder. The graph is never touched.
+    """Add, remove or list the tasks of an ENGINE folder. The graph is never changed.
 
     \b
     prompttune tasks list engine
@@ -59,7 +59,7 @@ def add(
 ) -> None:
     """Add checkpoints RUN to ENGINE as tasks, each compared with PyTorch first.
 
-    A task is called as its checkpoint folder; NAME=PATH gives it another name.
+    A task has the name of its checkpoint folder; NAME=PATH gives it another name.
 
     \b
     prompttune tasks add engine runs/shapes
@@ -105,7 +105,7 @@ def add(
 @tasks.command()
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
-@click.option("--json", "as_json", is_flag=True, help="Print the tasks that are left as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the remaining tasks as JSON.")
 def remove(engine: Path, names: tuple[str, ...], as_json: bool) -> None:
     """Remove the tasks NAME from ENGINE.
 
@@ -158,7 +158,7 @@ def list_(engine: Path, verify: bool, as_json: bool) -> None:
 
 
 def _table(scan: Scan, width: int) -> list[str]:
-    """A line for each task; rich's tables take a millisecond a row, which is seconds for thousands."""
+    """A line for each task; rich's tables take a millisecond per row, which is seconds for thousands of tasks."""
     rows = [("task", "version", "from", "classes", "kB", "labels")]
     for name, record in scan.records.items():
         source = str(record.values.get("source", {}).get("checkpoint", ""))

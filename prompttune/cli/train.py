@@ -22,7 +22,7 @@ from prompttune.training.progress import Display, OnProgress, Progress
 from prompttune.training.state import RunFolder
 
 INTERRUPTED = 130
-"""Exit code of a process that Ctrl-C ended."""
+"""Exit code of a process that was ended by Ctrl-C."""
 
 EXAMPLES = r"""
 prompttune train --backbone vit_small_patch14_dinov2 --image-size 56 \
@@ -45,7 +45,7 @@ tasks.yaml:
 
 NOTES = {
     "Augmentation": "These override the preset that --augment names.",
-    "Method settings": "The methods that have a setting stand in brackets behind it; another method refuses it.",
+    "Method settings": "The methods with a setting are in brackets after it; other methods refuse it.",
 }
 
 
@@ -54,17 +54,17 @@ NOTES = {
     "--config",
     "config_file",
     type=click.Path(path_type=Path),
-    help="YAML file of settings, by the names of the options; the command line goes before it.",
+    help="YAML file of settings, by the names of the options; the command line overrides it.",
 )
 @click.option("--tasks", "tasks_file", type=click.Path(path_type=Path), help="YAML file of several tasks to train.")
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on after the last whole epoch in the output folder; more --epochs than before extend the run.",
+    help="Resume after the last finished epoch in the output folder; more --epochs than before extend the run.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the run in the output folder.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
-@click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON on the standard output.")
+@click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON on standard output.")
 @click.pass_context
 def train(
     ctx: click.Context,
@@ -79,8 +79,8 @@ def train(
 ) -> None:
     """Train one task, or several, over a frozen backbone.
 
-    A setting that takes the word none has no value then. Every run writes its best checkpoint, curves, metrics and
-    its settings to the output folder, and can be resumed after any interruption.
+    Pass "none" to unset an optional setting. Every run writes its best checkpoint, curves, metrics and its settings to
+    the output folder, and can be resumed after any interruption.
     """
     given = given_settings(ctx)
     flags = {"resume": resume, "overwrite": overwrite}
@@ -103,7 +103,7 @@ def _train_one(ctx: click.Context, config: TrainConfig, flags: dict[str, Any], c
             result = run(config, on_progress=display, **flags)
     except KeyboardInterrupt:
         settings = RunFolder.of(config.output).settings
-        resume = f"; go on with: prompttune train --config {settings} --resume" if settings.exists() else ""
+        resume = f"; resume with: prompttune train --config {settings} --resume" if settings.exists() else ""
         click.echo(f"Interrupted{resume}", err=True)
         ctx.exit(INTERRUPTED)
     if as_json:
@@ -119,7 +119,7 @@ def _train_several(
         with Display(console) as display:
             outcomes = train_tasks(tasks, on_progress=display, on_task=_announcer(display, len(tasks)), **flags)
     except KeyboardInterrupt:
-        click.echo("Interrupted; go on with the same command and --resume", err=True)
+        click.echo("Interrupted; run the same command with --resume", err=True)
         ctx.exit(INTERRUPTED)
     if as_json:
         _print_json([outcome.to_dict() for outcome in outcomes])
@@ -159,13 +159,13 @@ def _print_json(value: Any) -> None:
 
 
 def _is_first_process() -> bool:
-    """Whether this is the process that speaks; a data parallel run starts the command once for each device."""
+    """Whether this process prints; a data-parallel run starts the command once for each device."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 @contextlib.contextmanager
 def _leaving(ctx: click.Context) -> Iterator[None]:
-    """All processes of a data parallel run fail alike; the first one alone says so."""
+    """Let only the first process report: all processes of a data-parallel run fail alike."""
     try:
         yield
     except PrompttuneError as problem:

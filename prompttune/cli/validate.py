@@ -28,9 +28,9 @@ from prompttune.evaluation.scored import DEFAULT_SPLIT, SPLITS
     type=click.Path(path_type=Path),
     help="Compare with this other engine instead of PyTorch: the tasks of the same names. Needs no backbone weights.",
 )
-@click.option("--task", "tasks", multiple=True, help="Validate this task alone. May be repeated.")
+@click.option("--task", "tasks", multiple=True, help="Task to validate; may be repeated.  [default: all]")
 @gate_options
-@click.option("--limit", type=click.IntRange(1), help="At most so many images of each task.")
+@click.option("--limit", type=click.IntRange(1), help="Largest number of images of each task.")
 @click.option("--split", type=click.Choice(SPLITS), help=f"Images of --data to evaluate.  [default: {DEFAULT_SPLIT}]")
 @runtime_options
 @weights_option
@@ -59,11 +59,11 @@ def validate(
 ) -> None:
     """Compare ENGINE with PyTorch, or with another engine: every task, mixed batches, swaps, neighbours.
 
-    With --data the images of --split go through both sides, those of a data set without splits all, and both are
-    evaluated: accuracy and calibration error here; precision and recall of each class, confusion and calibration
-    of both with --json and --output, pictures of the engine's with --html. A data set for every task is evaluated for
-    those alone that have its classes. What passes follows the precision of the engine, and the looser one of two
-    engines. Exit code 1, and one line that names the worst figure, if one is beyond its threshold.
+    With --data, the images of --split (all images of a data set without splits) go through both sides, and both are
+    evaluated: accuracy and calibration error here; precision and recall of each class, confusion and calibration of
+    both with --json and --output, pictures of the engine's with --html. A data set for every task is evaluated only for
+    the tasks that have its classes. The thresholds follow the precision of the engine, or the less strict one of two
+    engines. If a figure exceeds its threshold, the exit code is 1, and one line names the worst figure.
 
     \b
     prompttune validate engine
