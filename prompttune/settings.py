@@ -1,4 +1,4 @@
-"""Settings: dataclass fields with help, choices and bounds. Options, readers of files and checks are made from them."""
+"""Settings: dataclass fields with help, choices and bounds, from which options, file readers and checks are made."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ class Setting:
     default: Any
     help: str = ""
     choices: Collection[Any] | None = None
-    """Values to choose from; a collection may grow meanwhile."""
+    """Allowed values; a collection may grow in the meantime."""
     optional: bool = False
     """Whether None is a value."""
     is_tuple: bool = False
     length: int | None = None
-    """Number of items of a tuple, None for any number."""
+    """Number of items of a tuple; None for any number."""
     required: bool = False
     must_match_on_resume: bool = True
     """Whether a resumed run needs the same value."""
     grows: bool = False
     """Whether a resumed run may have a larger value."""
     section: str = ""
-    """Headline of the help that its option stands under."""
+    """Section of the help for its option."""
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """The bounds, and what :func:`setting` takes besides."""
+    """The bounds, and other arguments of :func:`setting`."""
 
     @property
     def key(self) -> str:
@@ -63,25 +63,26 @@ class Setting:
 
     @property
     def bounds(self) -> str:
-        """The bounds in words, such as ``at least 1 and below 5``; empty without any."""
+        """The bounds as text, such as ``at least 1 and below 5``; empty without bounds."""
         told = ((words, self.metadata.get(key)) for key, (words, _) in _BOUNDS.items())
         return " and ".join(f"{words} {limit}" for words, limit in told if limit is not None)
 
     def coerce(self, value: Any, strict: bool = False) -> Any:
-        """Bring a value to the field's type and hold it to its choices and bounds.
+        """Convert a value to the field's type and check it against its choices and bounds.
 
         Args:
-            value: from Python, YAML or the command line.
-            strict: take no text for a number, as YAML 1.1 needs it for 5e-3, and no single value for a tuple.
+            value: value from Python, YAML or the command line.
+            strict: whether to refuse text for a number, which YAML 1.1 needs for 5e-3, and a single value for a tuple.
 
         Raises:
-            UsageError: the value loses something, or is not allowed; one line that names the setting.
+            UsageError: the conversion would lose information, or the value is not allowed; one line that names the
+                setting.
         """
         if read := self.metadata.get("read"):
             return read(value)
         if value is None:
             if not self.optional:
-                raise UsageError(f"{self.name} needs {KINDS[self.type]}, not nothing")
+                raise UsageError(f"{self.name} needs {KINDS[self.type]}")
             return None
         if not self.is_tuple:
             return self._scalar(value, strict)
@@ -128,9 +129,9 @@ def setting(
     """A dataclass field with help text.
 
     Args:
-        default: the value if none is given; without it, one must be given.
-        help: for the command line and errors.
-        choices: the values it may take.
+        default: the default value; a setting without it is required.
+        help: text for the command line and errors.
+        choices: allowed values.
         metadata: ``low``, ``above``, ``high``, ``below``: bounds of a number. ``must_match_on_resume=False``: a
             resumed run may have another value; ``grows=True``: it may have a larger one. ``kind``: the type on the
             command line where the field takes more in Python, and ``read``, which brings any of them to a value and
@@ -141,28 +142,28 @@ def setting(
 
 
 def part(kind: Callable[[], Any], **metadata: Any) -> Any:
-    """A field that holds another settings dataclass, whose settings stand among those of the outer one."""
+    """A field that holds another settings dataclass, whose settings are among those of the outer one."""
     return dataclasses.field(default_factory=kind, metadata={"part": True, **metadata})
 
 
 def settle(instance: Any, strict: bool = False) -> None:
-    """Bring every setting of a frozen dataclass to its type, see :meth:`Setting.coerce`; for ``__post_init__``."""
+    """Convert every setting of a frozen dataclass to its type, see :meth:`Setting.coerce`; for ``__post_init__``."""
     for name, known in settings_of(type(instance)).items():
         object.__setattr__(instance, name, known.coerce(getattr(instance, name), strict))
 
 
 def settings_of(cls: type[Any]) -> dict[str, Setting]:
-    """The fields of a settings dataclass that hold plain values, by name, in their order.
+    """The fields of a settings dataclass with plain values, by name, in their order.
 
     Fields of any other type (a mapping, another dataclass) are left out.
     """
-    key: Any = cls  # mypy takes no type[Any] for hashable
+    key: Any = cls  # mypy does not treat type[Any] as hashable
     return dict(_read_fields(key))
 
 
 @functools.cache
 def _read_fields(cls: Any) -> dict[str, Setting]:
-    """See :func:`settings_of`; once for each class, since a benchmark makes thousands of configs."""
+    """See :func:`settings_of`; cached for each class, since a benchmark makes thousands of configs."""
     hints = typing.get_type_hints(cls)
     found: dict[str, Setting] = {}
     for field in dataclasses.fields(cls):
@@ -193,7 +194,7 @@ def _read_fields(cls: Any) -> dict[str, Setting]:
 
 
 def _read_type(hint: Any) -> tuple[type, bool, bool, int | None] | None:
-    """Item type, whether None is allowed, whether it is a tuple and how long; None for other types."""
+    """Item type, whether None is allowed, whether it is a tuple, and its length; None for other types."""
     optional = False
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         arms = [arm for arm in typing.get_args(hint) if arm is not types.NoneType]
@@ -216,7 +217,7 @@ def _parts(cls: type[Any]) -> dict[str, tuple[type[Any], dataclasses.Field[Any]]
 
 
 def all_settings(cls: type[Any]) -> dict[str, Setting]:
-    """The settings that have help, by :attr:`Setting.key`, those of the parts included."""
+    """The settings with help, by :attr:`Setting.key`, including those of the parts."""
     found = {known.key: known for known in settings_of(cls).values() if known.help}
     for kind, _ in _parts(cls).values():
         found |= all_settings(kind)
@@ -227,7 +228,7 @@ Made = TypeVar("Made")
 
 
 def make(cls: type[Made], values: Mapping[str, Any]) -> Made:
-    """An instance out of values by :attr:`Setting.key`, parts included; what is not of this class is passed over."""
+    """Create an instance from values by :attr:`Setting.key`, including parts; values of other classes are ignored."""
     return cls(**_fields(cls, values))
 
 
@@ -245,7 +246,7 @@ def _fields(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resume_values(instance: Any) -> dict[str, Any]:
-    """What a resumed run must share: option without its hyphens → plain value, None for a flag that is off."""
+    """Values that a resumed run must share, by option without hyphens, as plain values; None for a flag that is off."""
     found = {}
     for name, known in settings_of(type(instance)).items():
         if known.must_match_on_resume:
@@ -263,9 +264,9 @@ def _plain(value: Any) -> Any:
 
 
 def coerce_all(values: Mapping[str, Any], settings: Mapping[str, Setting], kind: str) -> dict[str, Any]:
-    """Bring named values to their fields' types.
+    """Convert named values to their fields' types.
 
     Raises:
-        UsageError: a name is not one of ``settings`` (``kind`` says of what), or a value does not fit.
+        UsageError: a name is not in ``settings`` (``kind`` describes these), or a value does not fit.
     """
     return {name: settings[choose(kind, name, settings)].coerce(value) for name, value in values.items()}

@@ -1,10 +1,10 @@
-"""The resident bank: the states of an engine's tasks, stacked once, changed row by row while calls run.
+"""The resident bank: the states of tasks that are in memory, in rows that calls read while tasks change.
 
-A call works on a snapshot, taken under a lock and then read without one. A task that is replaced gets a new row, and
-its old row is used again only when no call is left that may read it. So every answer comes wholly from one version.
+A call works on a snapshot, which is taken under a lock and then read without one. A replaced task gets a new row, and
+its old row is reused only after the last call that may read it. Every answer therefore comes from a single version.
 
-Whoever changes the bank holds a second lock, for as long as copying takes. What it copies to is named by no snapshot
-yet, so calls need not wait for it: the lock that they take is held for some instructions alone.
+A change of the bank holds a second lock while it copies. It copies to rows that are not in a snapshot yet, so calls
+do not wait for it: the lock that they take is held only for some instructions.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ Load = Callable[[str], tuple[Task, str]]
 
 @dataclass(frozen=True)
 class Entry:
-    """A resident task and the bank row that holds its state."""
+    """A resident task, and the bank row that holds its state."""
 
     task: Task
-    """Its state is a view of the bank, so that nothing is held twice: read it under a lease."""
+    """The task; its state is a view of the bank, so it is not stored twice: read it under a lease."""
     version: str
     row: int
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a call works on: it does not change while the bank does."""
+    """Consistent view for a call, which does not change while the bank does."""
 
     generation: int
     entries: Mapping[str, Entry]
     placed: Mapping[str, Any]
-    """State key → tensor [capacity, ...], placed by the runtime."""
+    """Tensors [capacity, ...] by state key, placed by the runtime."""
 
 
 class Bank:
@@ -82,19 +82,19 @@ class Bank:
         self._dtype = dtype
         self._capacity = capacity
         self._writing = threading.RLock()
-        """Of whoever changes the bank; taken before the other one."""
+        """Lock for changes to the bank; taken before the other one."""
         self._lock = threading.Condition(threading.Lock())
-        """Of the snapshot, the leases and the lists of rows; told when a lease ends."""
+        """Lock for the snapshot, the leases and the lists of rows; notified when a lease ends."""
         self._leases: Counter[int] = Counter()
-        """Calls that may read every row of a generation."""
+        """Number of calls that may read every row, by generation."""
         self._readers: Counter[int] = Counter()
-        """Calls that may read a row, by row."""
+        """Number of calls that may read a row, by row."""
         self._retired: list[tuple[int, int]] = []
-        """Rows no longer named, each with the last generation that names it."""
+        """Rows that are not named any more, each with the last generation that names it."""
         self._rows: dict[str, NDArray[Any]] = {}
         self._axes: dict[str, int] = dict(axes or {})
         self._recent: OrderedDict[str, None] = OrderedDict()
-        """The resident tasks, that which was not asked for the longest first."""
+        """The resident tasks, the least recently used first."""
         self._free: list[int] = []
         self._snapshot = Snapshot(0, {}, {})
         if tasks or capacity:
@@ -114,7 +114,7 @@ class Bank:
 
     @property
     def nbytes(self) -> int:
-        """Size of the rows, used or not, in bytes."""
+        """Size of all allocated rows, in bytes."""
         return sum(rows.nbytes for rows in self._rows.values())
 
     @property
@@ -124,19 +124,19 @@ class Bank:
 
     @contextlib.contextmanager
     def lease(self, names: Collection[str] | None = None, load: Load | None = None) -> Iterator[Snapshot]:
-        """A snapshot whose rows stay as they are until the block ends: those of ``names``, or all of them.
+        """A snapshot whose rows do not change until the block ends: those of ``names``, or all.
 
         Args:
             names: at most as many tasks as the bank may hold.
-            load: reads those of them that are not resident, which then become so; None leaves them out.
+            load: reads tasks that are not resident and makes them so; None skips them.
 
         Raises:
-            PrompttuneError: what ``load`` raises.
+            PrompttuneError: an error of ``load``.
         """
         snapshot, counter, held = self._hold(names)
         if names is not None and load is not None and not snapshot.entries.keys() >= set(names):
             self._let_go(counter, held)
-            with self._writing:  # nobody takes out what was just loaded
+            with self._writing:  # keeps a just loaded task from being evicted
                 for name in dict.fromkeys(names):
                     if name not in self.entries:
                         task, version = load(name)
@@ -162,7 +162,7 @@ class Bank:
     def _let_go(self, counter: Counter[int], held: list[int]) -> None:
         with self._lock:
             counter.subtract(held)
-            counter += Counter()  # drops the zeros
+            counter += Counter()  # removes the zeros
             self._recycle()
             self._lock.notify_all()
 
@@ -180,16 +180,16 @@ class Bank:
         version: str | None = None,
         staying: Collection[str] = (),
     ) -> None:
-        """Make a task resident; calls see it wholly or not at all.
+        """Make a task resident; calls see all of it or none.
 
-        A bank that may not grow waits for the calls that read a row which is about to be free.
+        A bank that cannot grow waits for the calls that read a row that is about to become free.
 
         Args:
-            name: what to call it.
+            name: name of the task.
             task: the task; its state is copied.
-            replace: replace a task of that name.
-            version: the task's version where it is known already: computing it takes a digest of the state.
-            staying: tasks whose place it does not take.
+            replace: whether to replace a task of that name.
+            version: version of the task, if known: computing it takes a digest of the state.
+            staying: tasks that must not be evicted for it.
 
         Raises:
             UsageError: the name is taken and ``replace`` is not set.
@@ -224,10 +224,10 @@ class Bank:
             return next(one for one in self._recent if one not in staying)
 
     def remove(self, name: str) -> None:
-        """Take a task out; calls that already run still answer for it.
+        """Remove a task; running calls still answer for it.
 
         Raises:
-            UsageError: there is no such task.
+            UsageError: the task does not exist.
         """
         with self._writing:
             choose("task", name, self.entries)
@@ -236,7 +236,7 @@ class Bank:
             self._publish(name, left, old)
 
     def _publish(self, name: str, entries: Mapping[str, Entry], old: Entry | None) -> None:
-        """Name these tasks from now on: ``name`` came or went, and ``old`` is its entry no longer."""
+        """Publish these tasks: ``name`` was added or removed, and ``old`` is its former entry."""
         with self._lock:
             self._recent.pop(name, None)
             if name in entries:
@@ -247,10 +247,10 @@ class Bank:
             self._recycle()
 
     def _row_for(self, axes: dict[str, int]) -> int:
-        """A row that no call reads, in tensors of these sizes."""
+        """A row that is not being read, in tensors of these sizes."""
         named = len(self.entries)
         if self._capacity is not None and named >= self._capacity:
-            raise EngineError(f"no row is free: all {self._capacity} hold tasks; take one out first")
+            raise EngineError(f"all {self._capacity} rows hold tasks: remove a task first")
         wanted = max(2 * (named + 1), _CAPACITY)
         wanted = wanted if self.limit is None else min(wanted, self.limit + 1)
         wanted = max(self._runtime.sizes.most(TASKS, wanted), named + 1)  # one row too many is refused by growing
@@ -283,7 +283,7 @@ class Bank:
 
 
 class BakedBank:
-    """The tasks of an engine whose model holds them as constants: nothing moves, and no state is read."""
+    """The tasks of an engine whose model holds them as constants: they are fixed, and states are never read."""
 
     limit: int | None = None
     row_bytes = 0
@@ -304,7 +304,7 @@ class BakedBank:
 
     @contextlib.contextmanager
     def lease(self, names: Collection[str] | None = None, load: Load | None = None) -> Iterator[Snapshot]:
-        """See :meth:`Bank.lease`; ``load`` raises for what the model does not hold."""
+        """See :meth:`Bank.lease`; ``load`` raises an error for a task that the model does not hold."""
         for name in names or ():
             if name not in self.entries and load is not None:
                 load(name)
@@ -312,16 +312,16 @@ class BakedBank:
         yield self._snapshot
 
     def put(self, name: str, task: Task, replace: bool = False, version: str | None = None) -> None:  # noqa: ARG002
-        """Refuse: see :meth:`EngineFolder.check_open`, which says what to do."""
+        """Refuse the task: see :meth:`EngineFolder.check_open`, which says what to do."""
         raise UsageError(f"the task {name!r} cannot be added: the tasks of this engine are baked into its model")
 
     def remove(self, name: str) -> None:
-        """Refuse, as :meth:`put` does."""
+        """Refuse the removal, as in :meth:`put`."""
         raise UsageError(f"the task {name!r} cannot be removed: the tasks of this engine are baked into its model")
 
 
 def _write(layout: Layout, rows: Mapping[str, NDArray[Any]], row: int, task: Task, version: str) -> Entry:
-    """Write a task's state into a row; the entry's state is what was written."""
+    """Write a task's state into a row; the state of the returned entry is the written row."""
     write_row(layout, rows, row, task.state)
     state = {
         key: rows[key][(slice(row, row + 1), *(slice(size) for size in value.shape[1:]))]

@@ -41,9 +41,9 @@ from prompttune.serve.masks import class_map
 
 PIXELS = "or give pixels, uint8 [H, W, 3] in RGB"
 EAGER = 64
-"""Tasks that are loaded when an engine is opened, if it has no more."""
+"""Largest number of tasks that are loaded when an engine is opened."""
 MEMORY = 2 << 30
-"""Bytes that resident tasks take, unless it is said how many there may be."""
+"""Bytes for resident tasks, unless their number is given."""
 
 Images = Tensor | NDArray[np.float32] | ImageLike | Sequence[ImageLike]
 
@@ -54,7 +54,7 @@ class Prediction:
 
     task: str
     task_version: str
-    """The version of the task that gave the answer."""
+    """Version of the task that gave the answer."""
     label: str
     probability: float
     top_k: tuple[Score, ...]
@@ -63,14 +63,14 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True)
 class TaskLogits:
-    """A row's logits and what they mean."""
+    """Logits of a row, with their labels."""
 
     labels: Sequence[str]
     """Class names, in the order of ``logits``."""
     task_version: str
-    """The version of the task that gave the answer."""
+    """Version of the task that gave the answer."""
     logits: Array
-    """float32 [C], C the task's own classes; of a segmentation [C, h, w]."""
+    """float32 [C], C the task's own classes; for a segmentation [C, h, w]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Segmentation:
 
     task: str
     task_version: str
-    """The version of the task that gave the answer."""
+    """Version of the task that gave the answer."""
     labels: Sequence[str]
     """Class names, by index."""
     mask: NDArray[np.uint8]
@@ -88,10 +88,10 @@ class Segmentation:
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What one call of the runtime gave."""
+    """Result of one call of the runtime."""
 
     rows: Sequence[int]
-    """Their places among all rows that were asked for."""
+    """Indices among all requested rows."""
     entries: Sequence[Entry]
     logits: Array
     """float32 [B, C]."""
@@ -103,22 +103,22 @@ class Engine:
     Args:
         path: the engine folder.
         device: ``cpu``, ``cuda`` or ``cuda:INDEX``.
-        threads: CPU threads of one operator; None takes one for each core.
-        cuda_graph: on a GPU, capture one CUDA graph for each batch size and replay it.
-        provider: ``tensorrt`` runs an ONNX engine in ONNX Runtime's TensorRT provider; None takes the device's own.
-        cache: folder for what that provider compiles, kept between runs.
-        spin: let CPU threads that wait for the next operator spin, see :class:`RuntimeOptions`.
-        verify: check the model's digests first.
-        tasks: answer for these tasks alone, with room for the largest of them from the start, so that no answer's last
-            digits depend on which was loaded first; None takes all of the folder.
-        resident_tasks: tasks in memory at most; None takes as many as fit in about :data:`MEMORY`. Up to
-            :data:`EAGER` of them are loaded at once if they may all be resident. Otherwise a task is loaded when it is
-            asked for, and takes the place of the one that was not asked for the longest.
+        threads: CPU threads of one operator; None for one per core.
+        cuda_graph: whether to capture one CUDA graph for each batch size on a GPU and replay it.
+        provider: ``tensorrt`` runs an ONNX engine in ONNX Runtime's TensorRT provider; None uses the device's own.
+        cache: folder for that provider's compiled engines, kept between runs.
+        spin: whether CPU threads that wait for the next operator spin, see :class:`RuntimeOptions`.
+        verify: whether to check the model's digests first.
+        tasks: tasks to answer for, with room for the largest of them from the start, so that an answer's last digits do
+            not depend on which task was loaded first; None for all tasks of the folder.
+        resident_tasks: largest number of tasks in memory; None for as many as fit in about :data:`MEMORY`. Up to
+            :data:`EAGER` of them are loaded at once if they may all be resident. Otherwise a task is loaded on request
+            and replaces the least recently used one.
 
     Raises:
-        UsageError: there is no such task.
+        UsageError: a task does not exist.
         EngineError: the engine is missing or damaged, or the runtime cannot open it. A damaged task that is not among
-            ``tasks`` is an error only when it is asked for.
+            ``tasks`` is an error only when it is requested.
         MissingExtraError: the device needs an extra that is not installed.
 
     Example:
@@ -150,7 +150,7 @@ class Engine:
         self._runtime = open_runtime(self.folder.path, manifest, options)
         self._dtype = bank_dtype(manifest.bank_precision)
         self._unsaved: dict[str, tuple[Task, str]] = {}
-        """Tasks that are in no folder, so that they can be loaded again."""
+        """Tasks without a folder, which therefore cannot be loaded again."""
         self._bank: Bank | BakedBank
         if tasks is not None:
             self._names = set(tasks)
@@ -165,12 +165,12 @@ class Engine:
 
     @functools.cached_property
     def _names(self) -> set[str]:
-        """The tasks that it answers for; a long list of them is not read before it is needed."""
+        """The tasks that it answers for; a long list is read only when it is needed."""
         baked = self.folder.manifest.baked
         return set(self.folder.tasks() if baked is None else set(baked).intersection(self.folder.tasks()))
 
     def _open_bank(self, named: bool, resident_tasks: int | None) -> Bank:
-        """The bank, with what may be in it from the start; ``named`` tasks must all be there."""
+        """The bank with its initial tasks; ``named`` tasks must all exist."""
         layout = self.folder.manifest.layout
         some = sorted(self._names) if named else self.folder.tasks(EAGER + 1)
         limit = self._runtime.sizes.most(TASKS_AXIS, resident_tasks or default_residents(self.folder, some))
@@ -190,20 +190,20 @@ class Engine:
         return Bank(self._runtime, layout, tasks, self._dtype, axes=axes, limit=limit, versions=versions)
 
     def _load(self, name: str) -> tuple[Task, str]:
-        """Read a task that is not resident, and its version."""
+        """Read a task that is not resident, with its version."""
         if name in self._unsaved:
             return self._unsaved[name]
         return self.folder.load_task(self._known(name))
 
     def _known(self, name: str) -> str:
-        if "_names" not in self.__dict__:  # a long list, which one task is no reason to read
+        if "_names" not in self.__dict__:  # do not read a long list for one task
             self.folder.task_folder(name)
             return name
         return name if name in self._names else choose("task", name, self.tasks)
 
     @property
     def description(self) -> str:
-        """Runtime, version and device, in words."""
+        """Runtime, version and device, as text."""
         return self._runtime.description
 
     @property
@@ -218,14 +218,14 @@ class Engine:
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the tasks that it answers for, sorted, resident or not."""
+        """Sorted names of the tasks that it answers for, resident or not."""
         return sorted(self._names)
 
     def labels(self, task: str) -> list[str]:
         """Class names of a task, in the order of its logits.
 
         Raises:
-            UsageError: there is no such task.
+            UsageError: the task does not exist.
         """
         return list(self._facts(task).labels)
 
@@ -234,12 +234,12 @@ class Engine:
         return self._facts(task).preprocess
 
     def version(self, task: str) -> str:
-        """The version of a task, a digest of all that its answers depend on."""
+        """The version of a task, a digest of everything that affects its answers."""
         entry = self._bank.entries.get(task)
         return self._facts(task).version if entry is None else entry.version
 
     def _facts(self, name: str) -> Task | TaskRecord:
-        """What a task's answers mean: of the resident one, or as its folder says."""
+        """Record of a task, from memory or from its folder."""
         entry = self._bank.entries.get(name)
         if entry is not None:
             return entry.task
@@ -257,11 +257,11 @@ class Engine:
             tasks: a task name for each row, or one for all.
 
         Returns:
-            float32 [B, C], of a segmentation [B, C, h, w], with C at least the largest class count of ``tasks``; what
-            is past a row's own classes is -inf.
+            float32 [B, C], for a segmentation [B, C, h, w], with C at least the largest class count of ``tasks``;
+            values past a row's own classes are -inf.
 
         Raises:
-            UsageError: the wrong shape, dtype, number of rows or task.
+            UsageError: the shape, dtype, number of rows or task is wrong.
         """
         batch = self._batch(images)
         calls = list(self._calls(_per_row(tasks, len(batch)), lambda rows, _: _some(batch, rows)))
@@ -274,14 +274,14 @@ class Engine:
         return whole
 
     def answer(self, images: Tensor | NDArray[np.float32], tasks: Sequence[str]) -> list[TaskLogits]:
-        """Each row's own logits, with the labels and the version of the task that gave them.
+        """Each row's own logits, with the labels and the version of its task.
 
         Args:
             images: normalised float32 [B, 3, S, S].
             tasks: a task name for each row.
 
         Raises:
-            UsageError: the wrong shape, dtype, number of rows or task.
+            UsageError: the shape, dtype, number of rows or task is wrong.
         """
         batch = self._batch(images)
         return _in_order(self._calls(_per_row(tasks, len(batch)), lambda rows, _: _some(batch, rows)))
@@ -294,10 +294,10 @@ class Engine:
                 image file, a PIL image or RGB pixels (uint8 [H, W, 3]), which go through
                 :func:`prompttune.read_image` and the evaluation transform of their row's task.
             tasks: a task name for each row, or one for all.
-            top_k: how many classes to return at most.
+            top_k: largest number of classes to return.
 
         Raises:
-            UsageError: the wrong shape, dtype, number of rows or task; or the tasks are segmentations.
+            UsageError: the shape, dtype, number of rows or task is wrong; or the tasks are segmentations.
             DataError: an image file cannot be read.
         """
         if top_k < 1:
@@ -311,11 +311,11 @@ class Engine:
         """Give each pixel of images a class, each image for its own task, in one call.
 
         Args:
-            images: as :meth:`predict` takes them.
+            images: see :meth:`predict`.
             tasks: a task name for each row, or one for all.
 
         Raises:
-            UsageError: the wrong shape, dtype, number of rows or task; or the tasks are classifications.
+            UsageError: the shape, dtype, number of rows or task is wrong; or the tasks are classifications.
             DataError: an image file cannot be read.
             EngineError: logits are not finite.
         """
@@ -325,7 +325,7 @@ class Engine:
         return [_segmentation(name, answer, self.image_size) for name, answer in zip(names, answers, strict=True)]
 
     def _answers(self, images: Images, tasks: str | Sequence[str]) -> tuple[list[str], list[TaskLogits]]:
-        """The task of each row, and what it says."""
+        """The task of each row, and its answer."""
         pixels = isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim < 4
         single = pixels or isinstance(images, (str, os.PathLike, bytes, Image.Image)) or hasattr(images, "read")
         rows: Tensor | NDArray[np.float32] | Sequence[ImageLike] = [images] if single else images  # type: ignore[list-item,assignment]
@@ -339,7 +339,7 @@ class Engine:
         return names, _in_order(self._calls(names, prepare))
 
     def transform(self, preprocess: Preprocess) -> Callable[[Image.Image], Tensor]:
-        """The evaluation transform of ``preprocess``, made once: RGB PIL image to normalised [3, S, S]."""
+        """The evaluation transform of ``preprocess``, made once: from an RGB PIL image to normalised [3, S, S]."""
         if preprocess not in self._transforms:
             self._transforms[preprocess] = preprocess.transform()
         return self._transforms[preprocess]
@@ -364,9 +364,9 @@ class Engine:
     def _calls(
         self, names: Sequence[str], images: Callable[[Sequence[int], Sequence[Entry]], Array]
     ) -> Iterator[_Call]:
-        """Answer a row for each of ``names``: in one call, or in more if they are more tasks than may be resident.
+        """Answer a row for each of ``names``: in one call, or in more if the tasks exceed the resident limit.
 
-        ``images`` gives the batch of some rows, whose entries stay as they are meanwhile.
+        ``images`` returns the batch of some rows, whose entries do not change in the meantime.
         """
         distinct = {name: place for place, name in enumerate(dict.fromkeys(names))}
         most = self._bank.limit or len(distinct)
@@ -374,7 +374,7 @@ class Engine:
             rows = [row for row, name in enumerate(names) if first <= distinct[name] < first + most]
             with self._bank.lease([names[row] for row in rows], self._load) as snapshot:
                 entries = [snapshot.entries[names[row]] for row in rows]
-                # Rows are the snapshot's own, so none can be out of range: on a GPU that would be undefined.
+                # Row indices come from the snapshot, so all are in range: others are undefined behaviour on a GPU.
                 index = np.array([entry.row for entry in entries], dtype=np.int64)
                 logits = self._runtime.logits(images(rows, entries), index, snapshot.placed)
             yield _Call(rows, entries, logits)
@@ -391,23 +391,24 @@ class Engine:
         parity: bool = True,
         weights: str | Path | None = None,
     ) -> None:
-        """Fold a checkpoint into the engine. The graph is not touched and calls go on meanwhile.
+        """Fold a checkpoint into the engine. The graph is not changed, and calls continue in the meantime.
 
-        The first call loads the backbone in PyTorch and keeps it for the next ones.
+        The first call loads the backbone in PyTorch and keeps it for later calls.
 
         Args:
-            name: what to call the task.
+            name: name of the task.
             checkpoint: the checkpoint folder.
-            replace: replace a task of that name; calls see the old one or the new one.
-            save: write the task into the engine folder as well, so that it is there after a restart.
-            parity: compare with PyTorch first, alone and mixed with resident tasks; a task that differs is not added.
-            weights: where to take the backbone's weights from, if not from where the export took them.
+            replace: whether to replace a task of that name; calls see either the old or the new one.
+            save: whether to also write the task into the engine folder, so that it exists after a restart.
+            parity: whether to compare with PyTorch first, alone and mixed with resident tasks; a task that differs is
+                not added.
+            weights: source of the backbone's weights, if it differs from that of the export.
 
         Raises:
-            UsageError: the name is taken or bad.
+            UsageError: the name is taken or invalid.
             CheckpointError: the checkpoint is missing or damaged.
-            EngineError: it does not fit the engine.
-            ParityError: it does not answer as PyTorch does.
+            EngineError: the checkpoint does not fit the engine.
+            ParityError: the task's answers differ from PyTorch's.
         """
         self.folder.check_open()
         check_task_name(name)
@@ -442,7 +443,7 @@ class Engine:
             self._names.add(name)
 
     def _some_residents(self, besides: str) -> dict[str, Task]:
-        """Copies of resident tasks, as many as a new one is mixed with, so that no row waits for the proof."""
+        """Copies of resident tasks, as many as a new one is mixed with, so that rows do not wait for the proof."""
         names = [name for name in self._bank.entries if name != besides][:MIXED_WITH]
         with self._bank.lease(names) as snapshot:
             held = {name: snapshot.entries[name].task for name in names if name in snapshot.entries}
@@ -452,14 +453,14 @@ class Engine:
             }
 
     def remove_task(self, name: str, *, save: bool = True) -> None:
-        """Take a task out.
+        """Remove a task.
 
         Args:
-            name: the task.
-            save: remove it from the engine folder as well.
+            name: name of the task.
+            save: whether to remove it from the engine folder as well.
 
         Raises:
-            UsageError: there is no such task.
+            UsageError: the task does not exist.
         """
         self.folder.check_open()
         if name not in self._bank.entries:
@@ -468,12 +469,12 @@ class Engine:
             self.folder.remove_task(name)
         self._names.discard(name)
         self._unsaved.pop(name, None)
-        with contextlib.suppress(UsageError):  # it is not resident
+        with contextlib.suppress(UsageError):  # the task is not resident
             self._bank.remove(name)
 
 
 class _Trial:
-    """Tasks that are not published yet, behind an engine's own runtime."""
+    """Unpublished tasks behind an engine's own runtime."""
 
     def __init__(self, runtime: Runtime, bank: Bank) -> None:
         self._runtime = runtime
@@ -512,7 +513,7 @@ def _in_order(calls: Iterable[_Call]) -> list[TaskLogits]:
 
 
 def default_residents(folder: EngineFolder, names: Iterable[str]) -> int:
-    """How many of some tasks fit in about :data:`MEMORY`, by the size of the first; a plan may take fewer."""
+    """Number of tasks that fit in about :data:`MEMORY`, by the size of the first; a plan may allow fewer."""
     states = (folder.path / TASKS / name / STATE_FILE for name in names)
     size = next((state.stat().st_size for state in states if state.is_file()), 1)
     itemsize = bank_dtype(folder.manifest.bank_precision).itemsize

@@ -1,8 +1,8 @@
-"""The seam that every method stands behind: image-independent state, then one forward that reads it.
+"""The interface of every method: image-independent state, then one forward that reads it.
 
-``Method.task_state()`` computes all that does not depend on the image, differentiably, with leading dimension 1.
+``Method.task_state()`` computes everything that does not depend on the image, differentiably, with leading dimension 1.
 ``Method.forward(images, state)`` reads a state whose tensors have leading dimension 1 (one task for the batch) or B
-(a task for each row). Training, checkpoints, export and serving all use these two and nothing else.
+(a task for each row). Training, checkpoints, export and serving use only these two.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ Kind = TypeVar("Kind", bound=Backbone, covariant=True)
 Over = TypeVar("Over", bound="Method")
 State = dict[str, Tensor]
 Layout = dict[str, tuple[int | str, ...]]
-"""Shape of each state tensor without its leading dimension; a string names an axis that differs between tasks
-of one engine and is padded to the largest."""
+"""Shape of each state tensor without its leading dimension; a string names an axis that differs between the tasks of
+one engine and is padded to the largest."""
 
 
 class Features(NamedTuple):
-    """What a method's forward returns."""
+    """Result of a method's forward."""
 
     features: Tensor
     """Pooled features of the base pathway, [B, D]."""
     aux_features: Tensor | None = None
-    """Pooled features of the prompt pathway, [B, D], if there is one and it was asked for."""
+    """Pooled features of the prompt pathway, [B, D], if it exists and was requested."""
     maps: tuple[Tensor, ...] = ()
-    """Normed patch tokens of the base pathway, [B, R C, D] for each level that was asked for."""
+    """Normed patch tokens of the base pathway, [B, R C, D] for each requested level."""
     aux_maps: tuple[Tensor, ...] = ()
-    """Those of the prompt pathway, if there is one and it was asked for."""
+    """Normed patch tokens of the prompt pathway, if it exists and was requested."""
 
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """Base of the methods' settings: immutable, typed, checked when made."""
+    """Base of the methods' settings: immutable, typed, checked on creation."""
 
     method: ClassVar[str]
     """The method's name on the command line."""
     summary: ClassVar[str] = ""
-    """What the method does, in one line."""
+    """Summary of the method, in one line."""
     paper: ClassVar[str] = ""
-    """Address of the paper, if there is one."""
+    """Address of the paper; empty without one."""
     shapes_graph: ClassVar[tuple[str, ...]] = ()
-    """Settings that change the traced graph; tasks of one engine must agree on them."""
+    """Settings that change the traced graph; all tasks of an engine must share them."""
     shares_backbone: ClassVar[bool] = True
     """Whether the backbone's weights stay as they are, so that the tasks of one engine can share them."""
     start_file: ClassVar[str | None] = None
@@ -70,10 +70,10 @@ class MethodConfig:
         self.check()
 
     def check(self) -> None:
-        """Raise :class:`UsageError` if the settings make no sense together."""
+        """Raise :class:`UsageError` if the settings contradict each other."""
 
     def resolved(self, backbone: Backbone) -> MethodConfig:  # noqa: ARG002
-        """The same settings with those that were left to the backbone filled in."""
+        """The same settings, with values that depend on the backbone filled in."""
         return self
 
     def check_epochs(self, epochs: int) -> None:
@@ -102,32 +102,32 @@ class MethodConfig:
         return {name: values[name] for name in self.shapes_graph}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON or YAML."""
+        """Plain values for JSON or YAML."""
         return {
             name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
         }
 
     def require(self, holds: bool, message: str) -> None:
-        """Raise :class:`UsageError` with the method's name in front unless ``holds``."""
+        """Raise :class:`UsageError`, with the method's name first, unless ``holds``."""
         if not holds:
             raise UsageError(f"{self.method}: {message}")
 
 
 class Method(nn.Module):
-    """Parameters of one task over a frozen backbone, and the computation that they steer.
+    """Parameters of one task over a frozen backbone, and the computation that uses them.
 
-    The backbone is held by reference and is not a submodule: a method's ``state_dict`` and ``parameters`` are the
-    task's alone.
+    The backbone is held by reference and is not a submodule: a method's ``state_dict`` and ``parameters`` belong to the
+    task alone.
     """
 
     backbones: ClassVar[tuple[type[Backbone], ...]]
     """Backbone classes that the method can drive."""
     gives_maps_on: ClassVar[tuple[type[Backbone], ...]] = ()
-    """Those on which :meth:`forward` takes a further argument ``levels: Levels = ()``, blocks in ascending order, and
-    then gives the maps of patch tokens behind them, which segmentation needs."""
+    """Backbone classes on which :meth:`forward` has another argument ``levels: Levels = ()``, blocks in ascending
+    order, and then gives the maps of patch tokens after them, which segmentation needs."""
     own_norms: ClassVar[tuple[str, ...]] = ()
-    """Norms of a block whose output the method reads or changes itself. All others are read by the block's own
-    matrices alone, so export may shift the scale of channels between the two."""
+    """Norms of a block whose output the method itself reads or changes. Only the block's own matrices read the other
+    norms, so export may shift the scale of channels between the two."""
 
     def __init__(self, config: MethodConfig, backbone: Backbone) -> None:  # noqa: ARG002  # every module takes it
         super().__init__()
@@ -139,7 +139,7 @@ class Method(nn.Module):
         return isinstance(self._backbone[0], self.gives_maps_on)
 
     def task_state(self) -> State:
-        """All that does not depend on the image; differentiable; leading dimension 1."""
+        """Everything that does not depend on the image; differentiable; leading dimension 1."""
         raise NotImplementedError
 
     def state_layout(self) -> Layout:
@@ -148,29 +148,29 @@ class Method(nn.Module):
 
     @property
     def driven(self) -> Backbone:
-        """The backbone that :meth:`forward` runs: the frozen one, unless the method trains a copy of its own."""
+        """The backbone that :meth:`forward` runs: the frozen one, unless the method trains its own copy."""
         return self._backbone[0]
 
     @property
     def leading_keys(self) -> int:
-        """Keys that stand in front of those of the tokens in a block's attention."""
+        """Number of keys before those of the tokens in a block's attention."""
         return 0
 
     def values_by_block(self) -> dict[str, Tensor]:
-        """Learned quantities of one value a block that say something by themselves: name to [blocks]; mostly none.
+        """Learned quantities with one meaningful value per block: name to [blocks]; usually empty.
 
         ``prompttune explain`` draws them as bars.
         """
         return {}
 
     def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:
-        """Features of ``images`` [B, 3, S, S] under ``state``; ``aux`` asks for the prompt pathway's too."""
+        """Features of ``images`` [B, 3, S, S] under ``state``; ``aux`` requests the prompt pathway's features too."""
         raise NotImplementedError
 
     def begin_training(self, batches: Iterable[tuple[Tensor, Tensor]], start: Tensor | None = None) -> None:
         """Set up what depends on the training images; called once, before the first step of a run that is not resumed.
 
-        Parameters may be replaced by others of another size here, see :meth:`take_sizes`.
+        It may replace parameters by others of another size, see :meth:`take_sizes`.
 
         Args:
             batches: the training images in evaluation transform, normalised [B, 3, S, S], and their class indices
@@ -179,34 +179,35 @@ class Method(nn.Module):
         """
 
     def start_from_loaded(self) -> None:
-        """Called in place of :meth:`begin_training` when a run starts from another checkpoint's parameters."""
+        """Called instead of :meth:`begin_training` if a run starts from another checkpoint's parameters."""
 
     def take_sizes(self, stored: Mapping[str, Tensor]) -> None:
-        """Give parameters whose size :meth:`begin_training` chose the size of ``stored`` ones, before these are loaded.
+        """Resize parameters whose size :meth:`begin_training` chose to that of ``stored`` ones, before these are
+        loaded.
 
         Args:
-            stored: tensors by the names of this module's parameters; what does not fit is refused afterwards.
+            stored: tensors by the names of this module's parameters; tensors that do not fit are refused afterwards.
         """
 
     def own_backbone(self) -> Backbone | None:
-        """The backbone with this task's own weights in it, where the method trains them: see ``shares_backbone``."""
+        """The backbone with this task's own weights, if the method trains them: see ``shares_backbone``."""
         return None
 
     def end_epoch(self, epoch: int, epochs: int) -> bool:  # noqa: ARG002
         """Called after each training epoch, before validation; may change the method's parameters in place.
 
         Args:
-            epoch: counted from 0.
-            epochs: of the whole run.
+            epoch: index of the epoch, counted from 0.
+            epochs: number of epochs of the whole run.
 
         Returns:
-            Whether the parameters were rewound: optimiser, schedule and the search for the best checkpoint then begin
-            anew.
+            Whether the parameters were rewound: optimiser, schedule and the search for the best checkpoint then start
+            again.
         """
         return False
 
     def parameters_left(self) -> int:
-        """How many trained parameters the task still needs: all, unless the method has pruned some."""
+        """Number of trained parameters that the task still needs: all, unless the method has pruned some."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
 

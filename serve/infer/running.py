@@ -35,23 +35,23 @@ from prompttune.serve.infer.work import Work, facts_of
 from prompttune.settings import resume_values
 
 MOST_CALLS = 4
-"""Each has activations of its own: some hundred MiB for a batch of a large backbone."""
+"""Largest number of concurrent calls: each has its own activations, some hundred MiB for a large backbone."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is ready to run."""
+    """A job that is ready to run."""
 
     job: Job | None
-    """None where an earlier run has finished it."""
+    """The job; None if an earlier run has finished it."""
     total: int | None = None
-    """Inputs, those of earlier runs included; None where that is not known."""
+    """Number of inputs, including those of earlier runs; None if it is unknown."""
     before: Progress = field(default_factory=Progress)
-    """What earlier runs have committed."""
+    """Progress committed by earlier runs."""
     live: bool = False
-    """The inputs have no end of their own, so that ending them is no interruption."""
+    """Whether the inputs are endless, so that ending them is not an interruption."""
     tasks: tuple[str, ...] = ()
-    """That every input is asked for."""
+    """Tasks of every input."""
 
 
 @contextmanager
@@ -67,15 +67,15 @@ def prepared(
     """Open everything that a job needs, and hold its journal until the block ends.
 
     Args:
-        settings: what to do.
+        settings: settings of the job.
         stdin: opens standard input.
         stdout: standard output.
-        engine: an open engine to use, one call at a time; None opens the folder's.
-        on_progress: told after every chunk, in the thread that runs the job.
-        on_check: told how much of what an earlier run has done is compared with what is there, and of how much.
+        engine: an open engine to use, one call at a time; None opens that of the folder.
+        on_progress: called after every chunk, in the thread that runs the job.
+        on_check: called with the compared and the total amount of an earlier run's work.
 
     Raises:
-        UsageError: a setting means nothing, an input is missing, an output is in the way.
+        UsageError: settings contradict each other, an input is missing, or an output is in the way.
         PrompttuneError: the engine cannot be opened, the inputs cannot be read.
     """
     segments = _segments(settings)
@@ -157,16 +157,16 @@ def infer(
     """Run a job to its end in this thread.
 
     Args:
-        settings: what to do.
-        engine: an open engine to use, one call at a time; None opens the folder's.
-        on_progress: told after every chunk.
+        settings: settings of the job.
+        engine: an open engine to use, one call at a time; None opens that of the folder.
+        on_progress: called after every chunk.
 
     Returns:
-        What it did; that of the earlier run where ``resume`` finds nothing left to do.
+        The result; that of the earlier run if ``resume`` finds nothing to do.
 
     Raises:
-        UsageError: a setting means nothing, an input is missing, an output is in the way.
-        PrompttuneError: the engine cannot be opened, inputs or outputs fail; what was committed is kept.
+        UsageError: settings contradict each other, an input is missing, or an output is in the way.
+        PrompttuneError: the engine cannot be opened, or inputs or outputs fail; committed rows are kept.
 
     Example:
         >>> from prompttune.serve.infer import InferSettings, infer
@@ -181,9 +181,9 @@ def infer(
 
 
 def calls_at_once(options: RuntimeOptions, folder: EngineFolder) -> tuple[int, int | None]:
-    """How many calls of an engine of its own a job makes at once, and the threads of each.
+    """Number of concurrent calls for a job with its own engine, and the threads of each call.
 
-    Together they have the threads that were asked for, or one for each core.
+    Together they have the requested threads, or one per core.
     """
     if options.cuda_index is not None or folder.manifest.format != "onnx":
         return 1, options.threads
@@ -193,16 +193,16 @@ def calls_at_once(options: RuntimeOptions, folder: EngineFolder) -> tuple[int, i
 
 
 def open_engine(options: RuntimeOptions, folder: EngineFolder, work: Work) -> Engine:
-    """The engine of a job, with the tasks alone that it asks for."""
-    # verified when the folder was opened
+    """The engine of a job, with only its tasks."""
+    # its digests were checked when the folder was opened
     return Engine(folder.path, **asdict(options), verify=False, tasks=list(work.known))
 
 
 def _segments(settings: InferSettings) -> bool:
-    """Whether the engine's tasks are segmentations; it is opened, and refused, only later if it is damaged.
+    """Whether the engine's tasks are segmentations. A damaged engine is refused later, when it is opened.
 
     Raises:
-        UsageError: a setting that goes with classifications alone.
+        UsageError: a setting only applies to classifications.
     """
     try:
         manifest = EngineFolder(settings.engine, verify=False).manifest
@@ -226,9 +226,9 @@ def _check_source(settings: InferSettings, opened: Opened) -> None:
     if settings.smooth is not None and not opened.frames:
         raise UsageError("--smooth needs frames: a video, a stream or raw frames")
     if not bounded and settings.shard.count > 1:
-        raise UsageError(f"--shards cannot share {name} out: it can be read once only")
+        raise UsageError(f"--shards cannot divide {name}: it can only be read once")
     if not bounded and settings.ray is not None:
-        raise UsageError(f"--engine ray cannot read {name}: a stream is answered where it arrives")
+        raise UsageError(f"--engine ray cannot read {name}: a stream must be answered where it arrives")
     if settings.resume and name == STANDARD_INPUT:
         raise UsageError("--resume cannot read standard input again: write the list to a file and name that")
     if settings.source.drop == "oldest" and bounded:
@@ -247,7 +247,7 @@ def _work(settings: InferSettings, folder: EngineFolder, opened: Opened) -> Work
         tasks = tuple(present)
     labelled = settings.source.labels is not None
     if labelled and len(tasks) > 1:
-        raise UsageError("--labels are those of one task: give one --task, or a --task-column")
+        raise UsageError("--labels belong to one task: give one --task, or a --task-column")
     return Work(
         engine=folder.path,
         tasks=tasks,
@@ -263,7 +263,7 @@ def _work(settings: InferSettings, folder: EngineFolder, opened: Opened) -> Work
 
 
 def _recorded(settings: InferSettings, folder: EngineFolder, work: Work, opened: Opened) -> dict[str, Any]:
-    """What a resumed run must share, so that its rows are those of a run that was never interrupted."""
+    """Values that a resumed run must share, so that its rows are those of an uninterrupted run."""
     files = {name: file.sha256 for name, file in sorted(folder.manifest.files.items())}
     versions = {name: facts.version for name, facts in sorted(work.known.items())}
     return {
@@ -271,7 +271,7 @@ def _recorded(settings: InferSettings, folder: EngineFolder, work: Work, opened:
         "engine": _digest(files),
         "task": list(work.tasks),
         "task versions": _digest(versions),
-        # those that can be read again are compared one by one
+        # inputs that can be read again are compared one by one
         "inputs": None if opened.source.bounded else [masked(one) for one in settings.inputs],
     }
 
@@ -284,7 +284,7 @@ def _executor(settings: InferSettings, work: Work, engine: Engine | None, calls:
     if settings.ray is not None:
         return OnRay(work, settings.ray)
     if engine is None:
-        raise RuntimeError("an engine was to be opened")
+        raise RuntimeError("an engine must be opened first")
     smoother = None if settings.smooth is None else Smoother(settings.smooth, before.smoothing)
     return Here(engine, work, settings.decoding, smoother, calls)
 
@@ -312,4 +312,4 @@ def _earlier_rows(sinks: Sequence[Sink], before: Progress) -> Iterator[Row]:
         if read is not None:
             yield from read()
             return
-    raise UsageError("none of the outputs holds the rows of the interrupted run: begin again with --overwrite")
+    raise UsageError("the outputs do not hold the rows of the interrupted run: begin again with --overwrite")

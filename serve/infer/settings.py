@@ -23,14 +23,14 @@ STDIN_FORMS = ("list", "jsonl", "rgb24", "bgr24", "gray8")
 DECODERS = ("threads", "processes")
 Drop = Literal["oldest", "none"]
 STANDARD_OUTPUTS: Mapping[str, Literal["jsonl", "csv"]] = {"-": "jsonl", "jsonl:-": "jsonl", "csv:-": "csv"}
-"""Name → form."""
+"""Form of each standard output, by name."""
 TASKS, INPUTS, FRAMES = "Tasks", "Inputs", "Video and streams"
 OUTPUTS, SPEED, CLUSTER = "Outputs", "Speed", "Cluster"
 """Sections of the help."""
 
 
 def journal_path(outputs: Sequence[str]) -> Path | None:
-    """Where the record of a run stands: beside its first output that is a file or a folder; None if none is."""
+    """Path of a run's record, beside its first output that is a file or a folder; None without such an output."""
     for output in outputs:
         if output not in STANDARD_OUTPUTS:
             path = Path(output)
@@ -60,7 +60,7 @@ class Shard:
         """Read ``i/n``, with i from 0 to n - 1.
 
         Raises:
-            UsageError: it is written otherwise.
+            UsageError: the text has another form.
         """
         if isinstance(text, Shard):
             return text
@@ -69,7 +69,7 @@ class Shard:
             raise UsageError(f"shards are written i/n, such as 0/4, not {text!r}")
         index, count = int(found[1]), int(found[2])
         if index >= count:
-            raise UsageError(f"there is no shard {text}: shards are counted from 0 to {count - 1}")
+            raise UsageError(f"the shard {text} does not exist: shards are counted from 0 to {count - 1}")
         return cls(index, count)
 
     def __str__(self) -> str:
@@ -78,23 +78,23 @@ class Shard:
 
 @dataclass(frozen=True)
 class SourceSettings:
-    """How inputs are read."""
+    """Settings for reading inputs."""
 
-    input_format: str = setting("auto", "What the inputs are, where their names do not say.", INPUT_FORMATS,
+    input_format: str = setting("auto", "Format of inputs whose names do not tell it.", INPUT_FORMATS,
                                 section=INPUTS)  # fmt: skip
     image_column: str | None = setting(
         None, "Column of paths, bytes or structs of them.", shown="the one that looks like it", section=INPUTS
     )
-    stdin: str = setting("list", "What - reads: a path a line, JSON lines, or raw frames.", STDIN_FORMS,
+    stdin: str = setting("list", "Content of standard input: a path per line, JSON lines, or raw frames.", STDIN_FORMS,
                          must_match_on_resume=False, section=INPUTS)  # fmt: skip
     frame_size: tuple[int, int] | None = setting(
         None, "Size of raw frames.", kind=str, read=_read_size, metavar="WIDTHxHEIGHT", must_match_on_resume=False,
         section=INPUTS,
     )  # fmt: skip
-    watch: bool = setting(False, "Follow a folder: go on with the images that come.", must_match_on_resume=False,
+    watch: bool = setting(False, "Follow a folder and answer new images.", must_match_on_resume=False,
                           section=INPUTS)  # fmt: skip
-    limit: int | None = setting(None, "Take so many inputs at most.", low=1, section=INPUTS)
-    """Of bounded sources the plan counts them."""
+    limit: int | None = setting(None, "Largest number of inputs.", low=1, section=INPUTS)
+    """The plan applies it to bounded sources."""
     task_column: str | None = setting(
         None, "Column of a table, key of JSON lines or member of a shard that names each image's task.", section=TASKS
     )
@@ -104,16 +104,16 @@ class SourceSettings:
         "prints accuracy and calibration.",
         section=TASKS,
     )
-    fps: float | None = setting(None, "Frames a second at most.", above=0, section=FRAMES)
+    fps: float | None = setting(None, "Largest number of frames per second.", above=0, section=FRAMES)
     stride: int = setting(1, "Keep every N-th frame.", low=1, metavar="N", section=FRAMES)
     drop: Drop | None = setting(
-        None, "What happens to frames that wait too long: the oldest leaves, or the sender waits.", ("oldest", "none"),
+        None, "Handling of late frames: drop the oldest, or let the sender wait.", ("oldest", "none"),
         shown="oldest for streams and cameras", must_match_on_resume=False, section=FRAMES,
     )  # fmt: skip
-    buffer: int = setting(8, "Frames of a stream that wait at most.", low=1, must_match_on_resume=False,
+    buffer: int = setting(8, "Largest number of waiting frames.", low=1, must_match_on_resume=False,
                           section=FRAMES)  # fmt: skip
     reconnects: int | None = setting(
-        10, "Attempts in a row to reach a stream that broke off, half a second to half a minute apart.", low=0,
+        10, "Number of attempts in a row to reconnect a stream, 0.5 to 30 seconds apart.", low=0,
         must_match_on_resume=False, section=FRAMES,
     )  # fmt: skip
 
@@ -122,24 +122,24 @@ class SourceSettings:
 
     @cached_property
     def truth(self) -> Labels | None:
-        """``labels``, made sense of."""
+        """Source of the true labels, from ``labels``."""
         from prompttune.serve.infer.sources.labels import Labels
 
         return None if self.labels is None else Labels.parse(self.labels)
 
     @property
     def label_column(self) -> str | None:
-        """Where tables, shards and JSON lines have the true label."""
+        """Column, key or member of the true label in tables, JSON lines and shards."""
         return None if self.truth is None else self.truth.column
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """Who decodes."""
+    """Settings of the decoders."""
 
-    workers: int | None = setting(None, "Number of decoding workers.", low=1, shown="one a core", section=SPEED)
+    workers: int | None = setting(None, "Number of decoding workers.", low=1, shown="one per core", section=SPEED)
     kind: str = setting(
-        "threads", "Kind of decoding workers; processes help many cores to feed a quick device.", DECODERS,
+        "threads", "Kind of decoding workers; processes help many cores to feed a fast device.", DECODERS,
         option="decode", section=SPEED,
     )  # fmt: skip
 
@@ -148,7 +148,7 @@ class Decoding:
 
     @property
     def count(self) -> int:
-        """Threads or processes."""
+        """Number of decoding workers."""
         from prompttune.serve.decode_threads import usable_cores
 
         return self.workers or usable_cores()
@@ -166,83 +166,82 @@ def _read_pool(value: str | tuple[int, int | None]) -> tuple[int, int | None]:
 
 @dataclass(frozen=True)
 class RaySettings:
-    """Where the job runs, and how much of the cluster it takes."""
+    """Address of the cluster, and how much of it the job uses."""
 
     address: str | None = setting(
         None, "HOST:PORT, or auto.", shown="RAY_ADDRESS, else one started here", option="ray_address", section=CLUSTER
     )
-    """None or ``auto`` takes that of ``RAY_ADDRESS``, else the one that runs on this machine, else one is started here
-    for the job."""
+    """None or ``auto`` uses ``RAY_ADDRESS``, else the cluster on this machine, else starts one here for the job."""
     actors: tuple[int, int | None] = setting(
-        (1, None), "Engines, each in a process of its own.", shown="as many as there is room for", kind=str,
+        (1, None), "Number of engines, each in its own process.", shown="as many as fit", kind=str,
         read=_read_pool, metavar="N or MIN,MAX", option="ray_engines", section=CLUSTER,
     )  # fmt: skip
-    """At least and at most; None takes as many as there is room for."""
-    cpus: float = setting(1.0, "CPUs that an engine books; also its threads.", above=0, option="ray_cpus",
+    """Smallest and largest number; None for as many as fit."""
+    cpus: float = setting(1.0, "CPUs that each engine books; also its threads.", above=0, option="ray_cpus",
                           section=CLUSTER)  # fmt: skip
-    gpus: float | None = setting(None, "GPUs that it books.", low=0, shown="1 on cuda", option="ray_gpus",
+    gpus: float | None = setting(None, "GPUs that each engine books.", low=0, shown="1 on cuda", option="ray_gpus",
                                  section=CLUSTER)  # fmt: skip
     decoder_cpus: float = setting(1.0, above=0)
-    """CPUs that a task books that decodes a chunk."""
+    """CPUs that each decoding task books."""
     parcel: int = setting(128, low=1)
-    """Inputs that travel and are decoded together, in whole chunks."""
+    """Number of inputs that are sent and decoded together, in whole chunks."""
     window: int | None = setting(None, low=1)
-    """Parcels that are listed and not yet answered, at most; None takes what keeps the cluster busy."""
+    """Largest number of unanswered parcels; None picks enough to keep the cluster busy."""
 
     def __post_init__(self) -> None:
         settle(self)
         least, most = self.actors
         if least < 1 or (most is not None and most < least):
-            raise UsageError("there must be one engine at least, and no more of them at least than at most")
+            raise UsageError("the smallest number of engines must be at least 1 and not exceed the largest")
 
 
 @dataclass(frozen=True)
 class InferSettings:
-    """Everything that a job of inference is told."""
+    """Settings of a job of inference."""
 
     engine: Path
     """The engine folder."""
     inputs: tuple[str, ...]
     """See :func:`~prompttune.serve.infer.sources.opening.open_source`."""
     outputs: tuple[str, ...] = setting(
-        ("-",), "Where the rows go; may be repeated.", option="output", short="-o", repeat=True, section=OUTPUTS
+        ("-",), "Output of the rows; may be repeated.", option="output", short="-o", repeat=True, section=OUTPUTS
     )
     """See :func:`~prompttune.serve.infer.sinks.opening.open_sinks`."""
     tasks: tuple[str, ...] = setting(
         (), "Task to answer for; may be repeated, the image is decoded once.", shown="the only one", option="task",
         repeat=True, section=TASKS,
     )  # fmt: skip
-    """For every input; empty takes the engine's only task, or what each input names."""
+    """Tasks of every input; empty uses the engine's only task, or the task that each input names."""
     source: SourceSettings = part(SourceSettings)
     options: RuntimeOptions = part(partial(RuntimeOptions, spin=False), must_match_on_resume=False)
-    """Threads that do not spin leave the cores to the decoders."""
+    """Options of the runtime; threads that do not spin leave the cores to the decoders."""
     decoding: Decoding = part(Decoding, must_match_on_resume=False)
     ray: RaySettings | None = None
-    """Answer on a Ray cluster; None answers here."""
-    top_k: int = setting(TOP_K, "Classes of a row at most.", low=1, section=TASKS)
-    batch_size: int = setting(BATCH_SIZE, "Rows of one call.", low=1, section=SPEED)
+    """Settings of a Ray cluster; None runs on this machine."""
+    top_k: int = setting(TOP_K, "Largest number of classes in a row.", low=1, section=TASKS)
+    batch_size: int = setting(BATCH_SIZE, "Number of rows in one call.", low=1, section=SPEED)
     shard: Shard = setting(
-        Shard(), "Take the I-th of N parts of the inputs, I from 0: one part a machine or array job.", kind=str,
+        Shard(), "Part I of N parts of the inputs, I from 0, for one machine or array job.", kind=str,
         read=Shard.parse, option="shards", metavar="I/N", shown="", section=INPUTS,
     )  # fmt: skip
     smooth: float | None = setting(
-        None, "Average probabilities over time; the weight of the past halves in so many seconds.", above=0,
+        None, "Half-life in seconds for averaging probabilities over time.", above=0,
         metavar="SECONDS", section=FRAMES,
     )  # fmt: skip
     max_errors: int | None = setting(
-        None, "Stop, exit code 1, after more inputs with errors.", low=0, shown="any number",
+        None, "Number of inputs with errors to tolerate; more end the run with exit code 1.", low=0, shown="any number",
         must_match_on_resume=False, section=OUTPUTS,
     )  # fmt: skip
     overwrite: bool = setting(False, "Replace outputs of an earlier run.", must_match_on_resume=False, section=OUTPUTS)
     resume: bool = setting(
         False,
-        "Resume an interrupted run, or answer inputs that came at the end of a finished one.  Refused where an "
+        "Resume an interrupted run, or answer inputs added at the end of a finished one.  Refused if an "
         "answered input or an output has changed.",
         must_match_on_resume=False,
         section=OUTPUTS,
     )
     csv_bom: bool = setting(
-        False, "Begin CSV with a byte order mark, by which Excel knows that it is UTF-8.", section=OUTPUTS
+        False, "Start CSV with a byte order mark, which tells Excel that it is UTF-8.", section=OUTPUTS
     )
 
     def __post_init__(self) -> None:
