@@ -32,7 +32,7 @@ from prompttune.layers.attention import explicit_attention
 from prompttune.layers.probe import recording
 from prompttune.model import PromptModel
 
-# Sizes to trace with. They are primes that occur nowhere else in a model, so that no axis is mistaken for another.
+# Sizes to trace with: primes that occur nowhere else in a model, so that axes cannot be confused.
 _SAMPLE_BATCH, _SAMPLE_TASKS, _SAMPLE_AXES = 3, 5, (7, 11, 13, 17)
 
 
@@ -44,8 +44,8 @@ class MultiTaskGraph(nn.Module):
 
     Args:
         model: backbone and method; :func:`prompttune.export.precision.typed_model` gives it a lower precision.
-        dtype: of the model's activations.
-        probes: return the forward's intermediate results behind the logits; called with their names.
+        dtype: dtype of the model's activations.
+        probes: called with the names of intermediate results, which are then returned after the logits.
     """
 
     def __init__(self, model: PromptModel, dtype: torch.dtype = torch.float32, probes: OnProbes | None = None) -> None:
@@ -55,17 +55,17 @@ class MultiTaskGraph(nn.Module):
         self.probes = probes
 
     def forward(self, image: Tensor, task_index: Tensor, bank: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
-        """Logits float32 [B, C], of a segmentation [B, C, h, w], of images [B, 3, S, S].
+        """Logits float32 [B, C] (for a segmentation [B, C, h, w]) of images [B, 3, S, S].
 
         Args:
             image: normalised float32 images [B, 3, S, S].
             task_index: int64 [B], the bank row of each image's task.
-            bank: key → [T, ...], the states of T tasks.
+            bank: tensors [T, ...] by key, the states of T tasks.
         """
         # index_select becomes a plain Gather; bank[task_index] would become a GatherND.
         rows = {key: tensor.index_select(0, task_index) for key, tensor in bank.items()}
         with recording() as recorded:
-            # Rows are converted after they were gathered: the bank itself may be thousands of tasks.
+            # Rows are converted after the gather, because the bank may hold thousands of tasks.
             logits = self.model.forward_state(image, _typed_state(rows, self.dtype)).logits.float()
         if self.probes is None:
             return logits
@@ -74,7 +74,7 @@ class MultiTaskGraph(nn.Module):
 
 
 class BakedGraph(MultiTaskGraph):
-    """The same with the bank as constants of the model."""
+    """The same graph with the bank as constants of the model."""
 
     def __init__(
         self,
@@ -101,15 +101,15 @@ def _typed_state(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, T
 
 @dataclass(frozen=True)
 class Traced:
-    """A captured graph; all export formats start from one."""
+    """A captured graph, from which all export formats start."""
 
     program: ExportedProgram
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     dynamic: dict[str, Any]
-    """Argument → dynamic axis → its name, nested as the arguments are."""
+    """Names of dynamic axes, by argument and axis, nested like the arguments."""
     probes: list[str]
-    """Names of the outputs behind the logits."""
+    """Names of the outputs after the logits."""
 
 
 def trace(
@@ -125,13 +125,13 @@ def trace(
     """Capture the multi-task graph with every axis dynamic.
 
     Args:
-        model: in fp32; the graph answers for every task that fits it.
-        precision: fp32, fp16 or bf16, of weights and activations.
-        bank_precision: fp32, fp16 or bf16, of the bank's tensors.
+        model: a model in fp32; the graph answers for every task that fits it.
+        precision: fp32, fp16 or bf16, for weights and activations.
+        bank_precision: fp32, fp16 or bf16, for the bank's tensors.
         attention: ``explicit`` or ``fused``, see :mod:`prompttune.layers.attention`.
-        baked: tasks to put into the graph as constants; None leaves the bank an input.
-        probes: give intermediate results as further outputs.
-        device: where the graph's constants lie.
+        baked: tasks that become constants of the graph; None keeps the bank as an input.
+        probes: whether to return intermediate results as further outputs.
+        device: device of the graph's constants.
 
     Raises:
         EngineError: the forward cannot be captured, or it fixes an axis that must stay dynamic.
@@ -176,14 +176,14 @@ def capture(
 
     Args:
         graph: the module.
-        sample: its arguments, with sizes that no other axis has.
-        dynamic: argument → dynamic axis → its name.
+        sample: arguments of the module, with sizes that no other axis has.
+        dynamic: names of dynamic axes by argument and axis.
         attention: ``explicit`` or ``fused``.
-        device: of the module and its arguments.
-        name: of what is captured, for the error.
+        device: device of the module and its arguments.
+        name: name of the module for the error.
 
     Raises:
-        EngineError: it cannot be captured.
+        EngineError: the module cannot be captured.
     """
     names = dict.fromkeys(one for one in tree_leaves(dynamic) if isinstance(one, str))
     dims = {name: Dim(name, min=1) for name in names}

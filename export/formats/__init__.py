@@ -1,4 +1,4 @@
-"""Formats: what an engine's model file can be. One file a format, registered by name, imported when asked for."""
+"""Formats of an engine's model file: one module per format, registered by name, imported on use."""
 
 from prompttune.export.formats.base import FORMATS, BuildRequest, Built, Format, Settings, find_format
 

@@ -19,7 +19,7 @@ from prompttune.export.runtimes.base import RuntimeOptions
 
 
 class AotiFormat(Format):
-    """``model.pt2``: machine code and weights in one file; it runs on the kind of device that it was compiled for."""
+    """``model.pt2``: machine code and weights in one file, for the kind of device that it was compiled for."""
 
     name = "aoti"
     precisions = ("fp32", "fp16", "bf16")
@@ -29,8 +29,8 @@ class AotiFormat(Format):
         """See :meth:`Format.check`.
 
         Raises:
-            UsageError: a setting that AOTInductor does not know.
-            EngineError: there is no C++ compiler, or no CUDA device to compile for.
+            UsageError: AOTInductor does not support a setting.
+            EngineError: a C++ compiler, or a CUDA device to compile for, is missing.
         """
         super().check(settings)
         if RuntimeOptions(settings.target).cuda_index is not None and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""The seam that every export format stands behind: settings, a request to build, what was built."""
+"""The interface of every export format: settings, a build request, and the result of a build."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prompttune.export.runtimes.base import Array, RuntimeOptions
 from prompttune.model import PromptModel
 
 OnStage = Callable[[str], None]
-"""Called with what is being done now, in words."""
+"""Function that is called with a description of each stage."""
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 BANK_PRECISIONS = ("fp32", "fp16", "bf16")
@@ -32,52 +32,52 @@ FORMATS = {
     "trt": ("prompttune.export.formats.tensorrt", "TensorRTFormat"),
     "torch-trt": ("prompttune.export.formats.torch_tensorrt", "TorchTensorRTFormat"),
 }
-"""Name of a format → module and class."""
+"""Module and class of each format."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model file is made.
+    """Settings for building a model file.
 
-    Settings that a format has no use for are refused by its :meth:`Format.check`, never ignored.
+    A format's :meth:`Format.check` refuses settings that it does not use; they are never ignored.
     """
 
     format: str = "onnx"
     precision: str = "fp32"
-    """Of weights and activations, one of :data:`PRECISIONS`. Norms, softmax and logits stay in fp32."""
+    """Precision of weights and activations, one of :data:`PRECISIONS`. Norms, softmax and logits stay in fp32."""
     bank_precision: str | None = None
-    """Of the resident task tensors; None follows ``precision`` (fp32 for int8)."""
+    """Precision of the resident task tensors; None follows ``precision`` (fp32 for int8)."""
     attention: str | None = None
-    """``explicit`` products and softmax, or ``fused``: the format's own attention. None takes the format's default."""
+    """``explicit`` products and softmax, or ``fused``: the format's own attention. None uses the format's default."""
     baked: bool = False
-    """Put the tasks into the model as constants; inputs are ``image`` and ``task_index`` alone."""
+    """Whether the tasks are constants of the model, whose only inputs are then ``image`` and ``task_index``."""
     device: str | None = None
-    """Where the model will run: formats that compile do it for this device, and the comparison with PyTorch runs there.
-    None takes the format's default."""
+    """Device of the model: formats that compile do so for this device, and the comparison with PyTorch runs there. None
+    uses the format's default."""
     quantization: str | None = None
-    """How int8 finds its scales: ``dynamic`` at run time, ``static`` from calibration images."""
+    """Source of int8's scales: ``dynamic`` at run time, ``static`` from calibration images."""
     calibration_images: int = 256
-    """Images that int8 is calibrated on, spread over the tasks."""
+    """Number of images for int8 calibration, spread over the tasks."""
     axes: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
-    """Dynamic axis (batch, tasks, rank, classes) → smallest, likeliest and largest size, where a format needs them."""
+    """Smallest, likeliest and largest size of dynamic axes (batch, tasks, rank, classes), if a format needs them."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The format's own options by name."""
 
     @property
     def target(self) -> str:
-        """The device, once resolved."""
+        """The resolved device."""
         return self.device or "cpu"
 
     def resolved(self) -> Settings:
-        """Checked, with what was left open filled in.
+        """The settings, checked and with defaults filled in.
 
         Raises:
-            UsageError: an unknown name, or a combination that makes no sense.
+            UsageError: a name is unknown, or settings contradict each other.
         """
         kind = find_format(self.format)
         choose("precision", self.precision, PRECISIONS)
         if self.precision not in kind.precisions:
-            raise UsageError(f"the format {self.format} has no {self.precision}: choose {', '.join(kind.precisions)}")
+            raise UsageError(f"the format {self.format} lacks {self.precision}: choose {', '.join(kind.precisions)}")
         bank = self.bank_precision or ("fp32" if self.precision == "int8" else self.precision)
         choose("bank precision", bank, BANK_PRECISIONS)
         attention = choose("attention", self.attention or kind.default_attention, ATTENTIONS)
@@ -85,7 +85,7 @@ class Settings:
         if self.precision == "int8":
             quantization = choose("quantization", quantization or kind.default_quantization, QUANTIZATIONS)
         elif quantization is not None:
-            raise UsageError("quantization goes with the precision int8")
+            raise UsageError("quantization needs the precision int8")
         if self.calibration_images < 1:
             raise UsageError(f"calibration needs at least 1 image, not {self.calibration_images}")
         for axis, sizes in self.axes.items():
@@ -99,27 +99,27 @@ class Settings:
 
 
 Feeds = dict[str, np.ndarray[Any, Any]]
-"""Model input name → array, one call."""
+"""Arrays of one call, by model input."""
 
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What a format builds from."""
+    """Everything that a format builds from."""
 
     model: PromptModel
-    """In fp32 and evaluation mode. The file answers for every task that fits it, not for this one alone."""
+    """The model in fp32 and evaluation mode. The file answers for every task that fits it, not only for this one."""
     settings: Settings
-    """Resolved."""
+    """Resolved settings."""
     states: Mapping[str, State]
-    """The folded tasks of the export by name: to bake in, to calibrate on, to take likely sizes from."""
+    """Folded tasks of the export by name, for baking, for calibration and for likely sizes."""
     images: Callable[[str, int], Array]
-    """Up to so many normalised images [N, 3, S, S] of a task, for calibration."""
+    """Function that returns up to N normalised images [N, 3, S, S] of a task, for calibration."""
     on_stage: OnStage = lambda _: None
 
     def trace(self, probes: bool = False, device: str = "cpu") -> Traced:
-        """The graph that these settings ask for, its constants on ``device``.
+        """The graph for these settings, with its constants on ``device``.
 
-        For int8 it is in fp32, to be quantised afterwards.
+        For int8 it is in fp32 and quantised afterwards.
         """
         settings = self.settings
         assert settings.bank_precision is not None
@@ -137,16 +137,16 @@ class BuildRequest:
 
 @dataclass(frozen=True)
 class Built:
-    """What a format has written."""
+    """Result of a format's build."""
 
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     files: list[str]
-    """Names of the files in the folder, the model file first."""
+    """Names of the files in the folder, with the model file first."""
     opset: int | None = None
-    """ONNX operator set, where there is one."""
+    """ONNX operator set; None for other formats."""
     details: dict[str, Any] = field(default_factory=dict)
-    """What the runtime must know to open the file or to refuse it; goes into the manifest."""
+    """Details that the runtime needs to open or refuse the file, for the manifest."""
 
 
 class Format(ABC):
@@ -159,22 +159,22 @@ class Format(ABC):
     default_device: ClassVar[str] = "cpu"
 
     def check(self, settings: Settings) -> None:
-        """Raise at once, before anything is loaded, if this format cannot be built here.
+        """Raise an error at once, before anything is loaded, if this format cannot be built here.
 
-        Most formats take every size and have no options; one that does otherwise checks its own.
+        Most formats accept every size and have no options; others check their own.
 
         Raises:
-            MissingExtraError: a library is missing; names the extra and what would run instead.
-            UsageError: a setting that this format does not know.
+            MissingExtraError: a library is missing; the message names the extra and an alternative.
+            UsageError: the format does not support a setting.
         """
         if settings.axes or settings.options:
-            raise UsageError(f"the format {self.name} needs no sizes of axes and has no options of its own")
+            raise UsageError(f"the format {self.name} does not use sizes of axes or options")
 
     def check_proof(self, settings: Settings) -> None:  # noqa: B027  # most formats have nothing to refuse
-        """Raise at once if what would be built could not be compared with PyTorch on ``settings.device``.
+        """Raise an error at once if the result could not be compared with PyTorch on ``settings.device``.
 
         Raises:
-            UsageError: says what to do instead.
+            UsageError: the comparison is not possible; the message says what to do instead.
         """
 
     @abstractmethod
@@ -182,15 +182,15 @@ class Format(ABC):
         """Write the model into ``folder``.
 
         Raises:
-            EngineError: it cannot be built.
+            EngineError: the model cannot be built.
         """
 
 
 def find_format(name: str) -> Format:
-    """The format called ``name``; its module is imported now.
+    """The format called ``name``, whose module is imported now.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the format is unknown.
     """
     module, kind = FORMATS[choose("format", name, FORMATS)]
     found: Format = getattr(importlib.import_module(module), kind)()

@@ -14,7 +14,7 @@ from prompttune.export.runtimes.onnxruntime import CPU_INT8
 
 
 class OnnxFormat(Format):
-    """``model.onnx`` and its weights beside it."""
+    """``model.onnx`` with its weights beside it."""
 
     name = "onnx"
 
@@ -38,12 +38,12 @@ class OnnxFormat(Format):
 
 
 def write_onnx(request: BuildRequest, folder: Path, symmetric: bool = False) -> Built:
-    """Write ``model.onnx`` as the settings ask for, quantised if they say so.
+    """Write ``model.onnx`` with the given settings, quantised if they require it.
 
     Args:
-        request: what to build from.
-        folder: where to.
-        symmetric: zero-point 0 for the activations of static int8, as TensorRT wants it.
+        request: request to build from.
+        folder: output folder.
+        symmetric: whether static int8 activations have the zero point 0, which TensorRT needs.
 
     Raises:
         EngineError: the graph cannot be exported, or not in this precision.

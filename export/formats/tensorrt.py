@@ -1,4 +1,4 @@
-"""TensorRT plans: the typed ONNX file, compiled for the GPU at hand."""
+"""TensorRT plans: the typed ONNX file, compiled for the GPU of this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prompttune.export.trt.progress import bar
 
 
 class TensorRTFormat(Format):
-    """``model.plan``, weights included. It runs on the kind of GPU and the TensorRT version that built it."""
+    """``model.plan``, including the weights. It runs on the kind of GPU and the TensorRT version that built it."""
 
     name = "trt"
     default_quantization = "static"
@@ -30,12 +30,12 @@ class TensorRTFormat(Format):
 
         Raises:
             MissingExtraError: TensorRT is not installed.
-            UsageError: a setting that TensorRT does not know, or a device that is no GPU.
-            EngineError: there is no GPU here.
+            UsageError: TensorRT does not support a setting, or the device is not a GPU.
+            EngineError: this machine does not have a GPU.
         """
         TensorRTOptions.parse(settings.options)
         if settings.quantization == "dynamic":
-            raise UsageError("TensorRT takes int8 with fixed scales alone: choose the quantization static")
+            raise UsageError("TensorRT only supports int8 with fixed scales: choose the quantization static")
         require_tensorrt()
         require_cuda(settings.target, "building a TensorRT plan")
 
@@ -45,7 +45,7 @@ class TensorRTFormat(Format):
         options = TensorRTOptions.parse(settings.options)
         version = require_tensorrt()
         index = require_cuda(settings.target, "building a TensorRT plan")
-        # Imports TensorRT, which must be known to be there.
+        # Imports TensorRT, which is known to be installed.
         from prompttune.export.trt.builder import build_plan
 
         with tempfile.TemporaryDirectory(prefix=".typed.", dir=folder) as temporary:

@@ -23,7 +23,7 @@ from prompttune.export.trt.profile import Range, axis_ranges, dynamic_axes, inpu
 
 
 class TorchTensorRTFormat(Format):
-    """``model.ep``. It runs with the very versions of torch and Torch-TensorRT and the kind of GPU that built it."""
+    """``model.ep``. It runs with exactly the versions of torch and Torch-TensorRT and the kind of GPU that built it."""
 
     name = "torch-trt"
     precisions = ("fp32", "fp16", "bf16")
@@ -35,12 +35,12 @@ class TorchTensorRTFormat(Format):
 
         Raises:
             MissingExtraError: Torch-TensorRT is not installed.
-            UsageError: a setting that Torch-TensorRT does not know, or a device that is no GPU.
-            EngineError: there is no GPU here, or TensorRT's libraries do not load.
+            UsageError: Torch-TensorRT does not support a setting, or the device is not a GPU.
+            EngineError: this machine does not have a GPU, or TensorRT's libraries do not load.
         """
         options = TensorRTOptions.parse(settings.options)
         if options.hardware_compatibility == "same_compute_capability":
-            raise UsageError("torch-trt knows the hardware_compatibility none and ampere_plus alone")
+            raise UsageError("torch-trt only supports the hardware_compatibility none and ampere_plus")
         require_torch_tensorrt()
         require_cuda(settings.target, "building a Torch-TensorRT engine")
 
@@ -67,7 +67,7 @@ class TorchTensorRTFormat(Format):
 
 
 class _Positional(nn.Module):
-    """A graph with every bank tensor as a positional input: Torch-TensorRT takes no nested ones."""
+    """A graph with every bank tensor as a positional input: Torch-TensorRT does not support nested inputs."""
 
     def __init__(self, graph: nn.Module, keys: Sequence[str]) -> None:
         super().__init__()
@@ -83,26 +83,26 @@ class _Positional(nn.Module):
 
 
 def widened(ranges: Mapping[str, Range]) -> dict[str, Range]:
-    """The ranges with a likeliest size of at least 2 on every dynamic axis: PyTorch takes a sample of 1 for fixed."""
+    """The ranges with a likeliest size of at least 2 on every dynamic axis: PyTorch treats a sample of 1 as fixed."""
     return {axis: (low, min(max(likely, 2), high), high) for axis, (low, likely, high) in ranges.items()}
 
 
 def bounded(
     program: ExportedProgram, inputs: Sequence[TensorSpec], ranges: Mapping[str, Range], device: str
 ) -> ExportedProgram:
-    """The program captured again with bounds on its axes.
+    """The program, captured again with bounds on its axes.
 
-    Torch-TensorRT takes the smallest and largest size of an axis from the program, not from its own ``Input``, and
-    the likeliest one from the sample that it was captured with.
+    Torch-TensorRT reads the smallest and largest size of an axis from the program instead of its own ``Input``, and the
+    likeliest one from the sample that it was captured with.
 
     Args:
         program: captured with axes that have no upper bound.
         inputs: the declared inputs: image, task_index and the bank.
-        ranges: of every dynamic axis.
-        device: of the program.
+        ranges: range of every dynamic axis.
+        device: device of the program.
 
     Raises:
-        EngineError: it cannot be captured with these bounds.
+        EngineError: the program cannot be captured with these bounds.
     """
     dims = {axis: Dim(axis, min=low, max=high) for axis, (low, _, high) in ranges.items() if low < high}
     sample = tuple(
@@ -135,10 +135,10 @@ def compile_program(
         library: Torch-TensorRT.
         program: with bounds on its axes, on the current CUDA device.
         inputs: the declared inputs.
-        ranges: of every dynamic axis.
-        options: how to build.
-        precision: of the program; fp32 keeps TF32 out.
-        path: where to write it.
+        ranges: range of every dynamic axis.
+        options: options of the build.
+        precision: precision of the program; fp32 disables TF32.
+        path: path of the file to write.
 
     Raises:
         EngineError: Torch-TensorRT cannot compile or write it.
@@ -150,7 +150,7 @@ def compile_program(
             arg_inputs=[_declared(library, spec, ranges) for spec in inputs],
             **compile_settings(options, precision, inspect.signature(compiler).parameters),
         )
-        # Without a retrace: a new capture would need the bounds all over again.
+        # Without a retrace, because a new capture would need the bounds again.
         library.save(compiled, str(path), output_format="exported_program", retrace=False)
     except Exception as problem:  # Torch-TensorRT's errors share no base class below Exception
         raise EngineError(f"Torch-TensorRT failed: {first_line(problem)}") from problem
@@ -165,7 +165,7 @@ def _declared(library: ModuleType, spec: TensorSpec, ranges: Mapping[str, Range]
 
 
 def compile_settings(options: TensorRTOptions, precision: str, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments for ``torch_tensorrt.dynamo.compile``; ``known`` are those that the installed version has."""
+    """Keyword arguments for ``torch_tensorrt.dynamo.compile``; ``known`` are those of the installed version."""
     settings: dict[str, Any] = {
         "immutable_weights": True,  # a task is an input, so nothing is ever refitted
         "disable_tf32": precision == "fp32",
@@ -177,6 +177,6 @@ def compile_settings(options: TensorRTOptions, precision: str, known: Mapping[st
         settings["workspace_size"] = options.workspace
     if options.timing_cache is not None:
         settings["timing_cache_path"] = str(options.timing_cache)
-    if "use_explicit_typing" in known:  # from 2.13 on the only way, and no longer an argument
+    if "use_explicit_typing" in known:  # from 2.13 on always, and no longer an argument
         settings["use_explicit_typing"] = True
     return settings

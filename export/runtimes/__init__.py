@@ -1,4 +1,4 @@
-"""Runtimes: what executes an engine's model file, for parity and for serving alike."""
+"""Runtimes, which execute an engine's model file for parity and serving."""
 
 from prompttune.export.runtimes.base import Array, Runtime, RuntimeOptions, StateRunner, open_runtime
 

@@ -18,20 +18,20 @@ from prompttune.export.runtimes.tensors import as_torch, place_rows, update_row
 
 MODEL_FILE = "model.pt2"
 _VECTORS = ("DEFAULT", "AVX2", "AVX512")
-"""PyTorch's names of x86 instruction sets, each containing the one before."""
+"""PyTorch's names of x86 instruction sets, each including the one before."""
 
 
 class AotiRuntime(Runtime):
     """A package in PyTorch's own loader. On a GPU calls run on the current stream of the calling thread.
 
     Raises:
-        UsageError: an option that has no meaning here.
+        UsageError: an option does not apply to this format.
         EngineError: the package was compiled for another kind of device, or it cannot be opened.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, options: RuntimeOptions) -> None:
         if options.cuda_graph or options.provider or options.cache:
-            raise UsageError("the format aoti has neither CUDA graphs nor providers nor a cache: leave them out")
+            raise UsageError("the format aoti does not support CUDA graphs, providers or a cache: leave them out")
         index = options.cuda_index
         self._check_device(manifest, index)
         self._device = torch.device("cpu") if index is None else torch.device("cuda", index)
@@ -61,7 +61,7 @@ class AotiRuntime(Runtime):
                 )
             return
         if not torch.cuda.is_available():
-            raise EngineError("the engine was compiled for cuda, and there is no CUDA device here")
+            raise EngineError("the engine was compiled for cuda, but this machine does not have a CUDA device")
         here = ".".join(map(str, torch.cuda.get_device_capability(index)))
         if made["compute_capability"] != here:
             raise EngineError(
@@ -89,7 +89,7 @@ class AotiRuntime(Runtime):
         given = [as_torch(images).to(self._device), as_torch(task_index).to(self._device)]
         try:
             with torch.no_grad():
-                # In the order of the captured argument: a dict of another order is refused.
+                # In the order of the captured argument: a dict in another order is refused.
                 logits: Array = self._program(*given, *([dict(bank)] if bank else [])).cpu().numpy()
         except Exception as problem:  # the program's errors share no base class below Exception
             raise EngineError(f"the AOTInductor engine failed: {first_line(problem)}") from None

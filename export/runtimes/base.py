@@ -1,4 +1,4 @@
-"""What a runtime offers: run a model file, and keep banks where it can reach them."""
+"""Interface of the runtimes: run a model file, and keep banks where it can read them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _RUNTIMES = {
     "trt": ("prompttune.export.runtimes.tensorrt", "TensorRTRuntime"),
     "torch-trt": ("prompttune.export.runtimes.torch_tensorrt", "TorchTensorRTRuntime"),
 }
-"""Format of an engine → module and class of its runtime: a :class:`Runtime` made of (folder, manifest, options)."""
+"""Module and class of the runtime of each format: a :class:`Runtime` made from (folder, manifest, options)."""
 
 
 class Runtime(ABC):
@@ -39,18 +39,18 @@ class Runtime(ABC):
     @property
     @abstractmethod
     def description(self) -> str:
-        """Runtime, version and device, in words."""
+        """Runtime, version and device, as text."""
 
     @abstractmethod
     def place(self, rows: BankArray) -> Any:
-        """Make a bank tensor [T, ...] reachable for :meth:`run`; ``rows`` stays the host's copy of it."""
+        """Place a bank tensor [T, ...] for :meth:`run`; ``rows`` stays the host's copy of it."""
 
     @abstractmethod
     def update(self, placed: Any, rows: BankArray, row: int) -> None:
-        """Carry a changed row of the host's copy over to the placed tensor, while other rows may be in use."""
+        """Copy a changed row of the host's copy to the placed tensor, while other rows may be in use."""
 
     def without_graphs(self) -> Runtime:
-        """The same model for calls that are not worth a CUDA graph of their own."""
+        """The same model for calls that are not worth their own CUDA graph."""
         return self
 
     @abstractmethod
@@ -59,8 +59,8 @@ class Runtime(ABC):
 
         Args:
             images: contiguous float32, normalised [B, 3, S, S].
-            task_index: [B], each within the bank; the caller has checked that.
-            bank: state key → placed tensor; empty for an engine with its bank baked in.
+            task_index: [B], each within the bank, as the caller has checked.
+            bank: placed tensor of each state key; empty for an engine with its bank baked in.
         """
 
     def logits(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
@@ -95,7 +95,7 @@ def open_runtime(folder: Path, manifest: Manifest, options: RuntimeOptions | Non
 
 
 class StateRunner:
-    """Tasks of fixed states behind a runtime: what parity compares with PyTorch."""
+    """Tasks of fixed states behind a runtime, for comparison with PyTorch."""
 
     def __init__(self, runtime: Runtime, manifest: Manifest, states: Mapping[str, State]) -> None:
         self._runtime = runtime

@@ -1,4 +1,4 @@
-"""ONNX Runtime, the embedded default: on the CPU, on CUDA, and on TensorRT through its provider."""
+"""ONNX Runtime, the default: on the CPU, on CUDA, and on TensorRT through its provider."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from prompttune.export.runtimes.onnxruntime_cuda import CudaCalls
 
 _QUIET = 4
-"""ONNX Runtime's severity 'fatal': its errors arrive as exceptions and need not be logged as well."""
+"""ONNX Runtime's severity 'fatal': its errors arrive as exceptions and need not be logged too."""
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-"""Where ONNX Runtime finds the weights of a model that it is given as bytes."""
+"""Option for the folder of the weights, for a model that is given as bytes."""
 PROVIDERS = ("tensorrt",)
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _WITHOUT_TENSORRT = "or leave the provider out, which runs on CUDA"
@@ -43,7 +43,7 @@ def providers(options: RuntimeOptions) -> list[Any]:
     """Execution providers in order of preference.
 
     Raises:
-        UsageError: the device or the provider is unknown, or they do not go together.
+        UsageError: the device or the provider is unknown, or they cannot be combined.
         MissingExtraError: ONNX Runtime was installed without CUDA or without TensorRT.
     """
     index = options.cuda_index

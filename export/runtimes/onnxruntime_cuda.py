@@ -27,7 +27,7 @@ _ELEMENT = {
 }
 _NO_GRAPH = -1
 _GRAPHS = 32
-"""CUDA graphs that a session captures; later ones run without. ONNX Runtime frees none before the session ends."""
+"""Largest number of CUDA graphs per session; more calls run without. ONNX Runtime frees them with the session."""
 
 
 class CudaCalls:

@@ -27,7 +27,7 @@ def provider_ranges(folder: Path, manifest: Manifest) -> dict[str, Range]:
     shapes = []
     if TASKS in axes:
         for record in EngineFolder(folder, verify=False).scan().records.values():
-            with contextlib.suppress(EngineError):  # a damaged task hinders no other
+            with contextlib.suppress(EngineError):  # a damaged task must not affect others
                 shapes.append(bind_axes(manifest.layout, record.shapes, record.name))
     held = {TASKS: len(shapes), **largest_axes(shapes)}
     needed = {axis: 1 << (max(held.get(axis, 1), 1) - 1).bit_length() for axis in axes if axis != BATCH}

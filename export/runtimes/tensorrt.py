@@ -23,10 +23,10 @@ PLAN_FILE = "model.plan"
 
 
 class ProfiledRuntime(Runtime):
-    """What both of TensorRT's runtimes share: a bank on a GPU, and the sizes that an engine was built for."""
+    """Shared parts of both TensorRT runtimes: a bank on a GPU, and the sizes that an engine was built for."""
 
     def __init__(self, manifest: Manifest, index: int, library: str) -> None:
-        """``index`` is the GPU's, ``library`` the name and version of what runs."""
+        """``index`` is the index of the GPU, ``library`` the name and version of the runtime."""
         self._inputs = manifest.inputs
         self._ranges = manifest.sizes.ranges
         self._device = torch.device("cuda", index)
@@ -54,11 +54,11 @@ class ProfiledRuntime(Runtime):
 
 
 class TensorRTRuntime(ProfiledRuntime):
-    """A plan on a GPU. The bank lives there too, and a changed task is one row copied over: the plan is never refitted.
+    """A plan on a GPU, with the bank. A changed task is one copied row: the plan is never refitted.
 
     Raises:
         MissingExtraError: TensorRT is not installed.
-        UsageError: the device is no CUDA device, or an option has no meaning here.
+        UsageError: the device is not a CUDA device, or an option does not apply.
         EngineError: the plan belongs to another TensorRT or GPU, or cannot be opened.
     """
 
@@ -69,7 +69,7 @@ class TensorRTRuntime(ProfiledRuntime):
         details = manifest.details
         check_version(details["tensorrt"], version, details["version_compatible"])
         check_capability(details, torch.cuda.get_device_capability(index))
-        # Imports TensorRT, which must be known to be there.
+        # Imports TensorRT, which is known to be installed.
         from prompttune.export.trt.execution import Plan, Pool
 
         super().__init__(manifest, index, f"TensorRT {version}")
@@ -89,7 +89,7 @@ class TensorRTRuntime(ProfiledRuntime):
 
 
 def refuse_options(options: RuntimeOptions, what: str) -> None:
-    """Raise :class:`UsageError` for options that only other runtimes follow."""
+    """Raise :class:`UsageError` for options that only other runtimes support."""
     for name in ("threads", "provider", "cache"):
         if getattr(options, name) is not None:
-            raise UsageError(f"{what} has no use for {name}: leave it out")
+            raise UsageError(f"{what} does not support {name}: leave it out")

@@ -1,4 +1,4 @@
-"""Between NumPy and torch: arrays of bank precisions as tensors, on the host and on a device."""
+"""Conversion between NumPy and torch: arrays of bank precisions as tensors, on the host and on a device."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def as_torch(array: NDArray[Any]) -> Tensor:
-    """The same values as a tensor on the host; torch shares NumPy's memory unless the array may not be written to.
+    """The same values as a tensor on the host; torch shares NumPy's memory unless the array is read-only.
 
-    torch does not know ml_dtypes' bfloat16, so such an array goes over as 16-bit integers and is read anew there.
+    torch does not support ml_dtypes' bfloat16, so such an array is passed as 16-bit integers and reinterpreted.
     """
     whole = np.ascontiguousarray(array)
     if not whole.flags.writeable:
@@ -35,7 +35,7 @@ def as_torch(array: NDArray[Any]) -> Tensor:
 
 
 def place_rows(rows: NDArray[Any], device: torch.device) -> Tensor:
-    """A bank tensor [T, ...] on the device, there when this returns.
+    """A bank tensor [T, ...] on the device; it is there when this returns.
 
     Raises:
         EngineError: CUDA failed, for lack of memory perhaps.
@@ -47,7 +47,7 @@ def place_rows(rows: NDArray[Any], device: torch.device) -> Tensor:
 
 
 def update_row(placed: Tensor, rows: NDArray[Any], row: int) -> None:
-    """Copy one row of the host's bank over a placed one, there when this returns; other rows are not touched.
+    """Copy one row of the host's bank to a placed one; it is there when this returns. Other rows are not changed.
 
     Raises:
         EngineError: CUDA failed.

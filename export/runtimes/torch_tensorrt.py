@@ -27,7 +27,7 @@ MODEL_FILE = "model.ep"
 
 
 def versions(library: ModuleType) -> dict[str, str]:
-    """What a program is tied to, ready for JSON."""
+    """Versions that a program is tied to, for JSON."""
     return {"torch_tensorrt": str(library.__version__), "torch": str(torch.__version__)}
 
 
@@ -36,14 +36,14 @@ class TorchTensorRTRuntime(ProfiledRuntime):
 
     Raises:
         MissingExtraError: Torch-TensorRT is not installed.
-        UsageError: the device is no CUDA device, or an option has no meaning here.
+        UsageError: the device is not a CUDA device, or an option does not apply.
         EngineError: the program belongs to other versions or another GPU, or cannot be opened.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, options: RuntimeOptions) -> None:
         refuse_options(options, "Torch-TensorRT")
         if options.cuda_graph:
-            raise UsageError("the format torch-trt runs without CUDA graphs: leave them out, or export with trt")
+            raise UsageError("the format torch-trt does not support CUDA graphs: leave them out, or export with trt")
         library = require_torch_tensorrt()
         index = require_cuda(options.device, "a Torch-TensorRT engine")
         check_versions(manifest.details, versions(library))
@@ -52,7 +52,7 @@ class TorchTensorRTRuntime(ProfiledRuntime):
         self._lock = threading.Lock()
         path = folder / MODEL_FILE
         try:
-            # On a failure it prints a traceback before it raises; the error's own line says enough.
+            # On a failure it prints a traceback before it raises; the error's own line is enough.
             with torch.cuda.device(self._device), contextlib.redirect_stderr(io.StringIO()):
                 self._stream = torch.cuda.Stream()
                 self._module = library.load(str(path)).module()
@@ -83,7 +83,7 @@ def check_versions(details: Mapping[str, Any], here: Mapping[str, str]) -> None:
     """Refuse a program of other versions.
 
     Raises:
-        EngineError: torch or Torch-TensorRT differs from what compiled it.
+        EngineError: torch or Torch-TensorRT differs from the versions that compiled the program.
     """
     for name, version in here.items():
         if details[name] != version:

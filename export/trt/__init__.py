@@ -1,1 +1,1 @@
-"""What the formats ``trt`` and ``torch-trt`` share. Only ``builder``, ``execution`` and ``log`` import TensorRT."""
+"""Shared parts of the formats trt and torch-trt. Only ``builder``, ``execution`` and ``log`` import TensorRT."""

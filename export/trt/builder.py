@@ -1,7 +1,7 @@
 """From a typed ONNX file to a plan. Import this module only after :func:`library.require_tensorrt`.
 
-The network is strongly typed: every precision is that of the ONNX file, and TensorRT chooses none by itself. So there
-are no precision flags, no calibrator and no layer precisions here, all of which TensorRT 11 has removed.
+The network is strongly typed: every precision comes from the ONNX file, and TensorRT does not choose any. This module
+therefore has neither precision flags nor a calibrator nor layer precisions, all of which TensorRT 11 has removed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from prompttune.files import replacing
 
 
 class BuildMonitor(trt.IProgressMonitor):
-    """Follows a build and, after an error or Ctrl-C in its callback, ends it. Nothing may be raised into TensorRT."""
+    """Follows a build and ends it after an error or Ctrl-C in its callback. Errors must not be raised into TensorRT."""
 
     def __init__(self, tracker: PhaseTracker) -> None:
         trt.IProgressMonitor.__init__(self)
@@ -59,12 +59,12 @@ def build_plan(
     """Build a plan for the current CUDA device.
 
     Args:
-        onnx_file: a typed ONNX file; its external data lies beside it.
-        plan_file: where to write the plan.
-        shapes: every input with a dynamic axis → its smallest, likeliest and largest shape.
-        options: how to build.
-        tf32: let fp32 matrix products round their factors to TF32.
-        on_progress: told how far the build is.
+        onnx_file: a typed ONNX file with its external data beside it.
+        plan_file: path of the plan to write.
+        shapes: smallest, likeliest and largest shape of every input with a dynamic axis.
+        options: options of the build.
+        tf32: whether fp32 matrix products may round their factors to TF32.
+        on_progress: called with the progress of the build.
 
     Raises:
         EngineError: TensorRT cannot parse or build it; one line with TensorRT's own reasons.
@@ -128,7 +128,7 @@ def _add_profile(builder: trt.Builder, config: trt.IBuilderConfig, log: ErrorLog
 
 
 def _attach_timing_cache(config: trt.IBuilderConfig, log: ErrorLog, path: Path) -> None:
-    """Give the builder the timings of ``path``; the file is rewritten later, so it must be a timing cache or new."""
+    """Give the builder the timings in ``path``; the file is rewritten later, so it must be a timing cache or new."""
     try:
         stored = path.read_bytes() if path.exists() else b""
     except OSError as problem:

@@ -1,4 +1,4 @@
-"""Which installations may open a plan: TensorRT's version and the GPU's compute capability."""
+"""Installations that may open a plan, by TensorRT's version and the GPU's compute capability."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ support matrix of 11.4, which supports no other step across major versions from 
 
 
 def gpu_record(index: int) -> dict[str, Any]:
-    """What ties a plan to a GPU: its name, its compute capability and the CUDA version of PyTorch, ready for JSON."""
+    """Facts that tie a plan to a GPU, for JSON: its name, its compute capability and the CUDA version of PyTorch."""
     major, minor = torch.cuda.get_device_capability(index)
     return {
         "gpu": torch.cuda.get_device_name(index),
@@ -58,8 +58,8 @@ def check_capability(details: Mapping[str, Any], capability: tuple[int, int]) ->
     """Refuse a plan that was built for other GPUs.
 
     Args:
-        details: of the engine's manifest.
-        capability: compute capability of the GPU here.
+        details: details of the engine's manifest.
+        capability: compute capability of this machine's GPU.
 
     Raises:
         EngineError: it differs, and the plan's hardware compatibility does not cover it.

@@ -1,4 +1,4 @@
-"""The door to TensorRT and Torch-TensorRT: is the library here, is a GPU here, and one clear line if not."""
+"""Import of TensorRT and Torch-TensorRT, with one clear line if the library or the GPU is missing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INSTEAD = "or export with --format onnx, which runs on a CPU and on CUDA"
 
 
 def require_tensorrt() -> str:
-    """Check that TensorRT can be used, and return its version.
+    """Check that TensorRT can be used; return its version.
 
     Raises:
         MissingExtraError: it is not installed. A folder of type stubs does not count.
@@ -29,7 +29,7 @@ def require_tensorrt() -> str:
 
 
 def require_torch_tensorrt() -> ModuleType:
-    """Torch-TensorRT, imported.
+    """Import Torch-TensorRT.
 
     Raises:
         MissingExtraError: it is not installed.
@@ -42,7 +42,7 @@ def require_torch_tensorrt() -> ModuleType:
 
 
 def _import(name: str) -> ModuleType | None:
-    """A module, or None if there is none of that name; what it prints while it fails is held back."""
+    """A module, or None if it does not exist; its output while it fails is suppressed."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return importlib.import_module(name)
@@ -56,15 +56,15 @@ def _import(name: str) -> ModuleType | None:
 
 
 def require_cuda(device: str, what: str) -> int:
-    """Check that a device is a CUDA device of this machine, and return its index.
+    """Check that a device is a CUDA device of this machine; return its index.
 
     Args:
         device: ``cuda`` or ``cuda:INDEX``.
-        what: what needs it, for the message.
+        what: what needs the device, for the message.
 
     Raises:
-        UsageError: it is no CUDA device, or there are fewer.
-        EngineError: PyTorch finds no CUDA device at all.
+        UsageError: the device is not a CUDA device, or its index is too large.
+        EngineError: PyTorch does not find a CUDA device.
     """
     index = RuntimeOptions(device).cuda_index
     if index is None:
@@ -72,5 +72,5 @@ def require_cuda(device: str, what: str) -> int:
     if not torch.cuda.is_available():
         raise EngineError(f"{what} needs a CUDA device and PyTorch finds none here: use a GPU host, {INSTEAD}")
     if index >= torch.cuda.device_count():
-        raise UsageError(f"there is no device cuda:{index}: this machine has {torch.cuda.device_count()}")
+        raise UsageError(f"the device cuda:{index} does not exist: this machine has {torch.cuda.device_count()}")
     return index

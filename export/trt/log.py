@@ -9,7 +9,7 @@ import tensorrt as trt
 from prompttune.errors import EngineError
 
 _SHOWN = 3
-"""Errors that a message quotes: the first ones name the cause, later ones follow from them."""
+"""Largest number of quoted errors: the first ones name the cause, later ones follow from them."""
 
 
 class ErrorLog(trt.ILogger):
@@ -27,11 +27,11 @@ class ErrorLog(trt.ILogger):
                 self._errors.append(" ".join(msg.split()))
 
     def failure(self, what: str, *more: str) -> EngineError:
-        """The error to raise: what failed, and in one line why. The errors kept so far are forgotten.
+        """The error to raise, with the failure and its reasons in one line. The kept errors are cleared.
 
         Args:
-            what: what failed.
-            more: reasons known from elsewhere; they go first.
+            what: the failure.
+            more: reasons known from elsewhere, which come first.
         """
         with self._lock:
             reasons = list(dict.fromkeys([*(" ".join(one.split()) for one in more), *self._errors]))

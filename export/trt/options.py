@@ -15,23 +15,23 @@ HARDWARE_COMPATIBILITIES = ("none", "ampere_plus", "same_compute_capability")
 
 @dataclass(frozen=True)
 class TensorRTOptions:
-    """How TensorRT builds a plan.
+    """Options for building a plan.
 
     Raises:
         UsageError: a value is of the wrong type or out of range, or two options exclude each other.
     """
 
     workspace: int | None = None
-    """Bytes of device memory that a layer may use while it runs; None leaves TensorRT its default, all there is."""
+    """Largest workspace of a layer in device memory, in bytes; None for TensorRT's default, all of it."""
     optimization_level: int = 3
-    """From 0, quickest to build, to 5, longest search."""
+    """Optimisation level from 0, fastest to build, to 5, longest search."""
     timing_cache: Path | None = None
     """File with the timings of earlier builds: read if it exists, rewritten after the build."""
     version_compatible: bool = False
     """Whether later TensorRT versions may open the plan too. The plan then carries code that they run."""
     hardware_compatibility: str = "none"
-    """On which GPUs the plan runs: of its own compute capability (``none``, tuned for this very model, and
-    ``same_compute_capability``), or of every one since Ampere (``ampere_plus``, slower)."""
+    """GPUs that can run the plan: those of its own compute capability (``none``, tuned for this very model, and
+    ``same_compute_capability``), or all since Ampere (``ampere_plus``, slower)."""
 
     def __post_init__(self) -> None:
         if self.workspace is not None:
@@ -47,10 +47,10 @@ class TensorRTOptions:
 
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> TensorRTOptions:
-        """The options of :attr:`Settings.options`.
+        """The options in :attr:`Settings.options`.
 
         Raises:
-            UsageError: an unknown name, or a value that is refused.
+            UsageError: a name is unknown, or a value is refused.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         given = {choose("TensorRT option", name, known): value for name, value in options.items()}
@@ -59,7 +59,7 @@ class TensorRTOptions:
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        """What a runtime must know of them, ready for JSON."""
+        """The options that a runtime needs, for JSON."""
         return {
             "version_compatible": self.version_compatible,
             "hardware_compatibility": self.hardware_compatibility,
@@ -68,7 +68,7 @@ class TensorRTOptions:
 
 
 def _integer(name: str, value: object, low: int, high: int | None) -> None:
-    """Refuse what is no whole number in range; True is no number here."""
+    """Refuse anything but whole numbers in range; True does not count as a number here."""
     if isinstance(value, int) and not isinstance(value, bool) and low <= value and (high is None or value <= high):
         return
     span = f"at least {low}" if high is None else f"from {low} to {high}"

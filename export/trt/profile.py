@@ -1,4 +1,4 @@
-"""The sizes that a plan is built for: each dynamic axis from its smallest over its likeliest to its largest."""
+"""Sizes that a plan is built for: smallest, likeliest and largest size of each dynamic axis."""
 
 from __future__ import annotations
 

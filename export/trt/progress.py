@@ -1,4 +1,4 @@
-"""How far a build is, from the phases that TensorRT reports: they nest, and each has a known number of steps."""
+"""Progress of a build, from the phases that TensorRT reports: they nest, and each has a known number of steps."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 OnProgress = Callable[[float], None]
-"""Called with the share that is done, from 0 to 1, whenever another percent is."""
+"""Called with the finished share, from 0 to 1, at every further percent."""
 _BAR = 24
-"""Characters of a bar."""
+"""Number of characters of a bar."""
 
 
 @dataclass
@@ -29,13 +29,13 @@ class PhaseTracker:
         self._percent = -1
 
     def start(self, name: str, parent: str | None, steps: int) -> None:
-        """A phase has begun; ``parent`` is the phase that it is a step of, or None."""
+        """A phase has started; ``parent`` is the phase that it is a step of, or None."""
         with self._lock:
             self._phases[name] = _Phase(parent, max(steps, 1))
             self._report()
 
     def step(self, name: str, step: int) -> None:
-        """The step of this index, from 0, of a phase is done."""
+        """A phase has finished the step of this index, counted from 0."""
         with self._lock:
             if name in self._phases:
                 self._phases[name].done = step + 1
@@ -64,6 +64,6 @@ class PhaseTracker:
 
 
 def bar(share: float) -> str:
-    """A share as a bar with a figure, in plain text."""
+    """A share as a bar with a percentage, in plain text."""
     filled = int(_BAR * share)
     return f"{'━' * filled}{'─' * (_BAR - filled)} {share:.0%}"

@@ -1,4 +1,4 @@
-"""What TensorRT asks of a tensor whose address it is given."""
+"""TensorRT's requirements for tensors that it gets by address."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from prompttune.errors import EngineError
 
 ALIGNMENT = 256
-"""Bytes that an address given to TensorRT must be a multiple of. torch aligns allocations to 512, slices to less."""
+"""Alignment in bytes of addresses for TensorRT. torch aligns allocations to 512, slices to less."""
 
 
 def check_tensors(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
-    """Refuse tensors whose bytes TensorRT would read wrongly: it takes an address on trust.
+    """Refuse tensors whose bytes TensorRT would read wrongly: it does not check the data at an address.
 
     Raises:
         EngineError: a dtype differs, a tensor has gaps, or its address is not aligned.

@@ -1,4 +1,4 @@
-"""Benchmarks: an engine beside the plain backbone, PyTorch or other engines, timed in turn."""
+"""Benchmarks: an engine compared with the plain backbone, PyTorch or other engines, timed in turn."""
 
 from prompttune.serve.bench.report import BenchReport, plot_report
 from prompttune.serve.bench.run import bench_engine

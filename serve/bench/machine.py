@@ -1,4 +1,4 @@
-"""What a figure must name: the machine and the versions that it was measured with."""
+"""Machine and versions behind a figure, which every table must name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PROCESSORS = Path("/proc/cpuinfo")
 
 
 def hardware_name(device: str = "cpu") -> str:
-    """The CUDA device, or the processor with the number of its threads."""
+    """Name of the CUDA device, or of the processor with its number of threads."""
     if device.startswith("cuda"):
         return str(torch.cuda.get_device_name(device))
     lines = _PROCESSORS.read_text().splitlines() if _PROCESSORS.exists() else []
@@ -26,7 +26,7 @@ def hardware_name(device: str = "cpu") -> str:
 
 
 def machine_columns(device: str, threads: int, command: str) -> dict[str, str]:
-    """Columns that every table of figures ends with."""
+    """The last columns of every table of figures."""
     return {
         "hardware": hardware_name(device),
         "threads": str(threads),
@@ -38,5 +38,5 @@ def machine_columns(device: str, threads: int, command: str) -> dict[str, str]:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
-    """Write rows of the same keys, each ending with ``columns``, atomically."""
+    """Write rows with the same keys, each followed by ``columns``, atomically."""
     write_table(path, [{**row, **columns} for row in rows])

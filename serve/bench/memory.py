@@ -1,4 +1,4 @@
-"""Memory of this process, in bytes: what stays resident, and the peak on the way there."""
+"""Memory of this process in bytes: the resident set, and its peak."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prompttune.serve.memory import process_bytes, resident_bytes
 
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
-"""Written to ``clear_refs`` it sets the kernel's peak back to what is resident now (man 5 proc)."""
+"""Value for ``clear_refs`` that resets the kernel's peak to the current resident set (man 5 proc)."""
 
 
 def _reset_peak() -> bool:
@@ -26,9 +26,9 @@ def _reset_peak() -> bool:
 
 
 def device_bytes(device: str) -> int | None:
-    """Memory in use on a CUDA device, by whatever holds it; None for another device.
+    """Used memory of a CUDA device, by all programs; None for another device.
 
-    Asked of the driver, because ONNX Runtime's memory is not in PyTorch's own accounts.
+    The driver is asked, because PyTorch's own counters do not include ONNX Runtime's memory.
     """
     if not device.startswith("cuda"):
         return None
@@ -38,21 +38,21 @@ def device_bytes(device: str) -> int | None:
 
 @dataclass
 class Growth:
-    """By how much memory grew within a block; None where it could not be read."""
+    """Growth of memory within a block; None if it cannot be read."""
 
     resident: int | None = None
-    """Resident set at the block's end over its beginning."""
+    """Resident set at the end of the block minus that at its start."""
     peak: int | None = None
-    """Highest resident set within the block over its beginning."""
+    """Highest resident set within the block minus that at its start."""
     device: int | None = None
-    """The same as ``resident`` on the CUDA device; its allocators keep their peak."""
+    """The same as ``resident`` on the CUDA device, whose allocators keep their peak."""
 
 
 @contextlib.contextmanager
 def memory_growth(device: str = "cpu") -> Iterator[Growth]:
-    """Measure the block; the figures are there when it has ended.
+    """Measure the block; the figures are available after its end.
 
-    What was freed before and is still held by the allocator may be used again within the block and is not counted.
+    Memory that was freed before and is still held by the allocator may be reused within the block, and is not counted.
     """
     gc.collect()
     resettable = _reset_peak()

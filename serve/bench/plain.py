@@ -1,7 +1,7 @@
-"""The plain backbone, built and run as an engine's model is, but with no task anywhere.
+"""The plain backbone, built and run like an engine's model, but without tasks.
 
 It is timm's own forward to pooled features, written by the engine's format in the engine's precision and run by the
-engine's runtime, so that what a method costs is told from what the backbone costs.
+engine's runtime, so that the cost of a method can be told from the cost of the backbone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from prompttune.export.tasks import engine_model
 
 
 class _PlainGraph(nn.Module):
-    """timm's model with the inputs that every runtime feeds; it has no use for the second."""
+    """timm's model with the inputs that every runtime feeds; the second one is ignored."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -45,17 +45,17 @@ class _PlainGraph(nn.Module):
 
 
 class _PlainRequest(BuildRequest):
-    """A request whose graph is the plain backbone: all else that a format does stays as it is."""
+    """A request whose graph is the plain backbone; everything else of a format is unchanged."""
 
     def trace(self, probes: bool = False, device: str = "cpu") -> Traced:  # noqa: ARG002
-        """See :meth:`BuildRequest.trace`; the output carries features [B, D] under the name that runtimes read."""
+        """See :meth:`BuildRequest.trace`; the output holds features [B, D] under the name that runtimes read."""
         precision = "fp32" if self.settings.precision == "int8" else self.settings.precision
         typed = typed_model(copy.deepcopy(self.model), precision).backbone
         for module in typed.modules():
             if isinstance(module, Attention):
                 module.fused_attn = self.settings.attention == "fused"
         size = typed.image_size
-        # Three rows: sizes of one and two occur elsewhere in a model.
+        # Three rows, because sizes of one and two occur elsewhere in a model.
         sample = [torch.zeros(3, 3, size, size), torch.zeros(3, dtype=torch.int64)]
         dynamic = {IMAGE: {0: BATCH}, TASK_INDEX: {0: BATCH}}
         program = capture(_PlainGraph(typed), sample, dynamic, "fused", device, typed.name)
@@ -64,7 +64,7 @@ class _PlainRequest(BuildRequest):
 
 
 def plain_settings(manifest: Manifest) -> Settings:
-    """The settings of an engine, for its plain backbone.
+    """The engine's settings, adapted to its plain backbone.
 
     Static int8 becomes dynamic, because calibration images belong to tasks.
     """
@@ -81,16 +81,16 @@ def export_plain(manifest: Manifest, backbone: Backbone, settings: Settings, fol
     """Write an engine's plain backbone into an existing folder.
 
     Args:
-        manifest: the engine's.
-        backbone: the engine's.
+        manifest: manifest of the engine.
+        backbone: backbone of the engine.
         settings: format, precision and the rest, see :func:`plain_settings`.
-        folder: where to.
+        folder: output folder.
 
     Returns:
-        A manifest that :class:`PlainBackbone` opens the folder with.
+        A manifest for opening the folder with :class:`PlainBackbone`.
 
     Raises:
-        EngineError: it cannot be built.
+        EngineError: the backbone cannot be built.
     """
     resolved = settings.resolved()
     request = _PlainRequest(engine_model(manifest, backbone), resolved, {}, _no_images)
@@ -120,9 +120,9 @@ class PlainBackbone:
     """A plain backbone, open in the runtime of its format.
 
     Args:
-        folder: where :func:`export_plain` wrote it.
-        manifest: what :func:`export_plain` returned.
-        options: device and threads, as an engine takes them.
+        folder: folder written by :func:`export_plain`.
+        manifest: result of :func:`export_plain`.
+        options: device and threads, as for an engine.
 
     Raises:
         MissingExtraError: the device needs an extra that is not installed.
@@ -134,7 +134,7 @@ class PlainBackbone:
 
     @property
     def description(self) -> str:
-        """What runs, in words."""
+        """Description of the runtime."""
         return f"plain {self.manifest.format} {self.manifest.precision}, {self._runtime.description}"
 
     def features(self, images: Array) -> Array:

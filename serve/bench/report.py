@@ -1,4 +1,4 @@
-"""What a benchmark found, as values, as rows of a table, as a picture."""
+"""Results of a benchmark as values, as rows of a table, and as a picture."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class SubjectReport:
     """``engine``, ``backbone``, ``torch``, or another engine's folder."""
     description: str
     load_s: float
-    """Seconds to open it, once; an engine's digests are checked in this time."""
+    """Seconds to open it, once; for an engine, including the check of its digests."""
     resident_bytes: int | None
-    """Growth of the process's resident set by opening it and answering the largest batch; None off Linux."""
+    """Growth of the process's resident set by opening it and answering the largest batch, in bytes; None off Linux."""
     peak_bytes: int | None
-    """Highest such growth on the way; None where the kernel does not tell."""
+    """Highest such growth in between, in bytes; None if the kernel does not report it."""
     device_bytes: int | None
-    """Growth of the memory in use on the CUDA device; None on a CPU."""
+    """Growth of the used memory on the CUDA device, in bytes; None on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,17 @@ class Measurement:
     batch_size: int
     mix: str
     tasks: int
-    """Tasks that the rows go round; 0 for a side that knows none."""
+    """Number of tasks that the rows alternate between; 0 for a side without tasks."""
     latency: Latency
     images_per_s: float
-    """At the median latency."""
+    """Speed at the median latency, in images per second."""
     engine_over: Ratio | None
-    """The engine's time over this subject's; None for the engine itself."""
+    """The engine's time divided by this subject's; None for the engine itself."""
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """The engine's time for mixed rows over its time for rows of one task, at one batch size."""
+    """The engine's time for mixed rows divided by its time for rows of one task, at one batch size."""
 
     batch_size: int
     tasks: int
@@ -67,11 +67,11 @@ class Mixing:
 
 @dataclass(frozen=True)
 class Switching:
-    """Calls of one row that alternate between two tasks, A B A B, against calls of A alone."""
+    """Calls of one row that alternate between two tasks, A B A B, compared with calls of A alone."""
 
     tasks: tuple[str, str]
     calls: int
-    """Calls of a round; the figures are of one call."""
+    """Number of calls in a round; the figures are per call."""
     same: Latency
     alternating: Latency
     over_same: Ratio
@@ -79,19 +79,19 @@ class Switching:
 
 @dataclass(frozen=True)
 class Adding:
-    """Making one more task resident in the open engine."""
+    """Time to make one more task resident in the open engine."""
 
     state: Latency
-    """From a folded state, as read from an engine folder."""
+    """Time from a folded state, as read from an engine folder."""
     checkpoint: Latency | None
-    """From a checkpoint, folded but not compared with PyTorch, the backbone loaded already."""
+    """Time from a checkpoint, folded but not compared with PyTorch, with the backbone already loaded."""
     first_checkpoint_s: float | None
     """Seconds of the first such call, which loads the backbone."""
 
 
 @dataclass(frozen=True)
 class BenchReport:
-    """All that one run of the benchmark found."""
+    """All results of one run of the benchmark."""
 
     engine: str
     backbone: str
@@ -106,26 +106,26 @@ class BenchReport:
     versions: dict[str, str]
     warmup: int
     repeats: int | None
-    """None where ``seconds`` was given."""
+    """Number of measured rounds; None if ``seconds`` was given."""
     seconds: float | None
     seed: int
     resident_tasks: int
     bytes_per_task: int
-    """Of one bank row, padded to the largest resident task; 0 where the tasks are part of the model."""
+    """Bytes of one bank row, padded to the largest resident task; 0 if the tasks are part of the model."""
     subjects: tuple[SubjectReport, ...]
     measurements: tuple[Measurement, ...]
     mixing: tuple[Mixing, ...]
     switching: Switching | None
-    """None with a single task, or where it was not asked for."""
+    """None for a single task, or if it was not requested."""
     adding: Adding | None
-    """None where the tasks are part of the model, or where it was not asked for."""
+    """None if the tasks are part of the model, or if it was not requested."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return dataclasses.asdict(self)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """One row of a table a measurement, with its subject's figures; an empty string where there is none."""
+        """One row of a table per measurement, with its subject's figures; missing figures are empty strings."""
         subjects = {one.name: one for one in self.subjects}
         for one in self.measurements:
             subject, over = subjects[one.subject], one.engine_over
@@ -154,12 +154,12 @@ class BenchReport:
 
 
 def mebibytes(size: int | None) -> str:
-    """A size in MiB, empty where there is none."""
+    """A size in MiB; empty for None."""
     return "" if size is None else f"{size / MEBI:.1f}"
 
 
 def plot_report(report: BenchReport, path: Path) -> None:
-    """Draw latency over batch size, and the engine's time over each other subject's, into a PNG file."""
+    """Draw latency over batch size, and the engine's time relative to each other subject's, into a PNG file."""
     compared = [one for one in report.measurements if one.engine_over is not None]
     figure = Figure(figsize=(11 if compared else 5.5, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -195,7 +195,7 @@ def _plot_latency(axes: Axes, report: BenchReport) -> None:
 
 
 def _series(report: BenchReport) -> dict[tuple[str, str], list[Measurement]]:
-    """Subject and mix → its measurements, smallest batch first."""
+    """Measurements by subject and mix, the smallest batch first."""
     series: dict[tuple[str, str], list[Measurement]] = {}
     for one in sorted(report.measurements, key=lambda one: one.batch_size):
         series.setdefault((one.subject, one.mix), []).append(one)

@@ -1,4 +1,4 @@
-"""Measure an engine: latency, throughput, memory, tasks added and switched, beside what it is held against."""
+"""Measurement of an engine: latency, throughput, memory, added and switched tasks, next to other sides."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from prompttune.serve.bench.task_costs import measure_adding, measure_switching,
 from prompttune.serve.bench.timing import Latency, Ratio, Rounds, interleaved
 
 OnProgress = Callable[[str, float], None]
-"""Told what is being done, and which share of everything lies behind."""
+"""Called with a description of the current step and the finished share of all steps."""
 
 
 class _Progress:
-    """Shares of all steps out of shares of one step."""
+    """Turns shares of one step into shares of all steps."""
 
     def __init__(self, steps: int, on_progress: OnProgress) -> None:
         self._steps, self._done, self._on_progress, self._words = steps, -1, on_progress, ""
@@ -66,26 +66,26 @@ def bench_engine(
     seed: int = 0,
     on_progress: OnProgress = lambda _words, _share: None,
 ) -> BenchReport:
-    """Measure an engine and what it is held against, side by side. The engine folder is not changed.
+    """Measure an engine and the sides it is compared with. The engine folder is not changed.
 
     Args:
         engine: the engine folder.
         against: ``backbone`` (the plain backbone exported to ONNX), ``torch`` (the same tasks in eager PyTorch), or
             paths of other engines.
-        batch_sizes: images of one call.
-        mixes: ``one`` (all rows for one task), ``all`` (rows go round the tasks).
-        tasks: mixed rows go round so many tasks at most; None goes round all that the folder holds.
-        options: device, CPU threads of every side (None takes PyTorch's own number) and the rest.
-        rounds: how often everything is timed.
-        task_costs: also time adding tasks and switching between them.
-        checkpoint: with ``task_costs``, also time adding this checkpoint.
-        weights: where to take the backbone's weights from, if not from where the export took them.
-        seed: of the images, which are normal noise.
-        on_progress: told what is being done.
+        batch_sizes: numbers of images per call.
+        mixes: ``one`` (all rows for one task), ``all`` (rows alternate between the tasks).
+        tasks: largest number of tasks that mixed rows alternate between; None for all tasks of the folder.
+        options: device, CPU threads of every side (None for PyTorch's own number) and so on.
+        rounds: numbers of rounds.
+        task_costs: whether to also time adding tasks and switching between them.
+        checkpoint: checkpoint whose adding is timed too, with ``task_costs``.
+        weights: source of the backbone's weights, if it differs from that of the export.
+        seed: seed of the images, which are normal noise.
+        on_progress: called with the progress.
 
     Raises:
-        UsageError: a bad value, an engine without tasks, the same comparison twice.
-        EngineError: an engine is missing or damaged, or the weights found are not its own.
+        UsageError: a value is invalid, an engine does not have tasks, or a comparison is given twice.
+        EngineError: an engine is missing or damaged, or the loaded weights are not its own.
     """
     rounds = rounds or Rounds()
     _check(batch_sizes, mixes, against, tasks)
@@ -170,7 +170,7 @@ def _torch_threads(threads: int) -> Iterator[None]:
 
 
 class _Bench:
-    """The subjects of one run, the engine first, and how they are timed."""
+    """The subjects of one run, the engine first, and their timing."""
 
     def __init__(self, subjects: Sequence[Subject], rounds: Rounds, seed: int, progress: _Progress) -> None:
         self._subjects, self._rounds, self._seed, self._progress = subjects, rounds, seed, progress
@@ -191,7 +191,7 @@ class _Bench:
         """Every subject and mix at one batch size, all in the same rounds."""
         self._progress.step(f"batch size {batch_size}")
         calls: dict[tuple[str, str], Call] = {}
-        # Mixes outside, subjects inside: no subject follows itself and finds its weights in the caches.
+        # The mixes are the outer loop, so that a subject does not follow itself and find its weights in the caches.
         for mix, subject in itertools.product(mixes, self._subjects):
             images = noise(batch_size, subject.image_size, self._seed)
             calls[subject.name, mix] = subject.call(images, assignments(subject.tasks, batch_size, mix))

@@ -1,4 +1,4 @@
-"""What is timed: an engine, the plain backbone in the same runtime, the same tasks in PyTorch."""
+"""Subjects to time: an engine, the plain backbone in the same runtime, the same tasks in PyTorch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from prompttune.serve.engine import Engine
 ENGINE, BACKBONE, TORCH = "engine", "backbone", "torch"
 ONE, ALL = "one", "all"
 MIXES = (ONE, ALL)
-"""Every row for the same task; rows that go round the resident tasks, each call on from where the last one ended."""
+"""Every row for the same task; or rows that alternate between the resident tasks, each call continuing the last."""
 
 Call = Callable[[], object]
 
@@ -37,7 +37,7 @@ def noise(batch_size: int, image_size: int, seed: int) -> Array:
 
 
 def assignments(tasks: Sequence[str], batch_size: int, mix: str) -> list[list[str]]:
-    """The tasks of the rows of successive calls, one list a call, until they repeat; none without tasks."""
+    """The tasks of the rows of successive calls, one list per call, until they repeat; empty without tasks."""
     if not tasks:
         return []
     if mix == ONE:
@@ -48,45 +48,45 @@ def assignments(tasks: Sequence[str], batch_size: int, mix: str) -> list[list[st
 
 
 class Subject(ABC):
-    """One side of a comparison. Images come from host memory and answers go back there, whatever the device."""
+    """One side of a comparison. Images come from host memory, and answers go back there, on every device."""
 
     name: str
-    """Short, different from that of every other subject."""
+    """Short name, unique among the subjects."""
     tasks: list[str]
-    """The tasks that rows go round; empty for a side that knows none."""
+    """Tasks that rows alternate between; empty for a side without tasks."""
     image_size: int
     """Side of the square input, in pixels."""
 
     @abstractmethod
     def prepare(self) -> None:
-        """What must be there before it can be opened and is not counted as opening."""
+        """Prepare everything that does not count as opening."""
 
     @abstractmethod
     def open(self) -> None:
-        """Load the model and its tasks; timed."""
+        """Load the model and its tasks; this is timed."""
 
     @property
     @abstractmethod
     def description(self) -> str:
-        """What runs, in words; once open."""
+        """Description of the open subject."""
 
     @abstractmethod
     def call(self, images: Array, rows: Sequence[Sequence[str]]) -> Call:
-        """A function that answers for ``images`` [B, 3, S, S], each time with the next of the assignments ``rows``."""
+        """A function that answers ``images`` [B, 3, S, S], each time with the next of the assignments ``rows``."""
 
 
 class EngineSubject(Subject):
-    """An engine folder through :class:`Engine`.
+    """An engine folder, run by :class:`Engine`.
 
     Args:
         name: see :attr:`Subject.name`.
         path: the folder.
         options: device and threads.
-        limit: go round so many of its tasks at most.
+        limit: largest number of its tasks to alternate between.
 
     Raises:
-        EngineError: there is no engine.
-        UsageError: it has no tasks.
+        EngineError: the folder does not hold an engine.
+        UsageError: the engine does not have tasks.
     """
 
     def __init__(self, name: str, path: str | Path, options: RuntimeOptions, limit: int | None = None) -> None:
@@ -94,15 +94,15 @@ class EngineSubject(Subject):
         self.folder = EngineFolder(path, verify=False)
         self.tasks, self.image_size = self.folder.tasks()[:limit], self.folder.manifest.image_size
         if not self.tasks:
-            raise UsageError(f"{path} has no tasks to measure: add one with prompttune tasks add")
+            raise UsageError(f"{path} does not have tasks to measure: add one with prompttune tasks add")
         self._options = options
         self.engine: Engine
 
     def prepare(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def open(self) -> None:
-        """Open the folder, its digests checked."""
+        """Open the folder and check its digests."""
         self.engine = Engine(self.folder.path, **vars(self._options))
 
     @property
@@ -132,7 +132,7 @@ class PlainSubject(Subject):
         self._exported: Manifest
 
     def prepare(self) -> None:
-        """Export it into a temporary folder."""
+        """Export the backbone into a temporary folder."""
         backbone = engine_backbone(self._manifest, self._weights)
         self._exported = export_plain(self._manifest, backbone, plain_settings(self._manifest), self._folder)
 
@@ -146,14 +146,14 @@ class PlainSubject(Subject):
         return self._plain.description
 
     def call(self, images: Array, rows: Sequence[Sequence[str]]) -> Call:  # noqa: ARG002
-        """The same for every assignment."""
+        """The same function for every assignment."""
         return lambda: self._plain.features(images)
 
 
 class TorchSubject(Subject):
     """The engine's tasks in eager PyTorch, float32, through the model's own forward.
 
-    Rows of one task share one state, as in an evaluation; mixed rows gather theirs, as the exported graph does.
+    Rows of one task share a state, as in an evaluation; mixed rows gather theirs, as in the exported graph.
     """
 
     name: str = TORCH
@@ -167,7 +167,7 @@ class TorchSubject(Subject):
         self._bank: dict[str, Tensor]
 
     def prepare(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def open(self) -> None:
         """Load the backbone and stack the tasks' states."""
@@ -185,7 +185,7 @@ class TorchSubject(Subject):
         """See :meth:`Subject.call`."""
         device, batch = self._options.device, torch.from_numpy(images)
         row_of = {name: row for row, name in enumerate(self.tasks)}
-        # One row stands for all where all are alike.
+        # If all rows are alike, one row stands for all.
         indices = [[row_of[name] for name in (one if len({*one}) > 1 else one[:1])] for one in rows]
         following = itertools.cycle(torch.tensor(one, device=device) for one in indices)
 
@@ -207,20 +207,20 @@ def subject_of(
     stack: ExitStack,
     taken: Collection[str] = (),
 ) -> Subject:
-    """The subject that a word or a path names: ``backbone``, ``torch`` or another engine's folder.
+    """The subject named by a word or a path: ``backbone``, ``torch`` or another engine's folder.
 
     Args:
         against: the word or the path.
-        folder: the engine that it is held against.
+        folder: the engine to compare with.
         options: device and threads.
-        weights: where to take the backbone's weights from, if not from where the export took them.
-        limit: go round so many tasks at most.
-        stack: removes what was written for the subject.
-        taken: names of other subjects; another engine is called by the end of its path that is none of them.
+        weights: source of the backbone's weights, if it differs from that of the export.
+        limit: largest number of tasks to alternate between.
+        stack: exit stack that removes the subject's temporary files.
+        taken: names of other subjects; another engine gets the shortest end of its path that is not among them.
 
     Raises:
         UsageError: a path is neither a word nor a folder, or the other engine has no tasks.
-        EngineError: a path holds no engine.
+        EngineError: a path does not hold an engine.
     """
     if against == BACKBONE:
         return PlainSubject(folder.manifest, options, weights, stack)

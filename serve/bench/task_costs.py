@@ -1,4 +1,4 @@
-"""What a task costs in an open engine: bytes, adding one, switching between two."""
+"""Costs of a task in an open engine: its bytes, adding it, switching between two tasks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from prompttune.serve.bench.timing import Latency, Ratio, Rounds, interleaved
 from prompttune.serve.engine import Engine
 
 SWITCHING_CALLS = 4
-"""Calls of one round of the switching measurement; even, so that both tasks have as many."""
+"""Number of calls in one round of the switching measurement; even, so that both tasks have the same number."""
 ADDED_CHECKPOINTS = 3
-"""Times that a checkpoint is added; folding takes seconds on a large backbone."""
+"""Number of times that a checkpoint is added; folding takes seconds on a large backbone."""
 
 
 def measure_switching(
@@ -27,7 +27,7 @@ def measure_switching(
     seed: int = 0,
     on_share: Callable[[float], None] = lambda _: None,
 ) -> Switching | None:
-    """Time calls of one row, A B A B against A A A A, A and B the first two of ``tasks``; None if there are fewer."""
+    """Time calls of one row, A B A B against A A A A, with A and B the first of ``tasks``; None for a single task."""
     if len(tasks) < 2:
         return None
     first, second = tasks[:2]
@@ -51,24 +51,24 @@ def measure_adding(
     weights: str | Path | None = None,
     on_share: Callable[[float], None] = lambda _: None,
 ) -> Adding | None:
-    """Time making one more task resident, the engine's first one once more under another name; nothing is written.
+    """Time making one more task resident: a copy of the engine's first one under another name. No file is written.
 
     Args:
-        engine: is left as it was, apart from room for one task more.
-        rounds: its warm-up and repeats.
-        checkpoint: also time adding this one.
-        weights: of the backbone.
-        on_share: told which share is done.
+        engine: the engine, which is unchanged afterwards, except for room for one more task.
+        rounds: numbers of warm-up and measured rounds.
+        checkpoint: checkpoint whose adding is timed too.
+        weights: source of the backbone's weights.
+        on_share: called with the finished share.
 
     Returns:
-        None where the tasks are part of the model.
+        The times; None if the tasks are part of the model.
 
     Raises:
-        UsageError: a checkpoint is given and the tasks are part of the model.
+        UsageError: a checkpoint is given, but the tasks are part of the model.
     """
     if engine.folder.manifest.baked is not None:
         if checkpoint is not None:
-            raise UsageError(f"{engine.folder.path} holds its tasks as constants: no checkpoint can be added")
+            raise UsageError(f"{engine.folder.path} holds its tasks as constants: a checkpoint cannot be added")
         return None
     bank = engine.bank
     task = engine.folder.read_task(engine.folder.tasks()[0])
@@ -94,5 +94,5 @@ def measure_adding(
 
 
 def resident_task_bytes(engine: Engine) -> int:
-    """Bytes of one row of an open engine's bank, padded to its largest task; 0 where tasks are part of the model."""
+    """Bytes of one row of an open engine's bank, padded to its largest task; 0 if tasks are part of the model."""
     return engine.bank.row_bytes

@@ -1,7 +1,7 @@
-"""Timing side by side: everything that is compared runs in turn, round by round, in one process.
+"""Side-by-side timing: all compared runs take turns, round by round, in one process.
 
 A noisy machine disturbs all runs of a round alike, so figures are compared within a round: a ratio here is the median
-of the rounds' own ratios, not a ratio of medians.
+of the rounds' own ratios instead of a ratio of medians.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ import numpy as np
 from prompttune.errors import UsageError
 
 LEAST_ROUNDS = 3
-"""Rounds timed at least, however few seconds are given."""
+"""Smallest number of measured rounds, however few seconds are given."""
 
 Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """How often everything is timed."""
+    """Numbers of rounds."""
 
     warmup: int = 3
-    """Rounds before the first that counts."""
+    """Number of rounds before the first measured one."""
     repeats: int = 20
-    """Rounds that count, unless ``seconds`` is given."""
+    """Number of measured rounds, unless ``seconds`` is given."""
     seconds: float | None = None
-    """Go on for so long, and for :data:`LEAST_ROUNDS` rounds at least."""
+    """Duration of the measurement in seconds, with at least :data:`LEAST_ROUNDS` rounds."""
 
     def __post_init__(self) -> None:
         if self.warmup < 0 or self.repeats < 1 or (self.seconds is not None and not self.seconds > 0):
             raise UsageError("timing needs warmup of at least 0, repeats of at least 1 and seconds above 0")
 
     def share_done(self, done: int, elapsed: float) -> float:
-        """Share of the rounds that lies behind after ``done`` of them in ``elapsed`` seconds; 1 ends the timing."""
+        """Finished share of the rounds after ``done`` rounds in ``elapsed`` seconds; 1 ends the timing."""
         if self.seconds is None:
             return min(done / self.repeats, 1.0)
         return min(done / LEAST_ROUNDS, elapsed / self.seconds, 1.0)
 
 
 def _nothing() -> None:
-    """What a CPU needs before its clock is read."""
+    """Do nothing: a CPU's clock can be read at once."""
 
 
 def interleaved(
@@ -53,13 +53,13 @@ def interleaved(
     synchronize: Callable[[], Any] = _nothing,
     on_share: Callable[[float], None] = lambda _: None,
 ) -> dict[Key, list[float]]:
-    """Seconds of each run, one figure a round, the runs of a round taken in turn.
+    """Seconds of each run, one figure per round, with the runs of a round taken in turn.
 
     Args:
-        runs: what to time, in the order of a round.
-        rounds: how often.
-        synchronize: called before the clock is read, for a device that works on after a call returns.
-        on_share: told after each round which share of the counted rounds is done.
+        runs: functions to time, in the order of a round.
+        rounds: numbers of rounds.
+        synchronize: called before the clock is read, for a device that continues after a call returns.
+        on_share: called after each round with the finished share of the measured rounds.
     """
     seconds: dict[Key, list[float]] = {name: [] for name in runs}
     for _ in range(rounds.warmup):
@@ -90,19 +90,19 @@ class Latency:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Latency:
-        """That of measured seconds, at least one."""
+        """The latency from measured seconds, at least one."""
         values = np.asarray(seconds, dtype=np.float64) * 1e3
         p50, p90, p99 = (float(one) for one in np.percentile(values, (50, 90, 99)))
         return cls(len(values), float(values.mean()), p50, p90, p99)
 
     def per(self, count: int) -> float:
-        """``count`` things in one call → things a second, at the median time."""
+        """Things per second at the median time, with ``count`` things in one call."""
         return count / self.p50_ms * 1e3
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as long one run takes as another, from their figures of the same rounds."""
+    """Time of one run divided by that of another, from their figures in the same rounds."""
 
     median: float
     """Median of the rounds' ratios."""

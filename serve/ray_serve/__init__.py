@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from prompttune.errors import MissingExtraError
 
 if importlib.util.find_spec("ray") is None:
-    raise MissingExtraError("ray", "ray", "prompttune serve runs on one machine without it")
+    raise MissingExtraError("ray", "ray", "without it prompttune serve runs on one machine")
 
 if TYPE_CHECKING:
     from prompttune.serve.ray_serve.deployments import Scaling, application, build
@@ -17,7 +17,7 @@ __all__ = ["Scaling", "application", "build"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: Ray's proxies load this package and need no engine."""
+    """Import at the first use: Ray's proxies load this package and do not need an engine."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module("prompttune.serve.ray_serve.deployments"), name)

@@ -34,31 +34,31 @@ WATCH_S = 2.0
 
 @dataclass(frozen=True)
 class Scaling:
-    """How many replicas of the engine run, and what each of them takes of its node."""
+    """Number of engine replicas, and the resources that each of them books."""
 
     min_replicas: int = 1
     max_replicas: int = 1
     target_requests: float = 16.0
-    """Inside a replica, on average; above it replicas are added, below it they leave."""
+    """Average number of requests inside a replica; above it replicas are added, below it they are removed."""
     max_requests: int = 64
-    """Inside a replica at most; the next go to another one, whether it holds their task or not."""
+    """Largest number of requests inside a replica; more go to another one, whether it holds their task or not."""
     max_waiting: int = 1024
-    """That wait in an ingress replica while all replicas of the engine are full; the next get 503."""
+    """Largest number of requests that wait in an ingress replica while all engine replicas are full; more get 503."""
     cpus: float = 1.0
     gpus: float = 0.0
     ingress_replicas: int = 1
     affinity: bool = True
-    """Prefer replicas that hold a request's task; of no use where every replica holds every task."""
+    """Whether to prefer replicas that hold a request's task; useless if every replica holds every task."""
     upscale_delay_s: float = 10.0
     downscale_delay_s: float = 300.0
     drain_s: float = 30.0
-    """For the requests of a replica that is to leave."""
+    """Seconds for the requests of a replica that is to be removed."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_replicas <= self.max_replicas or self.ingress_replicas < 1:
-            raise UsageError("there must be one replica at least, and no more of them at least than at most")
+            raise UsageError("the smallest number of replicas must be at least 1 and not exceed the largest")
         if self.max_requests < 1 or self.max_waiting < 1 or not 0 < self.target_requests <= self.max_requests:
-            raise UsageError("the target of requests in a replica must be above 0 and no more than there may be")
+            raise UsageError("the target of requests in a replica must be above 0 and at most the largest number")
 
 
 def application(
@@ -70,23 +70,23 @@ def application(
     """An application for ``serve.run``: replicas of one engine behind an ingress. Its folder must be on every node.
 
     Raises:
-        UsageError: a setting that has no meaning on a cluster.
+        UsageError: a setting does not apply to a cluster.
     """
     service, transport, scaling = service or ServiceSettings(), transport or TransportSettings(), scaling or Scaling()
     if transport.guard.control:
-        raise UsageError("a load or unload would reach one replica of many: let them watch the folder of tasks instead")
+        raise UsageError("a load or unload would reach only one replica: let them watch the folder of tasks")
     if transport.tls is not None:
         raise UsageError("TLS ends at Ray's proxies: set ssl_certfile and ssl_keyfile in their http_options")
     if transport.shared_memory:
-        raise UsageError("a client shares its memory with one node of many: leave shared memory off")
+        raise UsageError("a client shares its memory with only one node: leave shared memory off")
     if transport.proxies or transport.root_path:
         raise UsageError("Ray's proxies stand in front: give the application a route_prefix")
     if len(engine.devices) != 1:
         raise UsageError("a replica has one device; Ray places the replicas")
     if engine.devices[0] != "cpu" and not scaling.gpus:
-        raise UsageError("Ray hides the GPUs from a replica that books none: say how many one takes (gpus)")
+        raise UsageError("Ray hides the GPUs from a replica that books none: give the GPUs per replica (gpus)")
     if engine.runtime.threads is None:
-        # Ray books processors for a replica, but a runtime would take all that it sees.
+        # Ray books processors for a replica, but a runtime would use all that it sees.
         engine = replace(engine, runtime=replace(engine.runtime, threads=max(1, math.floor(scaling.cpus))))
     replicas = _engine_deployment(scaling).bind(engine, service, transport)
     bound: serve.Application = _ingress_deployment(scaling).bind(
@@ -132,7 +132,7 @@ def _ingress_deployment(scaling: Scaling) -> serve.Deployment:
 
 
 class Arguments(BaseModel):
-    """What ``serve run`` and a configuration file may say, named as in ``prompttune serve`` and :class:`Scaling`."""
+    """Arguments of ``serve run`` and of a configuration file, named as in ``prompttune serve`` and :class:`Scaling`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -144,7 +144,7 @@ class Arguments(BaseModel):
     resident_tasks: int = 64
     host_memory_mib: int = 1024
     watch: bool = False
-    """Follow the tasks of the engine's folder."""
+    """Whether to follow the tasks in the engine's folder."""
     max_queue: int = 1024
     timeout: float = 60.0
     token_file: Path | None = None

@@ -1,4 +1,4 @@
-"""The ingress: takes HTTP from Ray's proxies, chooses replicas by task, and asks another when one dies."""
+"""The ingress: takes HTTP from Ray's proxies, chooses replicas by task, and asks another one if a replica dies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from prompttune.serve.ray_serve.messages import ATTEMPTS, PAUSE_S, Answer, Head
 LOG = logging.getLogger("prompttune.serve")
 
 ANSWER_S = 5.0
-"""Longer than a request's time, so that the replica is the one to say that it is over."""
+"""Seconds beyond a request's timeout, so that the replica itself reports the timeout."""
 REPLICA_LOST = (RayActorError, NodeDiedError, ObjectLostError)
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
@@ -33,13 +33,13 @@ _INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/[^/]+)?/infer")
 
 
 class Ingress:
-    """Forwards whole requests; every request may be repeated, as none of them changes a replica.
+    """Forwards whole requests. Every request can be repeated, because requests do not change a replica.
 
     Args:
-        engine: the replicas.
+        engine: the engine replicas.
         transport: limits and tokens.
-        timeout_s: of a request inside a replica.
-        affinity: prefer replicas that hold the request's task.
+        timeout_s: timeout of a request inside a replica, in seconds.
+        affinity: whether to prefer replicas that hold the request's task.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Ingress:
         self._seconds = timeout_s + ANSWER_S
         self._affinity = affinity
         self._tasks: set[str] = set()
-        """Names that a replica has answered for: Ray never forgets a name, so a made-up one must not reach it."""
+        """Names that a replica has answered for: Ray never forgets a name, so an invented one must not reach it."""
 
     def __serve_build_asgi_app__(self) -> Starlette:
         """The application that Ray runs in an ingress replica."""
@@ -61,7 +61,7 @@ class Ingress:
 
     async def _forward(self, request: Request) -> Response:
         if request.method not in SAFE_METHODS:
-            # Replicas check every call; this spares the ingress the body of a stranger.
+            # Replicas check every call; checking here spares the ingress the body of a stranger.
             self._transport.guard.check(Access.INFERENCE, request.headers.get("authorization", ""))
         body = bytes(await read_body(request, self._transport.limits, self._transport.body_seconds))
         scope = request.scope
@@ -81,7 +81,7 @@ class Ingress:
         """Ask one replica after another.
 
         Raises:
-            UnavailableError: too many died, none is there in time, or they all are full.
+            UnavailableError: too many replicas died, none is available in time, or all are full.
         """
         try:
             async with asyncio.timeout(self._seconds):
@@ -105,7 +105,7 @@ class Ingress:
 
 
 def _task_of(head: Head) -> str:
-    """The one task that a request is for, empty where there is none."""
+    """The task of a request; empty if it is for several or none."""
     found = _INFER.fullmatch(head.path)
     return found[1] if found is not None and found[1] != MIXED else ""
 

@@ -1,23 +1,23 @@
-"""What the ingress and the replicas say to each other, HTTP as text and bytes, and how often."""
+"""Messages between the ingress and the replicas (HTTP as text and bytes), and the limits of repeated requests."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 ATTEMPTS = 3
-"""Replicas that a request may see die. A request that kills engines must not kill all of them."""
+"""Largest number of replicas that a request may lose. A request that kills engines must not kill all of them."""
 PAUSE_S = 0.1
-"""For Ray to notice what the death of a replica took with it."""
+"""Seconds for Ray to notice the consequences of a replica's death."""
 
 Headers = list[tuple[bytes, bytes]]
 
 
 class Head(NamedTuple):
-    """A request without its body, which travels beside it: Ray moves top-level ``bytes`` without pickling them."""
+    """A request without its body, which is sent separately: Ray moves top-level ``bytes`` without pickling them."""
 
     method: str
     path: str
-    """Decoded, behind the prefix of the application."""
+    """Decoded path, after the prefix of the application."""
     query: bytes
     headers: Headers
     scheme: str = "http"

@@ -1,4 +1,4 @@
-"""For Ray's HTTP proxies: a request whose ingress replica dies is given to another one.
+"""Middleware for Ray's HTTP proxies: it gives a request whose ingress replica dies to another replica.
 
 Ray reads ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=prompttune.serve.ray_serve.proxy:middlewares`` on each node.
 """
@@ -16,14 +16,14 @@ from prompttune.serve.ray_serve.messages import ATTEMPTS, PAUSE_S
 
 
 def middlewares() -> list[Middleware]:
-    """What Ray wraps around its proxy."""
+    """Middleware that Ray wraps around its proxy."""
     return [Middleware(AskAgain)]
 
 
 class AskAgain:
-    """ASGI middleware that repeats a request which the proxy leaves without an answer, as it does with a lost one.
+    """ASGI middleware that repeats a request which the proxy leaves unanswered, as it does with a lost one.
 
-    It holds on to the parts of the body; the proxy reads all of them anyway, whether a replica takes them or not.
+    It keeps the parts of the body; the proxy reads all of them anyway, whether a replica takes them or not.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -55,7 +55,7 @@ class AskAgain:
 
 
 class _Repeated:
-    """What a client sends, from its beginning as often as needed."""
+    """A client's messages, from the start as often as needed."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
@@ -66,7 +66,7 @@ class _Repeated:
         return any(message["type"] == "http.disconnect" for message in self._seen)
 
     def begin(self) -> Receive:
-        """A fresh ``receive``."""
+        """A new ``receive`` from the start."""
         place = 0
 
         async def receive() -> Message:

@@ -1,4 +1,4 @@
-"""A replica: one engine with the whole server around it, less the sockets."""
+"""A replica: one engine with the whole server around it, without the sockets."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from prompttune.serve.ray_serve.messages import Answer, Head, Headers
 from prompttune.serve.service import ServiceSettings
 
 DRAIN_S = 5.0
-"""Ray has already waited for the requests of a replica when it ends it; this is for what was cancelled."""
+"""Seconds for cancelled requests: Ray has already waited for the others when it ends a replica."""
 
 
 class Replica:
     """An engine in this process, which Ray watches and replaces as a whole.
 
     Args:
-        engine: which engine, and how.
-        service: how to treat requests.
-        transport: limits and tokens; TLS is the business of Ray's proxies.
+        engine: settings of the engine.
+        service: settings of the service.
+        transport: limits and tokens; Ray's proxies handle TLS.
     """
 
-    # Ray awaits it, on the event loop that the service needs to be made on.
+    # Ray awaits it on the event loop that the service must be created on.
     async def __init__(  # type: ignore[misc]
         self, engine: EngineSettings, service: ServiceSettings, transport: TransportSettings
     ) -> None:
@@ -55,14 +55,14 @@ class Replica:
             raise EngineError("the engine does not answer")
 
     async def __del__(self) -> None:
-        """Ray awaits this when it ends a replica; one whose engine did not open has no service."""
+        """Called by Ray when it ends a replica; without an open engine there is nothing to close."""
         with contextlib.suppress(AttributeError):
             await self._service.drain(DRAIN_S)
             await self._service.close()
 
 
 async def _call(application: ASGIApp, head: Head, body: bytes) -> Answer:
-    """Run an ASGI application on a request that is there as a whole."""
+    """Run an ASGI application on a request that is complete."""
     scope: Scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -85,7 +85,7 @@ async def _call(application: ASGIApp, head: Head, body: bytes) -> Answer:
     async def receive() -> Message:
         if unread:
             return {"type": "http.request", "body": unread.pop(), "more_body": False}
-        # A client that leaves cancels the call, so that there is no message to wait for.
+        # If the client leaves, the call is cancelled, so there is never a disconnect message to wait for.
         await asyncio.Event().wait()
         return {"type": "http.disconnect"}
 
