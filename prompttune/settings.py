@@ -82,7 +82,7 @@ class Setting:
             return read(value)
         if value is None:
             if not self.optional:
-                raise UsageError(f"{self.name} needs {KINDS[self.type]}")
+                raise UsageError(f"{self.name} needs {KINDS[self.type]}, not nothing")
             return None
         if not self.is_tuple:
             return self._scalar(value, strict)

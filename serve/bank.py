@@ -250,7 +250,7 @@ class Bank:
         """A row that is not being read, in tensors of these sizes."""
         named = len(self.entries)
         if self._capacity is not None and named >= self._capacity:
-            raise EngineError(f"all {self._capacity} rows hold tasks: remove a task first")
+            raise EngineError(f"no row is free: all {self._capacity} hold tasks; remove one first")
         wanted = max(2 * (named + 1), _CAPACITY)
         wanted = wanted if self.limit is None else min(wanted, self.limit + 1)
         wanted = max(self._runtime.sizes.most(TASKS, wanted), named + 1)  # one row too many is refused by growing

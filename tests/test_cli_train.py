@@ -216,7 +216,7 @@ def test_interruption_says_how_to_go_on(bars: Path, tmp_path: Path, monkeypatch:
     result = invoke("train", *options(settings(bars, tmp_path / "run", epochs=2)))
     assert result.exit_code == 130
     hint = f"prompttune train --config {tmp_path / 'run' / 'train_config.yaml'} --resume"
-    assert result.stderr.strip() == f"Interrupted; go on with: {hint}"
+    assert result.stderr.strip() == f"Interrupted; resume with: {hint}"
     monkeypatch.undo()
     assert "finished after 2 epochs" in invoke(*hint.split()[1:]).stdout
 

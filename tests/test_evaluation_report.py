@@ -84,7 +84,7 @@ def test_the_report_is_complete_and_escaped(tmp_path: Path) -> None:
     assert page.count("img") == 4
     assert all(one.startswith("data:image/png;base64,") for one in page.references)
     words = " ".join(page.words)
-    for expected in ("66.67%", "40.00%", "3 true labels are none of its classes", "confused most"):
+    for expected in ("66.67%", "40.00%", "3 true labels are not among its classes", "confused most"):
         assert expected in words
 
 

@@ -217,7 +217,7 @@ def test_baked_rows_follow_the_order_of_the_export(tmp_path):
         (Settings("aoti", "int8"), "the format aoti has no int8: choose fp32, fp16, bf16"),
         (Settings("onnx", bank_precision="int8"), "unknown bank precision 'int8'"),
         (Settings("onnx", attention="flash"), "unknown attention 'flash'"),
-        (Settings("onnx", quantization="static"), "quantization goes with the precision int8"),
+        (Settings("onnx", quantization="static"), "quantization needs the precision int8"),
         (Settings("onnx", "int8", quantization="both"), "unknown quantization 'both'"),
         (Settings("onnx", calibration_images=0), "at least 1 image, not 0"),
         (Settings("onnx", axes={"batch": (1, 4, 8)}), "the format onnx needs no sizes of axes"),
@@ -242,7 +242,7 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, settings, message):
     [
         (["--format", "aoti", "--precision", "int8"], "has no int8"),
         (["--precision", "fp8"], "'fp8' is not one of"),
-        (["--quantization", "static"], "quantization goes with the precision int8"),
+        (["--quantization", "static"], "quantization needs the precision int8"),
         (["--axis", "batch=1:8:64"], "the format onnx needs no sizes of axes"),
         (["--axis", "batch=1:8"], "'batch=1:8' is not like batch=1:8:64"),
         (["--axis", "batch=1:x:8"], "is not like batch=1:8:64"),

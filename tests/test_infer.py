@@ -150,7 +150,7 @@ def test_labels_are_evaluated(engine, tmp_path):
     report = invoke(tmp_path / "images", "--task", "task1", "--labels", "folder", "--report", tmp_path / "report")
     assert report.exit_code == 0, report.stderr
     assert f"{found.evaluation.top1:.2%}" in report.stderr
-    assert "1 true labels are none of its classes, such as unheard; they are counted as wrong" in report.stderr
+    assert "1 true labels are not among its classes, such as unheard; they are counted as wrong" in report.stderr
     figures = json.loads((tmp_path / "report" / "evaluation.json").read_text())["tasks"]["task1"]
     assert figures["top1"] == found.evaluation.top1
     assert (tmp_path / "report" / "confusion-task1.png").stat().st_size > 1000
@@ -242,11 +242,11 @@ def test_several_outputs_hold_the_same(photos, tmp_path):
         (["{photos}", "--task", "task0", "--smooth", "1"], 2, "--smooth needs frames"),
         (["{photos}", "--task", "task0", "--task-column", "x"], 2, "has no columns"),
         (["{photos}", "--task", "task0", "--labels", "column"], 2, "has no columns"),
-        (["{photos}", "--task", "task0", "--task", "task1", "--labels", "folder"], 2, "those of one task"),
+        (["{photos}", "--task", "task0", "--task", "task1", "--labels", "folder"], 2, "belong to one task"),
         (["{photos}", "--task", "task0", "--report", "r"], 2, "--labels"),
         (["{photos}", "-", "--task", "task0"], 2, "as the only input"),
         (["-", "--stdin", "rgb24", "--task", "task0"], 2, "--frame-size"),
-        (["-", "--task", "task0", "--shards", "0/2"], 2, "read once only"),
+        (["-", "--task", "task0", "--shards", "0/2"], 2, "only be read once"),
         (["{photos}/notes.txt", "--task", "task0", "--drop", "oldest"], 2, "is for streams"),
         (["{photos}", "--watch", "--task", "task0", "--engine", "ray"], 2, "answered where it arrives"),
     ],

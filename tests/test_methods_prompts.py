@@ -220,8 +220,8 @@ def test_training_prunes_rewinds_and_begins_anew(whole):
     metrics = json.loads((result.path / "metrics.json").read_text())
     assert (metrics["run"]["task_parameters"], metrics["run"]["parameters_left"]) == (of + head, left + head)
     assert [one.text for one in news if "went back" in (one.text or "")] == [
-        f"after epoch 2 e2vpt went back to its initial values, {left:,} of {of:,} parameters are left; "
-        "optimiser, schedule and the best checkpoint begin anew"
+        f"after epoch 2 e2vpt went back to its initial values; {left:,} of {of:,} parameters remain; "
+        "optimiser, schedule and the best checkpoint start again"
     ]
     # 2 steps an epoch; three of them since the rewinding
     assert state.optimizer["step/method.prompts"] == 3 * 2

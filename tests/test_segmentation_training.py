@@ -283,7 +283,7 @@ def test_augmentation_that_masks_cannot_follow_is_refused():
     ("own", "words"),
     [
         ({"task": "classification", "head": "pyramid", "data": "demo/digits"}, "head pyramid is for segmentation"),
-        ({"class_weights": "balanced"}, "class_weights count images"),
+        ({"class_weights": "balanced"}, "class_weights need a class per image"),
         ({"task": "depth"}, "unknown task 'depth'"),
         ({"head": "conv"}, "unknown head 'conv'"),
     ],
@@ -359,7 +359,7 @@ def test_the_command_line_tells_iou(learned, tmp_path):
     assert (tmp_path / "confusion_matrix.png").exists()
     refused = CliRunner().invoke(cli, ["evaluate", str(output), "--report", str(tmp_path)])
     assert refused.exit_code == 2
-    assert "--report shows a classification" in refused.output
+    assert "--report is for classifications" in refused.output
 
 
 def test_data_of_other_classes_is_refused(learned, tmp_path):

@@ -168,7 +168,7 @@ class Format(ABC):
             UsageError: the format does not support a setting.
         """
         if settings.axes or settings.options:
-            raise UsageError(f"the format {self.name} does not use sizes of axes or options")
+            raise UsageError(f"the format {self.name} needs no sizes of axes and has no options of its own")
 
     def check_proof(self, settings: Settings) -> None:  # noqa: B027  # most formats have nothing to refuse
         """Raise an error at once if the result could not be compared with PyTorch on ``settings.device``.

@@ -31,7 +31,7 @@ class AotiRuntime(Runtime):
 
     def __init__(self, folder: Path, manifest: Manifest, options: RuntimeOptions) -> None:
         if options.cuda_graph or options.provider or options.cache:
-            raise UsageError("the format aoti does not support CUDA graphs, providers or a cache: leave them out")
+            raise UsageError("the format aoti supports neither CUDA graphs nor providers nor a cache: leave them out")
         index = options.cuda_index
         self._check_device(manifest, index)
         self._device = torch.device("cpu") if index is None else torch.device("cuda", index)

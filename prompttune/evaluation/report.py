@@ -146,6 +146,6 @@ def _unknown(task: str, one: Evaluation | TaskEvaluation) -> Iterable[str]:
     if isinstance(one, TaskEvaluation) and one.unknown:
         names = ", ".join(one.unknown_labels)
         yield (
-            f'<p class="warning">{escape(task)}: {one.unknown} true labels are none of its classes, such as '
+            f'<p class="warning">{escape(task)}: {one.unknown} true labels are not among its classes, such as '
             f"{escape(names)}; {one.told_of_unknown}</p>"
         )

@@ -94,7 +94,7 @@ class EngineSubject(Subject):
         self.folder = EngineFolder(path, verify=False)
         self.tasks, self.image_size = self.folder.tasks()[:limit], self.folder.manifest.image_size
         if not self.tasks:
-            raise UsageError(f"{path} does not have tasks to measure: add one with prompttune tasks add")
+            raise UsageError(f"{path} has no tasks to measure: add one with prompttune tasks add")
         self._options = options
         self.engine: Engine
 
