@@ -13,20 +13,20 @@ PROVIDERS = ("tensorrt",)
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """How to open an engine; options that a runtime does not know how to follow raise :class:`UsageError`."""
+    """Options for opening an engine; a runtime raises :class:`UsageError` for options that it does not support."""
 
-    device: str = setting("cpu", "cpu, cuda or cuda:INDEX.")
-    threads: int | None = setting(None, "CPU threads of the model.", low=1, shown="one a core", section="Speed")
-    """Of one operator; None takes one for each core."""
+    device: str = setting("cpu", "Device: cpu, cuda or cuda:INDEX.")
+    threads: int | None = setting(None, "CPU threads of the model.", low=1, shown="one per core", section="Speed")
+    """Threads of one operator; None for one per core."""
     cuda_graph: bool = setting(False, "Capture one CUDA graph for each batch size and replay it.")
     provider: str | None = setting(
         None, "Run an ONNX engine in ONNX Runtime's TensorRT provider.", PROVIDERS, shown="the device's own"
     )
     cache: Path | None = setting(
-        None, "Folder for what the provider compiles, kept between runs.", option="provider_cache", path="folder"
+        None, "Folder for the provider's compiled engines, kept between runs.", option="provider_cache", path="folder"
     )
     spin: bool = True
-    """Let CPU threads that wait for the next operator spin: quicker alone, a waste beside other work on the cores."""
+    """Whether CPU threads that wait for the next operator spin: faster alone, wasteful next to other work."""
 
     @property
     def cuda_index(self) -> int | None:

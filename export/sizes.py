@@ -1,4 +1,4 @@
-"""The sizes that an engine takes on its dynamic axes: whoever sizes a bank or a batch asks here."""
+"""Sizes that an engine supports on its dynamic axes, for everything that sizes a bank or a batch."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ Range = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Axis → what it was built for; an axis without a range takes every size."""
+    """Built range of each axis; an axis without a range supports every size."""
 
     ranges: Mapping[str, Range] = field(default_factory=dict)
 
     def most(self, axis: str, wanted: int) -> int:
-        """``wanted``, or the largest size of the axis where that is less."""
+        """``wanted``, or the largest size of the axis if that is smaller."""
         return min(wanted, self.ranges[axis][2]) if axis in self.ranges else wanted
 
     def holding(self, needed: Mapping[str, int], what: str) -> dict[str, int]:
-        """The sizes to allocate where ``needed`` ones must fit: the same, or the smallest that the engine takes.
+        """The sizes to allocate so that ``needed`` ones fit: the same, or the smallest that the engine supports.
 
         Raises:
-            EngineError: one is larger than the engine takes; ``what`` needs it.
+            EngineError: a size exceeds that of the engine; ``what`` needs it.
         """
         for axis, size in needed.items():
             if size > self.most(axis, size):

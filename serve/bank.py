@@ -54,15 +54,15 @@ class Bank:
     """Rows of task states behind a runtime; all methods may be called from any thread.
 
     Args:
-        runtime: where the rows are placed.
-        layout: the engine's.
-        tasks: the tasks to begin with.
-        dtype: of the rows.
-        capacity: rows to allocate at once and to keep to; None begins with those of ``tasks`` and grows.
-        axes: sizes of the layout's named axes to allocate for; a task that needs more makes the bank grow.
-        limit: tasks that a bank without ``capacity`` holds at most; one more takes the place of the one that was not
-            asked for the longest. There is one row more, if the runtime takes it, to write while all others are read.
-        versions: those of ``tasks`` that are known already.
+        runtime: places the rows.
+        layout: layout of the engine.
+        tasks: initial tasks.
+        dtype: dtype of the rows.
+        capacity: fixed number of rows; None starts with those of ``tasks`` and grows.
+        axes: allocated sizes of the layout's named axes; a task that needs more makes the bank grow.
+        limit: largest number of tasks in a bank without ``capacity``; one more replaces the least recently used one.
+            An additional row, if the runtime supports it, can be written while all others are read.
+        versions: known versions of ``tasks``.
     """
 
     def __init__(
@@ -193,13 +193,13 @@ class Bank:
 
         Raises:
             UsageError: the name is taken and ``replace`` is not set.
-            EngineError: the state does not fit the layout or the runtime, or no row is free and the bank may not grow.
+            EngineError: the state does not fit the layout or the runtime, or the bank is full and cannot grow.
         """
         axes = self._axes_of(name, task)
         version = version or task.version
         with self._writing:
             if name in self.entries and not replace:
-                raise UsageError(f"there is already a task {name!r}: choose another name or replace it")
+                raise UsageError(f"the task {name!r} already exists: choose another name or replace it")
             if (leaving := self._leaving(name, staying)) is not None:
                 self.remove(leaving)
             row = self._row_for(largest_axes([self._axes, axes]))
@@ -267,7 +267,7 @@ class Bank:
         return len(next(iter(self._rows.values()), ()))
 
     def _grow(self, capacity: int, axes: dict[str, int]) -> None:
-        """Move to larger tensors; calls that already run keep the old ones."""
+        """Move to larger tensors; running calls keep the old ones."""
         axes = self._runtime.sizes.holding({TASKS: capacity, **axes}, "the bank")
         capacity = axes.pop(TASKS)
         rows = empty_bank(self._layout, capacity, axes, self._dtype)

@@ -37,7 +37,7 @@ class Catalogue:
     def __init__(self, engine: EngineFolder, folders: Sequence[Path] = ()) -> None:
         missing = [folder for folder in folders if not folder.is_dir()]
         if missing:
-            raise EngineError(f"there is no folder {missing[0]} to watch for tasks")
+            raise EngineError(f"the folder {missing[0]} to watch for tasks does not exist")
         self._manifest = engine.manifest
         self._baked = engine.manifest.baked
         self._folders = [engine.path / TASKS, *folders] if self._baked is None else [engine.path / TASKS]

@@ -414,7 +414,7 @@ def test_a_swin_is_explained_without_attention(workplace: Path) -> None:
         (["runs/first", "pictures/z.png", "--heads", "meen"], 2, "did you mean mean"),
         (["runs/first", "pictures/z.png", "--token", "4,0"], 2, "outside the map of 4 x 4"),
         (["runs/first", "pictures/z.png", "--point", "500,0"], 2, "z.png: point 500,0 lies outside"),
-        (["runs/first", "pictures/z.png", "--point", "1,1", "--token", "1,1"], 2, "give one of them"),
+        (["runs/first", "pictures/z.png", "--point", "1,1", "--token", "1,1"], 2, "give only one"),
         (["runs/third", "pictures/z.png", "--token", "1,1"], 2, "none of the runs has a prompt map"),
         (["runs/third", "pictures/z.png", "--show", "similarity"], 2, "none of the runs has a prompt map"),
         (["runs/third", "pictures/z.png", "--show", "values"], 2, "none of the runs' methods has learned values"),
