@@ -11,24 +11,24 @@ from prompttune.errors import DataError, UsageError, choose
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
 CROP_MODES = ("squash", "center", "border")
 NORMALISATIONS = ("backbone", "imagenet", "inception")
-"""Where the mean and the standard deviation come from: the backbone's weights, ImageNet's images, or 0.5 for both."""
+"""Sources of the mean and the standard deviation: the backbone's weights, ImageNet's images, or 0.5 for both."""
 LONGEST_SIDE = 2**13
-"""Pixels of a side that every image is resized to, at most."""
+"""Largest side in pixels that images are resized to."""
 LEAST_STD, GREATEST = 1e-6, 1e6
-"""Bounds of the normalisation: float32 would lose what lies beyond."""
+"""Bounds of the normalisation, beyond which float32 loses precision."""
 
 
 class UnresizableError(DataError, ValueError):
-    """An image's sides differ too much for its task's transform to resize it."""
+    """The sides of an image differ too much for its task's transform to resize it."""
 
 
 @dataclass(frozen=True)
 class TransformSettings:
     """Size, crop, filter and normalisation of a task's images.
 
-    ``squash`` resizes both sides to ``image_size / crop_pct`` and crops the centre (with ``crop_pct`` 1, VTAB's
-    habit, nothing is cut); ``center`` keeps the aspect ratio, resizes the short side and crops; ``border`` keeps
-    all of the image and pads.
+    ``squash`` resizes both sides to ``image_size / crop_pct`` and crops the centre (with ``crop_pct`` 1, as is
+    usual for VTAB, the whole image is kept); ``center`` keeps the aspect ratio, resizes the short side and crops;
+    ``border`` keeps the whole image and pads.
     """
 
     image_size: int
@@ -58,9 +58,9 @@ class TransformSettings:
                 raise UsageError(f"{name} needs three numbers from {least:g} to {GREATEST:g}")
 
     def resized_pixels(self, width: int, height: int) -> float:
-        """Pixels of an image of ``width`` x ``height`` once it is resized and before it is cropped.
+        """Number of pixels of an image of ``width`` x ``height`` after resizing and before cropping.
 
-        ``center`` fits the short side, which makes a strip of a few kilobytes into one of gigabytes.
+        ``center`` fits the short side, which turns a narrow strip of a few kilobytes into gigabytes.
         """
         side = self.image_size / self.crop_pct
         longer = max(width, height) / min(width, height) if self.crop_mode == "center" else 1.0
@@ -70,17 +70,17 @@ class TransformSettings:
         """Check an image of ``width`` x ``height`` before it is resized.
 
         Raises:
-            UnresizableError: it would become more pixels than Pillow decodes, or with ``border`` its short side none.
+            UnresizableError: the resized image would exceed Pillow's pixel limit, or with ``border`` be 0 pixels wide.
         """
         from PIL import Image
 
-        limit = Image.MAX_IMAGE_PIXELS  # Pillow warns of more, and refuses twice as many
+        limit = Image.MAX_IMAGE_PIXELS  # Pillow warns above this, and refuses above twice as many
         vast = limit is not None and self.resized_pixels(width, height) > 2 * limit
         if vast or (self.crop_mode == "border" and self._fitted_short_side(width, height) < 1):
             raise UnresizableError(f"sides of {width} x {height} pixels differ too much to be resized")
 
     def _fitted_short_side(self, width: int, height: int) -> int:
-        """Pixels of the short side when the long one is fitted, rounded as timm does."""
+        """Short side in pixels after fitting the long side, rounded as timm does."""
         return round(min(width, height) / (max(width, height) / math.floor(self.image_size / self.crop_pct)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,12 +93,12 @@ class TransformSettings:
 
         Raises:
             UsageError: a value is of the wrong type or out of range.
-            KeyError, TypeError: a name is missing or unknown, or mean or std is no list.
+            KeyError, TypeError: a name is missing or unknown, or mean or std is not a list.
         """
         mean, std = tuple(values["mean"]), tuple(values["std"])
         return cls(**{**values, "mean": mean, "std": std})
 
 
 def _within(value: object, low: float, high: float) -> bool:
-    """Whether a value is a number of that range; files that anyone may have edited bring text, true and NaN as well."""
+    """Whether a value is a number in the range; files that a user may have edited can hold text, true and NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high

@@ -20,22 +20,22 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class TritonSettings:
-    """How Triton presents and batches the model."""
+    """Settings of the model in Triton."""
 
     name: str = "prompttune"
-    """Of the model, and of its folder in the repository."""
+    """Name of the model, and of its folder in the repository."""
     bank_inputs: bool = False
-    """Leave the tasks out of the model: every request carries the states that it asks for, and none are batched."""
+    """Whether to keep the tasks out of the model: every request carries its states, and none are batched."""
     max_batch_size: int | None = None
-    """Most images of one call; None takes :data:`MAX_BATCH_SIZE`, or for a plan the largest of its profile."""
+    """Largest number of images per call; None uses :data:`MAX_BATCH_SIZE`, or the largest of a plan's profile."""
     max_delay_ms: float = 1.0
-    """How long a request may wait for others to join its batch, in milliseconds."""
+    """Longest time in milliseconds that a request waits for others to join its batch."""
 
     def check(self, model: Settings) -> None:
         """Raise at once, before anything is loaded, if Triton could not serve such a model.
 
         Raises:
-            UsageError: says what to choose instead.
+            UsageError: Triton could not serve the model; the message says what to choose instead.
             MissingExtraError: Triton's protobuf classes are not installed.
         """
         if not _NAME.fullmatch(self.name):
@@ -54,8 +54,8 @@ class TritonSettings:
 
     def _check_bank_inputs(self, model: Settings) -> None:
         if model.baked:
-            raise UsageError("the tasks are either baked into the model or its inputs: leave one of the two out")
+            raise UsageError("the tasks are either baked into the model or its inputs: leave out one of the two")
         if self.max_batch_size is not None:
-            raise UsageError("requests that carry their own tasks are never batched: leave out the largest batch size")
+            raise UsageError("requests that carry their own tasks are not batched: leave out the largest batch size")
         if model.format == "onnx" and model.bank_precision == "bf16":
-            raise UsageError("Triton hands ONNX Runtime no bf16 tensors: choose the bank precision fp16 or fp32")
+            raise UsageError("Triton passes no bf16 tensors to ONNX Runtime: choose the bank precision fp16 or fp32")
