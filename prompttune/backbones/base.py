@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -72,10 +73,31 @@ class Backbone(nn.Module):
     is_tuned: bool = False
     """Whether these are the weights of one task, made by a method that trains the backbone itself."""
 
+    token_dtype: torch.dtype | None = None
+    """Of the tokens in front of the blocks; None takes that of the blocks' weights."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model.requires_grad_(False)
         super().train(False)
+
+    @contextlib.contextmanager
+    def matrices_in(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Hold the weights of linear layers and convolutions in the type that autocast casts them to in every forward.
+
+        For forwards under autocast to ``dtype``, whose results stay the same to the bit; None changes nothing. The
+        weights are what they were when the block ends.
+        """
+        held = (one for one in self.model.modules() if dtype is not None and isinstance(one, (nn.Linear, nn.Conv2d)))
+        kept = {layer.weight: layer.weight.data for layer in held}
+        try:
+            for weight, values in kept.items():
+                weight.data, self.token_dtype = values.to(dtype), values.dtype
+            yield
+        finally:
+            self.token_dtype = None
+            for weight, values in kept.items():
+                weight.data = values
 
     def check_images(self, images: Tensor) -> None:
         """Check the type and shape of normalised images; a traced graph skips the check.

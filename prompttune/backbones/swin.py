@@ -139,7 +139,7 @@ class SwinBackbone(Backbone):
         """Images [B, 3, S, S] to the tokens [B, N, D] that enter stage 0."""
         # The patch convolution may have a higher precision than the blocks.
         patches = self.model.patch_embed(images.to(self.model.patch_embed.proj.weight.dtype))  # [B, R, C, D]
-        tokens = cast(Tensor, patches.flatten(1, 2).to(self.attention(0).proj.weight.dtype))
+        tokens = cast(Tensor, patches.flatten(1, 2).to(self.token_dtype or self.attention(0).proj.weight.dtype))
         probe("embed", tokens)
         return tokens
 

@@ -98,7 +98,7 @@ class VitBackbone(Backbone):
         """Images [B, 3, S, S] to patch tokens [B, R C, D], without prefix tokens and position embedding."""
         # The patch convolution may have a higher precision than the blocks.
         patches: Tensor = self.model.patch_embed(images.to(self.model.patch_embed.proj.weight.dtype))
-        return patches.to(self.attention(0).proj.weight.dtype)
+        return patches.to(self.token_dtype or self.attention(0).proj.weight.dtype)
 
     def place(self, patches: Tensor) -> Tensor:
         """Patch tokens [B, R C, D] to the tokens [B, N, D] that enter block 0."""

@@ -84,8 +84,21 @@ def gather_lines(fabric: Fabric, lines: Sequence[str]) -> list[str]:
 
 
 def sum_over(fabric: Fabric, tensor: Tensor) -> Tensor:
-    """Sum of a tensor over the processes, on the CPU."""
-    if fabric.world_size == 1:
-        return tensor.cpu()
-    summed: Tensor = fabric.all_reduce(tensor.to(fabric.device), reduce_op="sum")
-    return summed.cpu()
+    """Sum of a tensor over the processes, on the device; the tensor itself in a single one."""
+    if fabric.world_size > 1:
+        tensor = tensor.to(fabric.device)
+        torch.distributed.all_reduce(tensor)  # Fabric's own waits for all processes first
+    return tensor
+
+
+def fetched(tensor: Tensor) -> Callable[[], list[float]]:
+    """Start to copy a tensor to the host; what is returned gives its values, and waits for a GPU only then."""
+    host = tensor.to("cpu", non_blocking=True)  # from a GPU into page-locked memory
+    copied = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+
+    def values() -> list[float]:
+        if copied is not None:
+            copied.synchronize()
+        return list(host.tolist())
+
+    return values

@@ -114,9 +114,12 @@ def make_optimizer(config: TrainConfig, parameters: Mapping[str, nn.Parameter]) 
     and most vectors, at 1e-4 a small difference.
     """
     values = list(parameters.values())
+    # fp16's scaler makes the CPU wait in every step of any other optimiser; Fabric clips gradients of no fused one
+    shared: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    shared["fused"] = True if config.precision == "fp16" and config.grad_clip is None else None
     if config.optimizer == "sgd":
-        return torch.optim.SGD(values, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(values, lr=config.lr, weight_decay=config.weight_decay)
+        return torch.optim.SGD(values, momentum=config.momentum, **shared)
+    return torch.optim.AdamW(values, **shared)
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int, epochs: int | None = None) -> float:

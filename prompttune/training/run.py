@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from prompttune.model import PromptModel
 from prompttune.training.held_out import HeldOut
 from prompttune.training.initial import read_start, take_parameters
 from prompttune.training.keep import Keeper, Result
-from prompttune.training.launch import gather_lines, loader_workers, on_rank_zero, sum_over
+from prompttune.training.launch import fetched, gather_lines, loader_workers, on_rank_zero, sum_over
 from prompttune.training.measures import measures_for
 from prompttune.training.optim import (
     Objective,
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
 
     from prompttune.backbones import Backbone
     from prompttune.training.config import TrainConfig
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+READ_LATE = ("cuda",)
+"""Devices that have the next step to do while a step's figures are read, as they would stand still otherwise."""
 
 
 class Run:
@@ -172,9 +177,10 @@ class Run:
                 held.write(self.keeper.folder.path, str(self.config.data))
             self.corrupt.add(self.progression.corrupt)
             self._introduce(saved)
-            while self.progression.goes_on(self.config.epochs, self.config.patience):
-                self._epoch()
-            self._finish()
+            with self.model.backbone.matrices_in(AUTOCAST.get(self.config.precision)):
+                while self.progression.goes_on(self.config.epochs, self.config.patience):
+                    self._epoch()
+                self._finish()
         finally:
             self.keeper.close()
         return self.progression
@@ -218,14 +224,13 @@ class Run:
         self.train_batches.set_epoch(epoch)
         self.objective.train()
         loss = correct = images = 0.0
-        lr, began, begun = self.config.lr, time.perf_counter(), self.progression.rewound
+        lr, began = self.config.lr, time.perf_counter()
         self.clock.start()
-        for index, batch in enumerate(self.train_batches):
-            step = (epoch - begun) * self.steps + index
-            lr = learning_rate(self.config, step, self.steps, self.config.epochs - begun)
-            set_learning_rate(self.optimizer, lr)
-            self._note_corrupt(batch)
-            batch_loss, batch_correct, batch_images = self._step(batch)
+        steps = self._steps(epoch)
+        if self.fabric.device.type in READ_LATE:
+            steps = (done for done, _ in pairwise(chain(steps, [None])) if done is not None)
+        for index, lr, figures in steps:
+            batch_loss, batch_correct, batch_images = figures()
             if not math.isfinite(batch_loss):
                 raise self._diverged(f"the loss is {batch_loss} at epoch {epoch + 1}, step {index + 1}", lr)
             loss, correct, images = loss + batch_loss, correct + batch_correct, images + batch_images
@@ -241,13 +246,23 @@ class Run:
             "images_per_second": round(images / (time.perf_counter() - began), 2),
         }
 
-    def _step(self, batch: Batch) -> tuple[float, float, float]:
-        """One optimiser step; returns summed loss, right answers and images over all processes."""
+    def _steps(self, epoch: int) -> Iterator[tuple[int, float, Callable[[], list[float]]]]:
+        """Do the steps of an epoch: index, learning rate and figures of each."""
+        begun = self.progression.rewound
+        for index, batch in enumerate(self.train_batches):
+            step = (epoch - begun) * self.steps + index
+            lr = learning_rate(self.config, step, self.steps, self.config.epochs - begun)
+            set_learning_rate(self.optimizer, lr)
+            self._note_corrupt(batch)
+            yield index, lr, fetched(self._step(batch))
+
+    def _step(self, batch: Batch) -> Tensor:
+        """One optimiser step; returns summed loss, right answers and images over all processes, on the device, [3]."""
         device, count = self.fabric.device, len(batch.targets)
         images, targets = batch.to(device)
         if not count:
             if self.fabric.world_size == 1:
-                return 0.0, 0.0, 0.0
+                return torch.zeros(3, dtype=torch.float64)
             # the other processes wait for this one's gradients, so it takes part with zeros
             size = self.model.preprocess.image_size
             images = torch.zeros(1, 3, size, size, device=device)
@@ -262,9 +277,8 @@ class Run:
         self.optimizer.zero_grad()
         right = right_pixels(logits, targets) if self.segments else (logits.argmax(dim=1) == targets).sum()
         correct = right * bool(count)
-        figures = torch.stack((loss.detach().double() * count, correct.double(), loss.new_tensor(count).double()))
-        total, right, seen = sum_over(self.fabric, figures).tolist()
-        return total, right, seen
+        seen = torch.full((), count, dtype=torch.float64, device=device)
+        return sum_over(self.fabric, torch.stack((loss.detach().double() * count, correct.double(), seen)))
 
     def _validate(self) -> Result:
         """Score the current model on the validation images of all processes."""
@@ -281,7 +295,7 @@ class Run:
         autocast: Callable[[], Any] = self.fabric.autocast
         scores = (PixelScores if self.segments else Scores)(len(self.model.labels))
         score(self.model, self.val_batches, scores, device=self.fabric.device, autocast=autocast, on_batch=count)
-        return scores.result(self.model.labels, reduce=lambda tensor: sum_over(self.fabric, tensor))
+        return scores.result(self.model.labels, reduce=lambda tensor: sum_over(self.fabric, tensor).cpu())
 
     def _finish(self) -> None:
         status = "finished" if self.progression.epoch >= self.config.epochs else "stopped early"
