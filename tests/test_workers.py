@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
@@ -22,12 +23,14 @@ from prompttune.export import EngineFolder
 from prompttune.export.formats import Settings
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.serve.workers import (
+    Answer,
     InProcessWorker,
     Key,
     ProcessWorker,
     VersionGoneError,
     WorkerDiedError,
     WorkerSettings,
+    main,
     open_worker,
 )
 from prompttune.serve.workers.host_cache import HostCache
@@ -596,3 +599,57 @@ def test_errors_survive_the_way():
         assert str(found) == str(problem)
     assert str(failed(failure(MemoryError("no room\nat all")))) == "the engine worker failed: MemoryError: no room"
     assert failed({"shape": [1]}) is None
+
+
+# ------------------------------------------------------------------------------------------- several calls at once
+
+
+class Overlapping:
+    """Runs two calls at once or none: a call waits for another one, and the first ends last."""
+
+    calls_at_once = 2
+
+    def __init__(self):
+        self.both, self.second_ended = threading.Barrier(2, timeout=10), threading.Event()
+
+    def run(self, images, keys):
+        self.both.wait()
+        if images[0, 0] == 0:
+            self.second_ended.wait(10)
+        else:
+            self.second_ended.set()
+        return Answer(images[:, :1], 0.0)
+
+
+def test_the_process_answers_overlapping_batches_in_order():
+    here, there = socket.socketpair()
+    slots = np.arange(2, dtype=np.float32).reshape(2, 1, 1)
+    thread = threading.Thread(target=main._serve_batches, args=(there, Overlapping(), slots))
+    thread.start()
+    for slot in (0, 1):
+        here.sendall(pack({"slot": slot, "keys": [["task", "version"]]}))
+    here.shutdown(socket.SHUT_WR)
+    received, values = bytearray(), []
+    while len(values) < 2:
+        received += here.recv(1000)
+        while (reply := unpack(received)) is not None:
+            assert "error" not in reply[0]
+            values.append(float(np.frombuffer(reply[1], np.float32)[0]))
+    thread.join()
+    assert values == [0, 1]
+
+
+def test_a_worker_in_this_process_overlaps_batches(monkeypatch):
+    worker = InProcessWorker(WorkerSettings(Path(), RuntimeOptions(), rows=1, axes={}, max_batch=1, host_bytes=0))
+    worker._slots = np.arange(2, dtype=np.float32).reshape(2, 1, 1)
+    store = Overlapping()
+    store.description = "overlapping"
+    monkeypatch.setattr(worker, "_open", lambda: store)
+
+    async def both():
+        await worker.start()
+        answers = await asyncio.gather(*(worker.run(slot, [Key("task", "version")]) for slot in (0, 1)))
+        await worker.close()
+        return [float(answer.logits[0, 0]) for answer in answers]
+
+    assert asyncio.run(both()) == [0, 1]

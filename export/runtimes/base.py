@@ -6,7 +6,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,8 @@ class Runtime(ABC):
 
     sizes = Sizes()
     """What the model takes; :func:`open_runtime` takes it from the manifest unless the runtime has set it."""
+    calls_at_once: ClassVar[int] = 1
+    """Calls of :meth:`run` that are worth starting at once; others wait for them."""
 
     @property
     @abstractmethod

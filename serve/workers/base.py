@@ -92,7 +92,7 @@ class Worker(ABC):
     async def run(self, slot: int, keys: Sequence[Key]) -> Answer:
         """Answer the first ``len(keys)`` images of a slot; the slot is free again after the return.
 
-        Batches run in the order of the calls. Cancelling the caller does not stop its batch: the slot stays in use
+        Batches start in the order of the calls. Cancelling the caller does not stop its batch: the slot stays in use
         until the batch ends, and the caller waits for that.
 
         Raises:

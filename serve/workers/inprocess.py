@@ -22,7 +22,8 @@ Result = TypeVar("Result")
 
 
 class InProcessWorker(Worker):
-    """See :class:`Worker`. One thread runs batches, another one loads; a crash of the runtime ends the process."""
+    """See :class:`Worker`. One thread for each call that the runtime takes at once runs batches, another one loads; a crash
+    of the runtime ends the process."""
 
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
@@ -35,6 +36,9 @@ class InProcessWorker(Worker):
     async def start(self) -> str:
         """See :meth:`Worker.start`."""
         self._store = await to_the_end(self._submit(self._batches, self._open))
+        if self._store.calls_at_once > 1:
+            self._batches.shutdown(wait=False)
+            self._batches = ThreadPoolExecutor(self._store.calls_at_once, "batches")
         return self._store.description
 
     def _open(self) -> Store:

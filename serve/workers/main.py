@@ -1,10 +1,12 @@
 """The worker process: opens an engine and serves one server through two channels until the server ends.
 
-The main thread runs batches, another one loads and evicts. Each has its own channel, so neither waits for the other.
+The main thread runs batches, with more threads where the runtime takes several calls at once. Another one loads and
+evicts. Batches and loads have a channel each, so neither waits for the other.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import mmap
 import os
@@ -56,16 +58,42 @@ def _open(settings: WorkerSettings) -> Store:
 
 
 def _serve_batches(channel: socket.socket, store: Store, slots: Array) -> None:
-    """Answer until the server closes the channel; batches sent before that are still answered."""
-    while (message := receive(channel)) is not None:
-        keys = [Key(task, version) for task, version in message["keys"]]
-        try:
-            answer = store.run(slots[message["slot"], : len(keys)], keys)
-        except Exception as problem:
-            channel.sendall(_refusal(problem))
-        else:
-            about = {"shape": answer.logits.shape, "seconds": answer.seconds}
-            channel.sendall(pack(about, answer.logits.astype("float32", copy=False).tobytes()))
+    """Answer in the order of the calls until the server closes the channel; batches sent before are still answered."""
+    receiving, sending = threading.Lock(), threading.Condition()
+    received, sent = itertools.count(), 0
+
+    def serve() -> None:
+        nonlocal sent
+        while True:
+            with receiving:
+                message, number = receive(channel), next(received)
+            if message is None:
+                return
+            reply = _run(store, slots, message)
+            with sending:
+                while sent != number:
+                    sending.wait()
+                channel.sendall(reply)
+                sent += 1
+                sending.notify_all()
+
+    others = [threading.Thread(target=serve, daemon=True) for _ in range(store.calls_at_once - 1)]
+    for thread in others:
+        thread.start()
+    serve()
+    for thread in others:
+        thread.join()
+
+
+def _run(store: Store, slots: Array, call: Message) -> bytes:
+    """The reply to a batch."""
+    keys = [Key(task, version) for task, version in call["keys"]]
+    try:
+        answer = store.run(slots[call["slot"], : len(keys)], keys)
+    except Exception as problem:
+        return _refusal(problem)
+    about = {"shape": answer.logits.shape, "seconds": answer.seconds}
+    return pack(about, answer.logits.astype("float32", copy=False).tobytes())
 
 
 def _load(store: Store, call: Message) -> Message:

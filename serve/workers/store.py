@@ -26,9 +26,11 @@ Reading = tuple[list[int], Mapping[str, Any]]
 
 
 class Store(ABC):
-    """An engine and its rows. One thread runs batches while another one loads, evicts and reads statistics."""
+    """An engine and its rows. Threads run batches while another one loads, evicts and reads statistics."""
 
     def __init__(self, manifest: Manifest, runtime: Runtime, settings: WorkerSettings) -> None:
+        self.calls_at_once = runtime.calls_at_once
+        """Threads that are worth running batches with."""
         self._runtime = runtime
         self._max_batch = settings.max_batch
         self._image_size = manifest.image_size
