@@ -1,8 +1,9 @@
-"""Check that every TensorRT name in our sources exists in the oldest and the newest TensorRT that we support.
+"""Check that every TensorRT name in our sources exists in the oldest and the newest TensorRT that we support, and in
+TensorRT for RTX.
 
-Nothing here needs a GPU or TensorRT's own libraries, and nothing is built or run: NVIDIA's Python bindings are
-imported with empty libraries in the place of the real ones, and asked for each class, method, attribute, enumeration
-member and keyword that :mod:`tensorrt_names` finds.
+Nothing here needs a GPU, and nothing is built or run: NVIDIA's Python bindings are asked for each class, method,
+attribute, enumeration member and keyword that :mod:`tensorrt_names` finds. Those of TensorRT are imported with empty
+libraries in the place of the real ones; TensorRT for RTX is installed with its libraries.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tensorrt_names import ROOT, Use, sources, used_names
 
 BUILD = ROOT / "build" / "tensorrt-contract"
 BINDINGS = ("tensorrt-cu13-bindings==10.13.3.*", "tensorrt-cu13-bindings==11.4.*")
+RTX = "tensorrt_rtx_bindings"
 LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
 SYMBOLS = (
     "createInferBuilder_INTERNAL",
@@ -38,8 +40,8 @@ SYMBOLS = (
 """What the bindings want to find in those libraries when they are imported."""
 
 CHECK = """
-import json, sys
-import tensorrt_bindings as trt
+import importlib, json, sys
+trt = importlib.import_module(sys.argv[1])
 missing = []
 for use in json.load(sys.stdin):
     found, name = trt, use["name"]
@@ -78,11 +80,13 @@ def bindings(requirement: str) -> tuple[Path, Path]:
     return unpacked, libraries
 
 
-def missing_uses(uses: Iterable[Use], unpacked: Path, libraries: Path) -> tuple[str, list[Use]]:
+def missing_uses(
+    uses: Iterable[Use], unpacked: Path, libraries: Path, module: str = "tensorrt_bindings"
+) -> tuple[str, list[Use]]:
     """The version of some bindings, and the uses that they do not have."""
     environment = {**os.environ, "PYTHONPATH": str(unpacked), "LD_LIBRARY_PATH": str(libraries)}
     given = json.dumps([asdict(use) for use in uses])
-    command = [sys.executable, "-c", CHECK]
+    command = [sys.executable, "-c", CHECK, module]
     said = subprocess.run(command, input=given, env=environment, capture_output=True, text=True, check=False)
     if said.returncode:
         raise SystemExit(f"the bindings in {unpacked} cannot be imported:\n{said.stderr}")
@@ -105,6 +109,8 @@ def main() -> None:
     tensorrt_stubs.main()
     uses = used_names(sources())
     lacking = dict(missing_uses(uses, *bindings(requirement)) for requirement in BINDINGS)
+    version, missing = missing_uses(uses, ROOT, ROOT, RTX)
+    lacking[f"{version} for RTX"] = missing
     failed = broken(lacking)
     for use, versions in failed.items():
         what = f"has no keyword {use.keyword}" if use.keyword else "does not exist"

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,13 +40,20 @@ class UnknownTypeError(Exception):
     """A value of which mypy cannot tell whether it is TensorRT's."""
 
 
-def alias_of(tree: ast.Module) -> str | None:
-    """The name under which a module imports tensorrt at its top, or None."""
+def imports(tree: ast.Module) -> Iterator[ast.alias]:
+    """What a module imports whole at its top, for the type checker alone too."""
     for node in tree.body:
-        for name in node.names if isinstance(node, ast.Import) else ():
-            if name.name == "tensorrt":
-                return name.asname or name.name
-    return None
+        typed = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for one in node.body if typed else [node]:
+            yield from one.names if isinstance(one, ast.Import) else ()
+
+
+def alias_of(tree: ast.Module) -> str | None:
+    """The name under which a module imports tensorrt at its top, or None.
+
+    A function's parameter of that name is a library that answers as tensorrt does.
+    """
+    return next((name.asname or name.name for name in imports(tree) if name.name == "tensorrt"), None)
 
 
 def chain(node: ast.expr, alias: str) -> str | None:
@@ -62,8 +69,7 @@ class Revealer(ast.NodeTransformer):
     """Puts ``reveal_type`` around what an attribute is taken of, where mypy has to say what that is."""
 
     def __init__(self, tree: ast.Module) -> None:
-        imports = [name for node in tree.body if isinstance(node, ast.Import) for name in node.names]
-        self._modules = [name.asname or name.name for name in imports]
+        self._modules = [name.asname or name.name for name in imports(tree)]
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         """An attribute of a module needs no type, and an assignment to self defines what self has."""

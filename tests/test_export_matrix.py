@@ -15,6 +15,7 @@ from tests.convs import CONVS, ON_CONV
 from tests.engines import BATCH_SIZES, SHARING, checkpoint, copied, exported, model_of, noise, workshop
 from tests.operators import operators
 from tests.swins import ON_SWIN
+from tests.tensorrt_rtx import MAGIC, build_engine
 
 TASKS = 8
 # test_vit2 has register tokens and LayerScale, no class token, and pools the mean.
@@ -68,6 +69,13 @@ def test_graph_is_clean(method, backbone):
     stored = {tensor.name.removeprefix("model.") for tensor in graph.initializer}
     assert stored.isdisjoint(model_of(method, 0, backbone).task_parameters())  # tasks are inputs alone
     assert not [node.name for node in graph.node for prop in node.metadata_props if "stack_trace" in prop.key]
+
+
+def test_nvidias_builder_takes_the_graph(method, backbone, tmp_path):
+    shares = build_engine(exported(method, backbone), tmp_path / "plan")
+    assert (tmp_path / "plan").read_bytes().startswith(MAGIC)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
 
 
 def test_tasks_added_later_answer_as_pytorch(method, backbone):

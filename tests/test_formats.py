@@ -19,6 +19,7 @@ from prompttune.export.folder import MANIFEST, ONNX_FILE, write_manifest
 from prompttune.export.formats import Settings, aoti, find_format
 from prompttune.export.gate import NOISE
 from tests.engines import checkpoint, copied, exported, model_of, noise, workshop
+from tests.tensorrt_rtx import MAGIC, build_engine
 
 KINDS = {
     "fp32": Settings("onnx"),
@@ -31,7 +32,7 @@ KINDS = {
     "aoti": Settings("aoti"),
     "aoti-bf16": Settings("aoti", "bf16"),
 }
-ON_A_GPU = {"trt", "torch-trt"}  # test_tensorrt_gpu.py and the stand-ins of test_tensorrt*.py
+ON_A_GPU = {"trt", "trt-rtx", "torch-trt"}  # test_tensorrt_gpu.py, and test_tensorrt*.py without a GPU
 MATRIX = [
     pytest.param(method, kind, id=f"{method}-{kind}", marks=pytest.mark.slow if kind.startswith("aoti") else ())
     for method in ("sa2vp", "lspt")
@@ -148,6 +149,13 @@ def test_manifest_keeps_the_settings(method, kind):
         assert manifest.details == {"device": "cpu", "cpu": torch.backends.cpu.get_cpu_capability()}
     elif settings.format == "onnx":
         assert "features" in manifest.details["probes"]
+
+
+@pytest.mark.parametrize("method", ["sa2vp", "lspt"])
+@pytest.mark.parametrize("kind", ["fp16", "bank-fp16", "baked"])
+def test_nvidias_builder_takes_the_graph(method, kind, tmp_path):
+    build_engine(engine_of(method, kind).folder.path, tmp_path / "plan")
+    assert (tmp_path / "plan").read_bytes().startswith(MAGIC)
 
 
 def test_smaller_precisions_make_smaller_files():

@@ -25,6 +25,7 @@ from prompttune.serve.infer import InferSettings, infer
 from prompttune.serve.masks import class_map, mask_of_image, palette, seen_box
 from tests.engines import exported, noise
 from tests.segmenting import LABELS, engine_of, saved, tiny, write_blocks
+from tests.tensorrt_rtx import MAGIC, build_engine
 
 ENGINES = [("sa2vp", "linear"), ("lspt", "pyramid")]
 
@@ -55,6 +56,12 @@ def expected(engine, number, images):
     with torch.no_grad():
         model = pt.PromptModel.load(saved(engine.method, engine.head, number), backbone=tiny())
         return model(torch.from_numpy(images)).logits.numpy()
+
+
+@pytest.mark.parametrize(("method", "head"), ENGINES)
+def test_nvidias_builder_takes_the_graph(method, head, tmp_path):
+    build_engine(engine_of(method, head), tmp_path / "plan")
+    assert (tmp_path / "plan").read_bytes().startswith(MAGIC)
 
 
 def test_export_is_proven(engine):

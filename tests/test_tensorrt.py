@@ -1,6 +1,7 @@
 """TensorRT and Torch-TensorRT up to the libraries' door: who may pass, and with what."""
 
 import contextlib
+import ctypes
 import dataclasses
 import importlib
 import json
@@ -89,6 +90,26 @@ def test_libraries_that_do_not_load_give_one_line(monkeypatch, tmp_path, capsys)
     with pytest.raises(EngineError, match=r"torch_tensorrt is installed but does not load: no libnvinfer\.so\.10; i"):
         require_torch_tensorrt()
     assert not capsys.readouterr().out
+
+
+def test_a_version_compatible_plan_needs_the_lean_runtime(monkeypatch):
+    pretend_gpu(monkeypatch)
+    install(monkeypatch, fake_tensorrt())
+    settings = Settings("trt", options={"version_compatible": True}).resolved()
+    loaded = []
+
+    def load(name):
+        loaded.append(name)
+        if len(loaded) == 1:
+            raise OSError("cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    with pytest.raises(
+        EngineError, match=rf"needs libnvinfer_lean\.so\.10, .* pip install tensorrt-lean=={VERSION}, or"
+    ):
+        find_format("trt").check(settings)
+    find_format("trt").check(settings)
+    assert loaded == ["libnvinfer_lean.so.10"] * 2
 
 
 def test_cuda_is_asked_for(monkeypatch):
@@ -206,7 +227,9 @@ def test_progress_of_nested_phases():
     tracker.finish("one")
     tracker.step("all", 0)
     tracker.finish("all")
-    assert shares == [0.0, 0.25, 0.5, 1.0]
+    tracker.start("late", None, 2)
+    tracker.step("late", 0)
+    assert shares == [0.0, 0.25, 0.5, 1.0]  # what begins late does not take it back
     assert bar(0.5) == "━" * 12 + "─" * 12 + " 50%"
 
 
@@ -242,6 +265,13 @@ def test_gpus_that_run_a_plan(level, here, fits):
     details = {**DETAILS, "hardware_compatibility": level}
     with contextlib.nullcontext() if fits else pytest.raises(EngineError, match="export the engine again"):
         check_capability(details, here)
+
+
+def test_a_plan_for_several_capabilities_runs_on_each():
+    details = {**DETAILS, "gpu": "RTX", "compute_capability": "8.6, 8.9"}
+    check_capability(details, (8, 9))
+    with pytest.raises(EngineError, match=r"for compute capability 8\.6, 8\.9 \(RTX\), this GPU has 12\.0"):
+        check_capability(details, (12, 0))
 
 
 def test_runtime_refuses_a_stale_plan(monkeypatch, tmp_path):

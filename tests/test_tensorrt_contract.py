@@ -9,7 +9,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCE = """
 import torch
-import tensorrt as trt
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 class Log(trt.ILogger):
     def log(self, severity, msg):

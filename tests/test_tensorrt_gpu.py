@@ -58,6 +58,21 @@ def test_plan_answers_as_pytorch(method, precision):
             assert np.isneginf(found[:, number + 2 :]).all()
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_fused_attention_answers_as_pytorch(tmp_path, precision):
+    settings = Settings("trt", precision, device="cuda", axes=AXES, attention="fused")
+    pt.export_engine([checkpoint("sa2vp", 0)], tmp_path / "engine", format=settings, parity=False)
+    images = noise(8)
+    found = runner(tmp_path / "engine").logits(images, ["task0"] * 8)
+    assert np.abs(found - expected("sa2vp", 0, images)).max() <= TOLERANCES[precision]
+
+
+def test_manifest_has_figures_of_the_layers():
+    layers = EngineFolder(built("sa2vp", "fp16")).manifest.details["layers"]
+    assert layers["count"] >= sum(layers["types"].values()) > 0
+    assert any("half" in one.lower() or "fp16" in one.lower() for one in layers["precisions"])
+
+
 @pytest.mark.parametrize("method", SHARING)
 def test_mixed_batch_equals_single_runs(method):
     engine, images = runner(built(method)), noise(8)
@@ -155,6 +170,30 @@ def test_cuda_graph_equals_plain_runs():
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
+def test_tasks_load_while_graphs_are_captured(cuda_graph):
+    engine = EngineFolder(built("sa2vp"))
+    tasks = {name: engine.read_task(name) for name in engine.tasks()}
+    runtime = open_runtime(engine.path, engine.manifest, RuntimeOptions("cuda", cuda_graph=cuda_graph))
+    rows = stacked(engine.manifest, tasks)
+    bank = {key: runtime.place(array) for key, array in rows.items()}
+    wanted = {size: runtime.run(noise(size), np.zeros(size, np.int64), bank) for size in range(1, 9)}
+
+    def load(_):
+        spare = {key: runtime.place(array) for key, array in rows.items()}
+        for key, array in rows.items():
+            runtime.update(spare[key], array, 1)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        for _ in range(3):  # copies of the bank, so that every size is captured again
+            moved = {key: placed.clone() for key, placed in bank.items()}
+            loads = [threads.submit(load, None) for _ in range(8)]
+            for size, answer in wanted.items():
+                assert np.array_equal(runtime.run(noise(size), np.zeros(size, np.int64), moved), answer)
+            for one in loads:
+                one.result()
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
 def test_calls_at_once_do_not_mix(cuda_graph):
     engine = runner(built("sa2vp"), RuntimeOptions("cuda", cuda_graph=cuda_graph))
     calls = [(noise(1 + seed % 4, seed), [f"task{seed % 2}"] * (1 + seed % 4)) for seed in range(8)]
@@ -166,6 +205,7 @@ def test_calls_at_once_do_not_mix(cuda_graph):
 
 
 def test_options_reach_tensorrt(tmp_path):
+    pytest.importorskip("tensorrt_lean")  # a version compatible plan carries it
     cache = tmp_path / "timings"
     options = {"timing_cache": cache, "version_compatible": True, "hardware_compatibility": "ampere_plus"}
     settings = Settings("trt", device="cuda", axes=AXES, options={**options, "workspace": 1 << 30})

@@ -30,6 +30,7 @@ FORMATS = {
     "onnx": ("prompttune.export.formats.onnx", "OnnxFormat"),
     "aoti": ("prompttune.export.formats.aoti", "AotiFormat"),
     "trt": ("prompttune.export.formats.tensorrt", "TensorRTFormat"),
+    "trt-rtx": ("prompttune.export.formats.tensorrt", "TensorRTRTXFormat"),
     "torch-trt": ("prompttune.export.formats.torch_tensorrt", "TorchTensorRTFormat"),
 }
 """Module and class of each format."""

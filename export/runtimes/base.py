@@ -25,6 +25,7 @@ _RUNTIMES = {
     "onnx": ("prompttune.export.runtimes.onnxruntime", "OnnxRuntime"),
     "aoti": ("prompttune.export.runtimes.aoti", "AotiRuntime"),
     "trt": ("prompttune.export.runtimes.tensorrt", "TensorRTRuntime"),
+    "trt-rtx": ("prompttune.export.runtimes.tensorrt", "TensorRTRTXRuntime"),
     "torch-trt": ("prompttune.export.runtimes.torch_tensorrt", "TorchTensorRTRuntime"),
 }
 """Module and class of the runtime of each format: a :class:`Runtime` made from (folder, manifest, options)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from prompttune.export.layout import IMAGE, TASK_INDEX, bank_input
 from prompttune.export.runtimes.base import Array, BankArray, Runtime, RuntimeOptions
 from prompttune.export.runtimes.tensors import as_torch, place_rows, update_row
 from prompttune.export.trt.compatibility import check_capability, check_version
-from prompttune.export.trt.library import require_cuda, require_tensorrt
+from prompttune.export.trt.execution import LANES, Plan, Pool
+from prompttune.export.trt.library import TENSORRT, TENSORRT_RTX, Library, require_cuda, require_tensorrt
 from prompttune.export.trt.profile import check_call
 
 PLAN_FILE = "model.plan"
@@ -62,19 +63,20 @@ class TensorRTRuntime(ProfiledRuntime):
         EngineError: the plan belongs to another TensorRT or GPU, or cannot be opened.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, options: RuntimeOptions) -> None:
-        refuse_options(options, "TensorRT")
-        version = require_tensorrt()
-        index = require_cuda(options.device, "a TensorRT plan")
-        details = manifest.details
-        check_version(details["tensorrt"], version, details["version_compatible"])
-        check_capability(details, torch.cuda.get_device_capability(index))
-        # Imports TensorRT, which is known to be installed.
-        from prompttune.export.trt.execution import Plan, Pool
+    library: ClassVar[Library] = TENSORRT
+    calls_at_once = LANES
 
-        super().__init__(manifest, index, f"TensorRT {version}")
+    def __init__(self, folder: Path, manifest: Manifest, options: RuntimeOptions) -> None:
+        title = self.library.title
+        refuse_options(options, title)
+        trt = require_tensorrt(self.library)
+        index = require_cuda(options.device, f"a plan of {title}")
+        details = manifest.details
+        check_version(details["tensorrt"], trt.__version__, details["version_compatible"], self.library)
+        check_capability(details, torch.cuda.get_device_capability(index))
+        super().__init__(manifest, index, f"{title} {trt.__version__}")
         with torch.cuda.device(self._device):
-            plan = Plan(folder / PLAN_FILE, manifest.inputs, manifest.outputs, details["version_compatible"])
+            plan = Plan(trt, folder / PLAN_FILE, manifest.inputs, manifest.outputs, details["version_compatible"])
         self._pool = Pool(plan, self._device, options.cuda_graph)
 
     def run(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
@@ -86,6 +88,12 @@ class TensorRTRuntime(ProfiledRuntime):
         resident = self._resident(images, task_index, bank)
         logits: Array = self._pool.run(as_torch(images), as_torch(task_index), resident).numpy()
         return logits
+
+
+class TensorRTRTXRuntime(TensorRTRuntime):
+    """A plan of TensorRT for RTX, which compiles its kernels for the GPU when they are first needed."""
+
+    library = TENSORRT_RTX
 
 
 def refuse_options(options: RuntimeOptions, what: str) -> None:

@@ -1,1 +1,1 @@
-"""Shared parts of the formats trt and torch-trt. Only ``builder``, ``execution`` and ``log`` import TensorRT."""
+"""Shared parts of the TensorRT formats. ``trt-rtx`` has a library of its own: see :mod:`library`."""

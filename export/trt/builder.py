@@ -1,4 +1,4 @@
-"""From a typed ONNX file to a plan. Import this module only after :func:`library.require_tensorrt`.
+"""From a typed ONNX file to a plan.
 
 The network is strongly typed: every precision comes from the ONNX file, and TensorRT does not choose any. This module
 therefore has neither precision flags nor a calibrator nor layer precisions, all of which TensorRT 11 has removed.
@@ -8,46 +8,61 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-
-import tensorrt as trt
+from typing import TYPE_CHECKING
 
 from prompttune.errors import UsageError, first_line
-from prompttune.export.trt.log import ErrorLog
+from prompttune.export.trt.library import TensorRT
+from prompttune.export.trt.log import ErrorLog, error_log
+from prompttune.export.trt.newer import decompose_attention, target_capabilities
 from prompttune.export.trt.options import TensorRTOptions
 from prompttune.export.trt.profile import Shapes
 from prompttune.export.trt.progress import OnProgress, PhaseTracker
 from prompttune.files import replacing
 
+if TYPE_CHECKING:
+    import tensorrt as trt
+    from tensorrt import IHostMemory
 
-class BuildMonitor(trt.IProgressMonitor):
-    """Follows a build and ends it after an error or Ctrl-C in its callback. Errors must not be raised into TensorRT."""
 
-    def __init__(self, tracker: PhaseTracker) -> None:
-        trt.IProgressMonitor.__init__(self)
-        self._tracker = tracker
+class _Guard:
+    """Runs a callback that may fail where nothing may be raised: inside TensorRT's code."""
+
+    def __init__(self) -> None:
         self.problem: BaseException | None = None
 
-    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-        """See TensorRT's ``IProgressMonitor.phase_start``."""
-        self._guarded(lambda: self._tracker.start(phase_name, parent_phase, num_steps))
-
-    def step_complete(self, phase_name: str, step: int) -> bool:
-        """See TensorRT's ``IProgressMonitor.step_complete``; False ends the build."""
-        self._guarded(lambda: self._tracker.step(phase_name, step))
+    def __call__(self, call: Callable[[], None]) -> bool:
+        """Whether the build may go on: not after an error or Ctrl-C, when nothing is called any more."""
+        try:
+            if self.problem is None:
+                call()
+        except BaseException as problem:  # KeyboardInterrupt too: it would end the process
+            self.problem = problem
         return self.problem is None
 
-    def phase_finish(self, phase_name: str) -> None:
-        """See TensorRT's ``IProgressMonitor.phase_finish``."""
-        self._guarded(lambda: self._tracker.finish(phase_name))
 
-    def _guarded(self, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except BaseException as problem:  # KeyboardInterrupt too: it would end the process inside TensorRT's code
-            self.problem = self.problem or problem
+def _monitor(library: TensorRT, tracker: PhaseTracker, guard: _Guard) -> trt.IProgressMonitor:
+    """Follows a build, and ends it when ``guard`` says so."""
+    if not TYPE_CHECKING:
+        trt = library
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            guard(lambda: tracker.start(phase_name, parent_phase, num_steps))
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return guard(lambda: tracker.step(phase_name, step))
+
+        def phase_finish(self, phase_name: str) -> None:
+            guard(lambda: tracker.finish(phase_name))
+
+    return Monitor()
 
 
 def build_plan(
+    trt: TensorRT,
     onnx_file: Path,
     plan_file: Path,
     shapes: Mapping[str, Shapes],
@@ -56,9 +71,10 @@ def build_plan(
     tf32: bool,
     on_progress: OnProgress,
 ) -> None:
-    """Build a plan for the current CUDA device.
+    """Build a plan: for the current CUDA device, or for the compute capabilities that ``options`` name.
 
     Args:
+        trt: the library.
         onnx_file: a typed ONNX file with its external data beside it.
         plan_file: path of the plan to write.
         shapes: smallest, likeliest and largest shape of every input with a dynamic axis.
@@ -70,23 +86,25 @@ def build_plan(
         EngineError: TensorRT cannot parse or build it; one line with TensorRT's own reasons.
         UsageError: the timing cache file is not one of this TensorRT and GPU.
     """
-    log = ErrorLog()
+    log = error_log(trt)
+    log.clear()
     try:
-        builder = trt.Builder(log)
+        builder = trt.Builder(log.logger)
         # TensorRT 11 types every network strongly; the flag's number has changed there, so it goes by name.
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = trt.OnnxParser(network, log)  # it owns the weights: it must live until the plan is built
+        parser = trt.OnnxParser(network, log.logger)  # it owns the weights: it must live until the plan is built
         _read_onnx(parser, log, onnx_file)
+        decompose_attention(trt, network)
         config = builder.create_builder_config()
-        _configure(config, options, tf32)
-        _add_profile(builder, config, log, shapes)
-        monitor = BuildMonitor(PhaseTracker(on_progress))
-        config.progress_monitor = monitor
+        _configure(trt, config, options, tf32)
+        _add_profile(trt, builder, config, log, shapes)
+        guard = _Guard()
+        config.progress_monitor = _monitor(trt, PhaseTracker(on_progress), guard)
         if options.timing_cache is not None:
             _attach_timing_cache(config, log, options.timing_cache)
-        plan: trt.IHostMemory | None = builder.build_serialized_network(network, config)
-        if monitor.problem is not None:
-            raise monitor.problem
+        plan: IHostMemory | None = builder.build_serialized_network(network, config)
+        if guard.problem is not None:
+            raise guard.problem
         if plan is None:
             raise log.failure("TensorRT cannot build the plan")
         plan_file.write_bytes(memoryview(plan))
@@ -104,7 +122,7 @@ def _read_onnx(parser: trt.OnnxParser, log: ErrorLog, path: Path) -> None:
         raise log.failure("TensorRT cannot read the model", *reasons)
 
 
-def _configure(config: trt.IBuilderConfig, options: TensorRTOptions, tf32: bool) -> None:
+def _configure(trt: TensorRT, config: trt.IBuilderConfig, options: TensorRTOptions, tf32: bool) -> None:
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
     config.builder_optimization_level = options.optimization_level
@@ -112,14 +130,17 @@ def _configure(config: trt.IBuilderConfig, options: TensorRTOptions, tf32: bool)
         config.clear_flag(trt.BuilderFlag.TF32)  # TensorRT sets it unasked
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    config.hardware_compatibility_level = {
-        "none": trt.HardwareCompatibilityLevel.NONE,
-        "ampere_plus": trt.HardwareCompatibilityLevel.AMPERE_PLUS,
-        "same_compute_capability": trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY,
-    }[options.hardware_compatibility]
+    if options.hardware_compatibility == "ampere_plus":
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    elif options.hardware_compatibility == "same_compute_capability":
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # keeps the layers' precisions in the plan
+    target_capabilities(trt, config, options.compute_capability)
 
 
-def _add_profile(builder: trt.Builder, config: trt.IBuilderConfig, log: ErrorLog, shapes: Mapping[str, Shapes]) -> None:
+def _add_profile(
+    trt: TensorRT, builder: trt.Builder, config: trt.IBuilderConfig, log: ErrorLog, shapes: Mapping[str, Shapes]
+) -> None:
     profile = builder.create_optimization_profile()
     for name, (low, likely, high) in shapes.items():
         profile.set_shape(name, trt.Dims([*low]), trt.Dims([*likely]), trt.Dims([*high]))

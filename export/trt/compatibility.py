@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from prompttune.errors import EngineError
+from prompttune.export.trt.library import TENSORRT, Library
 
 AMPERE = (8, 0)
 _AGAIN = "export the engine again on this machine"
@@ -33,8 +34,8 @@ def version_numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in release.group().split(".")) if release else ()
 
 
-def check_version(built: str, running: str, version_compatible: bool) -> None:
-    """Refuse a plan of another TensorRT version.
+def check_version(built: str, running: str, version_compatible: bool, library: Library = TENSORRT) -> None:
+    """Refuse a plan of another version of ``library``.
 
     Raises:
         EngineError: the versions differ, and the plan is not a version compatible one of an earlier version.
@@ -44,8 +45,8 @@ def check_version(built: str, running: str, version_compatible: bool) -> None:
         return
     if not version_compatible:
         raise EngineError(
-            f"the plan was built by TensorRT {built}, here is {running}, and a plan opens in its own version alone: "
-            f"install tensorrt=={built}, or {_AGAIN}"
+            f"the plan was built by {library.title} {built}, here is {running}, and a plan opens in its own version "
+            f"alone: install {library.package}=={built}, or {_AGAIN}"
         )
     if new < old or new[0] not in (old[0], _NEXT_MAJOR.get(old[0])):
         raise EngineError(
@@ -64,12 +65,12 @@ def check_capability(details: Mapping[str, Any], capability: tuple[int, int]) ->
     Raises:
         EngineError: it differs, and the plan's hardware compatibility does not cover it.
     """
-    built = version_numbers(details["compute_capability"])
+    built = [version_numbers(one) for one in details["compute_capability"].split(", ")]
     here = f"{capability[0]}.{capability[1]}"
     if details["hardware_compatibility"] == "ampere_plus":
         if capability < AMPERE:
             raise EngineError(f"the plan runs on compute capability 8.0 and later, this GPU has {here}: {_AGAIN}")
-    elif built != capability:
+    elif capability not in built:
         raise EngineError(
             f"the plan was built for compute capability {details['compute_capability']} ({details['gpu']}), "
             f"this GPU has {here}: {_AGAIN}"

@@ -1,4 +1,4 @@
-"""Running a plan. Import this module only after :func:`library.require_tensorrt`.
+"""Running a plan.
 
 TensorRT reports failures by a return value and in its log, so every one is checked here.
 """
@@ -10,16 +10,22 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import tensorrt as trt
 import torch
 from torch import Tensor
 
 from prompttune.errors import EngineError, first_line
 from prompttune.export.layout import IMAGE, LOGITS, TASK_INDEX, TensorSpec
 from prompttune.export.runtimes.tensors import CAPTURE_LOCK
-from prompttune.export.trt.log import ErrorLog
+from prompttune.export.trt.layers import summarise
+from prompttune.export.trt.library import TensorRT
+from prompttune.export.trt.log import error_log
 from prompttune.export.trt.tensors import check_tensors
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+    from tensorrt import ICudaEngine
 
 LANES = 2
 """Calls that run at once: while one computes, the next one's images are copied."""
@@ -32,6 +38,7 @@ class Plan:
     """A plan, deserialised for the current CUDA device.
 
     Args:
+        trt: the library.
         path: the plan's file.
         inputs: the declared inputs.
         outputs: the declared outputs.
@@ -42,14 +49,21 @@ class Plan:
     """
 
     def __init__(
-        self, path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], version_compatible: bool
+        self,
+        trt: TensorRT,
+        path: Path,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        version_compatible: bool,
     ) -> None:
-        self.log = ErrorLog()
+        self._trt = trt
+        self.log = error_log(trt)
+        self.log.clear()
         try:
-            self._runtime = trt.Runtime(self.log)
+            self._runtime = trt.Runtime(self.log.logger)
             if version_compatible:
                 self._runtime.engine_host_code_allowed = True
-            engine: trt.ICudaEngine | None = self._runtime.deserialize_cuda_engine(path.read_bytes())
+            engine: ICudaEngine | None = self._runtime.deserialize_cuda_engine(path.read_bytes())
         except (RuntimeError, TypeError) as problem:  # pybind11 turns TensorRT's null pointers into these
             raise self.log.failure(f"TensorRT cannot open {path}", first_line(problem)) from None
         if engine is None:
@@ -60,7 +74,7 @@ class Plan:
         self._check_tensors(path, {spec.name for spec in inputs}, {spec.name for spec in outputs})
 
     def _check_tensors(self, path: Path, inputs: set[str], outputs: set[str]) -> None:
-        engine = self._engine
+        trt, engine = self._trt, self._engine
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         found = {name: engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
         if {name for name in names if found[name]} != inputs or {name for name in names if not found[name]} != outputs:
@@ -75,6 +89,11 @@ class Plan:
             dtype = engine.get_tensor_dtype(name)
             if known.get(dtype) != self.dtypes[name]:
                 raise EngineError(f"{path}: {name} is {dtype}, declared was {self.dtypes[name]}: export it again")
+
+    def layers(self) -> dict[str, Any]:
+        """Figures of its layers: see :func:`summarise`."""
+        form = self._trt.LayerInformationFormat.JSON
+        return summarise(self._engine.create_engine_inspector().get_engine_information(form))
 
     def new_context(self, stream: torch.cuda.Stream) -> trt.IExecutionContext:
         """An execution context on ``stream``, with the plan's profile."""

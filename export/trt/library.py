@@ -1,31 +1,107 @@
-"""Import of TensorRT and Torch-TensorRT, with one clear line if the library or the GPU is missing."""
+"""Import of TensorRT, TensorRT for RTX and Torch-TensorRT, with one clear line if the library or the GPU is missing."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
 from prompttune.errors import EngineError, MissingExtraError, UsageError, first_line
 from prompttune.export.runtimes.base import RuntimeOptions
 
+if TYPE_CHECKING:
+    import tensorrt as trt
+
 INSTEAD = "or export with --format onnx, which runs on a CPU and on CUDA"
 
 
-def require_tensorrt() -> str:
-    """Check that TensorRT can be used; return its version.
+class TensorRT(Protocol):
+    """What is used of a module that answers as ``tensorrt``, in the types of TensorRT 10.13."""
+
+    __version__: str
+    Builder: type[trt.Builder]
+    BuilderFlag: type[trt.BuilderFlag]
+    DataType: type[trt.DataType]
+    Dims: type[trt.Dims]
+    HardwareCompatibilityLevel: type[trt.HardwareCompatibilityLevel]
+    ILogger: type[trt.ILogger]
+    IProgressMonitor: type[trt.IProgressMonitor]
+    LayerInformationFormat: type[trt.LayerInformationFormat]
+    MemoryPoolType: type[trt.MemoryPoolType]
+    NetworkDefinitionCreationFlag: type[trt.NetworkDefinitionCreationFlag]
+    OnnxParser: type[trt.OnnxParser]
+    ProfilingVerbosity: type[trt.ProfilingVerbosity]
+    Runtime: type[trt.Runtime]
+    TensorIOMode: type[trt.TensorIOMode]
+
+    def __hash__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Library:
+    """One of NVIDIA's libraries that build and run plans."""
+
+    title: str
+    module: str
+    package: str
+    """What pip calls it; the extra has the same name."""
+    lacks: Mapping[str, str] = field(default_factory=dict)
+    """Option of :class:`TensorRTOptions` that it does not know → what to do instead."""
+
+
+TENSORRT = Library(
+    "TensorRT",
+    "tensorrt",
+    "tensorrt",
+    {"compute_capability": "it builds for the GPU of this machine; export with --format trt-rtx to name others"},
+)
+TENSORRT_RTX = Library(
+    "TensorRT for RTX",
+    "tensorrt_rtx_bindings",
+    "tensorrt-rtx",
+    {
+        "timing_cache": "it measures nothing while it builds; leave it out",
+        "version_compatible": "a plan opens in the version that built it alone; leave it out",
+        "hardware_compatibility": "name compute capabilities, or none for every RTX GPU since Ampere",
+    },
+)
+
+
+def require_tensorrt(library: Library = TENSORRT) -> TensorRT:
+    """The module of a library.
 
     Raises:
         MissingExtraError: it is not installed. A folder of type stubs does not count.
         EngineError: it is installed, but its libraries do not load.
     """
-    module = _import("tensorrt")
+    module = _import(library.module)
     if module is None or not hasattr(module, "Builder"):
-        raise MissingExtraError("tensorrt", "tensorrt", INSTEAD)
-    return str(module.__version__)
+        raise MissingExtraError(library.package, library.package, INSTEAD)
+    return cast(TensorRT, module)
+
+
+def require_lean_runtime(version: str) -> None:
+    """Check that TensorRT finds its lean runtime, which it puts into a version compatible plan.
+
+    Raises:
+        EngineError: it is not installed. TensorRT's own package does not bring it.
+    """
+    name = f"libnvinfer_lean.so.{version.partition('.')[0]}"
+    _import("tensorrt_lean")  # loads the library from where pip put it
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        raise EngineError(
+            f"version_compatible needs {name}, which is not here: pip install tensorrt-lean=={version}, "
+            "or leave version_compatible out"
+        ) from None
 
 
 def require_torch_tensorrt() -> ModuleType:

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from prompttune.errors import UsageError, choose
+from prompttune.export.trt.library import TENSORRT, Library
 
 HARDWARE_COMPATIBILITIES = ("none", "ampere_plus", "same_compute_capability")
+COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
+"""Compute capabilities that TensorRT for RTX builds for. It also knows 7.5, without products in fp32."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class TensorRTOptions:
     hardware_compatibility: str = "none"
     """GPUs that can run the plan: those of its own compute capability (``none``, tuned for this very model, and
     ``same_compute_capability``), or all since Ampere (``ampere_plus``, slower)."""
+    compute_capability: tuple[str, ...] = ()
+    """Compute capabilities such as 8.9 that TensorRT for RTX builds for; none means every RTX GPU since Ampere."""
 
     def __post_init__(self) -> None:
         if self.workspace is not None:
@@ -44,18 +49,26 @@ class TensorRTOptions:
         if not isinstance(self.version_compatible, bool):
             raise UsageError(f"version_compatible must be true or false, not {self.version_compatible!r}")
         choose("hardware_compatibility", self.hardware_compatibility, HARDWARE_COMPATIBILITIES)
+        for one in set(self.compute_capability) - set(COMPUTE_CAPABILITIES):
+            known = ", ".join(COMPUTE_CAPABILITIES)
+            raise UsageError(f"TensorRT for RTX does not build for compute_capability {one}: choose of {known}")
 
     @classmethod
-    def parse(cls, options: Mapping[str, Any]) -> TensorRTOptions:
-        """The options in :attr:`Settings.options`.
+    def parse(cls, options: Mapping[str, Any], library: Library = TENSORRT) -> TensorRTOptions:
+        """The options in :attr:`Settings.options`; ``compute_capability`` may be one or several.
 
         Raises:
-            UsageError: a name is unknown, or a value is refused.
+            UsageError: a name is unknown, ``library`` lacks the option, or a value is refused.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         given = {choose("TensorRT option", name, known): value for name, value in options.items()}
+        for name, instead in library.lacks.items():
+            if name in given:
+                raise UsageError(f"{library.title} has no {name}: {instead}")
         if isinstance(given.get("timing_cache"), str):
             given["timing_cache"] = Path(given["timing_cache"])
+        named = given.get("compute_capability", ())
+        given["compute_capability"] = (named,) if isinstance(named, str) else tuple(named)
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:

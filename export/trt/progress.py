@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 OnProgress = Callable[[float], None]
-"""Called with the finished share, from 0 to 1, at every further percent."""
+"""Called with the finished share, which rises from 0 to 1, at every further percent."""
 _BAR = 24
 """Number of characters of a bar."""
 
@@ -53,7 +53,7 @@ class PhaseTracker:
     def _report(self) -> None:
         outermost = [name for name, phase in self._phases.items() if phase.parent not in self._phases]
         share = min(map(self._share, outermost))
-        if int(100 * share) != self._percent:
+        if int(100 * share) > self._percent:  # a phase that begins late takes the whole back, and is not reported
             self._percent = int(100 * share)
             self._on_progress(share)
 

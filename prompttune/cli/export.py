@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from prompttune.export.triton import TritonSettings
 
 
-FORMATS = ("onnx", "trt", "torch-trt", "aoti")
+FORMATS = ("onnx", "trt", "trt-rtx", "torch-trt", "aoti")
 REPOSITORIES = {"triton": "onnx", "triton-trt": "trt"}
 """Format of the engine in each kind of Triton repository."""
 AXES = ("batch", "tasks", "rank", "classes", "clusters")
@@ -57,8 +57,9 @@ def model_options(command: Command) -> Command:
             type=click.Choice([*FORMATS, *REPOSITORIES]),
             default="onnx",
             show_default=True,
-            help="onnx: ONNX Runtime; trt: TensorRT plan; torch-trt: Torch-TensorRT; aoti: AOTInductor, only needs "
-            "PyTorch; triton, triton-trt: a Triton model repository with ONNX or a TensorRT plan.",
+            help="onnx: ONNX Runtime; trt: TensorRT plan; trt-rtx: plan of TensorRT for RTX, built without a GPU; "
+            "torch-trt: Torch-TensorRT; aoti: AOTInductor, only needs PyTorch; triton, triton-trt: a Triton model "
+            "repository with ONNX or a TensorRT plan.",
         ),
         click.option(
             "--precision",
@@ -76,13 +77,13 @@ def model_options(command: Command) -> Command:
             "--attention",
             type=click.Choice(["explicit", "fused"]),
             help="explicit: products and a softmax; fused: the format's own attention, which was wrong in several "
-            "TensorRT releases.  [default: explicit for onnx and trt, fused for torch-trt and aoti]",
+            "TensorRT releases.  [default: explicit for onnx, trt and trt-rtx, fused for torch-trt and aoti]",
         ),
         click.option(
             "--quantization",
             type=click.Choice(["dynamic", "static"]),
             help="Scales of int8 activations: from each call, or from calibration images.  "
-            "[default: dynamic for onnx, static for trt]",
+            "[default: dynamic for onnx, static for trt and trt-rtx]",
         ),
         click.option(
             "--calibration-images",
@@ -97,7 +98,8 @@ def model_options(command: Command) -> Command:
             help="Make the tasks constants of the model, whose only inputs are then image and task_index.",
         ),
         click.option(
-            "--device", help="Device of the model: cpu, cuda or cuda:INDEX.  [default: cuda for trt and torch-trt]"
+            "--device",
+            help="Device of the model: cpu, cuda or cuda:INDEX.  [default: cuda for trt, trt-rtx and torch-trt]",
         ),
         click.option(
             "--axis",
@@ -121,6 +123,13 @@ def model_options(command: Command) -> Command:
             "--hardware-compatibility",
             type=click.Choice(["none", "ampere_plus", "same_compute_capability"]),
             help="TensorRT: other GPUs that can run the plan.  [default: none]",
+        ),
+        click.option(
+            "--compute-capability",
+            multiple=True,
+            metavar="X.Y",
+            help="TensorRT for RTX: compute capability of the GPUs that the plan is for, such as 8.9. May be "
+            "repeated.  [default: every RTX GPU since Ampere]",
         ),
     ]
     for option in reversed(options):
@@ -178,9 +187,10 @@ def _settings(given: dict[str, Any]) -> ExportSettings:
     """The export settings of :func:`model_options`; a format's own options only if they were given."""
     from prompttune.export import ExportSettings
 
-    own = ("workspace", "optimization_level", "timing_cache", "version_compatible", "hardware_compatibility")
+    kept = ("workspace", "optimization_level", "timing_cache", "version_compatible", "hardware_compatibility")
+    own = (*kept, "compute_capability")
     shared = {name: value for name, value in given.items() if name not in own}
-    options = {name: given[name] for name in own if given[name] is not None and given[name] is not False}
+    options = {name: given[name] for name in own if given[name] not in (None, False, ())}
     return ExportSettings(format=shared.pop("format_"), options=options, **shared)
 
 
