@@ -22,8 +22,8 @@ Result = TypeVar("Result")
 
 
 class InProcessWorker(Worker):
-    """See :class:`Worker`. One thread for each call that the runtime takes at once runs batches, another one loads; a crash
-    of the runtime ends the process."""
+    """See :class:`Worker`. One thread for each call that the runtime takes at once runs batches, another one loads. A
+    crash of the runtime ends the process."""
 
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
