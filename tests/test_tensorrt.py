@@ -135,7 +135,7 @@ def test_format_checks_settings(monkeypatch):
         find_format("trt").check(dataclasses.replace(settings, quantization="dynamic"))
     with pytest.raises(UsageError, match=r"unknown TensorRT option 'workspaces'; did you mean workspace\?"):
         find_format("trt").check(dataclasses.replace(settings, options={"workspaces": 1}))
-    with pytest.raises(UsageError, match="has no int8"):
+    with pytest.raises(UsageError, match="lacks int8"):
         Settings("torch-trt", "int8").resolved()
     assert Settings("torch-trt").resolved().attention == "fused"
     with pytest.raises(UsageError, match="none and ampere_plus"):
@@ -293,5 +293,5 @@ def test_runtime_refuses_a_stale_plan(monkeypatch, tmp_path):
         opened(compute_capability="8.9")
     with pytest.raises(UsageError, match="give the device cuda, not cpu"):
         opened(RuntimeOptions())
-    with pytest.raises(UsageError, match="no use for threads"):
+    with pytest.raises(UsageError, match="does not support threads"):
         opened(RuntimeOptions("cuda", threads=2))
