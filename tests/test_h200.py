@@ -65,7 +65,7 @@ def test_part_ort_is_killed_at_random_moments_and_ends_at_last(tmp_path):
         process = started("ort", tmp_path, "--deadline", "600")
         while not (tmp_path / "results/ort_checks.csv").exists() and process.poll() is None:
             time.sleep(0.1)
-        time.sleep(dice.uniform(0, 12))
+        time.sleep(dice.uniform(0, 8))
         os.killpg(process.pid, signal.SIGKILL)
         ended(process)
         for path in (tmp_path / "results").glob("*.csv"):
@@ -126,6 +126,7 @@ def test_every_case_belongs_to_a_check():
         assert all(checks.cases(setting)[check.name] and callable(getattr(checks, check.name)) for check in listed)
 
 
+@pytest.mark.slow
 def test_a_process_that_has_loaded_the_driver_is_left_by_exec(tmp_path):
     (tmp_path / "libcuda.so.1").write_bytes(b"driver")
     (tmp_path / "sitecustomize.py").write_text(
