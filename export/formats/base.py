@@ -78,7 +78,7 @@ class Settings:
         kind = find_format(self.format)
         choose("precision", self.precision, PRECISIONS)
         if self.precision not in kind.precisions:
-            raise UsageError(f"the format {self.format} lacks {self.precision}: choose {', '.join(kind.precisions)}")
+            raise UsageError(f"the format {self.format} has no {self.precision}: choose {', '.join(kind.precisions)}")
         bank = self.bank_precision or ("fp32" if self.precision == "int8" else self.precision)
         choose("bank precision", bank, BANK_PRECISIONS)
         attention = choose("attention", self.attention or kind.default_attention, ATTENTIONS)
