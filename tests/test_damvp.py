@@ -287,7 +287,7 @@ def test_a_foreign_start_is_refused_in_one_line(plain, tmp_path):
     (tmp_path / "no.safetensors").write_bytes(b"no")
     for path, message in (
         ("meta.safetensors", "its prompt size is 4, this one is 5"),
-        ("no.safetensors", "no meta prompt, or is damaged"),
+        ("no.safetensors", "not a meta prompt, or is damaged"),
         ("missing", "no meta prompt at .*missing"),
     ):
         with pytest.raises(CheckpointError, match=message) as caught:

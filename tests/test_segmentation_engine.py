@@ -245,11 +245,11 @@ def test_strangers_in_a_folder_of_overlays_stay(photos, tmp_path):
 
 def test_server_and_bench_refuse_segmentations(tmp_path):
     manifest = EngineFolder(engine_of("sa2vp", "linear")).manifest
-    with pytest.raises(EngineError, match="segmentations, which the server does not answer"):
+    with pytest.raises(EngineError, match="segmentations, which the server does not support"):
         manifest.refuse_segmentation("the server")
     told = CliRunner().invoke(cli, ["bench", str(engine_of("sa2vp", "linear"))])
     assert told.exit_code == 1
-    assert "segmentations, which prompttune bench does not answer" in told.output
+    assert "segmentations, which prompttune bench does not support" in told.output
     EngineFolder(exported("linear")).manifest.refuse_segmentation("the server")
 
 
