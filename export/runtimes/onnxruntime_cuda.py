@@ -119,5 +119,5 @@ class CudaCalls:
             binding.synchronize_outputs()
         except Exception as problem:  # ONNX Runtime's errors share no base class below Exception
             raise EngineError(f"ONNX Runtime failed: {first_line(problem)}") from None
-        logits: Array = tensors[LOGITS].cpu().numpy()
+        logits: Array = tensors[LOGITS].to("cpu", copy=True).numpy()  # the next call writes to the buffer
         return logits
