@@ -74,7 +74,7 @@ class Backbone(nn.Module):
     """Whether these are the weights of one task, made by a method that trains the backbone itself."""
 
     token_dtype: torch.dtype | None = None
-    """Of the tokens in front of the blocks; None takes that of the blocks' weights."""
+    """Type of the tokens before the blocks; None for that of the blocks' weights."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -46,12 +46,8 @@ def size(_context: click.Context, _parameter: click.Parameter, value: str) -> in
     "--host", default="127.0.0.1", show_default=True, envvar="PROMPTTUNE_HOST", show_envvar=True,
     help="Address or name to listen on, the same for both transports; 0.0.0.0 or :: for all of IPv4 and IPv6.",
 )  # fmt: skip
-@click.option(
-    "--http-port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="HTTP port; 0: a free one."
-)
-@click.option(
-    "--grpc-port", type=click.IntRange(0, 65535), default=8001, show_default=True, help="gRPC port; 0: a free one."
-)
+@click.option("--http-port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="HTTP port; 0: free.")
+@click.option("--grpc-port", type=click.IntRange(0, 65535), default=8001, show_default=True, help="gRPC port; 0: free.")
 @click.option("--no-grpc", is_flag=True, help="Serve only HTTP.")
 @click.option(
     "--device", "devices", multiple=True, default=("cpu",), show_default=True,
@@ -104,9 +100,7 @@ def size(_context: click.Context, _parameter: click.Parameter, value: str) -> in
 )
 @click.option("--max-body", default="64MiB", show_default=True, callback=size, metavar="SIZE", help="Largest request.")
 @click.option("--max-images", type=click.IntRange(1), default=256, show_default=True, help="Most images of a request.")
-@click.option(
-    "--max-pixels", type=click.IntRange(1), default=50_000_000, show_default=True, help="Most pixels of an image."
-)
+@click.option("--max-pixels", type=click.IntRange(1), default=50_000_000, show_default=True, help="Pixel limit.")
 @click.option(
     "--keep-alive-seconds", type=click.IntRange(1), default=75, show_default=True,
     help="Seconds that an HTTP connection may stay idle; longer than a proxy in front keeps it.",
