@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from prompttune.errors import EngineError, first_line
@@ -169,6 +171,14 @@ def _sample_bank(layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
     return {key: torch.zeros(_SAMPLE_TASKS, *shape, dtype=dtype) for key, shape in shapes.items()}
 
 
+def unbounded_attention(device: str) -> AbstractContextManager[None]:
+    """Keep a CUDA device's attention to kernels that take any batch size: asked for flash attention in half precision,
+    PyTorch 2.15 bounds the captured batch to 65,535 rows, which ``Dim`` without a bound refuses.
+    """
+    kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return nullcontext() if torch.device(device).type == "cpu" else sdpa_kernel(kernels)
+
+
 def capture(
     graph: nn.Module, sample: list[Any], dynamic: dict[str, Any], attention: str, device: str, name: str
 ) -> ExportedProgram:
@@ -189,7 +199,7 @@ def capture(
     dims = {name: Dim(name, min=1) for name in names}
     arguments = tree_map(lambda tensor: tensor.to(device), tuple(sample))
     try:
-        with torch.no_grad(), explicit_attention(attention == "explicit"):
+        with torch.no_grad(), explicit_attention(attention == "explicit"), unbounded_attention(device):
             shapes = tree_map(lambda name: dims[name], dynamic)
             return torch.export.export(graph.eval().to(device), arguments, dynamic_shapes=shapes)
     except Exception as problem:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from timm.layers import LayerNorm2d, LayerNorm2dFp32, LayerNormFp32
@@ -56,3 +60,25 @@ def _float32(norm: nn.LayerNorm, original: nn.Module) -> nn.LayerNorm:
     made.requires_grad_(False)
     assert isinstance(made, nn.LayerNorm)
     return made.to(next(original.parameters(), torch.empty(0)).device)
+
+
+_convolutions = threading.Lock()
+
+
+@contextmanager
+def exact_convolutions(exact: bool = True) -> Iterator[None]:
+    """Let convolutions of float32 on CUDA, which PyTorch leaves to TF32 unless told otherwise, run in float32.
+
+    The flag is one of the process and is read when a kernel is put into its stream, so blocks take turns, and nothing
+    needs to be waited for inside of one. ``exact`` False does nothing.
+    """
+    if not exact:
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn  # it puts an object in its module's place
+    with _convolutions:
+        before, cudnn.conv.fp32_precision = cudnn.conv.fp32_precision, "ieee"
+        try:
+            yield
+        finally:
+            cudnn.conv.fp32_precision = before

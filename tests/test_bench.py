@@ -1,10 +1,13 @@
 """Benchmarks: that they measure what they say, never how fast anything is."""
 
+import contextlib
 import csv
+import dataclasses
 import importlib
 import json
 import math
 import mmap
+import types
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from benchmarks.residency import check_answers
 from prompttune.cli.main import cli
 from prompttune.errors import EngineError, UsageError
 from prompttune.export import EngineFolder, ExportSettings
+from prompttune.export.formats import tensorrt
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.export.tasks import engine_backbone
 from prompttune.serve.bench import Latency, Ratio, Rounds, bench_engine, interleaved
@@ -26,6 +30,7 @@ from prompttune.serve.bench.plain import PlainBackbone, export_plain, plain_sett
 from prompttune.serve.bench.subjects import EngineSubject, TorchSubject, assignments
 from prompttune.serve.bench.task_costs import ADDED_CHECKPOINTS, measure_adding, resident_task_bytes
 from tests.engines import backbone, checkpoint, copied, exported, noise
+from tests.fake_tensorrt import VERSION, fake_tensorrt, install
 from tests.test_cli_export import refused
 
 QUICK = Rounds(warmup=1, repeats=3)
@@ -215,11 +220,15 @@ def test_bad_values_are_refused(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- subjects
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_plain_backbone_gives_the_pooled_features(precision, tmp_path):
+@pytest.mark.parametrize(
+    ("precision", "quantization"), [("fp32", None), ("fp16", None), ("int8", "dynamic"), ("int8", "static")]
+)
+def test_plain_backbone_gives_the_pooled_features(precision, quantization, tmp_path):
     manifest = EngineFolder(exported("linear")).manifest
     frozen = engine_backbone(manifest)
-    settings = ExportSettings(precision=precision, attention=manifest.attention)
+    quantised = dataclasses.replace(manifest, precision=precision, quantization=quantization)
+    settings = plain_settings(quantised)
+    assert settings.quantization == quantization
     plain = PlainBackbone(tmp_path, export_plain(manifest, frozen, settings, tmp_path), OPTIONS)
     images = noise(3)
     wanted = frozen.model(torch.from_numpy(images)).detach().numpy()
@@ -229,6 +238,43 @@ def test_plain_backbone_gives_the_pooled_features(precision, tmp_path):
     assert plain.features(images[:1]).shape == (1, frozen.width)
     assert f"onnx {precision}" in plain.description
     assert plain_settings(manifest).precision == "fp32"
+
+
+def test_plain_backbone_is_built_as_a_tensorrt_engine_was(monkeypatch, tmp_path):
+    """Its own device, range of the batch, options and kind of int8: a plan has no other axes and no dynamic scales."""
+    monkeypatch.setattr(tensorrt, "require_cuda", lambda *_: 0)
+    monkeypatch.setattr(tensorrt, "gpu_record", lambda _: {"gpu": "a GPU", "compute_capability": "9.0"})
+    cuda = types.SimpleNamespace(device=lambda _: contextlib.nullcontext(), is_available=lambda: False)
+    monkeypatch.setattr(tensorrt, "torch", types.SimpleNamespace(cuda=cuda))
+    fake = install(monkeypatch, fake_tensorrt())
+    options = {"version_compatible": False, "hardware_compatibility": "ampere_plus", "optimization_level": 1}
+    details = {"profile": {"batch": [1, 2, 4], "tasks": [1, 2, 64]}, "tensorrt": VERSION, **options}
+    changes = {"format": "trt", "precision": "int8", "quantization": "static", "details": details}
+    manifest = dataclasses.replace(EngineFolder(exported("linear")).manifest, **changes)
+    settings = plain_settings(manifest, "cuda:1")
+    assert (settings.device, dict(settings.axes)) == ("cuda:1", {"batch": (1, 2, 4)})
+    made = export_plain(manifest, engine_backbone(manifest), settings, tmp_path)
+    assert (made.format, made.quantization) == ("trt", "static")
+    assert made.details["profile"] == {"batch": [1, 2, 4]}
+    assert {name: made.details[name] for name in options} == options
+    (profile,) = fake.configs[-1].profiles
+    assert profile == {"image": tuple((rows, 3, 64, 64) for rows in (1, 2, 4)), "task_index": ((1,), (2,), (4,))}
+    assert fake.configs[-1].builder_optimization_level == 1
+
+
+def test_plain_backbones_options_follow_the_format():
+    manifest = EngineFolder(exported("linear")).manifest
+    details = {"profile": {"batch": [1, 8, 32]}, "optimization_level": 3, "hardware_compatibility": "ampere_plus"}
+    for name, capability, options in (
+        ("torch-trt", "9.0", {"hardware_compatibility": "ampere_plus"}),
+        ("trt-rtx", "", {}),
+        ("trt-rtx", "8.9, 12.0", {"compute_capability": ["8.9", "12.0"]}),
+    ):
+        made = {**details, "compute_capability": capability}
+        engine = dataclasses.replace(manifest, format=name, precision="fp16", details=made)
+        settings = plain_settings(engine, "cuda")
+        assert (settings.device, settings.quantization, settings.options) == ("cuda", None, options)
+        assert settings.axes == {"batch": (1, 8, 32)}
 
 
 def test_exporting_the_plain_backbone_leaves_it_as_it_was(tmp_path):

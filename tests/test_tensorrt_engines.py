@@ -18,7 +18,7 @@ from prompttune.export.formats.torch_tensorrt import bounded, compile_program, c
 from prompttune.export.graph import trace
 from prompttune.export.layout import TensorSpec
 from prompttune.export.runtimes.tensors import CAPTURE_LOCK, as_torch, place_rows, update_row
-from prompttune.export.runtimes.torch_tensorrt import check_versions
+from prompttune.export.runtimes.torch_tensorrt import TorchTensorRTRuntime, check_versions
 from prompttune.export.trt import execution
 from prompttune.export.trt.builder import build_plan
 from prompttune.export.trt.execution import Plan
@@ -295,6 +295,7 @@ def test_compile_settings_follow_the_version():
     found = compile_settings(options, "fp32", {"use_explicit_typing": None})
     assert found["use_explicit_typing"]
     assert found["disable_tf32"]
+    assert found["attn_bias_is_causal"] is False  # the masks of methods are not causal
     assert found["hardware_compatible"]
     assert (found["workspace_size"], found["timing_cache_path"]) == (9, "cache")
     newer = compile_settings(TensorRTOptions(), "bf16", {})
@@ -334,6 +335,26 @@ def test_inputs_are_declared_to_torch_tensorrt(tmp_path):
     failing = torch_tensorrt(RuntimeError("no converter\nfor this"))
     with pytest.raises(EngineError, match=r"^Torch-TensorRT failed: no converter$"):
         compile_program(failing, None, INPUTS, ranges, TensorRTOptions(), "fp32", path)
+
+
+@pytest.mark.parametrize("given", [lambda out: out, lambda out: (out,), lambda out: [out]])
+def test_output_of_a_program_may_come_in_a_tuple(monkeypatch, given):
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    seen = []
+    runtime = TorchTensorRTRuntime.__new__(TorchTensorRTRuntime)
+    runtime._inputs, runtime._ranges, runtime._device = INPUTS, {"batch": (1, 2, 4)}, torch.device("cpu")
+    runtime._lock, runtime._exact, runtime._stream = threading.Lock(), True, STREAM
+
+    def program(images, index):
+        seen.append((index.tolist(), torch.backends.cudnn.conv.fp32_precision))
+        return given(images.sum(dim=(2, 3)).half())
+
+    runtime._module = program
+    images = np.ones((2, 3, 8, 8), np.float32)
+    found = runtime.run(images, np.array([1, 0]), {})
+    assert (found.dtype, found.tolist()) == (np.float32, [[64.0] * 3] * 2)
+    assert seen == [([1, 0], "ieee")]
 
 
 def test_programs_of_other_versions_are_refused():

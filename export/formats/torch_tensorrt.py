@@ -14,6 +14,7 @@ from torch.export import Dim, ExportedProgram
 
 from prompttune.errors import EngineError, UsageError, first_line
 from prompttune.export.formats.base import BuildRequest, Built, Format, Settings
+from prompttune.export.graph import unbounded_attention
 from prompttune.export.layout import TensorSpec
 from prompttune.export.runtimes.torch_tensorrt import MODEL_FILE, versions
 from prompttune.export.trt.compatibility import gpu_record
@@ -53,7 +54,7 @@ class TorchTensorRTFormat(Format):
         traced = request.trace(device=device)
         needed = needed_sizes(request.model.state_layout(), request.states)
         ranges = widened(axis_ranges(traced.inputs, needed, settings.axes))
-        with torch.cuda.device(index):
+        with torch.cuda.device(index), unbounded_attention(device):
             program = bounded(traced.program, traced.inputs, ranges, device)
             request.on_stage("compiling with Torch-TensorRT")
             compile_program(library, program, traced.inputs, ranges, options, settings.precision, folder / MODEL_FILE)
@@ -169,6 +170,7 @@ def compile_settings(options: TensorRTOptions, precision: str, known: Mapping[st
     settings: dict[str, Any] = {
         "immutable_weights": True,  # a task is an input, so nothing is ever refitted
         "disable_tf32": precision == "fp32",
+        "attn_bias_is_causal": False,  # by default a causal mask silently takes the place of a method's own
         "version_compatible": options.version_compatible,
         "hardware_compatible": options.hardware_compatibility == "ampere_plus",
         "optimization_level": options.optimization_level,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch._inductor import aoti_load_package
 
 from prompttune.errors import EngineError, UsageError, first_line
 from prompttune.export.folder import Manifest
+from prompttune.export.precision import exact_convolutions
 from prompttune.export.runtimes.base import Array, BankArray, Runtime, RuntimeOptions
 from prompttune.export.runtimes.tensors import as_torch, place_rows, update_row
+from prompttune.export.trt.library import require_cuda
 
 MODEL_FILE = "model.pt2"
 _VECTORS = ("DEFAULT", "AVX2", "AVX512")
@@ -25,7 +28,7 @@ class AotiRuntime(Runtime):
     """A package in PyTorch's own loader. On a GPU calls run on the current stream of the calling thread.
 
     Raises:
-        UsageError: an option does not apply to this format.
+        UsageError: an option does not apply to this format, or the CUDA device is missing.
         EngineError: the package was compiled for another kind of device, or it cannot be opened.
     """
 
@@ -35,6 +38,7 @@ class AotiRuntime(Runtime):
         index = options.cuda_index
         self._check_device(manifest, index)
         self._device = torch.device("cpu") if index is None else torch.device("cuda", index)
+        self._exact = index is not None and manifest.precision == "fp32"
         if options.threads is not None:
             torch.set_num_threads(options.threads)  # the package's kernels share PyTorch's threads
         path = folder / MODEL_FILE
@@ -60,8 +64,7 @@ class AotiRuntime(Runtime):
                     f"the engine was compiled for a CPU with {made['cpu']}, this one has {here}: export it again here"
                 )
             return
-        if not torch.cuda.is_available():
-            raise EngineError("the engine was compiled for cuda, but this machine does not have a CUDA device")
+        require_cuda(f"cuda:{index}", "an AOTInductor engine for cuda")
         here = ".".join(map(str, torch.cuda.get_device_capability(index)))
         if made["compute_capability"] != here:
             raise EngineError(
@@ -86,11 +89,15 @@ class AotiRuntime(Runtime):
 
     def run(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
         """See :meth:`Runtime.run`."""
-        given = [as_torch(images).to(self._device), as_torch(task_index).to(self._device)]
+        # The loader takes the stream of the current device, which need not be the program's.
+        here = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
         try:
-            with torch.no_grad():
-                # In the order of the captured argument: a dict in another order is refused.
-                logits: Array = self._program(*given, *([dict(bank)] if bank else [])).cpu().numpy()
+            with torch.no_grad(), here:
+                given = [as_torch(images).to(self._device), as_torch(task_index).to(self._device)]
+                with exact_convolutions(self._exact):
+                    # In the order of the captured argument: a dict of another order is refused.
+                    answer = self._program(*given, *([dict(bank)] if bank else []))
+                logits: Array = answer.cpu().numpy()
         except Exception as problem:  # the program's errors share no base class below Exception
             raise EngineError(f"the AOTInductor engine failed: {first_line(problem)}") from None
         return logits

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from prompttune.errors import EngineError, UsageError, first_line
 from prompttune.export.folder import Manifest
 from prompttune.export.layout import IMAGE, TASK_INDEX
+from prompttune.export.precision import exact_convolutions
 from prompttune.export.runtimes.base import Array, RuntimeOptions
 from prompttune.export.runtimes.tensorrt import ProfiledRuntime, refuse_options
 from prompttune.export.runtimes.tensors import as_torch
@@ -50,6 +51,7 @@ class TorchTensorRTRuntime(ProfiledRuntime):
         check_capability(manifest.details, torch.cuda.get_device_capability(index))
         super().__init__(manifest, index, f"Torch-TensorRT {library.__version__}")
         self._lock = threading.Lock()
+        self._exact = manifest.precision == "fp32"
         path = folder / MODEL_FILE
         try:
             # On a failure it prints a traceback before it raises; the error's own line is enough.
@@ -71,12 +73,16 @@ class TorchTensorRTRuntime(ProfiledRuntime):
             try:
                 given = {IMAGE: as_torch(images), TASK_INDEX: as_torch(task_index)}
                 held = {name: tensor.to(self._device) for name, tensor in given.items()} | resident
-                logits: Array = self._module(*(held[spec.name] for spec in self._inputs)).float().cpu().numpy()
+                with exact_convolutions(self._exact):  # of what TensorRT left to PyTorch
+                    answer = self._module(*(held[spec.name] for spec in self._inputs))
+                # A compiled graph may hand out its one output in a tuple.
+                (logits,) = answer if isinstance(answer, (tuple, list)) else (answer,)
+                found: Array = logits.float().cpu().numpy()
             except Exception as problem:  # the engine's errors share no base class below Exception
                 raise EngineError(f"the Torch-TensorRT engine failed: {first_line(problem)}") from None
             finally:
                 self._stream.synchronize()
-        return logits
+        return found
 
 
 def check_versions(details: Mapping[str, Any], here: Mapping[str, str]) -> None:

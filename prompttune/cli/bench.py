@@ -31,8 +31,8 @@ def _words(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     "--against",
     multiple=True,
     metavar="backbone|torch|ENGINE",
-    help="Hold the engine against the plain backbone exported to ONNX, the same tasks in eager PyTorch, or another "
-    "engine. May be repeated.",
+    help="Hold the engine against the plain backbone in the engine's format, the same tasks in eager PyTorch, or "
+    "another engine. May be repeated.",
 )
 @click.option(
     "--batch-sizes", default="1,8", show_default=True, callback=sizes, metavar="N,N,...", help="Images per call."

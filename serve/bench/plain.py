@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,16 @@ from torch import Tensor, nn
 
 from prompttune.backbones import Backbone
 from prompttune.backbones.vit import VitBackbone
-from prompttune.errors import EngineError
 from prompttune.export.folder import FileRecord, Manifest
 from prompttune.export.formats import BuildRequest, Settings, find_format
 from prompttune.export.graph import Traced, capture
-from prompttune.export.layout import BATCH, IMAGE, LOGITS, TASK_INDEX, TensorSpec, declare_inputs
+from prompttune.export.layout import BATCH, IMAGE, LOGITS, TASK_INDEX, State, TensorSpec, declare_inputs
 from prompttune.export.precision import typed_model
 from prompttune.export.runtimes import Array, Runtime, RuntimeOptions, open_runtime
 from prompttune.export.tasks import engine_model
+from prompttune.export.trt.options import TensorRTOptions
+
+_CALIBRATION_IMAGES = 16
 
 
 class _PlainGraph(nn.Module):
@@ -63,17 +66,24 @@ class _PlainRequest(BuildRequest):
         return Traced(program, declare_inputs({}, size), outputs, dynamic, [])
 
 
-def plain_settings(manifest: Manifest) -> Settings:
-    """The engine's settings, adapted to its plain backbone.
-
-    Static int8 becomes dynamic, because calibration images belong to tasks.
+def plain_settings(manifest: Manifest, device: str = "cpu") -> Settings:
+    """The settings of an engine, for its plain backbone on ``device``: precision, quantisation, the range of the batch
+    and the options of a build as they are.
     """
+    made, default = manifest.details, TensorRTOptions().to_dict()
+    options = {name: made[name] for name, usual in default.items() if made.get(name, usual) != usual}
+    if manifest.format == "trt-rtx":
+        named = str(made["compute_capability"])
+        options = {"compute_capability": named.split(", ")} if named else {}
     return Settings(
         format=manifest.format,
         precision=manifest.precision,
         attention=manifest.attention,
-        device=str(manifest.details.get("device", "cpu")),
-        quantization="dynamic" if manifest.precision == "int8" else None,
+        device=device,
+        quantization=manifest.quantization,
+        calibration_images=_CALIBRATION_IMAGES,
+        axes={axis: (low, usual, high) for axis, (low, usual, high) in manifest.sizes.ranges.items() if axis == BATCH},
+        options=options,
     )
 
 
@@ -92,8 +102,13 @@ def export_plain(manifest: Manifest, backbone: Backbone, settings: Settings, fol
     Raises:
         EngineError: the backbone cannot be built.
     """
-    resolved = settings.resolved()
-    request = _PlainRequest(engine_model(manifest, backbone), resolved, {}, _no_images)
+    resolved, model = settings.resolved(), engine_model(manifest, backbone)
+    states: dict[str, State] = {}
+    if resolved.quantization == "static":  # calibrated under a task that is drawn
+        with torch.no_grad():
+            states = {"": {key: value.numpy() for key, value in model.task_state().items()}}
+    # Baked, as there is no bank to feed.
+    request = _PlainRequest(model, dataclasses.replace(resolved, baked=True), states, _noise(model.backbone.image_size))
     built = find_format(resolved.format).build(request, folder)
     return dataclasses.replace(
         manifest,
@@ -112,8 +127,10 @@ def export_plain(manifest: Manifest, backbone: Backbone, settings: Settings, fol
     )
 
 
-def _no_images(task: str, count: int) -> Array:  # noqa: ARG001
-    raise EngineError("a plain backbone has no task to take images from")
+def _noise(size: int) -> Callable[[str, int], Array]:
+    """Seeded noise to calibrate on: scales that a real image would give change no speed."""
+    draw = np.random.default_rng(0).standard_normal
+    return lambda _task, count: draw((count, 3, size, size), dtype=np.float32)
 
 
 class PlainBackbone:

@@ -70,8 +70,8 @@ def bench_engine(
 
     Args:
         engine: the engine folder.
-        against: ``backbone`` (the plain backbone exported to ONNX), ``torch`` (the same tasks in eager PyTorch), or
-            paths of other engines.
+        against: ``backbone`` (the plain backbone in the engine's format), ``torch`` (the same tasks in eager PyTorch),
+            or paths of other engines.
         batch_sizes: numbers of images per call.
         mixes: ``one`` (all rows for one task), ``all`` (rows alternate between the tasks).
         tasks: largest number of tasks that mixed rows alternate between; None for all tasks of the folder.

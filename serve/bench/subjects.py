@@ -17,6 +17,7 @@ from torch import Tensor
 from prompttune.errors import UsageError
 from prompttune.export.folder import EngineFolder, Manifest
 from prompttune.export.layout import stack_states
+from prompttune.export.precision import exact_convolutions
 from prompttune.export.runtimes import Array, RuntimeOptions
 from prompttune.export.tasks import engine_backbone, engine_model
 from prompttune.model import PromptModel
@@ -134,7 +135,8 @@ class PlainSubject(Subject):
     def prepare(self) -> None:
         """Export the backbone into a temporary folder."""
         backbone = engine_backbone(self._manifest, self._weights)
-        self._exported = export_plain(self._manifest, backbone, plain_settings(self._manifest), self._folder)
+        settings = plain_settings(self._manifest, self._options.device)
+        self._exported = export_plain(self._manifest, backbone, settings, self._folder)
 
     def open(self) -> None:
         """See :meth:`Subject.open`."""
@@ -193,7 +195,8 @@ class TorchSubject(Subject):
         def run() -> object:
             index = next(following)
             state = {key: value.index_select(0, index) for key, value in self._bank.items()}
-            return self._model.forward_state(batch.to(device), state).logits.cpu().numpy()
+            with exact_convolutions(device != "cpu"):
+                return self._model.forward_state(batch.to(device), state).logits.cpu().numpy()
 
         return run
 
