@@ -96,6 +96,8 @@ class Setting:
 
     def _scalar(self, value: Any, strict: bool) -> Any:
         refused = UsageError(f"{self.name} must be {KINDS[self.type]}, not {value!r}")
+        if self.type is bool and isinstance(value, str) and not strict:
+            value = {"true": True, "false": False}.get(value.lower(), value)
         if self.type is bool or isinstance(value, bool):
             if self.type is not bool or not isinstance(value, bool):
                 raise refused

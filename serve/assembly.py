@@ -2,55 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
-from prompttune.errors import EngineError, UsageError
+from prompttune.errors import EngineError
 from prompttune.export.folder import EngineFolder
 from prompttune.export.layout import BATCH, TASKS
-from prompttune.export.runtimes import RuntimeOptions
-from prompttune.serve.batcher import STALL_S
 from prompttune.serve.catalogue import Catalogue
 from prompttune.serve.lane import Lane
-from prompttune.serve.limits import MEBI
 from prompttune.serve.metrics import Metrics
-from prompttune.serve.service import Service, ServiceSettings
+from prompttune.serve.service import Service
+from prompttune.serve.settings import EngineSettings, ServiceSettings
 from prompttune.serve.traffic import Traffic
 from prompttune.serve.workers import Worker, WorkerSettings, open_worker
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """Which engine is served, on which devices, and how much memory its tasks may take."""
-
-    engine: Path
-    devices: Sequence[str] = ("cpu",)
-    """Devices to serve on, with one worker each."""
-    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
-    """Options of the runtime. Each of ``devices`` replaces its device."""
-    max_batch: int = 16
-    max_delay_s: float = 0.0
-    stall_s: float = STALL_S
-    """Longest time of a batch, in seconds. A worker that exceeds it is ended and restarted."""
-    resident_tasks: int = 64
-    """Bank rows on each device."""
-    host_bytes: int = 1024 * MEBI
-    """Host memory of each worker for states that do not hold a row, in bytes."""
-    watch: Sequence[Path] = ()
-    """Additional folders of tasks to follow."""
-    in_process: bool = False
-    """Run the engines in this process, where a crash ends all of them; for a process under a supervisor."""
-
-    def __post_init__(self) -> None:
-        if not self.devices or len(set(self.devices)) != len(self.devices):
-            raise UsageError("name each device once, and one at least")
-        for device in self.devices:
-            _ = RuntimeOptions(device).cuda_index  # raises for an unknown device
-        if self.max_batch < 1 or self.resident_tasks < 1:
-            raise UsageError("the largest batch and the number of resident tasks must be at least 1")
-        if self.max_delay_s < 0 or self.host_bytes < 0 or self.stall_s <= 0:
-            raise UsageError("delay and host memory cannot be negative, and a batch needs time")
 
 
 def make_service(engine: EngineSettings, settings: ServiceSettings | None = None) -> Service:

@@ -8,19 +8,19 @@ import logging
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import grpc.aio
 import uvicorn
 
-from prompttune.serve.assembly import EngineSettings, make_service
+from prompttune.serve.assembly import make_service
 from prompttune.serve.listening import WILDCARDS, bracketed, listen
 from prompttune.serve.protocol.grpc_server import add_port, grpc_server
 from prompttune.serve.protocol.http_server import http_config
 from prompttune.serve.protocol.rest import rest_application
-from prompttune.serve.protocol.settings import TransportSettings
 from prompttune.serve.protocol.state import State
-from prompttune.serve.service import Service, ServiceSettings
+from prompttune.serve.service import Service
+from prompttune.serve.settings import ServerSettings
 
 LOG = logging.getLogger("prompttune.serve")
 
@@ -28,22 +28,6 @@ SENDING_S = 5.0
 """Seconds for the transports to send the last answers after a complete drain."""
 DISMISSING_S = 0.5
 """Seconds for the transports to send the last answers after the drain timed out."""
-
-
-@dataclass(frozen=True)
-class ServerSettings:
-    """Settings of ``prompttune serve``."""
-
-    engine: EngineSettings
-    service: ServiceSettings = field(default_factory=ServiceSettings)
-    transport: TransportSettings = field(default_factory=TransportSettings)
-    host: str = "127.0.0.1"
-    http_port: int = 8000
-    """Port of HTTP; 0 picks a free port."""
-    grpc_port: int | None = 8001
-    """Port of gRPC; 0 picks a free port, None serves HTTP only."""
-    drain_s: float = 30.0
-    """Seconds to answer the requests inside after a stop signal; the remaining ones get status 503."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from prompttune.errors import PrompttuneError
@@ -16,7 +15,6 @@ from prompttune.serve.catalogue import Catalogue
 from prompttune.serve.images import Decoder
 from prompttune.serve.inference import Inference
 from prompttune.serve.lane import Lane
-from prompttune.serve.limits import Limits
 from prompttune.serve.metadata import mixed_metadata, task_metadata
 from prompttune.serve.metrics import Metrics
 from prompttune.serve.models import READY, UNAVAILABLE, Model
@@ -33,6 +31,7 @@ from prompttune.serve.protocol.types import (
     ServerMetadata,
 )
 from prompttune.serve.repository import Repository
+from prompttune.serve.settings import ServiceSettings
 from prompttune.serve.traffic import Traffic
 from prompttune.serve.waiting import gathered
 from prompttune.version import __version__
@@ -49,20 +48,6 @@ EXTENSIONS = (
     "statistics",
 )
 OBSERVE_EVERY_S = 1.0
-
-
-@dataclass(frozen=True)
-class ServiceSettings:
-    """How a service treats its requests."""
-
-    limits: Limits = field(default_factory=Limits)
-    max_queue: int = 1024
-    """Largest number of rows inside the server, waiting or running."""
-    timeout_s: float = 60.0
-    """Timeout of a request that does not name a shorter one, in seconds."""
-    decode_workers: int = 2
-    watch_interval_s: float | None = None
-    """Seconds between two scans of the task folders; None scans only on a load request."""
 
 
 class Service:

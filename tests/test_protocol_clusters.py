@@ -14,9 +14,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from prompttune.errors import UsageError
 from prompttune.serve.listening import listen
-from prompttune.serve.protocol.forwarded import read_prefix, read_proxies
 from prompttune.serve.protocol.security import Guard, Tokens
-from prompttune.serve.protocol.settings import TransportSettings
+from prompttune.serve.protocol.settings import TransportSettings, read_prefix, read_proxies
 from tests.fake_service import WAIT_S, Running, serving
 
 TOKEN = "a-token-for-inference"

@@ -240,9 +240,9 @@ def test_bad_input_is_one_line(options, said, code):
 
 
 def test_sizes_are_read_as_people_write_them():
-    from prompttune.cli.serve import size
+    from prompttune.serve.limits import read_size
 
-    assert [size(None, None, text) for text in ("1024", "512MiB", "4GB", "1.5 GiB", "2k".upper() + "B")] == [
+    assert [read_size(text) for text in ("1024", "512MiB", "4GB", "1.5 GiB", "2k".upper() + "B")] == [
         1024,
         512 * 2**20,
         4 * 10**9,

@@ -96,13 +96,13 @@ def _type(known: Setting, unset: str | None) -> click.ParamType[Any] | None:
     return SettingType(known, unset)
 
 
-def options_of(*kinds: type[Any], without: Collection[str] = ()) -> list[click.Parameter]:
-    """One option for each setting of dataclasses, in the sections that their fields name."""
+def options_of(*kinds: type[Any], only: Collection[str] = (), section: str = "") -> list[click.Parameter]:
+    """One option for each setting of dataclasses, in the sections that their fields name; ``only`` some of them."""
     return [
-        SettingOption(known, known.section or "Options", f"{known.help}{_told(known)}")
+        SettingOption(known, section or known.section or "Options", f"{known.help}{_told(known)}")
         for kind in kinds
         for key, known in all_settings(kind).items()
-        if key not in without
+        if not only or key in only
     ]
 
 
@@ -152,8 +152,7 @@ def _told(known: Setting, flags: bool = False) -> str:
     """Default and bounds in brackets; the default of a flag that is off only with ``flags``."""
     nothing = known.default in (None, (), "") or (known.default is False and not flags)
     default = known.metadata.get("shown", "" if nothing else _spelled(known.default))
-    words = [f"default: {default}" * bool(default), known.bounds]
-    return f"  [{'; '.join(filter(None, words))}]" if any(words) else ""
+    return "".join(f"  [{words}]" for words in (f"default: {default}" * bool(default), known.bounds) if words)
 
 
 def _default(value: Any) -> str:

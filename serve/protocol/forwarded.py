@@ -2,49 +2,16 @@
 
 from __future__ import annotations
 
-import ipaddress
-import re
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from prompttune.errors import UsageError
 from prompttune.serve.protocol.elements import shown
 from prompttune.serve.protocol.rest_shared import serve_error_answer
+from prompttune.serve.protocol.settings import prefix_problem
 from prompttune.serve.protocol.types import BadRequestError
-
-_PREFIX = re.compile(r"(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*")
-_OWN = frozenset({"v2", "docs", "page", "status", "metrics", "openapi.json"})
-"""First parts of the server's own paths; a prefix must differ from them."""
-
-
-def prefix_problem(prefix: str) -> str:
-    """The reason why ``prefix`` cannot precede the server's paths; empty if it can."""
-    if not _PREFIX.fullmatch(prefix):
-        return "it must be a path such as /vision, with letters, digits, '.', '_', '~' and '-'"
-    first = prefix.split("/")[1] if prefix else ""
-    return f"the server has a path /{first} of its own" if first in _OWN else ""
-
-
-def read_prefix(value: str) -> str:
-    """A path prefix without its last slash, empty for none; raises :class:`UsageError` for an invalid prefix."""
-    prefix = value.rstrip("/")
-    if problem := prefix_problem(prefix):
-        raise UsageError(f"--root-path {value!r}: {problem}")
-    return prefix
-
-
-def read_proxies(value: str) -> tuple[str, ...]:
-    """Addresses and networks separated by commas, or ``*``; raises :class:`UsageError` for anything else."""
-    found = tuple(one.strip() for one in value.split(",") if one.strip())
-    for one in found if found != ("*",) else ():
-        try:
-            ipaddress.ip_network(one)
-        except ValueError as problem:
-            raise UsageError(f"--forwarded-allow-ips: {problem}; write addresses, networks or * alone") from None
-    return found
 
 
 class BehindProxy(ProxyHeadersMiddleware):

@@ -7,18 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
 from ray import serve
 
 from prompttune.errors import UsageError
-from prompttune.export.runtimes import RuntimeOptions
-from prompttune.serve.assembly import EngineSettings
+from prompttune.export.options import RuntimeOptions
 from prompttune.serve.limits import MEBI
-from prompttune.serve.protocol.security import Guard, read_tokens
 from prompttune.serve.protocol.settings import TransportSettings
 from prompttune.serve.ray_serve.ingress import Ingress
 from prompttune.serve.ray_serve.replica import Replica
-from prompttune.serve.service import ServiceSettings
+from prompttune.serve.settings import AccessSettings, EngineSettings, ServiceSettings
+from prompttune.settings import Setting, all_settings, coerce_all, make, setting, settings_of, settle
 
 ENGINE, INGRESS = "engine", "ingress"
 """Names of the deployments."""
@@ -36,17 +34,17 @@ WATCH_S = 2.0
 class Scaling:
     """Number of engine replicas, and the resources that each of them books."""
 
-    min_replicas: int = 1
-    max_replicas: int = 1
-    target_requests: float = 16.0
+    min_replicas: int = setting(1, low=1)
+    max_replicas: int = setting(1, low=1)
+    target_requests: float = setting(16.0, above=0)
     """Average number of requests inside a replica; above it replicas are added, below it they are removed."""
-    max_requests: int = 64
+    max_requests: int = setting(64, low=1)
     """Largest number of requests inside a replica; more go to another one, whether it holds their task or not."""
-    max_waiting: int = 1024
+    max_waiting: int = setting(1024, low=1)
     """Largest number of requests that wait in an ingress replica while all engine replicas are full; more get 503."""
     cpus: float = 1.0
     gpus: float = 0.0
-    ingress_replicas: int = 1
+    ingress_replicas: int = setting(1, low=1)
     affinity: bool = True
     """Whether to prefer replicas that hold a request's task; useless if every replica holds every task."""
     upscale_delay_s: float = 10.0
@@ -55,10 +53,11 @@ class Scaling:
     """Seconds for the requests of a replica that is to be removed."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_replicas <= self.max_replicas or self.ingress_replicas < 1:
-            raise UsageError("the smallest number of replicas must be at least 1 and not exceed the largest")
-        if self.max_requests < 1 or self.max_waiting < 1 or not 0 < self.target_requests <= self.max_requests:
-            raise UsageError("the target of requests in a replica must be above 0 and at most the largest number")
+        settle(self)
+        if self.min_replicas > self.max_replicas:
+            raise UsageError("min_replicas must be at most max_replicas")
+        if self.target_requests > self.max_requests:
+            raise UsageError("target_requests must be at most max_requests")
 
 
 def application(
@@ -131,31 +130,19 @@ def _ingress_deployment(scaling: Scaling) -> serve.Deployment:
     )
 
 
-class Arguments(BaseModel):
-    """Arguments of ``serve run`` and of a configuration file, named as in ``prompttune serve`` and :class:`Scaling`."""
-
-    model_config = ConfigDict(extra="forbid")
+@dataclass(frozen=True)
+class Arguments:
+    """What ``serve run`` and a configuration file may say beside :data:`SERVED` and the fields of :class:`Scaling`."""
 
     engine: Path
     device: str = "cpu"
-    threads: int | None = None
-    max_batch: int = 16
-    max_delay_ms: float = 0.0
-    resident_tasks: int = 64
-    host_memory_mib: int = 1024
+    host_memory_mib: int = setting(1024, low=0)
     watch: bool = False
-    """Whether to follow the tasks in the engine's folder."""
-    max_queue: int = 1024
-    timeout: float = 60.0
-    token_file: Path | None = None
-    min_replicas: int = 1
-    max_replicas: int = 1
-    target_requests: float = 16.0
-    max_requests: int = 64
-    cpus: float = 1.0
-    gpus: float = 0.0
-    ingress_replicas: int = 1
-    affinity: bool = True
+    """Follow the tasks of the engine's folder."""
+
+
+SERVED = ("threads", "max_batch", "max_delay_ms", "resident_tasks", "max_queue", "timeout", "token_file")
+"""Options of ``prompttune serve`` that are arguments as well."""
 
 
 def build(values: dict[str, Any]) -> serve.Application:
@@ -164,34 +151,18 @@ def build(values: dict[str, Any]) -> serve.Application:
     Raises:
         UsageError: an argument is unknown, missing or wrong, or the token file cannot be read.
     """
-    try:
-        arguments = Arguments.model_validate(values)
-    except ValidationError as problem:
-        first = problem.errors()[0]
-        raise UsageError(f"argument {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    engine = EngineSettings(
-        engine=arguments.engine,
-        devices=(arguments.device,),
-        runtime=RuntimeOptions(threads=arguments.threads),
-        max_batch=arguments.max_batch,
-        max_delay_s=arguments.max_delay_ms / 1000,
-        resident_tasks=arguments.resident_tasks,
-        host_bytes=arguments.host_memory_mib * MEBI,
+    options: dict[str, Setting] = {}
+    for kind in (RuntimeOptions, EngineSettings, ServiceSettings, AccessSettings):
+        options |= all_settings(kind)
+    known = {name: options[name] for name in SERVED} | settings_of(Scaling) | settings_of(Arguments)
+    if "engine" not in values:
+        raise UsageError("the argument engine is missing: give the engine's folder")
+    given = coerce_all(values, known, "argument")
+    own = make(Arguments, given)
+    engine = EngineSettings.of(
+        own.engine, given, device=(own.device,), host_memory=own.host_memory_mib * MEBI, watch=()
     )
-    service = ServiceSettings(
-        max_queue=arguments.max_queue,
-        timeout_s=arguments.timeout,
-        watch_interval_s=WATCH_S if arguments.watch else None,
+    service = replace(make(ServiceSettings, given), watch_interval_s=WATCH_S if own.watch else None)
+    return application(
+        engine, service, TransportSettings(guard=make(AccessSettings, given).guard), make(Scaling, given)
     )
-    tokens = None if arguments.token_file is None else read_tokens(arguments.token_file)
-    scaling = Scaling(
-        min_replicas=arguments.min_replicas,
-        max_replicas=arguments.max_replicas,
-        target_requests=arguments.target_requests,
-        max_requests=arguments.max_requests,
-        cpus=arguments.cpus,
-        gpus=arguments.gpus,
-        ingress_replicas=arguments.ingress_replicas,
-        affinity=arguments.affinity,
-    )
-    return application(engine, service, TransportSettings(guard=Guard(tokens)), scaling)
