@@ -8,15 +8,13 @@ from typing import Any
 
 from prompttune.errors import UsageError, choose
 from prompttune.export.folder import Manifest
+from prompttune.export.options import BATCH_SIZES, IMAGES
 
 ATOL = 1e-4
 """Largest allowed difference of a logit in fp32."""
 MIN_AGREEMENT = 0.99
 MAX_ACCURACY_LOSS = 0.01
 """Default loss of every precision below fp32; fp32 requires the same top class on every image."""
-BATCH_SIZES = (1, 2, 8)
-IMAGES = 16
-"""Default number of images that each task is compared on."""
 
 NOISE = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.09, "int8": 0.2}
 """Largest change of a value by rounding alone, relative to the scale of its kind, by precision, strictest first.

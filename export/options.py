@@ -1,7 +1,8 @@
-"""How an engine is opened: settings that every command on engines shares."""
+"""How an engine is opened and what is asked of it: settings that every command on engines shares."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ class RuntimeOptions:
     """Options for opening an engine; a runtime raises :class:`UsageError` for options that it does not support."""
 
     device: str = setting("cpu", "Device: cpu, cuda or cuda:INDEX.")
-    threads: int | None = setting(None, "CPU threads of the model.", low=1, shown="one per core", section="Speed")
+    threads: int | None = setting(None, "CPU threads of the model.", low=1, shown="one per core")
     """Threads of one operator; None for one per core."""
     cuda_graph: bool = setting(False, "Capture one CUDA graph for each batch size and replay it.")
     provider: str | None = setting(
@@ -41,3 +42,45 @@ class RuntimeOptions:
         if kind != "cuda" or (index and not index.isdigit()):
             raise UsageError(f"unknown device {self.device!r}; known: cpu, cuda, cuda:INDEX")
         return int(index or 0)
+
+
+BATCH_SIZES = (1, 2, 8)
+IMAGES = 16
+"""Default number of images that each task is compared on."""
+
+
+def read_sizes(value: str | Sequence[int]) -> tuple[int, ...]:
+    """Read a list of batch sizes such as ``1,2,8``.
+
+    Raises:
+        UsageError: it is none.
+    """
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        found = tuple(int(one) for one in parts)
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise UsageError(f"{value!r} is not a list of batch sizes such as 1,2,8")
+    return found
+
+
+@dataclass(frozen=True)
+class GateOptions:
+    """How an engine is compared with PyTorch, and what passes; None follows its precision."""
+
+    atol: float | None = setting(
+        None, "Largest allowed difference of a logit.", low=0, shown="0.0001 for fp32, none for fp16, bf16 and int8"
+    )
+    min_agreement: float | None = setting(
+        None, "Smallest allowed share of images with the same top class; below fp32, ties within the precision's "
+        "rounding are left out.", low=0, high=1, shown="1 for fp32, 0.99 for fp16, bf16 and int8",
+    )  # fmt: skip
+    max_accuracy_loss: float | None = setting(
+        None, "Largest allowed loss of top-1 on labelled --data; one image may always be lost unless this is 0.", low=0,
+        high=1, shown="none for fp32, 0.01 for fp16, bf16 and int8",
+    )  # fmt: skip
+    batch_sizes: tuple[int, ...] = setting(
+        BATCH_SIZES, "Batch sizes of the comparison.", kind=str, read=read_sizes, metavar="N,N,..."
+    )
+    images: int = setting(IMAGES, "Number of images per task and batch size in the comparison.", low=1)

@@ -18,11 +18,9 @@ from torch import Tensor, nn
 
 import prompttune as pt
 from prompttune.backbones import VitBackbone
-from prompttune.cli import explain as command
 from prompttune.cli.main import cli
 from prompttune.errors import DataError, MissingExtraError, UsageError
-from prompttune.evaluation.scored import SPLITS
-from prompttune.explanation import PARTS, ExplainSettings, drawing
+from prompttune.explanation import ExplainSettings, drawing
 from prompttune.explanation.attention import block_attention
 from prompttune.explanation.cam import MappedModel, grad_cam, last_layer
 from prompttune.explanation.embedding import embed
@@ -439,11 +437,6 @@ def test_malformed_options_are_refused_as_click_does(workplace: Path, words: lis
     result = run(workplace / "runs/first", workplace / "pictures", "--output", workplace / "bad", *words)
     assert result.exit_code == 2
     assert "Traceback" not in result.output
-
-
-def test_the_commands_choices_are_the_librarys() -> None:
-    assert command.PARTS == PARTS
-    assert command.SPLITS == SPLITS
 
 
 def test_runs_share_a_backbone_and_have_names_of_their_own(workplace: Path, vit: pt.Backbone) -> None:

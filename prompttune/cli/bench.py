@@ -14,18 +14,29 @@ from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from prompttune.cli.engine_options import make_table, runtime_options, sizes, weights_option, wide_console
+from prompttune.cli.engine_options import make_table, weights_option, wide_console
+from prompttune.cli.options import given_settings, options_of
+from prompttune.cli.sections import SectionedCommand
 from prompttune.errors import UsageError
+from prompttune.export.options import RuntimeOptions, read_sizes
+from prompttune.settings import make
 
 if TYPE_CHECKING:
     from prompttune.serve.bench import BenchReport
+
+
+RUNTIME = ("device", "cuda_graph", "provider", "provider_cache")
+
+
+def _sizes(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    return read_sizes(value)
 
 
 def _words(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
     return tuple(one.strip() for one in value.split(",") if one.strip())
 
 
-@click.command()
+@click.command(cls=SectionedCommand, settings=lambda: options_of(RuntimeOptions, only=RUNTIME))
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.option(
     "--against",
@@ -35,7 +46,7 @@ def _words(_context: click.Context, _parameter: click.Parameter, value: str) -> 
     "another engine. May be repeated.",
 )
 @click.option(
-    "--batch-sizes", default="1,8", show_default=True, callback=sizes, metavar="N,N,...", help="Images per call."
+    "--batch-sizes", default="1,8", show_default=True, callback=_sizes, metavar="N,N,...", help="Images per call."
 )
 @click.option(
     "--mix",
@@ -48,7 +59,6 @@ def _words(_context: click.Context, _parameter: click.Parameter, value: str) -> 
 )
 @click.option("--tasks", type=click.IntRange(1), help="Largest number of tasks to alternate between.  [default: all]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of every side.  [default: PyTorch's own number]")
-@runtime_options
 @click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Number of warm-up rounds.")
 @click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Number of measured rounds.")
 @click.option("--seconds", type=float, help="Duration of the measurement at each batch size, instead of --repeats.")
@@ -58,7 +68,10 @@ def _words(_context: click.Context, _parameter: click.Parameter, value: str) -> 
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write the measurements to this CSV file.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw latency and ratios into this PNG file.")
+@click.pass_context
 def bench(
+    ctx: click.Context,
+    /,
     engine: Path,
     against: tuple[str, ...],
     batch_sizes: tuple[int, ...],
@@ -74,7 +87,7 @@ def bench(
     as_json: bool,
     csv_file: Path | None,
     plot: Path | None,
-    **runtime: Any,
+    **_settings: Any,
 ) -> None:
     """Measure ENGINE: latency, throughput, memory, adding and switching tasks.
 
@@ -86,14 +99,10 @@ def bench(
     prompttune bench engine --against backbone --against torch --threads 2 --json
     prompttune bench engine --batch-sizes 1,4,16 --mix all --seconds 20 --csv bench.csv --plot bench.png
     """
-    if (
-        seconds is not None
-        and click.get_current_context().get_parameter_source("repeats") is not ParameterSource.DEFAULT
-    ):
+    if seconds is not None and ctx.get_parameter_source("repeats") is not ParameterSource.DEFAULT:
         raise UsageError("give either --repeats or --seconds")
     if plot is not None and plot.suffix.lower() != ".png":
         raise UsageError(f"--plot writes a PNG file: name it {plot.with_suffix('.png')}")
-    from prompttune.export.runtimes import RuntimeOptions
     from prompttune.serve.bench import Rounds, bench_engine, plot_report
     from prompttune.serve.bench.machine import machine_columns, write_csv
 
@@ -104,7 +113,7 @@ def bench(
             batch_sizes=batch_sizes,
             mixes=mixes,
             tasks=tasks,
-            options=RuntimeOptions(threads=threads, **runtime),
+            options=make(RuntimeOptions, {**given_settings(ctx), "threads": threads}),
             rounds=Rounds(warmup, repeats, seconds),
             checkpoint=checkpoint,
             weights=weights,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from rich import box
@@ -17,95 +17,20 @@ SHOWN_FAILURES = 5
 WIDTH = 120
 """Number of columns of a table that is written to a file or a pipe."""
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 
-
-def gate_options(command: Command) -> Command:
-    """``--data``, ``--atol``, ``--min-agreement``, ``--max-accuracy-loss``, ``--batch-sizes`` and ``--images``."""
-    options = [
-        click.option(
-            "--data",
-            multiple=True,
-            metavar="[TASK=]DATA",
-            help="Images to compare on: a data set for every task, or TASK=DATA for one. May be repeated.  "
-            "[default: seeded noise]",
-        ),
-        click.option(
-            "--atol",
-            type=click.FloatRange(0),
-            help="Largest allowed difference of a logit.  [default: 0.0001 for fp32, none for fp16, bf16 and int8]",
-        ),
-        click.option(
-            "--min-agreement",
-            type=click.FloatRange(0, 1),
-            help="Smallest allowed share of images with the same top class; below fp32, ties within the precision's "
-            "rounding are left out.  [default: 1 for fp32, 0.99 for fp16, bf16 and int8]",
-        ),
-        click.option(
-            "--max-accuracy-loss",
-            type=click.FloatRange(0, 1),
-            help="Largest allowed loss of top-1 on labelled --data; one image may always be lost unless this is 0.  "
-            "[default: none for fp32, 0.01 for fp16, bf16 and int8]",
-        ),
-        click.option(
-            "--batch-sizes",
-            default="1,2,8",
-            show_default=True,
-            callback=sizes,
-            metavar="N,N,...",
-            help="Batch sizes of the comparison.",
-        ),
-        click.option(
-            "--images",
-            type=click.IntRange(1),
-            default=16,
-            show_default=True,
-            help="Number of images per task and batch size in the comparison.",
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def runtime_options(command: Command) -> Command:
-    """Add ``--device``, ``--cuda-graph``, ``--provider`` and ``--provider-cache``, named as in ``Engine``."""
-    options = [
-        click.option("--device", default="cpu", show_default=True, help="Device: cpu, cuda or cuda:INDEX."),
-        click.option("--cuda-graph", is_flag=True, help="Capture one CUDA graph for each batch size and replay it."),
-        click.option(
-            "--provider",
-            type=click.Choice(["tensorrt"]),
-            help="Run an ONNX engine in ONNX Runtime's TensorRT provider.  [default: the device's own]",
-        ),
-        click.option(
-            "--provider-cache",
-            "cache",
-            type=click.Path(file_okay=False, path_type=Path),
-            help="Folder for the provider's compiled engines, kept between runs.",
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
+data_option = click.option(
+    "--data",
+    multiple=True,
+    metavar="[TASK=]DATA",
+    help="Images to compare on: a data set for every task, or TASK=DATA for one. May be repeated.  "
+    "[default: seeded noise]",
+)
 
 no_parity_option = click.option("--no-parity", is_flag=True, help="Do not compare with PyTorch.")
 
 weights_option = click.option(
     "--weights", help="Source of the backbone's weights, if it differs from that of training and export."
 )
-
-
-def sizes(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    """A list of batch sizes such as ``1,2,8``."""
-    try:
-        found = tuple(int(one) for one in value.split(","))
-    except ValueError:
-        found = ()
-    if not found or min(found) < 1:
-        raise click.BadParameter(f"{value!r} is not a list of batch sizes such as 1,2,8")
-    return found
 
 
 def named_checkpoints(runs: Iterable[str]) -> dict[str, Path]:

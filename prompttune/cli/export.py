@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
 
 from prompttune.cli.engine_options import (
-    Command,
-    gate_options,
+    data_option,
     named_checkpoints,
     named_data,
     no_parity_option,
@@ -21,13 +21,18 @@ from prompttune.cli.engine_options import (
     weights_option,
     wide_console,
 )
+from prompttune.cli.options import given_settings, options_of
+from prompttune.cli.sections import SectionedCommand
 from prompttune.errors import UsageError
+from prompttune.export.options import GateOptions
+from prompttune.settings import all_settings, make
 
 if TYPE_CHECKING:
     from prompttune.export import EngineFolder, ExportSettings
     from prompttune.export.triton import TritonSettings
 
 
+Command = TypeVar("Command", bound=Callable[..., Any])
 FORMATS = ("onnx", "trt", "trt-rtx", "torch-trt", "aoti")
 REPOSITORIES = {"triton": "onnx", "triton-trt": "trt"}
 """Format of the engine in each kind of Triton repository."""
@@ -194,7 +199,7 @@ def _settings(given: dict[str, Any]) -> ExportSettings:
     return ExportSettings(format=shared.pop("format_"), options=options, **shared)
 
 
-@click.command()
+@click.command(cls=SectionedCommand, settings=lambda: options_of(GateOptions))
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option(
     "--output",
@@ -205,20 +210,18 @@ def _settings(given: dict[str, Any]) -> ExportSettings:
 )
 @model_options
 @triton_options
-@gate_options
+@data_option
 @no_parity_option
 @weights_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing engine or model of a repository.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest and the parity report as JSON.")
+@click.pass_context
 def export(
+    ctx: click.Context,
+    /,
     runs: tuple[str, ...],
     output: Path,
     data: tuple[str, ...],
-    atol: float | None,
-    min_agreement: float | None,
-    max_accuracy_loss: float | None,
-    batch_sizes: tuple[int, ...],
-    images: int,
     no_parity: bool,
     weights: str | None,
     overwrite: bool,
@@ -239,26 +242,24 @@ def export(
     """
     from prompttune.export import export_engine
 
+    gate = make(GateOptions, given_settings(ctx))
+    model = {name: value for name, value in model.items() if name not in all_settings(GateOptions)}
     triton = _triton(model)
-    make: Callable[..., EngineFolder] = export_engine
+    write: Callable[..., EngineFolder] = export_engine
     if triton is not None:
         from prompttune.export.triton import export_triton
 
-        make = partial(export_triton, triton=triton)
+        write = partial(export_triton, triton=triton)
     console = Console(stderr=True)
     checkpoints = named_checkpoints(runs)
     with console.status("starting") as status:
-        folder = make(
+        folder = write(
             checkpoints,
             output,
             format=_settings(model),
             data=named_data(data, checkpoints),
             parity=not no_parity,
-            atol=atol,
-            min_agreement=min_agreement,
-            max_accuracy_loss=max_accuracy_loss,
-            batch_sizes=batch_sizes,
-            images=images,
+            **asdict(gate),
             weights=weights,
             overwrite=overwrite,
             on_stage=status.update,

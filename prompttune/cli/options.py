@@ -96,10 +96,10 @@ def _type(known: Setting, unset: str | None) -> click.ParamType[Any] | None:
     return SettingType(known, unset)
 
 
-def options_of(*kinds: type[Any], only: Collection[str] = (), section: str = "") -> list[click.Parameter]:
+def options_of(*kinds: type[Any], only: Collection[str] = ()) -> list[click.Parameter]:
     """One option for each setting of dataclasses, in the sections that their fields name; ``only`` some of them."""
     return [
-        SettingOption(known, section or known.section or "Options", f"{known.help}{_told(known)}")
+        SettingOption(known, known.section or "Options", f"{known.help}{_told(known)}")
         for kind in kinds
         for key, known in all_settings(kind).items()
         if not only or key in only

@@ -34,7 +34,7 @@ WATCH_S = 2.0
 
 
 def _options() -> list[click.Parameter]:
-    threads = options_of(RuntimeOptions, only=("threads",), section="Options")
+    threads = options_of(RuntimeOptions, only=("threads",))
     return [*options_of(ServerSettings, EngineSettings), *threads, *options_of(AccessSettings)]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.cells import cell_len, set_cell_size
@@ -12,13 +13,17 @@ from rich.console import Console
 from rich.progress import Progress
 
 from prompttune.cli.engine_options import (
-    gate_options,
+    data_option,
     named_checkpoints,
     named_data,
     no_parity_option,
     weights_option,
     wide_console,
 )
+from prompttune.cli.options import given_settings, options_of
+from prompttune.cli.sections import SectionedCommand
+from prompttune.export.options import GateOptions
+from prompttune.settings import make
 
 if TYPE_CHECKING:
     from prompttune.export.folder import Scan
@@ -35,27 +40,26 @@ def tasks() -> None:
     """
 
 
-@tasks.command()
+@tasks.command(cls=SectionedCommand, settings=lambda: options_of(GateOptions))
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option("--replace", is_flag=True, help="Replace tasks of the same name.")
-@gate_options
+@data_option
 @no_parity_option
 @weights_option
 @click.option("--json", "as_json", is_flag=True, help="Print the added tasks as JSON.")
+@click.pass_context
 def add(
+    ctx: click.Context,
+    /,
     engine: Path,
     runs: tuple[str, ...],
     replace: bool,
     data: tuple[str, ...],
-    atol: float | None,
-    min_agreement: float | None,
-    max_accuracy_loss: float | None,
-    batch_sizes: tuple[int, ...],
-    images: int,
     no_parity: bool,
     weights: str | None,
     as_json: bool,
+    **_settings: Any,
 ) -> None:
     """Add checkpoints RUN to ENGINE as tasks, each compared with PyTorch first.
 
@@ -72,11 +76,7 @@ def add(
     chosen = named_data(data, named)
     gate = Gate.for_precision(
         engine_precision(EngineFolder(engine, verify=False).manifest),
-        atol=atol,
-        min_agreement=min_agreement,
-        max_accuracy_loss=max_accuracy_loss,
-        batch_sizes=batch_sizes,
-        images=images,
+        **asdict(make(GateOptions, given_settings(ctx))),
     )
     added = {}
     with Console(stderr=True).status("starting") as status:

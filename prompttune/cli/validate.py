@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,25 @@ import click
 from rich.console import Console
 
 from prompttune.cli.engine_options import (
-    gate_options,
+    data_option,
     named_data,
     parity_tables,
-    runtime_options,
     weights_option,
     wide_console,
 )
+from prompttune.cli.options import given_settings, options_of
+from prompttune.cli.sections import SectionedCommand
 from prompttune.errors import ParityError
 from prompttune.evaluation.scored import DEFAULT_SPLIT, SPLITS
+from prompttune.export.options import GateOptions, RuntimeOptions
+from prompttune.settings import make
 
 
-@click.command()
+def _options() -> list[click.Parameter]:
+    return options_of(GateOptions, RuntimeOptions)
+
+
+@click.command(cls=SectionedCommand, settings=_options)
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.option(
     "--against",
@@ -29,25 +37,22 @@ from prompttune.evaluation.scored import DEFAULT_SPLIT, SPLITS
     help="Compare with this other engine instead of PyTorch: the tasks of the same names. Needs no backbone weights.",
 )
 @click.option("--task", "tasks", multiple=True, help="Task to validate; may be repeated.  [default: all]")
-@gate_options
+@data_option
 @click.option("--limit", type=click.IntRange(1), help="Largest number of images of each task.")
 @click.option("--split", type=click.Choice(SPLITS), help=f"Images of --data to evaluate.  [default: {DEFAULT_SPLIT}]")
-@runtime_options
 @weights_option
 @click.option("--debug", is_flag=True, help="Compare block by block and name the first result that diverges (ONNX).")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the report to this JSON file.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write the report, with plots, to this HTML file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.pass_context
 def validate(
+    ctx: click.Context,
+    /,
     engine: Path,
     against: Path | None,
     tasks: tuple[str, ...],
     data: tuple[str, ...],
-    atol: float | None,
-    min_agreement: float | None,
-    max_accuracy_loss: float | None,
-    batch_sizes: tuple[int, ...],
-    images: int,
     limit: int | None,
     split: str | None,
     weights: str | None,
@@ -55,7 +60,7 @@ def validate(
     output: Path | None,
     html: Path | None,
     as_json: bool,
-    **runtime: Any,
+    **_settings: Any,
 ) -> None:
     """Compare ENGINE with PyTorch, or with another engine: every task, mixed batches, swaps, neighbours.
 
@@ -73,28 +78,25 @@ def validate(
     prompttune validate engine --debug
     """
     from prompttune.export import validate_engine
-    from prompttune.export.runtimes import RuntimeOptions
     from prompttune.files import write_json
     from prompttune.serve import Engine
 
+    given = given_settings(ctx)
+    runtime = make(RuntimeOptions, given)
     with Console(stderr=True).status("opening the engine") as status:
-        opened = Engine(engine, **runtime)
+        opened = Engine(engine, **asdict(runtime))
         report = validate_engine(
             engine,
             named_data(data, opened.tasks),
             against=against,
-            atol=atol,
-            min_agreement=min_agreement,
-            max_accuracy_loss=max_accuracy_loss,
-            batch_sizes=batch_sizes,
-            images=images,
+            **asdict(make(GateOptions, given)),
             tasks=tasks or None,
             limit=limit,
             split=split,
             weights=weights,
             debug=debug,
             runner=opened,
-            options=RuntimeOptions(**runtime),
+            options=runtime,
             on_stage=status.update,
         )
     values = report.to_dict()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from prompttune.errors import UsageError, choose
 from prompttune.evaluation.scored import SPLITS
+from prompttune.settings import setting, settle
 
 PARTS = ("attention", "grad-cam", "similarity", "tsne", "values")
 """Parts of an explanation, in the order of the page."""
@@ -17,6 +18,11 @@ SHOWN_LAYERS = 12
 """Largest number of layers that are all drawn by default; with more, evenly spread ones are drawn."""
 
 
+def _read_heads(value: str | int) -> str | int:
+    """A number, or a name of :data:`HEADS`, which is checked later."""
+    return int(value) if str(value).isdecimal() else value
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExplainSettings:
     """Settings of an explanation.
@@ -25,46 +31,37 @@ class ExplainSettings:
         UsageError: a value is out of range, unknown, or contradicts another.
     """
 
-    show: tuple[str, ...] | None = None
-    """Parts in :data:`PARTS` to draw; None draws all that the runs and the inputs allow."""
-    layers: tuple[int, ...] | None = None
-    """Blocks to draw, counted from 0; None draws up to :data:`SHOWN_LAYERS`, evenly spread."""
-    heads: str | int = "mean"
-    """Attention heads: ``mean`` over all, ``each`` in its own row, or the index of one, counted from 0."""
-    token: tuple[int, int] | None = None
-    """Row and column, in the map, of the image token to compare with the prompt map; None for the centre."""
-    point: tuple[float, float] | None = None
-    """The same token as x and y in pixels of the upright image; each run's transform maps it to a token."""
-    target: str | None = None
-    """Label whose logit Grad-CAM explains; None for the label that each run predicts."""
-    limit: int = 16
-    """Largest number of images to explain."""
-    split: str | None = None
-    """Split of the labelled data for t-SNE: ``val``, ``test``, ``train`` or ``all``; None uses ``val``, else ``test``,
-    else all images."""
-    data_limit: int = 500
-    """Largest number of images of a split in t-SNE, with every class represented."""
-    seed: int = 0
-    """Seed of t-SNE and of the selection for ``data_limit``."""
-    batch_size: int = 32
-    """Number of images in a forward pass over the labelled data."""
-    device: str = "auto"
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:INDEX``."""
+    show: tuple[str, ...] | None = setting(
+        None, "Part to draw; may be repeated.", PARTS, repeat=True, shown="all that the runs and the inputs allow"
+    )  # fmt: skip
+    layers: tuple[int, ...] | None = setting(
+        None, "Blocks to draw, counted from 0, such as 0,5,11.", shown=f"up to {SHOWN_LAYERS}"
+    )
+    """None draws up to :data:`SHOWN_LAYERS`, evenly spread."""
+    heads: str | int = setting("mean", "Attention heads: mean, each, or a number.", kind=str, read=_read_heads)
+    """``mean`` over all, ``each`` in its own row, or the index of one, counted from 0."""
+    token: tuple[int, int] | None = setting(
+        None, "Image token to compare with the prompt map.", shown="centre", metavar="ROW,COLUMN"
+    )
+    """Its row and column in the map."""
+    point: tuple[float, float] | None = setting(None, "The same token as a pixel of the image.", metavar="X,Y")
+    """Of the upright image; each run's transform maps it to a token."""
+    target: str | None = setting(None, "Label that Grad-CAM explains.", shown="the predicted one", option="label")
+    limit: int = setting(16, "Most images to explain.", low=1)
+    split: str | None = setting(None, "Split of --data to show.", SPLITS, shown="val, else test, else all")
+    data_limit: int = setting(500, "Most images of --data to show.", low=1)
+    seed: int = setting(0, "Seed of t-SNE and of the selection from --data.", low=0)
+    batch_size: int = setting(32, "Images per forward pass.", low=1)
+    device: str = setting("auto", "Device: auto, cpu, cuda or cuda:INDEX.")
 
     def __post_init__(self) -> None:
-        for part in self.show or ():
-            choose("part", part, PARTS)
-        if self.split is not None:
-            choose("split", self.split, SPLITS)
+        settle(self)
         if isinstance(self.heads, str):
             choose("heads", self.heads, HEADS)
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
             raise UsageError("layers must be at least one, each named once")
         if self.token is not None and self.point is not None:
             raise UsageError("token and point both name a token: give only one")
-        for name in ("limit", "data_limit", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
 
     def wants(self, part: str) -> bool:
         """Whether to draw ``part`` if possible."""
