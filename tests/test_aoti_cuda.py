@@ -70,7 +70,7 @@ def test_headers_of_cuda_come_with_pytorch_or_are_missed_before_the_work(seen):
 
 @pytest.mark.slow
 def test_a_device_that_is_not_there_is_one_line(seen):
-    assert seen["second device"] == "UsageError: there is no device cuda:1: this machine has 1"
+    assert seen["second device"] == "UsageError: the device cuda:1 does not exist: this machine has 1"
 
 
 def test_convolutions_are_exact_inside_alone():
