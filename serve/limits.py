@@ -19,7 +19,7 @@ def read_size(value: str | int) -> int:
     """Bytes of a size such as ``512MiB`` or ``4GB``.
 
     Raises:
-        UsageError: it is no size.
+        UsageError: the text is not a size.
     """
     found = _SIZE.fullmatch(str(value).strip())
     if found is None or found[2].upper() not in _UNITS:

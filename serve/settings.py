@@ -68,7 +68,7 @@ class ServiceSettings:
     max_queue: int = setting(1024, "Most images inside.", low=1)
     """Rows, waiting or running."""
     timeout_s: float = setting(60.0, "Timeout of a request, in seconds.", above=0, option="timeout")
-    """Of a request that names no shorter one."""
+    """Time limit of a request that does not name a shorter one."""
     decode_workers: int = setting(2, "Number of decoding threads.", low=1, shown="one per core")
     watch_interval_s: float | None = setting(
         None, "Seconds between two scans.", low=0.05, option="watch_seconds", shown="2.0"

@@ -205,6 +205,7 @@ def test_overwriting_replaces_the_model_whole(tmp_path):
         (TritonSettings(max_delay_ms=-1), Settings(), "at least 0"),
         (TritonSettings(), Settings("aoti"), "unknown format of a Triton model 'aoti'"),
         (TritonSettings(max_batch_size=4), Settings("trt"), "give --axis batch"),
+        (TritonSettings(), Settings("trt", axes={"batch": (2, 4, 8)}), "let the axis batch start at 1"),
         (TritonSettings(bank_inputs=True), Settings(baked=True), "leave out one of the two"),
         (TritonSettings(bank_inputs=True, max_batch_size=4), Settings(), "not batched"),
         (TritonSettings(bank_inputs=True), Settings(bank_precision="bf16"), "no bf16 tensors"),

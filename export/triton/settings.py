@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from prompttune.errors import MissingExtraError, UsageError, choose
 from prompttune.export.formats import Settings
+from prompttune.export.layout import BATCH
 
 FORMATS = ("onnx", "trt")
 """Formats of engines whose model file a backend of Triton runs."""
@@ -47,6 +48,8 @@ class TritonSettings:
         choose("format of a Triton model", model.format, FORMATS)
         if self.max_batch_size is not None and model.format == "trt":
             raise UsageError("a plan's largest batch is its profile's: give --axis batch=1:8:64 instead")
+        if model.axes.get(BATCH, (1,))[0] > 1:
+            raise UsageError("Triton also sends single images: let the axis batch start at 1")
         if self.bank_inputs:
             self._check_bank_inputs(model)
         if importlib.util.find_spec("tritonclient") is None:

@@ -45,7 +45,7 @@ class ExplainSettings:
     )
     """Its row and column in the map."""
     point: tuple[float, float] | None = setting(None, "The same token as a pixel of the image.", metavar="X,Y")
-    """Of the upright image; each run's transform maps it to a token."""
+    """Place in the upright image; each run's transform maps it to a token."""
     target: str | None = setting(None, "Label that Grad-CAM explains.", shown="the predicted one", option="label")
     limit: int = setting(16, "Most images to explain.", low=1)
     split: str | None = setting(None, "Split of --data to show.", SPLITS, shown="val, else test, else all")

@@ -27,7 +27,7 @@ def prefix_problem(prefix: str) -> str:
 
 
 def read_prefix(value: str) -> str:
-    """A path prefix without its last slash, empty for none; :class:`UsageError` for what is no such path."""
+    """A path prefix without its last slash, empty for none; :class:`UsageError` for text that does not name one."""
     prefix = value.rstrip("/")
     if problem := prefix_problem(prefix):
         raise UsageError(f"--root-path {value!r}: {problem}")
@@ -61,7 +61,7 @@ class TransportSettings:
     body_seconds: float = 60.0
     """Time limit for the body of an HTTP request, in seconds."""
     head_bytes: int = 64 * 1024
-    """Of an HTTP request line and headers."""
+    """Largest size of an HTTP request line with its headers."""
     idle_seconds: int = setting(
         75, "Seconds that an HTTP connection may stay idle; longer than a proxy in front keeps it.", low=1,
         option="keep_alive_seconds",
