@@ -317,7 +317,7 @@ def test_a_table_with_splits(tmp_path: Path) -> None:
         ("path,label\n0.png,a\n1.png\n", "line 3 has 1 cells and the header 2"),
         ("path,label\n,a\n", "line 2: no path"),
         ("path,label\n0.png,a\n1.png,a\n", "only one class, a"),
-        ("path,label\n0.png,a\n1.png,b\n0.png,b\n", "line 4: 0.png stands on line 2 already"),
+        ("path,label\n0.png,a\n1.png,b\n0.png,b\n", "line 4: 0.png is already on line 2"),
         (
             "path,label,split\n0.png,a,train\n1.png,b,trian\n",
             "line 3: the split must be train, val or test, not 'trian'",

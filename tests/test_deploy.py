@@ -16,7 +16,9 @@ import yaml
 
 from prompttune.cli.main import cli
 from prompttune.serve.server import DISMISSING_S
+from prompttune.serve.settings import EngineSettings, ServerSettings
 from prompttune.serve.workers.process import CLOSE_S
+from prompttune.settings import all_settings
 from tests import kserve_models
 
 ROOT = Path(__file__).parent.parent
@@ -131,15 +133,14 @@ def test_kserve_finds_mistakes() -> None:
 def test_arguments_are_those_of_the_command_line(folder: Path) -> None:
     for pod in pods(folder):
         name, *words = pod["containers"][0]["args"]
-        command = cli.get_command(None, name)  # type: ignore[arg-type]  # the lazy group looks at the name alone
-        assert command is not None
-        given = command.make_context(name, list(words)).params
+        assert name == "serve"
+        given = serve_options(words)
         ports = {port["containerPort"] for port in pod["containers"][0]["ports"]}
         assert ports == {given["http_port"], given["grpc_port"]}
         assert given["host"] == "0.0.0.0"
         mounts = [Path(mount["mountPath"]) for mount in pod["containers"][0]["volumeMounts"]]
         assert given["token_file"].parent in mounts
-        assert ("cuda" in given["devices"]) == (folder.name == "gpu")
+        assert ("cuda" in given["device"]) == (folder.name == "gpu")
         assert ("nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]) == (folder.name == "gpu")
 
 
@@ -164,7 +165,10 @@ def serve_options(words: list[str]) -> dict[str, Any]:
     """The options of ``prompttune serve`` as it would read them."""
     command = cli.get_command(None, "serve")  # type: ignore[arg-type]  # the lazy group looks at the name alone
     assert command is not None
-    return command.make_context("serve", words).params
+    given = command.make_context("serve", list(words)).params
+    known = all_settings(ServerSettings) | all_settings(EngineSettings)
+    defaults = {key: one.default for key, one in known.items()}
+    return defaults | {key: value for key, value in given.items() if value is not None}
 
 
 LEAVING_S = DISMISSING_S + CLOSE_S + 2
@@ -224,7 +228,8 @@ def test_image_serves_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(variable, value)
     assert last["ENTRYPOINT"] == '["prompttune"]'
     name, *words = yaml.safe_load(last["CMD"])
-    given = cli.get_command(None, name).make_context(name, words).params  # type: ignore[arg-type,union-attr]
+    assert name == "serve"
+    given = serve_options(words)
     assert last["EXPOSE"].split() == [str(given["http_port"]), str(given["grpc_port"])]
     assert (str(given["engine"]), given["host"]) == ("/mnt/models", "0.0.0.0")
     assert last["STOPSIGNAL"] == "SIGTERM"

@@ -73,7 +73,7 @@ def test_a_segmentation_shows_all_but_grad_cam(folder: Path) -> None:
     pytest.importorskip("captum")
     result = run(folder, "runs/seg runs/lin a.png --data labelled --layers 0", "seg-report")
     assert notes_of(result) == [
-        "no grad-cam of seg: a segmentation predicts no class of the whole image",
+        "no grad-cam of seg: a segmentation does not predict a class for the whole image",
         "no values: none of the runs' methods has learned values of one a block, such as GaPT's gates",
     ]
     (first,) = json.loads(result.stdout)["images"]
@@ -89,7 +89,7 @@ def test_a_segmentation_shows_all_but_grad_cam(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("runs/lin runs/seg a.png --show grad-cam", "no grad-cam of seg: a segmentation predicts no class"),
+        ("runs/lin runs/seg a.png --show grad-cam", "no grad-cam of seg: a segmentation does not predict a class"),
         ("runs/seg a.png --label sky", "label 'sky': none of the runs predicts a class of the whole image"),
         ("runs/resnet a.png --show attention", "no attention of resnet: test_resnet3 has no attention"),
         ("runs/resnet a.png --show similarity --layers 0,6", "of resnet: its prompt map is in layers 3 to 5"),
