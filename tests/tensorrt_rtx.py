@@ -27,11 +27,11 @@ def build(onnx_file: Path, plan_file: Path, shapes: Mapping[str, Shapes], **told
     return shares
 
 
-def build_engine(engine: Path, plan_file: Path) -> list[float]:
-    """Build a plan of an engine's ONNX file, for the sizes that a plan of its tasks gets by default."""
+def build_engine(engine: Path, plan_file: Path, onnx_file: Path | None = None) -> list[float]:
+    """Build a plan of an engine's ONNX file, or another one, for the sizes that a plan of its tasks gets by default."""
     folder = EngineFolder(engine, verify=False)
     manifest = folder.manifest
     states = {task: folder.read_task(task).state for task in folder.tasks()}
     ranges = axis_ranges(manifest.inputs, needed_sizes(manifest.layout, states), {})
     shapes = {spec.name: input_shapes(spec, ranges) for spec in manifest.inputs if dynamic_axes([spec])}
-    return build(engine / ONNX_FILE, plan_file, shapes)
+    return build(onnx_file or engine / ONNX_FILE, plan_file, shapes)

@@ -11,8 +11,10 @@ import torch
 import prompttune as pt
 from prompttune.export import EngineFolder
 from prompttune.export.folder import ONNX_FILE
+from prompttune.export.formats import Settings
+from prompttune.export.quantise import quantise
 from tests.convs import CONVS, ON_CONV
-from tests.engines import BATCH_SIZES, SHARING, checkpoint, copied, exported, model_of, noise, workshop
+from tests.engines import BATCH_SIZES, SHARING, build_request, checkpoint, copied, exported, model_of, noise, workshop
 from tests.operators import operators
 from tests.swins import ON_SWIN
 from tests.tensorrt_rtx import MAGIC, build_engine
@@ -76,6 +78,17 @@ def test_nvidias_builder_takes_the_graph(method, backbone, tmp_path):
     assert (tmp_path / "plan").read_bytes().startswith(MAGIC)
     assert shares == sorted(shares)
     assert shares[-1] == 1
+
+
+def test_nvidias_builder_takes_the_graph_in_int8(method, backbone, tmp_path):
+    """Quantised as the format does it; exporting it anew would take the time."""
+    if backbone.startswith("test_resnet"):
+        pytest.skip("no product with a frozen matrix: refused before the build")
+    engine = shutil.copytree(exported(method, backbone), tmp_path / "engine")
+    settings = Settings("onnx", "int8", quantization="static", calibration_images=4)
+    quantise(build_request(method, settings, backbone), engine, symmetric=True)
+    build_engine(engine, tmp_path / "plan")
+    assert (tmp_path / "plan").read_bytes().startswith(MAGIC)
 
 
 def test_tasks_added_later_answer_as_pytorch(method, backbone):

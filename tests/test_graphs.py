@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from prompttune.export.folder import ONNX_FILE
-from prompttune.export.formats import Settings
+from prompttune.export.formats import Settings, find_format
 from prompttune.export.formats.onnx import write_onnx
 from prompttune.export.graph import Traced, capture
 from prompttune.export.layout import TensorSpec, declare_inputs, declare_outputs
@@ -23,6 +23,7 @@ from prompttune.export.precision import TORCH_DTYPES
 from prompttune.export.quantise import quantise
 from prompttune.layers.aligned_attention import AlignedAttention
 from tests.engines import SHARING, build_request, exported, model_of, workshop
+from tests.tensorrt_rtx import MAGIC, build_engine
 
 FLOATS, WHOLE, TRUTH = {"FLOAT", "FLOAT16", "BFLOAT16"}, {"INT32", "INT64"}, {"BOOL"}
 # onnx-tensorrt's docs/operators.md for TensorRT 10.15, https://github.com/onnx/onnx-tensorrt: operators that a graph
@@ -105,6 +106,23 @@ def written(method, backbone, kind):
 def inferred(method, backbone, kind):
     """The model with its weights and the inferred types and shapes of all values."""
     return onnx.shape_inference.infer_shapes(onnx.load(str(written(method, backbone, kind) / ONNX_FILE)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+@every_method
+def test_nvidias_builder_takes_half_precision(method, backbone, kind, tmp_path):
+    build_engine(exported(method, backbone), tmp_path / "plan", written(method, backbone, kind) / ONNX_FILE)
+    assert (tmp_path / "plan").read_bytes().startswith(MAGIC)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", SHARING)
+def test_nvidias_builder_takes_baked_tasks_in_half_precision(method, tmp_path):
+    settings = Settings("trt-rtx", "fp16", baked=True, options={"compute_capability": "8.9", "optimization_level": 0})
+    built = find_format("trt-rtx").build(build_request(method, settings), tmp_path)
+    assert [spec.name for spec in built.inputs] == ["image", "task_index"]
+    assert (tmp_path / "model.plan").read_bytes().startswith(MAGIC)
 
 
 def value_types(graph):

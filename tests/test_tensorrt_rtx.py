@@ -1,6 +1,7 @@
 """What NVIDIA's builder does with a graph, a profile, a callback and a damaged file, and the format ``trt-rtx``."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -20,7 +21,7 @@ from prompttune.export.trt.execution import Plan
 from prompttune.export.trt.library import TENSORRT_RTX, require_tensorrt
 from prompttune.export.trt.log import error_log
 from prompttune.export.trt.options import COMPUTE_CAPABILITIES, TensorRTOptions
-from tests.engines import checkpoint
+from tests.engines import build_request, checkpoint
 from tests.tensorrt_rtx import MAGIC, build
 
 WIDTH = 32
@@ -174,6 +175,20 @@ def test_fused_attention_of_other_precisions_is_refused_by_name(name, precision)
     settings = Settings(name, precision, attention="fused").resolved()
     with pytest.raises(UsageError, match=f"only has fused attention in fp16 and bf16, not for {precision}: choose one"):
         find_format(name).check(settings)
+
+
+def test_fused_attention_builds(tmp_path):
+    options = {"compute_capability": "8.9", "optimization_level": 0}
+    settings = Settings("trt-rtx", "fp16", attention="fused", options=options)
+    stages = []
+    request = replace(build_request("sa2vp", settings), on_stage=stages.append)
+    kind = find_format("trt-rtx")
+    kind.check(request.settings)
+    built = kind.build(request, tmp_path)
+    assert (tmp_path / "model.plan").read_bytes().startswith(MAGIC)
+    assert built.files == ["model.plan"]
+    assert "building the TensorRT plan" in stages[-1]
+    assert "100%" in stages[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------- format
