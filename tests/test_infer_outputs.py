@@ -232,7 +232,7 @@ def test_a_run_that_committed_nothing_begins_again_over_what_it_left(here):
 def test_what_cannot_be_gone_on_with_says_so(here):
     states = written(["rows.jsonl"])
     before = contents(here)
-    with pytest.raises(UsageError, match=r"out\.mp4 cannot be gone on with: a video is made in one run"):
+    with pytest.raises(UsageError, match=r"out\.mp4 cannot be resumed: a video is made in one run"):
         opened(["rows.jsonl", "out.mp4"], states=[*states, {}])
     with pytest.raises(UsageError, match="the interrupted run had 1 outputs, not 2"):
         opened(["rows.jsonl", "rows.csv"], states=states)

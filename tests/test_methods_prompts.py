@@ -362,7 +362,7 @@ def test_pruning_needs_epochs_on_both_sides():
         ("e2vpt", {"prune_tokens": 1.0}, "prune_tokens must be at least 0 and below 1"),
         ("e2vpt", {"prune_segments": -0.1}, "prune_segments must be"),
         ("e2vpt", {"prune_at": 1}, "prune_at must be above 0 and below 1"),
-        ("e2vpt", {"deep": 1}, "must be of type bool"),
+        ("e2vpt", {"deep": 1}, "must be true or false"),
         ("expres", {"num_prompts": 0}, "num_prompts must be above 0"),
         ("expres", {"dropout": 1.0}, "dropout must be"),
         ("expres", {"residuals": True}, "no setting 'residuals'"),

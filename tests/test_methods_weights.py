@@ -237,7 +237,7 @@ def test_ssf_refuses_a_gated_mlp(vit, monkeypatch):
         ("adapter", {"alpha": 1}, "no setting 'alpha'"),
         ("lora", {"rank": 0}, "lora: rank must be above 0"),
         ("lora", {"alpha": 0}, "alpha must be above 0"),
-        ("lora", {"rank": 2.5}, "must be of type int"),
+        ("lora", {"rank": 2.5}, "rank must be a whole number"),
         ("ssf", {"rank": 4}, "its settings: none"),
         ("gapt", {"num_prompts": 0}, "num_prompts must be above 0"),
         ("gapt", {"pool": "means"}, "did you mean mean"),

@@ -163,7 +163,7 @@ def test_settings_go_from_the_defaults_to_the_overrides(tmp_path: Path) -> None:
         ({"grids": {"linear": {"eval_every": [1, 2]}}}, "grids.linear: eval_every is not open"),
         ({"defaults": {"task": "segmentation"}}, "protocols compare classifications"),
         ({"defaults": {"method": "linear"}}, "the entries of methods and variants name it"),
-        ({"methods": {"linear": {"data": "x"}}}, "methods.linear: data is no setting of a recipe"),
+        ({"methods": {"linear": {"data": "x"}}}, "methods.linear: data is not a setting of a recipe"),
         ({"tasks": {"a": {"data": "demo/digits", "settings": {"seed": 1}}}}, "give seeds and search_seed"),
         ({"defaults": {"output": "x"}}, "give --output"),
         ({"defaults": {"data_root": "x"}}, "give --data-root"),
