@@ -250,5 +250,5 @@ def test_a_name_cannot_be_registered_twice():
 def test_a_method_refuses_a_foreign_backbone(vit):
     foreign = pt.Backbone(torch.nn.Identity())
     foreign.depth, foreign.name = vit.depth, "other"
-    with pytest.raises(BackboneError, match="sa2vp runs on VitBackbone, SwinBackbone, ConvBackbone, not on Backbone"):
+    with pytest.raises(BackboneError, match="sa2vp runs on ConvBackbone, SwinBackbone, VitBackbone, not on Backbone"):
         pt.SA2VPConfig().build(foreign)

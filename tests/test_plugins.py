@@ -157,7 +157,7 @@ def test_the_command_line_finds_them_in_a_process_of_its_own(tmp_path: Path) -> 
     )  # fmt: skip
     assert result.returncode == 2, result.stderr
     lines = result.stderr.strip().splitlines()
-    assert lines[-1] == "Error: Invalid value for '--start': start must be above 0, not 0.0"
+    assert lines[-1] == "Error: start must be above 0, not 0.0"
     assert [line for line in lines[:-1] if "left out" not in line] == []
 
 

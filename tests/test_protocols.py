@@ -202,8 +202,8 @@ def test_wrong_setting_names_the_run() -> None:
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        ('{"settings_digest": "DIGEST"}', CheckpointError, "has no accuracy and classes"),
-        ('{"settings_digest": "DIGEST", "error": "nan"}', CheckpointError, "has no accuracy"),  # no candidate
+        ('{"settings_digest": "DIGEST"}', CheckpointError, "lacks accuracy and classes"),
+        ('{"settings_digest": "DIGEST", "error": "nan"}', CheckpointError, "lacks accuracy"),  # no candidate
         ("{", CheckpointError, "cannot read the record of a run"),
         ('{"settings_digest": "0"}', UsageError, "was trained with other settings"),
     ],
