@@ -161,7 +161,7 @@ def test_a_run_whose_validation_images_changed_is_not_resumed(own: tuple[Path, P
     train(settings(folder, tmp_path / "longer"))
     name = HeldOut.read(tmp_path / "longer").images[0].image  # type: ignore[union-attr]
     (folder / name).rename((folder / name).with_name("zzz.png"))  # as many images as before
-    with pytest.raises(UsageError, match=r"cannot resume .* has changed since it began, .* held_out\.json"):
+    with pytest.raises(UsageError, match=r"cannot resume .* has changed since it began: .* held_out\.json"):
         train(settings(folder, tmp_path / "longer", epochs=2), resume=True)
 
 

@@ -135,7 +135,7 @@ def test_format_checks_settings(monkeypatch):
         find_format("trt").check(dataclasses.replace(settings, quantization="dynamic"))
     with pytest.raises(UsageError, match=r"unknown TensorRT option 'workspaces'; did you mean workspace\?"):
         find_format("trt").check(dataclasses.replace(settings, options={"workspaces": 1}))
-    with pytest.raises(UsageError, match="lacks int8"):
+    with pytest.raises(UsageError, match="has no int8"):
         Settings("torch-trt", "int8").resolved()
     assert Settings("torch-trt").resolved().attention == "fused"
     with pytest.raises(UsageError, match="none and ampere_plus"):
