@@ -120,6 +120,21 @@ def test_memory_growth_sees_memory_come_and_go():
 # ------------------------------------------------------------------------------------------------------------ report
 
 
+def test_threads_are_told_to_engines_on_a_cpu_alone(monkeypatch):
+    """TensorRT's runtimes refuse a number of threads, so no engine of theirs could be measured."""
+    told = []
+
+    def opened(name, engine, options, tasks):
+        told.append(options.threads)
+        raise EngineError("seen")
+
+    monkeypatch.setattr("prompttune.serve.bench.run.EngineSubject", opened)
+    for device in ("cpu", "cuda", "cuda:1"):
+        with pytest.raises(EngineError, match="seen"):
+            bench_engine(exported("linear"), options=RuntimeOptions(device))
+    assert told == [torch.get_num_threads(), None, None]
+
+
 def test_report_holds_every_subject_batch_size_and_mix(report):
     names = ["engine", "backbone", "torch", "linear/engine"]
     assert [one.name for one in report.subjects] == names

@@ -93,7 +93,8 @@ def bench_engine(
     folder.manifest.refuse_segmentation("prompttune bench")
     options = options or RuntimeOptions()
     threads, device = options.threads or torch.get_num_threads(), options.device
-    options = dataclasses.replace(options, threads=threads)
+    if options.cuda_index is None:  # runtimes of a GPU refuse a number of CPU threads
+        options = dataclasses.replace(options, threads=threads)
     with ExitStack() as stack, _torch_threads(threads):
         measured = EngineSubject(ENGINE, engine, options, tasks)
         subjects: list[Subject] = [measured]
