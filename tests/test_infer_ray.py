@@ -39,6 +39,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 
 from prompttune.serve.infer.cluster import connection, stages, watch  # noqa: E402
 from prompttune.serve.infer.cluster.feed import ATTEMPTS, BrokenOffError, Feed  # noqa: E402
+from prompttune.serve.infer.cluster.job import on_workers  # noqa: E402
 from prompttune.serve.infer.cluster.stages import Answering, unwrapped, wrapped  # noqa: E402
 
 SMALL = RaySettings(parcel=8, window=2, actors=(1, 1))
@@ -112,6 +113,12 @@ def test_settings_are_checked(wrong):
 )
 def test_room_leaves_some_for_decoders(booking, nodes, engines):
     assert booking.room(nodes) == engines
+
+
+@pytest.mark.parametrize(("device", "threads"), [("cpu", 3), ("cuda:1", None)])
+def test_threads_are_told_to_engines_on_a_cpu_alone(work, device, threads):
+    told = on_workers(replace(work, options=RuntimeOptions(device)), RaySettings(cpus=3.5)).options
+    assert (told.device, told.threads) == (device.partition(":")[0], threads)
 
 
 def test_an_engine_on_a_gpu_books_one(work):

@@ -198,6 +198,21 @@ def test_settings_without_a_meaning_on_a_cluster(engine, transport, scaling, mes
         application(EngineSettings(tmp_path, **engine), None, TransportSettings(**transport), Scaling(**scaling))
 
 
+@pytest.mark.parametrize(("device", "scaling", "threads"), [("cpu", {"cpus": 2.5}, 2), ("cuda", {"gpus": 1.0}, None)])
+def test_threads_are_told_to_replicas_on_a_cpu_alone(monkeypatch, tmp_path, device, scaling, threads):
+    told = []
+
+    class Deployment:
+        def bind(self, engine, *_):
+            told.append(engine.runtime.threads)
+            raise UsageError("seen")
+
+    monkeypatch.setattr("prompttune.serve.ray_serve.deployments._engine_deployment", lambda _: Deployment())
+    with pytest.raises(UsageError, match="seen"):
+        application(EngineSettings(tmp_path, devices=(device,)), None, TransportSettings(), Scaling(**scaling))
+    assert told == [threads]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"min_replicas": 0}, {"min_replicas": 3, "max_replicas": 2}, {"ingress_replicas": 0}, {"target_requests": 65}],

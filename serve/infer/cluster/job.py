@@ -38,16 +38,16 @@ def run(chunks: Iterable[Sequence[Item]], work: Work, settings: RaySettings) -> 
     """See :func:`~prompttune.serve.infer.cluster.run_on_ray`."""
     booking = Booking.of(settings, on_gpu=work.options.cuda_index is not None)
     with connected(settings.address), quiet():
-        yield from _Job(iter(chunks), _on_workers(work, settings), settings, booking).answers()
+        yield from _Job(iter(chunks), on_workers(work, settings), settings, booking).answers()
 
 
-def _on_workers(work: Work, settings: RaySettings) -> Work:
+def on_workers(work: Work, settings: RaySettings) -> Work:
+    """The work as the nodes of a cluster do it."""
     # Ray shows an engine only the GPUs that it has booked, and books CPUs, but a runtime would take all that it sees.
-    options = replace(
-        work.options,
-        device="cpu" if work.options.cuda_index is None else "cuda",
-        threads=work.options.threads or max(1, math.floor(settings.cpus)),
-    )
+    if work.options.cuda_index is None:
+        options = replace(work.options, device="cpu", threads=work.options.threads or max(1, math.floor(settings.cpus)))
+    else:
+        options = replace(work.options, device="cuda")  # some runtimes of a GPU refuse a number of CPU threads
     return replace(work, engine=work.engine.absolute(), options=options)
 
 
