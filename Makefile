@@ -31,7 +31,7 @@ demo: install ## train, export, validate and classify with a real backbone, some
 
 # In the order of their names: by default files of few tests come last, and the slowest are such files.
 test: install ## run all tests, WORKERS processes at once
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=20 $(ARGS)
 
 quality: install ## ruff, the formatter and strict mypy
 	$(BIN)/ruff check .
