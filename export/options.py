@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prompttune.errors import UsageError
@@ -42,6 +42,10 @@ class RuntimeOptions:
         if kind != "cuda" or (index and not index.isdigit()):
             raise UsageError(f"unknown device {self.device!r}; known: cpu, cuda, cuda:INDEX")
         return int(index or 0)
+
+    def or_threads(self, threads: int) -> RuntimeOptions:
+        """The same with a default number of threads, which runtimes of a GPU refuse: there only a given one stays."""
+        return self if self.threads is not None or self.cuda_index is not None else replace(self, threads=threads)
 
 
 BATCH_SIZES = (1, 2, 8)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from prompttune.errors import EngineError, MissingExtraError, UsageError, choose, first_line
 from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE, Manifest
 from prompttune.export.layout import IMAGE, LOGITS, TASK_INDEX, bank_input
+from prompttune.export.options import PROVIDERS
 from prompttune.export.quiet import quiet
 from prompttune.export.runtimes.base import Array, BankArray, Runtime, RuntimeOptions
 from prompttune.export.sizes import Sizes
@@ -30,7 +31,6 @@ _QUIET = 4
 """ONNX Runtime's severity 'fatal': its errors arrive as exceptions and need not be logged too."""
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """Option for the folder of the weights, for a model that is given as bytes."""
-PROVIDERS = ("tensorrt",)
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _WITHOUT_TENSORRT = "or leave the provider out, which runs on CUDA"
 CPU_INT8 = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -93,8 +92,7 @@ def bench_engine(
     folder.manifest.refuse_segmentation("prompttune bench")
     options = options or RuntimeOptions()
     threads, device = options.threads or torch.get_num_threads(), options.device
-    if options.cuda_index is None:  # runtimes of a GPU refuse a number of CPU threads
-        options = dataclasses.replace(options, threads=threads)
+    options = options.or_threads(threads)
     with ExitStack() as stack, _torch_threads(threads):
         measured = EngineSubject(ENGINE, engine, options, tasks)
         subjects: list[Subject] = [measured]

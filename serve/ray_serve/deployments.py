@@ -84,9 +84,9 @@ def application(
         raise UsageError("a replica has one device; Ray places the replicas")
     if engine.devices[0] != "cpu" and not scaling.gpus:
         raise UsageError("Ray hides the GPUs from a replica that books none: give the GPUs per replica (gpus)")
-    if engine.runtime.threads is None and engine.devices[0] == "cpu":
-        # Ray books processors for a replica, but a runtime would use all that it sees.
-        engine = replace(engine, runtime=replace(engine.runtime, threads=max(1, math.floor(scaling.cpus))))
+    # Ray books processors for a replica, but a runtime would use all that it sees.
+    runtime = replace(engine.runtime, device=engine.devices[0]).or_threads(max(1, math.floor(scaling.cpus)))
+    engine = replace(engine, runtime=runtime)
     replicas = _engine_deployment(scaling).bind(engine, service, transport)
     bound: serve.Application = _ingress_deployment(scaling).bind(
         replicas, transport, service.timeout_s, scaling.affinity

@@ -44,10 +44,8 @@ def run(chunks: Iterable[Sequence[Item]], work: Work, settings: RaySettings) -> 
 def on_workers(work: Work, settings: RaySettings) -> Work:
     """The work as the nodes of a cluster do it."""
     # Ray shows an engine only the GPUs that it has booked, and books CPUs, but a runtime would take all that it sees.
-    if work.options.cuda_index is None:
-        options = replace(work.options, device="cpu", threads=work.options.threads or max(1, math.floor(settings.cpus)))
-    else:
-        options = replace(work.options, device="cuda")  # some runtimes of a GPU refuse a number of CPU threads
+    options = replace(work.options, device="cpu" if work.options.cuda_index is None else "cuda")
+    options = options.or_threads(max(1, math.floor(settings.cpus)))
     return replace(work, engine=work.engine.absolute(), options=options)
 
 
