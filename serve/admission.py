@@ -7,8 +7,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from prompttune.serve.protocol.calls import LEAVING
-from prompttune.serve.protocol.types import UnavailableError
+from prompttune.serve.messages import LEAVING, UnavailableError
 from prompttune.serve.traffic import Traffic
 
 _SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.1, 30.0

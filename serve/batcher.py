@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from prompttune.export.runtimes import Array
-from prompttune.serve.protocol.types import UnavailableError
+from prompttune.serve.messages import UnavailableError
 from prompttune.serve.workers import Answer, Key, Worker, WorkerDiedError
 
 LOG = logging.getLogger("prompttune.serve")

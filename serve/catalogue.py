@@ -18,7 +18,7 @@ from prompttune.export.folder import (
     task_names,
 )
 from prompttune.export.layout import largest_axes
-from prompttune.serve.protocol.types import MIXED
+from prompttune.serve.messages import MIXED
 
 _Stamp = tuple[tuple[int, int, int], ...]
 

@@ -13,7 +13,7 @@ from prompttune.images import TooManyPixelsError, read_image
 from prompttune.preprocess import Preprocess
 from prompttune.serve.decode_threads import single_threaded_pool
 from prompttune.serve.limits import Limits
-from prompttune.serve.protocol.types import BadRequestError, TooLargeError
+from prompttune.serve.messages import BadRequestError, TooLargeError
 from prompttune.serve.tensors import Payload
 
 FORMATS = ("JPEG", "PNG", "WEBP")

@@ -20,10 +20,7 @@ from prompttune.serve.batcher import Outcome
 from prompttune.serve.images import Decoder
 from prompttune.serve.lane import Lane
 from prompttune.serve.limits import Limits
-from prompttune.serve.metrics import Metrics
-from prompttune.serve.models import Model
-from prompttune.serve.protocol.elements import shown
-from prompttune.serve.protocol.types import (
+from prompttune.serve.messages import (
     MIXED,
     DeadlineError,
     InferRequest,
@@ -31,7 +28,10 @@ from prompttune.serve.protocol.types import (
     NotFoundError,
     ServeError,
     UnavailableError,
+    shown,
 )
+from prompttune.serve.metrics import Metrics
+from prompttune.serve.models import Model
 from prompttune.serve.repository import Repository
 from prompttune.serve.tensors import Payload, Rows, read_rows, write_outputs
 from prompttune.serve.tracing import span

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from prompttune.export.folder import Manifest, TaskRecord
-from prompttune.serve.protocol.types import MIXED, ModelMetadata, TensorMetadata
+from prompttune.serve.messages import MIXED, ModelMetadata, TensorMetadata
 
 PLATFORM = "prompttune"
 

@@ -10,8 +10,7 @@ from typing import Any
 
 from prompttune.export.folder import TaskRecord
 from prompttune.serve.batcher import Outcome
-from prompttune.serve.protocol.elements import shown
-from prompttune.serve.protocol.types import Duration, IndexEntry, ModelStatistics, NotFoundError
+from prompttune.serve.messages import Duration, IndexEntry, ModelStatistics, NotFoundError, shown
 from prompttune.serve.traffic import LATENCIES_KEPT, percentiles_ms
 from prompttune.serve.workers import Key
 

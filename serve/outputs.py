@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from prompttune.export.runtimes import Array
 from prompttune.serve.answers import ranked, softmax
-from prompttune.serve.protocol.types import OutputTensor, RequestedOutput, bytes_array
+from prompttune.serve.messages import OutputTensor, RequestedOutput, bytes_array
 
 PADDING = float(np.finfo(np.float32).min)
 """Padding of logits past a row's own classes: JSON cannot express -inf."""

@@ -10,9 +10,9 @@ from prompttune.errors import PrompttuneError
 from prompttune.export.folder import TaskRecord
 from prompttune.serve.catalogue import Catalogue
 from prompttune.serve.lane import Lane
+from prompttune.serve.messages import BadRequestError, NotFoundError, UnavailableError
 from prompttune.serve.models import LOADING, READY, Model
 from prompttune.serve.numbers import Numbers
-from prompttune.serve.protocol.types import BadRequestError, NotFoundError, UnavailableError
 from prompttune.serve.workers import Key, VersionGoneError, WorkerDiedError
 
 LOG = logging.getLogger("prompttune.serve")

@@ -15,12 +15,7 @@ from prompttune.serve.catalogue import Catalogue
 from prompttune.serve.images import Decoder
 from prompttune.serve.inference import Inference
 from prompttune.serve.lane import Lane
-from prompttune.serve.metadata import mixed_metadata, task_metadata
-from prompttune.serve.metrics import Metrics
-from prompttune.serve.models import READY, UNAVAILABLE, Model
-from prompttune.serve.numbers import Numbers
-from prompttune.serve.protocol.elements import shown
-from prompttune.serve.protocol.types import (
+from prompttune.serve.messages import (
     MIXED,
     IndexEntry,
     InferRequest,
@@ -29,7 +24,12 @@ from prompttune.serve.protocol.types import (
     ModelStatistics,
     NotFoundError,
     ServerMetadata,
+    shown,
 )
+from prompttune.serve.metadata import mixed_metadata, task_metadata
+from prompttune.serve.metrics import Metrics
+from prompttune.serve.models import READY, UNAVAILABLE, Model
+from prompttune.serve.numbers import Numbers
 from prompttune.serve.repository import Repository
 from prompttune.serve.settings import ServiceSettings
 from prompttune.serve.traffic import Traffic

@@ -10,8 +10,6 @@ from typing import Any
 from prompttune.errors import UsageError
 from prompttune.export.options import RuntimeOptions
 from prompttune.serve.limits import MEBI, Limits, read_size
-from prompttune.serve.protocol.security import Guard, Tls, read_tokens
-from prompttune.serve.protocol.settings import TransportSettings
 from prompttune.settings import make, part, setting, settle
 
 
@@ -74,59 +72,3 @@ class ServiceSettings:
         None, "Seconds between two scans.", low=0.05, option="watch_seconds", shown="2.0"
     )
     """None looks only when a load is asked for."""
-
-
-@dataclass(frozen=True)
-class AccessSettings:
-    """Who may ask for what, and the files that say so."""
-
-    token_file: Path | None = setting(
-        None, "Bearer tokens for inference, one per line.", shown="inference is open", path="file"
-    )
-    allow_control: bool = setting(False, "Let clients load and unload tasks.")
-    control_token_file: Path | None = setting(None, "Bearer tokens for control.", path="file")
-    tls_certificate: Path | None = setting(None, "Certificate chain of the server, PEM.", path="file")
-    tls_key: Path | None = setting(None, "Private key of the certificate, PEM.", path="file")
-    tls_client_ca: Path | None = setting(None, "Authority of client certificates.", path="file")
-
-    def __post_init__(self) -> None:
-        if (self.tls_certificate is None) != (self.tls_key is None):
-            raise UsageError("--tls-certificate and --tls-key go together")
-
-    @property
-    def guard(self) -> Guard:
-        """The tokens, read from their files.
-
-        Raises:
-            UsageError: a file cannot be read, or holds no tokens.
-        """
-        tokens = None if self.token_file is None else read_tokens(self.token_file)
-        control = None if self.control_token_file is None else read_tokens(self.control_token_file)
-        return Guard(tokens, control, self.allow_control)
-
-    @property
-    def tls(self) -> Tls | None:
-        """The certificate, checked; None without one."""
-        if self.tls_certificate is None or self.tls_key is None:
-            return None
-        return Tls(self.tls_certificate, self.tls_key, self.tls_client_ca)
-
-
-@dataclass(frozen=True)
-class ServerSettings:
-    """Everything that ``prompttune serve`` is told."""
-
-    engine: EngineSettings
-    service: ServiceSettings = part(ServiceSettings)
-    transport: TransportSettings = part(TransportSettings)
-    host: str = setting(
-        "127.0.0.1", "Address or name to listen on, the same for both transports; 0.0.0.0 or :: for all of IPv4 and "
-        "IPv6.", envvar="PROMPTTUNE_HOST",
-    )  # fmt: skip
-    http_port: int = setting(8000, "Port of HTTP; 0 takes a free one.", low=0, high=65535)
-    grpc_port: int | None = setting(8001, "Port of gRPC; 0 takes a free one.", low=0, high=65535)
-    """None serves HTTP alone."""
-    drain_s: float = setting(
-        30.0, "Seconds after SIGTERM to answer the requests inside; the remaining ones get 503.", low=0,
-        option="drain_seconds",
-    )  # fmt: skip

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from prompttune.export.runtimes import Array
 from prompttune.serve.limits import TOP_K, Limits
-from prompttune.serve.outputs import OUTPUTS, RANKED, Answers, Record
-from prompttune.serve.protocol.types import (
+from prompttune.serve.messages import (
     MIXED,
     BadRequestError,
     InferRequest,
@@ -25,6 +24,7 @@ from prompttune.serve.protocol.types import (
     ServeError,
     TooLargeError,
 )
+from prompttune.serve.outputs import OUTPUTS, RANKED, Answers, Record
 
 IMAGE, TASK = "image", "task"
 LARGEST_NUMBER = 2**63 - 1

@@ -13,12 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import uvicorn
 
-from prompttune.serve.protocol.grpc_server import add_port, grpc_server
-from prompttune.serve.protocol.http_server import http_config
-from prompttune.serve.protocol.rest import rest_application
-from prompttune.serve.protocol.settings import TransportSettings
-from prompttune.serve.protocol.state import State
-from prompttune.serve.protocol.types import (
+from prompttune.serve.messages import (
     IndexEntry,
     InferRequest,
     InferResponse,
@@ -30,6 +25,11 @@ from prompttune.serve.protocol.types import (
     TensorMetadata,
     bytes_array,
 )
+from prompttune.serve.protocol.grpc_server import add_port, grpc_server
+from prompttune.serve.protocol.http_server import http_config
+from prompttune.serve.protocol.rest import rest_application
+from prompttune.serve.protocol.settings import TransportSettings
+from prompttune.serve.protocol.state import State
 
 VERSION = "0123456789ab"
 LABELS = ("cat", "dog", "bird")

@@ -8,7 +8,7 @@ import contextlib
 import numpy as np
 
 from prompttune.serve.assembly import EngineSettings, make_service
-from prompttune.serve.protocol.types import InferRequest, InputTensor, bytes_array
+from prompttune.serve.messages import InferRequest, InputTensor, bytes_array
 from prompttune.serve.service import ServiceSettings
 from tests.engines import SIZE
 

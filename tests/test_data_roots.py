@@ -11,12 +11,12 @@ import pytest
 from huggingface_hub import HfApi, constants
 from torchvision import datasets
 
+from prompttune.benchmark.missing import available_tasks
+from prompttune.benchmark.recipe import load_recipe
 from prompttune.data import load_data
 from prompttune.data.roots import HubRoot, data_root
 from prompttune.errors import DataError, UsageError
 from prompttune.hub import endpoint_answers, hub_answers
-from prompttune.protocols.missing import available_tasks
-from prompttune.protocols.recipe import load_recipe
 from tests.fake_hub import Hub, serving
 from tests.protocol_data import write_fgvc, write_vtab
 
@@ -198,7 +198,7 @@ def test_nothing_is_downloaded_before_what_cannot_be_is_told(tmp_path: Path, mon
     def note(spec: str, root: str | None) -> None:
         fetched.append(spec)
 
-    monkeypatch.setattr("prompttune.protocols.missing.download", note)
+    monkeypatch.setattr("prompttune.benchmark.missing.download", note)
     recipe = load_recipe("hta")
     with pytest.raises(DataError, match="1 of 2 data sets are missing") as caught:
         available_tasks(recipe, ["cifar10", "nabirds"], str(tmp_path), skip=False, fetch=True)

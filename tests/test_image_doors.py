@@ -30,7 +30,7 @@ from prompttune.serve.infer.items import ArrayPayload, BytesPayload, FilePayload
 from prompttune.serve.infer.sources.shards import ShardSource
 from prompttune.serve.infer.sources.tables import TableSource
 from prompttune.serve.limits import Limits
-from prompttune.serve.protocol.types import BadRequestError, InferRequest, InputTensor, bytes_array
+from prompttune.serve.messages import BadRequestError, InferRequest, InputTensor, bytes_array
 from prompttune.serve.tensors import Payload, read_rows
 from tests.engines import exported
 

@@ -11,7 +11,7 @@ from prompttune.export.runtimes import RuntimeOptions
 from prompttune.serve import lane as lane_module
 from prompttune.serve.inference import least_busy
 from prompttune.serve.lane import Lane
-from prompttune.serve.protocol.types import UnavailableError
+from prompttune.serve.messages import UnavailableError
 from prompttune.serve.workers import Key, WorkerDiedError
 from tests.fake_worker import SETTINGS, FakeWorker, image
 

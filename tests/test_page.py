@@ -20,9 +20,9 @@ from playwright.sync_api import Browser, ConsoleMessage, Error, Page, expect, sy
 from prompttune.preprocess import Preprocess
 from prompttune.serve.images import Decoder
 from prompttune.serve.limits import Limits
+from prompttune.serve.messages import InferRequest, InferResponse, NotFoundError
 from prompttune.serve.protocol.security import Guard, Tokens
 from prompttune.serve.protocol.settings import TransportSettings
-from prompttune.serve.protocol.types import InferRequest, InferResponse, NotFoundError
 from prompttune.serve.tensors import read_rows, write_outputs
 from tests.fake_service import FakeService, serving
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from prompttune.serve.protocol import types
+from prompttune.serve import messages as types
+from prompttune.serve.messages import ServeError
 from prompttune.serve.protocol.security import Guard
 from prompttune.serve.protocol.settings import TransportSettings
-from prompttune.serve.protocol.types import ServeError
 from tests.fake_service import LABELS, VERSION, FakeService, Running, serving
 from tests.protocol_clients import IMAGE, LOGITS, MODULES, Client, connected
 

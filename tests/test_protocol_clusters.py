@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from prompttune.errors import UsageError
-from prompttune.serve.listening import listen
+from prompttune.serve.protocol.listening import listen
 from prompttune.serve.protocol.security import Guard, Tokens
 from prompttune.serve.protocol.settings import TransportSettings, read_prefix, read_proxies
 from tests.fake_service import WAIT_S, Running, serving

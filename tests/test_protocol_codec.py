@@ -14,17 +14,7 @@ from hypothesis.extra import numpy as arrays
 from tritonclient.http import InferenceServerClient, InferInput, InferResult
 
 from prompttune.serve.limits import Limits
-from prompttune.serve.protocol.body import accepted_encoding
-from prompttune.serve.protocol.codec import (
-    OutputForm,
-    Target,
-    decode_request,
-    encode_response,
-    header_length,
-    refuse_overrides,
-)
-from prompttune.serve.protocol.describe import config_values
-from prompttune.serve.protocol.types import (
+from prompttune.serve.messages import (
     BadRequestError,
     InferResponse,
     ModelMetadata,
@@ -35,6 +25,16 @@ from prompttune.serve.protocol.types import (
     UnsupportedError,
     bytes_array,
 )
+from prompttune.serve.protocol.body import accepted_encoding
+from prompttune.serve.protocol.codec import (
+    OutputForm,
+    Target,
+    decode_request,
+    encode_response,
+    header_length,
+    refuse_overrides,
+)
+from prompttune.serve.protocol.describe import config_values
 
 LIMITS = Limits(body_bytes=2**20, rows=16)
 TARGET = Target("pets", "v", "header-id")

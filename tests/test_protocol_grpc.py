@@ -17,10 +17,10 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from prompttune.serve.limits import Limits
+from prompttune.serve.messages import UnavailableError
 from prompttune.serve.protocol.grpc_stream import answer_stream
 from prompttune.serve.protocol.logs import RequestRecord
 from prompttune.serve.protocol.settings import TransportSettings
-from prompttune.serve.protocol.types import UnavailableError
 from tests.fake_service import WAIT_S, FakeService, Running, serving
 from tests.protocol_clients import IMAGE, LOGITS, Client, connected
 

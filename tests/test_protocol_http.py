@@ -24,10 +24,10 @@ from hypothesis import HealthCheck, given, settings
 from tritonclient.utils import InferenceServerException
 
 from prompttune.serve.limits import Limits
+from prompttune.serve.messages import TooLargeError, UnavailableError
 from prompttune.serve.protocol.body import decompress
 from prompttune.serve.protocol.rest import rest_application
 from prompttune.serve.protocol.settings import TransportSettings
-from prompttune.serve.protocol.types import TooLargeError, UnavailableError
 from tests.fake_service import VERSION, WAIT_S, FakeService, Running, serving
 from tests.malformed import CHANGES, HEADER_LENGTHS, RAW, changed
 from tests.protocol_clients import IMAGE, LOGITS, Client, connected

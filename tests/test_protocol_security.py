@@ -20,11 +20,11 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from prompttune.errors import UsageError
+from prompttune.serve.messages import ForbiddenError, UnauthorizedError
 from prompttune.serve.protocol.grpc_server import SERVICE, access_of
 from prompttune.serve.protocol.logs import ACCESS, configure_logs
 from prompttune.serve.protocol.security import Access, Guard, Tls, Tokens, read_tokens
 from prompttune.serve.protocol.settings import TransportSettings
-from prompttune.serve.protocol.types import ForbiddenError, UnauthorizedError
 from tests.fake_service import WAIT_S, Running, serving
 from tests.protocol_clients import MODULES, Client, connected
 

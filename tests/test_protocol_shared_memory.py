@@ -14,9 +14,9 @@ import tritonclient.utils.shared_memory as shm
 from tritonclient.utils import InferenceServerException, serialize_byte_tensor
 
 from prompttune.serve.limits import Limits
+from prompttune.serve.messages import BadRequestError, NotFoundError
 from prompttune.serve.protocol.settings import TransportSettings
 from prompttune.serve.protocol.shared_memory import MOST_REGIONS, Regions
-from prompttune.serve.protocol.types import BadRequestError, NotFoundError
 from tests.fake_service import LABELS, Running, serving
 from tests.protocol_clients import IMAGE, LOGITS, MODULES, Client, connected
 

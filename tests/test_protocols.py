@@ -14,18 +14,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from prompttune.backbones import load_backbone
+from prompttune.benchmark import plots
+from prompttune.benchmark.latency import Latency
+from prompttune.benchmark.missing import available_tasks
+from prompttune.benchmark.plan import RECORD_FILE, RunSpec, make_plan
+from prompttune.benchmark.recipe import BUILT_IN, Recipe, chosen, load_recipe, read_recipe
+from prompttune.benchmark.runner import Outcome, Pace
+from prompttune.benchmark.search import Decision, decide, make_search, pending
+from prompttune.benchmark.summary import Cell, summarise
+from prompttune.benchmark.tables import cells, header, markdown
 from prompttune.data import Augment, load_data
 from prompttune.errors import CheckpointError, DataError, UsageError
 from prompttune.methods import METHODS
-from prompttune.protocols import plots
-from prompttune.protocols.latency import Latency
-from prompttune.protocols.missing import available_tasks
-from prompttune.protocols.plan import RECORD_FILE, RunSpec, make_plan
-from prompttune.protocols.recipe import BUILT_IN, Recipe, chosen, load_recipe, read_recipe
-from prompttune.protocols.runner import Outcome, Pace
-from prompttune.protocols.search import Decision, decide, make_search, pending
-from prompttune.protocols.summary import Cell, summarise
-from prompttune.protocols.tables import cells, header, markdown
 from prompttune.training import TrainConfig
 from tests.protocol_data import TINY, write_fgvc, write_recipe, write_vtab
 

@@ -18,11 +18,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 import prompttune.training.loop
+from prompttune.benchmark import worker
 from prompttune.cli.main import cli
 from prompttune.errors import DivergedError, TrainingError
 from prompttune.files import locked
 from prompttune.model import PromptModel
-from prompttune.protocols import worker
 from prompttune.training import TrainConfig
 from tests.protocol_data import picture, write_recipe, write_vtab
 from tests.training_helpers import no_pictures, one_thread  # noqa: F401
@@ -243,7 +243,7 @@ def test_figures_survive_a_measurement_that_fails(
         assert (tmp_path / "out" / "summary.json").exists()
         raise RuntimeError("no\nclock")
 
-    monkeypatch.setattr("prompttune.protocols.benchmark.measure", fail)
+    monkeypatch.setattr("prompttune.benchmark.benchmark.measure", fail)
     result = command(*base, "--methods", "vpt-shallow", "--seeds", "3", "--tasks", "a", "--quiet")
     assert (result.exit_code, result.stderr) == (0, "latencies are missing: RuntimeError: no clock\n")
     assert (tmp_path / "out" / "accuracy.png").exists()

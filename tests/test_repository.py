@@ -10,8 +10,8 @@ from prompttune.export.folder import FileRecord, TaskRecord
 from prompttune.preprocess import Preprocess
 from prompttune.serve.catalogue import Scan
 from prompttune.serve.lane import Lane
+from prompttune.serve.messages import BadRequestError, NotFoundError, UnavailableError
 from prompttune.serve.numbers import Numbers
-from prompttune.serve.protocol.types import BadRequestError, NotFoundError, UnavailableError
 from prompttune.serve.repository import Repository
 from prompttune.serve.workers import Key
 from tests.fake_worker import SETTINGS, FakeWorker, image

@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from prompttune.serve.assembly import EngineSettings
-from prompttune.serve.server import Server, ServerSettings
+from prompttune.serve.protocol.server import Server, ServerSettings
 from tests.engines import exported
 from tests.serving import noise, within
 

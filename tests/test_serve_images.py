@@ -24,7 +24,7 @@ from prompttune.preprocess import CROP_MODES, INTERPOLATIONS, Preprocess
 from prompttune.serve import images
 from prompttune.serve.images import Decoder
 from prompttune.serve.limits import Limits
-from prompttune.serve.protocol.types import BadRequestError, ServeError, TooLargeError
+from prompttune.serve.messages import BadRequestError, ServeError, TooLargeError
 from prompttune.serve.tensors import Payload
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

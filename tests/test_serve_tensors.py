@@ -16,8 +16,7 @@ from hypothesis.extra import numpy as arrays
 
 import prompttune as pt
 from prompttune.serve.limits import Limits
-from prompttune.serve.outputs import OUTPUTS, PADDING
-from prompttune.serve.protocol.types import (
+from prompttune.serve.messages import (
     MIXED,
     BadRequestError,
     InferRequest,
@@ -27,6 +26,7 @@ from prompttune.serve.protocol.types import (
     TooLargeError,
     bytes_array,
 )
+from prompttune.serve.outputs import OUTPUTS, PADDING
 from prompttune.serve.tensors import Payload, Rows, read_rows, write_outputs
 from tests.engines import exported, noise
 

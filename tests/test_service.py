@@ -12,7 +12,7 @@ import pytest
 import prompttune as pt
 from prompttune.export.folder import EngineFolder
 from prompttune.serve.admission import Admission
-from prompttune.serve.protocol.types import (
+from prompttune.serve.messages import (
     BadRequestError,
     DeadlineError,
     InferRequest,

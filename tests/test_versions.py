@@ -13,9 +13,9 @@ import prompttune as pt
 from prompttune.errors import EngineError
 from prompttune.export.folder import EngineFolder
 from prompttune.export.versions import carry_over, read_number
+from prompttune.serve.messages import InferRequest, InputTensor, NotFoundError, bytes_array
 from prompttune.serve.models import READY
 from prompttune.serve.numbers import Numbers
-from prompttune.serve.protocol.types import InferRequest, InputTensor, NotFoundError, bytes_array
 from prompttune.serve.service import ServiceSettings
 from tests.engines import copied, exported
 from tests.serving import noise, outputs, request, running, within

@@ -10,12 +10,12 @@ from typing import Any
 import click
 from rich.console import Console
 
+from prompttune.benchmark.benchmark import Job, Report, report_finished, run_benchmark
+from prompttune.benchmark.plan import RunSpec
+from prompttune.benchmark.recipe import chosen, load_recipe
+from prompttune.benchmark.search import decided_so_far, pending
 from prompttune.cli.benchmark_options import common_options, data_options, words
 from prompttune.cli.benchmark_progress import Board
-from prompttune.protocols.benchmark import Job, Report, report_finished, run_benchmark
-from prompttune.protocols.plan import RunSpec
-from prompttune.protocols.recipe import chosen, load_recipe
-from prompttune.protocols.search import decided_so_far, pending
 
 INTERRUPTED = 130
 _methods = click.option("--methods", metavar="A,B,…", callback=words, help="Methods to compare.  [default: all]")
@@ -137,7 +137,7 @@ def _run(
     download: bool = False,
     **place: Any,
 ) -> None:
-    from prompttune.protocols.missing import available_tasks
+    from prompttune.benchmark.missing import available_tasks
 
     # a shell does not expand the ~ in --output=~/folder
     recipe = load_recipe(protocol, recipe_file.expanduser() if recipe_file is not None else None)
@@ -171,7 +171,7 @@ def _run(
 def _carry_out(
     ctx: click.Context, job: Job, jobs: int | None, *, latency: bool, as_json: bool, console: Console
 ) -> None:
-    from prompttune.protocols.runner import default_jobs
+    from prompttune.benchmark.runner import default_jobs
 
     try:
         with Board(console) as board:
@@ -183,7 +183,7 @@ def _carry_out(
 
 
 def _show(ctx: click.Context, job: Job, report: Report, as_json: bool) -> None:
-    from prompttune.protocols.tables import rich_table
+    from prompttune.benchmark.tables import rich_table
 
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))

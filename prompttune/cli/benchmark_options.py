@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import click
 import yaml
 
+from prompttune.benchmark.recipe import check_open, is_seed
 from prompttune.errors import UsageError, choose
-from prompttune.protocols.recipe import check_open, is_seed
 from prompttune.training.config import known_names
 
 Command = TypeVar("Command", bound=Callable[..., Any])

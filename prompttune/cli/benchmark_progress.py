@@ -11,11 +11,11 @@ from prompttune.training.progress import duration
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from prompttune.protocols.runner import Outcome, Pace
+    from prompttune.benchmark.runner import Outcome, Pace
 
 
 class Board:
-    """A listener of :func:`prompttune.protocols.runner.execute` and a context manager."""
+    """A listener of :func:`prompttune.benchmark.runner.execute` and a context manager."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -33,17 +33,17 @@ class Board:
         self._bar.stop()
 
     def begin(self, pace: Pace) -> None:
-        """See :class:`prompttune.protocols.runner.Listener`."""
+        """See :class:`prompttune.benchmark.runner.Listener`."""
         kept = f", {pace.kept} finished before" if pace.kept else ""
         self._print(f"{pace.total} runs{kept}, {pace.jobs} at once")
 
     def update(self, pace: Pace) -> None:
-        """See :class:`prompttune.protocols.runner.Listener`."""
+        """See :class:`prompttune.benchmark.runner.Listener`."""
         names = ", ".join(spec.name for spec in pace.running)
         self._bar.update(self._task, completed=pace.share(), figures=f"{pace.done}/{pace.total}  {_left(pace)}{names}")
 
     def ended(self, outcome: Outcome, pace: Pace) -> None:
-        """See :class:`prompttune.protocols.runner.Listener`."""
+        """See :class:`prompttune.benchmark.runner.Listener`."""
         if outcome.row is not None:
             figures = f"top-1 {outcome.row['accuracy']:.2%}  {outcome.row['seconds']:.0f} s"
         else:

@@ -14,7 +14,8 @@ from prompttune.cli.options import given_settings, options_of
 from prompttune.cli.sections import SectionedCommand
 from prompttune.errors import MissingExtraError
 from prompttune.export.options import RuntimeOptions
-from prompttune.serve.settings import AccessSettings, EngineSettings, ServerSettings
+from prompttune.serve.protocol.settings import AccessSettings, ServerSettings
+from prompttune.serve.settings import EngineSettings
 from prompttune.settings import make
 
 OWN_TASKS = ""
@@ -67,7 +68,7 @@ def serve(
     if missing:
         raise MissingExtraError(missing[0], "serve", "prompttune infer classifies files without a server")
     from prompttune.serve.protocol.logs import configure_logs
-    from prompttune.serve.server import Addresses, Server
+    from prompttune.serve.protocol.server import Addresses, Server
 
     configure_logs(log_level.upper())
 

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from starlette.requests import Request
 
 from prompttune.serve.limits import Limits
-from prompttune.serve.protocol.elements import shown
-from prompttune.serve.protocol.types import BadRequestError, ServeError, TooLargeError
+from prompttune.serve.messages import BadRequestError, ServeError, TooLargeError, shown
 
 COMPRESS_FROM = 1024
 """Smallest body to compress, in bytes; a smaller answer fits into one or two packets anyway."""

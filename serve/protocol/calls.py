@@ -7,9 +7,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from prompttune.serve.protocol.types import UnavailableError
-
-LEAVING = "the server is shutting down: ask another one"
+from prompttune.serve.messages import LEAVING, UnavailableError
 
 
 class Calls:

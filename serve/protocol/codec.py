@@ -18,10 +18,7 @@ import orjson
 from numpy.typing import NDArray
 
 from prompttune.serve.limits import Limits
-from prompttune.serve.protocol import elements
-from prompttune.serve.protocol.elements import BYTES, shown
-from prompttune.serve.protocol.shared_memory import NO_REGIONS, Regions, Span
-from prompttune.serve.protocol.types import (
+from prompttune.serve.messages import (
     BadRequestError,
     InferRequest,
     InferResponse,
@@ -29,7 +26,11 @@ from prompttune.serve.protocol.types import (
     OutputTensor,
     RequestedOutput,
     bytes_array,
+    shown,
 )
+from prompttune.serve.protocol import elements
+from prompttune.serve.protocol.elements import BYTES
+from prompttune.serve.protocol.shared_memory import NO_REGIONS, Regions, Span
 
 HARMLESS = frozenset({"unload_dependents"})
 """Parameters of load and unload that clients always send; a task has no dependents, so they change nothing."""

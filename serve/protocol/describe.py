@@ -7,8 +7,7 @@ from typing import Any
 
 import orjson
 
-from prompttune.serve.protocol.shared_memory import Regions
-from prompttune.serve.protocol.types import (
+from prompttune.serve.messages import (
     Duration,
     IndexEntry,
     ModelMetadata,
@@ -16,6 +15,7 @@ from prompttune.serve.protocol.types import (
     ServerMetadata,
     TensorMetadata,
 )
+from prompttune.serve.protocol.shared_memory import Regions
 
 _CONFIG_TYPES = {"BYTES": "STRING"}
 NO_LOG_CHANGES = "log settings are fixed when the server starts"

@@ -13,17 +13,10 @@ from numpy.typing import NDArray
 from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor, triton_to_np_dtype
 
 from prompttune.serve.limits import Limits
-from prompttune.serve.protocol.types import BadRequestError, OutputTensor, TooLargeError, bytes_array
+from prompttune.serve.messages import BadRequestError, OutputTensor, TooLargeError, bytes_array, shown
 
 BYTES = "BYTES"
 MAX_DIMENSIONS = 8
-_SHOWN = 60
-
-
-def shown(value: object) -> str:
-    """A value from a request, shortened for an error message."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def numpy_type(name: str, datatype: object) -> np.dtype[Any]:

@@ -8,10 +8,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from prompttune.serve.protocol.elements import shown
+from prompttune.serve.messages import BadRequestError, shown
 from prompttune.serve.protocol.rest_shared import serve_error_answer
 from prompttune.serve.protocol.settings import prefix_problem
-from prompttune.serve.protocol.types import BadRequestError
 
 
 class BehindProxy(ProxyHeadersMiddleware):

@@ -10,18 +10,19 @@ from google.protobuf.json_format import ParseDict
 from tritonclient.grpc import service_pb2
 
 from prompttune.serve.limits import Limits
-from prompttune.serve.protocol import codec, elements
-from prompttune.serve.protocol.describe import LOG_SETTINGS, TRACE_SETTINGS
-from prompttune.serve.protocol.elements import BYTES, shown
-from prompttune.serve.protocol.shared_memory import NO_REGIONS, Regions, Span
-from prompttune.serve.protocol.types import (
+from prompttune.serve.messages import (
     BadRequestError,
     InferRequest,
     InferResponse,
     InputTensor,
     RequestedOutput,
     bytes_array,
+    shown,
 )
+from prompttune.serve.protocol import codec, elements
+from prompttune.serve.protocol.describe import LOG_SETTINGS, TRACE_SETTINGS
+from prompttune.serve.protocol.elements import BYTES
+from prompttune.serve.protocol.shared_memory import NO_REGIONS, Regions, Span
 
 FINAL_RESPONSE, EMPTY_FINAL_RESPONSE = "triton_final_response", "triton_enable_empty_final_response"
 INLINE_BYTES, INLINE_VALUES = 2**20, 4096

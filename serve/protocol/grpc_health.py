@@ -11,10 +11,9 @@ from typing import Any
 
 from grpc_health.v1 import health_pb2
 
+from prompttune.serve.messages import NotFoundError, shown
 from prompttune.serve.protocol.calls import Calls
-from prompttune.serve.protocol.elements import shown
 from prompttune.serve.protocol.service import InferenceService
-from prompttune.serve.protocol.types import NotFoundError
 
 SERVER_NAMES = ("", "inference.GRPCInferenceService")
 """Services that stand for the whole server; any other name is that of a model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
+from prompttune.serve.messages import InferRequest
 from prompttune.serve.protocol import grpc_codec
 from prompttune.serve.protocol.decoding import Decoders
 from prompttune.serve.protocol.grpc_stream import answer_stream
@@ -12,7 +13,6 @@ from prompttune.serve.protocol.logs import RequestRecord
 from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.settings import TransportSettings
 from prompttune.serve.protocol.state import State
-from prompttune.serve.protocol.types import InferRequest
 
 _LONGEST_S = 365 * 24 * 3600
 

@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from prompttune.errors import EngineError
+from prompttune.serve.messages import ServeError, UnavailableError
 from prompttune.serve.protocol.calls import Calls
 from prompttune.serve.protocol.grpc_health import SERVER_NAMES, Health
 from prompttune.serve.protocol.grpc_infer import Inference
@@ -24,7 +25,6 @@ from prompttune.serve.protocol.security import Access, Tls
 from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.settings import TransportSettings
 from prompttune.serve.protocol.state import State
-from prompttune.serve.protocol.types import ServeError, UnavailableError
 from prompttune.serve.tracing import continued
 
 logger = logging.getLogger(__name__)

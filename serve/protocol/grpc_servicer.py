@@ -12,6 +12,7 @@ from typing import Any
 
 from tritonclient.grpc import service_pb2
 
+from prompttune.serve.messages import UnsupportedError
 from prompttune.serve.protocol import grpc_codec
 from prompttune.serve.protocol.codec import refuse_overrides
 from prompttune.serve.protocol.describe import (
@@ -26,7 +27,6 @@ from prompttune.serve.protocol.describe import (
 from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.shared_memory import Regions
 from prompttune.serve.protocol.state import State
-from prompttune.serve.protocol.types import UnsupportedError
 
 
 class Servicer:

@@ -9,9 +9,9 @@ from typing import Any
 
 from tritonclient.grpc import service_pb2
 
+from prompttune.serve.messages import ServeError
 from prompttune.serve.protocol.grpc_codec import FINAL_RESPONSE
 from prompttune.serve.protocol.logs import RequestRecord
-from prompttune.serve.protocol.types import ServeError
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import IO
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.orjson import OrjsonFormatter
 
-from prompttune.serve.protocol.types import InferRequest
+from prompttune.serve.messages import InferRequest
 
 ACCESS = "prompttune.access"
 _access = logging.getLogger(ACCESS)

@@ -13,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from prompttune.serve.messages import ServeError
 from prompttune.serve.protocol import schemas
 from prompttune.serve.protocol.rest_extensions import extension_routes
 from prompttune.serve.protocol.rest_infer import inference_routes
@@ -23,7 +24,6 @@ from prompttune.serve.protocol.rest_shared import error_answer, serve_error_answ
 from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.settings import TransportSettings
 from prompttune.serve.protocol.state import State
-from prompttune.serve.protocol.types import ServeError
 from prompttune.version import __version__
 
 _ABOUT = 'Every task is a model; the model `mixed` takes a task for each image. Errors are `{"error": "…"}`.'

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from prompttune.serve.messages import UnsupportedError
 from prompttune.serve.protocol.describe import (
     LOG_SETTINGS,
     NO_LOG_CHANGES,
@@ -21,7 +22,6 @@ from prompttune.serve.protocol.security import Access
 from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.settings import TransportSettings
 from prompttune.serve.protocol.shared_memory import Regions
-from prompttune.serve.protocol.types import UnsupportedError
 
 
 def extension_routes(service: InferenceService, settings: TransportSettings, regions: Regions) -> APIRouter:

@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from prompttune.serve.limits import Limits
+from prompttune.serve.messages import InferRequest
 from prompttune.serve.protocol import body as bodies
 from prompttune.serve.protocol import codec, schemas
 from prompttune.serve.protocol.codec import OutputForm, Target
@@ -21,7 +22,6 @@ from prompttune.serve.protocol.security import Access
 from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.settings import TransportSettings
 from prompttune.serve.protocol.shared_memory import Regions
-from prompttune.serve.protocol.types import InferRequest
 
 INLINE_JSON, INLINE_BODY = 32 * 1024, 2**20
 """Largest JSON and largest body in bytes to decode on the event loop, in well under a millisecond."""

@@ -8,10 +8,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from prompttune.serve.messages import UnavailableError
 from prompttune.serve.protocol.calls import Calls
 from prompttune.serve.protocol.logs import RequestRecord, new_request_id, usable_id
 from prompttune.serve.protocol.rest_shared import RECORD, error_answer, serve_error_answer
-from prompttune.serve.protocol.types import UnavailableError
 from prompttune.serve.tracing import continued
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from prompttune.serve.messages import BadRequestError, NotFoundError, UnavailableError, shown
 from prompttune.serve.protocol import schemas
 from prompttune.serve.protocol.codec import refuse_overrides
 from prompttune.serve.protocol.describe import (
@@ -16,13 +17,11 @@ from prompttune.serve.protocol.describe import (
     server_values,
     statistics_values,
 )
-from prompttune.serve.protocol.elements import shown
 from prompttune.serve.protocol.rest_shared import errors, json_answer, read_object, record_of, require
 from prompttune.serve.protocol.security import Access
 from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.settings import TransportSettings
 from prompttune.serve.protocol.shared_memory import Regions
-from prompttune.serve.protocol.types import BadRequestError, NotFoundError, UnavailableError
 
 MODEL, VERSION = "/models/{model}", "/models/{model}/versions/{version}"
 

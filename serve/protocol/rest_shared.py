@@ -12,19 +12,19 @@ from fastapi.params import Security
 from fastapi.security import HTTPBearer
 from starlette.responses import Response
 
-from prompttune.serve.protocol.body import read_body
-from prompttune.serve.protocol.codec import parse_object
-from prompttune.serve.protocol.logs import RequestRecord
-from prompttune.serve.protocol.schemas import ErrorMessage
-from prompttune.serve.protocol.security import Access
-from prompttune.serve.protocol.settings import TransportSettings
-from prompttune.serve.protocol.types import (
+from prompttune.serve.messages import (
     ForbiddenError,
     ServeError,
     TooLargeError,
     UnauthorizedError,
     UnavailableError,
 )
+from prompttune.serve.protocol.body import read_body
+from prompttune.serve.protocol.codec import parse_object
+from prompttune.serve.protocol.logs import RequestRecord
+from prompttune.serve.protocol.schemas import ErrorMessage
+from prompttune.serve.protocol.security import Access
+from prompttune.serve.protocol.settings import TransportSettings
 
 RECORD = "prompttune.record"
 """Key of the request's log record in its ASGI scope."""

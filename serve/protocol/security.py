@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 
 from prompttune.errors import UsageError
-from prompttune.serve.protocol.types import ForbiddenError, UnauthorizedError
+from prompttune.serve.messages import ForbiddenError, UnauthorizedError
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from prompttune.serve.protocol.types import (
+from prompttune.serve.messages import (
     IndexEntry,
     InferRequest,
     InferResponse,

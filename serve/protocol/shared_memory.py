@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from prompttune.serve.limits import Limits
-from prompttune.serve.protocol.elements import shown
-from prompttune.serve.protocol.types import BadRequestError, NotFoundError, TooLargeError, UnsupportedError
+from prompttune.serve.messages import BadRequestError, NotFoundError, TooLargeError, UnsupportedError, shown
 
 FOLDER = Path("/dev/shm")
 MOST_REGIONS = 64

@@ -15,11 +15,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from prompttune.serve.messages import MIXED, ServeError, UnavailableError
 from prompttune.serve.protocol.body import read_body
 from prompttune.serve.protocol.rest_shared import SAFE_METHODS, serve_error_answer
 from prompttune.serve.protocol.security import Access
 from prompttune.serve.protocol.settings import TransportSettings
-from prompttune.serve.protocol.types import MIXED, ServeError, UnavailableError
 from prompttune.serve.ray_serve.messages import ATTEMPTS, PAUSE_S, Answer, Head
 
 LOG = logging.getLogger("prompttune.serve")

@@ -10,8 +10,8 @@ import asyncio
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from prompttune.serve.messages import UnavailableError
 from prompttune.serve.protocol.rest_shared import serve_error_answer
-from prompttune.serve.protocol.types import UnavailableError
 from prompttune.serve.ray_serve.messages import ATTEMPTS, PAUSE_S
 
 

@@ -11,9 +11,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prompttune.benchmark.plan import ERROR, RECORD_FILE, RunSpec, train_again
 from prompttune.errors import CheckpointError, DivergedError, TrainingError, UsageError, describe_failure
 from prompttune.files import write_json
-from prompttune.protocols.plan import ERROR, RECORD_FILE, RunSpec, train_again
 from prompttune.training.progress import OnProgress, Progress
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _follow(parent: int) -> None:
 
 
 def main(descriptor: int, parent: int, threads: int, output: str) -> None:
-    """Main function of ``python -m prompttune.protocols``; see :func:`prompttune.protocols.runner.execute`."""
+    """Main function of ``python -m prompttune.benchmark``; see :func:`prompttune.benchmark.runner.execute`."""
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     try:
         serve_runs(Connection(descriptor), Path(output), threads)

@@ -19,6 +19,8 @@ Parameters = Mapping[str, bool | int | float | str]
 
 MIXED = "mixed"
 """The model that takes a task for each row."""
+LEAVING = "the server is shutting down: ask another one"
+_SHOWN = 60
 
 
 class ServeError(PrompttuneError):
@@ -223,3 +225,9 @@ def bytes_array(values: Sequence[str | bytes], shape: Sequence[int] | None = Non
     flat = np.empty(len(values), dtype=object)
     flat[:] = [value.encode() if isinstance(value, str) else value for value in values]
     return flat if shape is None else flat.reshape(tuple(shape))
+
+
+def shown(value: object) -> str:
+    """A value from a request, shortened for an error message."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -15,10 +15,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
+from prompttune.benchmark.plan import ERROR, RunSpec
+from prompttune.benchmark.worker import Backbones, run_one, share_teller
 from prompttune.errors import UsageError, describe_failure
 from prompttune.files import locked
-from prompttune.protocols.plan import ERROR, RunSpec
-from prompttune.protocols.worker import Backbones, run_one, share_teller
 
 MOST_JOBS = 4
 """Largest default number of concurrent runs on a CPU; each run has a backbone in memory."""
@@ -219,7 +219,7 @@ def _hire(pace: Pace, output: Path) -> _Worker:
     """
     ours, theirs = multiprocessing.Pipe()
     words = (theirs.fileno(), os.getpid(), max(1, cores() // pace.jobs), output)
-    command = [sys.executable, "-P", "-m", "prompttune.protocols", *map(str, words)]
+    command = [sys.executable, "-P", "-m", "prompttune.benchmark", *map(str, words)]
     process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
     theirs.close()
     worker = _Worker(process, ours, _start(pace))

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prompttune.benchmark.recipe import Recipe
 from prompttune.errors import CheckpointError, UsageError
 from prompttune.files import read_json
 from prompttune.methods import METHODS, MethodConfig
-from prompttune.protocols.recipe import Recipe
 from prompttune.settings import settings_of
 from prompttune.training.config import TrainConfig, augment_fields
 from prompttune.training.state import RunFolder

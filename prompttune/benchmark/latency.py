@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from prompttune.protocols.plan import RunSpec
+from prompttune.benchmark.plan import RunSpec
 
 if TYPE_CHECKING:
     from prompttune.backbones import Backbone

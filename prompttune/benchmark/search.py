@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prompttune.benchmark.plan import RunSpec
+from prompttune.benchmark.recipe import Recipe
+from prompttune.benchmark.runner import Listener, Outcome, execute
 from prompttune.files import write_json
-from prompttune.protocols.plan import RunSpec
-from prompttune.protocols.recipe import Recipe
-from prompttune.protocols.runner import Listener, Outcome, execute
 from prompttune.spreadsheets import write_table
 
 Pair = tuple[str, str]

@@ -143,7 +143,7 @@ def load_recipe(name: str, file: Path | None = None) -> Recipe:
     if file is not None:
         return read_recipe(file)
     choose("protocol", name, BUILT_IN)
-    with resources.as_file(resources.files("prompttune.protocols") / "recipes" / f"{name}.yaml") as path:
+    with resources.as_file(resources.files("prompttune.benchmark") / "recipes" / f"{name}.yaml") as path:
         return read_recipe(path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from prompttune.protocols.summary import Cell, Line, Summary
+from prompttune.benchmark.summary import Cell, Line, Summary
 
 if TYPE_CHECKING:
     from rich.table import Table

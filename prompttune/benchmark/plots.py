@@ -10,9 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
+from prompttune.benchmark.latency import Latency
+from prompttune.benchmark.summary import Summary
 from prompttune.evaluation.plots import save_png
-from prompttune.protocols.latency import Latency
-from prompttune.protocols.summary import Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

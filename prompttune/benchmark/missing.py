@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from prompttune.benchmark.recipe import Recipe
 from prompttune.data.benchmarks import KINDS, download, missing_files
 from prompttune.data.roots import HUB_PREFIX
 from prompttune.errors import DataError, UsageError, describe_failure
-from prompttune.protocols.recipe import Recipe
 
 LAYOUTS = {
     "vtab": "DATA_ROOT/NAME/train800.txt, val200.txt, train800val200.txt and test.txt with lines 'path label'",

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prompttune.benchmark.latency import Latency, measure
+from prompttune.benchmark.plan import RECORD_FILE, RunSpec, make_plan
+from prompttune.benchmark.recipe import Recipe
+from prompttune.benchmark.runner import Listener, Outcome, Pace, execute
+from prompttune.benchmark.search import Choices, Decision, decided_so_far, make_search, run_search
+from prompttune.benchmark.summary import Summary, summarise
+from prompttune.benchmark.tables import markdown
 from prompttune.errors import UsageError, describe_failure
 from prompttune.files import write_json, write_text
-from prompttune.protocols.latency import Latency, measure
-from prompttune.protocols.plan import RECORD_FILE, RunSpec, make_plan
-from prompttune.protocols.recipe import Recipe
-from prompttune.protocols.runner import Listener, Outcome, Pace, execute
-from prompttune.protocols.search import Choices, Decision, decided_so_far, make_search, run_search
-from prompttune.protocols.summary import Summary, summarise
-from prompttune.protocols.tables import markdown
 from prompttune.spreadsheets import write_table
 
 RESULTS, TABLE, SUMMARY, LATENCY, PLOT = "results.csv", "summary.md", "summary.json", "latency.csv", "accuracy.png"
@@ -80,7 +80,7 @@ class Job:
 def run_benchmark(job: Job, jobs: int, listener: Listener, *, latency: bool = True) -> Report:
     """Choose settings if the recipe requires it, train every run, and write the files of both to the output.
 
-    See :func:`prompttune.protocols.search.run_search` and :func:`prompttune.protocols.runner.execute`. If a setting
+    See :func:`prompttune.benchmark.search.run_search` and :func:`prompttune.benchmark.runner.execute`. If a setting
     could not be tried, or none can be chosen, the runs that depend on it are left out, and the report says so.
 
     Raises:
@@ -220,7 +220,7 @@ def _latencies(outcomes: Sequence[Outcome]) -> list[Latency]:
 
 
 def _write(report: Report, output: Path) -> None:
-    from prompttune.protocols.plots import plot_summary
+    from prompttune.benchmark.plots import plot_summary
 
     write_table(output / LATENCY, [dataclasses.asdict(one) for one in report.latencies])
     write_json(output / SUMMARY, report.to_dict())
