@@ -30,10 +30,10 @@ from benchmarks.common import RESULTS
 from prompttune.backbones.base import Backbone, fingerprint_of
 from prompttune.backbones.conv import ConvBackbone
 from prompttune.data.builtin import load_builtin
+from prompttune.images.preprocess import Preprocess
 from prompttune.methods import LinearConfig, MethodConfig
 from prompttune.methods.base import Method
 from prompttune.methods.sa2vp.conv import ConvSA2VP
-from prompttune.preprocess import Preprocess
 from prompttune.serve.bench.machine import machine_columns, write_csv
 
 SIZE = 64

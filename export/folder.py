@@ -36,7 +36,7 @@ from prompttune.export.layout import Layout, TensorSpec, bind_axes
 from prompttune.export.sizes import Sizes
 from prompttune.export.versions import count_version
 from prompttune.files import locked, read_json, replacing_folder, sha256_file, sync_file, visible, write_json
-from prompttune.preprocess import Preprocess
+from prompttune.images.preprocess import Preprocess
 
 FORMAT_VERSION = 1
 SEGMENTATION_VERSION = 2

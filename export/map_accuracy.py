@@ -17,7 +17,7 @@ from prompttune.export.folder import Task
 from prompttune.export.gate import Gate
 from prompttune.export.map_figures import MapTally
 from prompttune.export.samples import Labelled
-from prompttune.transform import EvaluationTransform
+from prompttune.images.transform import EvaluationTransform
 
 METRIC = "mIoU"
 
@@ -38,7 +38,7 @@ def measure_maps(
     Raises:
         DataError: every image is unreadable.
     """
-    from prompttune.data.mask_transforms import NEAREST
+    from prompttune.images.joint import NEAREST
 
     matched = source.matched
     unseen = 0 if matched is None else matched.unseen

@@ -13,7 +13,7 @@ from prompttune.errors import DataError, choose
 from prompttune.evaluation.scored import Chosen, Matched, choose_split, match_classes
 from prompttune.export.figures import Array
 from prompttune.export.folder import Task
-from prompttune.segmentation.config import IGNORE_INDEX
+from prompttune.images.masks import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from prompttune.data.objects import Data as DataSet

@@ -12,8 +12,8 @@ _LAZY = {
     "Backbone": "prompttune.backbones",
     "PromptModel": "prompttune.model",
     "Output": "prompttune.model",
-    "Preprocess": "prompttune.preprocess",
-    "read_image": "prompttune.images:open_image",
+    "Preprocess": "prompttune.images.preprocess",
+    "read_image": "prompttune.images.reading:open_image",
     "SA2VPConfig": "prompttune.methods",
     "LSPTConfig": "prompttune.methods",
     "GaPTConfig": "prompttune.methods",
@@ -96,6 +96,7 @@ if TYPE_CHECKING:
     from prompttune.explanation import explain
     from prompttune.export import ExportSettings, export_engine, validate_engine
     from prompttune.images import open_image as read_image
+    from prompttune.images.preprocess import Preprocess
     from prompttune.methods import (
         AdapterConfig,
         AdaptFormerConfig,
@@ -115,7 +116,6 @@ if TYPE_CHECKING:
     from prompttune.methods import register as register_method
     from prompttune.methods.describing import describe, methods
     from prompttune.model import Output, PromptModel
-    from prompttune.preprocess import Preprocess
     from prompttune.segmentation import SegmentationConfig
     from prompttune.serve import Engine
     from prompttune.training import TrainConfig, evaluate, train

@@ -16,8 +16,8 @@ from prompttune.data import CorruptImages, ImageSource, load_parts, make_loader
 from prompttune.data.objects import Data, settled
 from prompttune.errors import DataError, UsageError
 from prompttune.evaluation.scored import choose_split
+from prompttune.images.preprocess import Preprocess
 from prompttune.model import PromptModel
-from prompttune.preprocess import Preprocess
 from prompttune.training.scoring import resolve_device
 
 

@@ -14,10 +14,10 @@ from prompttune.backbones import Backbone, load_backbone
 from prompttune.checkpoints.format import CONFIG_FILE, MODEL_FILE, read_config, read_tensors
 from prompttune.checkpoints.io import save_checkpoint
 from prompttune.errors import CheckpointError, UsageError
+from prompttune.images.preprocess import Preprocess
 from prompttune.layers.probe import probe
 from prompttune.methods import config_from_dict
 from prompttune.methods.base import CLASSES, Layout, Method, MethodConfig, State
-from prompttune.preprocess import Preprocess
 from prompttune.segmentation.build import build_head
 from prompttune.segmentation.config import SegmentationConfig, check_maps
 from prompttune.segmentation.heads import SegmentationHead

@@ -33,7 +33,7 @@ from prompttune.export.runtimes import Array, Runtime, RuntimeOptions, open_runt
 from prompttune.export.samples import Samples
 from prompttune.export.tasks import Fit, check_fit, engine_backbone
 from prompttune.images import ImageLike, open_image
-from prompttune.preprocess import Preprocess
+from prompttune.images.preprocess import Preprocess
 from prompttune.serve.answers import Score, likeliest, softmax
 from prompttune.serve.bank import BakedBank, Bank, Entry
 from prompttune.serve.limits import TOP_K

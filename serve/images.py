@@ -10,7 +10,7 @@ from PIL import Image
 
 from prompttune.export.runtimes import Array
 from prompttune.images import TooManyPixelsError, read_image
-from prompttune.preprocess import Preprocess
+from prompttune.images.preprocess import Preprocess
 from prompttune.serve.decode_threads import single_threaded_pool
 from prompttune.serve.limits import Limits
 from prompttune.serve.messages import BadRequestError, TooLargeError

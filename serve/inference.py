@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from prompttune.errors import PrompttuneError
 from prompttune.export.folder import TaskRecord
 from prompttune.export.runtimes import Array
-from prompttune.preprocess import Preprocess
+from prompttune.images.preprocess import Preprocess
 from prompttune.serve.admission import Admission
 from prompttune.serve.batcher import Outcome
 from prompttune.serve.images import Decoder

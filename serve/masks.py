@@ -13,8 +13,8 @@ from PIL import Image
 from torch import from_numpy
 
 from prompttune.export.runtimes import Array
-from prompttune.preprocess import Preprocess
-from prompttune.segmentation.config import IGNORE_INDEX
+from prompttune.images.masks import IGNORE_INDEX
+from prompttune.images.preprocess import Preprocess
 
 Mask = NDArray[np.uint8]
 _GOLDEN = (5**0.5 - 1) / 2

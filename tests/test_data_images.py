@@ -16,7 +16,7 @@ from pillow_heif import register_heif_opener
 from skimage.data import astronaut
 
 from prompttune.images import TooManyPixelsError, is_image, is_unread_image, read_image, unread_remedy
-from prompttune.pixels import to_rgb
+from prompttune.images.pixels import to_rgb
 from tests.data_helpers import picture
 
 

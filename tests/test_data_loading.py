@@ -22,9 +22,9 @@ from prompttune.data import (
     load_data,
     make_loader,
 )
-from prompttune.data.transforms import is_exact
 from prompttune.errors import DataError, UsageError
-from prompttune.preprocess import Preprocess
+from prompttune.images.augment import is_exact
+from prompttune.images.preprocess import Preprocess
 from tests.data_helpers import picture, spoil, write_classes
 
 PREPROCESS = Preprocess(image_size=10, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from prompttune.data import load_data, make_loader
 from prompttune.errors import DataError, MissingExtraError, UsageError
-from prompttune.preprocess import Preprocess
+from prompttune.images.preprocess import Preprocess
 from tests.data_helpers import descriptions, picture, spoil, write_classes
 
 # -- torch/

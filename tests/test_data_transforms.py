@@ -13,9 +13,9 @@ from torch import Tensor
 
 from prompttune.data import Augment
 from prompttune.data.rng import generators_kept, seed_generators
-from prompttune.data.transforms import is_exact
 from prompttune.errors import UsageError
-from prompttune.preprocess import CROP_MODES, Preprocess
+from prompttune.images.augment import is_exact
+from prompttune.images.preprocess import CROP_MODES, Preprocess
 
 PREPROCESS = Preprocess(image_size=24, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25), crop_pct=0.9)
 

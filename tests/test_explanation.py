@@ -27,9 +27,9 @@ from prompttune.explanation.embedding import embed
 from prompttune.explanation.inputs import model_input, token_of, view
 from prompttune.explanation.similarity import cosine_map, record_maps
 from prompttune.explanation.subjects import Subject, load_subjects
+from prompttune.images.preprocess import Preprocess
 from prompttune.layers.probe import recording
 from prompttune.methods import METHODS, GaPTConfig, LinearConfig, LSPTConfig, SA2VPConfig
-from prompttune.preprocess import Preprocess
 from tests.drawing import default_configs, drawn_backbone, drawn_model
 from tests.test_report import Page
 from tests.training_helpers import write_folder

@@ -18,9 +18,9 @@ from prompttune.errors import DataError
 from prompttune.explanation.cam import MappedModel, grad_cam, last_layer
 from prompttune.explanation.inputs import read_pictures, view
 from prompttune.explanation.similarity import cosine_map, grid_of, record_maps
+from prompttune.images.preprocess import Preprocess
 from prompttune.layers.probe import recording
 from prompttune.methods import LinearConfig, SA2VPConfig
-from prompttune.preprocess import Preprocess
 from tests.convs import CONVS
 from tests.drawing import default_configs, drawn_backbone, drawn_model
 from tests.segmenting import drawn_segmentation

@@ -24,7 +24,7 @@ import prompttune as pt
 from prompttune.data.base import FileSource
 from prompttune.errors import DataError, UsageError
 from prompttune.explanation.inputs import read_pictures
-from prompttune.preprocess import Preprocess
+from prompttune.images.preprocess import Preprocess
 from prompttune.serve.images import FORMATS, Decoder
 from prompttune.serve.infer.items import ArrayPayload, BytesPayload, FilePayload
 from prompttune.serve.infer.sources.shards import ShardSource

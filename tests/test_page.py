@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Error, Page, expect, sync_playwright
 
-from prompttune.preprocess import Preprocess
+from prompttune.images.preprocess import Preprocess
 from prompttune.serve.images import Decoder
 from prompttune.serve.limits import Limits
 from prompttune.serve.messages import InferRequest, InferResponse, NotFoundError

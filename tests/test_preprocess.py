@@ -7,7 +7,7 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 
 from prompttune.errors import DataError, UsageError
-from prompttune.preprocess import Preprocess, UnresizableError
+from prompttune.images.preprocess import Preprocess, UnresizableError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 

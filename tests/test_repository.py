@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prompttune.export.folder import FileRecord, TaskRecord
-from prompttune.preprocess import Preprocess
+from prompttune.images.preprocess import Preprocess
 from prompttune.serve.catalogue import Scan
 from prompttune.serve.lane import Lane
 from prompttune.serve.messages import BadRequestError, NotFoundError, UnavailableError

@@ -20,7 +20,7 @@ from prompttune.export.figures import Tally
 from prompttune.export.gate import Gate
 from prompttune.export.map_figures import MapTally
 from prompttune.export.tasks import Fit, engine_model
-from prompttune.preprocess import Preprocess
+from prompttune.images.preprocess import Preprocess
 from prompttune.serve.infer import InferSettings, infer
 from prompttune.serve.masks import class_map, mask_of_image, palette, seen_box
 from tests.engines import exported, noise

@@ -13,11 +13,12 @@ from PIL import Image
 from prompttune.cli.main import cli
 from prompttune.data import Augment
 from prompttune.data.mask_loading import make_mask_loader
-from prompttune.data.mask_transforms import JointTransform
-from prompttune.data.masks import indexed, load_masks
+from prompttune.data.masks import load_masks
 from prompttune.errors import DataError, UsageError
 from prompttune.evaluation.segmentation import PixelTally
-from prompttune.preprocess import Preprocess
+from prompttune.images.joint import JointTransform
+from prompttune.images.masks import indexed
+from prompttune.images.preprocess import Preprocess
 from prompttune.training import TrainConfig, train
 from prompttune.training.segmenting import PixelScores, evaluate_segmentation, pixel_loss
 from tests.segmenting import write_ade20k, write_blocks

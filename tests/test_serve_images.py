@@ -20,7 +20,7 @@ from PIL import Image, ImageFile
 from skimage.data import data_dir
 
 from prompttune.images import read_image
-from prompttune.preprocess import CROP_MODES, INTERPOLATIONS, Preprocess
+from prompttune.images.preprocess import CROP_MODES, INTERPOLATIONS, Preprocess
 from prompttune.serve import images
 from prompttune.serve.images import Decoder
 from prompttune.serve.limits import Limits

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prompttune.errors import UsageError
-from prompttune.preprocess import Preprocess
+from prompttune.images.preprocess import Preprocess
 
 
 def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:

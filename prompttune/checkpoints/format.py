@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prompttune.errors import CheckpointError
 from prompttune.files import read_json, sha256_file
-from prompttune.preprocess import LONGEST_SIDE
+from prompttune.images.preprocess import LONGEST_SIDE
 
 FORMAT_VERSION = 1
 SEGMENTATION_VERSION = 2

@@ -16,8 +16,8 @@ from prompttune.checkpoints.importing.source import listed
 from prompttune.cli.options import SettingOption, given_settings
 from prompttune.cli.sections import SectionedCommand, SectionOption
 from prompttune.errors import UsageError
+from prompttune.images.preprocess import CROP_MODES, INTERPOLATIONS, NORMALISATIONS
 from prompttune.methods.registry import method_fields
-from prompttune.preprocess import CROP_MODES, INTERPOLATIONS, NORMALISATIONS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

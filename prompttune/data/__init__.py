@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from prompttune.data.base import DataSplits, FileSource, ImageSource, Parts, Subset, file_at
     from prompttune.data.loading import Batch, CorruptImages, EpochLoader, make_loader, on_device
     from prompttune.data.sources import load_data, load_parts
-    from prompttune.data.transforms import Augment
+    from prompttune.images.augment import Augment
 
 _LAZY = {
-    "Augment": "prompttune.data.transforms",
+    "Augment": "prompttune.images.augment",
     "Batch": "prompttune.data.loading",
     "CorruptImages": "prompttune.data.loading",
     "DataSplits": "prompttune.data.base",

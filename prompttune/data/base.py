@@ -7,15 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from prompttune.errors import DataError, shortened
 from prompttune.images import read_image
-
-Mask = NDArray[np.uint8]
-"""[height, width]: the class index of each pixel, or 255 for none of them."""
+from prompttune.images.masks import Mask
 
 
 class ImageSource(Protocol):

@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from prompttune.data.base import ImageSource
 from prompttune.data.rng import derive_seed, generators_kept, seed_generators
-from prompttune.data.transforms import Transform, is_exact
 from prompttune.errors import DataError, UsageError
-from prompttune.preprocess import UnresizableError
+from prompttune.images.augment import Transform, is_exact
+from prompttune.images.preprocess import UnresizableError
 
 if TYPE_CHECKING:
     from prompttune.data.base import MaskSource
-    from prompttune.data.mask_transforms import JointTransform
+    from prompttune.images.joint import JointTransform
 
 Key = tuple[int, int]
 """Epoch and index of an image: the epoch is sent along because worker processes outlive an epoch."""

@@ -9,7 +9,7 @@ import torch
 
 from prompttune.data.base import MaskSource
 from prompttune.data.loading import Batch, EpochLoader, Sample, Samples, make_loader
-from prompttune.data.mask_transforms import JointTransform
+from prompttune.images.joint import JointTransform
 
 
 class MaskSamples(Samples):

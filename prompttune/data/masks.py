@@ -7,26 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from prompttune.data.base import Mask, MaskSource, Parts, Subset
+from prompttune.data.base import MaskSource, Parts, Subset
 from prompttune.data.files import Walk, components
 from prompttune.data.shape_masks import load_shape_masks
 from prompttune.data.split_names import ALL, TEST, TRAIN, VAL, split_of
 from prompttune.data.splitting import at_most
 from prompttune.data.text import nfc, text_lines
 from prompttune.errors import DataError, UsageError
-from prompttune.images import opened, read_oriented, turn_upright
-from prompttune.segmentation.config import IGNORE_INDEX
+from prompttune.images import read_oriented
+from prompttune.images.masks import IGNORE_INDEX, Mask, indexed, read_numbers
 
 IMAGES, ANNOTATIONS = "images", "annotations"
 NAMES_FILE = "classes.txt"
 ADE20K_NAMES_FILE = "objectInfo150.txt"
 LAYOUT = "images/training, annotations/training, images/validation and annotations/validation"
-INDEX_MODES = ("1", "L", "P", "I", "I;16")
-"""Pillow's modes for pictures whose pixels are numbers instead of colours."""
 
 
 @dataclass(frozen=True)
@@ -86,39 +82,6 @@ class FileMaskSource(MaskSource):
     def describe(self, index: int) -> str:
         """The path of the image."""
         return str(self.pairs[index][0])
-
-
-def read_numbers(path: Path) -> tuple[NDArray[np.int64], int]:
-    """The numbers of an annotation file, upright [height, width], and the EXIF orientation in the file.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: its pixels are colours.
-    """
-    try:
-        with opened(path) as picture:
-            if (mode := picture.mode) in INDEX_MODES:
-                upright, orientation = turn_upright(picture)
-                return np.asarray(upright).astype(np.int64), orientation
-    except OSError as problem:
-        raise OSError(f"the annotation {path.name} cannot be read ({problem})") from None
-    raise ValueError(f"the annotation {path.name} has colours ({mode}), not one class number per pixel")
-
-
-def indexed(numbers: NDArray[np.int64], reduce_zero_label: bool) -> Mask:
-    """Class indices from an annotation's numbers.
-
-    Raises:
-        ValueError: a number exceeds the range of a mask.
-    """
-    ignored = numbers == IGNORE_INDEX
-    if reduce_zero_label:
-        ignored |= numbers == 0
-        numbers = numbers - 1
-    kept = numbers[~ignored]
-    if kept.size and (kept.min() < 0 or kept.max() >= IGNORE_INDEX):
-        raise ValueError(f"an annotation has numbers beyond {IGNORE_INDEX}")
-    return np.where(ignored, IGNORE_INDEX, numbers).astype(np.uint8)
 
 
 def mask_files_at(source: Any, index: int) -> tuple[Path, Path, str] | None:

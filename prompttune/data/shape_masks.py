@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from prompttune.data import shapes
-from prompttune.data.base import Mask, MaskSource, Parts
+from prompttune.data.base import MaskSource, Parts
 from prompttune.errors import choose
+from prompttune.images.masks import Mask
 
 TRAIN, VAL = 600, 200
 """Number of images in the two splits."""

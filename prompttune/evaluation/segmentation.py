@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from prompttune.errors import DataError
 from prompttune.evaluation.result import unseen_counts
 from prompttune.evaluation.scored import Chosen, class_notes
-from prompttune.segmentation.config import IGNORE_INDEX
+from prompttune.images.masks import IGNORE_INDEX
 
 Counts = NDArray[np.int64]
 

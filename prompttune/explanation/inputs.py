@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prompttune.errors import DataError, UsageError
 from prompttune.images import read_image
-from prompttune.preprocess import LONGEST_SIDE, Preprocess, UnresizableError
+from prompttune.images.preprocess import LONGEST_SIDE, Preprocess, UnresizableError
 
 VIEW_SIDE = 336
 """Smallest side in pixels of the picture that a map is laid over."""

@@ -12,9 +12,9 @@ from torch import Tensor
 from prompttune.backbones.base import Backbone
 from prompttune.checkpoints import CONFIG_FILE, read_config
 from prompttune.errors import UsageError
+from prompttune.images.preprocess import Preprocess
 from prompttune.methods import State
 from prompttune.model import PromptModel
-from prompttune.preprocess import Preprocess
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING
 from prompttune.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from prompttune.segmentation.config import HEADS, IGNORE_INDEX, STRIDE, SegmentationConfig
+    from prompttune.segmentation.config import HEADS, STRIDE, SegmentationConfig
     from prompttune.segmentation.heads import SegmentationHead
 
 _LAZY = {
     "HEADS": "prompttune.segmentation.config",
-    "IGNORE_INDEX": "prompttune.segmentation.config",
     "STRIDE": "prompttune.segmentation.config",
     "SegmentationConfig": "prompttune.segmentation.config",
     "SegmentationHead": "prompttune.segmentation.heads",
 }
 
-__all__ = ["HEADS", "IGNORE_INDEX", "STRIDE", "SegmentationConfig", "SegmentationHead"]
+__all__ = ["HEADS", "STRIDE", "SegmentationConfig", "SegmentationHead"]
 
 __getattr__ = lazy_names(__name__, _LAZY)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from prompttune.backbones.base import Backbone
 from prompttune.errors import UsageError
-from prompttune.segmentation.config import IGNORE_INDEX, SegmentationConfig, output_size
+from prompttune.images.masks import IGNORE_INDEX
+from prompttune.segmentation.config import SegmentationConfig, output_size
 from prompttune.segmentation.heads import LinearHead, SegmentationHead
 from prompttune.segmentation.pyramid import PyramidHead
 

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 TASKS = ("classification", "segmentation")
 HEADS = ("linear", "pyramid")
-IGNORE_INDEX = 255
-"""Mask value of pixels without a class, which are neither trained nor scored; also the largest number of classes."""
 STRIDE = 4
 """Pixels of the input per value of the logits' map, in both directions."""
 PYRAMID_LEVELS = 4

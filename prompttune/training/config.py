@@ -17,9 +17,9 @@ from prompttune.data import Augment
 from prompttune.data.base import DataObject
 from prompttune.data.objects import Data, settled
 from prompttune.errors import UsageError, choose
+from prompttune.images.preprocess import CROP_MODES, INTERPOLATIONS, NORMALISATIONS, Preprocess
 from prompttune.methods import METHODS, MethodConfig, config_from_dict
 from prompttune.methods.registry import method_fields
-from prompttune.preprocess import CROP_MODES, INTERPOLATIONS, NORMALISATIONS, Preprocess
 from prompttune.segmentation.config import HEADS, TASKS, SegmentationConfig
 from prompttune.settings import Setting, coerce_all, setting, settings_of, settle
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from prompttune.data import Batch, CorruptImages, DataSplits, make_loader, on_device
 from prompttune.data.loading import loading
 from prompttune.data.mask_loading import make_mask_loader
-from prompttune.data.mask_transforms import JointTransform
 from prompttune.data.masks import MaskSplits
 from prompttune.data.rng import derive_seed
 from prompttune.errors import DataError, DivergedError, UsageError
+from prompttune.images.joint import JointTransform
 from prompttune.model import PromptModel
 from prompttune.training.held_out import HeldOut
 from prompttune.training.initial import read_start, take_parameters

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from prompttune.data.base import MaskSource
 from prompttune.data.mask_loading import make_mask_loader
-from prompttune.data.mask_transforms import JointTransform
 from prompttune.errors import DataError, UsageError
 from prompttune.evaluation.scored import Matched, match_classes
 from prompttune.evaluation.segmentation import PixelTally, SegmentationEvaluation
+from prompttune.images.joint import JointTransform
+from prompttune.images.masks import IGNORE_INDEX
 from prompttune.model import PromptModel
-from prompttune.segmentation.config import IGNORE_INDEX
 from prompttune.training.own_data import choose_images, data_settings
 from prompttune.training.scoring import opened, resolve_device, score_all
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from prompttune.export.runtimes import Array
 from prompttune.images import read_image
-from prompttune.preprocess import Preprocess
+from prompttune.images.preprocess import Preprocess
 from prompttune.serve.infer.items import Encoded, Item, Payload
 from prompttune.serve.infer.ledger import Trace, content_digest
 from prompttune.serve.infer.work import Work

@@ -10,7 +10,7 @@ from pathlib import Path
 from prompttune.errors import UsageError
 from prompttune.export.folder import EngineFolder, read_record
 from prompttune.export.runtimes import RuntimeOptions
-from prompttune.preprocess import Preprocess
+from prompttune.images.preprocess import Preprocess
 from prompttune.serve.infer.settings import BATCH_SIZE
 from prompttune.serve.limits import TOP_K
 

@@ -22,9 +22,9 @@ from prompttune.checkpoints.importing.source import Source
 from prompttune.checkpoints.importing.vpt import VPTLayout
 from prompttune.errors import CheckpointError, UsageError, choose
 from prompttune.files import locked, replacing, replacing_folder, visible
+from prompttune.images.preprocess import NORMALISATIONS, Preprocess
 from prompttune.methods import config_from_dict
 from prompttune.model import PromptModel
-from prompttune.preprocess import NORMALISATIONS, Preprocess
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout for layout in (SA2VPLayout(), VPTLayout(), GaPTLayout(), PeftLayout())

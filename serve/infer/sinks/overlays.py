@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from prompttune.files import replacing, visible, write_text
 from prompttune.fonts import Face
-from prompttune.segmentation.config import IGNORE_INDEX
+from prompttune.images.masks import IGNORE_INDEX
 from prompttune.serve.infer.rows import Answer, Row
 from prompttune.serve.infer.sinks.appended import PARTS, Part, Taking, state_number, whole_file
 from prompttune.serve.infer.sinks.drawing import shortened

@@ -14,11 +14,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import to_pil_image
 from torchvision.transforms.v2 import functional as F
 
-from prompttune.data.base import Mask
-from prompttune.data.transforms import Augment
 from prompttune.errors import UsageError
-from prompttune.preprocess import Preprocess
-from prompttune.transform import RESIZED_HERE, EvaluationTransform
+from prompttune.images.augment import Augment
+from prompttune.images.masks import Mask
+from prompttune.images.preprocess import Preprocess
+from prompttune.images.transform import RESIZED_HERE, EvaluationTransform
 
 NEAREST = InterpolationMode.NEAREST_EXACT
 """Filter for masks: each new pixel gets the class of the pixel whose area contains its centre."""

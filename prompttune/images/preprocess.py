@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prompttune.errors import choose
-from prompttune.transform_settings import CROP_MODES as CROP_MODES
-from prompttune.transform_settings import INTERPOLATIONS as INTERPOLATIONS
-from prompttune.transform_settings import LONGEST_SIDE as LONGEST_SIDE
-from prompttune.transform_settings import NORMALISATIONS as NORMALISATIONS
-from prompttune.transform_settings import TransformSettings
-from prompttune.transform_settings import UnresizableError as UnresizableError
+from prompttune.images.transform_settings import CROP_MODES as CROP_MODES
+from prompttune.images.transform_settings import INTERPOLATIONS as INTERPOLATIONS
+from prompttune.images.transform_settings import LONGEST_SIDE as LONGEST_SIDE
+from prompttune.images.transform_settings import NORMALISATIONS as NORMALISATIONS
+from prompttune.images.transform_settings import TransformSettings
+from prompttune.images.transform_settings import UnresizableError as UnresizableError
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ class Preprocess(TransformSettings):
         The function raises :class:`UnresizableError` if :meth:`check_sides` does.
         """
         # The imports take seconds, and engines read settings without them.
-        from prompttune.transform import RESIZED_HERE, CheckedSides, EvaluationTransform
+        from prompttune.images.transform import RESIZED_HERE, CheckedSides, EvaluationTransform
 
         if self.crop_mode != "border" and self.interpolation in RESIZED_HERE:
             return EvaluationTransform(self)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from prompttune.errors import DataError, MissingExtraError, PrompttuneError, UsageError
-from prompttune.pixels import grey_of, mend, to_rgb
+from prompttune.images.pixels import grey_of, mend, to_rgb
 
 HEIF_EXTENSIONS = frozenset((".heic", ".heif", ".hif"))
 HEIF_INSTALLED = importlib.util.find_spec("pillow_heif") is not None
@@ -78,7 +78,8 @@ def open_image(source: ImageLike) -> Image.Image:
             RGB pixels, uint8 [height, width, 3]. A PIL image is not changed.
 
     Returns:
-        The image upright by its EXIF orientation and in 8-bit RGB, converted by :func:`prompttune.pixels.to_rgb`.
+        The image upright by its EXIF orientation and in 8-bit RGB,
+        converted by :func:`~prompttune.images.pixels.to_rgb`.
 
     Raises:
         DataError: the image cannot be read; one line with the file's name.

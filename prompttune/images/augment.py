@@ -21,9 +21,9 @@ from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
 from prompttune.errors import UsageError, choose
-from prompttune.preprocess import Preprocess
+from prompttune.images.preprocess import Preprocess
+from prompttune.images.transform import EvaluationTransform
 from prompttune.settings import setting
-from prompttune.transform import EvaluationTransform
 
 Transform = Callable[[Image.Image], Tensor]
 

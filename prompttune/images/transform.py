@@ -12,7 +12,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from prompttune.images import read_image
-from prompttune.transform_settings import TransformSettings
+from prompttune.images.transform_settings import TransformSettings
 
 RESIZED_HERE = ("bicubic", "bilinear")
 """Interpolations that torchvision vectorises for 8-bit images."""
