@@ -12,7 +12,7 @@ import torch
 
 from prompttune.backbones import Backbone, load_backbone
 from prompttune.checkpoints import read_config
-from prompttune.errors import CheckpointError, EngineError, UsageError, choose
+from prompttune.errors import CheckpointError, EngineError, UsageError
 from prompttune.export.folder import Manifest, Task, check_task_name
 from prompttune.methods import METHODS, config_from_dict
 from prompttune.model import PromptModel
@@ -211,7 +211,7 @@ def engine_backbone(manifest: Manifest, weights: str | Path | None = None) -> Ba
 
 
 def _shares_backbone(manifest: Manifest) -> bool:
-    return METHODS[choose("method", manifest.method["name"], METHODS)].shares_backbone
+    return METHODS[manifest.method["name"]].shares_backbone
 
 
 def _checkpoint_backbone(path: Path) -> Backbone:

@@ -1,14 +1,28 @@
-"""Registries of named parts, some of which other packages provide through entry points."""
+"""The one way in which an extension is added: a registry of named parts.
+
+Methods, backbones, task types, sources, sinks, formats, runtimes and layouts of released checkpoints each have one::
+
+    FORMATS: Registry[type[Format]] = Registry("format", "prompttune.formats")
+    FORMATS.add("onnx", "prompttune.export.formats.onnx:OnnxFormat")  # imported at the first FORMATS["onnx"]
+    FORMATS.add("mine", MineFormat)
+
+``FORMATS["mine"]`` is the part; an unknown name raises an error that names the known ones. A registry is a mapping, so
+it also serves as the ``choices`` of a setting. Other packages add parts through entry points of the registry's group::
+
+    [project.entry-points."prompttune.formats"]
+    mine = "my_package:MineFormat"
+"""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
-from prompttune.errors import UsageError, describe_failure
+from prompttune.errors import UsageError, choose, describe_failure
 
 Part = TypeVar("Part")
 logger = logging.getLogger("prompttune")
@@ -17,28 +31,32 @@ logger = logging.getLogger("prompttune")
 class Registry(Mapping[str, Part], Generic[Part]):
     """Parts by name, in the order of their registration.
 
-    Entry points are loaded at the first lookup of a name. An entry point that fails is logged as a warning; the others
-    are still loaded.
+    Names are listed without importing their parts. Entry points are loaded at the first lookup; one that fails is
+    logged as a warning, and the others are still loaded.
 
     Args:
-        kind: description of the parts.
-        group: group of the entry points.
-        register: called with the name and the object of an entry point; adds the part.
+        kind: description of the parts in errors, such as ``format``.
+        group: group of the entry points, such as ``prompttune.formats``.
+        check: raises :class:`UsageError` for a name or an object that cannot be registered.
     """
 
-    def __init__(self, kind: str, group: str, register: Callable[[str, Any], object]) -> None:
+    def __init__(self, kind: str, group: str, check: Callable[[str, Any], object] | None = None) -> None:
         self.kind, self.group = kind, group
-        self._register = register
-        self._parts: dict[str, Part] = {}
+        self._check = check
+        self._parts: dict[str, Part | str] = {}
         self._lock = threading.RLock()
         self._loaded = False
 
-    def add(self, name: str, part: Part) -> None:
-        """Add a part; a part that was redefined under the same module and name replaces the old one.
+    def add(self, name: str, part: Part | str) -> None:
+        """Add a part, or ``module:attribute`` to import at its first use.
+
+        A part that was redefined under the same module and name, as in a notebook, replaces the old one.
 
         Raises:
-            UsageError: the name is taken by another part.
+            UsageError: the name is taken by another part, or the check refuses the part.
         """
+        if self._check is not None and not isinstance(part, str):
+            self._check(name, part)
         known = self._parts.get(name)
         if known is not None and _origin(known) != _origin(part):
             taken = f"a {self.kind} named {name!r} is registered already, by {_origin(known)}"
@@ -47,9 +65,16 @@ class Registry(Mapping[str, Part], Generic[Part]):
 
     def registered(self) -> dict[str, Part]:
         """The parts so far, without those of entry points that are not loaded yet."""
-        return dict(self._parts)
+        return {name: self._imported(name) for name in self._parts}
 
-    def _all(self) -> dict[str, Part]:
+    def _imported(self, name: str) -> Part:
+        part = self._parts[name]
+        if isinstance(part, str):
+            module, _, attribute = part.partition(":")
+            self._parts[name] = part = cast(Part, getattr(importlib.import_module(module), attribute))
+        return part
+
+    def _all(self) -> dict[str, Part | str]:
         with self._lock:
             if not self._loaded:
                 self._loaded = True  # set first, because a loaded package may look up names itself
@@ -59,14 +84,18 @@ class Registry(Mapping[str, Part], Generic[Part]):
 
     def _load(self, entry: metadata.EntryPoint) -> None:
         try:
-            self._register(entry.name, entry.load())
+            self.add(entry.name, entry.load())
         except (Exception, SystemExit) as problem:  # any error of another package; the others are still loaded
             package = entry.dist.name if entry.dist else "?"
             found = (self.kind, entry.name, package, entry.value, describe_failure(problem))
             logger.warning("the %s %s of the package %s (%s) is left out: %s", *found)
 
     def __getitem__(self, name: str) -> Part:
-        return self._all()[name]
+        """The part of this name; raises :class:`UsageError` for an unknown one."""
+        return self._imported(choose(self.kind, name, self._all()))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._all()
 
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._all()))
@@ -76,5 +105,8 @@ class Registry(Mapping[str, Part], Generic[Part]):
 
 
 def _origin(part: object) -> str:
+    """Module and name of a part."""
+    if isinstance(part, str):
+        return part.replace(":", ".")
     name = getattr(part, "__qualname__", None)
     return repr(part) if name is None else f"{getattr(part, '__module__', '?')}.{name}"

@@ -45,15 +45,18 @@ def register_backbone(name: str, build: Builder) -> Builder:
     Raises:
         UsageError: timm or another registered backbone already has this name.
     """
-    if not callable(build):
-        raise UsageError(f"the backbone {name} is registered by a function of image_size and weights, not by {build!r}")
-    if timm.is_model(name.split(".")[0]):
-        raise UsageError(f"timm has a model named {name!r}: give the backbone another name")
     BACKBONES.add(name, build)
     return build
 
 
-BACKBONES: Registry[Builder] = Registry("backbone", "prompttune.backbones", register_backbone)
+def _check_builder(name: str, build: object) -> None:
+    if not callable(build):
+        raise UsageError(f"the backbone {name} is registered by a function of image_size and weights, not by {build!r}")
+    if timm.is_model(name.split(".")[0]):
+        raise UsageError(f"timm has a model named {name!r}: give the backbone another name")
+
+
+BACKBONES: Registry[Builder] = Registry("backbone", "prompttune.backbones", _check_builder)
 
 
 def load_backbone(name: str, image_size: int | None = None, weights: str | Path = "auto") -> Backbone:

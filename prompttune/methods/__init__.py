@@ -8,7 +8,7 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-from prompttune.errors import UsageError, choose
+from prompttune.errors import UsageError
 from prompttune.methods.adapter import AdapterConfig
 from prompttune.methods.adaptformer import AdaptFormerConfig
 from prompttune.methods.base import Features, Layout, Method, MethodConfig, State
@@ -42,7 +42,7 @@ for _config in (
     FullConfig,
     DAMVPConfig,
 ):
-    METHODS.add(_config.method, _config)
+    register(_config)
 
 
 def config_from_dict(method: str, settings: Mapping[str, Any]) -> MethodConfig:
@@ -51,7 +51,7 @@ def config_from_dict(method: str, settings: Mapping[str, Any]) -> MethodConfig:
     Raises:
         UsageError: the method, a setting or a value is unknown.
     """
-    config = METHODS[choose("method", method, METHODS)]
+    config = METHODS[method]
     known = [field.name for field in dataclasses.fields(config)]
     for name in settings:
         if name not in known:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prompttune.errors import choose
 from prompttune.methods.registry import METHODS
 from prompttune.settings import Setting, settings_of
 
@@ -105,6 +104,6 @@ def describe(method: str) -> MethodDescription:
     Raises:
         UsageError: the method is unknown.
     """
-    config = METHODS[choose("method", method, METHODS)]
+    config = METHODS[method]
     settings = tuple(SettingDescription.of(known) for known in settings_of(config).values())
     return MethodDescription(method, config.summary, config.paper, settings)

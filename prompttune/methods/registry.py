@@ -33,30 +33,28 @@ def register(config: Config) -> Config:
     Raises:
         UsageError: the name is taken, or the settings cannot become options beside those of the others.
     """
-    _check(config)
-    METHODS.add(config.method, config)
+    METHODS.add(getattr(config, "method", ""), config)
     return config
 
 
-METHODS: Registry[type[MethodConfig]] = Registry("method", "prompttune.methods", lambda _name, config: register(config))
-
-
-def method_fields(methods: Mapping[str, type[MethodConfig]] = METHODS) -> dict[str, dict[str, Setting]]:
+def method_fields(methods: Mapping[str, type[MethodConfig]] | None = None) -> dict[str, dict[str, Setting]]:
     """The settings of every method: setting name → method name → setting."""
     found: dict[str, dict[str, Setting]] = {}
-    for method, cls in methods.items():
+    for method, cls in (METHODS if methods is None else methods).items():
         for name, known in settings_of(cls).items():
             found.setdefault(name, {})[method] = known
     return found
 
 
-def _check(config: Any) -> None:
+def _check(name: str, config: Any) -> None:
     """Raise :class:`UsageError` for what is not a method's config, or has a setting that cannot become an option."""
     if not (isinstance(config, type) and issubclass(config, MethodConfig)):
         raise UsageError(f"a method is registered by its config, a subclass of MethodConfig, not by {config!r}")
     where = f"{config.__module__}.{config.__qualname__}"
     if not isinstance(getattr(config, "method", None), str) or not config.method:
         raise UsageError(f"{where} has no name: give it method = '...'")
+    if config.method != name:
+        raise UsageError(f"{where} is the method {config.method}, not {name}: register it under its own name")
     if "__dataclass_params__" not in vars(config):
         raise UsageError(f"{where} is not a dataclass: put @dataclass(frozen=True) in front of it")
     known = settings_of(config)
@@ -64,13 +62,16 @@ def _check(config: Any) -> None:
     if plain := [name for name in fields if name not in known or known[name].type is Path]:
         raise UsageError(f"{where}: {plain[0]} must be an int, float, bool, str or a tuple of them")
     others = method_fields(METHODS.registered())
-    for name, setting in known.items():
+    for field, setting in known.items():
         if setting.required:
-            raise UsageError(f"{where}: {name} needs a default")
-        if name in RESERVED:
-            raise UsageError(f"{where}: {name} is an option of training: give the setting another name")
-        for method, other in others.get(name, {}).items():
-            if method != config.method and (other.type, other.is_tuple) != (setting.type, setting.is_tuple):
+            raise UsageError(f"{where}: {field} needs a default")
+        if field in RESERVED:
+            raise UsageError(f"{where}: {field} is an option of training: give the setting another name")
+        for method, other in others.get(field, {}).items():
+            if method != name and (other.type, other.is_tuple) != (setting.type, setting.is_tuple):
                 raise UsageError(
-                    f"{where}: {name} is of another type in the method {method}: give the setting another name"
+                    f"{where}: {field} is of another type in the method {method}: give the setting another name"
                 )
+
+
+METHODS: Registry[type[MethodConfig]] = Registry("method", "prompttune.methods", _check)

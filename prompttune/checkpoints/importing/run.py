@@ -25,10 +25,11 @@ from prompttune.files import locked, replacing, replacing_folder, visible
 from prompttune.images.preprocess import NORMALISATIONS, Preprocess
 from prompttune.methods import config_from_dict
 from prompttune.model import PromptModel
+from prompttune.registry import Registry
 
-LAYOUTS: dict[str, Layout] = {
-    layout.name: layout for layout in (SA2VPLayout(), VPTLayout(), GaPTLayout(), PeftLayout())
-}
+LAYOUTS: Registry[Layout] = Registry("layout", "prompttune.layouts")
+for _layout in (SA2VPLayout(), VPTLayout(), GaPTLayout(), PeftLayout()):
+    LAYOUTS.add(_layout.name, _layout)
 """Layouts by the name for ``--from``."""
 
 
@@ -119,7 +120,7 @@ def import_checkpoint(
         CheckpointError: the file cannot be read or does not fit the backbone or the method.
         BackboneError: the backbone's weights cannot be found.
     """
-    kind = LAYOUTS[choose("layout", layout, LAYOUTS)]
+    kind = LAYOUTS[layout]
     choose("normalisation", normalisation or kind.normalisation, NORMALISATIONS)
     folder, given = Path(output), dict(settings or {})
     for name in given:
