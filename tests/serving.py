@@ -7,9 +7,9 @@ import contextlib
 
 import numpy as np
 
-from prompttune.serve.assembly import EngineSettings, make_service
 from prompttune.serve.messages import InferRequest, InputTensor, bytes_array
-from prompttune.serve.service import ServiceSettings
+from prompttune.serve.service.assembly import EngineSettings, make_service
+from prompttune.serve.service.service import ServiceSettings
 from tests.engines import SIZE
 
 

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from prompttune.serve.batcher import Batcher
+from prompttune.serve.batching.batcher import Batcher
 from prompttune.serve.messages import UnavailableError
 from prompttune.serve.workers import Key, WorkerDiedError
 from tests.fake_worker import SETTINGS, FakeWorker, image

@@ -7,7 +7,7 @@ import pytest
 
 from prompttune.errors import EngineError
 from prompttune.export.folder import STATE_FILE, TASK_RECORD, EngineFolder, read_record
-from prompttune.serve.catalogue import Catalogue
+from prompttune.serve.service.catalogue import Catalogue
 from tests.engines import copied, exported
 
 
@@ -54,7 +54,7 @@ def test_axes_hold_every_task(engine, more):
 def test_reads_again_only_what_changed(engine, monkeypatch):
     catalogue, read = Catalogue(engine), []
     monkeypatch.setattr(
-        "prompttune.serve.catalogue.read_record", lambda folder: read.append(folder.name) or read_record(folder)
+        "prompttune.serve.service.catalogue.read_record", lambda folder: read.append(folder.name) or read_record(folder)
     )
     first = catalogue.scan()
     assert sorted(read) == ["task0", "task1"]

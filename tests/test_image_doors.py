@@ -25,13 +25,13 @@ from prompttune.data.base import FileSource
 from prompttune.errors import DataError, UsageError
 from prompttune.explanation.inputs import read_pictures
 from prompttune.images.preprocess import Preprocess
-from prompttune.serve.images import FORMATS, Decoder
 from prompttune.serve.infer.items import ArrayPayload, BytesPayload, FilePayload
 from prompttune.serve.infer.sources.shards import ShardSource
 from prompttune.serve.infer.sources.tables import TableSource
 from prompttune.serve.limits import Limits
 from prompttune.serve.messages import BadRequestError, InferRequest, InputTensor, bytes_array
-from prompttune.serve.tensors import Payload, read_rows
+from prompttune.serve.service.images import FORMATS, Decoder
+from prompttune.serve.service.tensors import Payload, read_rows
 from tests.engines import exported
 
 TRANSFORM = Preprocess(32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

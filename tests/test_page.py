@@ -18,12 +18,12 @@ from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Error, Page, expect, sync_playwright
 
 from prompttune.images.preprocess import Preprocess
-from prompttune.serve.images import Decoder
 from prompttune.serve.limits import Limits
 from prompttune.serve.messages import InferRequest, InferResponse, NotFoundError
 from prompttune.serve.protocol.security import Guard, Tokens
 from prompttune.serve.protocol.settings import TransportSettings
-from prompttune.serve.tensors import read_rows, write_outputs
+from prompttune.serve.service.images import Decoder
+from prompttune.serve.service.tensors import read_rows, write_outputs
 from tests.fake_service import FakeService, serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

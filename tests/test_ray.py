@@ -18,7 +18,7 @@ import pytest
 
 import prompttune as pt
 from prompttune.errors import MissingExtraError, UsageError
-from prompttune.serve.assembly import EngineSettings
+from prompttune.serve.service.assembly import EngineSettings
 from tests.engines import exported
 from tests.serving import noise
 

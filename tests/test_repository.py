@@ -8,11 +8,11 @@ import pytest
 
 from prompttune.export.folder import FileRecord, TaskRecord
 from prompttune.images.preprocess import Preprocess
-from prompttune.serve.catalogue import Scan
-from prompttune.serve.lane import Lane
+from prompttune.serve.batching.replica import DeviceReplica
 from prompttune.serve.messages import BadRequestError, NotFoundError, UnavailableError
-from prompttune.serve.numbers import Numbers
-from prompttune.serve.repository import Repository
+from prompttune.serve.service.catalogue import Scan
+from prompttune.serve.service.numbers import Numbers
+from prompttune.serve.service.repository import Repository
 from prompttune.serve.workers import Key
 from tests.fake_worker import SETTINGS, FakeWorker, image
 
@@ -37,24 +37,24 @@ class FakeCatalogue:
         return self.disk.get(name)
 
 
-def scenario(test, lanes=1, **versions):
-    """Run ``test(repository, catalogue, lanes, workers)``."""
+def scenario(test, replicas=1, **versions):
+    """Run ``test(repository, catalogue, replicas, workers)``."""
 
     async def run():
-        workers = [FakeWorker() for _ in range(lanes)]
-        made = [Lane(SETTINGS, lambda _, worker=worker: worker, 3, 0.0, lambda *_: None) for worker in workers]
+        workers = [FakeWorker() for _ in range(replicas)]
+        made = [DeviceReplica(SETTINGS, lambda _, worker=worker: worker, 3, 0.0, lambda *_: None) for worker in workers]
         catalogue = FakeCatalogue(**versions)
         repository = Repository(catalogue, Numbers(Path(os.devnull)), made)
-        for lane in made:
-            await lane.start()
+        for replica in made:
+            await replica.start()
         scan = catalogue.scan()
         await repository.begin(scan.records, scan.problems)
         try:
             async with asyncio.timeout(10):
                 await test(repository, catalogue, made, workers)
         finally:
-            for lane in made:
-                await lane.close()
+            for replica in made:
+                await replica.close()
 
     asyncio.run(run())
 
@@ -64,7 +64,7 @@ def states(repository):
 
 
 def test_loads_a_new_task_before_it_answers():
-    async def test(repository, catalogue, lanes, workers):
+    async def test(repository, catalogue, replicas, workers):
         catalogue.disk["b"] = record("b", 2)
         workers[0].may_load.clear()
         loading = asyncio.create_task(repository.load("b"))
@@ -81,15 +81,15 @@ def test_loads_a_new_task_before_it_answers():
 
 
 def test_an_update_answers_with_the_old_version_until_the_new_one_is_resident():
-    async def test(repository, catalogue, lanes, workers):
-        await lanes[0].hold(Key("a", "1"), Path("a"))
+    async def test(repository, catalogue, replicas, workers):
+        await replicas[0].hold(Key("a", "1"), Path("a"))
         catalogue.disk["a"] = record("a", 2)
         workers[0].may_load.clear()
         loading = asyncio.create_task(repository.load("a"))
         while len(workers[0].loads) < 2:
             await asyncio.sleep(0)
         assert repository.model("a").current().version == "1"
-        outcome = await lanes[0].answer(Key("a", "1"), Path("a"), [image(7)], 0)
+        outcome = await replicas[0].answer(Key("a", "1"), Path("a"), [image(7)], 0)
         assert list(outcome.logits[0]) == [1, 7]
         workers[0].may_load.set()
         await loading
@@ -100,8 +100,8 @@ def test_an_update_answers_with_the_old_version_until_the_new_one_is_resident():
 
 
 def test_the_old_version_stays_when_the_new_one_cannot_be_loaded():
-    async def test(repository, catalogue, lanes, workers):
-        await lanes[0].hold(Key("a", "1"), Path("a"))
+    async def test(repository, catalogue, replicas, workers):
+        await replicas[0].hold(Key("a", "1"), Path("a"))
         catalogue.disk["a"] = record("a", 2)
         workers[0].gone.add(Key("a", "2"))
         with pytest.raises(UnavailableError, match="try again"):
@@ -112,8 +112,8 @@ def test_the_old_version_stays_when_the_new_one_cannot_be_loaded():
 
 
 def test_a_damaged_new_version_is_refused_once_and_the_reason_is_kept():
-    async def test(repository, catalogue, lanes, workers):
-        await lanes[0].hold(Key("a", "1"), Path("a"))
+    async def test(repository, catalogue, replicas, workers):
+        await replicas[0].hold(Key("a", "1"), Path("a"))
         catalogue.disk["a"] = record("a", 2)
         workers[0].rows |= {Key("x", "1"), Key("y", "1"), Key("z", "1")}
         with pytest.raises(BadRequestError, match="no row is free"):
@@ -132,19 +132,19 @@ def test_a_damaged_new_version_is_refused_once_and_the_reason_is_kept():
 
 
 def test_every_device_that_held_the_old_version_gets_the_new_one():
-    async def test(repository, catalogue, lanes, workers):
-        for lane in lanes:
-            await lane.hold(Key("a", "1"), Path("a"))
+    async def test(repository, catalogue, replicas, workers):
+        for replica in replicas:
+            await replica.hold(Key("a", "1"), Path("a"))
         catalogue.disk["a"] = record("a", 2)
         await repository.load("a")
         assert [worker.rows for worker in workers] == [{Key("a", "2")}] * 2
 
-    scenario(test, lanes=2, a=1)
+    scenario(test, replicas=2, a=1)
 
 
 def test_an_unloaded_task_stays_out_until_it_is_loaded():
-    async def test(repository, catalogue, lanes, workers):
-        await lanes[0].hold(Key("a", "1"), Path("a"))
+    async def test(repository, catalogue, replicas, workers):
+        await replicas[0].hold(Key("a", "1"), Path("a"))
         await repository.unload("a")
         assert workers[0].rows == set()
         await repository.follow()
@@ -157,7 +157,7 @@ def test_an_unloaded_task_stays_out_until_it_is_loaded():
 
 
 def test_unknown_names_are_not_found_and_leave_nothing():
-    async def test(repository, catalogue, lanes, workers):
+    async def test(repository, catalogue, replicas, workers):
         for call in (repository.load("zzz"), repository.unload("zzz")):
             with pytest.raises(NotFoundError):
                 await call
@@ -167,7 +167,7 @@ def test_unknown_names_are_not_found_and_leave_nothing():
 
 
 def test_follows_new_changed_and_removed_tasks():
-    async def test(repository, catalogue, lanes, workers):
+    async def test(repository, catalogue, replicas, workers):
         del catalogue.disk["a"]
         catalogue.disk |= {"b": record("b", 2), "c": record("c", 1)}
         catalogue.problems["d"] = "its record is damaged"
@@ -184,7 +184,7 @@ def test_follows_new_changed_and_removed_tasks():
 
 
 def test_a_version_gone_from_disk_is_followed_at_once():
-    async def test(repository, catalogue, lanes, workers):
+    async def test(repository, catalogue, replicas, workers):
         catalogue.disk["a"] = record("a", 2)
         await repository.look_again("a")
         assert repository.model("a").current().version == "2"
@@ -196,7 +196,7 @@ def test_a_version_gone_from_disk_is_followed_at_once():
 
 
 def test_changes_of_one_task_do_not_overtake_each_other():
-    async def test(repository, catalogue, lanes, workers):
+    async def test(repository, catalogue, replicas, workers):
         catalogue.disk["a"] = record("a", 2)
         await asyncio.gather(*(repository.load("a") for _ in range(3)), repository.unload("a"), repository.load("a"))
         assert states(repository)["a"] == ("2", "READY")

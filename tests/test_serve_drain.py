@@ -15,8 +15,8 @@ import tritonclient.grpc.aio as triton
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-from prompttune.serve.assembly import EngineSettings
 from prompttune.serve.protocol.server import Server, ServerSettings
+from prompttune.serve.service.assembly import EngineSettings
 from tests.engines import exported
 from tests.serving import noise, within
 

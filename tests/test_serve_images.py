@@ -22,10 +22,10 @@ from skimage.data import data_dir
 from prompttune.images import read_image
 from prompttune.images.preprocess import CROP_MODES, INTERPOLATIONS, Preprocess
 from prompttune.serve import images
-from prompttune.serve.images import Decoder
 from prompttune.serve.limits import Limits
 from prompttune.serve.messages import BadRequestError, ServeError, TooLargeError
-from prompttune.serve.tensors import Payload
+from prompttune.serve.service.images import Decoder
+from prompttune.serve.service.tensors import Payload
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PLAIN = Preprocess(32, MEAN, STD)

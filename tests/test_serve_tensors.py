@@ -26,8 +26,8 @@ from prompttune.serve.messages import (
     TooLargeError,
     bytes_array,
 )
-from prompttune.serve.outputs import OUTPUTS, PADDING
-from prompttune.serve.tensors import Payload, Rows, read_rows, write_outputs
+from prompttune.serve.service.outputs import OUTPUTS, PADDING
+from prompttune.serve.service.tensors import Payload, Rows, read_rows, write_outputs
 from tests.engines import exported, noise
 
 SIZE = 8

@@ -11,7 +11,7 @@ import pytest
 
 import prompttune as pt
 from prompttune.export.folder import EngineFolder
-from prompttune.serve.admission import Admission
+from prompttune.serve.batching.admission import Admission
 from prompttune.serve.messages import (
     BadRequestError,
     DeadlineError,
@@ -20,8 +20,7 @@ from prompttune.serve.messages import (
     RequestedOutput,
     UnavailableError,
 )
-from prompttune.serve.service import ServiceSettings
-from prompttune.serve.traffic import Traffic
+from prompttune.serve.service.service import ServiceSettings
 from tests.engines import copied, exported
 from tests.serving import noise, outputs, request, running, within
 
@@ -131,7 +130,7 @@ def test_a_full_queue_says_when_to_come_again():
 
 
 def test_a_server_that_has_answered_nothing_yet_does_not_send_clients_away_for_minutes():
-    admission = Admission(1000, Traffic())
+    admission = Admission(1000, lambda: 0.0)
     with (
         admission.inside(["task0"] * 500),
         pytest.raises(UnavailableError) as problem,
@@ -301,12 +300,12 @@ def test_a_task_that_overflows_does_not_fail_its_neighbours(engine, tmp_path):
 def test_a_worker_that_hangs_is_started_again(engine):
     async def test():
         async with running(exported("sa2vp"), in_process=False, stall_s=0.5) as service:
-            [lane] = service._lanes
-            os.kill(lane._worker.details["process"], signal.SIGSTOP)
+            [replica] = service._replicas
+            os.kill(replica._worker.details["process"], signal.SIGSTOP)
             with pytest.raises(UnavailableError, match="try again"):
                 await service.infer(request("task0", noise(2)))
             found = outputs(await service.infer(request("task0", noise(2))))
             np.testing.assert_allclose(found["logits"], engine.logits(noise(2), "task0")[:, :2], atol=1e-5)
-            assert lane.restarts == 1
+            assert replica.restarts == 1
 
     within(60, test())

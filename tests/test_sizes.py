@@ -13,8 +13,8 @@ from prompttune.export.layout import bank_input
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.export.runtimes.onnxruntime import OnnxRuntime
 from prompttune.export.trt.profile import check_call
-from prompttune.serve.assembly import EngineSettings, make_service
-from prompttune.serve.catalogue import Catalogue
+from prompttune.serve.service.assembly import EngineSettings, make_service
+from prompttune.serve.service.catalogue import Catalogue
 from prompttune.serve.workers import Key, WorkerSettings
 from prompttune.serve.workers.store import open_store
 from tests.engines import checkpoint, copied, noise
@@ -96,7 +96,7 @@ def test_tasks_that_the_engine_never_takes_are_not_added(folder, calls, tmp_path
 def test_a_server_keeps_to_the_sizes(folder, calls):
     async def settings():
         service = make_service(EngineSettings(folder, resident_tasks=64, max_batch=16))
-        return service._lanes[0].capacity, service._lanes[0].settings
+        return service._replicas[0].capacity, service._replicas[0].settings
 
     import asyncio
 

@@ -15,7 +15,7 @@ from prompttune.cli.sections import SectionedCommand
 from prompttune.errors import MissingExtraError
 from prompttune.export.options import RuntimeOptions
 from prompttune.serve.protocol.settings import AccessSettings, ServerSettings
-from prompttune.serve.settings import EngineSettings
+from prompttune.serve.service.settings import EngineSettings
 from prompttune.settings import make
 
 OWN_TASKS = ""

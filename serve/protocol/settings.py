@@ -10,7 +10,7 @@ from pathlib import Path
 from prompttune.errors import UsageError
 from prompttune.serve.limits import Limits
 from prompttune.serve.protocol.security import Guard, Tls, read_tokens
-from prompttune.serve.settings import EngineSettings, ServiceSettings
+from prompttune.serve.service.settings import EngineSettings, ServiceSettings
 from prompttune.settings import part, setting
 
 PAGE = Path(__file__).parent.parent / "page"

@@ -15,7 +15,7 @@ from prompttune.serve.limits import MEBI
 from prompttune.serve.protocol.settings import AccessSettings, TransportSettings
 from prompttune.serve.ray_serve.ingress import Ingress
 from prompttune.serve.ray_serve.replica import Replica
-from prompttune.serve.settings import EngineSettings, ServiceSettings
+from prompttune.serve.service.settings import EngineSettings, ServiceSettings
 from prompttune.settings import Setting, all_settings, coerce_all, make, setting, settings_of, settle
 
 ENGINE, INGRESS = "engine", "ingress"

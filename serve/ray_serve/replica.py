@@ -10,11 +10,11 @@ from ray import serve
 from starlette.types import ASGIApp, Message, Scope
 
 from prompttune.errors import EngineError
-from prompttune.serve.assembly import make_service
 from prompttune.serve.protocol.rest import rest_application
 from prompttune.serve.protocol.settings import TransportSettings
 from prompttune.serve.ray_serve.messages import Answer, Head, Headers
-from prompttune.serve.settings import EngineSettings, ServiceSettings
+from prompttune.serve.service.assembly import make_service
+from prompttune.serve.service.settings import EngineSettings, ServiceSettings
 
 DRAIN_S = 5.0
 """Seconds for cancelled requests: Ray has already waited for the others when it ends a replica."""

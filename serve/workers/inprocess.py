@@ -14,9 +14,9 @@ import numpy as np
 
 from prompttune.export.folder import EngineFolder
 from prompttune.export.runtimes import Array
-from prompttune.serve.waiting import or_leave, to_the_end
 from prompttune.serve.workers.base import Answer, Key, Worker, WorkerDiedError, WorkerSettings, WorkerStats
 from prompttune.serve.workers.store import Store, open_store
+from prompttune.serve.workers.waiting import or_leave, to_the_end
 
 Result = TypeVar("Result")
 

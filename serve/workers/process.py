@@ -24,9 +24,9 @@ import numpy as np
 
 from prompttune.export.folder import EngineFolder
 from prompttune.export.runtimes import Array
-from prompttune.serve.waiting import to_the_end
 from prompttune.serve.workers.base import Answer, Key, Worker, WorkerDiedError, WorkerSettings, WorkerStats
 from prompttune.serve.workers.messages import Message, failed, pack, pack_settings, slots_of, slots_size, unpack
+from prompttune.serve.workers.waiting import to_the_end
 
 CLOSE_S = 5.0
 """Seconds that running batches may still take when the worker is closed."""

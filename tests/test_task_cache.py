@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from prompttune.serve.residents import CacheCounts, Residents
+from prompttune.serve.batching.task_cache import CacheCounts, TaskCache
 from prompttune.serve.workers import Key, VersionGoneError, WorkerDiedError
 from tests.fake_worker import FakeWorker
 
@@ -19,14 +19,14 @@ def scenario(test, capacity=2):
     async def run():
         worker, counts = FakeWorker(), CacheCounts()
         async with asyncio.timeout(10):
-            await test(worker, Residents(worker, capacity, counts), counts)
+            await test(worker, TaskCache(worker, capacity, counts), counts)
 
     asyncio.run(run())
 
 
-async def use(residents, *keys):
+async def use(cache, *keys):
     for key in keys:
-        async with residents.using(key, FOLDER):
+        async with cache.using(key, FOLDER):
             pass
 
 
@@ -36,21 +36,21 @@ async def settle(turns=20):
 
 
 def test_the_least_recently_used_goes():
-    async def test(worker, residents, counts):
-        await use(residents, A, B, A, C)
+    async def test(worker, cache, counts):
+        await use(cache, A, B, A, C)
         assert worker.rows == {A, C}
         assert worker.loads == [A, B, C]
         assert (counts.hits, counts.misses, counts.evictions) == (1, 3, 1)
-        assert C in residents
-        assert B not in residents
+        assert C in cache
+        assert B not in cache
 
     scenario(test)
 
 
 def test_many_who_want_one_state_load_it_once():
-    async def test(worker, residents, counts):
+    async def test(worker, cache, counts):
         worker.may_load.clear()
-        waiting = [asyncio.create_task(use(residents, A)) for _ in range(5)]
+        waiting = [asyncio.create_task(use(cache, A)) for _ in range(5)]
         await settle()
         worker.may_load.set()
         await asyncio.gather(*waiting)
@@ -60,12 +60,12 @@ def test_many_who_want_one_state_load_it_once():
 
 
 def test_a_load_blocks_nobody_else():
-    async def test(worker, residents, counts):
-        await use(residents, A)
+    async def test(worker, cache, counts):
+        await use(cache, A)
         worker.may_load.clear()
-        slow = asyncio.create_task(use(residents, B))
+        slow = asyncio.create_task(use(cache, B))
         await settle()
-        await use(residents, A)
+        await use(cache, A)
         assert not slow.done()
         worker.may_load.set()
         await slow
@@ -74,9 +74,9 @@ def test_a_load_blocks_nobody_else():
 
 
 def test_a_state_in_use_is_not_evicted():
-    async def test(worker, residents, counts):
-        async with residents.using(A, FOLDER), residents.using(B, FOLDER):
-            late = asyncio.create_task(use(residents, C))
+    async def test(worker, cache, counts):
+        async with cache.using(A, FOLDER), cache.using(B, FOLDER):
+            late = asyncio.create_task(use(cache, C))
             await settle()
             assert worker.rows == {A, B}
         await late
@@ -86,9 +86,9 @@ def test_a_state_in_use_is_not_evicted():
 
 
 def test_a_state_that_is_always_in_use_gives_way_in_the_end():
-    async def test(worker, residents, counts):
+    async def test(worker, cache, counts):
         async def stay(held):
-            async with residents.using(A, FOLDER):
+            async with cache.using(A, FOLDER):
                 held.set()
                 await asyncio.sleep(0.01)
 
@@ -102,7 +102,7 @@ def test_a_state_that_is_always_in_use_gives_way_in_the_end():
         users = []
         crowding = asyncio.create_task(crowd())
         await settle()
-        await use(residents, B)
+        await use(cache, B)
         assert B in worker.loads
         assert not crowding.done() or len(worker.loads) > 2, "B came only after the crowd had gone"
         await crowding
@@ -112,21 +112,21 @@ def test_a_state_that_is_always_in_use_gives_way_in_the_end():
 
 
 def test_a_load_that_fails_gives_its_row_back():
-    async def test(worker, residents, counts):
+    async def test(worker, cache, counts):
         worker.gone = {B}
         for _ in range(5):
             with pytest.raises(VersionGoneError):
-                await use(residents, B)
-        await use(residents, A, C)
+                await use(cache, B)
+        await use(cache, A, C)
         assert worker.rows == {A, C}
 
     scenario(test)
 
 
 def test_who_gives_up_leaves_the_load_to_the_others():
-    async def test(worker, residents, counts):
+    async def test(worker, cache, counts):
         worker.may_load.clear()
-        gone, stays = (asyncio.create_task(use(residents, A)) for _ in range(2))
+        gone, stays = (asyncio.create_task(use(cache, A)) for _ in range(2))
         await settle()
         gone.cancel()
         await settle()
@@ -134,34 +134,34 @@ def test_who_gives_up_leaves_the_load_to_the_others():
         await stays
         with pytest.raises(asyncio.CancelledError):
             await gone
-        await use(residents, B, C)
+        await use(cache, B, C)
         assert len(worker.rows) == 2
 
     scenario(test)
 
 
 def test_a_dropped_state_frees_its_row():
-    async def test(worker, residents, counts):
-        await use(residents, A, B)
-        await residents.drop(A)
+    async def test(worker, cache, counts):
+        await use(cache, A, B)
+        await cache.drop(A)
         assert worker.rows == {B}
-        await use(residents, C)
+        await use(cache, C)
         assert worker.rows == {B, C}
-        async with residents.using(C, FOLDER):
-            await residents.drop(C)
+        async with cache.using(C, FOLDER):
+            await cache.drop(C)
             assert C in worker.rows
 
     scenario(test)
 
 
 def test_the_end_of_the_worker_reaches_all_who_wait():
-    async def test(worker, residents, counts):
+    async def test(worker, cache, counts):
         async with contextlib.AsyncExitStack() as users:
             for key in (A, B):
-                await users.enter_async_context(residents.using(key, FOLDER))
-            waits = [asyncio.create_task(use(residents, key)) for key in (C, D, A)]
+                await users.enter_async_context(cache.using(key, FOLDER))
+            waits = [asyncio.create_task(use(cache, key)) for key in (C, D, A)]
             await settle()
-            residents.close()
+            cache.close()
             for one in waits[:2]:
                 with pytest.raises(WorkerDiedError):
                     await one
@@ -171,14 +171,14 @@ def test_the_end_of_the_worker_reaches_all_who_wait():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_any_order_of_use_keeps_the_books(seed):
-    async def test(worker, residents, counts):
+    async def test(worker, cache, counts):
         chance = random.Random(seed)
         keys = [Key(str(task), "1") for task in range(8)]
 
         async def client():
             for _ in range(40):
                 key = chance.choice(keys)
-                async with residents.using(key, FOLDER):
+                async with cache.using(key, FOLDER):
                     assert key in worker.rows
                     for _ in range(chance.randrange(4)):
                         await asyncio.sleep(0)
@@ -187,14 +187,14 @@ def test_any_order_of_use_keeps_the_books(seed):
         await asyncio.gather(*(client() for _ in range(12)))
         assert len(worker.rows) <= 3
         assert counts.hits + counts.misses == 12 * 40
-        assert len(residents) == len(worker.rows)
+        assert len(cache) == len(worker.rows)
 
     scenario(test, capacity=3)
 
 
 def test_an_engine_that_holds_every_task_itself_evicts_none():
-    async def test(worker, residents, counts):
-        await use(residents, A, B, C, D, A)
+    async def test(worker, cache, counts):
+        await use(cache, A, B, C, D, A)
         assert worker.rows == {A, B, C, D}
         assert counts.evictions == 0
 

@@ -14,7 +14,7 @@ from prompttune.images.preprocess import Preprocess
 from prompttune.serve.decode_threads import single_threaded_pool
 from prompttune.serve.limits import Limits
 from prompttune.serve.messages import BadRequestError, TooLargeError
-from prompttune.serve.tensors import Payload
+from prompttune.serve.service.tensors import Payload
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 """Formats that are decoded, by Pillow's names: each further decoder is one more that strangers can reach."""

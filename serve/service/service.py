@@ -10,11 +10,8 @@ from typing import Any
 
 from prompttune.errors import PrompttuneError
 from prompttune.export.folder import EngineFolder
-from prompttune.serve.admission import Admission
-from prompttune.serve.catalogue import Catalogue
-from prompttune.serve.images import Decoder
-from prompttune.serve.inference import Inference
-from prompttune.serve.lane import Lane
+from prompttune.serve.batching.admission import Admission
+from prompttune.serve.batching.replica import DeviceReplica
 from prompttune.serve.messages import (
     MIXED,
     IndexEntry,
@@ -26,14 +23,17 @@ from prompttune.serve.messages import (
     ServerMetadata,
     shown,
 )
-from prompttune.serve.metadata import mixed_metadata, task_metadata
-from prompttune.serve.metrics import Metrics
-from prompttune.serve.models import READY, UNAVAILABLE, Model
-from prompttune.serve.numbers import Numbers
-from prompttune.serve.repository import Repository
-from prompttune.serve.settings import ServiceSettings
-from prompttune.serve.traffic import Traffic
-from prompttune.serve.waiting import gathered
+from prompttune.serve.service.catalogue import Catalogue
+from prompttune.serve.service.images import Decoder
+from prompttune.serve.service.inference import Inference
+from prompttune.serve.service.metadata import mixed_metadata, task_metadata
+from prompttune.serve.service.metrics import Metrics
+from prompttune.serve.service.models import READY, UNAVAILABLE, Model
+from prompttune.serve.service.numbers import Numbers
+from prompttune.serve.service.repository import Repository
+from prompttune.serve.service.settings import ServiceSettings
+from prompttune.serve.service.traffic import Traffic
+from prompttune.serve.workers.waiting import gathered
 from prompttune.version import __version__
 
 LOG = logging.getLogger("prompttune.serve")
@@ -56,9 +56,9 @@ class Service:
     Args:
         folder: the engine folder.
         catalogue: the tasks on disk.
-        lanes: one lane per device, not started yet.
-        metrics: Prometheus counters; the lanes' batches count there too.
-        traffic: counters of the web page; the lanes' batches count there too.
+        replicas: one replica per device, not started yet.
+        metrics: Prometheus counters; the replicas' batches count there too.
+        traffic: counters of the web page; the replicas' batches count there too.
         settings: settings of the service.
     """
 
@@ -66,23 +66,23 @@ class Service:
         self,
         folder: EngineFolder,
         catalogue: Catalogue,
-        lanes: Sequence[Lane],
+        replicas: Sequence[DeviceReplica],
         metrics: Metrics,
         traffic: Traffic,
         settings: ServiceSettings,
     ) -> None:
         self._folder = folder
-        self._lanes = lanes
+        self._replicas = replicas
         self._settings = settings
         self._metrics = metrics
         self._traffic = traffic
-        self._admission = Admission(settings.max_queue, traffic)
-        self._repository = Repository(catalogue, Numbers(folder.path), lanes)
+        self._admission = Admission(settings.max_queue, traffic.rows_per_s)
+        self._repository = Repository(catalogue, Numbers(folder.path), replicas)
         self._catalogue = catalogue
         self._decoder = Decoder(settings.decode_workers, settings.limits)
         self._inference = Inference(
             self._repository,
-            lanes,
+            replicas,
             self._decoder,
             self._admission,
             settings.limits,
@@ -104,20 +104,20 @@ class Service:
         """
         scan = await asyncio.to_thread(self._catalogue.scan)
         await self._repository.begin(scan.records, scan.problems)
-        await gathered(lane.start() for lane in self._lanes)
-        for lane in self._lanes:
-            await self._fill(lane)
+        await gathered(replica.start() for replica in self._replicas)
+        for replica in self._replicas:
+            await self._fill(replica)
         self._warm = True
         self._background.append(asyncio.create_task(self._observe()))
         if self._settings.watch_interval_s is not None:
             self._background.append(asyncio.create_task(self._watch(self._settings.watch_interval_s)))
 
-    async def _fill(self, lane: Lane) -> None:
+    async def _fill(self, replica: DeviceReplica) -> None:
         models = list(self._repository.models.values())
-        for model in models[: lane.capacity]:
+        for model in models[: replica.capacity]:
             if model.state == READY and model.record is not None and model.key is not None:
                 try:
-                    await lane.hold(model.key, model.record.folder)
+                    await replica.hold(model.key, model.record.folder)
                 except PrompttuneError as problem:
                     LOG.warning("a task cannot be served: %s", problem, extra={"task": model.name})
                     model.retire(str(problem))
@@ -125,8 +125,8 @@ class Service:
     async def _observe(self) -> None:
         """Refresh the figures of the web page."""
         while True:
-            for lane in self._lanes:
-                await lane.observe()
+            for replica in self._replicas:
+                await replica.observe()
             await asyncio.sleep(OBSERVE_EVERY_S)
 
     async def _watch(self, interval_s: float) -> None:
@@ -150,8 +150,8 @@ class Service:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
-        for lane in self._lanes:
-            await lane.close()
+        for replica in self._replicas:
+            await replica.close()
         self._decoder.close()
 
     # ------------------------------------------------------------------- health
@@ -162,7 +162,7 @@ class Service:
 
     def ready(self) -> bool:
         """See the interface."""
-        return self._warm and not self._admission.closed and any(lane.ready for lane in self._lanes)
+        return self._warm and not self._admission.closed and any(replica.ready for replica in self._replicas)
 
     def model_ready(self, name: str, version: str = "") -> bool:
         """See the interface."""
@@ -244,19 +244,21 @@ class Service:
                 "ready": self.ready(),
             },
             "load": {
-                "queued_rows": self._admission.rows - sum(lane.running_rows for lane in self._lanes),
+                "queued_rows": self._admission.rows - sum(replica.running_rows for replica in self._replicas),
                 "max_queue": self._settings.max_queue,
-                "running_rows": sum(lane.running_rows for lane in self._lanes),
+                "running_rows": sum(replica.running_rows for replica in self._replicas),
                 "rows_per_s": self._traffic.rows_per_s(),
             },
-            "workers": [lane.status() for lane in self._lanes],
+            "workers": [replica.status() for replica in self._replicas],
             "latency": self._traffic.to_list(),
         }
 
     def task_status(self) -> list[dict[str, Any]]:
         """See the interface."""
-        models = [model for _, model in sorted(self._repository.models.items())]
-        return [model.status(any(model.key and lane.holds(model.key) for lane in self._lanes)) for model in models]
+        return [
+            model.status(any(model.key and replica.holds(model.key) for replica in self._replicas))
+            for _, model in sorted(self._repository.models.items())
+        ]
 
     def metrics(self) -> bytes:
         """See the interface."""

@@ -1,4 +1,4 @@
-"""A lane: one device with its worker (restarted when it ends), its resident rows and its batches."""
+"""A replica: one device with its worker (restarted when it ends), its resident rows and its batches."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 from prompttune.errors import PrompttuneError
 from prompttune.export.runtimes import Array
-from prompttune.serve.batcher import STALL_S, Batcher, Outcome
-from prompttune.serve.residents import CacheCounts, Residents
+from prompttune.serve.batching.batcher import STALL_S, Batcher, Outcome
+from prompttune.serve.batching.task_cache import CacheCounts, TaskCache
 from prompttune.serve.workers import Key, Worker, WorkerDiedError, WorkerSettings, WorkerStats
 
 LOG = logging.getLogger("prompttune.serve")
@@ -22,7 +22,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 """First and longest pause between attempts to restart a worker, in seconds; it doubles each time."""
 
 
-class Lane:
+class DeviceReplica:
     """One device. Call every method on the event loop.
 
     Args:
@@ -56,7 +56,7 @@ class Lane:
         self._up = asyncio.Event()
         self._worker: Worker | None = None
         self._batcher: Batcher | None = None
-        self._residents: Residents | None = None
+        self._cache: TaskCache | None = None
         self._reviving: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -88,11 +88,11 @@ class Lane:
     @property
     def resident(self) -> int:
         """Number of states that hold a row."""
-        return len(self._residents) if self._residents else 0
+        return len(self._cache) if self._cache else 0
 
     def holds(self, key: Key) -> bool:
         """Whether a state holds a row or is being loaded."""
-        return self._residents is not None and key in self._residents
+        return self._cache is not None and key in self._cache
 
     async def start(self) -> None:
         """Open the engine and warm it up.
@@ -108,7 +108,7 @@ class Lane:
             raise
         worker.on_death = self._died
         self._worker = worker
-        self._residents = Residents(worker, self.capacity, self.counts)
+        self._cache = TaskCache(worker, self.capacity, self.counts)
         self._batcher = Batcher(worker, self._max_delay_s, self._on_batch, self._stall_s)
         self._up.set()
 
@@ -122,22 +122,22 @@ class Lane:
             PrompttuneError: the state cannot be loaded, or the engine failed.
         """
         await self._up.wait()
-        residents, batcher = self._parts()
-        async with residents.using(key, folder):
+        cache, batcher = self._parts()
+        async with cache.using(key, folder):
             return await batcher.answer(key, images, priority)
 
     async def hold(self, key: Key, folder: Path) -> None:
         """Load a state into a row; raises the errors of :meth:`answer`."""
         await self._up.wait()
-        residents, _ = self._parts()
-        async with residents.using(key, folder, counted=False):
+        cache, _ = self._parts()
+        async with cache.using(key, folder, counted=False):
             pass
 
     async def drop(self, key: Key) -> None:
         """Drop a state that nobody will request again."""
-        if self._residents is not None:
+        if self._cache is not None:
             with contextlib.suppress(WorkerDiedError):
-                await self._residents.drop(key)
+                await self._cache.drop(key)
 
     async def observe(self) -> None:
         """Fetch the worker's statistics for :meth:`status`."""
@@ -164,10 +164,10 @@ class Lane:
             "resident_bytes": stats.resident_bytes if stats else None,
         }
 
-    def _parts(self) -> tuple[Residents, Batcher]:
-        if self._residents is None or self._batcher is None:
+    def _parts(self) -> tuple[TaskCache, Batcher]:
+        if self._cache is None or self._batcher is None:
             raise WorkerDiedError("the engine's worker ended")
-        return self._residents, self._batcher
+        return self._cache, self._batcher
 
     def _died(self) -> None:
         LOG.error("the engine's worker ended; starting another", extra={"device": self.device})
@@ -191,10 +191,10 @@ class Lane:
 
     async def _discard(self) -> None:
         """Close what belonged to an ended worker; its waiters get an error."""
-        worker, batcher, residents = self._worker, self._batcher, self._residents
-        self._worker = self._batcher = self._residents = None
-        if residents is not None:
-            residents.close()
+        worker, batcher, cache = self._worker, self._batcher, self._cache
+        self._worker = self._batcher = self._cache = None
+        if cache is not None:
+            cache.close()
         if batcher is not None:
             await batcher.close()
         if worker is not None:

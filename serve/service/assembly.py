@@ -1,4 +1,4 @@
-"""From an engine folder to a service: workers, lanes, catalogue."""
+"""From an engine folder to a service: workers, replicas, catalogue."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import replace
 from prompttune.errors import EngineError
 from prompttune.export.folder import EngineFolder
 from prompttune.export.layout import BATCH, TASKS
-from prompttune.serve.catalogue import Catalogue
-from prompttune.serve.lane import Lane
-from prompttune.serve.metrics import Metrics
-from prompttune.serve.service import Service
-from prompttune.serve.settings import EngineSettings, ServiceSettings
-from prompttune.serve.traffic import Traffic
+from prompttune.serve.batching.replica import DeviceReplica
+from prompttune.serve.service.catalogue import Catalogue
+from prompttune.serve.service.metrics import Metrics
+from prompttune.serve.service.service import Service
+from prompttune.serve.service.settings import EngineSettings, ServiceSettings
+from prompttune.serve.service.traffic import Traffic
 from prompttune.serve.workers import Worker, WorkerSettings, open_worker
 
 
@@ -32,8 +32,8 @@ def make_service(engine: EngineSettings, settings: ServiceSettings | None = None
         raise EngineError(f"the tasks of {engine.engine} are baked into its model: it cannot take others from a folder")
     axes = catalogue.axes(catalogue.scan().records)
     traffic = Traffic()
-    lanes: list[Lane] = []
-    metrics = Metrics(lanes)
+    replicas: list[DeviceReplica] = []
+    metrics = Metrics(replicas)
 
     def count(rows: int, seconds: float) -> None:
         traffic.batch(rows)
@@ -52,5 +52,5 @@ def make_service(engine: EngineSettings, settings: ServiceSettings | None = None
             max_batch=manifest.sizes.most(BATCH, engine.max_batch),
             host_bytes=engine.host_bytes,
         )
-        lanes.append(Lane(worker, make, capacity, engine.max_delay_s, count, engine.stall_s))
-    return Service(folder, catalogue, lanes, metrics, traffic, settings or ServiceSettings())
+        replicas.append(DeviceReplica(worker, make, capacity, engine.max_delay_s, count, engine.stall_s))
+    return Service(folder, catalogue, replicas, metrics, traffic, settings or ServiceSettings())

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prompttune.export.folder import TaskRecord
-from prompttune.serve.batcher import Outcome
+from prompttune.serve.batching.batcher import Outcome
 from prompttune.serve.messages import Duration, IndexEntry, ModelStatistics, NotFoundError, shown
-from prompttune.serve.traffic import LATENCIES_KEPT, percentiles_ms
+from prompttune.serve.service.traffic import LATENCIES_KEPT, percentiles_ms
 from prompttune.serve.workers import Key
 
 READY, LOADING, UNAVAILABLE = "READY", "LOADING", "UNAVAILABLE"

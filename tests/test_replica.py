@@ -8,10 +8,10 @@ import pytest
 
 from prompttune.errors import EngineError
 from prompttune.export.runtimes import RuntimeOptions
-from prompttune.serve import lane as lane_module
-from prompttune.serve.inference import least_busy
-from prompttune.serve.lane import Lane
+from prompttune.serve.batching import replica as replica_module
+from prompttune.serve.batching.replica import DeviceReplica
 from prompttune.serve.messages import UnavailableError
+from prompttune.serve.service.inference import least_busy
 from prompttune.serve.workers import Key, WorkerDiedError
 from tests.fake_worker import SETTINGS, FakeWorker, image
 
@@ -28,13 +28,13 @@ def scenario(test, **behaviour):
             workers.append(worker)
             return worker
 
-        lane = Lane(SETTINGS, make, 2, 0.0, lambda *_: None)
-        await lane.start()
+        replica = DeviceReplica(SETTINGS, make, 2, 0.0, lambda *_: None)
+        await replica.start()
         try:
             async with asyncio.timeout(10):
-                await test(lane, workers)
+                await test(replica, workers)
         finally:
-            await lane.close()
+            await replica.close()
 
     asyncio.run(run())
 
@@ -45,36 +45,36 @@ async def until(condition):
 
 
 def test_what_the_worker_had_fails_and_what_waited_may_be_asked_again():
-    async def test(lane, workers):
+    async def test(replica, workers):
         workers[0].may_run.clear()
-        inside = asyncio.create_task(lane.answer(A, FOLDER, [image(1)], 0))
+        inside = asyncio.create_task(replica.answer(A, FOLDER, [image(1)], 0))
         await workers[0].running.wait()
-        waiting = asyncio.create_task(lane.answer(B, FOLDER, [image(2)], 0))
-        await until(lambda: lane.queued_rows == 1)
+        waiting = asyncio.create_task(replica.answer(B, FOLDER, [image(2)], 0))
+        await until(lambda: replica.queued_rows == 1)
         workers[0].die()
-        assert not lane.ready
+        assert not replica.ready
         with pytest.raises(UnavailableError, match="try again"):
             await inside
         with pytest.raises(WorkerDiedError):
             await waiting
-        outcome = await lane.answer(B, FOLDER, [image(2)], 0)
+        outcome = await replica.answer(B, FOLDER, [image(2)], 0)
         assert list(outcome.logits[0]) == [2, 2]
-        assert (len(workers), lane.restarts, lane.ready) == (2, 1, True)
+        assert (len(workers), replica.restarts, replica.ready) == (2, 1, True)
 
     scenario(test)
 
 
 def test_requests_that_come_while_it_starts_wait_for_it():
-    async def test(lane, workers):
+    async def test(replica, workers):
         workers[0].die()
-        outcome = await lane.answer(A, FOLDER, [image(3)], 0)
+        outcome = await replica.answer(A, FOLDER, [image(3)], 0)
         assert list(outcome.logits[0]) == [1, 3]
 
     scenario(test)
 
 
 def test_a_worker_that_does_not_start_is_tried_again(monkeypatch):
-    monkeypatch.setattr(lane_module, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(replica_module, "FIRST_PAUSE_S", 0.001)
     made = []
 
     class Stubborn(FakeWorker):
@@ -84,10 +84,10 @@ def test_a_worker_that_does_not_start_is_tried_again(monkeypatch):
                 raise EngineError("no memory")
             return "fake"
 
-    async def test(lane, workers):
+    async def test(replica, workers):
         workers[0].die()
-        await lane.answer(A, FOLDER, [image(1)], 0)
-        assert (len(made), lane.restarts) == (5, 4)
+        await replica.answer(A, FOLDER, [image(1)], 0)
+        assert (len(made), replica.restarts) == (5, 4)
 
     scenario(test, make=Stubborn)
 
@@ -102,21 +102,21 @@ def test_a_lane_that_is_closed_while_it_starts_again_ends():
 
     slow = asyncio.Event()
 
-    async def test(lane, workers):
+    async def test(replica, workers):
         workers[0].die()
         await until(lambda: len(workers) == 2)
-        await lane.close()
-        assert lane.state == "closed"
+        await replica.close()
+        assert replica.state == "closed"
 
     scenario(test, make=Slow)
 
 
 def test_only_requests_count_as_look_ups():
-    async def test(lane, workers):
-        await lane.hold(A, FOLDER)
-        await lane.answer(A, FOLDER, [image(1)], 0)
-        await lane.answer(B, FOLDER, [image(1)], 0)
-        assert (lane.counts.hits, lane.counts.misses) == (1, 1)
+    async def test(replica, workers):
+        await replica.hold(A, FOLDER)
+        await replica.answer(A, FOLDER, [image(1)], 0)
+        await replica.answer(B, FOLDER, [image(1)], 0)
+        assert (replica.counts.hits, replica.counts.misses) == (1, 1)
 
     scenario(test)
 
@@ -133,16 +133,16 @@ def test_the_first_start_tells_its_error():
 def test_a_request_goes_where_its_state_is_unless_others_have_much_less_to_do():
     async def test(first, _):
         settings = dataclasses.replace(SETTINGS, runtime=RuntimeOptions("cuda:1"))
-        second = Lane(settings, FakeWorker, 2, 0.0, lambda *_: None)
+        second = DeviceReplica(settings, FakeWorker, 2, 0.0, lambda *_: None)
         await second.start()
         await second.hold(A, FOLDER)
-        lanes = [first, second]
-        assert least_busy(lanes, A) is second
-        assert least_busy(lanes, B) is first
+        replicas = [first, second]
+        assert least_busy(replicas, A) is second
+        assert least_busy(replicas, B) is first
         second._worker.may_run.clear()
         busy = asyncio.create_task(second.answer(A, FOLDER, [image(1)] * 12, 0))
         await until(lambda: second.running_rows + second.queued_rows == 12)
-        assert least_busy(lanes, A) is first
+        assert least_busy(replicas, A) is first
         second._worker.may_run.set()
         await busy
         await second.close()

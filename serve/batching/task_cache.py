@@ -33,7 +33,7 @@ class _Held:
     """Set when ``leaving`` is decided, either way."""
 
 
-class Residents:
+class TaskCache:
     """An LRU cache of rows over a worker. Call every method on the event loop.
 
     Args:

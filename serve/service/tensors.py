@@ -24,7 +24,7 @@ from prompttune.serve.messages import (
     ServeError,
     TooLargeError,
 )
-from prompttune.serve.outputs import OUTPUTS, RANKED, Answers, Record
+from prompttune.serve.service.outputs import OUTPUTS, RANKED, Answers, Record
 
 IMAGE, TASK = "image", "task"
 LARGEST_NUMBER = 2**63 - 1

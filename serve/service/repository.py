@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 
 from prompttune.errors import PrompttuneError
 from prompttune.export.folder import TaskRecord
-from prompttune.serve.catalogue import Catalogue
-from prompttune.serve.lane import Lane
+from prompttune.serve.batching.replica import DeviceReplica
 from prompttune.serve.messages import BadRequestError, NotFoundError, UnavailableError
-from prompttune.serve.models import LOADING, READY, Model
-from prompttune.serve.numbers import Numbers
+from prompttune.serve.service.catalogue import Catalogue
+from prompttune.serve.service.models import LOADING, READY, Model
+from prompttune.serve.service.numbers import Numbers
 from prompttune.serve.workers import Key, VersionGoneError, WorkerDiedError
 
 LOG = logging.getLogger("prompttune.serve")
@@ -24,13 +24,13 @@ class Repository:
     Args:
         catalogue: the tasks on disk.
         numbers: counts the versions of each task.
-        lanes: devices on which a task is tried before it answers.
+        replicas: devices on which a task is tried before it answers.
     """
 
-    def __init__(self, catalogue: Catalogue, numbers: Numbers, lanes: Sequence[Lane]) -> None:
+    def __init__(self, catalogue: Catalogue, numbers: Numbers, replicas: Sequence[DeviceReplica]) -> None:
         self._catalogue = catalogue
         self._numbers = numbers
-        self._lanes = lanes
+        self._replicas = replicas
         self._reading = asyncio.Lock()
         self._models: dict[str, Model] = {}
 
@@ -160,10 +160,10 @@ class Repository:
         old = model.key
         if model.state != READY:
             model.state = LOADING
-        holders = [lane for lane in self._lanes if old is not None and lane.holds(old)]
+        holders = [replica for replica in self._replicas if old is not None and replica.holds(old)]
         try:
-            for lane in holders or self._lanes[:1]:
-                await lane.hold(Key(record.name, record.version), record.folder)
+            for replica in holders or self._replicas[:1]:
+                await replica.hold(Key(record.name, record.version), record.folder)
         except PrompttuneError:
             if model.state == LOADING:
                 model.retire("it could not be loaded")
@@ -174,5 +174,5 @@ class Repository:
 
     async def _drop(self, key: Key | None) -> None:
         if key is not None:
-            for lane in self._lanes:
-                await lane.drop(key)
+            for replica in self._replicas:
+                await replica.drop(key)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from prompttune.serve.messages import LEAVING, UnavailableError
-from prompttune.serve.traffic import Traffic
 
 _SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.1, 30.0
 """Bounds of the retry hint, in seconds. The longest is for a server that has not answered yet: its speed is unknown."""
@@ -19,12 +18,12 @@ class Admission:
 
     Args:
         most: largest number of rows inside, waiting or running.
-        traffic: speed at which rows are answered, from which the retry hint is computed.
+        rows_per_s: speed at which rows are answered, from which the retry hint is computed.
     """
 
-    def __init__(self, most: int, traffic: Traffic) -> None:
+    def __init__(self, most: int, rows_per_s: Callable[[], float]) -> None:
         self.most = most
-        self._traffic = traffic
+        self._rows_per_s = rows_per_s
         self._inside: Counter[str] = Counter()
         self.closed = False
         """Whether new requests are refused."""
@@ -58,7 +57,7 @@ class Admission:
         if self.closed:
             raise UnavailableError(LEAVING)
         after = self.rows + coming.total()
-        expected_s = self.rows / max(self._traffic.rows_per_s(), 1.0)
+        expected_s = self.rows / max(self._rows_per_s(), 1.0)
         retry_after_s = min(max(_SHORTEST_RETRY_S, expected_s), _LONGEST_RETRY_S)
         if after > self.most:
             raise UnavailableError(f"the queue is full ({self.rows} of {self.most} images): try again", retry_after_s)

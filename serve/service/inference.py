@@ -15,10 +15,9 @@ from prompttune.errors import PrompttuneError
 from prompttune.export.folder import TaskRecord
 from prompttune.export.runtimes import Array
 from prompttune.images.preprocess import Preprocess
-from prompttune.serve.admission import Admission
-from prompttune.serve.batcher import Outcome
-from prompttune.serve.images import Decoder
-from prompttune.serve.lane import Lane
+from prompttune.serve.batching.admission import Admission
+from prompttune.serve.batching.batcher import Outcome
+from prompttune.serve.batching.replica import DeviceReplica
 from prompttune.serve.limits import Limits
 from prompttune.serve.messages import (
     MIXED,
@@ -30,14 +29,15 @@ from prompttune.serve.messages import (
     UnavailableError,
     shown,
 )
-from prompttune.serve.metrics import Metrics
-from prompttune.serve.models import Model
-from prompttune.serve.repository import Repository
-from prompttune.serve.tensors import Payload, Rows, read_rows, write_outputs
+from prompttune.serve.service.images import Decoder
+from prompttune.serve.service.metrics import Metrics
+from prompttune.serve.service.models import Model
+from prompttune.serve.service.repository import Repository
+from prompttune.serve.service.tensors import Payload, Rows, read_rows, write_outputs
+from prompttune.serve.service.traffic import Traffic
 from prompttune.serve.tracing import span
-from prompttune.serve.traffic import Traffic
-from prompttune.serve.waiting import gathered
 from prompttune.serve.workers import Key, VersionGoneError, WorkerDiedError
+from prompttune.serve.workers.waiting import gathered
 
 LEAST_URGENT = sys.maxsize
 """Internal priority of a request with the default priority 0."""
@@ -62,7 +62,7 @@ class Inference:
 
     Args:
         repository: the served tasks.
-        lanes: the devices.
+        replicas: the devices.
         decoder: turns the images of requests into the engine's input.
         admission: limits the rows inside the server.
         limits: limits of a request.
@@ -74,7 +74,7 @@ class Inference:
     def __init__(
         self,
         repository: Repository,
-        lanes: Sequence[Lane],
+        replicas: Sequence[DeviceReplica],
         decoder: Decoder,
         admission: Admission,
         limits: Limits,
@@ -83,7 +83,7 @@ class Inference:
         traffic: Traffic,
     ) -> None:
         self._repository = repository
-        self._lanes = lanes
+        self._replicas = replicas
         self._decoder = decoder
         self._admission = admission
         self._limits = limits
@@ -196,10 +196,10 @@ class Inference:
                 images = await self._prepare(record.preprocess, payloads)
             decode_s = time.monotonic() - began
             key = Key(name, record.version)
-            lane = least_busy(self._lanes, key)
+            replica = least_busy(self._replicas, key)
             try:
                 with span("batch", task=name, version=record.version):
-                    outcome = await lane.answer(key, record.folder, images, priority or LEAST_URGENT)
+                    outcome = await replica.answer(key, record.folder, images, priority or LEAST_URGENT)
             except VersionGoneError:
                 await self._repository.look_again(name)
             except WorkerDiedError:
@@ -224,14 +224,14 @@ def _together(outcomes: Sequence[Outcome]) -> Outcome:
     )
 
 
-def least_busy(lanes: Sequence[Lane], key: Key) -> Lane:
+def least_busy(replicas: Sequence[DeviceReplica], key: Key) -> DeviceReplica:
     """The device with the shortest queue; having to load the state counts as one more batch."""
 
-    def load(lane: Lane) -> tuple[bool, int]:
-        waits = lane.queued_rows + lane.running_rows
-        return (not lane.ready, waits + (0 if lane.holds(key) else lane.settings.max_batch))
+    def load(replica: DeviceReplica) -> tuple[bool, int]:
+        waits = replica.queued_rows + replica.running_rows
+        return (not replica.ready, waits + (0 if replica.holds(key) else replica.settings.max_batch))
 
-    return min(lanes, key=load)
+    return min(replicas, key=load)
 
 
 def _bytes(data: NDArray[Any]) -> int:

@@ -1,0 +1,1 @@
+"""The server without a transport: tasks by name, requests checked and answered, what is counted."""
