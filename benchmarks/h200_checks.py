@@ -19,8 +19,8 @@ import prompttune as pt
 from benchmarks.engines import CONFIGS
 from prompttune.export import EngineFolder, Task
 from prompttune.export.formats import find_format
-from prompttune.export.gate import NOISE
-from prompttune.export.precision import TORCH_DTYPES
+from prompttune.export.parity.gate import NOISE
+from prompttune.export.precision.casting import TORCH_DTYPES
 from prompttune.export.runtimes import RuntimeOptions, open_runtime
 from prompttune.methods import METHODS
 

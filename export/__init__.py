@@ -8,24 +8,24 @@ from prompttune.lazy import lazy_names
 
 if TYPE_CHECKING:
     from prompttune.export.build import add_task, export_engine, list_tasks, remove_task
-    from prompttune.export.figures import Comparison
     from prompttune.export.folder import EngineFolder, Manifest, Task, load_task
     from prompttune.export.formats import FORMATS
     from prompttune.export.formats import Settings as ExportSettings
-    from prompttune.export.gate import Gate
     from prompttune.export.graph import MultiTaskGraph, trace
-    from prompttune.export.parity import ParityReport
-    from prompttune.export.validate import validate_engine
+    from prompttune.export.parity.figures import Comparison
+    from prompttune.export.parity.gate import Gate
+    from prompttune.export.parity.report import ParityReport
+    from prompttune.export.parity.validate import validate_engine
 
 _LAZY = {
     "FORMATS": "prompttune.export.formats",
-    "Comparison": "prompttune.export.figures",
+    "Comparison": "prompttune.export.parity.figures",
     "EngineFolder": "prompttune.export.folder",
     "ExportSettings": "prompttune.export.formats:Settings",
-    "Gate": "prompttune.export.gate",
+    "Gate": "prompttune.export.parity.gate",
     "Manifest": "prompttune.export.folder",
     "MultiTaskGraph": "prompttune.export.graph",
-    "ParityReport": "prompttune.export.parity",
+    "ParityReport": "prompttune.export.parity.report",
     "Task": "prompttune.export.folder",
     "add_task": "prompttune.export.build",
     "export_engine": "prompttune.export.build",
@@ -33,7 +33,7 @@ _LAZY = {
     "load_task": "prompttune.export.folder",
     "remove_task": "prompttune.export.build",
     "trace": "prompttune.export.graph",
-    "validate_engine": "prompttune.export.validate",
+    "validate_engine": "prompttune.export.parity.validate",
 }
 
 __all__ = [

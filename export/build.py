@@ -31,10 +31,10 @@ from prompttune.export.folder import (
     write_manifest,
 )
 from prompttune.export.formats import BuildRequest, Settings, find_format
-from prompttune.export.gate import Gate, engine_gate, loosest
-from prompttune.export.proof import MIXED_WITH, fold_proven, open_runner, prove, require_passed
+from prompttune.export.parity.gate import Gate, engine_gate, loosest
+from prompttune.export.parity.proof import MIXED_WITH, fold_proven, open_runner, prove, require_passed
+from prompttune.export.parity.samples import Data, Samples
 from prompttune.export.runtimes import RuntimeOptions
-from prompttune.export.samples import Data, Samples
 from prompttune.export.tasks import (
     Checkpoints,
     Fit,

@@ -29,7 +29,7 @@ from prompttune.export.layout import (
     declare_outputs,
     stack_states,
 )
-from prompttune.export.precision import TORCH_DTYPES, typed_model
+from prompttune.export.precision.casting import TORCH_DTYPES, typed_model
 from prompttune.layers.attention import explicit_attention
 from prompttune.layers.probe import recording
 from prompttune.model import PromptModel

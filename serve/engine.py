@@ -25,12 +25,12 @@ from prompttune.export.folder import (
     check_task_name,
     read_record,
 )
-from prompttune.export.gate import engine_gate
 from prompttune.export.layout import FLOAT32, bank_dtype, largest_axes
 from prompttune.export.layout import TASKS as TASKS_AXIS
-from prompttune.export.proof import MIXED_WITH, fold_proven
+from prompttune.export.parity.gate import engine_gate
+from prompttune.export.parity.proof import MIXED_WITH, fold_proven
+from prompttune.export.parity.samples import Samples
 from prompttune.export.runtimes import Array, Runtime, RuntimeOptions, open_runtime
-from prompttune.export.samples import Samples
 from prompttune.export.tasks import Fit, check_fit, engine_backbone
 from prompttune.images import ImageLike, open_image
 from prompttune.images.preprocess import Preprocess

@@ -14,7 +14,7 @@ import torch
 
 import prompttune as pt
 from prompttune.export.formats import Settings
-from prompttune.export.precision import exact_convolutions
+from prompttune.export.precision.casting import exact_convolutions
 from tests.engines import checkpoint, model_of, noise
 
 HERE = Path(__file__).parent

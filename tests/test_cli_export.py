@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from prompttune.cli.main import cli
 from prompttune.export import EngineFolder
-from prompttune.export.accuracy import OTHER_CLASSES
+from prompttune.export.parity.accuracy import OTHER_CLASSES
 from tests.data_helpers import write_classes
 from tests.drawing import drawn_model
 from tests.engines import backbone, checkpoint, config_of, copied, exported

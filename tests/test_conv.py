@@ -17,8 +17,8 @@ from prompttune.export import EngineFolder
 from prompttune.export.folder import ONNX_FILE
 from prompttune.export.formats import Settings
 from prompttune.export.formats.onnx import write_onnx
-from prompttune.export.precision import typed_model
-from prompttune.export.quantise import quantise
+from prompttune.export.precision.casting import typed_model
+from prompttune.export.precision.quantise import quantise
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.methods import METHODS
 from prompttune.methods.sa2vp.conv import ConvSA2VP, tokens_of

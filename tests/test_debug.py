@@ -12,8 +12,8 @@ import prompttune as pt
 from prompttune.cli.main import cli
 from prompttune.errors import UsageError
 from prompttune.export import EngineFolder, ExportSettings, Gate
-from prompttune.export.debug import Bisection, Probe, bisect
 from prompttune.export.folder import FileRecord, write_manifest
+from prompttune.export.parity.bisection import Bisection, Probe, bisect
 from prompttune.export.tasks import engine_model
 from tests.engines import backbone, checkpoint, copied, exported, noise
 from tests.test_export_folder import reseal

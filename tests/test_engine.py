@@ -142,7 +142,7 @@ def test_tasks_of_the_moment_stay_in_memory(tmp_path):
 
 
 def test_a_task_that_does_not_answer_alike_is_not_added(tmp_path, monkeypatch):
-    from prompttune.export import proof
+    from prompttune.export.parity import proof
 
     folder = copied("linear", tmp_path)
     engine = pt.Engine(folder)

@@ -12,7 +12,7 @@ import prompttune as pt
 from prompttune.export import EngineFolder
 from prompttune.export.folder import ONNX_FILE
 from prompttune.export.formats import Settings
-from prompttune.export.quantise import quantise
+from prompttune.export.precision.quantise import quantise
 from tests.convs import CONVS, ON_CONV
 from tests.engines import BATCH_SIZES, SHARING, build_request, checkpoint, copied, exported, model_of, noise, workshop
 from tests.operators import operators

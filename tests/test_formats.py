@@ -17,7 +17,7 @@ from prompttune.errors import EngineError, UsageError
 from prompttune.export import FORMATS, EngineFolder, add_task, remove_task
 from prompttune.export.folder import MANIFEST, ONNX_FILE, write_manifest
 from prompttune.export.formats import Settings, aoti, find_format
-from prompttune.export.gate import NOISE
+from prompttune.export.parity.gate import NOISE
 from tests.engines import checkpoint, copied, exported, model_of, noise, workshop
 from tests.tensorrt_rtx import MAGIC, build_engine
 
@@ -352,7 +352,7 @@ def test_a_failed_compilation_is_one_line(tmp_path, monkeypatch):
 
 
 def test_a_graph_that_cannot_be_quantised_is_one_line(tmp_path, monkeypatch):
-    from prompttune.export import quantise
+    from prompttune.export.precision import quantise
 
     def fail(*_, **__):
         raise ValueError("no such thing\nas this")
@@ -366,7 +366,7 @@ def test_a_graph_that_cannot_be_quantised_is_one_line(tmp_path, monkeypatch):
 
 def test_calibration_shows_every_task_its_own_images():
     """Static scales come from each task's images under that task, in batches, as many as were asked for in all."""
-    from prompttune.export import quantise
+    from prompttune.export.precision import quantise
     from tests.engines import build_request
 
     asked = []

@@ -19,8 +19,8 @@ from prompttune.export.formats.onnx import write_onnx
 from prompttune.export.graph import Traced, capture
 from prompttune.export.layout import TensorSpec, declare_inputs, declare_outputs
 from prompttune.export.onnx import export_onnx
-from prompttune.export.precision import TORCH_DTYPES
-from prompttune.export.quantise import quantise
+from prompttune.export.precision.casting import TORCH_DTYPES
+from prompttune.export.precision.quantise import quantise
 from prompttune.layers.aligned_attention import AlignedAttention
 from tests.engines import SHARING, build_request, exported, model_of, workshop
 from tests.tensorrt_rtx import MAGIC, build_engine

@@ -139,7 +139,7 @@ def test_adding_a_task_reads_a_few_others(folder, read):
 
 
 def test_validating_many_tasks_takes_some_and_says_so(folder, monkeypatch):
-    monkeypatch.setattr("prompttune.export.validate.MOST_TASKS", 2)
+    monkeypatch.setattr("prompttune.export.parity.validate.MOST_TASKS", 2)
     report = validate_engine(folder, batch_sizes=[1], images=2)
     assert set(report.images) == {"t0", "t4"}
     assert any("2 of 8 tasks" in note for note in report.notes)

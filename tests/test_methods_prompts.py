@@ -11,7 +11,7 @@ import torch
 import prompttune as pt
 from prompttune.backbones import VitBackbone
 from prompttune.errors import BackboneError, TrainingError, UsageError
-from prompttune.export.smooth import smoothed
+from prompttune.export.precision.smooth import smoothed
 from prompttune.methods import METHODS, config_from_dict
 from prompttune.training import train
 from prompttune.training.optim import learning_rate

@@ -9,7 +9,7 @@ import torch
 
 import prompttune as pt
 from prompttune.errors import BackboneError, UsageError
-from prompttune.export.smooth import smoothed
+from prompttune.export.precision.smooth import smoothed
 from prompttune.methods import METHODS, config_from_dict
 from tests import equations_weights
 from tests.drawing import drawn_backbone, drawn_model

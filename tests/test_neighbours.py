@@ -10,9 +10,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 import prompttune as pt
 from prompttune.export import Gate
-from prompttune.export.neighbours import check_neighbours
 from prompttune.export.onnx import _average_by_product
-from prompttune.export.report import write_html
+from prompttune.export.parity.html import write_html
+from prompttune.export.parity.neighbours import check_neighbours
 from tests.engines import checkpoint, exported, noise, workshop
 from tests.test_parity import Fake, crosstalk
 from tests.test_parity_figures import report, tally

@@ -6,7 +6,7 @@ import pytest
 import prompttune as pt
 from prompttune.errors import EngineError, UsageError
 from prompttune.export import EngineFolder, Gate, add_task
-from prompttune.export.compare import runner_reference
+from prompttune.export.parity.compare import runner_reference
 from tests.drawing import drawn_model
 from tests.engines import backbone, checkpoint, config_of, copied, exported, noise
 from tests.test_export_folder import reseal

@@ -7,9 +7,9 @@ import pytest
 
 from prompttune.errors import UsageError
 from prompttune.export import Gate, ParityReport
-from prompttune.export.accuracy import Accuracy
-from prompttune.export.figures import _KEPT, Tally
-from prompttune.export.gate import NOISE, loosest
+from prompttune.export.parity.accuracy import Accuracy
+from prompttune.export.parity.figures import _KEPT, Tally
+from prompttune.export.parity.gate import NOISE, loosest
 
 LOW = ("fp16", "bf16", "int8")
 

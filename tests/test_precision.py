@@ -15,11 +15,11 @@ from prompttune.backbones.vit import merge_heads
 from prompttune.export.folder import ONNX_FILE
 from prompttune.export.formats import Settings
 from prompttune.export.formats.onnx import write_onnx
-from prompttune.export.gate import NOISE
 from prompttune.export.graph import MultiTaskGraph
 from prompttune.export.layout import bank_input, stack_states
-from prompttune.export.precision import TORCH_DTYPES, typed_model
-from prompttune.export.smooth import smoothed
+from prompttune.export.parity.gate import NOISE
+from prompttune.export.precision.casting import TORCH_DTYPES, typed_model
+from prompttune.export.precision.smooth import smoothed
 from prompttune.layers.attention import attend, explicit_attention
 from tests.engines import SHARING, backbone, build_request, model_of, noise
 

@@ -14,11 +14,11 @@ from prompttune.cli.engine_options import parity_tables
 from prompttune.cli.main import cli
 from prompttune.evaluation import Tally as ScoreTally
 from prompttune.export import Gate, ParityReport
-from prompttune.export.accuracy import Accuracy, Sides
-from prompttune.export.debug import Bisection, Probe
-from prompttune.export.figures import Tally
-from prompttune.export.report import LISTED, PLOTTED, write_html
-from prompttune.export.swap import Swap
+from prompttune.export.parity.accuracy import Accuracy, Sides
+from prompttune.export.parity.bisection import Bisection, Probe
+from prompttune.export.parity.figures import Tally
+from prompttune.export.parity.html import LISTED, PLOTTED, write_html
+from prompttune.export.parity.swap import Swap
 from tests.engines import exported
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}

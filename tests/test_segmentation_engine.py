@@ -16,9 +16,9 @@ from prompttune.cli.main import cli
 from prompttune.data.masks import load_masks
 from prompttune.errors import DataError, EngineError, UsageError
 from prompttune.export import EngineFolder
-from prompttune.export.figures import Tally
-from prompttune.export.gate import Gate
-from prompttune.export.map_figures import MapTally
+from prompttune.export.parity.figures import Tally
+from prompttune.export.parity.gate import Gate
+from prompttune.export.parity.map_figures import MapTally
 from prompttune.export.tasks import Fit, engine_model
 from prompttune.images.preprocess import Preprocess
 from prompttune.serve.infer import InferSettings, infer

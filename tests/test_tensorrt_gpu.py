@@ -14,7 +14,7 @@ from prompttune.errors import EngineError
 from prompttune.export import EngineFolder
 from prompttune.export.folder import MANIFEST, write_manifest
 from prompttune.export.formats import Settings
-from prompttune.export.proof import open_runner
+from prompttune.export.parity.proof import open_runner
 from prompttune.export.runtimes import RuntimeOptions, StateRunner, open_runtime
 from tests.engines import SHARING, checkpoint, model_of, noise, workshop
 

@@ -9,7 +9,7 @@ from prompttune.errors import EngineError, UsageError
 from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE
 from prompttune.export.formats.base import BuildRequest, Built, Format, Settings
 from prompttune.export.onnx import FUSED_OPSET, OPSET, export_onnx
-from prompttune.export.quantise import calibrated, quantise
+from prompttune.export.precision.quantise import calibrated, quantise
 from prompttune.export.runtimes.onnxruntime import CPU_INT8
 
 

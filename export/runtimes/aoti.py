@@ -14,7 +14,7 @@ from torch._inductor import aoti_load_package
 
 from prompttune.errors import EngineError, UsageError, first_line
 from prompttune.export.folder import Manifest
-from prompttune.export.precision import exact_convolutions
+from prompttune.export.precision.casting import exact_convolutions
 from prompttune.export.runtimes.base import Array, BankArray, Runtime, RuntimeOptions
 from prompttune.export.runtimes.tensors import as_torch, place_rows, update_row
 from prompttune.export.trt.library import require_cuda

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from prompttune.errors import EngineError, UsageError, first_line
 from prompttune.export.folder import Manifest
 from prompttune.export.layout import IMAGE, TASK_INDEX
-from prompttune.export.precision import exact_convolutions
+from prompttune.export.precision.casting import exact_convolutions
 from prompttune.export.runtimes.base import Array, RuntimeOptions
 from prompttune.export.runtimes.tensorrt import ProfiledRuntime, refuse_options
 from prompttune.export.runtimes.tensors import as_torch

@@ -20,7 +20,7 @@ from rich.table import Table
 import prompttune as pt
 from prompttune.data import load_data
 from prompttune.errors import PrompttuneError
-from prompttune.export.parity import ParityReport
+from prompttune.export.parity.report import ParityReport
 from prompttune.serve.engine import Prediction
 
 BACKBONE, IMAGE_SIZE = "vit_small_patch14_dinov2", 56

@@ -70,7 +70,7 @@ def add(
     prompttune tasks add engine shapes=runs/shapes-v2 --replace
     """
     from prompttune.export import EngineFolder, Gate, add_task
-    from prompttune.export.gate import engine_precision
+    from prompttune.export.parity.gate import engine_precision
 
     named = named_checkpoints(runs)
     chosen = named_data(data, named)

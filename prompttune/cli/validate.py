@@ -103,7 +103,7 @@ def validate(
     if output is not None:
         write_json(output, values)
     if html is not None:
-        from prompttune.export.report import write_html
+        from prompttune.export.parity.html import write_html
 
         write_html(report, str(engine), html)
     if as_json:

@@ -22,7 +22,7 @@ from prompttune.export.folder import FileRecord, Manifest
 from prompttune.export.formats import BuildRequest, Settings, find_format
 from prompttune.export.graph import Traced, capture
 from prompttune.export.layout import BATCH, IMAGE, LOGITS, TASK_INDEX, State, TensorSpec, declare_inputs
-from prompttune.export.precision import typed_model
+from prompttune.export.precision.casting import typed_model
 from prompttune.export.runtimes import Array, Runtime, RuntimeOptions, open_runtime
 from prompttune.export.tasks import engine_model
 from prompttune.export.trt.options import TensorRTOptions

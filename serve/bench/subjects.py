@@ -17,7 +17,7 @@ from torch import Tensor
 from prompttune.errors import UsageError
 from prompttune.export.folder import EngineFolder, Manifest
 from prompttune.export.layout import stack_states
-from prompttune.export.precision import exact_convolutions
+from prompttune.export.precision.casting import exact_convolutions
 from prompttune.export.runtimes import Array, RuntimeOptions
 from prompttune.export.tasks import engine_backbone, engine_model
 from prompttune.model import PromptModel

@@ -7,13 +7,13 @@ import dataclasses
 from collections.abc import Mapping
 
 from prompttune.evaluation.tally import Tally as ScoreTally
-from prompttune.export.accuracy import OTHER_CLASSES, Accuracy, NotFinite, Sides, both_sides
-from prompttune.export.compare import Reference, Runner
-from prompttune.export.figures import Comparison, Tally
 from prompttune.export.folder import Task
-from prompttune.export.gate import Gate
-from prompttune.export.map_accuracy import measure_maps
-from prompttune.export.samples import Samples
+from prompttune.export.parity.accuracy import OTHER_CLASSES, Accuracy, NotFinite, Sides, both_sides
+from prompttune.export.parity.compare import Reference, Runner
+from prompttune.export.parity.figures import Comparison, Tally
+from prompttune.export.parity.gate import Gate
+from prompttune.export.parity.map_accuracy import measure_maps
+from prompttune.export.parity.samples import Samples
 
 
 def measure_accuracy(

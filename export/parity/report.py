@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from prompttune.export.accuracy import Accuracy
-from prompttune.export.debug import Bisection
-from prompttune.export.figures import Comparison
-from prompttune.export.gate import Gate
-from prompttune.export.neighbours import Neighbours
-from prompttune.export.swap import Swap
+from prompttune.export.parity.accuracy import Accuracy
+from prompttune.export.parity.bisection import Bisection
+from prompttune.export.parity.figures import Comparison
+from prompttune.export.parity.gate import Gate
+from prompttune.export.parity.neighbours import Neighbours
+from prompttune.export.parity.swap import Swap
 
 
 def torch_description() -> str:

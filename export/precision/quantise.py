@@ -1,11 +1,11 @@
 """int8: the backbone's matrix products.
 
 Weights are int8 with one scale per channel. Activations get their scale in each call (``dynamic``, one scale per row:
-:mod:`prompttune.export.rowwise`) or from calibration images (``static``, by ONNX Runtime's own tools, as QuantizeLinear
-and DequantizeLinear pairs). In both cases the channels are first balanced on calibration images
-(:mod:`prompttune.export.smooth`). Norms, softmax, GELU, residual sums and all of a task's tensors stay in float. With
-static scales the last product of the first blocks' MLPs does as well: the values after GELU have the longest tails, and
-early errors pass through every later block.
+:mod:`.rowwise`) or from calibration images (``static``, by ONNX Runtime's own tools, as QuantizeLinear and
+DequantizeLinear pairs). In both cases the channels are first balanced on calibration images (:mod:`.smooth`). Norms,
+softmax, GELU, residual sums and all of a task's tensors stay in float. With static scales the last product of the first
+blocks' MLPs does as well: the values after GELU have the longest tails, and early
+errors pass through every later block.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from prompttune.errors import EngineError, first_line
 from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE
 from prompttune.export.formats.base import BuildRequest, Feeds
 from prompttune.export.layout import IMAGE, TASK_INDEX, bank_dtype, bank_input, stack_states
+from prompttune.export.precision.rowwise import quantise_rows
+from prompttune.export.precision.smooth import smoothed
 from prompttune.export.quiet import quiet
-from prompttune.export.rowwise import quantise_rows
 from prompttune.export.runtimes.base import Array
-from prompttune.export.smooth import smoothed
 
 _BATCH = 8
 _FLOAT_BLOCKS = 3

@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from prompttune.export.debug import Bisection
-from prompttune.export.figures import Array
+from prompttune.export.parity.bisection import Bisection
+from prompttune.export.parity.figures import Array
 
 POINTS = 4000
 """Largest number of dots in a scatter plot; more would hide each other."""

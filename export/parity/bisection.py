@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from prompttune.errors import EngineError, UsageError, first_line
-from prompttune.export.figures import Array
 from prompttune.export.folder import ONNX_FILE, Manifest, Task
 from prompttune.export.layout import IMAGE, TASK_INDEX, bank_dtype, bank_input, stack_states
+from prompttune.export.parity.figures import Array
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.layers.probe import recording
 from prompttune.model import PromptModel

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prompttune.export.figures import QUIET, Array, Comparison, Figures, cosines, differences, divergence
+from prompttune.export.parity.figures import QUIET, Array, Comparison, Figures, cosines, differences, divergence
 
 KEPT_PLACES = 256
 """Number of an image's places whose logits are kept for medians and plots, evenly spread."""

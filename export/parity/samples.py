@@ -11,8 +11,8 @@ import numpy as np
 from prompttune.data.base import DataObject
 from prompttune.errors import DataError, choose
 from prompttune.evaluation.scored import Chosen, Matched, choose_split, match_classes
-from prompttune.export.figures import Array
 from prompttune.export.folder import Task
+from prompttune.export.parity.figures import Array
 from prompttune.images.masks import IGNORE_INDEX
 
 if TYPE_CHECKING:

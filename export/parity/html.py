@@ -12,10 +12,10 @@ import numpy as np
 from prompttune.evaluation.page import page, table
 from prompttune.evaluation.report import FIGURES, draw, figure_cells, section
 from prompttune.evaluation.result import Evaluation, percent
-from prompttune.export.accuracy import Sides
-from prompttune.export.figures import Comparison
-from prompttune.export.parity import ParityReport
-from prompttune.export.plots import divergence, histogram, scatter
+from prompttune.export.parity.accuracy import Sides
+from prompttune.export.parity.figures import Comparison
+from prompttune.export.parity.plots import divergence, histogram, scatter
+from prompttune.export.parity.report import ParityReport
 from prompttune.files import write_text
 
 LISTED = 10

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prompttune.export.compare import Runner
-from prompttune.export.figures import Array
+from prompttune.export.parity.compare import Runner
+from prompttune.export.parity.figures import Array
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import numpy as np
 
 from prompttune.errors import DataError
 from prompttune.evaluation.result import Evaluation
-from prompttune.export.compare import Reference, Runner
-from prompttune.export.figures import Array
 from prompttune.export.folder import Task
-from prompttune.export.samples import Labelled, read_images
+from prompttune.export.parity.compare import Reference, Runner
+from prompttune.export.parity.figures import Array
+from prompttune.export.parity.samples import Labelled, read_images
 
 OTHER_CLASSES = "the classes of the data are not the task's labels; name the task, as TASK=DATA, to score it"
 """Reason why data for all tasks are not scored for one of them."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prompttune.export.compare import Runner, batches
-from prompttune.export.figures import Array
-from prompttune.export.swap import differences
+from prompttune.export.parity.compare import Runner, batches
+from prompttune.export.parity.figures import Array
+from prompttune.export.parity.swap import differences
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from prompttune.backbones import Backbone
 from prompttune.errors import ParityError
-from prompttune.export.compare import (
+from prompttune.export.folder import Manifest, Task
+from prompttune.export.layout import TASKS
+from prompttune.export.parity.compare import (
     CHECKPOINT,
     STATE,
     Runner,
@@ -17,15 +19,13 @@ from prompttune.export.compare import (
     compare_tasks,
     state_reference,
 )
-from prompttune.export.folder import Manifest, Task
-from prompttune.export.gate import Gate
-from prompttune.export.layout import TASKS
-from prompttune.export.measure import measure_accuracy
-from prompttune.export.neighbours import check_neighbours
-from prompttune.export.parity import ParityReport
+from prompttune.export.parity.gate import Gate
+from prompttune.export.parity.measure import measure_accuracy
+from prompttune.export.parity.neighbours import check_neighbours
+from prompttune.export.parity.report import ParityReport
+from prompttune.export.parity.samples import Samples
+from prompttune.export.parity.swap import check_swaps
 from prompttune.export.runtimes import RuntimeOptions, StateRunner, open_runtime
-from prompttune.export.samples import Samples
-from prompttune.export.swap import check_swaps
 from prompttune.export.tasks import Folded, engine_model, fold_checkpoint
 
 MIXED_WITH = 7

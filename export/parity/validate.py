@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prompttune.errors import EngineError, UsageError, choose, some_names
-from prompttune.export.accuracy import Accuracy
 from prompttune.export.build import OnStage
-from prompttune.export.compare import (
+from prompttune.export.folder import EngineFolder, Task
+from prompttune.export.layout import TASKS
+from prompttune.export.parity.accuracy import Accuracy
+from prompttune.export.parity.bisection import bisect, check_probes
+from prompttune.export.parity.compare import (
     ENGINE,
     STATE,
     Reference,
@@ -21,17 +24,14 @@ from prompttune.export.compare import (
     runner_reference,
     state_reference,
 )
-from prompttune.export.debug import bisect, check_probes
-from prompttune.export.folder import EngineFolder, Task
-from prompttune.export.gate import NOISE, Gate, engine_precision, loosest
-from prompttune.export.layout import TASKS
-from prompttune.export.measure import measure_accuracy
-from prompttune.export.neighbours import check_neighbours
-from prompttune.export.parity import ParityReport, torch_description
-from prompttune.export.proof import open_runner
+from prompttune.export.parity.gate import NOISE, Gate, engine_precision, loosest
+from prompttune.export.parity.measure import measure_accuracy
+from prompttune.export.parity.neighbours import check_neighbours
+from prompttune.export.parity.proof import open_runner
+from prompttune.export.parity.report import ParityReport, torch_description
+from prompttune.export.parity.samples import Data, Samples
+from prompttune.export.parity.swap import check_swaps
 from prompttune.export.runtimes import RuntimeOptions
-from prompttune.export.samples import Data, Samples
-from prompttune.export.swap import check_swaps
 from prompttune.export.tasks import engine_backbone, engine_model
 from prompttune.model import PromptModel
 

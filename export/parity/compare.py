@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from prompttune.export.figures import Array, Comparison, Tally
 from prompttune.export.folder import Task
-from prompttune.export.map_figures import MapTally, is_map
+from prompttune.export.parity.figures import Array, Comparison, Tally
+from prompttune.export.parity.map_figures import MapTally, is_map
 from prompttune.model import PromptModel
 
 MIXED = "mixed"

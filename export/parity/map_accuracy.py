@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from prompttune.evaluation.segmentation import PixelTally
-from prompttune.export.accuracy import OTHER_CLASSES, Accuracy, NotFinite, both_sides
-from prompttune.export.compare import Reference, Runner
-from prompttune.export.figures import Array, Comparison
 from prompttune.export.folder import Task
-from prompttune.export.gate import Gate
-from prompttune.export.map_figures import MapTally
-from prompttune.export.samples import Labelled
+from prompttune.export.parity.accuracy import OTHER_CLASSES, Accuracy, NotFinite, both_sides
+from prompttune.export.parity.compare import Reference, Runner
+from prompttune.export.parity.figures import Array, Comparison
+from prompttune.export.parity.gate import Gate
+from prompttune.export.parity.map_figures import MapTally
+from prompttune.export.parity.samples import Labelled
 from prompttune.images.transform import EvaluationTransform
 
 METRIC = "mIoU"

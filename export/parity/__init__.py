@@ -1,0 +1,1 @@
+"""Parity: an engine compared with PyTorch or with another engine, with thresholds and reports."""

@@ -1,0 +1,1 @@
+"""Precision of an exported graph: casting, int8 quantisation."""
