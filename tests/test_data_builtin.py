@@ -14,8 +14,8 @@ from skimage.measure import label as label_regions
 from sklearn.datasets import load_digits
 
 from prompttune.data import ImageSource, load_data
-from prompttune.data.builtin import ShapeSource
-from prompttune.data.shapes import BINS, GAP, PLACED_RADII, SIDE, TURNED
+from prompttune.data.builtin import scene_of
+from prompttune.data.shapes import BINS, GAP, PLACED_RADII, SIDE, TURNED, Scene
 from prompttune.errors import UsageError
 
 SHAPES = ("location", "orientation", "count")
@@ -25,9 +25,9 @@ def pixels(source: ImageSource, index: int) -> NDArray[np.uint8]:
     return np.asarray(source.load(index)[0])
 
 
-def coverage(source: ShapeSource, index: int) -> NDArray[np.float64]:
+def coverage(source: ImageSource, scene: Scene, index: int) -> NDArray[np.float64]:
     """How much of each pixel the shapes cover, up to one factor a shape, [SIDE, SIDE]."""
-    background = np.array(source.scene(index).background, dtype=float)
+    background = np.array(scene.background, dtype=float)
     difference: NDArray[np.float64] = np.abs(pixels(source, index) - background).sum(axis=-1)
     return difference
 
@@ -91,25 +91,26 @@ def test_shape_tasks_are_balanced_and_disjoint(name: str) -> None:
 
 
 def test_location_is_the_bin_of_the_drawn_centre() -> None:
-    source = ShapeSource("location", "train", 1000)
+    source = load_data("demo/location").train
     margin = PLACED_RADII[1]
     width = (SIDE - 2 * margin) / BINS
     for index in range(120):
-        x, y = centre(coverage(source, index))
-        shape = source.scene(index).shapes[0]
+        scene = scene_of("location", "train", index)
+        x, y = centre(coverage(source, scene, index))
+        shape = scene.shapes[0]
         assert (x, y) == pytest.approx((shape.x, shape.y), abs=0.06)
         assert int((x - margin) / width) == source.load(index)[1]
 
 
 def test_orientation_is_the_bin_of_the_drawn_angle() -> None:
-    source = ShapeSource("orientation", "val", 400)
+    source = load_data("demo/orientation").val
     rows, columns = np.mgrid[:SIDE, :SIDE] + 0.5
     seen = set()
     for index in range(200):
-        scene = source.scene(index)
+        scene = scene_of("orientation", "val", index)
         shape = scene.shapes[0]
         kind = next(number for number, outline in enumerate(TURNED) if outline is shape.outline)
-        mass = coverage(source, index)
+        mass = coverage(source, scene, index)
         x, y = centre(mass)
         # the third moments of a shape with one axis of symmetry turn with it, and tell its head from its tail
         offset = ((columns - x) + 1j * (y - rows)) / shape.radius
@@ -134,13 +135,14 @@ def _upright_moment(outline: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def test_count_is_the_number_of_separate_shapes() -> None:
-    source = ShapeSource("count", "train", 1000)
+    source = load_data("demo/count").train
     for index in range(160):
-        regions, found = label_regions(coverage(source, index) > 0, return_num=True, connectivity=2)
+        scene = scene_of("count", "train", index)
+        regions, found = label_regions(coverage(source, scene, index) > 0, return_num=True, connectivity=2)
         label = source.load(index)[1]
         assert found == int(source.classes[label]) == label + 1
         assert not regions[0].any()  # none is cut off at the edge
-        shapes = source.scene(index).shapes
+        shapes = scene.shapes
         for number, one in enumerate(shapes):
             for other in shapes[:number]:
                 assert math.hypot(one.x - other.x, one.y - other.y) >= one.radius + other.radius + GAP

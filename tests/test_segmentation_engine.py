@@ -13,7 +13,7 @@ from PIL import Image
 
 import prompttune as pt
 from prompttune.cli.main import cli
-from prompttune.data.masks import load_masks
+from prompttune.data import load_data
 from prompttune.errors import DataError, EngineError, UsageError
 from prompttune.export import EngineFolder
 from prompttune.export.parity.figures import Tally
@@ -45,7 +45,7 @@ def engine(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
-    source = load_masks("demo/shapes-seg").val
+    source = load_data("demo/shapes-seg", target="mask").val
     for index in range(3):
         image = source.load(index)[0]
         (image.resize((100, 80)) if index == 1 else image).save(folder / f"{index}.png")

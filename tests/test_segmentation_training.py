@@ -11,9 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from prompttune.cli.main import cli
-from prompttune.data import Augment
-from prompttune.data.mask_loading import make_mask_loader
-from prompttune.data.masks import load_masks
+from prompttune.data import Augment, load_data, make_loader
 from prompttune.errors import DataError, UsageError
 from prompttune.evaluation.segmentation import PixelTally
 from prompttune.images.joint import JointTransform
@@ -85,7 +83,7 @@ def test_loss_is_the_mean_of_known_pixels():
 
 
 def test_shapes_have_exact_masks():
-    splits = load_masks("demo/shapes-seg")
+    splits = load_data("demo/shapes-seg", target="mask")
     assert (len(splits.train), len(splits.val)) == (600, 200)
     assert splits.classes == ["background", "square", "ellipse", "heart", "arrow"]
     seen = set()
@@ -102,12 +100,12 @@ def test_shapes_have_exact_masks():
         assert (away == inside).mean() > 0.97
         seen |= set(np.unique(mask).tolist())
     assert seen == {0, 1, 2, 3, 4}
-    assert np.array_equal(splits.val.load(3)[1], load_masks("demo/shapes-seg").val.load(3)[1])
+    assert np.array_equal(splits.val.load(3)[1], load_data("demo/shapes-seg", target="mask").val.load(3)[1])
 
 
 @pytest.mark.parametrize("names", ["classes.txt", "objectInfo150.txt", None])
 def test_ade20k_folders(tmp_path, names):
-    splits = load_masks(str(write_ade20k(tmp_path, names)))
+    splits = load_data(str(write_ade20k(tmp_path, names)), target="mask")
     assert splits.classes == (["1", "2"] if names is None else ["wall", "floor"])
     assert (len(splits.train), len(splits.val)) == (2, 1)
     image, mask = splits.train.load(1)
@@ -121,7 +119,7 @@ def test_ade20k_folders(tmp_path, names):
 def test_zero_can_be_a_class(tmp_path):
     folder = write_ade20k(tmp_path)
     (folder / "classes.txt").write_text("nothing\nwall\nfloor\n")
-    splits = load_masks(str(folder), reduce_zero_label=False)
+    splits = load_data(str(folder), reduce_zero_label=False, target="mask")
     assert np.unique(splits.val.load(0)[1]).tolist() == [0, 1, 2]
     assert indexed(np.array([[0, 5, 255]]), True).tolist() == [[255, 4, 255]]
     assert indexed(np.array([[0, 5, 255]]), False).tolist() == [[0, 5, 255]]
@@ -129,17 +127,17 @@ def test_zero_can_be_a_class(tmp_path):
 
 def test_bad_data_is_told_in_one_line(tmp_path):
     with pytest.raises(DataError, match=r"no data at .*/nowhere; give a folder with images/training"):
-        load_masks(str(tmp_path / "nowhere"))
-    with pytest.raises(UsageError, match="unknown demo data set of masks 'digits'"):
-        load_masks("demo/digits")
+        load_data(str(tmp_path / "nowhere"), target="mask")
+    with pytest.raises(UsageError, match="demo/digits has a class for each image, and the task needs a mask"):
+        load_data("demo/digits", target="mask")
     folder = write_ade20k(tmp_path / "data")
     (folder / "annotations" / "training" / "1.png").unlink()
     with pytest.raises(DataError, match=r"1\.jpg has no annotation 1\.png"):
-        load_masks(str(folder))
+        load_data(str(folder), target="mask")
     folder = write_ade20k(tmp_path / "other")
     (folder / "annotations" / "validation").rename(folder / "aside")
     with pytest.raises(DataError, match=r"no folder .*annotations/validation"):
-        load_masks(str(folder))
+        load_data(str(folder), target="mask")
 
 
 @pytest.mark.parametrize("names", ["classes.txt", "objectInfo150.txt"])
@@ -148,7 +146,7 @@ def test_class_names_in_another_encoding_are_told_in_one_line(tmp_path, names):
     with (folder / names).open("a", encoding="latin-1") as stream:
         stream.write("3\t.5\t1\t1\tTür\n")
     with pytest.raises(DataError, match=rf"{names} line \d+ is not in UTF-8: save") as caught:
-        load_masks(str(folder))
+        load_data(str(folder), target="mask")
     assert "\n" not in str(caught.value)
 
 
@@ -174,8 +172,8 @@ def declare(path, width, height):
 def test_a_bad_annotation_is_one_unreadable_image(tmp_path, write, words):
     folder = write_ade20k(tmp_path)
     write(folder / "annotations" / "training" / "0.png")
-    source = load_masks(str(folder)).train
-    loader = make_mask_loader(source, JointTransform(Preprocess(16, **GREY)), batch_size=4, shuffle=False, seed=0)
+    source = load_data(str(folder), target="mask").train
+    loader = make_loader(source, JointTransform(Preprocess(16, **GREY)), batch_size=4, shuffle=False, seed=0)
     (batch,) = list(loader)
     assert batch.targets.shape == (1, 16, 16)
     assert len(batch.corrupt) == 1
@@ -185,7 +183,7 @@ def test_a_bad_annotation_is_one_unreadable_image(tmp_path, write, words):
 def test_annotations_that_declare_too_much_are_left_out_of_the_numbers(tmp_path):
     folder = write_ade20k(tmp_path, None)
     declare(folder / "annotations" / "training" / "0.png", 60_000, 60_000)
-    assert load_masks(str(folder)).classes == ["1", "2"]
+    assert load_data(str(folder), target="mask").classes == ["1", "2"]
 
 
 def oriented(path, orientation):
@@ -199,10 +197,10 @@ def oriented(path, orientation):
 
 def test_image_and_annotation_are_turned_together(tmp_path):
     folder = write_ade20k(tmp_path)
-    expected_image, expected_mask = load_masks(str(folder)).train.load(1)
+    expected_image, expected_mask = load_data(str(folder), target="mask").train.load(1)
     for path in (folder / "images" / "training" / "1.jpg", folder / "annotations" / "training" / "1.png"):
         oriented(path, 6)
-    image, mask = load_masks(str(folder)).train.load(1)
+    image, mask = load_data(str(folder), target="mask").train.load(1)
     assert image.size == expected_image.size[::-1]
     assert np.array_equal(mask, np.rot90(expected_mask, -1))
 
@@ -212,9 +210,9 @@ def test_an_orientation_of_one_of_both_is_one_unreadable_image(tmp_path, turned,
     folder = write_ade20k(tmp_path)
     oriented(folder / "images" / "training" / "0.jpg", 3 if turned == "images" else 1)  # 3 keeps the sides
     oriented(folder / "annotations" / "training" / "0.png", 3 if turned == "annotations" else 1)
-    source = load_masks(str(folder)).train
+    source = load_data(str(folder), target="mask").train
     joint = JointTransform(Preprocess(16, **GREY))
-    (batch,) = list(make_mask_loader(source, joint, batch_size=4, shuffle=False, seed=0))
+    (batch,) = list(make_loader(source, joint, batch_size=4, shuffle=False, seed=0))
     if turned is None:
         assert batch.corrupt == []
     else:
@@ -229,9 +227,9 @@ def test_a_strip_is_one_unreadable_image(tmp_path, monkeypatch):
         with Image.open(path) as picture:
             picture.resize((120, 1)).save(path)
     joint = JointTransform(Preprocess(16, **GREY, crop_mode="center"))
-    source = load_masks(str(folder)).train
+    source = load_data(str(folder), target="mask").train
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16 * 16 * 50)
-    (batch,) = list(make_mask_loader(source, joint, batch_size=4, shuffle=False, seed=0))
+    (batch,) = list(make_loader(source, joint, batch_size=4, shuffle=False, seed=0))
     assert batch.corrupt == [f"{source.describe(0)}: sides of 120 x 1 pixels differ too much to be resized"]
     assert batch.targets.shape == (1, 16, 16)
 
@@ -321,7 +319,7 @@ def test_a_training_beats_the_largest_class(learned, blocks):
     output, result, _ = learned
     scored = evaluate_segmentation(output, str(blocks))
     floors = []
-    source = load_masks(str(blocks)).val
+    source = load_data(str(blocks), target="mask").val
     for kind in range(3):
         tally = PixelTally(3)
         for index in range(len(source)):

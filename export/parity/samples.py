@@ -125,13 +125,12 @@ class Samples:
     def images(self, name: str, task: Task) -> Labelled | None:
         """The images of a task; None without data."""
         from prompttune.data import load_parts
-        from prompttune.data.masks import load_mask_parts
 
         found = self._settled(name)
         if found is None:
             return None
         if (spec := str(found)) not in self._chosen:
-            parts = load_mask_parts(spec) if self.masks else load_parts(found)
+            parts = load_parts(found, target="mask" if self.masks else "class")
             self._chosen[spec] = choose_split(parts.named, parts.name, self.split)
         return Labelled(self._chosen[spec], task.labels, isinstance(self.data, Mapping), self.strict)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from prompttune.benchmark.recipe import Recipe
-from prompttune.data.benchmarks import KINDS, download, missing_files
+from prompttune.data.benchmarks import BENCHMARKS, download, missing_files
 from prompttune.data.roots import HUB_PREFIX
 from prompttune.errors import DataError, UsageError, describe_failure
 
@@ -46,7 +46,7 @@ def available_tasks(
             missing.
     """
     specs = {task: [one for one in (recipe.tasks[task].search, recipe.tasks[task].data) if one] for task in tasks}
-    kinds = {spec.partition("/")[0] for found in specs.values() for spec in found} & set(KINDS)
+    kinds = {spec.partition("/")[0] for found in specs.values() for spec in found} & set(BENCHMARKS)
     if kinds and root is None:
         raise UsageError(f"{recipe.protocol} needs the folder of its data: give --data-root ({_layouts(kinds)})")
     if fetch and root is not None and root.startswith(HUB_PREFIX):
@@ -108,4 +108,4 @@ def _there(
 
 
 def _layouts(kinds: set[str]) -> str:
-    return "; ".join(LAYOUTS[kind] for kind in KINDS if kind in kinds)
+    return "; ".join(LAYOUTS[kind] for kind in BENCHMARKS if kind in kinds)

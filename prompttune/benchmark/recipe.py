@@ -28,7 +28,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from prompttune.data.benchmarks import KINDS
+from prompttune.data.benchmarks import BENCHMARKS
 from prompttune.errors import UsageError, choose
 from prompttune.methods import METHODS
 from prompttune.methods.registry import method_fields
@@ -233,7 +233,7 @@ def _scored(data: str) -> str:
     """The part of a specification that names the scored images."""
     kind, _, name = data.partition("/")
     parts = name.split("/")
-    return f"{kind}/{parts[0]}/{parts[-1]}" if kind in KINDS else data
+    return f"{kind}/{parts[0]}/{parts[-1]}" if kind in BENCHMARKS else data
 
 
 def _variants(path: Path, entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 from PIL import Image
 
 from prompttune.errors import DataError, shortened
 from prompttune.images import read_image
-from prompttune.images.masks import Mask
+
+Target = Literal["class", "mask"]
+"""What a data set knows of each image: its class, or the class of each pixel."""
 
 
 class ImageSource(Protocol):
@@ -24,11 +26,11 @@ class ImageSource(Protocol):
         """Number of images."""
         ...
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """Return an RGB image and its class index.
+    def load(self, index: int) -> tuple[Image.Image, Any]:
+        """Return an RGB image and its target: a class index, or a :data:`~prompttune.images.masks.Mask` of its size.
 
         Raises:
-            OSError, ValueError: this image cannot be read; others may be readable.
+            OSError, ValueError: this image or its mask cannot be read; others may be readable.
         """
         ...
 
@@ -37,36 +39,8 @@ class ImageSource(Protocol):
         ...
 
     def labels(self) -> list[int] | None:
-        """Class index of every image, without decoding any; None if they are unknown."""
+        """Class index of every image, without decoding any; None if they are unknown, or the targets are masks."""
         ...
-
-
-class MaskSource(Protocol):
-    """Images and masks that are read by index, in an order that never changes."""
-
-    classes: list[str]
-    """Name of each class, in the order of the class indices."""
-
-    def __len__(self) -> int:
-        """Number of images."""
-        ...
-
-    def load(self, index: int) -> tuple[Image.Image, Mask]:
-        """Return an RGB image and its mask, of the same height and width.
-
-        Raises:
-            OSError, ValueError: this image or its mask cannot be read; the others may be.
-        """
-        ...
-
-    def describe(self, index: int) -> str:
-        """Where the image comes from."""
-        ...
-
-    def labels(self) -> list[int] | None:
-        """None, unless the images have classes of their own: those of masks have none."""
-        found: list[int] | None = None
-        return found
 
 
 @dataclass(frozen=True)
@@ -91,6 +65,8 @@ class Parts:
     """Where the images come from, for messages."""
     unfit: str | None = None
     """Reason why a model cannot be trained on them, such as an empty class folder; they can still be scored."""
+    target: Target = "class"
+    """Kind of the targets that the sources load."""
 
 
 OBJECT = "object:"
@@ -109,7 +85,41 @@ class DataObject:
         return self.name
 
 
-class FileSource(ImageSource):
+class LabelledSource(ImageSource):
+    """Base of a source whose class indices are known; a subclass reads the images.
+
+    Args:
+        labels: class index of each image.
+        classes: class names by index.
+        name: name of the source, for :meth:`describe`.
+    """
+
+    def __init__(self, labels: Sequence[int], classes: Sequence[str], name: str = "") -> None:
+        self.classes = list(classes)
+        self.name = name
+        self._labels = list(labels)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def image(self, index: int) -> Image.Image:
+        """The RGB image at ``index``; raises the errors of :meth:`ImageSource.load`."""
+        raise NotImplementedError
+
+    def load(self, index: int) -> tuple[Image.Image, Any]:
+        """See :class:`ImageSource`."""
+        return self.image(index), self._labels[index]
+
+    def describe(self, index: int) -> str:
+        """Name and index."""
+        return f"{self.name}[{index}]"
+
+    def labels(self) -> list[int] | None:
+        """See :class:`ImageSource`."""
+        return list(self._labels)
+
+
+class FileSource(LabelledSource):
     """Image files with one class index each.
 
     Args:
@@ -120,25 +130,24 @@ class FileSource(ImageSource):
     """
 
     def __init__(self, paths: Sequence[Path], labels: Sequence[int], classes: Sequence[str], root: Path) -> None:
+        super().__init__(labels, classes)
         self.paths = list(paths)
         self.root = root
-        self.classes = list(classes)
-        self._labels = list(labels)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """See :class:`ImageSource`."""
-        return read_image(self.paths[index]), self._labels[index]
+    def image(self, index: int) -> Image.Image:
+        """See :class:`LabelledSource`."""
+        return read_image(self.paths[index])
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        """The file of an image, and those of its target if it has any."""
+        return (self.paths[index],)
 
     def describe(self, index: int) -> str:
         """The path."""
         return str(self.paths[index])
-
-    def labels(self) -> list[int]:
-        """See :class:`ImageSource`."""
-        return list(self._labels)
 
 
 class Subset(ImageSource):
@@ -152,7 +161,7 @@ class Subset(ImageSource):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
+    def load(self, index: int) -> tuple[Image.Image, Any]:
         """See :class:`ImageSource`."""
         return self.source.load(self.indices[index])
 
@@ -178,7 +187,7 @@ class Renumbered(ImageSource):
     def __len__(self) -> int:
         return len(self.source)
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
+    def load(self, index: int) -> tuple[Image.Image, Any]:
         """See :class:`ImageSource`."""
         image, label = self.source.load(index)
         return image, self._index[label]
@@ -198,14 +207,26 @@ def file_at(source: ImageSource, index: int) -> tuple[Path, str] | None:
 
     The path is unchanged for a file outside that folder. None if the image does not have its own file.
     """
-    while isinstance(source, Subset | Renumbered):
-        index = source.indices[index] if isinstance(source, Subset) else index
-        source = source.source
+    source, index = _original(source, index)
     if not isinstance(source, FileSource):
         return None
     path = source.paths[index]
     below = path.relative_to(source.root) if path.is_relative_to(source.root) else path
     return path, below.as_posix()
+
+
+def files_at(source: ImageSource, index: int) -> tuple[Path, ...]:
+    """The files of an image and its target; none if the image does not have its own file."""
+    source, index = _original(source, index)
+    return source.files(index) if isinstance(source, FileSource) else ()
+
+
+def _original(source: ImageSource, index: int) -> tuple[ImageSource, int]:
+    """The source behind subsets, and the image's index in it."""
+    while isinstance(source, Subset | Renumbered):
+        index = source.indices[index] if isinstance(source, Subset) else index
+        source = source.source
+    return source, index
 
 
 def numbered(labels: Sequence[int]) -> list[str]:

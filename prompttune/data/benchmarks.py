@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from prompttune.data.base import FileSource, ImageSource, Parts, Subset
+from prompttune.data.base import FileSource, ImageSource, LabelledSource, Parts, Subset
 from prompttune.data.roots import DataRoot, LocalRoot, data_root
 from prompttune.data.split_names import TEST, TRAIN, VAL, split_of
 from prompttune.data.splitting import split_indices
@@ -28,7 +29,6 @@ from prompttune.data.text import text_lines
 from prompttune.errors import DataError, UsageError, choose
 from prompttune.images import read_image
 
-KINDS = ("vtab", "fgvc", "tv")
 FGVC_IMAGE_FOLDERS = ("", "images", "Images")
 PARTS = {"train80": 0, "val20": 1}
 """Parts of a training split, with their index in the result of the splitting."""
@@ -78,14 +78,14 @@ def load_benchmark(kind: str, name: str, root: str | None) -> Parts:
     wanted = _Name.read(kind, name, root)
     if absent := wanted.root.missing(wanted.expected):
         raise DataError(f"{kind}/{name}: no {absent[0]}")
-    train, val = {"vtab": _vtab, "fgvc": _fgvc, "tv": _torchvision}[kind](wanted, wanted.fetched())
+    train, val = BENCHMARKS[kind](wanted, wanted.fetched())
     return Parts({TRAIN: train, TEST if split_of(wanted.held) == TEST else VAL: val}, f"{kind}/{name}")
 
 
 def missing_files(spec: str, root: str | None) -> list[str]:
     """Files and folders that a specification needs and that are missing; empty for other kinds."""
     kind, _, name = spec.partition("/")
-    if kind not in KINDS:
+    if kind not in BENCHMARKS:
         return []
     wanted = _Name.read(kind, name, root)
     return wanted.root.missing(wanted.expected)
@@ -198,27 +198,16 @@ def _torchvision_name(wanted: _Name) -> str:
     return choose("data set of torchvision", wanted.name, TORCHVISION)
 
 
-class _TorchvisionSource(ImageSource):
+class _TorchvisionSource(LabelledSource):
     """A split of a data set of torchvision."""
 
     def __init__(self, data: Any, labels: Sequence[int], classes: Sequence[str], name: str) -> None:
-        self.data, self.name, self.classes = data, name, list(classes)
-        self._labels = [int(label) for label in labels]
+        super().__init__(labels, classes, name)
+        self.data = data
 
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """See :class:`ImageSource`."""
-        return read_image(self.data[index][0]), self._labels[index]
-
-    def describe(self, index: int) -> str:
-        """Name, split and index."""
-        return f"{self.name}[{index}]"
-
-    def labels(self) -> list[int]:
-        """See :class:`ImageSource`."""
-        return list(self._labels)
+    def image(self, index: int) -> Image.Image:
+        """See :class:`LabelledSource`."""
+        return read_image(self.data[index][0])
 
 
 def _torchvision(wanted: _Name, root: Path) -> tuple[ImageSource, ImageSource]:
@@ -251,3 +240,7 @@ def _torchvision_split(wanted: _Name, name: str, root: Path, *, download: bool =
         verb, where = ("download", "into") if download else ("load", "from")
         raise DataError(f"cannot {verb} tv/{wanted.name}, {split}, {where} {root}: {reason}") from None
     return data, [int(label) for label in known.labels(data)]
+
+
+BENCHMARKS = {"vtab": _vtab, "fgvc": _fgvc, "tv": _torchvision}
+load_vtab, load_fgvc, load_tv = (functools.partial(load_benchmark, kind) for kind in BENCHMARKS)

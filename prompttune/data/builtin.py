@@ -2,100 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from prompttune.data import shapes
-from prompttune.data.base import ImageSource, Parts
+from prompttune.data import shape_masks, shapes
+from prompttune.data.base import ImageSource, LabelledSource, Parts, Target
 from prompttune.errors import choose
 
 DIGITS_TRAIN = 1000
-SHAPES_TRAIN, SHAPES_VAL = 1000, 400
+SHAPES = {"train": 1000, "val": 400}
+MASKS = {"train": 600, "val": 200}
+
+Rendered = tuple[NDArray[np.uint8], Any]
+"""Pixels [height, width, 3] and a target."""
 
 
-class ArraySource(ImageSource):
-    """Images in memory."""
+class ArraySource(LabelledSource):
+    """Images in memory: uint8 [images, height, width, 3]."""
 
-    def __init__(self, images: NDArray[np.uint8], labels: list[int], classes: list[str], name: str) -> None:
+    def __init__(self, images: NDArray[np.uint8], labels: Sequence[int], classes: Sequence[str], name: str) -> None:
+        super().__init__(labels, classes, name)
         self.images = images
-        """uint8 [images, height, width, 3]."""
-        self.classes = classes
+
+    def image(self, index: int) -> Image.Image:
+        """See :class:`LabelledSource`."""
+        return Image.fromarray(self.images[index])
+
+
+class RenderedSource(ImageSource):
+    """One split of rendered shapes, 64 x 64 pixels; an image is rendered at its first use, then kept.
+
+    Args:
+        name: name of the split, such as ``demo/count/train``.
+        size: number of images.
+        classes: class names by index.
+        render: makes the image at an index.
+        labels: class index of every image; None for masks.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        classes: Sequence[str],
+        render: Callable[[int], Rendered],
+        labels: Sequence[int] | None = None,
+    ) -> None:
         self.name = name
+        self.classes = list(classes)
+        self._size = size
+        self._render = render
         self._labels = labels
+        self._rendered: dict[int, Rendered] = {}
 
     def __len__(self) -> int:
-        return len(self.images)
+        return self._size
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """See :class:`ImageSource`."""
-        return Image.fromarray(self.images[index]), self._labels[index]
+    def load(self, index: int) -> tuple[Image.Image, Any]:
+        """See :class:`ImageSource`; raises :class:`IndexError` past the end."""
+        if not 0 <= index < self._size:
+            raise IndexError(index)
+        if index not in self._rendered:
+            self._rendered[index] = self._render(index)
+        pixels, target = self._rendered[index]
+        return Image.fromarray(pixels), target
 
     def describe(self, index: int) -> str:
         """Name and index."""
         return f"{self.name}[{index}]"
 
-    def labels(self) -> list[int]:
+    def labels(self) -> list[int] | None:
         """See :class:`ImageSource`."""
-        return list(self._labels)
+        return None if self._labels is None else list(self._labels)
 
 
-@dataclass(frozen=True)
-class ShapeTask:
-    """A task about rendered shapes."""
-
-    scene: Callable[[int, shapes.Dice], shapes.Scene]
-    classes: tuple[str, ...]
+def scene_of(task: str, split: str, index: int) -> shapes.Scene:
+    """The content of an image of a shape task."""
+    return SCENES[task][0](index, shapes.Dice(f"{task}/{split}/{index}"))
 
 
-SHAPE_TASKS = {
-    "location": ShapeTask(shapes.location, tuple(str(number) for number in range(shapes.BINS))),
-    "orientation": ShapeTask(shapes.orientation, tuple(str(number) for number in range(shapes.BINS))),
-    "count": ShapeTask(shapes.count, tuple(str(number + 1) for number in range(shapes.MOST))),
+_BINS = [str(number) for number in range(shapes.BINS)]
+SCENES: dict[str, tuple[Callable[[int, shapes.Dice], shapes.Scene], list[str]]] = {
+    "location": (shapes.location, _BINS),
+    "orientation": (shapes.orientation, _BINS),
+    "count": (shapes.count, [str(number + 1) for number in range(shapes.MOST)]),
 }
+"""The scene of an image and the classes of each shape task."""
 
 
-class ShapeSource(ImageSource):
-    """One split of a shape task; an image is rendered at its first use, then kept."""
-
-    def __init__(self, task: str, split: str, size: int) -> None:
-        self.task = task
-        self.split = split
-        self.classes = list(SHAPE_TASKS[task].classes)
-        self._size = size
-        self._rendered: dict[int, NDArray[np.uint8]] = {}
-
-    def __len__(self) -> int:
-        return self._size
-
-    def scene(self, index: int) -> shapes.Scene:
-        """Content of the image at ``index``; raises :class:`IndexError` past the end."""
-        if not 0 <= index < self._size:
-            raise IndexError(index)
-        return SHAPE_TASKS[self.task].scene(index, shapes.Dice(f"{self.task}/{self.split}/{index}"))
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """See :class:`ImageSource`; 64 x 64 pixels."""
-        if index not in self._rendered:
-            self._rendered[index] = self.scene(index).render()
-        return Image.fromarray(self._rendered[index]), self._label(index)
-
-    def _label(self, index: int) -> int:
-        return index % len(self.classes)
-
-    def describe(self, index: int) -> str:
-        """Name, split and index."""
-        return f"demo/{self.task}/{self.split}[{index}]"
-
-    def labels(self) -> list[int]:
-        """See :class:`ImageSource`."""
-        return [self._label(index) for index in range(self._size)]
+def _render_scene(task: str, split: str, index: int) -> Rendered:
+    scene = scene_of(task, split, index)
+    return scene.render(), scene.label
 
 
-def _load_digits() -> Parts:
+def _load_digits() -> dict[str, ImageSource]:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -105,28 +110,51 @@ def _load_digits() -> Parts:
     labels = digits.target.tolist()
     classes = [str(name) for name in digits.target_names]
     parts = train_test_split(range(len(labels)), train_size=DIGITS_TRAIN, stratify=labels, random_state=0)
-    train, val = (
-        ArraySource(images[sorted(part)], [labels[index] for index in sorted(part)], classes, f"demo/digits/{split}")
-        for split, part in zip(("train", "val"), parts, strict=True)
-    )
-    return Parts({"train": train, "val": val}, "demo/digits")
+    named: dict[str, ImageSource] = {}
+    for split, part in zip(("train", "val"), map(sorted, parts), strict=True):
+        named[split] = ArraySource(images[part], [labels[index] for index in part], classes, f"demo/digits/{split}")
+    return named
 
 
-def _load_shapes(task: str) -> Parts:
-    sizes = {"train": SHAPES_TRAIN, "val": SHAPES_VAL}
-    return Parts({split: ShapeSource(task, split, size) for split, size in sizes.items()}, f"demo/{task}")
+def _load_shapes(task: str) -> dict[str, ImageSource]:
+    classes = SCENES[task][1]
+    return {
+        split: RenderedSource(
+            f"demo/{task}/{split}",
+            size,
+            classes,
+            partial(_render_scene, task, split),
+            [index % len(classes) for index in range(size)],
+        )
+        for split, size in SHAPES.items()
+    }
 
 
-def load_builtin(name: str) -> Parts:
-    """Load ``digits``, ``location``, ``orientation`` or ``count``.
+def _load_masks() -> dict[str, ImageSource]:
+    return {
+        split: RenderedSource(
+            f"demo/{shape_masks.NAME}/{split}", size, shape_masks.CLASSES, partial(shape_masks.render, split)
+        )
+        for split, size in MASKS.items()
+    }
+
+
+def load_builtin(name: str, root: str | None = None) -> Parts:  # noqa: ARG001  # they are made, not read
+    """Load ``digits``, ``location``, ``orientation``, ``count`` or ``shapes-seg``.
 
     Images and splits are always the same, whatever the seed and the validation fraction of a run, so that results are
     comparable. Of scikit-learn's 1,797 digits (8 x 8 pixels), 1,000 train, stratified. Each shape task (64 x 64 pixels)
-    has 1,000 training and 400 validation images, whose classes take turns.
+    has 1,000 training and 400 validation images, whose classes take turns. ``shapes-seg`` has 600 training and 200
+    validation images with masks.
 
     Raises:
         UsageError: the name is unknown.
     """
-    if choose("demo data set", name, ["digits", *SHAPE_TASKS]) == "digits":
-        return _load_digits()
-    return _load_shapes(name)
+    target: Target = "class"
+    if choose("demo data set", name, ["digits", *SCENES, shape_masks.NAME]) == "digits":
+        named = _load_digits()
+    elif name == shape_masks.NAME:
+        named, target = _load_masks(), "mask"
+    else:
+        named = _load_shapes(name)
+    return Parts(named, f"demo/{name}", target=target)

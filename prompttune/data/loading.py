@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import DupFd
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,16 +22,13 @@ from prompttune.data.base import ImageSource
 from prompttune.data.rng import derive_seed, generators_kept, seed_generators
 from prompttune.errors import DataError, UsageError
 from prompttune.images.augment import Transform, is_exact
+from prompttune.images.joint import JointTransform
 from prompttune.images.preprocess import UnresizableError
-
-if TYPE_CHECKING:
-    from prompttune.data.base import MaskSource
-    from prompttune.images.joint import JointTransform
 
 Key = tuple[int, int]
 """Epoch and index of an image: the epoch is sent along because worker processes outlive an epoch."""
-Sample = tuple[Tensor, Any] | str
-"""An image [3, S, S] with its class index or mask, or a line about an image that cannot be read."""
+Sample = tuple[Tensor, Tensor] | str
+"""An image [3, S, S] with its class index [] or mask [S, S], or a line about an image that cannot be read."""
 
 
 @dataclass
@@ -186,7 +183,7 @@ class Samples(Dataset[Sample]):
         except (OSError, ValueError, DataError) as problem:
             return self._told(index, problem)
         try:
-            return self.draw(loaded)
+            return self._transformed(*loaded)
         except UnresizableError as problem:
             return self._told(index, problem)
 
@@ -195,27 +192,24 @@ class Samples(Dataset[Sample]):
         reason = " ".join(str(problem).split()).replace(": ", ", ") or type(problem).__name__
         return f"{self.source.describe(index)}: {reason}"
 
-    def draw(self, loaded: tuple[Any, Any]) -> tuple[Any, Any]:
-        """An image, transformed, with its class index.
-
-        Raises:
-            UnresizableError: this image cannot be transformed; others may be.
-        """
-        image, target = loaded
-        return self.transform(image), target
+    def _transformed(self, image: Image.Image, target: Any) -> tuple[Tensor, Tensor]:
+        """An image [3, S, S] and its target: a class index, or a mask [S, S], which follows the image's geometry."""
+        if isinstance(self.transform, JointTransform):
+            return self.transform(image, target)
+        return self.transform(image), torch.as_tensor(target, dtype=torch.int64)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Stack the readable samples and list the lines of the others."""
-        images = [sample[0] for sample in samples if not isinstance(sample, str)]
-        targets = [sample[1] for sample in samples if not isinstance(sample, str)]
+        readable = [sample for sample in samples if not isinstance(sample, str)]
         corrupt = [sample for sample in samples if isinstance(sample, str)]
-        stacked = torch.stack(images) if images else self._no_images()
-        return Batch(stacked, torch.tensor(targets, dtype=torch.int64), corrupt)
+        images, targets = (torch.stack(part) for part in zip(*(readable or [self._blank()]), strict=True))
+        return Batch(images[: len(readable)], targets[: len(readable)], corrupt)
 
-    def _no_images(self) -> Tensor:
+    def _blank(self) -> tuple[Tensor, Tensor]:
+        """A sample of a black image, for the shapes of an empty batch."""
+        target = np.zeros((32, 32), np.uint8) if isinstance(self.transform, JointTransform) else 0
         with generators_kept():
-            empty: Tensor = self.transform(Image.new("RGB", (32, 32)))[None][:0]  # [0, 3, S, S]
-            return empty
+            return self._transformed(Image.new("RGB", (32, 32)), target)
 
 
 class _EpochBatches(Sampler[list[Key]]):
@@ -288,7 +282,7 @@ class EpochLoader:
 
 
 def make_loader(
-    source: ImageSource | MaskSource,
+    source: ImageSource,
     transform: Transform | JointTransform,
     *,
     batch_size: int,
@@ -299,7 +293,6 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
-    samples: type[Samples] = Samples,
 ) -> EpochLoader:
     """Create the loader of a source for one of ``world_size`` processes.
 
@@ -309,7 +302,7 @@ def make_loader(
 
     Args:
         source: the images.
-        transform: function from an RGB image to a float32 tensor [3, S, S].
+        transform: function from an RGB image to a float32 tensor [3, S, S]; or, for masks, a joint transform.
         batch_size: number of images in a batch.
         shuffle: use a new order in each epoch, in which every process gets the same number of images by repeating a
             few; otherwise keep the source's order, with each image in exactly one process, so that the last may get one
@@ -320,7 +313,6 @@ def make_loader(
         rank: number of this process.
         world_size: number of processes.
         pin_memory: whether to put batches into page-locked memory.
-        samples: class that turns a source's images into tensors.
 
     Raises:
         UsageError: a number is out of range.
@@ -331,4 +323,4 @@ def make_loader(
     batches = _EpochBatches(
         len(source), batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size
     )
-    return EpochLoader(samples(source, transform, seed), batches, workers, pin_memory)
+    return EpochLoader(Samples(source, transform, seed), batches, workers, pin_memory)

@@ -1,21 +1,17 @@
-"""Images with a class for each pixel: ADE20K's folders, and rendered shapes."""
+"""Images with a class for each pixel, in ADE20K's folders."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
 
 from PIL import Image
 
-from prompttune.data.base import MaskSource, Parts, Subset
+from prompttune.data.base import FileSource, Parts
 from prompttune.data.files import Walk, components
-from prompttune.data.shape_masks import load_shape_masks
-from prompttune.data.split_names import ALL, TEST, TRAIN, VAL, split_of
-from prompttune.data.splitting import at_most
+from prompttune.data.split_names import ALL, TEST, split_of
 from prompttune.data.text import nfc, text_lines
-from prompttune.errors import DataError, UsageError
+from prompttune.errors import DataError
 from prompttune.images import read_oriented
 from prompttune.images.masks import IGNORE_INDEX, Mask, indexed, read_numbers
 
@@ -25,18 +21,7 @@ ADE20K_NAMES_FILE = "objectInfo150.txt"
 LAYOUT = "images/training, annotations/training, images/validation and annotations/validation"
 
 
-@dataclass(frozen=True)
-class MaskSplits:
-    """A data set of masks, ready to train on."""
-
-    train: MaskSource
-    val: MaskSource
-    classes: list[str]
-    name: str
-    """Specification of the data set, as given by the user."""
-
-
-class FileMaskSource(MaskSource):
+class MaskFileSource(FileSource):
     """Image files, each with an annotation file whose pixels are class numbers.
 
     Args:
@@ -49,17 +34,21 @@ class FileMaskSource(MaskSource):
     def __init__(
         self, pairs: Sequence[tuple[Path, Path]], classes: Sequence[str], reduce_zero_label: bool, root: Path
     ) -> None:
-        self.pairs = list(pairs)
-        self.root = root
-        self.classes = list(classes)
+        super().__init__([image for image, _ in pairs], [], classes, root)
+        self.masks = [mask for _, mask in pairs]
         self.reduce_zero_label = reduce_zero_label
 
-    def __len__(self) -> int:
-        return len(self.pairs)
+    def files(self, index: int) -> tuple[Path, ...]:
+        """Image and annotation."""
+        return self.paths[index], self.masks[index]
+
+    def labels(self) -> list[int] | None:
+        """None: a mask does not have a class of its own."""
+        return None
 
     def load(self, index: int) -> tuple[Image.Image, Mask]:
-        """See :class:`MaskSource`."""
-        image_path, mask_path = self.pairs[index]
+        """See :class:`ImageSource`."""
+        image_path, mask_path = self.files(index)
         image, orientation = read_oriented(image_path)
         numbers, drawn = read_numbers(mask_path)
         if orientation != drawn:  # it may fit the upright picture or the stored one
@@ -79,78 +68,20 @@ class FileMaskSource(MaskSource):
             raise ValueError(f"the annotation {mask_path.name} has the number {number}, which is not a class")
         return image, mask
 
-    def describe(self, index: int) -> str:
-        """The path of the image."""
-        return str(self.pairs[index][0])
 
-
-def mask_files_at(source: Any, index: int) -> tuple[Path, Path, str] | None:
-    """Image and annotation, and the image's path relative to the data set's folder; None if they are not files."""
-    while isinstance(source, Subset):
-        index, source = source.indices[index], source.source
-    if not isinstance(source, FileMaskSource):
-        return None
-    image, mask = source.pairs[index]
-    return image, mask, image.relative_to(source.root).as_posix()
-
-
-def load_masks(
-    spec: str,
-    *,
-    root: str | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-    reduce_zero_label: bool = True,
-) -> MaskSplits:
-    """Load a data set of masks for training: the split ``train``, and ``val`` or else ``test`` for validation.
+def read_mask_folder(folder: Path, reduce_zero_label: bool = True) -> Parts:
+    """Read a folder in ADE20K's layout.
 
     Args:
-        spec: see :func:`load_mask_parts`.
-        root: folder that a relative path starts from.
-        limit: largest number of images in each split.
-        seed: seed of the selection for ``limit``.
-        reduce_zero_label: whether 0 in a folder's annotations means that a pixel has no class.
+        folder: holds ``images/training``, ``annotations/training``, ``images/validation`` and
+            ``annotations/validation``, an annotation with the name of its image. Other usual names of splits work too,
+            see :func:`~prompttune.data.split_names.split_of`; without splits the files are directly in ``images`` and
+            ``annotations``. A test split without annotations is skipped.
+        reduce_zero_label: whether 0 in an annotation means that a pixel has no class.
 
     Raises:
-        UsageError: the name is unknown, or the limit is out of range.
-        DataError: the data are missing or incomplete, or do not name classes; one line that says what to do.
-    """
-    if limit is not None and limit < 1:
-        raise UsageError(f"limit must be at least 1, not {limit}")
-    parts = load_mask_parts(spec, root=root, reduce_zero_label=reduce_zero_label)
-    train = parts.named.get(TRAIN)
-    val = parts.named.get(VAL, parts.named.get(TEST))
-    if train is None or val is None:
-        raise DataError(f"{parts.name} has no split {TRAIN if train is None else VAL}; a training reads {LAYOUT}")
-    # unnamed classes are named by their numbers, so the shorter list is a prefix of the longer one
-    classes = max(train.classes, val.classes, key=len)
-    if not 2 <= len(classes) <= IGNORE_INDEX:
-        raise DataError(f"{parts.name} has {len(classes)} classes; a segmentation needs from 2 to {IGNORE_INDEX}")
-    train.classes = val.classes = classes
-    held: Any = at_most(val, limit, seed)
-    trained: Any = at_most(train, limit, seed)
-    return MaskSplits(trained, held, classes, spec)
-
-
-def load_mask_parts(spec: str, *, root: str | None = None, reduce_zero_label: bool = True) -> Parts:
-    """Load the splits of a data set of masks, for scoring; the sources are :class:`MaskSource`.
-
-    Args:
-        spec: ``demo/shapes-seg``, or a folder in ADE20K's layout: ``images/training``, ``annotations/training``,
-            ``images/validation`` and ``annotations/validation``, an annotation with the name of its image. Other usual
-            names of splits work too, see :func:`~prompttune.data.split_names.split_of`; without splits the files are
-            directly in ``images`` and ``annotations``. A test split without annotations is skipped.
-        root: folder that a relative path starts from.
-        reduce_zero_label: whether 0 in a folder's annotations means that a pixel has no class.
-
-    Raises:
-        UsageError: the name is unknown.
         DataError: the data are missing or incomplete; one line that says what to do.
     """
-    kind, _, name = spec.partition("/")
-    if kind == "demo":
-        return load_shape_masks(name)
-    folder = Path(root or "").expanduser() / Path(spec).expanduser()
     if not folder.is_dir():
         raise DataError(f"no data at {folder}; give a folder with {LAYOUT}, or demo/shapes-seg")
     found = Walk(folder)
@@ -158,14 +89,17 @@ def load_mask_parts(spec: str, *, root: str | None = None, reduce_zero_label: bo
     images, annotations = (_split_folders(found, top) for top in (IMAGES, ANNOTATIONS))
     if images.keys() > {TEST} and TEST not in annotations:
         images.pop(TEST, None)
-    named: dict[str, Any] = {}
+    pairs: dict[str, list[tuple[Path, Path]]] = {}
     for split, place in images.items():
         if split not in annotations:
             wanted = place.replace(IMAGES, ANNOTATIONS, 1)
             raise DataError(f"no folder {folder / wanted}; a segmentation reads {LAYOUT}")
-        pairs = _pairs(found, place, annotations[split])
-        named[split] = FileMaskSource(pairs, _classes(folder, pairs, reduce_zero_label), reduce_zero_label, folder)
-    return Parts(named, str(folder))
+        pairs[split] = _pairs(found, place, annotations[split])
+    classes = _classes(folder, [pair for part in pairs.values() for pair in part], reduce_zero_label)
+    if len(classes) > IGNORE_INDEX:
+        raise DataError(f"{folder} has {len(classes)} classes; a mask has at most {IGNORE_INDEX}")
+    sources = {split: MaskFileSource(part, classes, reduce_zero_label, folder) for split, part in pairs.items()}
+    return Parts(sources, str(folder), target="mask")
 
 
 def _split_folders(walk: Walk, top: str) -> dict[str, str]:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from prompttune.data import shapes
-from prompttune.data.base import MaskSource, Parts
-from prompttune.errors import choose
 from prompttune.images.masks import Mask
 
-TRAIN, VAL = 600, 200
-"""Number of images in the two splits."""
 KINDS = {"square": shapes.SQUARE, "ellipse": shapes.ELLIPSE, "heart": shapes.HEART, "arrow": shapes.ARROW}
 CLASSES = ["background", *KINDS]
 MOST = 3
@@ -57,39 +52,7 @@ def mask_of(drawn: shapes.Scene, classes: tuple[int, ...]) -> Mask:
     return mask
 
 
-class ShapeMaskSource(MaskSource):
-    """One split; an image is rendered at its first use, then kept."""
-
-    def __init__(self, split: str, size: int) -> None:
-        self.split = split
-        self.classes = list(CLASSES)
-        self._size = size
-        self._rendered: dict[int, tuple[NDArray[np.uint8], Mask]] = {}
-
-    def __len__(self) -> int:
-        return self._size
-
-    def load(self, index: int) -> tuple[Image.Image, Mask]:
-        """See :class:`MaskSource`; 64 x 64 pixels. Raises :class:`IndexError` past the end."""
-        if not 0 <= index < self._size:
-            raise IndexError(index)
-        if index not in self._rendered:
-            drawn, classes = scene(index, shapes.Dice(f"{NAME}/{self.split}/{index}"))
-            self._rendered[index] = drawn.render(), mask_of(drawn, classes)
-        image, mask = self._rendered[index]
-        return Image.fromarray(image), mask
-
-    def describe(self, index: int) -> str:
-        """Name, split and index."""
-        return f"demo/{NAME}/{self.split}[{index}]"
-
-
-def load_shape_masks(name: str) -> Parts:
-    """Load ``shapes-seg``: always the same 600 training and 200 validation images.
-
-    Raises:
-        UsageError: the name is unknown.
-    """
-    choose("demo data set of masks", name, [NAME])
-    named: dict[str, Any] = {"train": ShapeMaskSource("train", TRAIN), "val": ShapeMaskSource("val", VAL)}
-    return Parts(named, f"demo/{name}")
+def render(split: str, index: int) -> tuple[NDArray[np.uint8], Mask]:
+    """Pixels [height, width, 3] and mask of an image."""
+    drawn, classes = scene(index, shapes.Dice(f"{NAME}/{split}/{index}"))
+    return drawn.render(), mask_of(drawn, classes)

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from prompttune.data.base import ImageSource, Parts, numbered
+from prompttune.data.base import LabelledSource, Parts, numbered
 from prompttune.data.files import Walk
 from prompttune.data.split_names import ALL, TEST, split_of, splits_in
 from prompttune.data.tars import DamagedShardError, Member, image_of, is_shard, read_member, samples
@@ -44,29 +44,21 @@ class _Split:
     """Field of the JSON member with the label; empty if the label is in a ``.cls`` member."""
 
 
-class ShardSource(ImageSource):
+class TarSource(LabelledSource):
     """Images inside tar files."""
 
     def __init__(self, images: Sequence[_Image], labels: Sequence[int], classes: Sequence[str]) -> None:
+        super().__init__(labels, classes)
         self.images = list(images)
-        self.classes = list(classes)
-        self._labels = list(labels)
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """See :class:`ImageSource`."""
+    def image(self, index: int) -> Image.Image:
+        """See :class:`LabelledSource`."""
         image = self.images[index]
-        return read_image(read_member(image.shard, image.offset, image.size)), self._labels[index]
+        return read_image(read_member(image.shard, image.offset, image.size))
 
     def describe(self, index: int) -> str:
         """Path of the shard, with the name inside it."""
         return f"{self.images[index].shard}/{self.images[index].name}"
-
-    def labels(self) -> list[int]:
-        """See :class:`ImageSource`."""
-        return list(self._labels)
 
 
 def load_wds(name: str, root: str | None) -> Parts:
@@ -96,7 +88,7 @@ def load_wds(name: str, root: str | None) -> Parts:
             logger.warning("the split %s of %s is not used: %s", split, folder, problem)
     classes = numbered([label for samples in found.values() for _, label in samples])
     named = {
-        split: ShardSource([image for image, _ in samples], [label for _, label in samples], classes)
+        split: TarSource([image for image, _ in samples], [label for _, label in samples], classes)
         for split, samples in found.items()
     }
     return Parts(named, str(folder))

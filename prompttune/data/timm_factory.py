@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from timm.data.dataset_factory import create_dataset
 
-from prompttune.data.base import ImageSource, Parts, numbered
+from prompttune.data.base import ImageSource, LabelledSource, Parts, numbered
 from prompttune.data.folder import read_folder
 from prompttune.data.objects import DatasetSource
 from prompttune.data.split_names import ALL, TRAIN, VAL, split_of
@@ -24,27 +24,22 @@ FOLDER_NAMES = ("image_folder", "folder")
 """timm's names for torchvision's ``ImageFolder``."""
 
 
-class HfdsSource(ImageSource):
+class HubSource(LabelledSource):
     """A split of a Hugging Face data set, read through timm's reader."""
 
     def __init__(self, reader: Any, labels: Sequence[int], classes: Sequence[str], name: str) -> None:
+        super().__init__(labels, classes, name)
         self.reader = reader
-        self.classes = list(classes)
-        self.name = name
-        self._labels = list(labels)
 
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """See :class:`ImageSource`."""
+    def image(self, index: int) -> Image.Image:
+        """See :class:`LabelledSource`."""
         try:
             # timm's data set would replace an unreadable image by the next one; its reader does not
             stream = self.reader[index][0]
         except (AssertionError, TypeError):
             raise OSError("the row has no image") from None
         with stream:
-            return read_image(stream), self._labels[index]
+            return read_image(stream)
 
     def describe(self, index: int) -> str:
         """Name, split and index, and the path if the data set keeps one."""
@@ -52,11 +47,7 @@ class HfdsSource(ImageSource):
             path = self.reader.filename(index, absolute=True)
         except TypeError:
             path = None
-        return f"{self.name}[{index}]" + (f" ({path})" if path else "")
-
-    def labels(self) -> list[int]:
-        """See :class:`ImageSource`."""
-        return list(self._labels)
+        return super().describe(index) + (f" ({path})" if path else "")
 
 
 def load_torch(name: str, root: str | None) -> Parts:
@@ -162,7 +153,7 @@ def _hfds_sources(
     every = [value for part in values.values() for value in part]
     classes, index = _classes(every, next(iter(readers.values())).class_to_idx, where)
     return {
-        split: HfdsSource(readers[split], [index[value] for value in part], classes, f"{where}/{names[split]}")
+        split: HubSource(readers[split], [index[value] for value in part], classes, f"{where}/{names[split]}")
         for split, part in values.items()
     }
 

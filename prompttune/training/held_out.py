@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prompttune.data.base import file_at
-from prompttune.data.masks import mask_files_at
+from prompttune.data.base import file_at, files_at
 from prompttune.errors import CheckpointError, DataError, shortened
 from prompttune.files import read_json, write_json
 from prompttune.training.state import HELD_OUT_FILE
@@ -116,7 +115,7 @@ class HeldOut:
 
 def image_name(source: Any, index: int) -> str:
     """Path of an image relative to the data's folder, or its description if it does not have its own file."""
-    file = file_at(source, index) or mask_files_at(source, index)
+    file = file_at(source, index)
     return str(source.describe(index)) if file is None else str(file[-1])
 
 
@@ -134,7 +133,7 @@ def _listed(source: Any, indices: Sequence[int], on_image: OnImage | None) -> li
 
 
 def _digest(source: Any, index: int) -> str | None:
-    files = (file_at(source, index) or mask_files_at(source, index) or ("",))[:-1]
+    files = files_at(source, index)
     digest = hashlib.sha256()
     with contextlib.suppress(OSError):
         for file in files:

@@ -10,7 +10,6 @@ from typing import Any
 
 from prompttune.data import DataSplits, Parts, Subset, load_data, load_parts
 from prompttune.data.base import DataObject
-from prompttune.data.masks import MaskSplits, load_mask_parts, load_masks
 from prompttune.data.objects import settled
 from prompttune.data.splitting import at_most
 from prompttune.errors import CheckpointError, DataError, UsageError, choose
@@ -148,23 +147,29 @@ def _split_anew(split: str, settings: Mapping[str, Any], masks: bool) -> Chosen:
     return Chosen(sources, split, f"the split {split} of {splits.name}", notes)
 
 
-def load_splits(settings: Mapping[str, Any], masks: bool) -> DataSplits | MaskSplits:
+def load_splits(settings: Mapping[str, Any], masks: bool) -> DataSplits:
     """A data set to train with, by the settings of a run.
 
     Raises:
         DataError: it cannot be read.
     """
     shared: dict[str, Any] = {"seed": settings["seed"], "root": settings["data_root"], "limit": settings["limit"]}
-    if masks:
-        return load_masks(str(settings["data"]), reduce_zero_label=settings["reduce_zero_label"], **shared)
-    return load_data(settings["data"], val_fraction=settings["val_fraction"], **shared)
+    return load_data(
+        settings["data"],
+        target="mask" if masks else "class",
+        val_fraction=settings["val_fraction"],
+        reduce_zero_label=settings["reduce_zero_label"],
+        **shared,
+    )
 
 
 def _load_parts(settings: Mapping[str, Any], masks: bool) -> Parts:
-    spec, root = settings["data"], settings["data_root"]
-    if masks:
-        return load_mask_parts(str(spec), root=root, reduce_zero_label=settings["reduce_zero_label"])
-    return load_parts(settled(spec), root=root)
+    return load_parts(
+        settled(settings["data"]),
+        target="mask" if masks else "class",
+        root=settings["data_root"],
+        reduce_zero_label=settings["reduce_zero_label"],
+    )
 
 
 def _was_trained_on(run: Path, settings: Mapping[str, Any]) -> bool:

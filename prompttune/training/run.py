@@ -14,10 +14,9 @@ from torch import Tensor
 
 from prompttune.data import Batch, CorruptImages, DataSplits, make_loader, on_device
 from prompttune.data.loading import loading
-from prompttune.data.mask_loading import make_mask_loader
-from prompttune.data.masks import MaskSplits
 from prompttune.data.rng import derive_seed
 from prompttune.errors import DataError, DivergedError, UsageError
+from prompttune.images.augment import Transform
 from prompttune.images.joint import JointTransform
 from prompttune.model import PromptModel
 from prompttune.training.held_out import HeldOut
@@ -64,7 +63,7 @@ class Run:
         self.on_progress = on_progress if fabric.is_global_zero else None
         with fabric.rank_zero_first():  # a download must happen only once
             self.data = _load_splits(config)
-        self.segments = isinstance(self.data, MaskSplits)
+        self.segments = config.task == "segmentation"
         self.measures = measures_for(config.task)
         torch.manual_seed(config.seed)
         self.model = PromptModel(
@@ -113,14 +112,14 @@ class Run:
             "world_size": self.fabric.world_size,
             "pin_memory": self.fabric.device.type == "cuda",
         }
-        if isinstance(self.data, MaskSplits):
-            joint = JointTransform(preprocess, config.augment_config())
-            self.train_batches = make_mask_loader(self.data.train, joint, shuffle=True, **shared)
-            self.val_batches = make_mask_loader(self.data.val, JointTransform(preprocess), shuffle=False, **shared)
+        varied: Transform | JointTransform
+        exact: Transform | JointTransform
+        if self.segments:
+            varied, exact = JointTransform(preprocess, config.augment_config()), JointTransform(preprocess)
         else:
-            augment = config.augment_config().transform(preprocess)
-            self.train_batches = make_loader(self.data.train, augment, shuffle=True, **shared)
-            self.val_batches = make_loader(self.data.val, preprocess.transform(), shuffle=False, **shared)
+            varied, exact = config.augment_config().transform(preprocess), preprocess.transform()
+        self.train_batches = make_loader(self.data.train, varied, shuffle=True, **shared)
+        self.val_batches = make_loader(self.data.val, exact, shuffle=False, **shared)
         self.steps = len(self.train_batches)
 
     def _begin_training(self) -> None:
@@ -389,7 +388,7 @@ class Run:
         )
 
 
-def _load_splits(config: TrainConfig) -> DataSplits | MaskSplits:
+def _load_splits(config: TrainConfig) -> DataSplits:
     data = load_splits({**config.to_flat(), "data": config.data}, config.task == "segmentation")
     if not len(data.train) or not len(data.val):
         raise DataError(

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prompttune.data.base import MaskSource
-from prompttune.data.mask_loading import make_mask_loader
+from prompttune.data import ImageSource, make_loader
 from prompttune.errors import DataError, UsageError
 from prompttune.evaluation.scored import Matched, match_classes
 from prompttune.evaluation.segmentation import PixelTally, SegmentationEvaluation
@@ -85,7 +84,7 @@ class PixelScores:
 
 def evaluate_segmentation(
     checkpoint: PromptModel | str | Path,
-    data: str | MaskSource | None = None,
+    data: str | ImageSource | None = None,
     *,
     split: str | None = None,
     data_root: str | None = None,
@@ -107,9 +106,9 @@ def evaluate_segmentation(
 
     Args:
         checkpoint: a model, or the folder of a checkpoint.
-        data: a data set as in :func:`load_masks`, or a source; None uses the images that the run held out.
+        data: a data set as in :func:`load_data`, or a source; None uses the images that the run held out.
         split: see :func:`prompttune.training.scoring.evaluate`.
-        data_root: see :func:`load_masks`.
+        data_root: see :func:`load_data`.
         reduce_zero_label: whether 0 in a folder's annotations means no class; None uses the run's setting, else True.
         seed: seed of the selection for ``limit``.
         limit: largest number of images in each split.
@@ -139,7 +138,7 @@ def evaluate_segmentation(
     matched = match_classes(chosen.sources, model.labels)
     scores, joint = PixelScores(len(model.labels), matched.unseen), JointTransform(model.preprocess)
     loaders = [
-        make_mask_loader(source, joint, batch_size=batch_size, shuffle=False, seed=0, workers=workers)
+        make_loader(source, joint, batch_size=batch_size, shuffle=False, seed=0, workers=workers)
         for source in chosen.sources
     ]
     corrupt = score_all(
