@@ -18,7 +18,7 @@ from torch import Tensor
 import prompttune as pt
 from benchmarks.engines import CONFIGS
 from prompttune.export import EngineFolder, Task
-from prompttune.export.formats import find_format
+from prompttune.export.formats import FORMATS
 from prompttune.export.parity.gate import NOISE
 from prompttune.export.precision.casting import TORCH_DTYPES
 from prompttune.export.runtimes import RuntimeOptions, open_runtime
@@ -125,7 +125,7 @@ def machine(setting: Setting, case: str) -> Rows:
             found |= {"gpu": one.name, "capability": f"{one.major}.{one.minor}", "mib": one.total_memory >> 20}
         yield from ({"item": item, "value": value} for item, value in found.items())
     elif case == "compiler":  # C++, and cuda.h for CUDA
-        find_format("aoti").check(pt.ExportSettings("aoti", "bf16", device=setting.device).resolved())
+        FORMATS["aoti"]().check(pt.ExportSettings("aoti", "bf16", device=setting.device).resolved())
         yield {"item": "AOTInductor's needs", "value": "there"}
     else:
         import onnxruntime

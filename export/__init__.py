@@ -9,19 +9,20 @@ from prompttune.lazy import lazy_names
 if TYPE_CHECKING:
     from prompttune.export.build import add_task, export_engine, list_tasks, remove_task
     from prompttune.export.folder import EngineFolder, Manifest, Task, load_task
-    from prompttune.export.formats import FORMATS
-    from prompttune.export.formats import Settings as ExportSettings
+    from prompttune.export.formats import FORMATS, ExportSettings
     from prompttune.export.graph import MultiTaskGraph, trace
     from prompttune.export.parity.figures import Comparison
     from prompttune.export.parity.gate import Gate
     from prompttune.export.parity.report import ParityReport
     from prompttune.export.parity.validate import validate_engine
+    from prompttune.export.runtimes import RUNTIMES
 
 _LAZY = {
     "FORMATS": "prompttune.export.formats",
+    "RUNTIMES": "prompttune.export.runtimes",
     "Comparison": "prompttune.export.parity.figures",
     "EngineFolder": "prompttune.export.folder",
-    "ExportSettings": "prompttune.export.formats:Settings",
+    "ExportSettings": "prompttune.export.formats",
     "Gate": "prompttune.export.parity.gate",
     "Manifest": "prompttune.export.folder",
     "MultiTaskGraph": "prompttune.export.graph",
@@ -38,6 +39,7 @@ _LAZY = {
 
 __all__ = [
     "FORMATS",
+    "RUNTIMES",
     "Comparison",
     "EngineFolder",
     "ExportSettings",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Unpack
 
 import onnx
 import onnxruntime
@@ -30,7 +31,8 @@ from prompttune.export.folder import (
     task_names,
     write_manifest,
 )
-from prompttune.export.formats import BuildRequest, Settings, find_format
+from prompttune.export.formats import FORMATS, BuildRequest, ExportSettings
+from prompttune.export.options import OnStage, Thresholds
 from prompttune.export.parity.gate import Gate, engine_gate, loosest
 from prompttune.export.parity.proof import MIXED_WITH, fold_proven, open_runner, prove, require_passed
 from prompttune.export.parity.samples import Data, Samples
@@ -50,25 +52,18 @@ from prompttune.files import locked, replacing_folder, visible
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 """Bytes of a weight by precision."""
 
-OnStage = Callable[[str], None]
-"""Function that is called with a description of each stage."""
-
 
 def export_engine(
     checkpoints: Checkpoints,
     output: str | Path,
     *,
-    format: str | Settings = "onnx",  # noqa: A002
+    format: str | ExportSettings = "onnx",  # noqa: A002
     data: Data = None,
     parity: bool = True,
-    atol: float | None = None,
-    min_agreement: float | None = None,
-    max_accuracy_loss: float | None = None,
-    batch_sizes: Sequence[int] | None = None,
-    images: int | None = None,
     weights: str | Path | None = None,
     overwrite: bool = False,
     on_stage: OnStage = lambda _: None,
+    **thresholds: Unpack[Thresholds],
 ) -> EngineFolder:
     """Export the backbone and method that some checkpoints share once, with every task as an input.
 
@@ -78,15 +73,11 @@ def export_engine(
         format: name of a format, or settings with its name, precision and so on.
         data: images for the parity proof, for all tasks or by task name; None uses seeded noise.
         parity: whether to compare the engine with PyTorch and refuse it if they differ.
-        atol: largest allowed absolute difference of a logit; None here and down to ``images`` uses the default of the
-            precision, see :meth:`Gate.for_precision`.
-        min_agreement: smallest allowed share of images with the same top class.
-        max_accuracy_loss: largest allowed loss of top-1 on labelled images.
-        batch_sizes: batch sizes to compare at.
-        images: number of images to compare each task on.
         weights: source of the backbone's weights, if it differs from that of the training.
         overwrite: whether to replace an existing engine.
         on_stage: called with each stage.
+        thresholds: amounts and thresholds of :class:`~prompttune.export.options.GateOptions`; None and by default those
+            of the precision, see :meth:`Gate.for_precision`.
 
     Returns:
         The engine folder; its manifest holds the parity report.
@@ -97,29 +88,22 @@ def export_engine(
         EngineError: the checkpoints cannot share an engine, or the graph cannot be exported.
         ParityError: the engine's answers differ from PyTorch's.
     """
-    settings = (format if isinstance(format, Settings) else Settings(format)).resolved()
-    kind = find_format(settings.format)
+    settings = (format if isinstance(format, ExportSettings) else ExportSettings(format)).resolved()
+    kind = FORMATS[settings.format]()
     kind.check(settings)
     if parity:
         kind.check_proof(settings)
-    gate = Gate.for_precision(
-        loosest(settings.precision, str(settings.bank_precision)),
-        atol=atol,
-        min_agreement=min_agreement,
-        max_accuracy_loss=max_accuracy_loss,
-        batch_sizes=batch_sizes,
-        images=images,
-    )
+    gate = Gate.for_precision(loosest(settings.precision, str(settings.bank_precision)), **thresholds)
     target = Path(output)
     named = name_checkpoints(checkpoints)
-    _check_output(target, overwrite)
+    check_output(target, overwrite)
     fit = check_fit(named)
     if fit.segmentation is not None and settings.format != "onnx":
         raise UsageError(f"segmentation: the format {settings.format} is not proven; use onnx")
     gate = gate if fit.segmentation is None else gate.for_maps()
     samples = Samples(data, masks=fit.segmentation is not None)
     with locked(target):
-        _check_output(target, overwrite)
+        check_output(target, overwrite)
         on_stage("loading the backbone")
         config = read_config(next(iter(named.values())))["backbone"]
         backbone = load_backbone(config["name"], config["image_size"], weights or config["weights"])
@@ -136,16 +120,19 @@ def export_engine(
     return EngineFolder(target, verify=False)
 
 
-def _check_output(target: Path, overwrite: bool) -> None:
+def check_output(
+    target: Path, overwrite: bool, mark: str = MANIFEST, what: str = "an engine", name: str = "output"
+) -> None:
+    """Raise :class:`UsageError` unless ``target`` is free, or is ``what`` (it has the file ``mark``) to replace."""
     if not target.exists() or (target.is_dir() and not any(visible(target))):
         return
-    if not (target / MANIFEST).is_file():
-        raise UsageError(f"{target} exists and is not an engine: choose another output")
+    if not (target / mark).is_file():
+        raise UsageError(f"{target} exists and is not {what}: choose another {name}")
     if not overwrite:
-        raise UsageError(f"{target} exists: choose another output or give --overwrite")
+        raise UsageError(f"{target} exists: choose another {name} or give --overwrite")
 
 
-def _check_space(target: Path, folded: Mapping[str, Folded], settings: Settings) -> None:
+def _check_space(target: Path, folded: Mapping[str, Folded], settings: ExportSettings) -> None:
     """Raise :class:`EngineError` if the disk does not have room for the weights alone."""
     backbone = next(iter(folded.values())).model.backbone
     weights = sum(one.numel() for one in backbone.parameters()) * _BYTES[settings.precision]
@@ -157,7 +144,7 @@ def _check_space(target: Path, folded: Mapping[str, Folded], settings: Settings)
 
 def _write_engine(
     folded: Mapping[str, Folded],
-    settings: Settings,
+    settings: ExportSettings,
     samples: Samples,
     gate: Gate | None,
     folder: Path,
@@ -180,7 +167,7 @@ def _write_engine(
 
 
 def _write_model(
-    folded: Mapping[str, Folded], settings: Settings, samples: Samples, folder: Path, on_stage: OnStage
+    folded: Mapping[str, Folded], settings: ExportSettings, samples: Samples, folder: Path, on_stage: OnStage
 ) -> Manifest:
     model = next(iter(folded.values())).model
     backbone = model.backbone
@@ -188,7 +175,7 @@ def _write_model(
     request = BuildRequest(
         model, settings, states, lambda name, count: samples.draw(name, folded[name].task, count)[0], on_stage
     )
-    built = find_format(settings.format).build(request, folder)
+    built = FORMATS[settings.format]().build(request, folder)
     return Manifest(
         backbone={
             "name": backbone.name,
@@ -243,9 +230,9 @@ def add_task(
     replace: bool = False,
     data: str | None = None,
     parity: bool = True,
-    gate: Gate | None = None,
     weights: str | Path | None = None,
     on_stage: OnStage = lambda _: None,
+    **thresholds: Unpack[Thresholds],
 ) -> Task:
     """Fold a checkpoint into an engine folder. The graph is not changed.
 
@@ -256,9 +243,9 @@ def add_task(
         replace: whether to replace a task of that name.
         data: images for the parity proof; None uses seeded noise.
         parity: whether to compare the task with PyTorch and refuse it if they differ.
-        gate: measurement and thresholds of parity; None uses those of the engine's precision.
         weights: source of the backbone's weights, if it differs from that of the export.
         on_stage: called with each stage.
+        thresholds: as for :func:`export_engine`.
 
     Raises:
         UsageError: the name is taken or invalid.
@@ -283,21 +270,15 @@ def add_task(
             folder.read_some(MIXED_WITH, besides=name) if parity else {},
             lambda tasks: open_runner(folder.path, folder.manifest, tasks, RuntimeOptions(own_device(folder.manifest))),
             Samples(None if data is None else {name: data}, masks=folder.manifest.segmentation is not None),
-            _gate_of(folder.manifest, gate) if parity else None,
+            engine_gate(folder.manifest, **thresholds) if parity else None,
         )
         folder.write_task(name, task, replace)
     return task
 
 
-def _gate_of(manifest: Manifest, gate: Gate | None) -> Gate:
-    if gate is None:
-        return engine_gate(manifest)
-    return gate if manifest.segmentation is None else gate.for_maps()
-
-
 def own_device(manifest: Manifest) -> str:
     """The device that an engine was compiled for, or the default device of its format."""
-    return str(manifest.details.get("device", find_format(manifest.format).default_device))
+    return str(manifest.details.get("device", FORMATS[manifest.format]().default_device))
 
 
 def remove_task(engine: str | Path, name: str) -> None:

@@ -22,7 +22,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from prompttune.errors import EngineError, PrompttuneError, UsageError, choose
-from prompttune.export.layout import Layout, TensorSpec, bind_axes
-from prompttune.export.sizes import Sizes
+from prompttune.export.layout import Layout, Sizes, TensorSpec, bind_axes
 from prompttune.export.versions import count_version
 from prompttune.files import locked, read_json, replacing_folder, sha256_file, sync_file, visible, write_json
 from prompttune.images.preprocess import Preprocess
@@ -104,20 +103,10 @@ class FileRecord:
         if not stat.S_ISREG(found.st_mode) or found.st_size != self.size:
             raise EngineError(f"{path} is damaged: {found.st_size} bytes instead of {self.size}: {remedy}")
 
-    def check(self, path: Path, remedy: str) -> None:
+    def check(self, path: Path, remedy: str, content: bytes | None = None) -> None:
         """Raise :class:`EngineError` that ends with ``remedy`` unless ``path`` is the recorded file."""
         self.check_size(path, remedy)
-        self._check_sha256(sha256_file(path), path, remedy)
-
-    def read(self, path: Path, remedy: str) -> bytes:
-        """The recorded file's bytes; raises the errors of :meth:`check`."""
-        self.check_size(path, remedy)
-        content = path.read_bytes()
-        self._check_sha256(hashlib.sha256(content).hexdigest(), path, remedy)
-        return content
-
-    def _check_sha256(self, found: str, path: Path, remedy: str) -> None:
-        if found != self.sha256:
+        if (sha256_file(path) if content is None else hashlib.sha256(content).hexdigest()) != self.sha256:
             raise EngineError(f"{path} is damaged: its sha256 does not match the recorded one: {remedy}")
 
 
@@ -247,7 +236,8 @@ def load_version(folder: Path) -> tuple[Task, str]:
     """A folded task as in :func:`load_task`, and its version, computed from what was read."""
     record = read_record(folder)
     try:
-        packed = record.state.read(folder / STATE_FILE, _remedy(folder))
+        packed = (folder / STATE_FILE).read_bytes()
+        record.state.check(folder / STATE_FILE, _remedy(folder), packed)
         state = safetensors.numpy.load(packed)
         given = {name: record.values[name] for name in ("settings", "source", "parity")}
     except (KeyError, OSError, safetensors.SafetensorError) as problem:
@@ -276,6 +266,11 @@ def digest_of(engine: Path, name: str) -> str:
         return read_record(engine / TASKS / name).version
     except EngineError:
         return ""
+
+
+_PLAIN = ("format", "precision", "bank_precision", "attention", "quantization", "opset", "details", "backbone",
+          "method", "tools", "parity")  # fmt: skip
+"""Fields of :class:`Manifest` that its file holds unchanged."""
 
 
 @dataclass(frozen=True)
@@ -313,44 +308,24 @@ class Manifest:
             "format_version": SEGMENTATION_VERSION if extra else FORMAT_VERSION,
             **extra,
             "kind": "prompttune-engine",
-            "format": self.format,
-            "precision": self.precision,
-            "bank_precision": self.bank_precision,
-            "attention": self.attention,
-            "quantization": self.quantization,
+            **{name: getattr(self, name) for name in _PLAIN},
             "baked": None if self.baked is None else list(self.baked),
-            "opset": self.opset,
-            "details": self.details,
-            "backbone": self.backbone,
-            "method": self.method,
             "inputs": [spec.to_dict() for spec in self.inputs],
             "outputs": [spec.to_dict() for spec in self.outputs],
             "state_layout": {key: list(shape) for key, shape in self.layout.items()},
-            "files": {name: {"size": file.size, "sha256": file.sha256} for name, file in self.files.items()},
-            "tools": self.tools,
-            "parity": self.parity,
+            "files": {name: asdict(file) for name, file in self.files.items()},
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Manifest:
         """The inverse of :meth:`to_dict`."""
         return cls(
-            backbone=values["backbone"],
-            method=values["method"],
+            **{name: values[name] for name in _PLAIN},
+            baked=None if values["baked"] is None else tuple(values["baked"]),
             layout={key: tuple(shape) for key, shape in values["state_layout"].items()},
             inputs=tuple(TensorSpec.from_dict(one) for one in values["inputs"]),
             outputs=tuple(TensorSpec.from_dict(one) for one in values["outputs"]),
             files={name: FileRecord(one["size"], one["sha256"]) for name, one in values["files"].items()},
-            format=values["format"],
-            precision=values["precision"],
-            bank_precision=values["bank_precision"],
-            attention=values["attention"],
-            quantization=values["quantization"],
-            baked=None if values["baked"] is None else tuple(values["baked"]),
-            opset=values["opset"],
-            details=values["details"],
-            tools=values["tools"],
-            parity=values["parity"],
             segmentation=values.get("segmentation"),
         )
 

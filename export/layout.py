@@ -1,4 +1,4 @@
-"""Shapes of task states and of banks of them: checking, padding, stacking.
+"""Shapes of task states and of banks of them: checking, padding, stacking, sizes that a model was built for.
 
 A layout maps each state key to the shape of its tensor without the leading dimension. Integer entries are the same
 for every task of an engine. Named entries (``"rank"``, ``"classes"``, ``"clusters"``) differ between tasks and are
@@ -8,22 +8,23 @@ so that padding never wins (:data:`prompttune.axes.CHOICES`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from prompttune.axes import CHOICES
-from prompttune.errors import EngineError
-from prompttune.export.sizes import Sizes
+from prompttune.axes import CHOICES, CLUSTERS, RANK
+from prompttune.axes import CLASSES as CLASSES
+from prompttune.errors import EngineError, UsageError, choose
 
 Layout = Mapping[str, tuple[int | str, ...]]
-State = Mapping[str, NDArray[np.float32]]
+Array = NDArray[np.float32]
+State = Mapping[str, Array]
 
-BATCH, TASKS, CLASSES = "batch", "tasks", "classes"
+BATCH, TASKS = "batch", "tasks"
 IMAGE, TASK_INDEX, LOGITS = "image", "task_index", "logits"
 HEAD = "head."
 HEAD_BIAS = "head.bias"
@@ -55,6 +56,36 @@ class TensorSpec:
     def from_dict(cls, values: Mapping[str, Any]) -> TensorSpec:
         """The inverse of :meth:`to_dict`."""
         return cls(str(values["name"]), str(values["dtype"]), tuple(values["shape"]))
+
+
+Range = tuple[int, int, int]
+"""Smallest, likeliest and largest size of an axis."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Built range of each axis; an axis without a range supports every size."""
+
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+
+    def most(self, axis: str, wanted: int) -> int:
+        """``wanted``, or the largest size of the axis if that is smaller."""
+        return min(wanted, self.ranges[axis][2]) if axis in self.ranges else wanted
+
+    def holding(self, needed: Mapping[str, int], what: str) -> dict[str, int]:
+        """The sizes to allocate so that ``needed`` ones fit: the same, or the smallest that the engine supports.
+
+        Raises:
+            EngineError: a size exceeds that of the engine; ``what`` needs it.
+        """
+        for axis, size in needed.items():
+            if size > self.most(axis, size):
+                low, likely, high = self.ranges[axis]
+                raise EngineError(
+                    f"{what}: the axis {axis} would be {size}, the engine was built for {high} at most; "
+                    f"export it again with a larger range, such as --axis {axis}={low}:{likely}:{size}"
+                )
+        return {axis: max(size, self.ranges.get(axis, (size,))[0]) for axis, size in needed.items()}
 
 
 def bank_input(key: str) -> str:
@@ -148,3 +179,64 @@ def stack_states(
     for row, state in enumerate(held):
         write_row(layout, bank, row, state)
     return bank
+
+
+Shape = tuple[int, ...]
+Shapes = tuple[Shape, Shape, Shape]
+"""Smallest, likeliest and largest shape of an input."""
+
+_BATCH: Range = (1, 8, 32)
+_ROOM = 2
+"""An axis without a range gets this many times what the exported tasks need, so that larger tasks fit later ..."""
+_LEAST = {TASKS: 64, RANK: 32, CLASSES: 256, CLUSTERS: 16}
+"""... and at least room for this."""
+
+
+def dynamic_axes(inputs: Sequence[TensorSpec]) -> list[str]:
+    """Names of the dynamic axes of some inputs, each once, in order."""
+    return list(dict.fromkeys(axis for spec in inputs for axis in spec.shape if isinstance(axis, str)))
+
+
+def needed_sizes(layout: Layout, states: Mapping[str, State]) -> dict[str, int]:
+    """The sizes of the axis tasks and of the layout's named axes that hold all of the given tasks."""
+    bound = [bind_axes(layout, {key: v.shape for key, v in state.items()}, name) for name, state in states.items()]
+    return {TASKS: len(states), **largest_axes(bound)}
+
+
+def axis_ranges(
+    inputs: Sequence[TensorSpec], needed: Mapping[str, int], asked: Mapping[str, Range]
+) -> dict[str, Range]:
+    """The range of every dynamic axis of a model.
+
+    Args:
+        inputs: the model's inputs.
+        needed: axis → size that the tasks of the export need.
+        asked: ranges that the user gave; they go before the defaults.
+
+    Raises:
+        UsageError: a range for an axis that the model does not have, or one that an exported task does not fit.
+    """
+    axes = dynamic_axes(inputs)
+    for axis in asked:
+        choose("dynamic axis", axis, axes)
+    ranges = {axis: asked.get(axis) or _default(axis, needed) for axis in axes}
+    for axis, (low, _, high) in ranges.items():
+        size = needed.get(axis, low)
+        if size > high:
+            raise UsageError(f"the axis {axis} may grow to {high}, but the tasks of this export need {size}")
+    return ranges
+
+
+def _default(axis: str, needed: Mapping[str, int]) -> Range:
+    if axis == BATCH:
+        return _BATCH
+    size = needed[axis]
+    return 1, size, max(_ROOM * size, _LEAST.get(axis, 0))
+
+
+def input_shapes(spec: TensorSpec, ranges: Mapping[str, Range]) -> Shapes:
+    """Smallest, likeliest and largest shape of an input; fixed axes are the same in all three."""
+    low, likely, high = (
+        tuple(ranges[axis][which] if isinstance(axis, str) else axis for axis in spec.shape) for which in range(3)
+    )
+    return low, likely, high

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 from prompttune.errors import UsageError
 from prompttune.settings import setting
 
+OnStage = Callable[[str], None]
+"""Function that is called with a description of each stage."""
 PROVIDERS = ("tensorrt",)
 
 
@@ -88,3 +91,13 @@ class GateOptions:
         BATCH_SIZES, "Batch sizes of the comparison.", kind=str, read=read_sizes, metavar="N,N,..."
     )
     images: int = setting(IMAGES, "Number of images per task and batch size in the comparison.", low=1)
+
+
+class Thresholds(TypedDict, total=False):
+    """The fields of :class:`GateOptions`, each optional."""
+
+    atol: float | None
+    min_agreement: float | None
+    max_accuracy_loss: float | None
+    batch_sizes: Sequence[int] | None
+    images: int | None

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import prompttune as pt
-from prompttune.export.formats import BuildRequest, Settings
+from prompttune.export.formats import BuildRequest, ExportSettings
 from prompttune.methods import METHODS, MethodConfig
 from tests.drawing import default_configs, drawn_backbone, drawn_model
 
@@ -95,7 +95,7 @@ def noise(rows: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((rows, 3, SIZE, SIZE), dtype=np.float32)
 
 
-def build_request(method: str, settings: Settings, name: str = "test_vit") -> BuildRequest:
+def build_request(method: str, settings: ExportSettings, name: str = "test_vit") -> BuildRequest:
     """What a format would be given to build an engine of ``task0`` and ``task1``."""
     with torch.no_grad():
         models = {f"task{number}": model_of(method, number, name) for number in (0, 1)}

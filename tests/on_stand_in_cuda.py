@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils import cpp_extension
 
-from prompttune.export.formats import Settings, aoti
+from prompttune.export.formats import ExportSettings, aoti
 from prompttune.export.graph import capture, trace
 from prompttune.export.runtimes.aoti import AotiRuntime
 from tests.engines import model_of
@@ -57,7 +57,7 @@ def refused(make: object) -> str:
 
 
 if __name__ == "__main__":
-    settings = Settings("aoti", device="cuda").resolved()
+    settings = ExportSettings("aoti", device="cuda").resolved()
     made = types.SimpleNamespace(details={"device": "cuda", "compute_capability": "9.0", "gpu": "a GPU"})
     report = {
         "capability": torch.cuda.get_device_capability(),

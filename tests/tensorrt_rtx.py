@@ -7,10 +7,10 @@ from pathlib import Path
 
 from prompttune.export import EngineFolder
 from prompttune.export.folder import ONNX_FILE
-from prompttune.export.trt.builder import build_plan
-from prompttune.export.trt.library import TENSORRT_RTX, require_tensorrt
-from prompttune.export.trt.options import TensorRTOptions
-from prompttune.export.trt.profile import Shapes, axis_ranges, dynamic_axes, input_shapes, needed_sizes
+from prompttune.export.formats.tensorrt_builder import build_plan
+from prompttune.export.formats.tensorrt_options import TensorRTOptions
+from prompttune.export.layout import Shapes, axis_ranges, dynamic_axes, input_shapes, needed_sizes
+from prompttune.export.runtimes.tensorrt_library import TENSORRT_RTX, require_tensorrt
 
 MAGIC = b"vtrt"
 """What a plan of TensorRT for RTX begins with."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import prompttune as pt
-from prompttune.export.formats import Settings
+from prompttune.export.formats import ExportSettings
 from prompttune.export.precision.casting import exact_convolutions
 from tests.engines import checkpoint, model_of, noise
 
@@ -89,7 +89,7 @@ def test_convolutions_are_exact_inside_alone():
 @pytest.mark.parametrize("precision", TOLERANCES)
 def test_programs_answer_as_pytorch(tmp_path, precision):
     """Compiled by Triton and run: what the stand-in cannot show."""
-    settings = Settings("aoti", precision, device="cuda")
+    settings = ExportSettings("aoti", precision, device="cuda")
     runs = [checkpoint("sa2vp", number) for number in (0, 1)]
     pt.export_engine(runs, tmp_path / "engine", format=settings, parity=False)
     engine = pt.Engine(tmp_path / "engine", device="cuda")

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from prompttune.errors import EngineError
-from prompttune.export.layout import HEAD_BIAS, bank_dtype, empty_bank
+from prompttune.export.layout import HEAD_BIAS, Sizes, bank_dtype, empty_bank
 from prompttune.export.runtimes import Runtime
-from prompttune.export.sizes import Sizes
 from prompttune.export.tasks import fold_checkpoint
 from prompttune.serve.bank import Bank
 from prompttune.serve.memory import resident_bytes

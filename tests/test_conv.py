@@ -15,10 +15,10 @@ from prompttune.backbones import ConvBackbone
 from prompttune.errors import BackboneError, EngineError, UsageError
 from prompttune.export import EngineFolder
 from prompttune.export.folder import ONNX_FILE
-from prompttune.export.formats import Settings
+from prompttune.export.formats import ExportSettings
 from prompttune.export.formats.onnx import write_onnx
+from prompttune.export.formats.onnx_int8 import quantise
 from prompttune.export.precision.casting import typed_model
-from prompttune.export.precision.quantise import quantise
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.methods import METHODS
 from prompttune.methods.sa2vp.conv import ConvSA2VP, tokens_of
@@ -277,13 +277,13 @@ def test_a_variance_that_float16_cannot_hold(tmp_path):
 @every_conv
 def test_bfloat16_has_no_convolution_in_onnx(name, tmp_path):
     with pytest.raises(EngineError, match=f"no bfloat16 convolution .* {name} .* choose fp16, or the format aoti"):
-        write_onnx(build_request("sa2vp", Settings("onnx", "bf16"), name), tmp_path)
+        write_onnx(build_request("sa2vp", ExportSettings("onnx", "bf16"), name), tmp_path)
 
 
 def quantised(name, kind, folder):
     for file in exported("sa2vp", name).glob(f"{ONNX_FILE}*"):
         shutil.copy(file, folder)
-    quantise(build_request("sa2vp", Settings("onnx", "int8", quantization=kind), name), folder)
+    quantise(build_request("sa2vp", ExportSettings("onnx", "int8", quantization=kind), name), folder)
     return onnx.load(str(folder / ONNX_FILE), load_external_data=False).graph
 
 

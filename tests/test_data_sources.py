@@ -431,7 +431,7 @@ def test_only_one_file_looks_for_images_in_folders() -> None:
     """One walk for all commands; the other places list folders of their own making."""
     own = {
         "prompttune/training/state.py", "prompttune/checkpoints/importing/run.py", "prompttune/files.py",
-        "prompttune/cli/doctor.py", "export/build.py", "export/precision/quantise.py", "export/folder.py",
+        "prompttune/cli/doctor.py", "export/build.py", "export/formats/onnx_int8.py", "export/folder.py",
         "serve/infer/sinks/opening.py", "serve/infer/sinks/overlays.py", "serve/infer/sinks/sheet.py",
         "serve/infer/sinks/parquet_folder.py", "serve/service/catalogue.py",
     }  # fmt: skip

@@ -22,8 +22,8 @@ from prompttune.export import (
 )
 from prompttune.export.formats import Built
 from prompttune.export.formats import onnx as formats_onnx
+from prompttune.export.formats.onnx_file import verify_onnx
 from prompttune.export.layout import bind_axes, stack_states
-from prompttune.export.onnx import verify_onnx
 from prompttune.export.tasks import fold_checkpoint
 from tests.drawing import drawn_model
 from tests.engines import backbone, checkpoint, config_of, copied, exported, model_of, noise
@@ -189,11 +189,10 @@ def test_adding_and_removing_leaves_the_model_alone(tmp_path):
 
 
 def test_a_task_that_fails_the_gate_is_not_added(tmp_path):
-    from prompttune.export import Gate
 
     folder = copied("linear", tmp_path)
     with pytest.raises(ParityError, match="task 'late' was not added"):
-        add_task(folder, "late", checkpoint("linear", 4), gate=Gate(atol=0.0))
+        add_task(folder, "late", checkpoint("linear", 4), atol=0.0)
     assert EngineFolder(folder).tasks() == ["task0", "task1"]
 
 

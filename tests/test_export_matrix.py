@@ -11,8 +11,8 @@ import torch
 import prompttune as pt
 from prompttune.export import EngineFolder
 from prompttune.export.folder import ONNX_FILE
-from prompttune.export.formats import Settings
-from prompttune.export.precision.quantise import quantise
+from prompttune.export.formats import ExportSettings
+from prompttune.export.formats.onnx_int8 import quantise
 from tests.convs import CONVS, ON_CONV
 from tests.engines import BATCH_SIZES, SHARING, build_request, checkpoint, copied, exported, model_of, noise, workshop
 from tests.operators import operators
@@ -85,7 +85,7 @@ def test_nvidias_builder_takes_the_graph_in_int8(method, backbone, tmp_path):
     if backbone.startswith("test_resnet"):
         pytest.skip("no product with a frozen matrix: refused before the build")
     engine = shutil.copytree(exported(method, backbone), tmp_path / "engine")
-    settings = Settings("onnx", "int8", quantization="static", calibration_images=4)
+    settings = ExportSettings("onnx", "int8", quantization="static", calibration_images=4)
     quantise(build_request(method, settings, backbone), engine, symmetric=True)
     build_engine(engine, tmp_path / "plan")
     assert (tmp_path / "plan").read_bytes().startswith(MAGIC)

@@ -14,13 +14,13 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from prompttune.export.folder import ONNX_FILE
-from prompttune.export.formats import Settings, find_format
+from prompttune.export.formats import FORMATS, ExportSettings
 from prompttune.export.formats.onnx import write_onnx
+from prompttune.export.formats.onnx_file import export_onnx
+from prompttune.export.formats.onnx_int8 import quantise
 from prompttune.export.graph import Traced, capture
 from prompttune.export.layout import TensorSpec, declare_inputs, declare_outputs
-from prompttune.export.onnx import export_onnx
 from prompttune.export.precision.casting import TORCH_DTYPES
-from prompttune.export.precision.quantise import quantise
 from prompttune.layers.aligned_attention import AlignedAttention
 from tests.engines import SHARING, build_request, exported, model_of, workshop
 from tests.tensorrt_rtx import MAGIC, build_engine
@@ -94,10 +94,12 @@ def written(method, backbone, kind):
     if kind in ("dynamic", "static"):
         for file in exported(method, backbone).glob(f"{ONNX_FILE}*"):
             shutil.copy(file, folder)
-        quantise(build_request(method, Settings("onnx", "int8", quantization=kind), backbone), folder, symmetric=True)
+        quantise(
+            build_request(method, ExportSettings("onnx", "int8", quantization=kind), backbone), folder, symmetric=True
+        )
     else:
         fused = kind == "fused"
-        settings = Settings("onnx", "fp16" if fused else kind, attention="fused" if fused else None)
+        settings = ExportSettings("onnx", "fp16" if fused else kind, attention="fused" if fused else None)
         write_onnx(build_request(method, settings, backbone), folder)
     return folder
 
@@ -119,8 +121,10 @@ def test_nvidias_builder_takes_half_precision(method, backbone, kind, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", SHARING)
 def test_nvidias_builder_takes_baked_tasks_in_half_precision(method, tmp_path):
-    settings = Settings("trt-rtx", "fp16", baked=True, options={"compute_capability": "8.9", "optimization_level": 0})
-    built = find_format("trt-rtx").build(build_request(method, settings), tmp_path)
+    settings = ExportSettings(
+        "trt-rtx", "fp16", baked=True, options={"compute_capability": "8.9", "optimization_level": 0}
+    )
+    built = FORMATS["trt-rtx"]().build(build_request(method, settings), tmp_path)
     assert [spec.name for spec in built.inputs] == ["image", "task_index"]
     assert (tmp_path / "model.plan").read_bytes().startswith(MAGIC)
 
@@ -356,7 +360,7 @@ def test_symmetric_int8_has_no_zero_points(method, backbone):
 
 
 def test_static_int8_for_onnx_runtime_is_unsigned(tmp_path):
-    write_onnx(build_request("linear", Settings("onnx", "int8", quantization="static")), tmp_path)
+    write_onnx(build_request("linear", ExportSettings("onnx", "int8", quantization="static")), tmp_path)
     graph = onnx.load(str(tmp_path / ONNX_FILE)).graph
     points = {constants(graph)[node.input[2]].data_type for node in of_kind(graph, "QuantizeLinear")}
     assert points == {TensorProto.UINT8}

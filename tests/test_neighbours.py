@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import prompttune as pt
 from prompttune.export import Gate
-from prompttune.export.onnx import _average_by_product
+from prompttune.export.formats.onnx_file import _average_by_product
 from prompttune.export.parity.html import write_html
 from prompttune.export.parity.neighbours import check_neighbours
 from tests.engines import checkpoint, exported, noise, workshop

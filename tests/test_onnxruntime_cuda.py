@@ -20,7 +20,7 @@ import torch
 import prompttune as pt
 from prompttune.errors import EngineError, MissingExtraError, UsageError
 from prompttune.export import EngineFolder
-from prompttune.export.formats import Settings
+from prompttune.export.formats import ExportSettings
 from prompttune.export.formats.onnx import OnnxFormat
 from prompttune.export.layout import TensorSpec, declare_inputs, declare_outputs
 from prompttune.export.runtimes import RuntimeOptions, onnxruntime, onnxruntime_cuda
@@ -385,7 +385,7 @@ def test_int8_is_refused_on_cuda(opened, tmp_path):
     with pytest.raises(EngineError, match=words + "; or open the engine on the cpu$"):
         opened(precision="int8")
     for quantization in ("dynamic", "static"):
-        settings = Settings("onnx", "int8", quantization=quantization, device="cuda")
+        settings = ExportSettings("onnx", "int8", quantization=quantization, device="cuda")
         with pytest.raises(UsageError, match=words + "$"):
             pt.export_engine(tmp_path / "no checkpoint is looked at", tmp_path / "engine", format=settings)
 
@@ -393,7 +393,7 @@ def test_int8_is_refused_on_cuda(opened, tmp_path):
 @pytest.mark.parametrize(("quantization", "operators"), [("static", {"DequantizeLinear"}), ("dynamic", {_INT8})])
 def test_int8_leaves_cuda_no_product_in_int8(quantization, operators, tmp_path):
     """ONNX Runtime fuses static scales into products on a CPU alone, and has the dynamic ones' operator there alone."""
-    settings = Settings("onnx", "int8", quantization=quantization, calibration_images=2)
+    settings = ExportSettings("onnx", "int8", quantization=quantization, calibration_images=2)
     OnnxFormat().build(build_request("linear", settings.resolved()), tmp_path)
     nodes = onnx.load(str(tmp_path / "model.onnx"), load_external_data=False).graph.node
     kinds = {output: node.op_type for node in nodes for output in node.output}
@@ -652,7 +652,7 @@ def test_cuda_answers_with_maps(graph):
 @pytest.mark.usefixtures("needs_cuda_provider")
 def test_cuda_in_lower_precision_is_proven(precision, tmp_path):
     runs = [checkpoint("sa2vp", number) for number in (0, 1)]
-    settings = Settings("onnx", precision, device="cuda")
+    settings = ExportSettings("onnx", precision, device="cuda")
     pt.export_engine(runs, tmp_path / "engine", format=settings)
     assert EngineFolder(tmp_path / "engine").manifest.parity["passed"]
     images = noise(4)

@@ -136,7 +136,7 @@ def test_accuracy_on_labelled_images(tmp_path):
     assert model.labels == labels
     model.save(tmp_path / "digits")
     folder = copied("linear", tmp_path)
-    task = add_task(folder, "digits", tmp_path / "digits", data="demo/digits", gate=Gate(images=4))
+    task = add_task(folder, "digits", tmp_path / "digits", data="demo/digits", images=4)
     assert task.parity["images"] == {"digits": "4 images of demo/digits"}
     (at_export,) = task.parity["accuracy"]
     assert (at_export["images"], at_export["engine"]) == (4, at_export["reference"])

@@ -13,7 +13,7 @@ from torch import nn
 
 from prompttune.backbones.vit import merge_heads
 from prompttune.export.folder import ONNX_FILE
-from prompttune.export.formats import Settings
+from prompttune.export.formats import ExportSettings
 from prompttune.export.formats.onnx import write_onnx
 from prompttune.export.graph import MultiTaskGraph
 from prompttune.export.layout import bank_input, stack_states
@@ -101,7 +101,7 @@ def test_a_norm_whose_sums_overflow_float16_is_right():
 
 @functools.cache
 def states(method, name):
-    return build_request(method, Settings(), name).states
+    return build_request(method, ExportSettings(), name).states
 
 
 def graph_logits(method, name, precision, images, explicit):
@@ -135,7 +135,7 @@ def test_eager_logits_are_within_rounding(method, name, precision, explicit):
 def test_the_bf16_graph_computes_the_right_thing(method, tmp_path):
     """ONNX Runtime has no bf16 on a CPU; ONNX's own reference evaluator does."""
     model, images = model_of(method, 0), noise(2)
-    request = build_request(method, Settings("onnx", "bf16"))
+    request = build_request(method, ExportSettings("onnx", "bf16"))
     write_onnx(request, tmp_path)
     evaluator = ReferenceEvaluator(onnx.load(str(tmp_path / ONNX_FILE)))
     bank = stack_states(model.state_layout(), request.states.values(), np.dtype(ml_dtypes.bfloat16))

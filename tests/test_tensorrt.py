@@ -18,14 +18,13 @@ from prompttune.cli.main import cli
 from prompttune.errors import EngineError, MissingExtraError, UsageError
 from prompttune.export import EngineFolder
 from prompttune.export.folder import MANIFEST, write_manifest
-from prompttune.export.formats import Settings, find_format
-from prompttune.export.layout import TensorSpec
+from prompttune.export.formats import FORMATS, ExportSettings
+from prompttune.export.formats.tensorrt_builder import BuildProgress, bar
+from prompttune.export.formats.tensorrt_options import TensorRTOptions
+from prompttune.export.layout import TensorSpec, axis_ranges, dynamic_axes, input_shapes, needed_sizes
 from prompttune.export.runtimes import RuntimeOptions, open_runtime
-from prompttune.export.trt.compatibility import check_capability, check_version, version_numbers
-from prompttune.export.trt.library import require_cuda, require_tensorrt, require_torch_tensorrt
-from prompttune.export.trt.options import TensorRTOptions
-from prompttune.export.trt.profile import axis_ranges, check_call, dynamic_axes, input_shapes, needed_sizes
-from prompttune.export.trt.progress import PhaseTracker, bar
+from prompttune.export.runtimes.tensorrt_compatibility import check_capability, check_version, version_numbers
+from prompttune.export.runtimes.tensorrt_library import require_cuda, require_tensorrt, require_torch_tensorrt
 from tests.engines import checkpoint, copied, model_of
 from tests.fake_tensorrt import VERSION, fake_tensorrt, folded_state, install, pretend_gpu
 
@@ -95,7 +94,7 @@ def test_libraries_that_do_not_load_give_one_line(monkeypatch, tmp_path, capsys)
 def test_a_version_compatible_plan_needs_the_lean_runtime(monkeypatch):
     pretend_gpu(monkeypatch)
     install(monkeypatch, fake_tensorrt())
-    settings = Settings("trt", options={"version_compatible": True}).resolved()
+    settings = ExportSettings("trt", options={"version_compatible": True}).resolved()
     loaded = []
 
     def load(name):
@@ -107,8 +106,8 @@ def test_a_version_compatible_plan_needs_the_lean_runtime(monkeypatch):
     with pytest.raises(
         EngineError, match=rf"needs libnvinfer_lean\.so\.10, .* pip install tensorrt-lean=={VERSION}, or"
     ):
-        find_format("trt").check(settings)
-    find_format("trt").check(settings)
+        FORMATS["trt"]().check(settings)
+    FORMATS["trt"]().check(settings)
     assert loaded == ["libnvinfer_lean.so.10"] * 2
 
 
@@ -127,31 +126,31 @@ def test_cuda_is_asked_for(monkeypatch):
 def test_format_checks_settings(monkeypatch):
     pretend_gpu(monkeypatch)
     install(monkeypatch, fake_tensorrt())
-    settings = Settings("trt", "int8", device="cuda").resolved()
+    settings = ExportSettings("trt", "int8", device="cuda").resolved()
     assert settings.quantization == "static"
     assert settings.attention == "explicit"
-    find_format("trt").check(settings)
+    FORMATS["trt"]().check(settings)
     with pytest.raises(UsageError, match="int8 with fixed scales"):
-        find_format("trt").check(dataclasses.replace(settings, quantization="dynamic"))
+        FORMATS["trt"]().check(dataclasses.replace(settings, quantization="dynamic"))
     with pytest.raises(UsageError, match=r"unknown TensorRT option 'workspaces'; did you mean workspace\?"):
-        find_format("trt").check(dataclasses.replace(settings, options={"workspaces": 1}))
+        FORMATS["trt"]().check(dataclasses.replace(settings, options={"workspaces": 1}))
     with pytest.raises(UsageError, match="has no int8"):
-        Settings("torch-trt", "int8").resolved()
-    assert Settings("torch-trt").resolved().attention == "fused"
+        ExportSettings("torch-trt", "int8").resolved()
+    assert ExportSettings("torch-trt").resolved().attention == "fused"
     with pytest.raises(UsageError, match="none and ampere_plus"):
-        find_format("torch-trt").check(
-            Settings("torch-trt", options={"hardware_compatibility": "same_compute_capability"})
+        FORMATS["torch-trt"]().check(
+            ExportSettings("torch-trt", options={"hardware_compatibility": "same_compute_capability"})
         )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"workspace": 0}, "workspace must be a whole number at least 1, not 0"),
-        ({"workspace": True}, "not True"),
+        ({"workspace": 0}, "workspace must be at least 1, not 0"),
+        ({"workspace": True}, "workspace must be a whole number, not True"),
         ({"workspace": "1G"}, "not '1G'"),
-        ({"optimization_level": 6}, "from 0 to 5, not 6"),
-        ({"optimization_level": None}, "not None"),
+        ({"optimization_level": 6}, "optimization_level must be at least 0 and at most 5, not 6"),
+        ({"optimization_level": None}, "optimization_level needs a whole number, not nothing"),
         ({"timing_cache": 3}, "must be a path"),
         ({"timing_cache": "cache", "optimization_level": 0}, "ignores the timing cache"),
         ({"version_compatible": 1}, "must be true or false"),
@@ -198,37 +197,18 @@ def test_sizes_that_tasks_need():
     assert needed_sizes(models[0].state_layout(), states) == {"tasks": 2, "rank": 3, "classes": 3}
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"image": (5, 3, 8, 8), "task_index": (5,)}, "axis batch is 5 in this call, the engine was built for 1 to 4"),
-        ({"bank.a": (9, 4, 2)}, "axis tasks is 9 in this call, the engine was built for 1 to 8"),
-        ({"bank.a": (1, 4, 1)}, "axis rank is 1 in this call, the engine was built for 2 to 4"),
-        ({"image": (2, 3, 8, 9)}, r"image is \[2, 3, 8, 9\], the engine takes \['batch', 3, 8, 8\]"),
-        ({"task_index": (2, 1)}, "task_index is"),
-        ({"bank.b": (2,)}, "on one side only, of the engine or of the call: bank.b"),
-    ],
-)
-def test_calls_outside_the_profile_are_refused(change, message):
-    ranges = {"batch": (1, 2, 4), "tasks": (1, 2, 8), "rank": (2, 2, 4)}
-    call = {"image": (4, 3, 8, 8), "task_index": (4,), "bank.a": (8, 4, 4)}
-    check_call(INPUTS, ranges, call)
-    with pytest.raises(EngineError, match=message):
-        check_call(INPUTS, ranges, {**call, **change})
-
-
 def test_progress_of_nested_phases():
     shares = []
-    tracker = PhaseTracker(lambda share: shares.append(round(share, 3)))
-    tracker.start("all", None, 2)
-    tracker.start("one", "all", 4)
-    tracker.step("one", 1)
-    tracker.step("one", 1)
-    tracker.finish("one")
-    tracker.step("all", 0)
-    tracker.finish("all")
-    tracker.start("late", None, 2)
-    tracker.step("late", 0)
+    progress = BuildProgress(lambda share: shares.append(round(share, 3)))
+    progress.start("all", None, 2)
+    progress.start("one", "all", 4)
+    progress.advance("one", 2)
+    progress.advance("one", 2)
+    progress.advance("one")
+    progress.advance("all", 1)
+    progress.advance("all")
+    progress.start("late", None, 2)
+    assert progress.advance("late", 1)
     assert shares == [0.0, 0.25, 0.5, 1.0]  # what begins late does not take it back
     assert bar(0.5) == "━" * 12 + "─" * 12 + " 50%"
 

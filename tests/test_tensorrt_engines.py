@@ -13,20 +13,17 @@ import torch
 
 import prompttune as pt
 from prompttune.errors import EngineError, UsageError
-from prompttune.export.formats import Settings, tensorrt
+from prompttune.export.formats import ExportSettings, tensorrt
+from prompttune.export.formats.tensorrt_builder import build_plan
+from prompttune.export.formats.tensorrt_options import TensorRTOptions
 from prompttune.export.formats.torch_tensorrt import bounded, compile_program, compile_settings, widened
 from prompttune.export.graph import trace
-from prompttune.export.layout import TensorSpec
+from prompttune.export.layout import TensorSpec, axis_ranges
+from prompttune.export.runtimes import tensorrt_plan as execution
+from prompttune.export.runtimes.tensorrt_library import ErrorLog
+from prompttune.export.runtimes.tensorrt_plan import Plan, check_tensors, summarise
 from prompttune.export.runtimes.tensors import CAPTURE_LOCK, as_torch, place_rows, update_row
 from prompttune.export.runtimes.torch_tensorrt import TorchTensorRTRuntime, check_versions
-from prompttune.export.trt import execution
-from prompttune.export.trt.builder import build_plan
-from prompttune.export.trt.execution import Plan
-from prompttune.export.trt.layers import summarise
-from prompttune.export.trt.log import ErrorLog
-from prompttune.export.trt.options import TensorRTOptions
-from prompttune.export.trt.profile import axis_ranges
-from prompttune.export.trt.tensors import check_tensors
 from tests.engines import checkpoint, model_of
 from tests.fake_tensorrt import (
     CACHE_MAGIC,
@@ -107,7 +104,7 @@ def test_export_leaves_the_plan_alone_and_records_where_it_runs(monkeypatch, tmp
     monkeypatch.setattr(tensorrt, "torch", types.SimpleNamespace(cuda=cuda))
     fake = install(monkeypatch, fake_tensorrt())
     stages = []
-    settings = Settings("trt", device="cuda", axes={"batch": (1, 2, 4)}, options={"optimization_level": 2})
+    settings = ExportSettings("trt", device="cuda", axes={"batch": (1, 2, 4)}, options={"optimization_level": 2})
     runs = [checkpoint("linear", 0), checkpoint("linear", 1)]
     engine = pt.export_engine(runs, tmp_path / "engine", format=settings, parity=False, on_stage=stages.append)
     assert {one.name for one in engine.path.iterdir()} == {"engine.json", "model.plan", "tasks"}

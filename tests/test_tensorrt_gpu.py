@@ -13,7 +13,7 @@ import prompttune as pt
 from prompttune.errors import EngineError
 from prompttune.export import EngineFolder
 from prompttune.export.folder import MANIFEST, write_manifest
-from prompttune.export.formats import Settings
+from prompttune.export.formats import ExportSettings
 from prompttune.export.parity.proof import open_runner
 from prompttune.export.runtimes import RuntimeOptions, StateRunner, open_runtime
 from tests.engines import SHARING, checkpoint, model_of, noise, workshop
@@ -29,7 +29,7 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1.5e-1}
 @functools.cache
 def built(method, precision="fp32"):
     folder = workshop() / "trt" / f"{method}-{precision}"
-    settings = Settings("trt", precision, device="cuda", axes=AXES)
+    settings = ExportSettings("trt", precision, device="cuda", axes=AXES)
     runs = [checkpoint(method, number) for number in (0, 1)]
     pt.export_engine(runs, folder, format=settings, parity=False)
     return folder
@@ -60,7 +60,7 @@ def test_plan_answers_as_pytorch(method, precision):
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_fused_attention_answers_as_pytorch(tmp_path, precision):
-    settings = Settings("trt", precision, device="cuda", axes=AXES, attention="fused")
+    settings = ExportSettings("trt", precision, device="cuda", axes=AXES, attention="fused")
     pt.export_engine([checkpoint("sa2vp", 0)], tmp_path / "engine", format=settings, parity=False)
     images = noise(8)
     found = runner(tmp_path / "engine").logits(images, ["task0"] * 8)
@@ -208,7 +208,7 @@ def test_options_reach_tensorrt(tmp_path):
     pytest.importorskip("tensorrt_lean")  # a version compatible plan carries it
     cache = tmp_path / "timings"
     options = {"timing_cache": cache, "version_compatible": True, "hardware_compatibility": "ampere_plus"}
-    settings = Settings("trt", device="cuda", axes=AXES, options={**options, "workspace": 1 << 30})
+    settings = ExportSettings("trt", device="cuda", axes=AXES, options={**options, "workspace": 1 << 30})
     for _ in range(2):
         pt.export_engine([checkpoint("linear", 0)], tmp_path / "engine", format=settings, parity=False, overwrite=True)
         assert cache.stat().st_size > 0
@@ -218,7 +218,7 @@ def test_options_reach_tensorrt(tmp_path):
 
 
 def test_int8_names_mostly_the_same_classes(tmp_path):
-    settings = Settings("trt", "int8", device="cuda", axes=AXES, calibration_images=8)
+    settings = ExportSettings("trt", "int8", device="cuda", axes=AXES, calibration_images=8)
     pt.export_engine([checkpoint("linear", 0)], tmp_path / "engine", format=settings, parity=False)
     images = noise(8)
     found = runner(tmp_path / "engine").logits(images, ["task0"] * 8)
@@ -230,7 +230,7 @@ def test_int8_names_mostly_the_same_classes(tmp_path):
 @pytest.mark.parametrize("precision", TOLERANCES)
 def test_torch_tensorrt_answers_as_pytorch(tmp_path, precision):
     pytest.importorskip("torch_tensorrt")
-    settings = Settings("torch-trt", precision, device="cuda", axes=AXES)
+    settings = ExportSettings("torch-trt", precision, device="cuda", axes=AXES)
     runs = [checkpoint("sa2vp", number) for number in (0, 1)]
     pt.export_engine(runs, tmp_path / "engine", format=settings, parity=False)
     engine = runner(tmp_path / "engine")

@@ -23,10 +23,9 @@ import prompttune as pt
 from prompttune.cli.main import cli
 from prompttune.errors import MissingExtraError, ParityError, UsageError
 from prompttune.export import EngineFolder, validate_engine
-from prompttune.export.formats import Settings
+from prompttune.export.formats import ExportSettings
 from prompttune.export.layout import stack_states
-from prompttune.export.triton import TritonSettings, export_triton
-from prompttune.export.triton.config import DATA_TYPES, as_text, make_config, shared_labels
+from prompttune.export.triton import DATA_TYPES, TritonSettings, as_text, export_triton, make_config, shared_labels
 from tests import triton_server
 from tests.drawing import drawn_model
 from tests.engines import backbone, checkpoint, config_of, exported, noise
@@ -177,7 +176,7 @@ def test_an_existing_model_stays_unless_overwritten(repository, tmp_path, monkey
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("prompttune.export.triton.readme.make_readme", fail)
+    monkeypatch.setattr("prompttune.export.triton.make_config", fail)
     with pytest.raises(OSError, match="disk full"):
         export_triton(RUNS, repository, TritonSettings("baked"), overwrite=True, parity=False)
     assert {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()} == before
@@ -200,21 +199,25 @@ def test_overwriting_replaces_the_model_whole(tmp_path):
 @pytest.mark.parametrize(
     ("triton", "settings", "message"),
     [
-        (TritonSettings("../x"), Settings(), "bad model name"),
-        (TritonSettings(max_batch_size=0), Settings(), "at least 1 image"),
-        (TritonSettings(max_delay_ms=-1), Settings(), "at least 0"),
-        (TritonSettings(), Settings("aoti"), "unknown format of a Triton model 'aoti'"),
-        (TritonSettings(max_batch_size=4), Settings("trt"), "give --axis batch"),
-        (TritonSettings(), Settings("trt", axes={"batch": (2, 4, 8)}), "let the axis batch start at 1"),
-        (TritonSettings(bank_inputs=True), Settings(baked=True), "leave out one of the two"),
-        (TritonSettings(bank_inputs=True, max_batch_size=4), Settings(), "not batched"),
-        (TritonSettings(bank_inputs=True), Settings(bank_precision="bf16"), "no bf16 tensors"),
+        (TritonSettings("../x"), ExportSettings(), "bad model name"),
+        (TritonSettings(), ExportSettings("aoti"), "unknown format of a Triton model 'aoti'"),
+        (TritonSettings(max_batch_size=4), ExportSettings("trt"), "give --axis batch"),
+        (TritonSettings(), ExportSettings("trt", axes={"batch": (2, 4, 8)}), "let the axis batch start at 1"),
+        (TritonSettings(bank_inputs=True), ExportSettings(baked=True), "leave out one of the two"),
+        (TritonSettings(bank_inputs=True, max_batch_size=4), ExportSettings(), "not batched"),
+        (TritonSettings(bank_inputs=True), ExportSettings(bank_precision="bf16"), "no bf16 tensors"),
     ],
 )
 def test_what_triton_cannot_serve_is_refused_at_once(triton, settings, message, tmp_path):
     with pytest.raises(UsageError, match=message):
         export_triton(["nowhere"], tmp_path, triton, format=settings)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_batch_size", 0), ("max_delay_ms", -1)])
+def test_values_out_of_range_are_refused(name, value):
+    with pytest.raises(UsageError, match=f"{name} must be at least"):
+        TritonSettings(**{name: value})
 
 
 def test_the_extra_is_named(monkeypatch, tmp_path):
@@ -311,13 +314,9 @@ def client_in(page: Path, names: dict[str, str]) -> str:
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["baked", "carried", "deployment.md"])
-def test_documented_clients_run(repository, ports, name, tmp_path, monkeypatch, capsys):
-    page, names = repository / name / "README.md", {"localhost:8000": f"127.0.0.1:{ports.http}"}
-    if name == "deployment.md":
-        page, names = ROOT / "docs" / name, names | {'"vision"': '"baked"', '"digits"': '"task0"'}
-    for model in ("baked", "carried"):
-        (tmp_path / model).symlink_to(repository / model)
+def test_the_documented_client_runs(repository, ports, tmp_path, monkeypatch, capsys):
+    page = ROOT / "docs" / "deployment.md"
+    names = {"localhost:8000": f"127.0.0.1:{ports.http}", '"vision"': '"baked"', '"digits"': '"task0"'}
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 70, 3), dtype=np.uint8)).save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
     exec(compile(client_in(page, names), page.name, "exec"), {})

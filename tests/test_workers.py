@@ -20,7 +20,7 @@ import pytest
 import prompttune as pt
 from prompttune.errors import EngineError, MissingExtraError, PrompttuneError, UsageError
 from prompttune.export import EngineFolder
-from prompttune.export.formats import Settings
+from prompttune.export.formats import ExportSettings
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.serve.workers import (
     Answer,
@@ -323,7 +323,7 @@ def baked(tmp_path_factory):
     """An engine whose tasks ``zebra`` and ``ant`` are constants, in this order."""
     folder = tmp_path_factory.mktemp("baked")
     runs = {"zebra": checkpoint("linear", 0), "ant": checkpoint("linear", 1)}
-    pt.export_engine(runs, folder / "engine", format=Settings(baked=True), parity=False)
+    pt.export_engine(runs, folder / "engine", format=ExportSettings(baked=True), parity=False)
     return pt.Engine(folder / "engine")
 
 

@@ -18,12 +18,12 @@ from torch._inductor import aoti_compile_and_package
 from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions, get_cpp_compiler
 
 from prompttune.errors import EngineError, first_line
-from prompttune.export.formats.base import BuildRequest, Built, Format, Settings
+from prompttune.export.formats.base import BuildRequest, Built, ExportSettings, Format
 from prompttune.export.graph import unbounded_attention
 from prompttune.export.quiet import quiet
 from prompttune.export.runtimes.aoti import MODEL_FILE
 from prompttune.export.runtimes.base import RuntimeOptions
-from prompttune.export.trt.library import require_cuda
+from prompttune.export.runtimes.tensorrt_library import require_cuda
 
 _INCLUDES = "#include <cuda.h>\n#include <cuda_runtime.h>\n#include <cuda_fp8.h>\n"
 """What PyTorch's headers for a program on CUDA include of CUDA's own."""
@@ -32,11 +32,11 @@ _INCLUDES = "#include <cuda.h>\n#include <cuda_runtime.h>\n#include <cuda_fp8.h>
 class AotiFormat(Format):
     """``model.pt2``: machine code and weights in one file, for the kind of device that it was compiled for."""
 
-    name = "aoti"
+    name, title = "aoti", "AOTInductor, only needs PyTorch"
     precisions = ("fp32", "fp16", "bf16")
     default_attention = "fused"
 
-    def check(self, settings: Settings) -> None:
+    def check(self, settings: ExportSettings) -> None:
         """See :meth:`Format.check`.
 
         Raises:

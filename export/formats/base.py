@@ -3,99 +3,122 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from prompttune.axes import CLASSES, CLUSTERS, RANK
 from prompttune.errors import UsageError, choose
 from prompttune.export.graph import Traced, trace
-from prompttune.export.layout import State, TensorSpec
-from prompttune.export.runtimes.base import Array, RuntimeOptions
+from prompttune.export.layout import BATCH, DTYPES, TASKS, Array, Range, State, TensorSpec
+from prompttune.export.options import OnStage, RuntimeOptions
 from prompttune.model import PromptModel
+from prompttune.registry import Registry
+from prompttune.settings import setting, settle
 
-OnStage = Callable[[str], None]
-"""Function that is called with a description of each stage."""
-
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-BANK_PRECISIONS = ("fp32", "fp16", "bf16")
+BANK_PRECISIONS = tuple(DTYPES)
+PRECISIONS = (*BANK_PRECISIONS, "int8")
 ATTENTIONS = ("explicit", "fused")
 QUANTIZATIONS = ("dynamic", "static")
+AXES = (BATCH, TASKS, RANK, CLASSES, CLUSTERS)
 
-FORMATS = {
-    "onnx": ("prompttune.export.formats.onnx", "OnnxFormat"),
-    "aoti": ("prompttune.export.formats.aoti", "AotiFormat"),
-    "trt": ("prompttune.export.formats.tensorrt", "TensorRTFormat"),
-    "trt-rtx": ("prompttune.export.formats.tensorrt", "TensorRTRTXFormat"),
-    "torch-trt": ("prompttune.export.formats.torch_tensorrt", "TorchTensorRTFormat"),
-}
-"""Module and class of each format."""
+FORMATS: Registry[type[Format]] = Registry("format", "prompttune.formats")
+"""Class of each format; the runtime of the same name opens its files."""
+FORMATS.add("onnx", "prompttune.export.formats.onnx:OnnxFormat")
+FORMATS.add("aoti", "prompttune.export.formats.aoti:AotiFormat")
+FORMATS.add("trt", "prompttune.export.formats.tensorrt:TensorRTFormat")
+FORMATS.add("trt-rtx", "prompttune.export.formats.tensorrt:TensorRTRTXFormat")
+FORMATS.add("torch-trt", "prompttune.export.formats.torch_tensorrt:TorchTensorRTFormat")
+
+
+def read_axes(value: str | Mapping[str, Any] | Iterable[Any]) -> dict[str, Range]:
+    """Ranges of axes, from a mapping, from text such as ``batch=1:8:64``, or from several of these.
+
+    Raises:
+        UsageError: an axis is unknown, or its sizes do not rise from 1.
+    """
+    if isinstance(value, str):
+        axis, _, sizes = value.partition("=")
+        value = {axis: [int(one) if one.isdigit() else 0 for one in sizes.split(":")]}
+    elif not isinstance(value, Mapping):
+        value = {axis: sizes for one in value for axis, sizes in read_axes(one).items()}
+    for axis, sizes in value.items():
+        choose("axis", axis, AXES)
+        if len(sizes) != 3 or not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
+            raise UsageError(f"sizes of the axis {axis} must rise from 1: smallest, likeliest, largest, as in 1:8:64")
+    return {axis: (low, likely, high) for axis, (low, likely, high) in value.items()}
 
 
 @dataclass(frozen=True)
-class Settings:
+class ExportSettings:
     """Settings for building a model file.
 
     A format's :meth:`Format.check` refuses settings that it does not use; they are never ignored.
     """
 
-    format: str = "onnx"
-    precision: str = "fp32"
-    """Precision of weights and activations, one of :data:`PRECISIONS`. Norms, softmax and logits stay in fp32."""
-    bank_precision: str | None = None
-    """Precision of the resident task tensors; None follows ``precision`` (fp32 for int8)."""
-    attention: str | None = None
-    """``explicit`` products and softmax, or ``fused``: the format's own attention. None uses the format's default."""
-    baked: bool = False
-    """Whether the tasks are constants of the model, whose only inputs are then ``image`` and ``task_index``."""
-    device: str | None = None
-    """Device of the model: formats that compile do so for this device, and the comparison with PyTorch runs there. None
-    uses the format's default."""
-    quantization: str | None = None
-    """Source of int8's scales: ``dynamic`` at run time, ``static`` from calibration images."""
-    calibration_images: int = 256
-    """Number of images for int8 calibration, spread over the tasks."""
-    axes: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
-    """Smallest, likeliest and largest size of dynamic axes (batch, tasks, rank, classes), if a format needs them."""
+    format: str = setting("onnx", "Format of the model file.", FORMATS)
+    precision: str = setting(
+        "fp32", "Precision of weights and activations; norms, softmax and logits stay in fp32.", PRECISIONS
+    )
+    bank_precision: str | None = setting(
+        None, "Precision of the resident task tensors.", BANK_PRECISIONS, shown="as --precision; fp32 for int8"
+    )
+    attention: str | None = setting(
+        None, "explicit: products and a softmax; fused: the format's own attention, which was wrong in several "
+        "TensorRT releases.", ATTENTIONS, shown="fused for torch-trt and aoti, else explicit",
+    )  # fmt: skip
+    baked: bool = setting(
+        False, "Make the tasks constants of the model, whose only inputs are then image and task_index."
+    )
+    device: str | None = setting(
+        None, "Device of the model: cpu, cuda or cuda:INDEX.", shown="cuda for trt, trt-rtx and torch-trt, else cpu"
+    )
+    """Formats that compile do so for this device, and the comparison with PyTorch runs there."""
+    quantization: str | None = setting(
+        None, "Scales of int8 activations: from each call, or from calibration images.", QUANTIZATIONS,
+        shown="static for trt and trt-rtx, else dynamic",
+    )  # fmt: skip
+    calibration_images: int = setting(
+        256, "Number of --data images for int8 calibration, spread over the tasks; noise without --data.", low=1
+    )
+    axes: Mapping[str, Range] = setting(
+        (), f"Range of sizes for a TensorRT engine, for {', '.join(AXES)}. May be repeated.", kind=str, read=read_axes,
+        repeat=True, option="axis", metavar="AXIS=MIN:LIKELY:MAX",
+    )  # fmt: skip
+    """Smallest, likeliest and largest size of dynamic axes, if a format needs them."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """The format's own options by name."""
+    """The format's own options by name, see :attr:`Format.options`."""
 
     @property
     def target(self) -> str:
         """The resolved device."""
         return self.device or "cpu"
 
-    def resolved(self) -> Settings:
+    def resolved(self) -> ExportSettings:
         """The settings, checked and with defaults filled in.
 
         Raises:
             UsageError: a name is unknown, or settings contradict each other.
         """
-        kind = find_format(self.format)
-        choose("precision", self.precision, PRECISIONS)
-        if self.precision not in kind.precisions:
-            raise UsageError(f"the format {self.format} has no {self.precision}: choose {', '.join(kind.precisions)}")
-        bank = self.bank_precision or ("fp32" if self.precision == "int8" else self.precision)
-        choose("bank precision", bank, BANK_PRECISIONS)
-        attention = choose("attention", self.attention or kind.default_attention, ATTENTIONS)
-        quantization = self.quantization
-        if self.precision == "int8":
-            quantization = choose("quantization", quantization or kind.default_quantization, QUANTIZATIONS)
-        elif quantization is not None:
+        made = dataclasses.replace(self)
+        settle(made)
+        kind, int8 = FORMATS[made.format], made.precision == "int8"
+        if made.precision not in kind.precisions:
+            raise UsageError(f"the format {made.format} has no {made.precision}: choose {', '.join(kind.precisions)}")
+        if made.quantization is not None and not int8:
             raise UsageError("quantization needs the precision int8")
-        if self.calibration_images < 1:
-            raise UsageError(f"calibration needs at least 1 image, not {self.calibration_images}")
-        for axis, sizes in self.axes.items():
-            if len(sizes) != 3 or not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
-                raise UsageError(f"sizes of the axis {axis} must rise from 1: smallest, likeliest, largest")
-        device = self.device or kind.default_device
+        device = made.device or kind.default_device
         RuntimeOptions(device).cuda_index  # noqa: B018  # raises if there is no such device
         return dataclasses.replace(
-            self, bank_precision=bank, attention=attention, quantization=quantization, device=device
+            made,
+            bank_precision=made.bank_precision or ("fp32" if int8 else made.precision),
+            attention=made.attention or kind.default_attention,
+            quantization=(made.quantization or kind.default_quantization) if int8 else None,
+            device=device,
         )
 
 
@@ -109,7 +132,7 @@ class BuildRequest:
 
     model: PromptModel
     """The model in fp32 and evaluation mode. The file answers for every task that fits it, not only for this one."""
-    settings: Settings
+    settings: ExportSettings
     """Resolved settings."""
     states: Mapping[str, State]
     """Folded tasks of the export by name, for baking, for calibration and for likely sizes."""
@@ -123,13 +146,11 @@ class BuildRequest:
         For int8 it is in fp32 and quantised afterwards.
         """
         settings = self.settings
-        assert settings.bank_precision is not None
-        assert settings.attention is not None
         return trace(
             self.model,
             precision="fp32" if settings.precision == "int8" else settings.precision,
-            bank_precision=settings.bank_precision,
-            attention=settings.attention,
+            bank_precision=str(settings.bank_precision),
+            attention=str(settings.attention),
             baked=self.states if settings.baked else None,
             probes=probes,
             device=device,
@@ -154,12 +175,17 @@ class Format(ABC):
     """One format of model files."""
 
     name: ClassVar[str]
+    """Name in :data:`FORMATS`."""
+    title: ClassVar[str]
+    """Description in the help of the command line."""
     precisions: ClassVar[tuple[str, ...]] = PRECISIONS
     default_attention: ClassVar[str] = "explicit"
     default_quantization: ClassVar[str] = "dynamic"
     default_device: ClassVar[str] = "cpu"
+    options: ClassVar[type[Any] | None] = None
+    """Settings dataclass of the format's own options, which become options of the command line."""
 
-    def check(self, settings: Settings) -> None:
+    def check(self, settings: ExportSettings) -> None:
         """Raise an error at once, before anything is loaded, if this format cannot be built here.
 
         Most formats accept every size and have no options; others check their own.
@@ -171,7 +197,7 @@ class Format(ABC):
         if settings.axes or settings.options:
             raise UsageError(f"the format {self.name} needs no sizes of axes and has no options of its own")
 
-    def check_proof(self, settings: Settings) -> None:  # noqa: B027  # most formats have nothing to refuse
+    def check_proof(self, settings: ExportSettings) -> None:  # noqa: B027  # most formats have nothing to refuse
         """Raise an error at once if the result could not be compared with PyTorch on ``settings.device``.
 
         Raises:
@@ -185,14 +211,3 @@ class Format(ABC):
         Raises:
             EngineError: the model cannot be built.
         """
-
-
-def find_format(name: str) -> Format:
-    """The format called ``name``, whose module is imported now.
-
-    Raises:
-        UsageError: the format is unknown.
-    """
-    module, kind = FORMATS[choose("format", name, FORMATS)]
-    found: Format = getattr(importlib.import_module(module), kind)()
-    return found

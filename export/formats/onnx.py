@@ -7,24 +7,24 @@ from pathlib import Path
 from prompttune.backbones import ConvBackbone
 from prompttune.errors import EngineError, UsageError
 from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE
-from prompttune.export.formats.base import BuildRequest, Built, Format, Settings
-from prompttune.export.onnx import FUSED_OPSET, OPSET, export_onnx
-from prompttune.export.precision.quantise import calibrated, quantise
+from prompttune.export.formats.base import BuildRequest, Built, ExportSettings, Format
+from prompttune.export.formats.onnx_file import FUSED_OPSET, OPSET, export_onnx
+from prompttune.export.formats.onnx_int8 import calibrated, quantise
 from prompttune.export.runtimes.onnxruntime import CPU_INT8
 
 
 class OnnxFormat(Format):
     """``model.onnx`` with its weights beside it."""
 
-    name = "onnx"
+    name, title = "onnx", "ONNX Runtime"
 
-    def check(self, settings: Settings) -> None:
+    def check(self, settings: ExportSettings) -> None:
         """See :meth:`Format.check`."""
         super().check(settings)
         if settings.precision == "int8" and settings.target != "cpu":
             raise UsageError(CPU_INT8)
 
-    def check_proof(self, settings: Settings) -> None:
+    def check_proof(self, settings: ExportSettings) -> None:
         """See :meth:`Format.check_proof`."""
         if "bf16" in (settings.precision, settings.bank_precision) and settings.target == "cpu":
             raise UsageError(

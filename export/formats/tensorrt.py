@@ -10,14 +10,15 @@ from typing import Any, ClassVar
 import torch
 
 from prompttune.errors import EngineError, UsageError
-from prompttune.export.formats.base import BuildRequest, Built, Format, Settings
+from prompttune.export.formats.base import BuildRequest, Built, ExportSettings, Format
 from prompttune.export.formats.onnx import write_onnx
+from prompttune.export.formats.tensorrt_builder import bar, build_plan
+from prompttune.export.formats.tensorrt_options import TensorRTOptions
+from prompttune.export.layout import axis_ranges, dynamic_axes, input_shapes, needed_sizes
 from prompttune.export.runtimes.base import RuntimeOptions
 from prompttune.export.runtimes.tensorrt import PLAN_FILE
-from prompttune.export.trt.builder import build_plan
-from prompttune.export.trt.compatibility import gpu_record
-from prompttune.export.trt.execution import Plan
-from prompttune.export.trt.library import (
+from prompttune.export.runtimes.tensorrt_compatibility import gpu_record
+from prompttune.export.runtimes.tensorrt_library import (
     TENSORRT,
     TENSORRT_RTX,
     Library,
@@ -25,20 +26,19 @@ from prompttune.export.trt.library import (
     require_lean_runtime,
     require_tensorrt,
 )
-from prompttune.export.trt.options import TensorRTOptions
-from prompttune.export.trt.profile import axis_ranges, dynamic_axes, input_shapes, needed_sizes
-from prompttune.export.trt.progress import bar
+from prompttune.export.runtimes.tensorrt_plan import Plan
 
 
 class TensorRTFormat(Format):
     """``model.plan``, including the weights. It runs on the kind of GPU and the TensorRT version that built it."""
 
-    name = "trt"
+    name, title = "trt", "TensorRT plan"
+    options = TensorRTOptions
     default_quantization = "static"
     default_device = "cuda"
     library: ClassVar[Library] = TENSORRT
 
-    def check(self, settings: Settings) -> None:
+    def check(self, settings: ExportSettings) -> None:
         """See :meth:`Format.check`.
 
         Raises:
@@ -59,10 +59,10 @@ class TensorRTFormat(Format):
             require_lean_runtime(trt.__version__)
         self._check_device(settings)
 
-    def _check_device(self, settings: Settings) -> None:
+    def _check_device(self, settings: ExportSettings) -> None:
         require_cuda(settings.target, "building a TensorRT plan")
 
-    def _target(self, settings: Settings, options: TensorRTOptions) -> dict[str, Any]:  # noqa: ARG002
+    def _target(self, settings: ExportSettings, options: TensorRTOptions) -> dict[str, Any]:  # noqa: ARG002
         """The GPUs that the plan is for, as :func:`check_capability` reads them."""
         return gpu_record(require_cuda(settings.target, "building a TensorRT plan"))
 
@@ -105,14 +105,14 @@ class TensorRTFormat(Format):
 class TensorRTRTXFormat(TensorRTFormat):
     """``model.plan`` of TensorRT for RTX, built without a GPU for named compute capabilities."""
 
-    name = "trt-rtx"
+    name, title = "trt-rtx", "plan of TensorRT for RTX, built without a GPU"
     library = TENSORRT_RTX
 
-    def _check_device(self, settings: Settings) -> None:
+    def _check_device(self, settings: ExportSettings) -> None:
         if RuntimeOptions(settings.target).cuda_index is None:
             raise UsageError(f"a plan of TensorRT for RTX runs on a GPU: give the device cuda, not {settings.target}")
 
-    def check_proof(self, settings: Settings) -> None:  # noqa: ARG002
+    def check_proof(self, settings: ExportSettings) -> None:  # noqa: ARG002
         """See :meth:`Format.check_proof`."""
         if not torch.cuda.is_available():
             raise UsageError(
@@ -120,7 +120,7 @@ class TensorRTRTXFormat(TensorRTFormat):
                 "without the comparison (--no-parity), and run `prompttune validate` where the GPU is"
             )
 
-    def _target(self, settings: Settings, options: TensorRTOptions) -> dict[str, Any]:  # noqa: ARG002
+    def _target(self, settings: ExportSettings, options: TensorRTOptions) -> dict[str, Any]:  # noqa: ARG002
         named = options.compute_capability
         return {
             "gpu": "RTX",

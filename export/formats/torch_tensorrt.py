@@ -13,25 +13,25 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from prompttune.errors import EngineError, UsageError, first_line
-from prompttune.export.formats.base import BuildRequest, Built, Format, Settings
+from prompttune.export.formats.base import BuildRequest, Built, ExportSettings, Format
+from prompttune.export.formats.tensorrt_options import TensorRTOptions
 from prompttune.export.graph import unbounded_attention
-from prompttune.export.layout import TensorSpec
+from prompttune.export.layout import Range, TensorSpec, axis_ranges, dynamic_axes, input_shapes, needed_sizes
+from prompttune.export.runtimes.tensorrt_compatibility import gpu_record
+from prompttune.export.runtimes.tensorrt_library import require_cuda, require_torch_tensorrt
 from prompttune.export.runtimes.torch_tensorrt import MODEL_FILE, versions
-from prompttune.export.trt.compatibility import gpu_record
-from prompttune.export.trt.library import require_cuda, require_torch_tensorrt
-from prompttune.export.trt.options import TensorRTOptions
-from prompttune.export.trt.profile import Range, axis_ranges, dynamic_axes, input_shapes, needed_sizes
 
 
 class TorchTensorRTFormat(Format):
     """``model.ep``. It runs with exactly the versions of torch and Torch-TensorRT and the kind of GPU that built it."""
 
-    name = "torch-trt"
+    name, title = "torch-trt", "Torch-TensorRT"
+    options = TensorRTOptions
     precisions = ("fp32", "fp16", "bf16")
     default_attention = "fused"
     default_device = "cuda"
 
-    def check(self, settings: Settings) -> None:
+    def check(self, settings: ExportSettings) -> None:
         """See :meth:`Format.check`.
 
         Raises:
@@ -91,19 +91,10 @@ def widened(ranges: Mapping[str, Range]) -> dict[str, Range]:
 def bounded(
     program: ExportedProgram, inputs: Sequence[TensorSpec], ranges: Mapping[str, Range], device: str
 ) -> ExportedProgram:
-    """The program, captured again with bounds on its axes.
+    """The program, captured again with bounds on its axes; raises :class:`EngineError` if that fails.
 
     Torch-TensorRT reads the smallest and largest size of an axis from the program instead of its own ``Input``, and the
     likeliest one from the sample that it was captured with.
-
-    Args:
-        program: captured with axes that have no upper bound.
-        inputs: the declared inputs: image, task_index and the bank.
-        ranges: range of every dynamic axis.
-        device: device of the program.
-
-    Raises:
-        EngineError: the program cannot be captured with these bounds.
     """
     dims = {axis: Dim(axis, min=low, max=high) for axis, (low, _, high) in ranges.items() if low < high}
     sample = tuple(
@@ -130,20 +121,7 @@ def compile_program(
     precision: str,
     path: Path,
 ) -> None:
-    """Compile a program with TensorRT engines inside, and write it.
-
-    Args:
-        library: Torch-TensorRT.
-        program: with bounds on its axes, on the current CUDA device.
-        inputs: the declared inputs.
-        ranges: range of every dynamic axis.
-        options: options of the build.
-        precision: precision of the program; fp32 disables TF32.
-        path: path of the file to write.
-
-    Raises:
-        EngineError: Torch-TensorRT cannot compile or write it.
-    """
+    """Compile a program with bounds on its axes, and write it; raises :class:`EngineError` if that fails."""
     compiler = library.dynamo.compile
     try:
         compiled = compiler(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from prompttune.errors import UsageError, choose
 from prompttune.export.folder import Manifest
-from prompttune.export.options import BATCH_SIZES, IMAGES
+from prompttune.export.options import BATCH_SIZES, IMAGES, Thresholds
 
 ATOL = 1e-4
 """Largest allowed difference of a logit in fp32."""
@@ -78,17 +78,8 @@ class Gate:
             raise UsageError("parity needs batch sizes and a number of images of at least 1")
 
     @classmethod
-    def for_precision(
-        cls,
-        precision: str,
-        *,
-        atol: float | None = None,
-        min_agreement: float | None = None,
-        max_accuracy_loss: float | None = None,
-        batch_sizes: Sequence[int] | None = None,
-        images: int | None = None,
-    ) -> Gate:
-        """The thresholds of a precision, with given ones taking precedence.
+    def for_precision(cls, precision: str, **given: Unpack[Thresholds]) -> Gate:
+        """The thresholds of a precision; given ones that are not None take precedence.
 
         fp32: ``atol`` 1e-4 and the same top class on every image. fp16, bf16 and int8: no ``atol``, the same top class
         on 99 % of the images without ties, and at most one point of top-1 lost.
@@ -96,10 +87,8 @@ class Gate:
         Raises:
             UsageError: the precision is unknown, or a threshold is out of range.
         """
-        exact = choose("precision", precision, NOISE) == "fp32"
-        if exact:
-            default = cls(precision=precision)
-        else:
+        default = cls()
+        if choose("precision", precision, NOISE) != "fp32":
             default = cls(
                 atol=None,
                 min_agreement=MIN_AGREEMENT,
@@ -108,14 +97,8 @@ class Gate:
                 max_neighbours=NEIGHBOURS[precision],
                 precision=precision,
             )
-        given: dict[str, Any] = {
-            "atol": atol,
-            "min_agreement": min_agreement,
-            "max_accuracy_loss": max_accuracy_loss,
-            "batch_sizes": batch_sizes,
-            "images": images,
-        }
-        return dataclasses.replace(default, **{name: value for name, value in given.items() if value is not None})
+        chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(default, **chosen)
 
     def for_maps(self) -> Gate:
         """The same gate for places of maps: among so many, some lie on a border between two classes, so that rounding
@@ -123,8 +106,8 @@ class Gate:
         return dataclasses.replace(self, noise=self.noise or NOISE[self.precision])
 
 
-def engine_gate(manifest: Manifest, **given: Any) -> Gate:
-    """The thresholds that an engine is held to, where none are given; see :meth:`Gate.for_precision`."""
+def engine_gate(manifest: Manifest, **given: Unpack[Thresholds]) -> Gate:
+    """The thresholds that an engine is held to; see :meth:`Gate.for_precision`."""
     gate = Gate.for_precision(engine_precision(manifest), **given)
     return gate if manifest.segmentation is None else gate.for_maps()
 

@@ -1,18 +1,22 @@
-"""Proof of tasks that enter an engine: against their checkpoints, alone and mixed."""
+"""Comparison of an engine's tasks with their references, and proof of tasks that enter an engine."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from prompttune.backbones import Backbone
 from prompttune.errors import ParityError
 from prompttune.export.folder import Manifest, Task
 from prompttune.export.layout import TASKS
+from prompttune.export.options import OnStage
+from prompttune.export.parity.accuracy import Accuracy
 from prompttune.export.parity.compare import (
     CHECKPOINT,
     STATE,
+    Reference,
     Runner,
     checkpoint_reference,
     compare_mixed,
@@ -40,6 +44,64 @@ def open_runner(
     return StateRunner(open_runtime(folder, manifest, options), manifest, states)
 
 
+def compare_engine(
+    runner: Runner,
+    references: Mapping[str, Reference],
+    tasks: Mapping[str, Task],
+    samples: Samples,
+    gate: Gate,
+    *,
+    others: Iterable[str] = (),
+    limit: int | None = None,
+    evaluate: bool = True,
+    on_stage: OnStage = lambda _: None,
+    **described: Any,
+) -> ParityReport:
+    """Compare tasks with references: alone, mixed and swapped, their images alone and in batches, and their accuracy.
+
+    Args:
+        runner: runs all of the tasks.
+        references: references by name; the last one is that of mixed batches and of the accuracy.
+        tasks: tasks to compare.
+        samples: the images.
+        gate: amount and thresholds of the comparison.
+        others: names of tasks to mix them with.
+        limit: largest number of images of each task for the accuracy.
+        evaluate: whether to give all figures of both sides instead of the accuracy alone.
+        on_stage: called with each stage.
+        described: further fields of the report.
+    """
+    samples.check(tasks)
+    drawn = {name: samples.draw(name, task, gate.images) for name, task in tasks.items()}
+    images = {name: batch for name, (batch, _) in drawn.items()}
+    against, answer = list(references.items())[-1]
+    comparisons = compare_tasks(runner, references, images, gate.batch_sizes, gate.noise)
+    together = {**images, **dict.fromkeys(others, next(iter(images.values())))}
+    mixed, apart = compare_mixed(runner, answer, together, gate.batch_sizes, gate.noise, against)
+    swaps = check_swaps(runner, together, gate.batch_sizes)
+    neighbours = check_neighbours(runner, images, gate.batch_sizes, list(together))
+    accuracies: list[Accuracy] = []
+    for name in tasks:
+        if samples.spec(name) is not None:
+            on_stage(f"evaluating {name}")
+            accuracy, whole = measure_accuracy(
+                runner, answer, name, tasks, samples, gate, limit, against, evaluate=evaluate
+            )
+            accuracies += accuracy
+            comparisons += whole if evaluate else []
+    return ParityReport(
+        runtime=runner.description,
+        images={name: words for name, (_, words) in drawn.items()},
+        comparisons=(*comparisons, *mixed),
+        mixed_vs_single=apart,
+        gate=gate,
+        accuracy=tuple(accuracies),
+        swaps=tuple(swaps),
+        neighbours=tuple(neighbours),
+        **described,
+    )
+
+
 def prove(
     runner: Runner,
     folded: Mapping[str, Folded],
@@ -48,9 +110,7 @@ def prove(
     samples: Samples,
     gate: Gate,
 ) -> ParityReport:
-    """Compare tasks with their checkpoints and with PyTorch on their folded states, alone, mixed and swapped.
-
-    With labelled data, the accuracy of both sides on the compared images is measured as well.
+    """Compare tasks with their checkpoints and with PyTorch on their folded states.
 
     Args:
         runner: runs all of the tasks.
@@ -62,28 +122,10 @@ def prove(
     """
     tasks = {name: one.task for name, one in folded.items()}
     models = {name: one.model for name, one in folded.items()}
-    samples.check(tasks)
-    drawn = {name: samples.draw(name, task, gate.images) for name, task in tasks.items()}
-    images = {name: batch for name, (batch, _) in drawn.items()}
-    backbone = next(iter(models.values())).backbone
-    state = state_reference(engine_model(manifest, backbone), {**tasks, **others})
-    references = {CHECKPOINT: checkpoint_reference(models), STATE: state}
-    comparisons = compare_tasks(runner, references, images, gate.batch_sizes, gate.noise)
-    first = next(iter(images.values()))
-    together = {**images, **dict.fromkeys(others, first)}
-    mixed, apart = compare_mixed(runner, state, together, gate.batch_sizes, gate.noise)
-    measured = [measure_accuracy(runner, state, name, tasks, samples, gate, gate.images, STATE)[0] for name in tasks]
-    return ParityReport(
-        runtime=runner.description,
-        images={name: words for name, (_, words) in drawn.items()},
-        comparisons=(*comparisons, *mixed),
-        mixed_vs_single=apart,
-        gate=gate,
-        accuracy=tuple(one for part in measured for one in part),
-        swaps=tuple(check_swaps(runner, together, gate.batch_sizes)),
-        neighbours=tuple(check_neighbours(runner, images, gate.batch_sizes, list(together))),
-        versions=manifest.tools,
-    )
+    model = engine_model(manifest, next(iter(models.values())).backbone)
+    references = {CHECKPOINT: checkpoint_reference(models), STATE: state_reference(model, {**tasks, **others})}
+    proof = {"others": others, "limit": gate.images, "evaluate": False, "versions": manifest.tools}
+    return compare_engine(runner, references, tasks, samples, gate, **proof)
 
 
 def require_passed(report: ParityReport, consequence: str) -> None:

@@ -7,30 +7,25 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 from prompttune.errors import EngineError, UsageError, choose, some_names
-from prompttune.export.build import OnStage
 from prompttune.export.folder import EngineFolder, Task
 from prompttune.export.layout import TASKS
-from prompttune.export.parity.accuracy import Accuracy
+from prompttune.export.options import OnStage, Thresholds
 from prompttune.export.parity.bisection import bisect, check_probes
 from prompttune.export.parity.compare import (
     ENGINE,
     STATE,
     Reference,
     Runner,
-    compare_mixed,
-    compare_tasks,
     runner_reference,
     state_reference,
 )
 from prompttune.export.parity.gate import NOISE, Gate, engine_precision, loosest
-from prompttune.export.parity.measure import measure_accuracy
-from prompttune.export.parity.neighbours import check_neighbours
-from prompttune.export.parity.proof import open_runner
+from prompttune.export.parity.proof import compare_engine, open_runner
 from prompttune.export.parity.report import ParityReport, torch_description
 from prompttune.export.parity.samples import Data, Samples
-from prompttune.export.parity.swap import check_swaps
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.export.tasks import engine_backbone, engine_model
 from prompttune.model import PromptModel
@@ -44,11 +39,6 @@ def validate_engine(
     data: Data = None,
     *,
     against: str | Path | None = None,
-    atol: float | None = None,
-    min_agreement: float | None = None,
-    max_accuracy_loss: float | None = None,
-    batch_sizes: Sequence[int] | None = None,
-    images: int | None = None,
     tasks: Sequence[str] | None = None,
     limit: int | None = None,
     split: str | None = None,
@@ -57,6 +47,7 @@ def validate_engine(
     runner: Runner | None = None,
     options: RuntimeOptions | None = None,
     on_stage: OnStage = lambda _: None,
+    **thresholds: Unpack[Thresholds],
 ) -> ParityReport:
     """Compare an engine with PyTorch on its stored states, or with another engine.
 
@@ -70,12 +61,6 @@ def validate_engine(
         data: a data set for all tasks, or data sets by task name; None uses seeded noise.
         against: another engine folder. Its tasks of the same names are the reference; PyTorch and the backbone's
             weights are then not needed. The thresholds are those of the less strict precision.
-        atol: largest allowed absolute difference of a logit; None here and down to ``images`` uses the default of the
-            engine's precision, see :meth:`Gate.for_precision`.
-        min_agreement: smallest allowed share of images with the same top class.
-        max_accuracy_loss: largest allowed loss of top-1 on labelled images.
-        batch_sizes: batch sizes to compare at.
-        images: number of images for the comparison at each batch size.
         tasks: tasks to compare; None for all, or :data:`MOST_TASKS` evenly spread ones if there are more.
         limit: largest number of images of each task for the accuracy.
         split: split of the data sets to score: ``val``, ``test``, ``train`` or ``all``; None uses ``val``, else
@@ -85,6 +70,8 @@ def validate_engine(
         runner: engine to compare; None opens the engine's file. An open ``Engine`` works.
         options: options for opening the engines' files.
         on_stage: called with each stage.
+        thresholds: amounts and thresholds of :class:`~prompttune.export.options.GateOptions`; None and by default those
+            of the engine's precision, see :meth:`Gate.for_precision`.
 
     Returns:
         The report; ``passed`` says whether it is within the gate.
@@ -103,12 +90,7 @@ def validate_engine(
         check_probes(folder.manifest)
     held, note = _tasks(folder, other, tasks)
     gate = Gate.for_precision(
-        loosest(*(engine_precision(one.manifest) for one in (folder, other) if one is not None)),
-        atol=atol,
-        min_agreement=min_agreement,
-        max_accuracy_loss=max_accuracy_loss,
-        batch_sizes=batch_sizes,
-        images=images,
+        loosest(*(engine_precision(one.manifest) for one in (folder, other) if one is not None)), **thresholds
     )
     if folder.manifest.segmentation is not None:
         gate = gate.for_maps()
@@ -123,8 +105,19 @@ def validate_engine(
         on_stage(f"opening {other.path}")
         side = _engine_side(folder, other, held, gate, options)
     runner = runner or open_runner(folder.path, folder.manifest, held, options)
-    side = dataclasses.replace(side, notes=(*note, *side.notes))
-    report = _compare(runner, side, held, samples, gate, limit, on_stage)
+    on_stage(f"comparing with {side.description}")
+    report = compare_engine(
+        runner,
+        {side.name: side.answer},
+        held,
+        samples,
+        gate,
+        limit=limit,
+        on_stage=on_stage,
+        reference=side.description,
+        notes=(*note, *side.notes),
+        versions=folder.manifest.tools,
+    )
     if debug and side.model is not None:
         name = _furthest(report, held)
         on_stage(f"comparing intermediate results of {name}")
@@ -132,7 +125,7 @@ def validate_engine(
         tolerance = NOISE[gate.precision]
         found = bisect(folder.path, folder.manifest, side.model, name, held[name], shown, tolerance, options)
         report = dataclasses.replace(report, bisection=found)
-    return dataclasses.replace(report, versions=folder.manifest.tools)
+    return report
 
 
 def _tasks(
@@ -205,46 +198,6 @@ def _engine_side(
     manifest = other.manifest
     words = f"{other.path} ({manifest.format} {manifest.precision}, {runner.description})"
     return _Side(ENGINE, answer, words, tuple(notes))
-
-
-def _compare(
-    runner: Runner,
-    side: _Side,
-    tasks: Mapping[str, Task],
-    samples: Samples,
-    gate: Gate,
-    limit: int | None,
-    on_stage: OnStage,
-) -> ParityReport:
-    """Compare everything but the intermediate results."""
-    drawn = {name: samples.draw(name, task, gate.images) for name, task in tasks.items()}
-    images = {name: batch for name, (batch, _) in drawn.items()}
-    on_stage(f"comparing with {side.description}")
-    comparisons = compare_tasks(runner, {side.name: side.answer}, images, gate.batch_sizes, gate.noise)
-    mixed, apart = compare_mixed(runner, side.answer, images, gate.batch_sizes, gate.noise, side.name)
-    swaps = check_swaps(runner, images, gate.batch_sizes)
-    neighbours = check_neighbours(runner, images, gate.batch_sizes, list(images))
-    accuracies: list[Accuracy] = []
-    for name in tasks:
-        if samples.spec(name) is not None:
-            on_stage(f"evaluating {name}")
-            accuracy, whole = measure_accuracy(
-                runner, side.answer, name, tasks, samples, gate, limit, side.name, evaluate=True
-            )
-            accuracies += accuracy
-            comparisons += whole
-    return ParityReport(
-        runtime=runner.description,
-        images={name: words for name, (_, words) in drawn.items()},
-        comparisons=(*comparisons, *mixed),
-        mixed_vs_single=apart,
-        gate=gate,
-        accuracy=tuple(accuracies),
-        swaps=tuple(swaps),
-        neighbours=tuple(neighbours),
-        reference=side.description,
-        notes=side.notes,
-    )
 
 
 def _furthest(report: ParityReport, tasks: Mapping[str, Task]) -> str:

@@ -1,1 +1,1 @@
-"""Precision of an exported graph: casting, int8 quantisation."""
+"""Precision of the frozen model: half precision with norms in float32, channels balanced for int8."""

@@ -12,19 +12,19 @@ import torch
 from numpy.typing import NDArray
 from torch._inductor import aoti_load_package
 
-from prompttune.errors import EngineError, UsageError, first_line
+from prompttune.errors import EngineError, first_line
 from prompttune.export.folder import Manifest
 from prompttune.export.precision.casting import exact_convolutions
-from prompttune.export.runtimes.base import Array, BankArray, Runtime, RuntimeOptions
-from prompttune.export.runtimes.tensors import as_torch, place_rows, update_row
-from prompttune.export.trt.library import require_cuda
+from prompttune.export.runtimes.base import Array, RuntimeOptions, refuse_options
+from prompttune.export.runtimes.tensorrt_library import require_cuda
+from prompttune.export.runtimes.tensors import TensorRuntime, as_torch
 
 MODEL_FILE = "model.pt2"
 _VECTORS = ("DEFAULT", "AVX2", "AVX512")
 """PyTorch's names of x86 instruction sets, each including the one before."""
 
 
-class AotiRuntime(Runtime):
+class AotiRuntime(TensorRuntime):
     """A package in PyTorch's own loader. On a GPU calls run on the current stream of the calling thread.
 
     Raises:
@@ -33,11 +33,11 @@ class AotiRuntime(Runtime):
     """
 
     def __init__(self, folder: Path, manifest: Manifest, options: RuntimeOptions) -> None:
-        if options.cuda_graph or options.provider or options.cache:
-            raise UsageError("the format aoti supports neither CUDA graphs nor providers nor a cache: leave them out")
+        refuse_options(options, "the format aoti", "cuda_graph", "provider", "cache")
         index = options.cuda_index
         self._check_device(manifest, index)
-        self._device = torch.device("cpu") if index is None else torch.device("cuda", index)
+        device = torch.device("cpu") if index is None else torch.device("cuda", index)
+        super().__init__(device, f"AOTInductor of PyTorch {torch.__version__}")
         self._exact = index is not None and manifest.precision == "fp32"
         if options.threads is not None:
             torch.set_num_threads(options.threads)  # the package's kernels share PyTorch's threads
@@ -71,21 +71,6 @@ class AotiRuntime(Runtime):
                 f"the engine was compiled for compute capability {made['compute_capability']} ({made['gpu']}), "
                 f"here is {here}: export it again on this machine"
             )
-
-    @property
-    def description(self) -> str:
-        """See :attr:`Runtime.description`."""
-        where = "CPU" if self._device.type == "cpu" else torch.cuda.get_device_name(self._device)
-        return f"AOTInductor of PyTorch {torch.__version__}, {where}"
-
-    def place(self, rows: BankArray) -> Any:
-        """See :meth:`Runtime.place`. On a CPU the tensor is the host's copy itself."""
-        return as_torch(rows) if self._device.type == "cpu" else place_rows(rows, self._device)
-
-    def update(self, placed: Any, rows: BankArray, row: int) -> None:
-        """See :meth:`Runtime.update`."""
-        if self._device.type != "cpu":
-            update_row(placed, rows, row)
 
     def run(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
         """See :meth:`Runtime.run`."""

@@ -1,34 +1,24 @@
-"""Interface of the runtimes: run a model file, and keep banks where it can read them."""
+"""Interface and registry of the runtimes: run a model file, and keep banks where it can read them."""
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prompttune.errors import EngineError
+from prompttune.errors import EngineError, UsageError
 from prompttune.export.folder import Manifest
-from prompttune.export.layout import BATCH, State, bank_dtype, stack_states
+from prompttune.export.layout import BATCH, Sizes, State, bank_dtype, stack_states
+from prompttune.export.layout import Array as Array
 from prompttune.export.options import RuntimeOptions as RuntimeOptions
-from prompttune.export.sizes import Sizes
+from prompttune.registry import Registry
 
-Array = NDArray[np.float32]
 BankArray = NDArray[Any]
 """A bank tensor on the host, in the engine's bank precision."""
-
-_RUNTIMES = {
-    "onnx": ("prompttune.export.runtimes.onnxruntime", "OnnxRuntime"),
-    "aoti": ("prompttune.export.runtimes.aoti", "AotiRuntime"),
-    "trt": ("prompttune.export.runtimes.tensorrt", "TensorRTRuntime"),
-    "trt-rtx": ("prompttune.export.runtimes.tensorrt", "TensorRTRTXRuntime"),
-    "torch-trt": ("prompttune.export.runtimes.torch_tensorrt", "TorchTensorRTRuntime"),
-}
-"""Module and class of the runtime of each format: a :class:`Runtime` made from (folder, manifest, options)."""
 
 
 class Runtime(ABC):
@@ -81,6 +71,16 @@ class Runtime(ABC):
         return np.concatenate(parts)
 
 
+OpenRuntime: TypeAlias = Callable[[Path, Manifest, RuntimeOptions], Runtime]
+RUNTIMES: Registry[OpenRuntime] = Registry("runtime", "prompttune.runtimes")
+"""Runtime of each format, by the format's name."""
+RUNTIMES.add("onnx", "prompttune.export.runtimes.onnxruntime:OnnxRuntime")
+RUNTIMES.add("aoti", "prompttune.export.runtimes.aoti:AotiRuntime")
+RUNTIMES.add("trt", "prompttune.export.runtimes.tensorrt:TensorRTRuntime")
+RUNTIMES.add("trt-rtx", "prompttune.export.runtimes.tensorrt:TensorRTRTXRuntime")
+RUNTIMES.add("torch-trt", "prompttune.export.runtimes.torch_tensorrt:TorchTensorRTRuntime")
+
+
 def open_runtime(folder: Path, manifest: Manifest, options: RuntimeOptions | None = None) -> Runtime:
     """Open a folder's model with the runtime of its format.
 
@@ -88,13 +88,18 @@ def open_runtime(folder: Path, manifest: Manifest, options: RuntimeOptions | Non
         EngineError: the format is unknown, or the runtime cannot open the model.
         MissingExtraError: the format or the device needs an extra that is not installed.
     """
-    known = _RUNTIMES.get(manifest.format)
-    if known is None:
-        raise EngineError(f"{folder} has the format {manifest.format!r}; known: {', '.join(_RUNTIMES)}")
-    module, name = known
-    opened: Runtime = getattr(importlib.import_module(module), name)(folder, manifest, options or RuntimeOptions())
+    if manifest.format not in RUNTIMES:
+        raise EngineError(f"{folder} has the format {manifest.format!r}; known: {', '.join(RUNTIMES)}")
+    opened = RUNTIMES[manifest.format](folder, manifest, options or RuntimeOptions())
     opened.sizes = opened.sizes if opened.sizes.ranges else manifest.sizes
     return opened
+
+
+def refuse_options(options: RuntimeOptions, what: str, *names: str) -> None:
+    """Raise :class:`UsageError` for the options ``names``, which the runtime ``what`` does not support."""
+    for name in names:
+        if getattr(options, name):
+            raise UsageError(f"{what} does not support {name}: leave it out")
 
 
 class StateRunner:

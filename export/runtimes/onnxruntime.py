@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 
 from prompttune.errors import EngineError, MissingExtraError, UsageError, choose, first_line
 from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE, Manifest
-from prompttune.export.layout import IMAGE, LOGITS, TASK_INDEX, bank_input
+from prompttune.export.layout import IMAGE, LOGITS, TASK_INDEX, Sizes, bank_input
 from prompttune.export.options import PROVIDERS
 from prompttune.export.quiet import quiet
 from prompttune.export.runtimes.base import Array, BankArray, Runtime, RuntimeOptions
-from prompttune.export.sizes import Sizes
 
 if TYPE_CHECKING:
     from prompttune.export.runtimes.onnxruntime_cuda import CudaCalls

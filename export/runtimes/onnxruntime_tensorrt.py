@@ -14,8 +14,16 @@ import onnxruntime as ort
 
 from prompttune.errors import EngineError
 from prompttune.export.folder import EngineFolder, Manifest
-from prompttune.export.layout import BATCH, TASKS, bind_axes, largest_axes
-from prompttune.export.trt.profile import Range, axis_ranges, dynamic_axes, input_shapes
+from prompttune.export.layout import (
+    BATCH,
+    TASKS,
+    Range,
+    axis_ranges,
+    bind_axes,
+    dynamic_axes,
+    input_shapes,
+    largest_axes,
+)
 
 
 def provider_ranges(folder: Path, manifest: Manifest) -> dict[str, Range]:

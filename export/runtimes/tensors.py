@@ -1,4 +1,4 @@
-"""Conversion between NumPy and torch: arrays of bank precisions as tensors, on the host and on a device."""
+"""Runtimes of torch tensors: arrays of bank precisions as tensors, on the host and on a device."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prompttune.errors import EngineError, first_line
+from prompttune.export.runtimes.base import BankArray, Runtime
 
 CAPTURE_LOCK = threading.RLock()
 """Hold it to capture a CUDA graph, and to allocate on a device while another thread may capture one: an allocation
@@ -65,3 +66,31 @@ def _loading(device: torch.device) -> Iterator[None]:
             yield
         except RuntimeError as problem:  # CUDA's errors, lack of memory among them
             raise EngineError(f"cannot load a task to {device}: {first_line(problem)}") from None
+
+
+class TensorRuntime(Runtime):
+    """A runtime whose bank consists of torch tensors on one device; on a CPU they are the host's own copy.
+
+    Args:
+        device: the device.
+        library: name and version of the runtime.
+    """
+
+    def __init__(self, device: torch.device, library: str) -> None:
+        self._device = device
+        self._library = library
+
+    @property
+    def description(self) -> str:
+        """See :attr:`Runtime.description`."""
+        on_cpu = self._device.type == "cpu"
+        return f"{self._library}, {'CPU' if on_cpu else torch.cuda.get_device_name(self._device)}"
+
+    def place(self, rows: BankArray) -> Any:
+        """See :meth:`Runtime.place`."""
+        return as_torch(rows) if self._device.type == "cpu" else place_rows(rows, self._device)
+
+    def update(self, placed: Any, rows: BankArray, row: int) -> None:
+        """See :meth:`Runtime.update`."""
+        if self._device.type != "cpu":
+            update_row(placed, rows, row)

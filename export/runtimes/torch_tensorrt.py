@@ -14,15 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prompttune.errors import EngineError, UsageError, first_line
+from prompttune.errors import EngineError, first_line
 from prompttune.export.folder import Manifest
-from prompttune.export.layout import IMAGE, TASK_INDEX
+from prompttune.export.layout import IMAGE, TASK_INDEX, bank_input
 from prompttune.export.precision.casting import exact_convolutions
-from prompttune.export.runtimes.base import Array, RuntimeOptions
-from prompttune.export.runtimes.tensorrt import ProfiledRuntime, refuse_options
-from prompttune.export.runtimes.tensors import as_torch
-from prompttune.export.trt.compatibility import check_capability
-from prompttune.export.trt.library import require_cuda, require_torch_tensorrt
+from prompttune.export.runtimes.base import Array, RuntimeOptions, refuse_options
+from prompttune.export.runtimes.tensorrt_compatibility import check_capability
+from prompttune.export.runtimes.tensorrt_library import require_cuda, require_torch_tensorrt
+from prompttune.export.runtimes.tensors import TensorRuntime, as_torch
 
 MODEL_FILE = "model.ep"
 
@@ -32,7 +31,7 @@ def versions(library: ModuleType) -> dict[str, str]:
     return {"torch_tensorrt": str(library.__version__), "torch": str(torch.__version__)}
 
 
-class TorchTensorRTRuntime(ProfiledRuntime):
+class TorchTensorRTRuntime(TensorRuntime):
     """A compiled program on a GPU, without the model's own code. One call runs at a time.
 
     Raises:
@@ -42,14 +41,13 @@ class TorchTensorRTRuntime(ProfiledRuntime):
     """
 
     def __init__(self, folder: Path, manifest: Manifest, options: RuntimeOptions) -> None:
-        refuse_options(options, "Torch-TensorRT")
-        if options.cuda_graph:
-            raise UsageError("the format torch-trt does not support CUDA graphs: leave them out, or export with trt")
+        refuse_options(options, "the format torch-trt", "threads", "provider", "cache", "cuda_graph")
         library = require_torch_tensorrt()
         index = require_cuda(options.device, "a Torch-TensorRT engine")
         check_versions(manifest.details, versions(library))
         check_capability(manifest.details, torch.cuda.get_device_capability(index))
-        super().__init__(manifest, index, f"Torch-TensorRT {library.__version__}")
+        super().__init__(torch.device("cuda", index), f"Torch-TensorRT {library.__version__}")
+        self._inputs = manifest.inputs
         self._lock = threading.Lock()
         self._exact = manifest.precision == "fp32"
         path = folder / MODEL_FILE
@@ -65,14 +63,14 @@ class TorchTensorRTRuntime(ProfiledRuntime):
         """See :meth:`Runtime.run`.
 
         Raises:
-            EngineError: the call is outside what the program was compiled for, or it failed.
+            EngineError: the program failed.
         """
-        resident = self._resident(images, task_index, bank)
         # An engine inside the program has one execution context, so calls take turns.
         with self._lock, torch.cuda.device(self._device), torch.cuda.stream(self._stream), torch.no_grad():
             try:
                 given = {IMAGE: as_torch(images), TASK_INDEX: as_torch(task_index)}
-                held = {name: tensor.to(self._device) for name, tensor in given.items()} | resident
+                held = {name: tensor.to(self._device) for name, tensor in given.items()}
+                held |= {bank_input(key): placed for key, placed in bank.items()}
                 with exact_convolutions(self._exact):  # of what TensorRT left to PyTorch
                     answer = self._module(*(held[spec.name] for spec in self._inputs))
                 # A compiled graph may hand out its one output in a tuple.

@@ -69,15 +69,11 @@ def add(
     prompttune tasks add engine runs/shapes
     prompttune tasks add engine shapes=runs/shapes-v2 --replace
     """
-    from prompttune.export import EngineFolder, Gate, add_task
-    from prompttune.export.parity.gate import engine_precision
+    from prompttune.export import add_task
 
     named = named_checkpoints(runs)
     chosen = named_data(data, named)
-    gate = Gate.for_precision(
-        engine_precision(EngineFolder(engine, verify=False).manifest),
-        **asdict(make(GateOptions, given_settings(ctx))),
-    )
+    thresholds = asdict(make(GateOptions, given_settings(ctx)))
     added = {}
     with Console(stderr=True).status("starting") as status:
         for name, checkpoint in named.items():
@@ -88,9 +84,9 @@ def add(
                 replace=replace,
                 data=chosen.get(name) if isinstance(chosen, dict) else chosen,
                 parity=not no_parity,
-                gate=gate,
                 weights=weights,
                 on_stage=status.update,
+                **thresholds,
             )
             added[name] = task
     if as_json:

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from prompttune.backbones import Backbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.export.folder import FileRecord, Manifest
-from prompttune.export.formats import BuildRequest, Settings, find_format
+from prompttune.export.formats import FORMATS, BuildRequest, ExportSettings
+from prompttune.export.formats.tensorrt_options import TensorRTOptions
 from prompttune.export.graph import Traced, capture
 from prompttune.export.layout import BATCH, IMAGE, LOGITS, TASK_INDEX, State, TensorSpec, declare_inputs
 from prompttune.export.precision.casting import typed_model
 from prompttune.export.runtimes import Array, Runtime, RuntimeOptions, open_runtime
 from prompttune.export.tasks import engine_model
-from prompttune.export.trt.options import TensorRTOptions
 
 _CALIBRATION_IMAGES = 16
 
@@ -66,7 +66,7 @@ class _PlainRequest(BuildRequest):
         return Traced(program, declare_inputs({}, size), outputs, dynamic, [])
 
 
-def plain_settings(manifest: Manifest, device: str = "cpu") -> Settings:
+def plain_settings(manifest: Manifest, device: str = "cpu") -> ExportSettings:
     """The settings of an engine, for its plain backbone on ``device``: precision, quantisation, the range of the batch
     and the options of a build as they are.
     """
@@ -75,7 +75,7 @@ def plain_settings(manifest: Manifest, device: str = "cpu") -> Settings:
     if manifest.format == "trt-rtx":
         named = str(made["compute_capability"])
         options = {"compute_capability": named.split(", ")} if named else {}
-    return Settings(
+    return ExportSettings(
         format=manifest.format,
         precision=manifest.precision,
         attention=manifest.attention,
@@ -87,7 +87,7 @@ def plain_settings(manifest: Manifest, device: str = "cpu") -> Settings:
     )
 
 
-def export_plain(manifest: Manifest, backbone: Backbone, settings: Settings, folder: Path) -> Manifest:
+def export_plain(manifest: Manifest, backbone: Backbone, settings: ExportSettings, folder: Path) -> Manifest:
     """Write an engine's plain backbone into an existing folder.
 
     Args:
@@ -109,7 +109,7 @@ def export_plain(manifest: Manifest, backbone: Backbone, settings: Settings, fol
             states = {"": {key: value.numpy() for key, value in model.task_state().items()}}
     # Baked, as there is no bank to feed.
     request = _PlainRequest(model, dataclasses.replace(resolved, baked=True), states, _noise(model.backbone.image_size))
-    built = find_format(resolved.format).build(request, folder)
+    built = FORMATS[resolved.format]().build(request, folder)
     return dataclasses.replace(
         manifest,
         layout={},

@@ -6,17 +6,16 @@ therefore has neither precision flags nor a calibrator nor layer precisions, all
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prompttune.errors import UsageError, first_line
-from prompttune.export.trt.library import TensorRT
-from prompttune.export.trt.log import ErrorLog, error_log
-from prompttune.export.trt.newer import decompose_attention, target_capabilities
-from prompttune.export.trt.options import TensorRTOptions
-from prompttune.export.trt.profile import Shapes
-from prompttune.export.trt.progress import OnProgress, PhaseTracker
+from prompttune.export.formats.tensorrt_newer import decompose_attention, target_capabilities
+from prompttune.export.formats.tensorrt_options import TensorRTOptions
+from prompttune.export.layout import Shapes
+from prompttune.export.runtimes.tensorrt_library import ErrorLog, TensorRT, error_log
 from prompttune.files import replacing
 
 if TYPE_CHECKING:
@@ -24,24 +23,64 @@ if TYPE_CHECKING:
     from tensorrt import IHostMemory
 
 
-class _Guard:
-    """Runs a callback that may fail where nothing may be raised: inside TensorRT's code."""
+OnProgress = Callable[[float], None]
+"""Called with the finished share, which rises from 0 to 1, at every further percent."""
+_BAR = 24
+"""Number of characters of a bar."""
 
-    def __init__(self) -> None:
+
+class BuildProgress:
+    """One share from the nested phases of a build, which several threads of TensorRT report.
+
+    Nothing may be raised inside TensorRT's code, so an error of ``on_progress`` is kept and ends the build.
+    """
+
+    def __init__(self, on_progress: OnProgress) -> None:
         self.problem: BaseException | None = None
+        self._on_progress = on_progress
+        self._lock = threading.Lock()
+        self._phases: dict[str, tuple[str | None, int, int]] = {}  # name → parent, steps, finished steps
+        self._percent = -1
 
-    def __call__(self, call: Callable[[], None]) -> bool:
-        """Whether the build may go on: not after an error or Ctrl-C, when nothing is called any more."""
-        try:
-            if self.problem is None:
-                call()
-        except BaseException as problem:  # KeyboardInterrupt too: it would end the process
-            self.problem = problem
-        return self.problem is None
+    def start(self, name: str, parent: str | None, steps: int) -> None:
+        """A phase has started; ``parent`` is the phase that it is a step of, or None."""
+        with self._lock:
+            self._phases[name] = (parent, max(steps, 1), 0)
+            self._report()
+
+    def advance(self, name: str, done: int | None = None) -> bool:
+        """A phase has finished ``done`` steps, or has ended if None; returns whether the build may go on."""
+        with self._lock:
+            if name in self._phases:
+                parent, steps, _ = self._phases[name]
+                self._phases[name] = (parent, steps, steps if done is None else done)
+                self._report()
+                if done is None:
+                    del self._phases[name]
+            return self.problem is None
+
+    def _report(self) -> None:
+        share = min(self._share(name) for name, (parent, *_) in self._phases.items() if parent not in self._phases)
+        if self.problem is None and int(100 * share) > self._percent:  # a phase that begins late does not take it back
+            self._percent = int(100 * share)
+            try:
+                self._on_progress(share)
+            except BaseException as problem:  # KeyboardInterrupt too: it would end the process
+                self.problem = problem
+
+    def _share(self, name: str) -> float:
+        _, steps, done = self._phases[name]
+        inner = max((self._share(one) for one, (parent, *_) in self._phases.items() if parent == name), default=0.0)
+        return min((done + inner) / steps, 1.0)
 
 
-def _monitor(library: TensorRT, tracker: PhaseTracker, guard: _Guard) -> trt.IProgressMonitor:
-    """Follows a build, and ends it when ``guard`` says so."""
+def bar(share: float) -> str:
+    """A share as a bar with a percentage, in plain text."""
+    filled = int(_BAR * share)
+    return f"{'━' * filled}{'─' * (_BAR - filled)} {share:.0%}"
+
+
+def _monitor(library: TensorRT, progress: BuildProgress) -> trt.IProgressMonitor:
     if not TYPE_CHECKING:
         trt = library
 
@@ -50,13 +89,13 @@ def _monitor(library: TensorRT, tracker: PhaseTracker, guard: _Guard) -> trt.IPr
             trt.IProgressMonitor.__init__(self)
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            guard(lambda: tracker.start(phase_name, parent_phase, num_steps))
+            progress.start(phase_name, parent_phase, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            return guard(lambda: tracker.step(phase_name, step))
+            return progress.advance(phase_name, step + 1)
 
         def phase_finish(self, phase_name: str) -> None:
-            guard(lambda: tracker.finish(phase_name))
+            progress.advance(phase_name)
 
     return Monitor()
 
@@ -98,13 +137,13 @@ def build_plan(
         config = builder.create_builder_config()
         _configure(trt, config, options, tf32)
         _add_profile(trt, builder, config, log, shapes)
-        guard = _Guard()
-        config.progress_monitor = _monitor(trt, PhaseTracker(on_progress), guard)
+        progress = BuildProgress(on_progress)
+        config.progress_monitor = _monitor(trt, progress)
         if options.timing_cache is not None:
             _attach_timing_cache(config, log, options.timing_cache)
         plan: IHostMemory | None = builder.build_serialized_network(network, config)
-        if guard.problem is not None:
-            raise guard.problem
+        if progress.problem is not None:
+            raise progress.problem
         if plan is None:
             raise log.failure("TensorRT cannot build the plan")
         plan_file.write_bytes(memoryview(plan))

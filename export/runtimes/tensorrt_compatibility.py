@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from prompttune.errors import EngineError
-from prompttune.export.trt.library import TENSORRT, Library
+from prompttune.export.runtimes.tensorrt_library import TENSORRT, Library
 
 AMPERE = (8, 0)
 _AGAIN = "export the engine again on this machine"

@@ -25,8 +25,8 @@ from prompttune.backbones import Backbone
 from prompttune.errors import EngineError, first_line
 from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE
 from prompttune.export.formats.base import BuildRequest, Feeds
+from prompttune.export.formats.onnx_rowwise import quantise_rows
 from prompttune.export.layout import IMAGE, TASK_INDEX, bank_dtype, bank_input, stack_states
-from prompttune.export.precision.rowwise import quantise_rows
 from prompttune.export.precision.smooth import smoothed
 from prompttune.export.quiet import quiet
 from prompttune.export.runtimes.base import Array

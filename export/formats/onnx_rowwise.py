@@ -17,7 +17,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
 
 from prompttune.export.folder import ONNX_WEIGHTS_FILE
-from prompttune.export.onnx import constant
+from prompttune.export.formats.onnx_file import constant
 
 _LARGEST = 127
 _SMALLEST_SCALE = 1e-12

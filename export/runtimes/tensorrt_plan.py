@@ -5,9 +5,11 @@ TensorRT reports failures by a return value and in its log, so every one is chec
 
 from __future__ import annotations
 
+import json
 import queue
+import re
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +19,8 @@ from torch import Tensor
 
 from prompttune.errors import EngineError, first_line
 from prompttune.export.layout import IMAGE, LOGITS, TASK_INDEX, TensorSpec
+from prompttune.export.runtimes.tensorrt_library import TensorRT, error_log
 from prompttune.export.runtimes.tensors import CAPTURE_LOCK
-from prompttune.export.trt.layers import summarise
-from prompttune.export.trt.library import TensorRT
-from prompttune.export.trt.log import error_log
-from prompttune.export.trt.tensors import check_tensors
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -32,6 +31,10 @@ LANES = 2
 _GRAPHS = 8
 """CUDA graphs that a lane keeps, each with an execution context and its memory; the longest unused one goes first."""
 _PROFILE = 0
+_ALIGNMENT = 256
+"""Alignment in bytes of addresses for TensorRT. torch aligns allocations to 512, slices to less."""
+_FUSED = re.compile("mha|flash", re.IGNORECASE)
+"""In the names of TensorRT's fused attention kernels."""
 
 
 class Plan:
@@ -243,3 +246,38 @@ class Pool:
             raise self._plan.log.failure("the TensorRT engine failed", first_line(problem)) from None
         finally:
             self._free.put(lane)
+
+
+def check_tensors(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
+    """Refuse tensors whose bytes TensorRT would read wrongly: it does not check the data at an address.
+
+    Raises:
+        EngineError: a dtype differs, a tensor has gaps, or its address is not aligned.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtypes[name]:
+            raise EngineError(f"the input {name} is {tensor.dtype}, the engine takes {dtypes[name]}")
+        if not tensor.is_contiguous() or tensor.data_ptr() % _ALIGNMENT:
+            raise EngineError(f"the input {name} must be contiguous and start at a multiple of {_ALIGNMENT} bytes")
+
+
+def summarise(information: str) -> dict[str, Any]:
+    """The layers of a plan, ready for JSON: how many, of which types, with outputs of which types, and how many of them
+    are fused attention.
+
+    Args:
+        information: JSON of TensorRT's engine inspector, with a list ``Layers``. Its items are records where the plan
+            keeps details, else names.
+    """
+    layers = json.loads(information).get("Layers", [])
+    records = [one for one in layers if isinstance(one, dict)]
+    # TensorRT 11 has split the name of the two in one.
+    outputs = (
+        output.get("Datatype") or output["Format/Datatype"] for one in records for output in one.get("Outputs", ())
+    )
+    return {
+        "count": len(layers),
+        "types": dict(Counter(one["LayerType"] for one in records)),
+        "precisions": dict(Counter(outputs)),
+        "fused_attention": sum(bool(_FUSED.search(json.dumps(one))) for one in layers),
+    }

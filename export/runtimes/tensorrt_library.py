@@ -1,12 +1,14 @@
-"""Import of TensorRT, TensorRT for RTX and Torch-TensorRT, with one clear line if the library or the GPU is missing."""
+"""Import of NVIDIA's libraries, with one line if a library or the GPU is missing, and TensorRT's log."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import io
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol, cast
@@ -14,11 +16,13 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 
 from prompttune.errors import EngineError, MissingExtraError, UsageError, first_line
-from prompttune.export.runtimes.base import RuntimeOptions
+from prompttune.export.options import RuntimeOptions
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
+_SHOWN = 3
+"""Largest number of quoted errors: the first ones name the cause, later ones follow from them."""
 INSTEAD = "or export with --format onnx, which runs on a CPU and on CUDA"
 
 
@@ -150,3 +154,56 @@ def require_cuda(device: str, what: str) -> int:
     if index >= torch.cuda.device_count():
         raise UsageError(f"the device cuda:{index} does not exist: this machine has {torch.cuda.device_count()}")
     return index
+
+
+class ErrorLog:
+    """Keeps the errors of TensorRT's log, where failures are written instead of raised; several threads may call it."""
+
+    def __init__(self, library: TensorRT) -> None:
+        self._lock = threading.Lock()
+        self._errors: list[str] = []
+        self.logger = _logger(library, self._keep)
+
+    def _keep(self, error: str) -> None:
+        with self._lock:
+            self._errors.append(" ".join(error.split()))
+
+    def clear(self) -> None:
+        """Forget what was kept: the next failure has other causes."""
+        with self._lock:
+            self._errors.clear()
+
+    def failure(self, what: str, *more: str) -> EngineError:
+        """The error to raise, with the failure and its reasons in one line. The kept errors are cleared.
+
+        Args:
+            what: the failure.
+            more: reasons known from elsewhere, which come first.
+        """
+        with self._lock:
+            reasons = list(dict.fromkeys([*(" ".join(one.split()) for one in more), *self._errors]))
+            self._errors.clear()
+        left = f" (and {len(reasons) - _SHOWN} more)" if len(reasons) > _SHOWN else ""
+        said = "; ".join(reasons[:_SHOWN]) or "TensorRT gave no reason"
+        return EngineError(f"{what}: {said}{left}")
+
+
+@functools.cache
+def error_log(library: TensorRT) -> ErrorLog:
+    """The log of a library. One for the process: TensorRT ignores another while any object with the first one lives."""
+    return ErrorLog(library)
+
+
+def _logger(library: TensorRT, keep: Callable[[str], None]) -> trt.ILogger:
+    if not TYPE_CHECKING:
+        trt = library
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                keep(msg)
+
+    return Logger()
