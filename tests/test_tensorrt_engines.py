@@ -21,7 +21,7 @@ from prompttune.export.graph import trace
 from prompttune.export.layout import TensorSpec, axis_ranges
 from prompttune.export.runtimes import tensorrt_plan as execution
 from prompttune.export.runtimes.tensorrt_library import ErrorLog
-from prompttune.export.runtimes.tensorrt_plan import Plan, check_tensors, summarise
+from prompttune.export.runtimes.tensorrt_plan import TensorRTPlan, check_tensors, summarise
 from prompttune.export.runtimes.tensors import CAPTURE_LOCK, as_torch, place_rows, update_row
 from prompttune.export.runtimes.torch_tensorrt import TorchTensorRTRuntime, check_versions
 from tests.engines import checkpoint, model_of
@@ -100,7 +100,7 @@ def test_export_leaves_the_plan_alone_and_records_where_it_runs(monkeypatch, tmp
     monkeypatch.setattr(tensorrt, "require_cuda", lambda *_: 0)
     monkeypatch.setattr(tensorrt, "gpu_record", lambda _: gpu)
     cuda = types.SimpleNamespace(device=lambda _: contextlib.nullcontext(), is_available=lambda: True)
-    monkeypatch.setattr(tensorrt, "Plan", lambda *_: types.SimpleNamespace(layers=lambda: {"count": 7}))
+    monkeypatch.setattr(tensorrt, "TensorRTPlan", lambda *_: types.SimpleNamespace(layers=lambda: {"count": 7}))
     monkeypatch.setattr(tensorrt, "torch", types.SimpleNamespace(cuda=cuda))
     fake = install(monkeypatch, fake_tensorrt())
     stages = []
@@ -215,7 +215,7 @@ STREAM = types.SimpleNamespace(cuda_stream=5, device=torch.device("cpu"), synchr
 def opened(tmp_path, engine, version_compatible=False):
     fake = fake_tensorrt(engine=engine)
     (tmp_path / "model.plan").write_bytes(b"plan")
-    return fake, Plan(fake, tmp_path / "model.plan", INPUTS, OUTPUTS, version_compatible)
+    return fake, TensorRTPlan(fake, tmp_path / "model.plan", INPUTS, OUTPUTS, version_compatible)
 
 
 @pytest.mark.parametrize(

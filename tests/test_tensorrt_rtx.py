@@ -19,7 +19,7 @@ from prompttune.export.formats import tensorrt_builder as builder
 from prompttune.export.formats.tensorrt_options import COMPUTE_CAPABILITIES, TensorRTOptions
 from prompttune.export.layout import TensorSpec
 from prompttune.export.runtimes.tensorrt_library import TENSORRT_RTX, error_log, require_tensorrt
-from prompttune.export.runtimes.tensorrt_plan import Plan
+from prompttune.export.runtimes.tensorrt_plan import TensorRTPlan
 from tests.engines import build_request, checkpoint
 from tests.tensorrt_rtx import MAGIC, build
 
@@ -141,7 +141,7 @@ def test_a_damaged_plan_is_told(tmp_path):
     for damaged in (whole[:1000], b"not a plan" * 100):
         (tmp_path / "plan").write_bytes(damaged)
         with pytest.raises(EngineError, match=r"^TensorRT cannot open .*plan: .*Serialization assertion") as problem:
-            Plan(library, tmp_path / "plan", INPUTS, OUTPUTS, False)
+            TensorRTPlan(library, tmp_path / "plan", INPUTS, OUTPUTS, False)
         assert "\n" not in str(problem.value)
 
 

@@ -26,7 +26,7 @@ from prompttune.export.runtimes.tensorrt_library import (
     require_lean_runtime,
     require_tensorrt,
 )
-from prompttune.export.runtimes.tensorrt_plan import Plan
+from prompttune.export.runtimes.tensorrt_plan import TensorRTPlan
 
 
 class TensorRTFormat(Format):
@@ -91,7 +91,7 @@ class TensorRTFormat(Format):
                 if here:  # no plan opens without a GPU, and one for other GPUs does not open on this one
                     with contextlib.suppress(EngineError):
                         plan = (folder / PLAN_FILE, typed.inputs, typed.outputs, options.version_compatible)
-                        layers = Plan(trt, *plan).layers()
+                        layers = TensorRTPlan(trt, *plan).layers()
         details = {
             "tensorrt": trt.__version__,
             "profile": {axis: list(sizes) for axis, sizes in ranges.items()},

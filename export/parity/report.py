@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +24,13 @@ def torch_description() -> str:
     return f"PyTorch {torch.__version__}, float32"
 
 
-class _Failure(NamedTuple):
-    """A figure beyond its threshold."""
+_Failure = tuple[float, str]
+"""A figure over its threshold, and one line about it."""
 
-    severity: float
-    """The figure divided by its threshold; infinite for a threshold of 0."""
-    line: str
+
+def _share(figure: float, threshold: float) -> float:
+    """A figure over its threshold; infinite for a threshold of 0, and for a figure that is not finite."""
+    return figure / threshold if threshold and math.isfinite(figure) else math.inf
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,8 @@ class ParityReport:
     @property
     def failures(self) -> list[str]:
         """One line for each figure beyond its threshold, the worst first."""
-        found = [
-            *self._comparison_failures(),
-            *self._accuracy_failures(),
-            *self._swap_failures(),
-            *self._neighbour_failures(),
-        ]
-        return [one.line for one in sorted(found, key=lambda one: -one.severity)]
+        found = [*self._comparison_failures(), *self._accuracy_failures(), *self._row_failures()]
+        return [line for _, line in sorted(found, key=lambda one: -one[0])]
 
     @property
     def warnings(self) -> list[str]:
@@ -100,25 +96,21 @@ class ParityReport:
         for one in self.comparisons:
             where = f"task {one.task!r}, batch size {one.batch_size}, against the {one.reference}"
             if not math.isfinite(one.max_abs):
-                yield _Failure(math.inf, f"{where}: logits are not finite, or differ by {one.max_abs}")
+                yield math.inf, f"{where}: logits are not finite, or differ by {one.max_abs}"
             elif atol is not None and one.max_abs > atol:
-                line = f"{where}: logits differ by {one.max_abs:.3g}, allowed {atol:g}"
-                yield _Failure(one.max_abs / atol if atol else math.inf, line)
+                yield _share(one.max_abs, atol), f"{where}: logits differ by {one.max_abs:.3g}, allowed {atol:g}"
             if not one.decided_agreement >= required:
                 counted = one.disagreements - one.ties
                 near = "" if one.disagreement_margin is None else f"; leads there up to {one.disagreement_margin:.3g}"
                 ties = f", {one.ties} more are ties" if one.ties else ""
-                yield _Failure(
+                yield (
                     counted / max((1 - required) * (one.pixels or one.images), 1),
                     f"{where}: top-1 agreement {one.decided_agreement:.4g} "
                     f"({counted} of {one.pixels or one.images} differ{ties}{near}), required {required:g}",
                 )
-        apart = self.mixed_vs_single
-        if apart is not None and not math.isfinite(apart):
-            yield _Failure(math.inf, f"a mixed batch differs from single runs by {apart}")
-        elif apart is not None and atol is not None and apart > atol:
-            line = f"a mixed batch differs from single runs by {apart:.3g}, allowed {atol:g}"
-            yield _Failure(apart / atol if atol else math.inf, line)
+        apart, limit = self.mixed_vs_single, math.inf if atol is None else atol
+        if apart is not None and not (math.isfinite(apart) and apart <= limit):
+            yield _share(apart, limit), f"a mixed batch differs from single runs by {apart:.3g}, allowed {limit:g}"
 
     def _accuracy_failures(self) -> Iterator[_Failure]:
         allowed = self.gate.max_accuracy_loss
@@ -129,27 +121,25 @@ class ParityReport:
             # Few images cannot show a small loss: one of them weighs more than the limit, and may be a tie.
             permitted = max(allowed, 1 / one.images) if allowed else 0.0
             if not loss <= permitted + 1e-9:  # shares are quotients: 0.98 - 0.97 slightly exceeds 0.01
-                yield _Failure(
-                    loss / permitted if permitted else math.inf,
+                yield (
+                    _share(loss, permitted),
                     f"task {one.task!r}: {one.metric} on {one.data} falls from {one.reference:.2%} to "
                     f"{one.engine:.2%}, allowed {permitted * 100:.3g} points",
                 )
 
-    def _swap_failures(self) -> Iterator[_Failure]:
-        for one in self.swaps:
-            if not one.exact:
-                yield _Failure(
+    def _row_failures(self) -> Iterator[_Failure]:
+        for swap in self.swaps:
+            if not swap.exact:
+                yield (
                     math.inf,
-                    f"task {one.task!r}, batch size {one.batch_size}: after task {one.other!r} with batch size "
-                    f"{one.between} its answer changes by {one.max_abs:.3g}",
+                    f"task {swap.task!r}, batch size {swap.batch_size}: after task {swap.other!r} with batch size "
+                    f"{swap.between} its answer changes by {swap.max_abs:.3g}",
                 )
-
-    def _neighbour_failures(self) -> Iterator[_Failure]:
         allowed = self.gate.max_neighbours
         for one in self.neighbours:
             if not one.max_rel <= allowed:
-                yield _Failure(
-                    one.max_rel / allowed if allowed and math.isfinite(one.max_rel) else math.inf,
+                yield (
+                    _share(one.max_rel, allowed),
                     f"task {one.task!r}: in batches of {one.batch_size} with {one.among} its logits differ from those "
                     f"of the same images alone by {one.max_rel:.3g} of the largest, allowed {allowed:g}, and "
                     f"{one.changed} of {one.images} images have another top class",

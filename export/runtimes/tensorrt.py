@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,13 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from prompttune.errors import first_line
 from prompttune.export.folder import Manifest
 from prompttune.export.layout import bank_input
 from prompttune.export.runtimes.base import Array, RuntimeOptions, refuse_options
 from prompttune.export.runtimes.tensorrt_compatibility import check_capability, check_version
 from prompttune.export.runtimes.tensorrt_library import TENSORRT, TENSORRT_RTX, Library, require_cuda, require_tensorrt
-from prompttune.export.runtimes.tensorrt_plan import LANES, Plan, Pool
-from prompttune.export.runtimes.tensors import TensorRuntime, as_torch
+from prompttune.export.runtimes.tensorrt_plan import STREAMS, PlanStream, TensorRTPlan
+from prompttune.export.runtimes.tensors import CAPTURE_LOCK, TensorRuntime, as_torch
 
 PLAN_FILE = "model.plan"
 
@@ -31,7 +33,7 @@ class TensorRTRuntime(TensorRuntime):
     """
 
     library: ClassVar[Library] = TENSORRT
-    calls_at_once = LANES
+    calls_at_once = STREAMS
 
     def __init__(self, folder: Path, manifest: Manifest, options: RuntimeOptions) -> None:
         title = self.library.title
@@ -43,8 +45,12 @@ class TensorRTRuntime(TensorRuntime):
         check_capability(details, torch.cuda.get_device_capability(index))
         super().__init__(torch.device("cuda", index), f"{title} {trt.__version__}")
         with torch.cuda.device(self._device):
-            plan = Plan(trt, folder / PLAN_FILE, manifest.inputs, manifest.outputs, details["version_compatible"])
-        self._pool = Pool(plan, self._device, options.cuda_graph)
+            plan = (folder / PLAN_FILE, manifest.inputs, manifest.outputs, details["version_compatible"])
+            self._plan = TensorRTPlan(trt, *plan)
+        self._cuda_graph = options.cuda_graph
+        self._free: queue.LifoQueue[PlanStream | None] = queue.LifoQueue()  # None is made at its first use
+        for _ in range(STREAMS):
+            self._free.put(None)
 
     def run(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
         """See :meth:`Runtime.run`.
@@ -53,7 +59,16 @@ class TensorRTRuntime(TensorRuntime):
             EngineError: TensorRT failed.
         """
         resident = {bank_input(key): placed for key, placed in bank.items()}
-        logits: Array = self._pool.run(as_torch(images), as_torch(task_index), resident).numpy()
+        stream = self._free.get()
+        try:
+            if stream is None:
+                with CAPTURE_LOCK, torch.cuda.device(self._device):
+                    stream = PlanStream(self._plan, self._device, self._cuda_graph)
+            logits: Array = stream.run(as_torch(images), as_torch(task_index), resident).numpy()
+        except RuntimeError as problem:  # CUDA's errors, lack of memory among them, and TensorRT's through pybind11
+            raise self._plan.log.failure("the TensorRT engine failed", first_line(problem)) from None
+        finally:
+            self._free.put(stream)
         return logits
 
 

@@ -6,7 +6,6 @@ TensorRT reports failures by a return value and in its log, so every one is chec
 from __future__ import annotations
 
 import json
-import queue
 import re
 import threading
 from collections import Counter, OrderedDict
@@ -26,10 +25,10 @@ if TYPE_CHECKING:
     import tensorrt as trt
     from tensorrt import ICudaEngine
 
-LANES = 2
+STREAMS = 2
 """Calls that run at once: while one computes, the next one's images are copied."""
 _GRAPHS = 8
-"""CUDA graphs that a lane keeps, each with an execution context and its memory; the longest unused one goes first."""
+"""CUDA graphs that a stream keeps, each with an execution context and its memory; the longest unused one goes first."""
 _PROFILE = 0
 _ALIGNMENT = 256
 """Alignment in bytes of addresses for TensorRT. torch aligns allocations to 512, slices to less."""
@@ -37,7 +36,7 @@ _FUSED = re.compile("mha|flash", re.IGNORECASE)
 """In the names of TensorRT's fused attention kernels."""
 
 
-class Plan:
+class TensorRTPlan:
     """A plan, deserialised for the current CUDA device.
 
     Args:
@@ -111,7 +110,7 @@ class Plan:
 class Session:
     """An execution context on a stream; for one thread at a time."""
 
-    def __init__(self, plan: Plan, stream: torch.cuda.Stream) -> None:
+    def __init__(self, plan: TensorRTPlan, stream: torch.cuda.Stream) -> None:
         self._plan = plan
         self._stream = stream
         self._context = plan.new_context(stream)
@@ -152,7 +151,7 @@ class CapturedSession:
     would change what the graph does. Hold :data:`CAPTURE_LOCK` to make one.
     """
 
-    def __init__(self, plan: Plan, stream: torch.cuda.Stream, inputs: Mapping[str, Tensor]) -> None:
+    def __init__(self, plan: TensorRTPlan, stream: torch.cuda.Stream, inputs: Mapping[str, Tensor]) -> None:
         self._session = Session(plan, stream)
         self._inputs = {
             name: tensor.to(stream.device, copy=True) if name in (IMAGE, TASK_INDEX) else tensor
@@ -181,10 +180,10 @@ class CapturedSession:
         return self._logits
 
 
-class Lane:
+class PlanStream:
     """A stream of its own and what runs on it; for one thread at a time."""
 
-    def __init__(self, plan: Plan, device: torch.device, cuda_graph: bool) -> None:
+    def __init__(self, plan: TensorRTPlan, device: torch.device, cuda_graph: bool) -> None:
         self._plan = plan
         self._device = device
         self._stream = torch.cuda.Stream(device)
@@ -217,35 +216,6 @@ class Lane:
                 found = CapturedSession(self._plan, self._stream, inputs)
         self._graphs[rows] = found
         return found
-
-
-class Pool:
-    """Lanes, made when first needed; a call waits for a free one."""
-
-    def __init__(self, plan: Plan, device: torch.device, cuda_graph: bool) -> None:
-        self._plan = plan
-        self._device = device
-        self._cuda_graph = cuda_graph
-        self._free: queue.LifoQueue[Lane | None] = queue.LifoQueue()
-        for _ in range(LANES):
-            self._free.put(None)
-
-    def run(self, images: Tensor, task_index: Tensor, bank: Mapping[str, Tensor]) -> Tensor:
-        """See :meth:`Lane.run`.
-
-        Raises:
-            EngineError: TensorRT or CUDA failed.
-        """
-        lane = self._free.get()
-        try:
-            if lane is None:
-                with CAPTURE_LOCK, torch.cuda.device(self._device):
-                    lane = Lane(self._plan, self._device, self._cuda_graph)
-            return lane.run(images, task_index, bank)
-        except RuntimeError as problem:  # CUDA's errors, lack of memory among them, and TensorRT's through pybind11
-            raise self._plan.log.failure("the TensorRT engine failed", first_line(problem)) from None
-        finally:
-            self._free.put(lane)
 
 
 def check_tensors(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
