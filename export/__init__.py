@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from prompttune.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from prompttune.export.build import add_task, export_engine, list_tasks, remove_task
+    from prompttune.export.build import add_task, export_engine
     from prompttune.export.folder import EngineFolder, Manifest, Task, load_task
     from prompttune.export.formats import FORMATS, ExportSettings
     from prompttune.export.graph import MultiTaskGraph, trace
@@ -30,9 +30,7 @@ _LAZY = {
     "Task": "prompttune.export.folder",
     "add_task": "prompttune.export.build",
     "export_engine": "prompttune.export.build",
-    "list_tasks": "prompttune.export.build",
     "load_task": "prompttune.export.folder",
-    "remove_task": "prompttune.export.build",
     "trace": "prompttune.export.graph",
     "validate_engine": "prompttune.export.parity.validate",
 }
@@ -50,9 +48,7 @@ __all__ = [
     "Task",
     "add_task",
     "export_engine",
-    "list_tasks",
     "load_task",
-    "remove_task",
     "trace",
     "validate_engine",
 ]

@@ -24,7 +24,6 @@ from prompttune.export.folder import (
     EngineFolder,
     FileRecord,
     Manifest,
-    Scan,
     Task,
     digest_of,
     save_task,
@@ -279,22 +278,3 @@ def add_task(
 def own_device(manifest: Manifest) -> str:
     """The device that an engine was compiled for, or the default device of its format."""
     return str(manifest.details.get("device", FORMATS[manifest.format]().default_device))
-
-
-def remove_task(engine: str | Path, name: str) -> None:
-    """Remove a task from an engine folder. The graph is not changed.
-
-    Raises:
-        EngineError: the engine does not exist or is damaged.
-        UsageError: the task does not exist.
-    """
-    EngineFolder(engine, verify=False).remove_task(name)
-
-
-def list_tasks(engine: str | Path) -> Scan:
-    """The tasks of an engine folder from their records, and those that cannot be used; no state is read.
-
-    Raises:
-        EngineError: the engine does not exist, or its manifest is damaged.
-    """
-    return EngineFolder(engine, verify=False).scan()

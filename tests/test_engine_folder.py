@@ -15,7 +15,7 @@ from click.testing import CliRunner
 import prompttune as pt
 from prompttune.cli.main import cli
 from prompttune.errors import EngineError, UsageError
-from prompttune.export import EngineFolder, add_task, remove_task
+from prompttune.export import EngineFolder, add_task
 from prompttune.files import locked
 from tests.engines import checkpoint, copied, noise
 from tests.mounts import root_alone
@@ -27,7 +27,7 @@ def test_one_writer_at_a_time(tmp_path):
     writers = {
         folder: [
             lambda: add_task(folder, "late", checkpoint("linear", 4)),
-            lambda: remove_task(folder, "task0"),
+            lambda: EngineFolder(folder, verify=False).remove_task("task0"),
             lambda: EngineFolder(folder).write_task("late", task),
             lambda: pt.Engine(folder).add_task("late", checkpoint("linear", 4)),
             lambda: pt.export_engine([checkpoint("linear", 0)], folder, overwrite=True),
@@ -94,7 +94,7 @@ def test_damaged_tasks_hide_no_others(tmp_path):
             engine.predict(noise(1), name)
     add_task(folder, "aaa", checkpoint("linear", 4))
     for name in DAMAGE:
-        remove_task(folder, name)
+        EngineFolder(folder, verify=False).remove_task(name)
     assert EngineFolder(folder).tasks() == ["aaa", "task0", "task1"]
 
 

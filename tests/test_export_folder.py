@@ -17,8 +17,6 @@ from prompttune.export import (
     Task,
     add_task,
     export_engine,
-    list_tasks,
-    remove_task,
 )
 from prompttune.export.formats import Built
 from prompttune.export.formats import onnx as formats_onnx
@@ -173,17 +171,17 @@ def test_adding_and_removing_leaves_the_model_alone(tmp_path):
     task = add_task(folder, "late", checkpoint("linear", 4))
     assert task.parity["passed"]
     assert {one["task"] for one in task.parity["comparisons"]} == {"late", "mixed"}
-    assert list(list_tasks(folder).records) == ["late", "task0", "task1"]
-    assert list_tasks(folder).records["late"].version == task.version
+    assert list(EngineFolder(folder, verify=False).scan().records) == ["late", "task0", "task1"]
+    assert EngineFolder(folder, verify=False).scan().records["late"].version == task.version
     with pytest.raises(UsageError, match="already has a task 'late'"):
         add_task(folder, "late", checkpoint("linear", 5))
     replaced = add_task(folder, "late", checkpoint("linear", 5), replace=True)
-    assert len(list_tasks(folder).records["late"].labels) == 7
+    assert len(EngineFolder(folder, verify=False).scan().records["late"].labels) == 7
     assert replaced.version != task.version
-    remove_task(folder, "task0")
-    assert list(list_tasks(folder).records) == ["late", "task1"]
+    EngineFolder(folder, verify=False).remove_task("task0")
+    assert list(EngineFolder(folder, verify=False).scan().records) == ["late", "task1"]
     with pytest.raises(UsageError, match="unknown task 'task0'"):
-        remove_task(folder, "task0")
+        EngineFolder(folder, verify=False).remove_task("task0")
     assert {one: (one.read_bytes(), one.stat().st_mtime_ns) for one in folder.glob("model.onnx*")} == before
     assert sorted(one.name for one in (folder / "tasks").iterdir()) == ["late", "task1"]
 
@@ -261,7 +259,7 @@ def test_no_engine_is_one_line(tmp_path):
     with pytest.raises(EngineError, match="no engine manifest at"):
         pt.Engine(tmp_path)
     with pytest.raises(EngineError, match="no engine manifest at"):
-        list_tasks(tmp_path / "nowhere")
+        EngineFolder(tmp_path / "nowhere", verify=False).scan()
 
 
 def test_a_state_of_another_layout_is_refused(tmp_path):

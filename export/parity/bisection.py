@@ -69,14 +69,7 @@ class Bisection:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {
-            "task": self.task,
-            "tolerance": self.tolerance,
-            "first": self.first,
-            "verdict": self.verdict,
-            "probes": [asdict(one) for one in self.probes],
-            "skipped": list(self.skipped),
-        }
+        return {**asdict(self), "first": self.first, "verdict": self.verdict}
 
 
 def check_probes(manifest: Manifest) -> dict[str, str]:

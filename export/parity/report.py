@@ -18,6 +18,9 @@ from prompttune.export.parity.gate import Gate
 from prompttune.export.parity.neighbours import Neighbours
 from prompttune.export.parity.swap import Swap
 
+_GATE = ("precision", "atol", "min_agreement", "max_accuracy_loss", "noise", "max_neighbours")
+"""Thresholds that a report repeats."""
+
 
 def torch_description() -> str:
     """Description of the usual reference."""
@@ -162,12 +165,7 @@ class ParityReport:
                 "passed": self.passed,
                 "failures": self.failures,
                 "warnings": self.warnings,
-                "precision": self.gate.precision,
-                "atol": self.gate.atol,
-                "min_agreement": self.gate.min_agreement,
-                "max_accuracy_loss": self.gate.max_accuracy_loss,
-                "noise": self.gate.noise,
-                "max_neighbours": self.gate.max_neighbours,
+                **{name: getattr(self.gate, name) for name in _GATE},
                 "notes": list(self.notes),
                 "reference": self.reference,
                 "runtime": self.runtime,
@@ -196,6 +194,6 @@ def _figures(record: Comparison | Swap | Neighbours) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
