@@ -19,7 +19,7 @@ from benchmarks.common import Model, Run, batch_option, model_options, run_optio
 from benchmarks.engines import CONFIGS, make_engine, save_checkpoint, workshop
 from prompttune.export import EngineFolder
 from prompttune.export.formats.base import QUANTIZATIONS
-from prompttune.export.parity.neighbours import check_neighbours
+from prompttune.export.parity.invariance import check_neighbours
 from prompttune.serve.bench.subjects import ALL, noise
 
 _AGREEMENT_BATCH = 8
@@ -40,7 +40,7 @@ def agreement(engine: Path, reference: Path, images: int, threads: int) -> tuple
 
 
 def touched(engine: Path, threads: int) -> float:
-    """How far neighbours move an answer, see :class:`prompttune.export.parity.neighbours.Neighbours`."""
+    """How far neighbours move an answer, see :class:`prompttune.export.parity.invariance.Neighbours`."""
     opened = pt.Engine(engine, threads=threads)
     images = {task: noise(_AGREEMENT_BATCH, opened.image_size, seed=number) for number, task in enumerate(opened.tasks)}
     return max(one.max_rel for one in check_neighbours(opened, images, (_AGREEMENT_BATCH,), opened.tasks))

@@ -8,7 +8,7 @@ from prompttune.lazy import lazy_names
 
 if TYPE_CHECKING:
     from prompttune.export.build import add_task, export_engine
-    from prompttune.export.folder import EngineFolder, Manifest, Task, load_task
+    from prompttune.export.folder import EngineFolder, Manifest, Task
     from prompttune.export.formats import FORMATS, ExportSettings
     from prompttune.export.graph import MultiTaskGraph, trace
     from prompttune.export.parity.figures import Comparison
@@ -30,7 +30,6 @@ _LAZY = {
     "Task": "prompttune.export.folder",
     "add_task": "prompttune.export.build",
     "export_engine": "prompttune.export.build",
-    "load_task": "prompttune.export.folder",
     "trace": "prompttune.export.graph",
     "validate_engine": "prompttune.export.parity.validate",
 }
@@ -48,7 +47,6 @@ __all__ = [
     "Task",
     "add_task",
     "export_engine",
-    "load_task",
     "trace",
     "validate_engine",
 ]

@@ -208,7 +208,7 @@ def _remedy(folder: Path) -> str:
 
 
 def read_record(folder: Path) -> TaskRecord:
-    """Read a task's record. Its state must exist with the recorded size, and is read later by :func:`load_task`.
+    """Read a task's record. Its state must exist with the recorded size, and is read later by :func:`load_version`.
 
     Raises:
         EngineError: record or state is missing, damaged or of a newer format.
@@ -223,17 +223,12 @@ def read_record(folder: Path) -> TaskRecord:
         raise _damaged(folder, problem) from None
 
 
-def load_task(folder: Path) -> Task:
-    """Read a folded task and check it against its digests.
+def load_version(folder: Path) -> tuple[Task, str]:
+    """Read a folded task, checked against its digests, and its version, computed from what was read.
 
     Raises:
         EngineError: the record or the state is missing, damaged or of a newer format.
     """
-    return load_version(folder)[0]
-
-
-def load_version(folder: Path) -> tuple[Task, str]:
-    """A folded task as in :func:`load_task`, and its version, computed from what was read."""
     record = read_record(folder)
     try:
         packed = (folder / STATE_FILE).read_bytes()

@@ -12,7 +12,7 @@ import prompttune as pt
 from prompttune.export import Gate
 from prompttune.export.formats.onnx_file import _average_by_product
 from prompttune.export.parity.html import write_html
-from prompttune.export.parity.neighbours import check_neighbours
+from prompttune.export.parity.invariance import check_neighbours
 from tests.engines import checkpoint, exported, noise, workshop
 from tests.test_parity import Fake, crosstalk
 from tests.test_parity_figures import report, tally

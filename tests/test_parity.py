@@ -14,8 +14,8 @@ from prompttune.errors import UsageError
 from prompttune.export import EngineFolder, Gate, add_task
 from prompttune.export.parity.accuracy import AHEAD, PIECE, read_ahead
 from prompttune.export.parity.compare import compare_mixed
+from prompttune.export.parity.invariance import check_swaps
 from prompttune.export.parity.samples import Samples
-from prompttune.export.parity.swap import check_swaps
 from tests.drawing import drawn_model
 from tests.engines import backbone, config_of, copied, exported, noise
 from tests.test_parity_figures import report, tally

@@ -18,7 +18,7 @@ from prompttune.export.parity.accuracy import Accuracy, Sides
 from prompttune.export.parity.bisection import Bisection, Probe
 from prompttune.export.parity.figures import Tally
 from prompttune.export.parity.html import LISTED, PLOTTED, write_html
-from prompttune.export.parity.swap import Swap
+from prompttune.export.parity.invariance import Swap
 from tests.engines import exported
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}

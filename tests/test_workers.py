@@ -20,6 +20,7 @@ import pytest
 import prompttune as pt
 from prompttune.errors import EngineError, MissingExtraError, PrompttuneError, UsageError
 from prompttune.export import EngineFolder
+from prompttune.export.folder import load_version
 from prompttune.export.formats import ExportSettings
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.serve.workers import (
@@ -194,7 +195,7 @@ def test_a_state_comes_back_from_memory_and_from_disk(driver, tmp_path):
     driver.do(driver.worker.evict(key))
     kept = driver.do(driver.worker.stats())
     assert (kept.rows, kept.host_tasks) == (0, 1)
-    assert kept.host_bytes == sum(value.nbytes for value in pt.export.load_task(folder).state.values())
+    assert kept.host_bytes == sum(value.nbytes for value in load_version(folder)[0].state.values())
     assert kept.row_bytes == held.row_bytes
 
     folder.rename(tmp_path / "away")  # so it can come from memory alone

@@ -24,11 +24,10 @@ from prompttune.export.parity.compare import (
     state_reference,
 )
 from prompttune.export.parity.gate import Gate
+from prompttune.export.parity.invariance import check_neighbours, check_swaps
 from prompttune.export.parity.measure import measure_accuracy
-from prompttune.export.parity.neighbours import check_neighbours
 from prompttune.export.parity.report import ParityReport
 from prompttune.export.parity.samples import Samples
-from prompttune.export.parity.swap import check_swaps
 from prompttune.export.runtimes import RuntimeOptions, StateRunner, open_runtime
 from prompttune.export.tasks import Folded, engine_model, fold_checkpoint
 

@@ -15,8 +15,7 @@ from prompttune.export.parity.accuracy import Accuracy
 from prompttune.export.parity.bisection import Bisection
 from prompttune.export.parity.figures import Comparison
 from prompttune.export.parity.gate import Gate
-from prompttune.export.parity.neighbours import Neighbours
-from prompttune.export.parity.swap import Swap
+from prompttune.export.parity.invariance import Neighbours, Swap
 
 _GATE = ("precision", "atol", "min_agreement", "max_accuracy_loss", "noise", "max_neighbours")
 """Thresholds that a report repeats."""

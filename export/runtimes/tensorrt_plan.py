@@ -30,8 +30,6 @@ STREAMS = 2
 _GRAPHS = 8
 """CUDA graphs that a stream keeps, each with an execution context and its memory; the longest unused one goes first."""
 _PROFILE = 0
-_ALIGNMENT = 256
-"""Alignment in bytes of addresses for TensorRT. torch aligns allocations to 512, slices to less."""
 _FUSED = re.compile("mha|flash", re.IGNORECASE)
 """In the names of TensorRT's fused attention kernels."""
 
@@ -120,7 +118,6 @@ class Session:
 
         The caller keeps all of them alive until the stream is synchronised.
         """
-        check_tensors(inputs, self._plan.dtypes)
         for name, tensor in inputs.items():
             if not self._context.set_input_shape(name, tuple(tensor.shape)):
                 raise self._plan.log.failure(f"TensorRT refuses the shape {list(tensor.shape)} of {name}")
@@ -216,19 +213,6 @@ class PlanStream:
                 found = CapturedSession(self._plan, self._stream, inputs)
         self._graphs[rows] = found
         return found
-
-
-def check_tensors(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
-    """Refuse tensors whose bytes TensorRT would read wrongly: it does not check the data at an address.
-
-    Raises:
-        EngineError: a dtype differs, a tensor has gaps, or its address is not aligned.
-    """
-    for name, tensor in tensors.items():
-        if tensor.dtype != dtypes[name]:
-            raise EngineError(f"the input {name} is {tensor.dtype}, the engine takes {dtypes[name]}")
-        if not tensor.is_contiguous() or tensor.data_ptr() % _ALIGNMENT:
-            raise EngineError(f"the input {name} must be contiguous and start at a multiple of {_ALIGNMENT} bytes")
 
 
 def summarise(information: str) -> dict[str, Any]:
