@@ -230,7 +230,7 @@ def _dims(spec: TensorSpec, batched: bool) -> list[int]:
 def _input(spec: TensorSpec, batched: bool) -> dict[str, Any]:
     dims = _dims(spec, batched)
     # Triton does not support tensors without sizes: clients send [N, 1], the model gets [N].
-    reshape = {} if dims else {"reshape": {"shape": []}}
+    reshape: dict[str, Any] = {} if dims else {"reshape": {"shape": []}}
     return {"name": spec.name, "data_type": DATA_TYPES[spec.dtype], "dims": dims or [1], **reshape}
 
 

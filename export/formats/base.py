@@ -42,8 +42,8 @@ def read_axes(value: str | Mapping[str, Any] | Iterable[Any]) -> dict[str, Range
         UsageError: an axis is unknown, or its sizes do not rise from 1.
     """
     if isinstance(value, str):
-        axis, _, sizes = value.partition("=")
-        value = {axis: [int(one) if one.isdigit() else 0 for one in sizes.split(":")]}
+        name, _, text = value.partition("=")
+        value = {name: [int(one) if one.isdigit() else 0 for one in text.split(":")]}
     elif not isinstance(value, Mapping):
         value = {axis: sizes for one in value for axis, sizes in read_axes(one).items()}
     for axis, sizes in value.items():

@@ -155,9 +155,9 @@ def _accuracy(report: ParityReport) -> Iterator[str]:
 
     rows = []
     for one in report.accuracy:
-        sides = (None, None) if one.evaluation is None else (one.evaluation.engine, one.evaluation.reference)
+        both = one.evaluation
         figures = [share(one.engine), share(one.reference), change(one)]
-        figures += ["" if side is None else percent(side.ece) for side in sides]
+        figures += ["", ""] if both is None else [percent(side.ece) for side in (both.engine, both.reference)]
         rows.append([(one.task, "text"), (one.data, "text"), (str(one.images), ""), *((text, "") for text in figures)])
     if rows:
         titles = ("task", "data", "images", "engine top-1", "reference top-1", "change", "engine ECE", "reference ECE")

@@ -123,8 +123,17 @@ def prove(
     models = {name: one.model for name, one in folded.items()}
     model = engine_model(manifest, next(iter(models.values())).backbone)
     references = {CHECKPOINT: checkpoint_reference(models), STATE: state_reference(model, {**tasks, **others})}
-    proof = {"others": others, "limit": gate.images, "evaluate": False, "versions": manifest.tools}
-    return compare_engine(runner, references, tasks, samples, gate, **proof)
+    return compare_engine(
+        runner,
+        references,
+        tasks,
+        samples,
+        gate,
+        others=others,
+        limit=gate.images,
+        evaluate=False,
+        versions=manifest.tools,
+    )
 
 
 def require_passed(report: ParityReport, consequence: str) -> None:
