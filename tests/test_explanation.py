@@ -64,7 +64,7 @@ def subject_of(model: pt.PromptModel) -> Subject:
 def timm_weights(backbone: pt.Backbone, layer: int, tokens: Tensor) -> Tensor:
     """Softmax from the output of timm's own qkv layer, [B, H, N, N]."""
     assert isinstance(backbone, VitBackbone)
-    block = backbone.block(layer)
+    block = backbone.blocks[layer].timm
     kept: list[Tensor] = []
     handle = block.attn.qkv.register_forward_hook(lambda *values: kept.append(values[2]))
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_the_plain_backbones_attention_is_timms(name: str, folder: Path, images:
         assert torch.allclose(found[layer].weights.sum(-1), torch.ones(()), atol=1e-5)
         assert torch.equal(found[layer].maps.flatten(2), found[layer].weights[..., backbone.num_prefix_tokens :])
         with torch.no_grad():
-            tokens = backbone.block(layer)(tokens)
+            tokens = backbone.blocks[layer].timm(tokens)
 
 
 @pytest.mark.parametrize("method", SPATIAL)

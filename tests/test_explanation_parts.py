@@ -161,7 +161,7 @@ def test_the_prompt_map_of_a_convolution_is_compared_place_by_place(name: str, f
     with torch.no_grad(), recording() as recorded:
         model.forward_state(images[:1], state, aux=True)
     image, prompts = record_maps(model, state, images[:1])
-    assert list(image) == list(prompts) == list(backbone.stages[2].blocks)
+    assert list(image) == list(prompts) == [block.index for block in backbone.stages[2].blocks]
     for layer in image:
         whole, asked = recorded[f"block{layer}"][0], recorded[f"block{layer}.prompts"][0]  # [D, R, C]
         grid = grid_of(backbone, layer)

@@ -271,7 +271,7 @@ def weights(method, backbone, precision="fp32"):
     frozen = model_of(method, 0, backbone).backbone
     matrices = {}
     for index in range(frozen.depth):
-        block = frozen.block(index)
+        block = frozen.blocks[index].timm
         layers = (*block.attn.qkv.weight.chunk(3), block.attn.proj.weight, block.mlp.fc1.weight, block.mlp.fc2.weight)
         for part, weight in zip(PARTS, layers, strict=True):
             matrices[index, part] = weight.detach().to(TORCH_DTYPES[precision]).float().numpy().T

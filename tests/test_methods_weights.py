@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import prompttune as pt
+from prompttune.backbones.vit import VitBlock
 from prompttune.errors import BackboneError, UsageError
 from prompttune.export.precision.smooth import smoothed
 from prompttune.methods import METHODS, config_from_dict
@@ -188,13 +189,13 @@ def test_dropout_acts_in_training_alone(vit, images, method):
 
 
 def test_the_last_block_is_computed_for_the_class_token_alone(vit, images, monkeypatch):
-    rows, project = [], vit.project
+    rows, project = [], VitBlock.project
 
-    def counted(index, attended):
+    def counted(block, attended):
         rows.append(attended.shape[1])
-        return project(index, attended)
+        return project(block, attended)
 
-    monkeypatch.setattr(vit, "project", counted)
+    monkeypatch.setattr(VitBlock, "project", counted)
     for method, settings in CASES[:-1]:
         rows.clear()
         drawn_model(vit, METHODS[method](**settings))(images)
@@ -203,14 +204,12 @@ def test_the_last_block_is_computed_for_the_class_token_alone(vit, images, monke
         assert min(rows[:-1]) >= vit.num_tokens
 
 
-def test_parts_of_the_mlp_are_timms_own(backbone, images):
+def test_the_halves_of_a_block_are_timms_own(backbone, images):
     tokens = backbone.embed(images)
     with torch.no_grad():
-        hidden = backbone.expand_mlp(1, backbone.norm2(1, tokens))
-        assert torch.equal(backbone.contract_mlp(1, hidden), backbone.mlp(1, tokens))
-        plain = backbone.model.blocks[1](tokens)
-        ours = tokens + backbone.self_attention(1, tokens)
-        torch.testing.assert_close(ours + backbone.mlp(1, ours), plain, atol=2e-5, rtol=1e-4)
+        block = backbone.blocks[1]
+        ours = tokens + block.self_attention(tokens, whole=True)
+        torch.testing.assert_close(ours + block.mlp(ours), block.timm(tokens), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["adaptformer", "adapter", "lora", "ssf", "gapt"])

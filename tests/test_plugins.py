@@ -59,7 +59,7 @@ class Scale(Method):
     def state_layout(self):
         return {"scale": (self.scale.numel(),)}
 
-    def forward(self, images, state, aux=False):
+    def forward(self, images, state, aux=False, levels=()):
         return Features(self.driven(images) * state["scale"])
 
 

@@ -11,7 +11,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from prompttune.backbones.vit import merge_heads
+from prompttune.backbones.blocks import merge_heads
 from prompttune.export.folder import ONNX_FILE
 from prompttune.export.formats import ExportSettings
 from prompttune.export.formats.onnx import write_onnx
@@ -80,7 +80,7 @@ def test_norms_and_the_task_stay_in_float32(name, precision):
             assert not parameter.requires_grad
     dtype = TORCH_DTYPES[precision]
     for index in range(typed.backbone.depth):
-        block = typed.backbone.block(index)
+        block = typed.backbone.blocks[index].timm
         for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
             assert layer.weight.dtype == dtype
     patches = typed.backbone.model.patch_embed.proj.weight.dtype
@@ -93,8 +93,8 @@ def test_a_norm_whose_sums_overflow_float16_is_right():
     """Squares of values above 256 do not fit float16."""
     typed = typed_model(model_of("linear", 0), "fp16")
     tokens = (seeded(2, 5, typed.backbone.width) * 3000).half()
-    wanted = model_of("linear", 0).backbone.norm1(0, tokens.float())
-    found = typed.backbone.norm1(0, tokens)
+    wanted = model_of("linear", 0).backbone.blocks[0].norm1(tokens.float())
+    found = typed.backbone.blocks[0].norm1(tokens)
     assert found.dtype == torch.float16
     torch.testing.assert_close(found.float(), wanted, atol=0.02, rtol=0.002)
 
@@ -160,7 +160,9 @@ def test_balanced_channels_compute_the_same(name):
     balanced = smoothed(model, [(noise(4), state)])
     after = everything(model)
     assert all(torch.equal(after[key][1], tensor) for key, (_, tensor) in before.items())
-    assert not torch.equal(balanced.backbone.block(0).mlp.fc1.weight, model.backbone.block(0).mlp.fc1.weight)
+    assert not torch.equal(
+        balanced.backbone.blocks[0].timm.mlp.fc1.weight, model.backbone.blocks[0].timm.mlp.fc1.weight
+    )
     wanted = model(images).logits
     torch.testing.assert_close(balanced.forward_state(images, state).logits, wanted, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(balanced(images).logits, wanted, atol=1e-4, rtol=1e-4)
@@ -283,7 +285,7 @@ def test_blocks_are_timms(name):
     with torch.no_grad():
         tokens = frozen.embed(images)
         for index in range(frozen.depth):
-            wanted = frozen.block(index)(tokens)
+            wanted = frozen.blocks[index].timm(tokens)
             torch.testing.assert_close(frozen.run_block(index, tokens), wanted, atol=1e-5, rtol=1e-5)
             tokens = wanted
 

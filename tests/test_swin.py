@@ -49,11 +49,11 @@ def test_each_block_is_timms(name, tmp_path):
     masked = 0
     for stage in backbone.stages:
         tokens = torch.randn(2, stage.num_tokens, stage.width, generator=torch.Generator().manual_seed(1))
-        for index in stage.blocks:
-            masked += backbone.block(index).attn_mask is not None
+        for block in stage.blocks:
+            masked += block.timm.attn_mask is not None
             with torch.no_grad():
-                expected = backbone.block(index)(tokens.unflatten(1, stage.grid)).flatten(1, 2)
-                torch.testing.assert_close(backbone.run_block(index, tokens), expected, atol=2e-6, rtol=1e-5)
+                expected = block.timm(tokens.unflatten(1, stage.grid)).flatten(1, 2)
+                torch.testing.assert_close(block.run(tokens), expected, atol=2e-6, rtol=1e-5)
     assert masked == 2
 
 
@@ -85,19 +85,20 @@ def test_odd_maps_merge_as_timms(swin):
 def test_a_padded_place_answers_with_the_biases(bias):
     model = timm.create_model("test_swin2", num_classes=0, qkv_bias=bias).eval()
     backbone = pt.backbones.SwinBackbone(model)
-    for part in backbone.padding(2):
-        assert tuple(part.shape) == (backbone.stages[1].num_heads, 1, backbone.stages[1].head_dim)
+    block = backbone.blocks[2]
+    for part in block.padding:
+        assert tuple(part.shape) == (block.num_heads, 1, block.head_dim)
     with torch.no_grad():
         torch.testing.assert_close(backbone(noise()), model(noise()), atol=2e-6, rtol=1e-5)
 
 
 def test_stages_of_a_full_size_model():
     backbone = pt.load_backbone("swin_tiny_patch4_window7_224", 64, "random")
-    assert [(stage.blocks, stage.grid) for stage in backbone.stages] == [
-        (range(2), (16, 16)),
-        (range(2, 4), (8, 8)),
-        (range(4, 10), (4, 4)),
-        (range(10, 12), (2, 2)),
+    assert [(len(stage.blocks), stage.blocks[-1].index, stage.grid) for stage in backbone.stages] == [
+        (2, 1, (16, 16)),
+        (2, 3, (8, 8)),
+        (6, 9, (4, 4)),
+        (2, 11, (2, 2)),
     ]
     assert (backbone.depth, backbone.width) == (12, 768)
     assert pt.SA2VPConfig().resolved(backbone).prompt_layers == (0,)

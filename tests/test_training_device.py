@@ -247,7 +247,9 @@ def test_a_run_in_half_precision_gives_the_backbone_back(
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     seen = []
     epoch = Run._epoch
-    monkeypatch.setattr(Run, "_epoch", lambda self: seen.append(backbone.block(0).mlp.fc1.weight.dtype) or epoch(self))
+    monkeypatch.setattr(
+        Run, "_epoch", lambda self: seen.append(backbone.blocks[0].timm.mlp.fc1.weight.dtype) or epoch(self)
+    )
     train(config(bars, tmp_path / "run", epochs=1, precision="bf16"), backbone)
 
     def stop(news: Any) -> None:

@@ -122,9 +122,8 @@ def _products(path: Path, backbone: Backbone, in_float: int) -> list[str]:
 
 def _block_names(backbone: Backbone) -> list[str]:
     """timm's name of each block, as the exporter records it."""
-    blocks = {id(block): number for number, block in enumerate(map(backbone.block, range(backbone.depth)))}
-    names = {blocks[id(module)]: name for name, module in backbone.named_modules() if id(module) in blocks}
-    return [f"backbone.{names[number]}" for number in range(backbone.depth)]
+    names = {id(module): name for name, module in backbone.named_modules()}
+    return [f"backbone.{names[id(block.timm)]}" for block in backbone.blocks]
 
 
 class _Calibration(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime ships no types

@@ -52,7 +52,7 @@ def smoothed(model: PromptModel, calls: Iterable[tuple[Array, State]]) -> Prompt
 
 def _pairs(backbone: VitBackbone, index: int, own: Sequence[str]) -> Iterator[tuple[nn.LayerNorm, list[nn.Linear]]]:
     """Each norm of a block, without a method's own, with all matrices that read it, if no other module does."""
-    block = backbone.block(index)
+    block = backbone.blocks[index].timm
     behind = {"norm1": [block.attn.qkv], "norm2": [getattr(block.mlp, name, None) for name in _READERS]}
     for name, readers in behind.items():
         norm, linear = getattr(block, name), [reader for reader in readers if isinstance(reader, nn.Linear)]

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from prompttune.backbones.blocks import FrozenBlock
 from prompttune.errors import UsageError
 from prompttune.images.preprocess import Preprocess
 
@@ -27,22 +28,6 @@ def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-ALLOCATOR_KEEPS = 32 * 2**20
-"""Bytes above which glibc maps every allocation anew (the ceiling of its dynamic ``M_MMAP_THRESHOLD``)."""
-
-
-def one_batch(tokens: Tensor, hidden_width: int) -> bool:
-    """Whether an MLP of ``hidden_width`` is faster on both pathways in ``tokens`` [2, B, N, D] as one batch.
-
-    It is, except in eager mode on a CPU once the hidden activations exceed the memory that the C allocator keeps for
-    reuse: from there on each call would fault in fresh pages, and one pathway after the other is faster.
-    """
-    # A traced graph does not have a fixed size: comparing it would bind the graph to one range of batches.
-    if torch.compiler.is_compiling() or tokens.device.type != "cpu":
-        return True
-    return tokens[..., 0].numel() * hidden_width * tokens.element_size() <= ALLOCATOR_KEEPS
-
-
 class Backbone(nn.Module):
     """A frozen timm model. Its parameters never train and it never leaves evaluation mode.
 
@@ -58,6 +43,8 @@ class Backbone(nn.Module):
     """Channels D of the pooled features."""
     depth: int
     """Number of blocks."""
+    blocks: tuple[FrozenBlock, ...] = ()
+    """The blocks in pieces; empty if the backbone only runs as a whole."""
     grid: tuple[int, int]
     """Rows and columns of the patch map, or of the map after a convolutional stem."""
     mean: tuple[float, float, float]
@@ -124,10 +111,6 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Backbone:  # noqa: ARG002
         """Stay in evaluation mode: dropout and similar layers belong to the methods."""
         return super().train(False)
-
-    def block(self, index: int) -> nn.Module:
-        """The frozen timm block of this index."""
-        raise NotImplementedError
 
     def default_preprocess(self) -> Preprocess:
         """The evaluation transform of these weights: resize to ``image_size``, the weights' own mean and std."""

@@ -9,7 +9,6 @@ as convolutions take them; B images, C channels, R rows and C' columns.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TypeAlias, cast
 
 import torch
@@ -18,6 +17,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
+from prompttune.backbones.blocks import FrozenBlock, Stage
 from prompttune.errors import BackboneError, UsageError
 from prompttune.layers.probe import probe
 
@@ -28,22 +28,6 @@ _BLOCKS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
     ResNet: (BasicBlock, Bottleneck),
     ConvNeXt: (ConvNeXtBlock,),
 }
-
-
-@dataclass(frozen=True)
-class ConvStage:
-    """Blocks that end on one grid; in a ResNet the first of them changes the map to this grid."""
-
-    blocks: range
-    """Indices of the stage's blocks, counted over the whole model."""
-    grid: tuple[int, int]
-    """Rows and columns of the map after each of these blocks."""
-    width: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of places in the map."""
-        return self.grid[0] * self.grid[1]
 
 
 def check_supported(model: ConvModel, name: str) -> None:
@@ -119,19 +103,15 @@ class ConvBackbone(Backbone):
             ) from None
         self.stem_width, rows, columns = shapes[0]
         self.grid = (rows, columns)
-        stages: list[ConvStage] = []
+        stages: list[Stage[FrozenBlock]] = []
         self.depth = 0
         for stage, (width, *grid) in zip(_stages(self.model), shapes[1:], strict=True):
-            blocks = range(self.depth, self.depth + len(_blocks(stage)))
-            stages.append(ConvStage(blocks, (grid[0], grid[1]), width))
-            self.depth = blocks.stop
+            blocks = tuple(FrozenBlock(timm, index) for index, timm in enumerate(_blocks(stage), self.depth))
+            stages.append(Stage(blocks, (grid[0], grid[1]), width))
+            self.depth += len(blocks)
         self.stages = tuple(stages)
+        self.blocks = tuple(block for stage in stages for block in stage.blocks)
         self.width = int(self.model.head_hidden_size)
-
-    def block(self, index: int) -> nn.Module:
-        """The frozen timm block of this index."""
-        number = next(number for number, stage in enumerate(self.stages) if index in stage.blocks)
-        return _blocks(_stages(self.model)[number])[index - self.stages[number].blocks.start]
 
     def forward(self, images: Tensor) -> Tensor:
         """See :meth:`Backbone.forward`."""
@@ -156,23 +136,13 @@ class ConvBackbone(Backbone):
             return x
         return cast(Tensor, self.model.stages[number].downsample(x))
 
-    def run_block(self, index: int, x: Tensor) -> Tensor:
-        """All of block ``index``, [B, C, R, C']; the first of a ResNet's stage changes the shape."""
-        return cast(Tensor, self.block(index)(x))
-
-    def run_block_both(self, index: int, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Block ``index`` for two pathways as one batch, [B, C, R, C'] each."""
-        both = self.run_block(index, torch.stack((first, second)).flatten(0, 1))
-        first, second = both.unflatten(0, (2, -1)).unbind(0)
-        return first, second
-
     def run_stages(self, x: Tensor, numbers: range) -> Tensor:
         """Run whole stages: from [B, C, R, C'] to the map of the last one."""
         for number in numbers:
             x = self.enter(number, x)
-            for index in self.stages[number].blocks:
-                x = self.run_block(index, x)
-                probe(f"block{index}", x)
+            for block in self.stages[number].blocks:
+                x = block.run(x)
+                probe(f"block{block.index}", x)
         return x
 
     def pool(self, x: Tensor) -> Tensor:

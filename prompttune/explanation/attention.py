@@ -119,7 +119,7 @@ def block_attention(subject: Subject, images: Tensor, layers: list[int]) -> dict
 @contextlib.contextmanager
 def _entering(backbone: VitBackbone, enter: Any) -> Iterator[None]:
     """Call ``enter`` with a block's index whenever the norm before its attention runs."""
-    norms: list[nn.Module] = [backbone.block(index).norm1 for index in range(backbone.depth)]
+    norms: list[nn.Module] = [block.timm.norm1 for block in backbone.blocks]
     handles = [norm.register_forward_pre_hook(partial(enter, index)) for index, norm in enumerate(norms)]
     try:
         yield

@@ -34,11 +34,11 @@ def last_layer(backbone: Backbone) -> tuple[nn.Module, tuple[int, int]]:
         UsageError: this kind of backbone is not supported.
     """
     if isinstance(backbone, VitBackbone):
-        return backbone.block(backbone.depth - 1).norm1, backbone.grid
+        return backbone.blocks[-1].timm.norm1, backbone.grid
     if isinstance(backbone, SwinBackbone):
         return cast(nn.Module, backbone.model.norm), backbone.stages[-1].grid
     if isinstance(backbone, ConvBackbone):
-        return backbone.block(backbone.depth - 1), backbone.stages[-1].grid
+        return backbone.blocks[-1].timm, backbone.stages[-1].grid
     raise UsageError(f"Grad-CAM does not support a {type(backbone).__name__}")
 
 

@@ -52,7 +52,7 @@ def _tokens(one: Tensor) -> Tensor:
 def grid_of(backbone: Backbone, layer: int) -> tuple[int, int]:
     """Rows and columns of the map in a block."""
     if isinstance(backbone, SwinBackbone | ConvBackbone):
-        return next(stage.grid for stage in backbone.stages if layer in stage.blocks)
+        return next(stage.grid for stage in backbone.stages if backbone.blocks[layer] in stage.blocks)
     return backbone.grid
 
 

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
-from prompttune.backbones.vit import VitBackbone
+from prompttune.backbones.vit import VitBlock
 from prompttune.layers.bottleneck import Bottleneck, bottleneck, of_block, stacked, stacked_layout
-from prompttune.layers.probe import probe
-from prompttune.methods.base import RANK, Features, Layout, MethodConfig, MethodOver, State, implements, setting
-from prompttune.methods.maps import Levels, MapReader
+from prompttune.methods.base import RANK, Layout, MethodConfig, State, implements, setting
+from prompttune.methods.over_vit import InsideBlocks
 
 INIT_STD = 1e-3
 
@@ -38,16 +37,13 @@ class AdapterConfig(MethodConfig):
 
 
 @implements(AdapterConfig)
-class SerialAdapter(MethodOver[VitBackbone]):
+class SerialAdapter(InsideBlocks):
     """``attention.{i}`` and ``mlp.{i}`` with ``down`` D to r and ``up`` r to D, for every block."""
 
-    backbones = (VitBackbone,)
-    gives_maps_on = (VitBackbone,)
+    config: AdapterConfig
 
     def __init__(self, config: AdapterConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        backbone = self.backbone
-        self.config = config
         self.attention = nn.ModuleList(_adapter(backbone.width, config.rank) for _ in range(backbone.depth))
         self.mlp = nn.ModuleList(_adapter(backbone.width, config.rank) for _ in range(backbone.depth))
 
@@ -60,17 +56,11 @@ class SerialAdapter(MethodOver[VitBackbone]):
         depth, width = self.backbone.depth, self.backbone.width
         return stacked_layout("attention", depth, width, RANK) | stacked_layout("mlp", depth, width, RANK)
 
-    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
-        """See :meth:`Method.forward`; this method has no prompt pathway."""
-        backbone = self.backbone
-        reader, tokens = MapReader(backbone, levels), backbone.embed(images)  # [B, N, D]
-        for index in range(backbone.depth):
-            attended = backbone.self_attention(index, tokens, reader.whole)  # [B, 1 or N, D]
-            tokens = backbone.read(index, tokens, reader.whole) + self._adapt("attention", index, attended, state)
-            tokens = tokens + self._adapt("mlp", index, backbone.mlp(index, tokens), state)
-            reader.read(index, tokens)
-            probe(f"block{index}", tokens)
-        return Features(backbone.pool(tokens), maps=reader.maps)
+    def run_block(self, block: VitBlock, tokens: Tensor, state: State, whole: bool) -> Tensor:
+        """See :meth:`InsideBlocks.run_block`."""
+        attended = block.self_attention(tokens, whole)  # [B, 1 or N, D]
+        tokens = block.read(tokens, whole) + self._adapt("attention", block.index, attended, state)
+        return tokens + self._adapt("mlp", block.index, block.mlp(tokens), state)
 
     def _adapt(self, name: str, index: int, z: Tensor, state: State) -> Tensor:
         """z + up(GELU(down(z))), [B, N, D]."""

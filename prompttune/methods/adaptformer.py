@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
-from prompttune.backbones.vit import VitBackbone
+from prompttune.backbones.vit import VitBlock
 from prompttune.layers.bottleneck import Bottleneck, bottleneck, of_block, stacked, stacked_layout
-from prompttune.layers.probe import probe
-from prompttune.methods.base import RANK, Features, Layout, MethodConfig, MethodOver, State, implements, setting
-from prompttune.methods.maps import Levels, MapReader
+from prompttune.methods.base import RANK, Layout, MethodConfig, State, implements, setting
+from prompttune.methods.over_vit import InsideBlocks
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,13 @@ class AdaptFormerConfig(MethodConfig):
 
 
 @implements(AdaptFormerConfig)
-class AdaptFormer(MethodOver[VitBackbone]):
+class AdaptFormer(InsideBlocks):
     """``adapters.{i}`` with ``down`` D to r and ``up`` r to D, for every block."""
 
-    backbones = (VitBackbone,)
-    gives_maps_on = (VitBackbone,)
+    config: AdaptFormerConfig
 
     def __init__(self, config: AdaptFormerConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        backbone = self.backbone
-        self.config = config
         self.adapters = nn.ModuleList(_adapter(backbone.width, config.rank) for _ in range(backbone.depth))
 
     def task_state(self) -> State:
@@ -59,21 +55,12 @@ class AdaptFormer(MethodOver[VitBackbone]):
         backbone = self.backbone
         return stacked_layout("adapters", backbone.depth, backbone.width, RANK)
 
-    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
-        """See :meth:`Method.forward`; this method has no prompt pathway."""
-        backbone = self.backbone
-        reader, tokens = MapReader(backbone, levels), backbone.embed(images)  # [B, N, D]
-        for index in range(backbone.depth):
-            attended = backbone.self_attention(index, tokens, reader.whole)  # [B, 1 or N, D]
-            tokens = backbone.read(index, tokens, reader.whole) + attended
-            adapted = bottleneck(
-                tokens, **of_block(state, "adapters", index), activation="relu",
-                dropout=self.config.dropout, training=self.training,
-            )  # fmt: skip
-            tokens = backbone.feed_forward(index, tokens) + adapted
-            reader.read(index, tokens)
-            probe(f"block{index}", tokens)
-        return Features(backbone.pool(tokens), maps=reader.maps)
+    def run_block(self, block: VitBlock, tokens: Tensor, state: State, whole: bool) -> Tensor:
+        """See :meth:`InsideBlocks.run_block`."""
+        tokens = block.read(tokens, whole) + block.self_attention(tokens, whole)  # [B, 1 or N, D]
+        own, dropout = of_block(state, "adapters", block.index), self.config.dropout
+        adapted = bottleneck(tokens, **own, activation="relu", dropout=dropout, training=self.training)
+        return block.feed_forward(tokens) + adapted
 
 
 def _adapter(width: int, rank: int) -> Bottleneck:

@@ -25,6 +25,8 @@ from prompttune.settings import settle
 Kind = TypeVar("Kind", bound=Backbone, covariant=True)
 Over = TypeVar("Over", bound="Method")
 State = dict[str, Tensor]
+Levels = tuple[int, ...]
+"""Blocks, in ascending order, whose patch tokens are read after them."""
 Layout = dict[str, tuple[int | str, ...]]
 """Shape of each state tensor without its leading dimension; a string names an axis that differs between the tasks of
 one engine and is padded to the largest."""
@@ -123,14 +125,17 @@ class Method(nn.Module):
     backbones: ClassVar[tuple[type[Backbone], ...]]
     """Backbone classes that the method can drive."""
     gives_maps_on: ClassVar[tuple[type[Backbone], ...]] = ()
-    """Backbone classes on which :meth:`forward` has another argument ``levels: Levels = ()``, blocks in ascending
-    order, and then gives the maps of patch tokens after them, which segmentation needs."""
+    """Backbone classes on which :meth:`forward` gives the maps of its ``levels``, which segmentation needs."""
     own_norms: ClassVar[tuple[str, ...]] = ()
     """Norms of a block whose output the method itself reads or changes. Only the block's own matrices read the other
     norms, so export may shift the scale of channels between the two."""
 
-    def __init__(self, config: MethodConfig, backbone: Backbone) -> None:  # noqa: ARG002  # every module takes it
+    config: MethodConfig
+    """The task's settings; a subclass names their class."""
+
+    def __init__(self, config: MethodConfig, backbone: Backbone) -> None:
         super().__init__()
+        self.config = config
         self._backbone = (backbone,)  # a tuple hides it from nn.Module's registration
 
     @property
@@ -163,8 +168,15 @@ class Method(nn.Module):
         """
         return {}
 
-    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:
-        """Features of ``images`` [B, 3, S, S] under ``state``; ``aux`` requests the prompt pathway's features too."""
+    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:
+        """Features of images under a task's state.
+
+        Args:
+            images: normalised [B, 3, S, S].
+            state: tensors of :meth:`task_state`, with leading dimension 1, or B for one task a row.
+            aux: whether to compute the prompt pathway's features too, if the method has one.
+            levels: blocks whose maps of patch tokens to give too, see :attr:`gives_maps_on`.
+        """
         raise NotImplementedError
 
     def begin_training(self, batches: Iterable[tuple[Tensor, Tensor]], start: Tensor | None = None) -> None:

@@ -23,16 +23,14 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
-from prompttune.backbones.vit import VitBackbone, merge_heads
+from prompttune.backbones.vit import VitBackbone
 from prompttune.errors import BackboneError, TrainingError
-from prompttune.layers.attention import attend
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, MethodConfig, MethodOver, State, implements, setting
-from prompttune.methods.vpt import prompt_bound, with_prompts, without_prompts
+from prompttune.methods.base import Features, Layout, Levels, MethodConfig, State, implements, setting
+from prompttune.methods.over_vit import PromptTokens
 
 ROUNDING = 1e-9
 """Tolerance that keeps a share such as 0.29 of 100 at 29."""
@@ -87,30 +85,28 @@ class E2VPTConfig(MethodConfig):
 
 
 @implements(E2VPTConfig)
-class E2VPT(MethodOver[VitBackbone]):
+class E2VPT(PromptTokens):
     """``prompts`` [L, P, D] (or [1, P, D]), ``key`` [L, H, n, d], ``value`` likewise unless shared.
 
     With pruning it also has tensors that gradients do not train: ``masks.token`` [P], ``masks.segment`` [P, R], and
     ``initial.*``, the initial values of the others.
     """
 
-    backbones = (VitBackbone,)
+    config: E2VPTConfig
 
     def __init__(self, config: E2VPTConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        backbone = self.backbone
-        self.config = config
-        layers, bound = backbone.depth if config.deep else 1, prompt_bound(backbone)
-        self.prompts = nn.Parameter(torch.empty(layers, config.num_prompts, backbone.width).uniform_(-bound, bound))
-        size = (backbone.depth, backbone.num_heads, config.num_kv, backbone.head_dim)
-        bound = math.sqrt(6 / (config.num_kv * backbone.head_dim))
+        vit = self.backbone
+        self.prompts = self.drawn(vit.depth if config.deep else 1, config.num_prompts, vit.width)
+        size = (vit.depth, vit.num_heads, config.num_kv, vit.head_dim)
+        bound = math.sqrt(6 / (config.num_kv * vit.head_dim))
         self.key = nn.Parameter(torch.empty(size).uniform_(-bound, bound))
         self.value = None if config.share_kv else nn.Parameter(torch.empty(size).uniform_(-bound, bound))
         self.masks, self.initial = nn.ParameterDict(), nn.ParameterDict()
         self._importance: Tensor | None = None
         self._token_importance: Tensor | None = None
         if config.prunes:
-            self._prepare_pruning(backbone)
+            self._prepare_pruning(vit)
 
     def _prepare_pruning(self, backbone: VitBackbone) -> None:
         count, segments = self.config.num_prompts, self.config.segments
@@ -155,31 +151,25 @@ class E2VPT(MethodOver[VitBackbone]):
         pruned = 0 if not self.config.prunes else int((self.mask() == 0).sum()) * len(self.prompts)
         return super().parameters_left() - pruned
 
-    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
+    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
         backbone = self.backbone
-        count = self.config.num_prompts
         tokens = backbone.embed(images)  # [B, N, D]
-        prompts, keys = self._rows(state["prompts"], tokens), self._rows(state["keys"], tokens)
+        prompts, keys = self.rows(state["prompts"], tokens), self.rows(state["keys"], tokens)
         # dropout draws separate values for keys and values, as released
-        values = self._rows(state["keys" if self.config.share_kv else "values"], tokens)
-        tokens = with_prompts(backbone, tokens, prompts[:, 0])  # [B, N + P, D]
-        for index in range(backbone.depth):
+        values = self.rows(state["keys" if self.config.share_kv else "values"], tokens)
+        tokens = self.insert(tokens, prompts[:, 0])  # [B, N + P, D]
+        for block in backbone.blocks:
+            index = block.index
             if index > 0 and self.config.deep:
-                tokens = with_prompts(backbone, tokens, prompts[:, index], replaced=count)
-            normed = backbone.norm1(index, tokens)
-            key, value = backbone.key_value(index, normed)  # [B, H, N + P, d]
+                tokens = self.replace(tokens, prompts[:, index])
+            normed = block.norm1(tokens)
+            key, value = block.key_value(normed)  # [B, H, N + P, d]
             key, value = torch.cat((keys[:, index], key), dim=2), torch.cat((values[:, index], value), dim=2)
-            attended = attend(backbone.query(index, backbone.read(index, normed)), key, value)
-            attended = backbone.project(index, merge_heads(attended))
-            tokens = backbone.feed_forward(index, backbone.read(index, tokens) + attended)
+            attended = block.project(block.attend(block.query(block.read(normed)), key, value))
+            tokens = block.feed_forward(block.read(tokens) + attended)
             probe(f"block{index}", tokens)
-        return Features(backbone.pool(without_prompts(backbone, tokens, count)))
-
-    def _rows(self, tensor: Tensor, tokens: Tensor) -> Tensor:
-        """Expand a state tensor [1 or B, ...] to every image of tokens [B, N, D], with dropout."""
-        rows = tensor.expand(tokens.shape[0], *tensor.shape[1:])
-        return F.dropout(rows, self.config.dropout, self.training)
+        return Features(self.pool(tokens))
 
     def end_epoch(self, epoch: int, epochs: int) -> bool:
         """See :meth:`Method.end_epoch`: prune and rewind, once.

@@ -16,20 +16,18 @@ per token for queries, keys and values, and one for the projection.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
-from prompttune.backbones.vit import VitBackbone, merge_heads
-from prompttune.layers.attention import attend
+from prompttune.backbones.blocks import KEY, QUERY, VALUE
+from prompttune.backbones.vit import VitBlock
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, MethodConfig, MethodOver, State, implements, setting
-from prompttune.methods.vpt import prompt_bound
-
-QUERY, KEY, VALUE = range(3)
-"""Indices of the parts of a block's joint projection."""
+from prompttune.methods.base import Features, Layout, Levels, MethodConfig, State, implements, setting
+from prompttune.methods.over_vit import PromptTokens
 
 
 @dataclass(frozen=True)
@@ -49,79 +47,77 @@ class EXPRESConfig(MethodConfig):
 
 
 @implements(EXPRESConfig)
-class EXPRES(MethodOver[VitBackbone]):
+class EXPRES(PromptTokens):
     """``prompts`` [P, D]; ``norm`` [L, P, D], ``qkv`` [L, 3, P, H d] and ``proj`` [L, P, D], those switched on."""
 
-    backbones = (VitBackbone,)
     own_norms = ("norm1",)
+    config: EXPRESConfig
 
     def __init__(self, config: EXPRESConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        backbone = self.backbone
-        self.config = config
         count, depth, width = config.num_prompts, backbone.depth, backbone.width
-        bound, heads = prompt_bound(backbone), backbone.num_heads * backbone.head_dim
-        self.prompts = nn.Parameter(torch.empty(count, width).uniform_(-bound, bound))
+        heads = self.backbone.num_heads * self.backbone.head_dim
+        self.prompts = self.drawn(count, width)
         self.norm = _zeros(depth, count, width) if config.norm_residual else None
         self.qkv = _zeros(depth, 3, count, heads) if config.qkv_residual else None
         self.proj = _zeros(depth, count, width) if config.proj_residual else None
 
     def task_state(self) -> State:
         """``prompts`` [1, P, D]; ``qkv`` [1, L, 3, P, H d] and ``proj`` [1, L, P, D], shifts after the projections."""
-        backbone, count = self.backbone, self.config.num_prompts
-        blocks = range(backbone.depth)
+        backbone, count = self.backbone, self.count
         qkv = self.prompts.new_zeros(backbone.depth, 3, count, backbone.num_heads * backbone.head_dim)
         proj = self.prompts.new_zeros(backbone.depth, count, backbone.width)
         if self.norm is not None:
-            qkv = torch.stack([backbone.weigh_qkv(index, self.norm[index]) for index in blocks])
+            qkv = torch.stack([_weigh_qkv(block, self.norm[block.index]) for block in backbone.blocks])
         if self.qkv is not None:
             qkv = qkv + self.qkv
         if self.proj is not None:
-            proj = torch.stack([backbone.scale_attention(index, self.proj[index]) for index in blocks])
+            proj = torch.stack([block.timm.ls1(self.proj[block.index]) for block in backbone.blocks])
         return {"prompts": self.prompts.unsqueeze(0), "qkv": qkv.unsqueeze(0), "proj": proj.unsqueeze(0)}
 
     def state_layout(self) -> Layout:
         """See :meth:`Method.state_layout`."""
-        backbone, count = self.backbone, self.config.num_prompts
+        backbone, count = self.backbone, self.count
         return {
             "prompts": (count, backbone.width),
             "qkv": (backbone.depth, 3, count, backbone.num_heads * backbone.head_dim),
             "proj": (backbone.depth, count, backbone.width),
         }
 
-    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
+    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
-        backbone, count = self.backbone, self.config.num_prompts
+        backbone, count = self.backbone, self.count
         tokens = backbone.embed(images)  # [B, N, D]
-        prompts = state["prompts"].expand(tokens.shape[0], -1, -1)  # [B, P, D]
-        tokens = torch.cat((F.dropout(prompts, self.config.dropout, self.training), tokens), dim=1)  # [B, P + N, D]
-        for index in range(backbone.depth):
+        tokens = torch.cat((self.rows(state["prompts"], tokens), tokens), dim=1)  # [B, P + N, D]
+        for block in backbone.blocks:
             # after the last block only the output tokens are read
-            read = tokens[:, :count] if index == backbone.depth - 1 else tokens
-            attended = self._attention(index, backbone.norm1(index, tokens), read.shape[1], state["qkv"][:, index])
-            attended = self._shifted(attended, state["proj"][:, index])
-            tokens = backbone.feed_forward(index, read + attended)
-            probe(f"block{index}", tokens)
-        return Features(backbone.pool_each(tokens))
+            read = tokens[:, :count] if block.index == backbone.depth - 1 else tokens
+            attended = self._attention(block, block.norm1(tokens), read.shape[1], state["qkv"][:, block.index])
+            tokens = block.feed_forward(read + self._shifted(attended, state["proj"][:, block.index]))
+            probe(f"block{block.index}", tokens)
+        return Features(cast(Tensor, backbone.model.fc_norm(backbone.model.norm(tokens).mean(dim=1))))
 
-    def _attention(self, index: int, normed: Tensor, asking: int, shift: Tensor) -> Tensor:
+    def _attention(self, block: VitBlock, normed: Tensor, asking: int, shift: Tensor) -> Tensor:
         """The attention's output for the first ``asking`` of normed tokens [B, P + N, D], without the residual.
 
         Args:
             shift: [1 or B, 3, P, H d].
         """
-        backbone = self.backbone
-        query = self._shifted(backbone.linear_qkv(index, normed[:, :asking], QUERY), shift[:, QUERY])
-        key = self._shifted(backbone.linear_qkv(index, normed, KEY), shift[:, KEY])
-        value = self._shifted(backbone.linear_qkv(index, normed, VALUE), shift[:, VALUE])
-        attended = attend(backbone.query_heads(index, query), backbone.key_heads(index, key), backbone.heads(value))
-        return backbone.project(index, merge_heads(attended))
+        query = self._shifted(block.linear_qkv(normed[:, :asking], QUERY), shift[:, QUERY])
+        key = self._shifted(block.linear_qkv(normed, KEY), shift[:, KEY])
+        value = self._shifted(block.linear_qkv(normed, VALUE), shift[:, VALUE])
+        return block.project(block.attend(block.query_heads(query), block.key_heads(key), block.heads(value)))
 
     def _shifted(self, tokens: Tensor, shift: Tensor) -> Tensor:
         """Tokens [B, P or P + N, D] with ``shift`` [1 or B, P, D] added to the first P."""
-        count = self.config.num_prompts
-        shifted = tokens[:, :count] + shift
-        return shifted if tokens.shape[1] == count else torch.cat((shifted, tokens[:, count:]), dim=1)
+        shifted = tokens[:, : self.count] + shift
+        return shifted if tokens.shape[1] == self.count else torch.cat((shifted, tokens[:, self.count :]), dim=1)
+
+
+def _weigh_qkv(block: VitBlock, difference: Tensor) -> Tensor:
+    """Queries, keys and values of a difference [..., D] between normed tokens: [3, ..., H d], without the bias."""
+    weights = block.timm.attn.qkv.weight.unflatten(0, (3, -1)).unbind(0)  # 3 of [H d, D]
+    return torch.stack([F.linear(difference, weight) for weight in weights])
 
 
 def _zeros(*size: int) -> nn.Parameter:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from prompttune.backbones.base import Backbone, fingerprint_of
-from prompttune.methods.base import Features, Layout, Method, MethodConfig, State, implements
+from prompttune.methods.base import Features, Layout, Levels, Method, MethodConfig, State, implements
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Full(Method):
         """Empty."""
         return {}
 
-    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
+    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """Pooled features of the tuned backbone, [B, D]."""
         features: Tensor = self.driven(images)
         return Features(features)

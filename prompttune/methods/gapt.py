@@ -14,17 +14,16 @@ prompts, as in VPT here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
-from prompttune.backbones.vit import VitBackbone, merge_heads
-from prompttune.layers.attention import attend
+from prompttune.backbones.vit import VitBlock
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, MethodConfig, MethodOver, State, implements, setting
-from prompttune.methods.vpt import prompt_bound, with_prompts, without_prompts
+from prompttune.methods.base import Features, Layout, Levels, MethodConfig, State, implements, setting
+from prompttune.methods.over_vit import PromptTokens
 
 COLDEST, HOTTEST = 0.01, 10.0
 """Bounds of the temperatures."""
@@ -50,17 +49,14 @@ class GaPTConfig(MethodConfig):
 
 
 @implements(GaPTConfig)
-class GaPT(MethodOver[VitBackbone]):
+class GaPT(PromptTokens):
     """``prompts`` [P, D], ``gates`` [L - 1] before their sigmoid, ``temperatures`` [L]."""
 
-    backbones = (VitBackbone,)
+    config: GaPTConfig
 
     def __init__(self, config: GaPTConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        backbone = self.backbone
-        self.config = config
-        bound = prompt_bound(backbone)
-        self.prompts = nn.Parameter(torch.empty(config.num_prompts, backbone.width).uniform_(-bound, bound))
+        self.prompts = self.drawn(config.num_prompts, backbone.width)
         self.gates = nn.Parameter(torch.full((backbone.depth - 1,), -config.gate_init))
         self.temperatures = nn.Parameter(torch.ones(backbone.depth))
 
@@ -90,30 +86,29 @@ class GaPT(MethodOver[VitBackbone]):
             "temperature": self.temperatures.detach().clamp(COLDEST, HOTTEST),
         }
 
-    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
+    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
-        backbone = self.backbone
-        prefix, count = backbone.num_prefix_tokens, self.config.num_prompts
+        backbone, prefix = self.backbone, self.backbone.num_prefix_tokens
         tokens = backbone.embed(images)  # [B, N, D]
-        prompts = state["prompts"].expand(tokens.shape[0], -1, -1)  # [B, P, D]
-        prompts = F.dropout(prompts, self.config.dropout, self.training)
-        tokens = with_prompts(backbone, tokens, prompts)  # [B, N + P, D]
-        for index in range(backbone.depth - 1):
-            tokens = self._block(backbone, index, tokens, state)
-            gate = state["gates"][:, index, None, None]  # [1 or B, 1, 1]
-            prompts = prompts + gate * (tokens[:, prefix : prefix + count] - prompts)
-            tokens = with_prompts(backbone, tokens, prompts, replaced=count)
-            probe(f"block{index}", tokens)
-        tokens = self._block(backbone, backbone.depth - 1, tokens, state)
-        if self.config.pool == "mean":
-            return Features(backbone.pool_mean(tokens[:, prefix:]))
-        return Features(backbone.pool(without_prompts(backbone, tokens, count)))
+        prompts = self.rows(state["prompts"], tokens)  # [B, P, D]
+        tokens = self.insert(tokens, prompts)  # [B, N + P, D]
+        for block in backbone.blocks[:-1]:
+            tokens = self._run(block, tokens, state)
+            gate = state["gates"][:, block.index, None, None]  # [1 or B, 1, 1]
+            prompts = prompts + gate * (tokens[:, prefix : prefix + self.count] - prompts)
+            tokens = self.replace(tokens, prompts)
+            probe(f"block{block.index}", tokens)
+        tokens = self._run(backbone.blocks[-1], tokens, state)
+        if self.config.pool == "mean":  # of prompts and patches, before the norm
+            mean = tokens[:, prefix:].mean(dim=1)
+            return Features(cast(Tensor, backbone.model.fc_norm(backbone.model.norm(mean))))
+        return Features(self.pool(tokens))
 
-    def _block(self, backbone: VitBackbone, index: int, tokens: Tensor, state: State) -> Tensor:
+    def _run(self, block: VitBlock, tokens: Tensor, state: State) -> Tensor:
         """A block with its temperature, [B, N + P, D] to the tokens that are read."""
         whole = self.config.pool == "mean"
-        normed = backbone.norm1(index, tokens)
-        asking = normed if whole else backbone.read(index, normed)
-        query = backbone.query(index, asking) * state["sharpness"][:, index, None, None, None]  # [B, H, 1 or N + P, d]
-        attended = backbone.project(index, merge_heads(attend(query, *backbone.key_value(index, normed))))
-        return backbone.feed_forward(index, (tokens if whole else backbone.read(index, tokens)) + attended)
+        normed = block.norm1(tokens)
+        sharpness = state["sharpness"][:, block.index, None, None, None]
+        query = block.query(block.read(normed, whole)) * sharpness  # [B, H, 1 or N + P, d]
+        attended = block.project(block.attend(query, *block.key_value(normed)))
+        return block.feed_forward(block.read(tokens, whole) + attended)

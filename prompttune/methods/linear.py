@@ -8,8 +8,8 @@ from torch import Tensor
 
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone
-from prompttune.methods.base import Features, Layout, Method, MethodConfig, State, implements
-from prompttune.methods.maps import Levels, MapReader
+from prompttune.methods.base import Features, Layout, Levels, Method, MethodConfig, State, implements
+from prompttune.methods.over_vit import MapReader
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Linear(Method):
 
     def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """Pooled features of the plain backbone, [B, D], and its maps of patch tokens."""
-        backbone = self._backbone[0]
+        backbone = self.driven
         if not levels:
             features: Tensor = backbone(images)
             return Features(features)
         assert isinstance(backbone, VitBackbone)
         reader, tokens = MapReader(backbone, levels), backbone.embed(images)
-        for index in range(backbone.depth):
-            tokens = backbone.run_block(index, tokens)
-            reader.read(index, tokens)
+        for block in backbone.blocks:
+            tokens = block.run(tokens)
+            reader.read(block, tokens)
         return Features(backbone.pool(tokens), maps=reader.maps)

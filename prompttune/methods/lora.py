@@ -20,14 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
-from prompttune.backbones.vit import VitBackbone, merge_heads
-from prompttune.layers.attention import attend
-from prompttune.layers.probe import probe
-from prompttune.methods.base import RANK, Features, Layout, MethodConfig, MethodOver, State, implements, setting
-from prompttune.methods.maps import Levels, MapReader
+from prompttune.backbones.blocks import KEY, QUERY, VALUE
+from prompttune.backbones.vit import VitBlock
+from prompttune.methods.base import RANK, Layout, MethodConfig, State, implements, setting
+from prompttune.methods.over_vit import InsideBlocks
 
-QUERY, KEY, VALUE = range(3)
-"""Indices of the parts of a block's joint projection."""
 TARGETS = {"qv": ("query", "value"), "qkv": ("query", "key", "value")}
 """Projections that each choice of targets adapts."""
 
@@ -59,19 +56,16 @@ class LowRank(nn.Module):
 
 
 @implements(LoRAConfig)
-class LoRA(MethodOver[VitBackbone]):
+class LoRA(InsideBlocks):
     """A :class:`LowRank` each for ``query`` and ``value``, with ``targets qkv`` also for ``key``."""
 
-    backbones = (VitBackbone,)
-    gives_maps_on = (VitBackbone,)
     own_norms = ("norm1",)
+    config: LoRAConfig
 
     def __init__(self, config: LoRAConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        backbone = self.backbone
-        self.config = config
         self.targets = TARGETS[config.targets]
-        out = backbone.num_heads * backbone.head_dim
+        out = self.backbone.num_heads * self.backbone.head_dim
         for name in self.targets:
             self.add_module(name, LowRank(backbone.depth, config.rank, backbone.width, out))
 
@@ -96,31 +90,17 @@ class LoRA(MethodOver[VitBackbone]):
             layout[f"{name}.up"] = (depth, RANK, out)
         return layout
 
-    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
-        """See :meth:`Method.forward`; this method has no prompt pathway."""
-        backbone = self.backbone
-        reader, tokens = MapReader(backbone, levels), backbone.embed(images)  # [B, N, D]
-        for index in range(backbone.depth):
-            attended = self._attention(backbone, index, tokens, state, reader.whole)
-            tokens = backbone.read(index, tokens, reader.whole) + attended
-            tokens = backbone.feed_forward(index, tokens)
-            reader.read(index, tokens)
-            probe(f"block{index}", tokens)
-        return Features(backbone.pool(tokens), maps=reader.maps)
-
-    def _attention(self, backbone: VitBackbone, index: int, tokens: Tensor, state: State, whole: bool) -> Tensor:
-        """The attention with its updates, without the residual, [B, N, D] to [B, 1 or N, D]."""
-        normed = backbone.norm1(index, tokens)
-        asking = backbone.read(index, normed, whole)
-        query = backbone.linear_qkv(index, asking, QUERY) + self._added("query", index, asking, state)
-        key = backbone.linear_qkv(index, normed, KEY)
+    def run_block(self, block: VitBlock, tokens: Tensor, state: State, whole: bool) -> Tensor:
+        """See :meth:`InsideBlocks.run_block`."""
+        normed = block.norm1(tokens)
+        asking = block.read(normed, whole)
+        query = block.linear_qkv(asking, QUERY) + self._added("query", block.index, asking, state)
+        key = block.linear_qkv(normed, KEY)
         if "key" in self.targets:
-            key = key + self._added("key", index, normed, state)
-        value = backbone.linear_qkv(index, normed, VALUE) + self._added("value", index, normed, state)
-        attended = attend(
-            backbone.query_heads(index, query), backbone.key_heads(index, key), backbone.heads(value)
-        )  # [B, H, 1 or N, d]
-        return backbone.project(index, merge_heads(attended))
+            key = key + self._added("key", block.index, normed, state)
+        value = block.linear_qkv(normed, VALUE) + self._added("value", block.index, normed, state)
+        attended = block.attend(block.query_heads(query), block.key_heads(key), block.heads(value))
+        return block.feed_forward(block.read(tokens, whole) + block.project(attended))
 
     def _added(self, name: str, index: int, normed: Tensor, state: State) -> Tensor:
         """The low-rank product for normed tokens, [B, N, D] to [B, N, H d]."""

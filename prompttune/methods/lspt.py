@@ -15,16 +15,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.layers.probe import probe
 from prompttune.layers.prompt_lstm import PromptLSTMCell, lstm_step
-from prompttune.methods.base import Features, Layout, MethodConfig, MethodOver, State, implements, setting
-from prompttune.methods.maps import Levels, MapReader
-from prompttune.methods.vpt import prompt_bound, with_prompts, without_prompts
+from prompttune.methods.base import Features, Layout, Levels, MethodConfig, State, implements, setting
+from prompttune.methods.over_vit import MapReader, PromptTokens
 
 
 @dataclass(frozen=True)
@@ -48,21 +46,17 @@ class LSPTConfig(MethodConfig):
 
 
 @implements(LSPTConfig)
-class LSPT(MethodOver[VitBackbone]):
+class LSPT(PromptTokens):
     """``prompts`` [L, P, D]: P^0 enters block 0; P^1 .. P^{L-1} are the LSTM's inputs after blocks 0 .. L-2."""
 
-    backbones = (VitBackbone,)
     gives_maps_on = (VitBackbone,)
+    config: LSPTConfig
 
     def __init__(self, config: LSPTConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        backbone = self.backbone
-        self.config = config
-        self.width = backbone.width
         layers = backbone.depth if config.long_term else 1
-        bound = prompt_bound(backbone)
-        self.prompts = nn.Parameter(torch.empty(layers, config.num_prompts, self.width).uniform_(-bound, bound))
-        self.cell = PromptLSTMCell(self.width, config.cell_rank) if config.long_term else None
+        self.prompts = self.drawn(layers, config.num_prompts, backbone.width)
+        self.cell = PromptLSTMCell(backbone.width, config.cell_rank) if config.long_term else None
 
     def task_state(self) -> State:
         """``prompts`` [1, P, D]; with long-term coding ``gates`` [1, L-1, P, 4D] and the hidden weights."""
@@ -78,24 +72,22 @@ class LSPT(MethodOver[VitBackbone]):
 
     def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
-        backbone = self.backbone
-        prefix, count = backbone.num_prefix_tokens, self.config.num_prompts
-        reader = MapReader(backbone, levels, count)
+        backbone, prefix = self.backbone, self.backbone.num_prefix_tokens
+        patch = prefix + self.count  # the first one
+        reader = MapReader(backbone, levels, self.count)
         tokens = backbone.embed(images)  # [B, N, D]
-        prompts = state["prompts"].expand(tokens.shape[0], -1, -1)  # [B, P, D]
-        prompts = F.dropout(prompts, self.config.dropout, self.training)
+        prompts = self.rows(state["prompts"], tokens)  # [B, P, D]
         cell = torch.zeros_like(prompts)
-        tokens = with_prompts(backbone, tokens, prompts)  # [B, N + P, D]
-        for index in range(backbone.depth - 1):
-            tokens = backbone.run_block(index, tokens)
-            reader.read(index, tokens)
-            prompts, patches = tokens[:, prefix : prefix + count], tokens[:, prefix + count :]
-            prompts, cell = self._code(index, prompts, patches, cell, state)
-            tokens = with_prompts(backbone, tokens, prompts, replaced=count)
-            probe(f"block{index}", tokens)
-        tokens = backbone.run_last_block(tokens, reader.whole)
-        reader.read(backbone.depth - 1, tokens)
-        return Features(backbone.pool(without_prompts(backbone, tokens, count)), maps=reader.maps)
+        tokens = self.insert(tokens, prompts)  # [B, N + P, D]
+        for block in backbone.blocks[:-1]:
+            tokens = block.run(tokens)
+            reader.read(block, tokens)
+            prompts, cell = self._code(block.index, tokens[:, prefix:patch], tokens[:, patch:], cell, state)
+            tokens = self.replace(tokens, prompts)
+            probe(f"block{block.index}", tokens)
+        tokens = backbone.blocks[-1].run_read(tokens, reader.whole)
+        reader.read(backbone.blocks[-1], tokens)
+        return Features(self.pool(tokens), maps=reader.maps)
 
     def _code(self, index: int, prompts: Tensor, patches: Tensor, cell: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Prompts and cell [B, P, D] after block ``index``, coded for the next block."""

@@ -15,13 +15,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
-from prompttune.backbones.vit import VitBackbone, merge_heads
-from prompttune.layers.attention import attend
+from prompttune.backbones.vit import VitBackbone, VitBlock
+from prompttune.errors import BackboneError
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, MethodConfig, MethodOver, State, implements
+from prompttune.methods.base import Features, Layout, Levels, MethodConfig, MethodOver, State, implements
 
 INIT_STD = 0.02
 
@@ -44,9 +45,11 @@ class SSF(MethodOver[VitBackbone]):
 
     def __init__(self, config: SSFConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        backbone = self.backbone
-        backbone.check_plain_mlp(config.method)
-        shapes = places(backbone)
+        for block in self.backbone.blocks:
+            if type(block.timm.mlp) is not Mlp:
+                kind = type(block.timm.mlp).__name__
+                raise BackboneError(f"ssf needs blocks with a plain MLP; {backbone.name} has {kind}")
+        shapes = places(self.backbone)
         self.scale = nn.ParameterDict({place: torch.empty(shape) for place, shape in shapes.items()})
         self.shift = nn.ParameterDict({place: torch.empty(shape) for place, shape in shapes.items()})
         for place in shapes:
@@ -60,10 +63,9 @@ class SSF(MethodOver[VitBackbone]):
         state = {f"scale.{place}": self.scale[place].unsqueeze(0) for place in shapes}
         state |= {f"shift.{place}": self.shift[place].unsqueeze(0) for place in shapes}
         shifts: dict[str, list[Tensor]] = {"proj": [], "fc2": []}
-        for index in range(backbone.depth):
-            block = backbone.block(index)
-            shifts["proj"].append(block.ls1(self.shift["proj"][index]))
-            shifts["fc2"].append(block.ls2(self.shift["fc2"][index]))
+        for block in backbone.blocks:
+            shifts["proj"].append(block.timm.ls1(self.shift["proj"][block.index]))
+            shifts["fc2"].append(block.timm.ls2(self.shift["fc2"][block.index]))
         state |= {f"shift.{place}": torch.stack(rows).unsqueeze(0) for place, rows in shifts.items()}
         return state
 
@@ -72,21 +74,21 @@ class SSF(MethodOver[VitBackbone]):
         backbone = self.backbone
         return {f"{kind}.{place}": shape for kind in ("scale", "shift") for place, shape in places(backbone).items()}
 
-    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
+    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
         backbone = self.backbone
         tokens = backbone.place(_adapt(backbone.embed_patches(images), state, "patches"))  # [B, N, D]
-        for index in range(backbone.depth):
-            tokens = backbone.read(index, tokens) + _attention(backbone, index, tokens, state)
-            tokens = tokens + _mlp(backbone, index, tokens, state)
-            probe(f"block{index}", tokens)
+        for block in backbone.blocks:
+            tokens = block.read(tokens) + _attention(block, tokens, state)
+            tokens = tokens + _mlp(block, tokens, state)
+            probe(f"block{block.index}", tokens)
         return Features(backbone.pool_normed(_adapt(backbone.final_norm(tokens), state, "norm")))
 
 
 def places(backbone: VitBackbone) -> dict[str, tuple[int, ...]]:
     """The places that are scaled and shifted, with the shape of each scale: L blocks, D channels, M hidden channels."""
     depth, width, heads = backbone.depth, backbone.width, backbone.num_heads * backbone.head_dim
-    hidden = int(backbone.block(0).mlp.fc1.out_features)
+    hidden = int(backbone.blocks[0].timm.mlp.fc1.out_features)
     return {
         "patches": (width,),
         "norm1": (depth, width),
@@ -107,20 +109,20 @@ def _adapt(features: Tensor, state: State, place: str, *at: int) -> Tensor:
     return torch.add(features * scale.unsqueeze(1), shift.unsqueeze(1))
 
 
-def _attention(backbone: VitBackbone, index: int, tokens: Tensor, state: State) -> Tensor:
+def _attention(block: VitBlock, tokens: Tensor, state: State) -> Tensor:
     """The attention of a block, without the residual, [B, N, D] to [B, 1 or N, D]."""
-    normed = _adapt(backbone.norm1(index, tokens), state, "norm1", index)
-    asking = backbone.read(index, normed)
+    normed = _adapt(block.norm1(tokens), state, "norm1", block.index)
     query, key, value = (
-        _adapt(backbone.linear_qkv(index, source, part), state, "qkv", index, part)
-        for part, source in enumerate((asking, normed, normed))
+        _adapt(block.linear_qkv(source, part), state, "qkv", block.index, part)
+        for part, source in enumerate((block.read(normed), normed, normed))
     )
-    attended = attend(backbone.query_heads(index, query), backbone.key_heads(index, key), backbone.heads(value))
-    return _adapt(backbone.project(index, merge_heads(attended)), state, "proj", index)
+    attended = block.attend(block.query_heads(query), block.key_heads(key), block.heads(value))
+    return _adapt(block.project(attended), state, "proj", block.index)
 
 
-def _mlp(backbone: VitBackbone, index: int, tokens: Tensor, state: State) -> Tensor:
+def _mlp(block: VitBlock, tokens: Tensor, state: State) -> Tensor:
     """The MLP of a block, without the residual, [B, N, D]."""
-    normed = _adapt(backbone.norm2(index, tokens), state, "norm2", index)
-    hidden = _adapt(backbone.expand_mlp(index, normed), state, "fc1", index)
-    return _adapt(backbone.contract_mlp(index, hidden), state, "fc2", index)
+    timm = block.timm
+    normed = _adapt(timm.norm2(tokens), state, "norm2", block.index)
+    hidden = _adapt(timm.mlp.fc1(normed), state, "fc1", block.index)
+    return _adapt(timm.ls2(timm.mlp.fc2(timm.mlp.norm(timm.mlp.act(hidden)))), state, "fc2", block.index)

@@ -14,17 +14,19 @@ patches, as the backbone does; dropout of deep prompts is drawn once per step, f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
+from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
-from prompttune.backbones.swin import SwinBackbone
+from prompttune.backbones.swin import SwinBackbone, SwinBlock
 from prompttune.backbones.vit import VitBackbone
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, MethodConfig, MethodOver, State, implements, setting
-from prompttune.methods.maps import Levels, MapReader
+from prompttune.methods.base import Features, Layout, Levels, MethodConfig, MethodOver, State, implements, setting
+from prompttune.methods.over_vit import MapReader, PromptTokens, prompt_bound
 
 
 @dataclass(frozen=True)
@@ -51,40 +53,16 @@ class VPTDeepConfig(VPTShallowConfig):
     deep = True
 
 
-def prompt_bound(backbone: VitBackbone | SwinBackbone) -> float:
-    """VPT's bound v of uniform(-v, v): sqrt(6 / (3 patch² + D)), D the channels of an embedded patch."""
-    width = backbone.stages[0].width if isinstance(backbone, SwinBackbone) else backbone.width
-    return float((6.0 / (3 * backbone.patch_size**2 + width)) ** 0.5)
-
-
-def with_prompts(backbone: VitBackbone, tokens: Tensor, prompts: Tensor, replaced: int = 0) -> Tensor:
-    """Tokens [B, N, D] with prompts [B, P, D] after the prefix tokens, replacing the ``replaced`` tokens there."""
-    prefix = backbone.num_prefix_tokens
-    return torch.cat((tokens[:, :prefix], prompts, tokens[:, prefix + replaced :]), dim=1)
-
-
-def without_prompts(backbone: VitBackbone, tokens: Tensor, count: int) -> Tensor:
-    """Tokens [B, N + P, D] of the last block without the P prompts; token 0 alone passes unchanged."""
-    if backbone.pools_class_token:
-        return tokens
-    prefix = backbone.num_prefix_tokens
-    return torch.cat((tokens[:, :prefix], tokens[:, prefix + count :]), dim=1)
-
-
 @implements(VPTShallowConfig)
-class VPT(MethodOver[VitBackbone]):
+class VPT(PromptTokens):
     """Prompts [L, P, D]: L is the depth for deep prompts, 1 for shallow ones."""
 
-    backbones = (VitBackbone,)
     gives_maps_on = (VitBackbone,)
+    config: VPTShallowConfig
 
     def __init__(self, config: VPTShallowConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        backbone = self.backbone
-        self.config = config
-        layers = backbone.depth if config.deep else 1
-        bound = prompt_bound(backbone)
-        self.prompts = nn.Parameter(torch.empty(layers, config.num_prompts, backbone.width).uniform_(-bound, bound))
+        self.prompts = self.drawn(backbone.depth if config.deep else 1, config.num_prompts, backbone.width)
 
     def task_state(self) -> State:
         """The prompts themselves."""
@@ -96,23 +74,17 @@ class VPT(MethodOver[VitBackbone]):
 
     def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
-        backbone = self.backbone
-        count = self.config.num_prompts
-        reader = MapReader(backbone, levels, count)
+        backbone, reader = self.backbone, MapReader(self.backbone, levels, self.count)
         tokens = backbone.embed(images)  # [B, N, D]
-        prompts = state["prompts"].expand(tokens.shape[0], -1, -1, -1)  # [B, L, P, D]
-        prompts = F.dropout(prompts, self.config.dropout, self.training)
-        tokens = with_prompts(backbone, tokens, prompts[:, 0])  # [B, N + P, D]
-        for index in range(backbone.depth):
-            if index > 0 and self.config.deep:
-                tokens = with_prompts(backbone, tokens, prompts[:, index], replaced=count)
-            if index < backbone.depth - 1:
-                tokens = backbone.run_block(index, tokens)
-                reader.read(index, tokens)
-                probe(f"block{index}", tokens)
-        tokens = backbone.run_last_block(tokens, reader.whole)
-        reader.read(backbone.depth - 1, tokens)
-        return Features(backbone.pool(without_prompts(backbone, tokens, count)), maps=reader.maps)
+        prompts = self.rows(state["prompts"], tokens)  # [B, L, P, D]
+        tokens = self.insert(tokens, prompts[:, 0])  # [B, N + P, D]
+        for block in backbone.blocks:
+            if block.index > 0 and self.config.deep:
+                tokens = self.replace(tokens, prompts[:, block.index])
+            tokens = block.run_read(tokens, reader.whole)
+            reader.read(block, tokens)
+            probe(f"block{block.index}", tokens)
+        return Features(self.pool(tokens), maps=reader.maps)
 
 
 @implements(VPTShallowConfig)
@@ -120,15 +92,15 @@ class SwinVPT(MethodOver[SwinBackbone]):
     """VPT over a Swin: ``prompts.{i}`` [blocks, P, D] for each stage i, or ``prompts.0`` [1, P, D] alone if shallow."""
 
     backbones = (SwinBackbone,)
+    config: VPTShallowConfig
 
     def __init__(self, config: VPTShallowConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        backbone = self.backbone
-        self.config = config
-        bound, count = prompt_bound(backbone), config.num_prompts
-        sizes = [(len(stage.blocks), count, stage.width) for stage in backbone.stages]
+        stages, count = self.backbone.stages, config.num_prompts
+        bound = prompt_bound(self.backbone.patch_size, stages[0].width)
+        sizes = [(len(stage.blocks), count, stage.width) for stage in stages]
         if not config.deep:
-            sizes = [(1, count, backbone.stages[0].width)]
+            sizes = [(1, count, stages[0].width)]
         self.prompts = nn.ParameterList(torch.empty(size).uniform_(-bound, bound) for size in sizes)
 
     def task_state(self) -> State:
@@ -139,14 +111,10 @@ class SwinVPT(MethodOver[SwinBackbone]):
         """
         if not self.config.deep:
             return {"prompts": self.prompts[0]}
-        backbone = self.backbone
         state: State = {}
-        for number, (stage, prompts) in enumerate(zip(backbone.stages, self.prompts, strict=True)):
+        for number, (stage, prompts) in enumerate(zip(self.backbone.stages, self.prompts, strict=True)):
             seen = F.dropout(prompts, self.config.dropout, self.training)  # [blocks, P, D]
-            pairs = [
-                backbone.key_value(index, backbone.norm1(index, one))
-                for index, one in zip(stage.blocks, seen.unbind(0), strict=True)
-            ]
+            pairs = [block.key_value(block.norm1(one)) for block, one in zip(stage.blocks, seen.unbind(0), strict=True)]
             state[f"keys.{number}"] = torch.stack([key for key, _ in pairs]).unsqueeze(0)
             state[f"values.{number}"] = torch.stack([value for _, value in pairs]).unsqueeze(0)
         return state
@@ -158,11 +126,12 @@ class SwinVPT(MethodOver[SwinBackbone]):
             return {"prompts": (count, self.backbone.stages[0].width)}
         layout: Layout = {}
         for number, stage in enumerate(self.backbone.stages):
+            heads = stage.blocks[0]
             for part in ("keys", "values"):
-                layout[f"{part}.{number}"] = (len(stage.blocks), stage.num_heads, count, stage.head_dim)
+                layout[f"{part}.{number}"] = (len(stage.blocks), heads.num_heads, count, heads.head_dim)
         return layout
 
-    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
+    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
         tokens = self.backbone.embed(images)  # [B, N, D]
         tokens = self._deep(tokens, state) if self.config.deep else self._shallow(tokens, state)
@@ -170,40 +139,41 @@ class SwinVPT(MethodOver[SwinBackbone]):
 
     def _deep(self, tokens: Tensor, state: State) -> Tensor:
         """All stages, with separate prompts for every block, [B, N, D] to [B, N', D']."""
-        backbone, rows = self.backbone, tokens.shape[0]
-        for number, stage in enumerate(backbone.stages):
-            tokens = backbone.merge(number, tokens)
+        rows = tokens.shape[0]
+        for number, stage in enumerate(self.backbone.stages):
+            tokens = self.backbone.merge(number, tokens)
             keys, values = (state[f"{part}.{number}"].expand(rows, -1, -1, -1, -1) for part in ("keys", "values"))
-            for place, index in enumerate(stage.blocks):
-                parts = backbone.qkv(index, backbone.norm1(index, tokens))  # [B, H, N, d]
-                attended, _ = backbone.attend_prompted(index, parts, (None, keys[:, place], values[:, place]))
-                tokens = backbone.feed_forward(index, tokens + backbone.project(index, attended))
-                probe(f"block{index}", tokens)
+            for place, block in enumerate(stage.blocks):
+                prompts = (None, keys[:, place], values[:, place])
+                own = block.qkv(block.norm1(tokens))  # [B, H, N, d]
+                attended, _ = block.windows.with_prompts(own, block.padding, prompts)
+                tokens = block.feed_forward(tokens + block.project(attended))
+                probe(f"block{block.index}", tokens)
         return tokens
 
     def _shallow(self, tokens: Tensor, state: State) -> Tensor:
         """All stages with the same prompts carried through, [B, N, D] to [B, N', D']."""
-        backbone, count = self.backbone, self.config.num_prompts
+        count = self.config.num_prompts
         prompts = state["prompts"].expand(tokens.shape[0], -1, -1)  # [B, P, D]
         prompts = F.dropout(prompts, self.config.dropout, self.training)
-        for number, stage in enumerate(backbone.stages):
-            tokens = backbone.merge(number, tokens)
-            if number > 0:
-                prompts = backbone.widen(number, prompts)
+        for number, stage in enumerate(self.backbone.stages):
+            tokens = self.backbone.merge(number, tokens)
+            if number > 0:  # as if four equal prompts were merged
+                merging = cast(PatchMerging, self.backbone.model.layers[number].downsample)
+                prompts = merging.reduction(merging.norm(torch.cat((prompts,) * 4, dim=-1)))
             both = torch.cat((prompts, tokens), dim=1)  # [B, P + N, D]
-            for index in stage.blocks:
-                both = self._shallow_block(index, both)
-                probe(f"block{index}", both)
+            for block in stage.blocks:
+                both = self._shallow_block(block, both)
+                probe(f"block{block.index}", both)
             prompts, tokens = both[:, :count], both[:, count:]
         return tokens
 
-    def _shallow_block(self, index: int, both: Tensor) -> Tensor:
+    def _shallow_block(self, block: SwinBlock, both: Tensor) -> Tensor:
         """A block for prompts and tokens, [B, P + N, D]."""
-        backbone, count = self.backbone, self.config.num_prompts
-        q, k, v = backbone.qkv(index, backbone.norm1(index, both))  # [B, H, P + N, d]
+        count = self.config.num_prompts
+        q, k, v = block.qkv(block.norm1(both))  # [B, H, P + N, d]
         prompts = (q[:, :, :count], k[:, :, :count], v[:, :, :count])
         tokens = (q[:, :, count:], k[:, :, count:], v[:, :, count:])
-        attended, seen = backbone.attend_prompted(index, tokens, prompts)
+        attended, seen = block.windows.with_prompts(tokens, block.padding, prompts)
         assert seen is not None
-        attended = torch.cat((seen, attended), dim=1)
-        return backbone.feed_forward(index, both + backbone.project(index, attended))
+        return block.feed_forward(both + block.project(torch.cat((seen, attended), dim=1)))

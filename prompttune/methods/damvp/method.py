@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
 from prompttune.layers.probe import probe
-from prompttune.methods.base import CLUSTERS, Features, Layout, Method, State, implements
+from prompttune.methods.base import CLUSTERS, Features, Layout, Levels, Method, State, implements
 from prompttune.methods.damvp.clustering import find_centres, gather_features
 from prompttune.methods.damvp.config import DAMVPConfig
 
@@ -31,13 +31,13 @@ class DAMVP(Method):
     """``centres`` [K, D], found once, and ``prompts`` [K, 3, P], which train; P pixels are the border."""
 
     backbones = (Backbone,)
+    config: DAMVPConfig
     centres: nn.Parameter
     prompts: nn.Parameter
 
     def __init__(self, config: DAMVPConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         assert config.prompt_size is not None
-        self.config = config
         self.prompt_size = config.prompt_size
         self.pixels = border_pixels(backbone.image_size, config.prompt_size)
         self._make(config.clusters or 1)
@@ -87,7 +87,7 @@ class DAMVP(Method):
             "prompts": (CLUSTERS, 3, self.pixels),
         }
 
-    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:  # noqa: ARG002
+    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
         backbone = self._backbone[0]
         nearest = nearest_clusters(backbone(images), state["centres"], state["offsets"])  # [B]

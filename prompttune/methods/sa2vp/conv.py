@@ -17,14 +17,15 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prompttune.backbones.base import Backbone
-from prompttune.backbones.conv import ConvBackbone, ConvStage
-from prompttune.backbones.vit import merge_heads
+from prompttune.backbones.blocks import FrozenBlock, Stage, merge_heads
+from prompttune.backbones.conv import ConvBackbone
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, State, implements
+from prompttune.methods.base import Features, Layout, Levels, State, implements
 from prompttune.methods.sa2vp.config import CONV_STAGE, SA2VPConfig
 from prompttune.methods.sa2vp.parts import Pathways, PromptMap, probe_pathways
 
@@ -51,7 +52,7 @@ class ConvSA2VP(Pathways[ConvBackbone]):
         self.prompts["0"] = PromptMap(backbone.grid, 0, backbone.stem_width, config)
 
     @property
-    def stage(self) -> ConvStage:
+    def stage(self) -> Stage[FrozenBlock]:
         """The stage where the pathways meet."""
         return self.backbone.stages[self.meeting_stage]
 
@@ -68,24 +69,24 @@ class ConvSA2VP(Pathways[ConvBackbone]):
         """See :meth:`Method.state_layout`."""
         return {"prompt.output": (self.stage.num_tokens, self.stage.width)} | self.given_layout()
 
-    def forward(self, images: Tensor, state: State, aux: bool = False) -> Features:
+    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`. Without ``aux``, the prompt pathway is computed only for the base."""
-        backbone, first = self.backbone, self.stage.blocks.start
+        backbone, blocks = self.backbone, self.stage.blocks
         h = self._enter(backbone.embed(images))
         p = self._map(state["prompt.output"])
         p = p + self._given(0, p, h, state)
-        probe_pathways(first, h, p)
-        for index in range(1, self.depth):
+        probe_pathways(blocks[0].index, h, p)
+        for index, block in enumerate(blocks[1:], 1):
             if not aux and index > self.last_read:
-                h = backbone.run_block(first + index, h)
-                probe(f"block{first + index}", h)
+                h = block.run(h)
+                probe(f"block{block.index}", h)
                 continue
-            h, p = backbone.run_block_both(first + index, h, p)
+            h, p = block.run(torch.stack((h, p)).flatten(0, 1)).unflatten(0, (2, -1)).unbind(0)  # one batch
             if index in self.prompt_layers:
                 p = p + self._given(index, p, h, state)
             else:
                 h = h + self._given(index, h, p, state)
-            probe_pathways(first + index, h, p)
+            probe_pathways(block.index, h, p)
         behind = range(self.meeting_stage + 1, len(backbone.stages))
         features = backbone.pool(backbone.run_stages(h, behind))
         return Features(features, backbone.pool(backbone.run_stages(p, behind)) if aux else None)
@@ -94,7 +95,7 @@ class ConvSA2VP(Pathways[ConvBackbone]):
         """Run a stem's output through the stages before the meeting stage, and through that stage's first block."""
         backbone = self.backbone
         x = backbone.enter(self.meeting_stage, backbone.run_stages(x, range(self.meeting_stage)))
-        return backbone.run_block(self.stage.blocks.start, x)
+        return self.stage.blocks[0].run(x)
 
     def _given(self, index: int, asking: Tensor, seen: Tensor, state: State) -> Tensor:
         """One pathway's contribution to the other after block ``index``, from maps [B, D, R, C'] of both."""

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
+from prompttune.backbones.blocks import AttentionBlock, merge_heads
 from prompttune.layers.adapter import Adapter, apply_adapter
 from prompttune.layers.aligned_attention import AlignedAttention
 from prompttune.layers.bottleneck import PARTS, of_block, stacked_layout
@@ -19,6 +20,22 @@ def probe_pathways(index: int, h: Tensor, p: Tensor) -> None:
     """Pass the output of block ``index`` to a running recording."""
     probe(f"block{index}", h)
     probe(f"block{index}.prompts", p)
+
+
+ALLOCATOR_KEEPS = 32 * 2**20
+"""Bytes above which glibc maps every allocation anew (the ceiling of its dynamic ``M_MMAP_THRESHOLD``)."""
+
+
+def one_batch(tokens: Tensor, hidden_width: int) -> bool:
+    """Whether an MLP of ``hidden_width`` is faster on both pathways in ``tokens`` [2, B, N, D] as one batch.
+
+    It is, except in eager mode on a CPU once the hidden activations exceed the memory that the C allocator keeps for
+    reuse: from there on each call would fault in fresh pages, and one pathway after the other is faster.
+    """
+    # A traced graph does not have a fixed size: comparing it would bind the graph to one range of batches.
+    if torch.compiler.is_compiling() or tokens.device.type != "cpu":
+        return True
+    return tokens[..., 0].numel() * hidden_width * tokens.element_size() <= ALLOCATOR_KEEPS
 
 
 class PromptMap(nn.Module):
@@ -89,6 +106,8 @@ class Pathways(MethodOver[Kind]):
         num_prefix_tokens: number of tokens before the patches.
     """
 
+    config: SA2VPConfig
+
     def __init__(
         self,
         config: SA2VPConfig,
@@ -101,10 +120,10 @@ class Pathways(MethodOver[Kind]):
     ) -> None:
         super().__init__(config, backbone)
         assert config.prompt_layers is not None
-        self.config = config
         self.prompt_layers = config.prompt_layers
         self.depth = depth
         self.width = width
+        self.num_tokens = num_prefix_tokens + grid[0] * grid[1]
         # The last block in which the base reads the prompts: after it, the prompt pathway affects only itself.
         self.last_read = max(index for index in range(depth) if index not in self.prompt_layers)
         self.prompts = nn.ModuleDict()
@@ -140,3 +159,72 @@ class Pathways(MethodOver[Kind]):
     def drop(self, attended: Tensor) -> Tensor:
         """Apply dropout to the cross attention's output, in training."""
         return F.dropout(attended, self.config.dropout, self.training)
+
+
+class AttentionPathways(Pathways[Kind]):
+    """SA²VP over blocks with attention, whose own norm, projections and heads the cross attention uses.
+
+    Tokens are [B, N, D], queries, keys and values [B, H, N, d]; ``index`` counts the blocks in which the pathways meet.
+    """
+
+    @property
+    def meeting(self) -> tuple[AttentionBlock, ...]:
+        """The blocks in which the pathways meet."""
+        raise NotImplementedError
+
+    def start_state(self, start: Tensor) -> State:
+        """The folded first block for the prompt tokens [1, N, D] that enter it.
+
+        ``prompt.input`` [1, N, D]; ``prompt.query`` [1, H, N, d], its queries; ``prompt.output`` [1, N, D].
+        """
+        block = self.meeting[0]
+        return {
+            "prompt.input": start,
+            "prompt.query": block.query(block.norm1(start)),
+            "prompt.output": block.run(start),
+        }
+
+    def start_layout(self) -> Layout:
+        """Layout of :meth:`start_state`."""
+        block, tokens = self.meeting[0], (self.num_tokens, self.width)
+        query = (block.num_heads, self.num_tokens, block.head_dim)
+        return {"prompt.input": tokens, "prompt.query": query, "prompt.output": tokens}
+
+    def first_block(self, h: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """The first block for both pathways; the prompt pathway's part is folded in the state."""
+        block = self.meeting[0]
+        q, k, v = block.qkv(block.norm1(h))
+        own = block.project(block.attend(q, k, v))
+        given = self.cross(0, state["prompt.input"], state["prompt.query"], k, v, state)
+        return block.feed_forward(h + own), state["prompt.output"] + given
+
+    def block(self, index: int, h: Tensor, p: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """A later block for both pathways."""
+        block, x = self.meeting[index], torch.stack((h, p))  # [2, B, N, D]
+        q, k, v = block.qkv(block.norm1(x))  # [2, B, H, N, d]
+        asking, answering = (1, 0) if index in self.prompt_layers else (0, 1)
+        own = block.project(block.attend(q, k, v))  # [2, B, N, D]
+        given = self.cross(index, (h, p)[asking], q[asking], k[answering], v[answering], state)
+        h, p = feed_forward_both(block, x + own)
+        return self.join(index, h, p, given, state)
+
+    def cross(self, index: int, asking: Tensor, q: Tensor, k: Tensor, v: Tensor, state: State) -> Tensor:
+        """One pathway's contribution to the other: tokens ask with q keys and values of both."""
+        return self.give_attended(index, asking, self.aligned(q, k, v), state)
+
+    def give_attended(self, index: int, asking: Tensor, attended: Tensor, state: State) -> Tensor:
+        """One pathway's contribution to the tokens that asked, from the cross attention [B, H, N, d]."""
+        return self.give(index, asking + self.drop(self.meeting[index].project(merge_heads(attended))), state)
+
+    def join(self, index: int, h: Tensor, p: Tensor, given: Tensor, state: State) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Add one pathway's contribution to the other."""
+        return (h, p + given) if index in self.prompt_layers else (h + given, p)
+
+
+def feed_forward_both(block: AttentionBlock, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The second half of a block for both pathways, [2, B, N, D] to twice [B, N, D]."""
+    hidden = max(layer.out_features for layer in block.timm.mlp.modules() if isinstance(layer, nn.Linear))
+    if not one_batch(tokens, hidden):
+        return block.feed_forward(tokens[0]), block.feed_forward(tokens[1])
+    first, second = block.feed_forward(tokens).unbind(0)
+    return first, second

@@ -1,0 +1,112 @@
+"""What methods over a ViT share: reading maps of patch tokens, the loop over changed blocks, and prompt tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prompttune.backbones.base import Backbone
+from prompttune.backbones.vit import VitBackbone, VitBlock
+from prompttune.layers.probe import probe
+from prompttune.methods.base import Features, Levels, MethodOver, State
+
+
+class MapReader:
+    """Collects the maps of one pathway while a forward runs through its blocks.
+
+    Args:
+        backbone: backbone whose final norm is applied to every map, even those of earlier blocks.
+        levels: blocks to read; empty for none.
+        inserted: number of prompt tokens between the prefix tokens and the patches.
+    """
+
+    def __init__(self, backbone: VitBackbone, levels: Levels, inserted: int = 0) -> None:
+        self._backbone, self._levels, self._inserted = backbone, levels, inserted
+        self._found: list[Tensor] = []
+
+    @property
+    def whole(self) -> bool:
+        """Whether the last block must compute all tokens, not only the pooled ones."""
+        return bool(self._levels)
+
+    def read(self, block: VitBlock, tokens: Tensor) -> None:
+        """Keep tokens [B, N, D] that leave a block if this level is requested."""
+        if block.index in self._levels:
+            self._found.append(self._backbone.patch_map(tokens, self._inserted))
+
+    @property
+    def maps(self) -> tuple[Tensor, ...]:
+        """Normed patch tokens [B, R C, D] of each level."""
+        return tuple(self._found)
+
+
+class InsideBlocks(MethodOver[VitBackbone]):
+    """Base of methods that change the computation inside the blocks and keep the tokens: adapters, LoRA."""
+
+    backbones = (VitBackbone,)
+    gives_maps_on = (VitBackbone,)
+
+    def run_block(self, block: VitBlock, tokens: Tensor, state: State, whole: bool) -> Tensor:
+        """A block with the task's part in it, [B, N, D] to the tokens of ``block.read``."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
+        """See :meth:`Method.forward`; there is no prompt pathway."""
+        backbone = self.backbone
+        reader, tokens = MapReader(backbone, levels), backbone.embed(images)  # [B, N, D]
+        for block in backbone.blocks:
+            tokens = self.run_block(block, tokens, state, reader.whole)
+            reader.read(block, tokens)
+            probe(f"block{block.index}", tokens)
+        return Features(backbone.pool(tokens), maps=reader.maps)
+
+
+def prompt_bound(patch_size: int, width: int) -> float:
+    """VPT's bound v of uniform(-v, v): sqrt(6 / (3 patch² + D)), D the channels of an embedded patch."""
+    return float((6.0 / (3 * patch_size**2 + width)) ** 0.5)
+
+
+class PromptTokens(MethodOver[VitBackbone]):
+    """Base of methods with P prompt tokens between the prefix tokens and the patches.
+
+    Args:
+        config: settings with ``num_prompts`` and ``dropout``.
+        backbone: a ViT.
+    """
+
+    backbones = (VitBackbone,)
+
+    def __init__(self, config: Any, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        self.count, self.dropout = int(config.num_prompts), float(config.dropout)
+
+    def drawn(self, *size: int) -> nn.Parameter:
+        """Prompts of this size, drawn as in VPT."""
+        bound = prompt_bound(self.backbone.patch_size, self.backbone.width)
+        return nn.Parameter(torch.empty(size).uniform_(-bound, bound))
+
+    def rows(self, prompts: Tensor, tokens: Tensor) -> Tensor:
+        """Expand a state tensor [1 or B, ...] to every image of tokens [B, N, D], with dropout."""
+        return F.dropout(prompts.expand(tokens.shape[0], *prompts.shape[1:]), self.dropout, self.training)
+
+    def insert(self, tokens: Tensor, prompts: Tensor) -> Tensor:
+        """Tokens [B, N, D] with prompts [B, P, D] after the prefix tokens."""
+        return self._joined(tokens, prompts, 0)
+
+    def replace(self, tokens: Tensor, prompts: Tensor) -> Tensor:
+        """Tokens [B, N + P, D] with other prompts [B, P, D]."""
+        return self._joined(tokens, prompts, self.count)
+
+    def _joined(self, tokens: Tensor, prompts: Tensor, replaced: int) -> Tensor:
+        prefix = self.backbone.num_prefix_tokens
+        return torch.cat((tokens[:, :prefix], prompts, tokens[:, prefix + replaced :]), dim=1)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """The backbone's own pooling without the prompts, from the last block's [B, 1 or N + P, D] to [B, D]."""
+        backbone, prefix = self.backbone, self.backbone.num_prefix_tokens
+        if not backbone.pools_class_token:
+            tokens = torch.cat((tokens[:, :prefix], tokens[:, prefix + self.count :]), dim=1)
+        return backbone.pool(tokens)
