@@ -54,7 +54,7 @@ class InsideBlocks(MethodOver[VitBackbone]):
         raise NotImplementedError
 
     def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
-        """See :meth:`Method.forward`; there is no prompt pathway."""
+        """See :meth:`Method.forward`; this method has no prompt pathway."""
         backbone = self.backbone
         reader, tokens = MapReader(backbone, levels), backbone.embed(images)  # [B, N, D]
         for block in backbone.blocks:
