@@ -245,7 +245,6 @@ def test_several_outputs_hold_the_same(photos, tmp_path):
         (["{photos}", "--task", "task0", "--task", "task1", "--labels", "folder"], 2, "belong to one task"),
         (["{photos}", "--task", "task0", "--report", "r"], 2, "--labels"),
         (["{photos}", "-", "--task", "task0"], 2, "as the only input"),
-        (["-", "--stdin", "rgb24", "--task", "task0"], 2, "--frame-size"),
         (["-", "--task", "task0", "--shards", "0/2"], 2, "only be read once"),
         (["{photos}/notes.txt", "--task", "task0", "--drop", "oldest"], 2, "is for streams"),
         (["{photos}", "--watch", "--task", "task0", "--engine", "ray"], 2, "answered where it arrives"),

@@ -11,7 +11,7 @@ from PIL import Image
 
 from prompttune.data.files import find_images
 from prompttune.errors import DataError, UsageError
-from prompttune.serve.infer.sources.files import FileSource, ListSource
+from prompttune.serve.infer.sources.files import ImageFiles, ImageList
 from prompttune.serve.infer.sources.labels import Labels, target_index
 
 
@@ -83,7 +83,7 @@ def test_a_folder_that_cannot_be_entered_is_not_left_out(photos, monkeypatch):
 
 def test_files_are_items_in_order(photos):
     paths = find_images([str(photos)])
-    source = FileSource([*paths, photos / "nowhere.png"])
+    source = ImageFiles([*paths, photos / "nowhere.png"])
     items = list(source.items())
     assert [item.source for item in items] == [str(path) for path in paths] + [str(photos / "nowhere.png")]
     assert source.total == len(items) == 7
@@ -95,7 +95,7 @@ def test_files_are_items_in_order(photos):
 
 
 def test_a_closed_source_ends(photos):
-    source = FileSource(find_images([str(photos)]))
+    source = ImageFiles(find_images([str(photos)]))
     items = source.items()
     next(items)
     source.close()
@@ -106,7 +106,7 @@ def test_names_that_are_no_text_can_be_written(tmp_path):
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
     save(path)
     (tmp_path / "list.txt").write_bytes(os.fsencode(path) + b"\n")
-    for source in (FileSource([path]), ListSource(tmp_path / "list.txt")):
+    for source in (ImageFiles([path]), ImageList(tmp_path / "list.txt")):
         item = next(iter(source.items()))
         assert item.source.encode("utf-8").endswith(rb"/caf\xe9.png")
         assert item.payload.open().size == (6, 4)
@@ -116,7 +116,7 @@ def test_lists(photos, tmp_path):
     lines = ["\ufeff# comment", str(photos / "a" / "0.PNG"), "", "  ", "https://host/a.jpg", "photos/a/1.png", "gone"]
     path = tmp_path / "list.txt"
     path.write_text("\r\n".join(lines), encoding="utf-8")
-    source = ListSource(path)
+    source = ImageList(path)
     items = list(source.items())
     assert [(item.source, item.row) for item in items] == [(lines[row], row) for row in (1, 4, 5, 6)]
     assert source.total == 4
@@ -134,19 +134,19 @@ def test_relative_paths_of_a_list_belong_to_one_folder(tmp_path, monkeypatch):
     path = there / "list.txt"
     path.write_text("gone.png\na.png\nb.png\n")
     monkeypatch.chdir(here)
-    items = list(ListSource(path).items())
+    items = list(ImageList(path).items())
     # a.png is the first that there is, and it is beside the list: so b.png is the one beside the list
     assert [item.payload.path for item in items] == [there / name for name in ("gone.png", "a.png", "b.png")]
     save(here / "a.png", 8)
-    assert [item.payload.path.resolve() for item in ListSource(path).items()][2] == here / "b.png"
+    assert [item.payload.path.resolve() for item in ImageList(path).items()][2] == here / "b.png"
 
 
 def test_lists_that_name_nothing(tmp_path):
     (tmp_path / "list.txt").write_text("# nothing\n\n")
     with pytest.raises(DataError, match=r"the list .* names no image: write a path on each line"):
-        ListSource(tmp_path / "list.txt")
+        ImageList(tmp_path / "list.txt")
     with pytest.raises(UsageError, match=r"no file .*nowhere\.txt; a list is"):
-        ListSource(tmp_path / "nowhere.txt")
+        ImageList(tmp_path / "nowhere.txt")
 
 
 def test_lists_in_another_encoding(tmp_path):
@@ -156,14 +156,14 @@ def test_lists_in_another_encoding(tmp_path):
     ):
         (tmp_path / "list.txt").write_bytes(content)
         with pytest.raises(DataError, match=message):
-            ListSource(tmp_path / "list.txt")
+            ImageList(tmp_path / "list.txt")
 
 
 def test_paths_of_another_system(tmp_path):
     save(tmp_path / "photos" / unicodedata.normalize("NFD", "é.png"), 7)
     lines = ["photos\\é.png", "photos/é.png", "C:\\photos\\é.png", "photos\\gone.png"]
     (tmp_path / "list.txt").write_bytes("\r\n".join(lines).encode() + b"\r\nphotos/\xe9.png")
-    items = list(ListSource(tmp_path / "list.txt").items())
+    items = list(ImageList(tmp_path / "list.txt").items())
     assert [item.payload and item.payload.open().getpixel((0, 0))[0] for item in items] == [7, 7, None, None, None]
     assert "is a path of Windows, and nothing is at" in items[2].error
     assert "its name is not in UTF-8: save the list as UTF-8" in items[4].error
@@ -175,7 +175,7 @@ def test_paths_of_another_system(tmp_path):
 
 def test_labels_of_folders(photos, monkeypatch):
     labels = Labels.parse("folder")
-    assert [item.target for item in FileSource(find_images([str(photos)]), labels).items()] == ["a"] * 3 + ["c"] * 3
+    assert [item.target for item in ImageFiles(find_images([str(photos)]), labels).items()] == ["a"] * 3 + ["c"] * 3
     monkeypatch.chdir(photos / "a")
     assert [labels.of(Path(name)) for name in ("0.PNG", "../b/c/3.png", "/x.png")] == ["a", "c", None]
 
@@ -204,7 +204,7 @@ def test_labels_of_a_table(photos, tmp_path, monkeypatch):
         "one/4.PNG,ambiguous",
         "two/4.PNG,ambiguous",
     )
-    source = FileSource(find_images(["a", "b"]), Labels.parse(text))
+    source = ImageFiles(find_images(["a", "b"]), Labels.parse(text))
     assert [item.target for item in source.items()] == ["written", "placed", "named", None, None, None]
 
 
@@ -224,12 +224,12 @@ def test_labels_through_a_linked_folder(tmp_path):
 def test_labels_of_lists(photos, tmp_path):
     (tmp_path / "list.txt").write_text("photos/a/0.PNG\nphotos/a/1.png\n")
     labels = Labels.parse(write_labels(tmp_path, "photos/a/1.png,one"))
-    assert [item.target for item in ListSource(tmp_path / "list.txt", labels).items()] == [None, "one"]
-    assert [item.target for item in ListSource(tmp_path / "list.txt", Labels.parse("folder")).items()] == ["a", "a"]
+    assert [item.target for item in ImageList(tmp_path / "list.txt", labels).items()] == [None, "one"]
+    assert [item.target for item in ImageList(tmp_path / "list.txt", Labels.parse("folder")).items()] == ["a", "a"]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     labels = Labels.parse(write_labels(elsewhere, "photos/a/0.PNG,zero", "other/0.PNG,two"))
-    assert [item.target for item in ListSource(tmp_path / "list.txt", labels).items()] == ["zero", None]
+    assert [item.target for item in ImageList(tmp_path / "list.txt", labels).items()] == ["zero", None]
 
 
 @pytest.mark.parametrize(

@@ -147,16 +147,3 @@ def test_a_watched_folder_is_answered_once_over_two_runs(tmp_path):
     assert names[:4] == [f"{index:04}.png" for index in range(4)]
     assert sorted(names[4:]) == ["0001.png", "0004.png"]
     assert all(row.error is None for row in rows_of(output))
-
-
-def test_raw_frames_on_standard_input(tmp_path):
-    """What ``ffmpeg -f rawvideo`` sends; an incomplete last frame is a row too."""
-    frame = bytes(16 * 12 * 3)
-    done = subprocess.run(
-        command("-", "--stdin", "rgb24", "--frame-size", "16x12", "--task", "task0"),
-        input=frame * 5 + frame[:100], capture_output=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.decode().splitlines()]
-    assert [row["frame"] for row in rows] == list(range(6))
-    assert [row["error"] is None for row in rows] == [True] * 5 + [False]

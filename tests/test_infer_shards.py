@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prompttune.data.tars import is_shard
+from prompttune.data.tars import expand_braces, is_shard
 from prompttune.errors import UsageError
 from prompttune.serve.infer.items import BytesPayload
-from prompttune.serve.infer.sources.shards import MemberPayload, ShardSource, expand_braces
+from prompttune.serve.infer.sources.shards import MemberPayload, ShardSource
 
 MODES = {"s.tar": "w", "s.tar.gz": "w:gz", "s.tgz": "w:gz", "s.tar.bz2": "w:bz2", "s.tar.xz": "w:xz"}
 every_compression = pytest.mark.parametrize("name", MODES)
@@ -259,7 +259,7 @@ def test_a_closed_source_ends(tmp_path):
         ("{2..0}", ["2", "1", "0"]),
         ("{-1..1}", ["-1", "0", "1"]),
         ("{a,b}/{1..2}", ["a/1", "a/2", "b/1", "b/2"]),
-        ("{train-{0..1},val}.tar", ["train-0.tar", "train-1.tar", "val.tar"]),
+        ("{train-{0..1},val}.tar", ["train-0.tar", "val.tar", "train-1.tar"]),
         ("x{,y}", ["x", "xy"]),
         ("{a}", ["{a}"]),
         ("{a{1..2}}", ["{a1}", "{a2}"]),

@@ -20,7 +20,7 @@ from prompttune.serve.infer.latency import Latency
 from prompttune.serve.infer.plan import Plan, Shard
 from prompttune.serve.infer.rows import Answer
 from prompttune.serve.infer.smoothing import Smoother
-from prompttune.serve.infer.sources.common import Bounded
+from prompttune.serve.infer.sources.base import Bounded
 from prompttune.serve.infer.sources.waiting import Unbounded
 from prompttune.serve.infer.stages import Ahead
 

@@ -1,4 +1,4 @@
-"""Standard input: lists, JSON lines, raw frames."""
+"""Standard input: lists and JSON lines."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from prompttune.errors import DataError, UsageError
+from prompttune.errors import DataError
 from prompttune.serve.infer.items import Item
-from prompttune.serve.infer.sources.raw import CHANNELS, RawFrames
 from prompttune.serve.infer.sources.stdin import JsonReader, ListReader
-from tests.videos import PATIENCE_S, Pulled, until
+from tests.videos import PATIENCE_S, Pulled
 
 
 def png(colour: str = "red") -> bytes:
@@ -192,68 +190,3 @@ def test_what_a_bad_line_tells_is_kept() -> None:
 def test_texts_can_be_written_whatever_json_spells() -> None:
     (item,) = JsonReader(io.BytesIO(rb'{"path": "\ud800.png", "task": "\udfff"}')).items()
     assert (item.source, item.task) == ("\\ud800.png", "\\udfff")
-
-
-# --- raw frames
-
-WIDTH, HEIGHT = 5, 3
-
-
-def frame(number: int, channels: int) -> np.ndarray:
-    return np.random.default_rng(number).integers(0, 256, (HEIGHT, WIDTH, channels), np.uint8)
-
-
-@pytest.mark.parametrize("pixel_format", CHANNELS)
-def test_raw_frames_keep_their_pixels(pixel_format: str) -> None:
-    frames = [frame(number, CHANNELS[pixel_format]) for number in range(4)]
-    source = RawFrames(io.BytesIO(b"".join(one.tobytes() for one in frames)), WIDTH, HEIGHT, pixel_format)
-    items = list(source.items())
-    assert [item.frame for item in items] == [0, 1, 2, 3]
-    assert {item.source for item in items} == {"-"}
-    assert all(item.timestamp > 1e9 and item.arrived is not None for item in items)
-    for item, pixels in zip(items, frames, strict=True):
-        expected = pixels[..., ::-1] if pixel_format == "bgr24" else np.repeat(pixels, 3 // pixels.shape[-1], axis=-1)
-        image = item.payload.open()
-        assert image.mode == "RGB"
-        np.testing.assert_array_equal(np.asarray(image), expected)
-    assert source.counts() == {"frames": 4, "skipped": 0, "dropped": 0}
-
-
-def test_an_incomplete_last_frame_is_accounted_for() -> None:
-    source = RawFrames(io.BytesIO(bytes(3 * 45 + 10)), WIDTH, HEIGHT, stride=2)
-    items = list(source.items())
-    assert [(item.frame, item.error) for item in items] == [
-        (0, None),
-        (2, None),
-        (3, "the last frame is incomplete: 10 of 45 bytes"),
-    ]
-    assert source.counts() == {"frames": 4, "skipped": 1, "dropped": 0}
-
-
-def test_raw_frames_arrive_in_pieces() -> None:
-    class Trickle(io.BytesIO):
-        def read(self, size: int | None = -1) -> bytes:
-            return super().read(min(size, 7))
-
-    frames = [frame(number, 3) for number in range(3)]
-    items = RawFrames(Trickle(b"".join(one.tobytes() for one in frames)), WIDTH, HEIGHT).items()
-    for item, pixels in zip(items, frames, strict=True):
-        np.testing.assert_array_equal(np.asarray(item.payload.open()), pixels)
-
-
-def test_a_slow_consumer_loses_the_oldest_raw_frames_if_told_so() -> None:
-    source = RawFrames(io.BytesIO(bytes(45 * 50)), WIDTH, HEIGHT, drop="oldest", buffer=2)
-    items = source.items()
-    first = next(items)
-    until(lambda: source.counts()["frames"] == 50)
-    rest = [item.frame for item in items]
-    assert rest == [48, 49][-len(rest) :]
-    assert source.counts() == {"frames": 50, "skipped": 0, "dropped": 49 - len(rest)}
-    assert first.frame < 50
-
-
-def test_sizes_out_of_range_are_refused() -> None:
-    with pytest.raises(UsageError, match="width and height must be at least 1"):
-        RawFrames(io.BytesIO(), 0, 3)
-    with pytest.raises(UsageError, match="unknown pixel format 'rgb'; did you mean rgb24"):
-        RawFrames(io.BytesIO(), 4, 3, "rgb")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -13,8 +12,8 @@ import pytest
 from PIL import Image
 
 from prompttune.errors import DataError, MissingExtraError
-from prompttune.serve.infer.sources.watch import Arrivals, WatchedFolder, open_for_writing
-from tests.videos import Pulled, until
+from prompttune.serve.infer.sources.watch import Arrivals, WatchedFolder
+from tests.videos import Pulled
 
 SETTLE_S = 0.05
 
@@ -119,41 +118,12 @@ def test_what_was_answered_before_is_skipped_and_counted(folder: Path) -> None:
     assert watched.source.counts() == {"skipped": 2, "dropped": 0}
 
 
-def test_existing_images_can_be_left_alone(folder: Path) -> None:
-    (folder / "a.png").write_bytes(png())
-    watched = Watched(folder, existing=False, limit=1)
-    until(lambda: watched.source._arrivals._given)  # the first look is over
-    (folder / "b.png").write_bytes(png())
-    assert watched.next() == f"{folder}/b.png"
-    assert watched.pulled.rest() == []  # the limit
-
-
 def test_sources_are_named_as_the_folder_was_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
     (folder.parent / "link").symlink_to(folder)
     watched = Watched(Path("link"))
     (folder / "a.png").write_bytes(png())
     assert watched.next() == "link/a.png"
-    watched.source.close()
-
-
-def leases(folder: Path) -> bool:
-    with (folder / "probe").open("wb"):
-        return open_for_writing(folder / "probe")
-
-
-def test_a_file_that_is_being_written_waits_for_its_writer(folder: Path) -> None:
-    if not leases(folder):
-        pytest.skip("this file system does not tell who writes")
-    watched = Watched(folder)
-    data = png()
-    with (folder / "a.png").open("wb") as file:
-        file.write(data[: len(data) // 2])
-        file.flush()
-        (folder / "b.png").write_bytes(data)
-        assert watched.next() == f"{folder}/b.png"  # came later and settled later
-        file.write(data[len(data) // 2 :])
-    assert watched.next() == f"{folder}/a.png"
     watched.source.close()
 
 
@@ -166,29 +136,23 @@ class Clock:
 
 def test_files_settle_before_they_are_given(tmp_path: Path) -> None:
     clock = Clock()
-    writing: set[Path] = set()
-    arrivals = Arrivals(1.0, 60.0, clock, writing.__contains__)
-    growing, empty, held = (tmp_path / name for name in ("growing", "empty", "held"))
+    arrivals = Arrivals(1.0, clock)
+    growing, empty = (tmp_path / name for name in ("growing", "empty"))
 
     def given(at: float) -> list[Path]:
         clock.now = at
         return list(arrivals.complete())
 
-    for path in (growing, empty, held):
+    for path in (growing, empty):
         path.write_bytes(b"" if path == empty else b"1")
         arrivals.note(path)
-    writing.add(held)
     assert given(0.9) == []
     growing.write_bytes(b"12")  # no notice needed
     assert given(1.0) == []
     assert given(1.9) == []
     assert given(2.0) == [growing]
-    assert given(30.0) == []
     arrivals.note(growing)
-    writing.clear()
-    assert given(40.0) == [held]  # noticed without a further change
-    assert given(59.9) == []
-    assert given(60.0) == [empty]
+    assert given(40.0) == []
     growing.write_bytes(b"123")
     arrivals.note(growing)
     growing.unlink()
@@ -196,21 +160,11 @@ def test_files_settle_before_they_are_given(tmp_path: Path) -> None:
 
 
 def test_what_is_old_needs_not_settle(tmp_path: Path) -> None:
-    arrivals = Arrivals(1.0, 60.0, Clock(), lambda _: False)
+    arrivals = Arrivals(1.0, Clock())
     for name, age_s in (("old", 5.0), ("new", 0.5), ("older", 1e6)):
         (tmp_path / name).write_bytes(b"1")
         arrivals.note(tmp_path / name, age_s)
     assert list(arrivals.complete()) == [tmp_path / "old", tmp_path / "older"]
-
-
-def test_looking_whether_a_file_is_written_leaves_it_alone(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    path.write_bytes(b"1")
-    assert not open_for_writing(path)
-    assert not open_for_writing(tmp_path / "none")
-    os.mkfifo(tmp_path / "pipe")
-    assert not open_for_writing(tmp_path / "pipe")
-    path.write_bytes(b"2")  # a lease that is still held would make this wait
 
 
 def test_a_folder_that_goes_away_ends_with_one_line(folder: Path) -> None:

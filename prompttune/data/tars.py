@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import lzma
 import posixpath
+import re
 import tarfile
 import zlib
 from collections.abc import Collection, Iterator
@@ -16,13 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from prompttune.errors import PrompttuneError, first_line
+from prompttune.errors import PrompttuneError, UsageError, first_line
 from prompttune.images import is_image
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 """Suffixes of shards, in upper or lower case."""
 TEXT_BYTES = 2**24
 """Largest size in bytes of a text member that is read."""
+MOST_NAMES = 10**6
+"""Largest number of names from braces."""
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 
 _DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
 """Errors of ``tarfile`` and the decompressors for a damaged file."""
@@ -35,6 +40,43 @@ class DamagedShardError(PrompttuneError):
 def is_shard(name: str) -> bool:
     """Whether a file name is a shard's."""
     return name.lower().endswith(SHARD_SUFFIXES)
+
+
+def expand_braces(text: str) -> list[str]:
+    """Expand a pattern with braces into names: ``shard-{000..009}.tar``, ``{train,val}.tar``.
+
+    A range counts up or down and keeps the width of numbers with leading zeros. Braces without a comma or a range, and
+    unclosed ones, are ordinary characters.
+
+    Raises:
+        UsageError: the pattern stands for more than a million names.
+    """
+    names, before = [text], [""]
+    while names != before:
+        before, names = names, []
+        for name in before:
+            names += _expanded_once(name)
+            if len(names) > MOST_NAMES:
+                raise UsageError(f"{text} stands for more than {MOST_NAMES} names")
+    return list(dict.fromkeys(names))
+
+
+def _expanded_once(text: str) -> list[str]:
+    """The names after the first pair of braces is expanded."""
+    for found in _BRACES.finditer(text):
+        if counted := _RANGE.fullmatch(found[1]):
+            first, last = (int(number) for number in counted.groups())
+            if abs(last - first) >= MOST_NAMES:
+                raise UsageError(f"{found[0]} stands for more than {MOST_NAMES} names")
+            width = max(map(len, counted.groups())) if re.search(r"\b0\d", found[1]) else 0
+            step = 1 if first <= last else -1
+            parts = [f"{number:0{width}d}" for number in range(first, last + step, step)]
+        elif "," in found[1]:
+            parts = found[1].split(",")
+        else:
+            continue
+        return [f"{text[: found.start()]}{part}{text[found.end() :]}" for part in parts]
+    return [text]
 
 
 @dataclass(frozen=True, slots=True)

@@ -224,7 +224,7 @@ def _check_source(settings: InferSettings, opened: Opened) -> None:
     bounded = opened.source.bounded
     name = settings.inputs[0]
     if settings.smooth is not None and not opened.frames:
-        raise UsageError("--smooth needs frames: a video, a stream or raw frames")
+        raise UsageError("--smooth needs frames: a video or a stream")
     if not bounded and settings.shard.count > 1:
         raise UsageError(f"--shards cannot divide {name}: it can only be read once")
     if not bounded and settings.ray is not None:

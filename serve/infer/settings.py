@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from prompttune.serve.infer.sources.labels import Labels
 
 BATCH_SIZE = 32
-INPUT_FORMATS = ("auto", "images", "list", "table", "shards", "video", "stream")
-STDIN_FORMS = ("list", "jsonl", "rgb24", "bgr24", "gray8")
+STDIN_FORMS = ("list", "jsonl")
 DECODERS = ("threads", "processes")
 Drop = Literal["oldest", "none"]
 STANDARD_OUTPUTS: Mapping[str, Literal["jsonl", "csv"]] = {"-": "jsonl", "jsonl:-": "jsonl", "csv:-": "csv"}
@@ -36,16 +35,6 @@ def journal_path(outputs: Sequence[str]) -> Path | None:
             path = Path(output)
             return path.with_name(f"{path.name}.journal.json")
     return None
-
-
-def _read_size(value: str | tuple[int, int] | None) -> tuple[int, int] | None:
-    """Read ``WIDTHxHEIGHT``."""
-    if not isinstance(value, str):
-        return value
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", value)
-    if found is None:
-        raise UsageError(f"{value!r} is not a size such as 640x480")
-    return int(found[1]), int(found[2])
 
 
 @dataclass(frozen=True)
@@ -80,17 +69,15 @@ class Shard:
 class SourceSettings:
     """Settings for reading inputs."""
 
-    input_format: str = setting("auto", "Format of inputs whose names do not tell it.", INPUT_FORMATS,
-                                section=INPUTS)  # fmt: skip
+    input_format: str | None = setting(
+        None, "Format of the inputs: images, list, table, shards, video, stream or that of another package.",
+        shown="the one that the name tells", section=INPUTS,
+    )  # fmt: skip
     image_column: str | None = setting(
         None, "Column of paths, bytes or structs of them.", shown="the one that looks like it", section=INPUTS
     )
-    stdin: str = setting("list", "Content of standard input: a path per line, JSON lines, or raw frames.", STDIN_FORMS,
+    stdin: str = setting("list", "Content of standard input: a path per line, or JSON lines.", STDIN_FORMS,
                          must_match_on_resume=False, section=INPUTS)  # fmt: skip
-    frame_size: tuple[int, int] | None = setting(
-        None, "Size of raw frames.", kind=str, read=_read_size, metavar="WIDTHxHEIGHT", must_match_on_resume=False,
-        section=INPUTS,
-    )  # fmt: skip
     watch: bool = setting(False, "Follow a folder and answer new images.", must_match_on_resume=False,
                           section=INPUTS)  # fmt: skip
     limit: int | None = setting(None, "Largest number of inputs.", low=1, section=INPUTS)

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from prompttune.errors import DataError, PrompttuneError
 from prompttune.serve.infer.items import Encoded
 from prompttune.serve.infer.sources.arrow import IMAGE_FIELDS, open_table, reading
-from prompttune.serve.infer.sources.common import EMPTY_CELL, file_of
+from prompttune.serve.infer.sources.base import EMPTY_CELL, file_of
 
 KEPT_ROWS = 32
 """Number of rows behind the newest piece that are kept, for threads that come a little later."""

@@ -6,17 +6,18 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from prompttune.data.files import exists, find_file, is_url
+from prompttune.data.files import exists, find_file, find_images, is_url
 from prompttune.data.text import text_lines
 from prompttune.errors import DataError, UsageError
 from prompttune.serve.infer.items import FilePayload, Item
-from prompttune.serve.infer.sources.common import Bounded, file_of, printable
+from prompttune.serve.infer.settings import SourceSettings
+from prompttune.serve.infer.sources.base import Bounded, SourceContext, file_of, printable
 from prompttune.serve.infer.sources.labels import Labels
 
 COMMENT = "#"
 
 
-class FileSource(Bounded):
+class ImageFiles(Bounded):
     """Image files, in the given order. Items do not have a row.
 
     Args:
@@ -28,11 +29,17 @@ class FileSource(Bounded):
         super().__init__()
         self._paths = paths
         self._labels = labels
+        self.total = len(paths)
 
-    @property
-    def total(self) -> int | None:
-        """Number of files."""
-        return len(self._paths)
+    @classmethod
+    def takes(cls, name: str, settings: SourceSettings) -> bool:  # noqa: ARG003
+        """Every name that no other source takes."""
+        return True
+
+    @classmethod
+    def open(cls, name: str, context: SourceContext) -> ImageFiles:
+        """See :class:`Source`."""
+        return cls(find_images([name]), context.settings.truth)
 
     def _items(self) -> Iterator[Item]:
         for path in self._paths:
@@ -40,7 +47,7 @@ class FileSource(Bounded):
             yield Item(printable(str(path)), FilePayload(path), target=target)
 
 
-class ListSource(Bounded):
+class ImageList(Bounded):
     """A text file with the path of an image on each line, in UTF-8 or in the bytes of the file names.
 
     Blank lines are skipped, and lines that start with ``#`` (write ``./#…`` for a file of such a name); spaces at the
@@ -59,20 +66,22 @@ class ListSource(Bounded):
         DataError: the file cannot be read or is empty.
     """
 
+    suffixes = (".txt", ".lst", ".list")
+
     def __init__(self, path: Path, labels: Labels | None = None) -> None:
         super().__init__()
         if not path.is_file():
             raise UsageError(f"no file {path}; a list is a text file with a path on each line")
         self._path = path
         self._labels = labels
-        self._total, self._folder = self._survey()
-        if not self._total:
+        self.total, self._folder = self._survey()
+        if not self.total:
             raise DataError(f"the list {path} names no image: write a path on each line")
 
-    @property
-    def total(self) -> int | None:
-        """Number of lines that name an image."""
-        return self._total
+    @classmethod
+    def open(cls, name: str, context: SourceContext) -> ImageList:
+        """See :class:`Source`."""
+        return cls(Path(name), context.settings.truth)
 
     def _survey(self) -> tuple[int, Path]:
         """The number of paths, and the folder that relative paths start from."""

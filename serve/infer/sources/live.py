@@ -11,6 +11,8 @@ from typing import Any
 
 from prompttune.errors import DataError, UsageError
 from prompttune.serve.infer.items import Item
+from prompttune.serve.infer.settings import SourceSettings
+from prompttune.serve.infer.sources.base import SourceContext
 from prompttune.serve.infer.sources.frames import FramePayload, Selection, pyav, reason, seconds_of, video_stream
 from prompttune.serve.infer.sources.waiting import Drop, Unbounded
 
@@ -73,6 +75,8 @@ class LiveSource(Unbounded):
         MissingExtraError: PyAV is not installed.
     """
 
+    frames = True
+
     def __init__(
         self,
         address: str,
@@ -103,6 +107,25 @@ class LiveSource(Unbounded):
         self._delay = delay
         self._finite = False
         self._frames = self._skipped = self._attempts = self._damaged = 0
+
+    @classmethod
+    def takes(cls, name: str, settings: SourceSettings) -> bool:  # noqa: ARG003
+        """See :class:`Source`."""
+        return is_stream(name)
+
+    @classmethod
+    def open(cls, name: str, context: SourceContext) -> LiveSource:
+        """See :class:`Source`."""
+        settings = context.settings
+        return cls(
+            name,
+            stride=settings.stride,
+            fps=settings.fps,
+            drop=settings.drop or "oldest",
+            buffer=settings.buffer,
+            reconnects=settings.reconnects,
+            limit=settings.limit,
+        )
 
     def counts(self) -> Mapping[str, int]:
         """``frames`` so far, including ``skipped`` and ``dropped`` ones; ``reconnects``; ``damaged`` packets."""

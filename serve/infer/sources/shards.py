@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from prompttune.data.tars import DamagedShardError, Member, image_of, read_member, samples
+from prompttune.data.tars import DamagedShardError, Member, image_of, is_shard, read_member, samples
 from prompttune.errors import UsageError
 from prompttune.serve.infer.items import BytesPayload, Encoded, Item, Payload
-from prompttune.serve.infer.sources.common import NO_TASK, Bounded, printable, text_of
+from prompttune.serve.infer.settings import SourceSettings
+from prompttune.serve.infer.sources.base import NO_TASK, Bounded, SourceContext, printable, text_of
 
 JSON_PREFIX = "json:"
 NAMED_MEMBERS = 5
 """Largest number of a sample's members in an error message."""
-MOST_NAMES = 10**6
-"""Largest number of names from braces."""
-
-_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +55,8 @@ class ShardSource(Bounded):
         UsageError: the file does not exist, or a key is empty.
     """
 
+    has_columns = True
+
     def __init__(self, path: Path, label_key: str | None = None, task_key: str | None = None) -> None:
         super().__init__()
         if not path.is_file():
@@ -67,6 +65,16 @@ class ShardSource(Bounded):
         self._label = None if label_key is None else _Key.parse(label_key)
         self._task = None if task_key is None else _Key.parse(task_key)
         self._further = 0
+
+    @classmethod
+    def takes(cls, name: str, settings: SourceSettings) -> bool:  # noqa: ARG003
+        """See :class:`Source`."""
+        return is_shard(name) and not Path(name).is_dir()
+
+    @classmethod
+    def open(cls, name: str, context: SourceContext) -> ShardSource:
+        """See :class:`Source`."""
+        return cls(Path(name), context.settings.label_column, context.settings.task_column)
 
     def counts(self) -> Mapping[str, int]:
         """``further_images``: number of images in samples beyond their first."""
@@ -136,59 +144,3 @@ class _Key:
 def _scalar(value: object) -> object:
     """The value, unless it is a list or an object, which cannot be a label."""
     return None if isinstance(value, list | dict) else value
-
-
-def expand_braces(text: str) -> list[str]:
-    """Expand a pattern with braces into names, in order: ``shard-{000..009}.tar``, ``{train,val}.tar``.
-
-    A range counts up or down and keeps the width of numbers with leading zeros. Braces may be nested; braces without a
-    comma or a range, and unclosed ones, are ordinary characters.
-
-    Raises:
-        UsageError: the pattern stands for more than a million names.
-    """
-    parts = _first_braces(text)
-    if parts is None:
-        return [text]
-    before, inside, after = parts
-    rest = expand_braces(after)
-    middles = _alternatives(inside)
-    if len(middles) * len(rest) > MOST_NAMES:
-        raise UsageError(f"{text} stands for more than {MOST_NAMES} names")
-    return [f"{before}{middle}{end}" for middle in middles for end in rest]
-
-
-def _first_braces(text: str) -> tuple[str, str, str] | None:
-    """The text before, in and after the first pair of braces; None without braces."""
-    for start in (place for place, character in enumerate(text) if character == "{"):
-        depth = 0
-        for place in range(start, len(text)):
-            depth += (text[place] == "{") - (text[place] == "}")
-            if depth == 0:
-                return text[:start], text[start + 1 : place], text[place + 1 :]
-    return None
-
-
-def _alternatives(inside: str) -> list[str]:
-    if found := _RANGE.fullmatch(inside):
-        return _numbers(*found.groups())
-    parts, depth = [""], 0
-    for character in inside:
-        depth += (character == "{") - (character == "}")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    if len(parts) == 1:
-        return [f"{{{one}}}" for one in expand_braces(inside)]
-    return [one for part in parts for one in expand_braces(part)]
-
-
-def _numbers(first: str, last: str) -> list[str]:
-    begin, end = int(first), int(last)
-    if abs(end - begin) >= MOST_NAMES:
-        raise UsageError(f"{{{first}..{last}}} stands for more than {MOST_NAMES} names")
-    padded = any(number.lstrip("-").startswith("0") and len(number.lstrip("-")) > 1 for number in (first, last))
-    width = max(len(first), len(last)) if padded else 0
-    step = 1 if begin <= end else -1
-    return [f"{number:0{width}d}" for number in range(begin, end + step, step)]

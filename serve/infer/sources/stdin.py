@@ -10,11 +10,12 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 from prompttune.errors import DataError, first_line
 from prompttune.serve.infer.items import BytesPayload, Item, Payload
-from prompttune.serve.infer.sources.common import file_of, printable
+from prompttune.serve.infer.settings import SourceSettings
+from prompttune.serve.infer.sources.base import SourceContext, file_of, printable
 from prompttune.serve.infer.sources.files import COMMENT
 from prompttune.serve.infer.sources.labels import Labels
 from prompttune.serve.infer.sources.waiting import Unbounded
@@ -45,10 +46,18 @@ def standard_input() -> BinaryIO:
 class _Lines(Unbounded):
     """One item for each line that is not blank; ``row`` is the line's number, counted from 0."""
 
+    form: ClassVar[str]
+    """Value of ``--stdin``."""
+
     def __init__(self, stream: BinaryIO, limit: int | None, buffer: int, longest: int) -> None:
         super().__init__(buffer, "none", limit)
         self._stream = stream
         self._longest = longest
+
+    @classmethod
+    def takes(cls, name: str, settings: SourceSettings) -> bool:
+        """See :class:`Source`."""
+        return name == NAME and settings.stdin == cls.form
 
     @abstractmethod
     def _item(self, line: bytes, row: int) -> Item | None:
@@ -94,7 +103,7 @@ def reading() -> Iterator[None]:
 class ListReader(_Lines):
     """A list of image files, one path per line; ``source`` is the path.
 
-    Lines have the form of a :class:`~prompttune.serve.infer.sources.files.ListSource`, but relative paths always start
+    Lines have the form of a :class:`~prompttune.serve.infer.sources.files.ImageList`, but relative paths always start
     from the current folder.
 
     Args:
@@ -104,11 +113,18 @@ class ListReader(_Lines):
         buffer: largest number of waiting items.
     """
 
+    form = "list"
+
     def __init__(
         self, stream: BinaryIO, *, labels: Labels | None = None, limit: int | None = None, buffer: int = BUFFER
     ) -> None:
         super().__init__(stream, limit, buffer, longest=LONGEST_PATH)
         self._labels = labels
+
+    @classmethod
+    def open(cls, name: str, context: SourceContext) -> ListReader:  # noqa: ARG003
+        """See :class:`Source`."""
+        return cls(context.stdin(), labels=context.settings.truth, limit=context.settings.limit)
 
     def _item(self, line: bytes, row: int) -> Item | None:
         written = os.fsdecode(line)
@@ -140,6 +156,9 @@ class JsonReader(_Lines):
         longest: longest line, in bytes.
     """
 
+    form = "jsonl"
+    has_columns = True
+
     def __init__(
         self,
         stream: BinaryIO,
@@ -153,6 +172,17 @@ class JsonReader(_Lines):
         super().__init__(stream, limit, buffer, longest)
         self._label_key = label_key
         self._task_key = task_key
+
+    @classmethod
+    def open(cls, name: str, context: SourceContext) -> JsonReader:  # noqa: ARG003
+        """See :class:`Source`."""
+        settings = context.settings
+        return cls(
+            context.stdin(),
+            label_key=settings.label_column,
+            task_key=settings.task_column or "task",
+            limit=settings.limit,
+        )
 
     def _item(self, line: bytes, row: int) -> Item:
         source, task, target = NAME, None, None

@@ -13,8 +13,8 @@ from prompttune.data.text import csv_rows, misfit, separated
 from prompttune.errors import DataError, UsageError, choose
 from prompttune.serve.infer.items import Item
 from prompttune.serve.infer.sources.arrow import ARROW_SUFFIXES, IMAGE_FIELDS, class_names, open_table, reading
+from prompttune.serve.infer.sources.base import NO_TASK, Bounded, SourceContext, path_item, printable, text_of
 from prompttune.serve.infer.sources.cells import CellPayload
-from prompttune.serve.infer.sources.common import NO_TASK, Bounded, path_item, printable, text_of
 
 CSV_DIALECTS = {".csv": "excel", ".tsv": "excel-tab"}
 TABLE_SUFFIXES = frozenset(CSV_DIALECTS) | ARROW_SUFFIXES
@@ -72,6 +72,10 @@ class TableSource(Bounded):
         MissingExtraError: the table is not CSV and pyarrow is not installed.
     """
 
+    suffixes = tuple(TABLE_SUFFIXES)
+    has_columns = True
+    has_image_column = True
+
     def __init__(
         self,
         path: Path,
@@ -88,11 +92,13 @@ class TableSource(Bounded):
             self._format = _Csv(path, image_column, task_column, label_column)
         else:
             self._format = _Arrow(path, image_column, task_column, label_column)
+        self.total = self._format.total
 
-    @property
-    def total(self) -> int | None:
-        """Number of rows; None for the streaming format of Arrow IPC, which does not state it."""
-        return self._format.total
+    @classmethod
+    def open(cls, name: str, context: SourceContext) -> TableSource:
+        """See :class:`Source`."""
+        settings = context.settings
+        return cls(Path(name), settings.image_column, settings.task_column, settings.label_column)
 
     def _items(self) -> Iterator[Item]:
         return self._format.items()

@@ -1,119 +1,125 @@
-"""A video file: each frame has a number, a time and a row, even if it cannot be decoded."""
+"""A video file: each frame has a number, a time and a row; a frame that cannot be decoded is a row with an error."""
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator, Mapping
-from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from prompttune.errors import DataError, UsageError
 from prompttune.serve.infer.items import Item
-from prompttune.serve.infer.sources.decoding import Found, Reader, frames_in
-from prompttune.serve.infer.sources.frames import FramePayload, Selection, pyav
+from prompttune.serve.infer.sources.base import Bounded, SourceContext
+from prompttune.serve.infer.sources.frames import FramePayload, Selection, pyav, reason, seconds_of, video_stream
 
-EXTENSIONS = frozenset(
-    f".{name}"
-    for name in (
-        *("3g2", "3gp", "asf", "avi", "divx", "flv", "h264", "h265", "hevc", "ivf", "m2ts", "m4v", "mjpeg", "mjpg"),
-        *("mkv", "mov", "mp4", "mpeg", "mpg", "mts", "mxf", "ogv", "ts", "vob", "webm", "wmv", "y4m"),
-    )
-)
-"""Suffixes of videos, in upper or lower case."""
+UNDECODABLE = "this frame cannot be decoded"
+DAMAGED = "this frame is damaged"
 
 
-def is_video(name: str) -> bool:
-    """Whether a file name is a video's: a known extension, not hidden."""
-    return not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS
-
-
-class VideoSource:
+class VideoSource(Bounded):
     """A video file, decoded while it is read.
 
-    ``frame`` counts in the order of presentation. A frame that cannot be decoded completely is an item with an error at
-    its position; so is a frame that a file's index announces and that a cut file lacks. A file that cannot be read, or
-    is not a video, is one item with an error, like a damaged image. Always ``frames`` = items + ``skipped``.
-    ``timestamp`` counts from the stream's start; in a file without times it is the frame number divided by the average
-    rate. Pictures are upright and 8-bit RGB; non-square pixels are not corrected.
+    ``frame`` counts in the order of presentation. A frame that the decoder refuses or marks as damaged is an item with
+    an error; so is the rest of a file that cannot be read any further. A file that cannot be read, or is not a video,
+    is one item with an error. Always ``frames`` = items + ``skipped``. ``timestamp`` counts from the stream's start; in
+    a file without times it is the frame number divided by the average rate. Pictures are upright and 8-bit RGB;
+    non-square pixels are not corrected.
 
     Args:
         path: the file; the path as given is the items' ``source``.
         stride: see :class:`~prompttune.serve.infer.sources.frames.Selection`.
         fps: see :class:`~prompttune.serve.infer.sources.frames.Selection`; it uses the presentation time.
-        limit: largest number of items; None for no limit.
 
     Attributes:
-        width, height: size of the upright pictures, in pixels; 0 if the file cannot be read.
         rate: average frames per second; None if the file does not state it.
-        total: number of items; None unless the file's index states it exactly (MP4 and MOV with H.264 or HEVC) and
-            ``fps`` is not given.
+        total: number of items by the file's index; None without one or with ``fps``.
 
     Raises:
         UsageError: the file does not exist, or stride or fps is not positive.
         MissingExtraError: PyAV is not installed.
     """
 
-    bounded = True
+    suffixes = tuple(
+        f".{name}"
+        for name in (
+            *("3g2", "3gp", "asf", "avi", "divx", "flv", "h264", "h265", "hevc", "ivf", "m2ts", "m4v", "mjpeg", "mjpg"),
+            *("mkv", "mov", "mp4", "mpeg", "mpg", "mts", "mxf", "ogv", "ts", "vob", "webm", "wmv", "y4m"),
+        )
+    )
+    frames = True
 
-    def __init__(
-        self, path: str | Path, *, stride: int = 1, fps: float | None = None, limit: int | None = None
-    ) -> None:
+    def __init__(self, path: str | Path, *, stride: int = 1, fps: float | None = None) -> None:
+        super().__init__()
         self._path = str(path)
         self._selection = Selection(stride, fps)
-        if limit is not None and limit < 1:
-            raise UsageError("the limit must be at least 1")
-        self._limit = limit
         pyav()
         if not Path(self._path).is_file():
             raise UsageError(f"no video file {self._path}")
-        self._closed = threading.Event()
         self._frames = self._skipped = self._damaged = 0
-        self._threaded = False
-        self.rate: Fraction | None = None
-        self.width = self.height = 0
-        announced: int | None = None
+        announced = 0
         try:
-            with Reader(self._path) as reader:
-                self.rate = reader.stream.average_rate
-                self._threaded = reader.threaded
-                announced = reader.announced
-                self.width, self.height = reader.size()
+            with self._opened() as container:
+                stream = _stream(container, self._path)
+                self.rate, announced = stream.average_rate, stream.frames
         except DataError:  # its row reports the error
             announced = 1
-        self.total: int | None = None
-        if fps is None and announced is not None and (self._threaded or not self.width):
-            chosen = math.ceil(announced / stride)
-            self.total = chosen if limit is None else min(chosen, limit)
+        self.total = math.ceil(announced / stride) if announced and fps is None else None
 
-    def items(self) -> Iterator[Item]:
-        """The selected frames, in the order of presentation."""
-        given = 0
-        for number, found in enumerate(self._found()):
-            if self._closed.is_set() or given == self._limit:
-                return
+    @classmethod
+    def open(cls, name: str, context: SourceContext) -> VideoSource:
+        """See :class:`Source`."""
+        return cls(name, stride=context.settings.stride, fps=context.settings.fps)
+
+    def _opened(self) -> Any:
+        try:
+            # The prefix keeps FFmpeg from reading a name such as "a:b.mp4" as a protocol.
+            return pyav().open(f"file:{self._path}")
+        except pyav().FFmpegError as problem:
+            raise DataError(f"cannot read the video {self._path}: {reason(problem)}") from None
+
+    def _items(self) -> Iterator[Item]:
+        for number, (frame, seconds, error) in enumerate(self._found()):
             self._frames += 1
-            self._damaged += found.error is not None
-            seconds = found.seconds
+            self._damaged += error is not None
             if seconds is None and self.rate:
                 seconds = float(number / self.rate)
-            if not (self._selection.takes(number, seconds) or found.rest):
+            if not self._selection.takes(number, seconds):
                 self._skipped += 1
                 continue
-            given += 1
-            payload = None if found.frame is None else FramePayload(found.frame)
-            yield Item(self._path, payload, None, number, seconds, error=found.error, container=Path(self._path))
+            payload = None if error else FramePayload(frame)
+            yield Item(self._path, payload, None, number, seconds, error=error, container=Path(self._path))
 
-    def _found(self) -> Iterator[Found]:
+    def _found(self) -> Iterator[tuple[Any, float | None, str | None]]:
+        """Every frame with its time, or the reason why it cannot be read."""
         try:
-            yield from frames_in(self._path, self._threaded)
+            with self._opened() as container:
+                stream = _stream(container, self._path)
+                decoder = stream.codec_context
+                # Otherwise a frame whose references are lost would disappear silently.
+                decoder.flags |= pyav().codec.context.Flags.output_corrupt
+                stream.thread_type = "AUTO"
+                start = stream.start_time  # FFmpeg may change it while it reads
+                for packet in container.demux(stream):
+                    start = packet.pts if start is None else start
+                    try:
+                        frames = decoder.decode(packet if packet.size else None)
+                    except pyav().FFmpegError:
+                        yield None, seconds_of(packet.pts, stream, start), UNDECODABLE
+                        continue
+                    for frame in frames:
+                        yield frame, seconds_of(frame.pts, stream, start), DAMAGED if frame.is_corrupt else None
         except DataError as problem:
-            yield Found(None, None, str(problem), rest=True)
+            yield None, None, str(problem)
+        except pyav().FFmpegError as problem:
+            yield None, None, f"the rest of the video cannot be read: {reason(problem)}"
 
     def counts(self) -> Mapping[str, int]:
-        """``frames`` so far, including ``skipped`` ones and ``damaged`` ones (refused, incomplete or missing)."""
+        """``frames`` so far, including ``skipped`` ones and ``damaged`` ones, which have a row with an error."""
         return {"frames": self._frames, "skipped": self._skipped, "damaged": self._damaged}
 
-    def close(self) -> None:
-        """Stop: ``items`` ends at the next frame."""
-        self._closed.set()
+
+def _stream(container: Any, path: str) -> Any:
+    stream = video_stream(container)
+    if stream is None or stream.codec_context is None:
+        raise DataError(f"{path} has no video stream that can be decoded")
+    return stream

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Generic, TypeVar
@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 from prompttune.errors import UsageError
 from prompttune.serve.infer.items import Item
 from prompttune.serve.infer.settings import Drop as Drop
+from prompttune.serve.infer.sources.base import Source
 
 """What happens to a full queue: its oldest item leaves, or the reader waits."""
 
@@ -118,8 +119,8 @@ class Waiting(Generic[T]):
             self.close()
 
 
-class Unbounded(ABC):
-    """A :class:`~prompttune.serve.infer.items.Source` that a thread reads while earlier inputs are answered.
+class Unbounded(Source):
+    """A source that a thread reads while earlier inputs are answered.
 
     It cannot be read again. ``close`` from any thread ends it at once; the thread is a daemon and releases what it
     reads after the next data or timeout.
@@ -131,7 +132,6 @@ class Unbounded(ABC):
     """
 
     bounded = False
-    total: int | None = None
 
     def __init__(self, buffer: int, drop: Drop, limit: int | None = None) -> None:
         if limit is not None and limit < 1:

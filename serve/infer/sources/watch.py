@@ -16,11 +16,11 @@ from prompttune.errors import DataError, first_line
 from prompttune.images import is_image
 from prompttune.serve.infer import libraries
 from prompttune.serve.infer.items import FilePayload, Item
-from prompttune.serve.infer.sources.common import printable
+from prompttune.serve.infer.settings import SourceSettings
+from prompttune.serve.infer.sources.base import SourceContext, printable
 from prompttune.serve.infer.sources.waiting import Unbounded
 
 SETTLE_S = 0.5
-PATIENCE_S = 60.0
 STEP_MS = 250
 """Milliseconds between two checks of files that are still being written."""
 
@@ -41,29 +41,17 @@ class _Held:
 class Arrivals:
     """Files that are complete and whose current content has not been given before.
 
-    A file is complete once its size and modification time have not changed for ``settle_s`` seconds, it is not empty,
-    and the kernel does not know of a process that has it open for writing. The kernel knows this on Linux for the
-    user's own files on most local file systems; elsewhere the other conditions decide. After ``patience_s`` seconds
-    without a change a file counts as complete in any case; if it changes later, it is given again.
+    A file is complete once it is not empty, and its size and modification time have not changed for ``settle_s``
+    seconds. If it changes later, it is given again.
 
     Args:
         settle_s: seconds without a change before a file is complete.
-        patience_s: seconds without a change after which a file is complete in any case.
         clock: monotonic clock in seconds.
-        written: tells whether a file is open for writing.
     """
 
-    def __init__(
-        self,
-        settle_s: float = SETTLE_S,
-        patience_s: float = PATIENCE_S,
-        clock: Callable[[], float] = time.monotonic,
-        written: Callable[[Path], bool] | None = None,
-    ) -> None:
+    def __init__(self, settle_s: float = SETTLE_S, clock: Callable[[], float] = time.monotonic) -> None:
         self._settle_s = settle_s
-        self._patience_s = patience_s
         self._clock = clock
-        self._written = written or open_for_writing
         self._given: dict[Path, Signature] = {}
         self._held: dict[Path, _Held] = {}
 
@@ -89,9 +77,7 @@ class Arrivals:
             held = self._held.get(path)
             if held is None:
                 continue
-            quiet = self._clock() - held.since
-            settled = quiet >= self._settle_s and held.signature.size > 0 and not self._written(path)
-            if settled or quiet >= self._patience_s:
+            if held.signature.size and self._clock() - held.since >= self._settle_s:
                 del self._held[path]
                 self._given[path] = held.signature
                 yield path
@@ -108,12 +94,10 @@ class WatchedFolder(Unbounded):
 
     Args:
         folder: folder to watch.
-        existing: whether to give images that already exist.
         done: tells whether an earlier run has answered an existing image in its current state.
         limit: largest number of items.
         buffer: largest number of waiting items.
         settle_s: see :class:`Arrivals`.
-        patience_s: see :class:`Arrivals`.
 
     Raises:
         DataError: the folder does not exist.
@@ -124,12 +108,10 @@ class WatchedFolder(Unbounded):
         self,
         folder: str | Path,
         *,
-        existing: bool = True,
         done: Callable[[Item], bool] = lambda _: False,
         limit: int | None = None,
         buffer: int = 64,
         settle_s: float = SETTLE_S,
-        patience_s: float = PATIENCE_S,
     ) -> None:
         super().__init__(buffer, "none", limit)
         self._watch = libraries.watchfiles("or give the folder without watching it").watch
@@ -137,10 +119,19 @@ class WatchedFolder(Unbounded):
         self._root = Path(os.path.realpath(folder))
         if not self._root.is_dir():
             raise DataError(f"no folder {folder} to watch")
-        self._existing = existing
         self._done = done
-        self._arrivals = Arrivals(settle_s, patience_s)
+        self._arrivals = Arrivals(settle_s)
         self._skipped = 0
+
+    @classmethod
+    def takes(cls, name: str, settings: SourceSettings) -> bool:  # noqa: ARG003
+        """See :class:`Source`."""
+        return settings.watch
+
+    @classmethod
+    def open(cls, name: str, context: SourceContext) -> WatchedFolder:
+        """See :class:`Source`."""
+        return cls(name, done=context.done, limit=context.settings.limit)
 
     def counts(self) -> Mapping[str, int]:
         """``skipped``: existing images that were answered before; ``dropped``: images that were read and dropped."""
@@ -161,9 +152,9 @@ class WatchedFolder(Unbounded):
         for path in found.paths:
             if self._stopping.is_set():
                 return
-            done = self._existing and self._done(self._item(path))
+            done = self._done(self._item(path))
             self._skipped += done
-            if done or not self._existing:
+            if done:
                 self._arrivals.pass_over(path)
             elif (signature := _signature(path)) is not None:
                 self._arrivals.note(path, max(0.0, now - signature.modified_ns / 1e9))
@@ -205,34 +196,6 @@ class WatchedFolder(Unbounded):
 
 def _leave_out(problem: OSError) -> None:
     """Ignore the error: the folder may be gone, or closed to this user until its owner opens it."""
-
-
-def open_for_writing(path: Path) -> bool:
-    """Whether a process has a file open for writing; False if the kernel does not tell.
-
-    Linux grants a read lease on a file that nobody writes to. The lease is returned at once. If a process opens the
-    file within that moment, the kernel sends a signal to the lease's holder: one that does nothing by default instead
-    of SIGIO, which would end the process.
-    """
-    try:
-        import fcntl
-        import signal
-
-        lease, signal_of_lease, urgent = fcntl.F_SETLEASE, fcntl.F_SETSIG, signal.SIGURG
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except (ImportError, AttributeError, OSError):
-        return False
-    try:
-        fcntl.fcntl(descriptor, signal_of_lease, urgent)
-        fcntl.fcntl(descriptor, lease, fcntl.F_RDLCK)
-        fcntl.fcntl(descriptor, lease, fcntl.F_UNLCK)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def _signature(path: Path) -> Signature | None:

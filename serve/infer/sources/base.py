@@ -1,57 +1,104 @@
-"""Shared parts of bounded sources: their state, and items from paths in a list or a table."""
+"""What a source is, the base of those that end, and items from paths in a list or a table."""
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO, ClassVar
 
 from prompttune.data.files import NO_URLS, exists, find_file, is_url, windows_path
 from prompttune.data.text import NO_BASE64, is_base64, is_text
 from prompttune.serve.infer.items import FilePayload, Item
+from prompttune.serve.infer.settings import SourceSettings
 
 NO_TASK = "no task"
 EMPTY_CELL = "the image cell is empty"
 
 
-class Bounded:
-    """Base of sources that end by themselves and give the same items each time they are opened."""
+@dataclass(frozen=True)
+class SourceContext:
+    """What a source is opened with."""
 
-    def __init__(self) -> None:
-        self._closed = threading.Event()
+    settings: SourceSettings
+    stdin: Callable[[], BinaryIO]
+    """Opens standard input."""
+    done: Callable[[Item], bool] = lambda _: False
+    """Tells, for a watched folder, whether an earlier run has answered an image in its current state."""
 
-    @property
-    def bounded(self) -> bool:
-        """True."""
-        return True
 
-    @property
-    def total(self) -> int | None:
-        """Number of items; None if it is known only at the end."""
-        return None
+class Source(ABC):
+    """A sequence of inputs, see :class:`prompttune.serve.infer.items.Source`; registered in ``SOURCES``.
 
+    ``close`` can be called from another thread; ``items`` ends soon afterwards.
+    """
+
+    suffixes: ClassVar[tuple[str, ...]] = ()
+    """Suffixes of its files, in lower case."""
+    has_columns: ClassVar[bool] = False
+    """Whether it reads tasks and labels from columns, keys or members."""
+    has_image_column: ClassVar[bool] = False
+    """Whether ``--image-column`` names the column of its images."""
+    frames: bool = False
+    """Whether its inputs are frames of a video or a stream, which have no labels."""
+    bounded: bool = True
+    """Whether it ends by itself and gives the same items each time it is opened."""
+    rate: Fraction | None = None
+    """Frames per second of a video, if known."""
+    total: int | None = None
+    """Number of items; None if it is known only at the end."""
+
+    @classmethod
+    def takes(cls, name: str, settings: SourceSettings) -> bool:  # noqa: ARG003  # for subclasses
+        """Whether it opens an input of this name, if ``--input-format`` does not say so; by its suffixes."""
+        return Path(name).suffix.lower() in cls.suffixes and not Path(name).is_dir()
+
+    @classmethod
+    @abstractmethod
+    def open(cls, name: str, context: SourceContext) -> Source:
+        """Open an input; raises the errors of ``open_source``."""
+
+    @abstractmethod
     def items(self) -> Iterator[Item]:
         """The inputs, in order.
 
         Raises:
             DataError: the source cannot be read any further.
         """
+
+    def counts(self) -> Mapping[str, int]:
+        """Counts so far of inputs without an item, such as ``skipped``, ``dropped`` and ``reconnects``."""
+        return {}
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop; no further item is given."""
+
+
+class Bounded(Source):
+    """Base of sources that end by themselves; a subclass gives ``_items``."""
+
+    def __init__(self) -> None:
+        self._closed = threading.Event()
+
+    def items(self) -> Iterator[Item]:
+        """See :class:`Source`."""
         for item in self._items():
             if self._closed.is_set():
                 return
             yield item
 
-    def counts(self) -> Mapping[str, int]:
-        """Counts so far of inputs without an item."""
-        return {}
-
     def close(self) -> None:
-        """Stop, also from another thread; no further item is given."""
+        """See :class:`Source`."""
         self._closed.set()
 
+    @abstractmethod
     def _items(self) -> Iterator[Item]:
-        raise NotImplementedError
+        """The inputs, in order."""
 
 
 def printable(name: str) -> str:
