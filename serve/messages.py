@@ -1,4 +1,5 @@
-"""Types between the transports and the service: the Open Inference Protocol v2 without a wire format.
+"""Messages between the transports and the service. Metadata, index and statistics have the protocol's own field names:
+JSON, OpenAPI and gRPC are made from them.
 
 Protocol: https://github.com/kserve/open-inference-protocol and Triton's extensions,
 https://github.com/triton-inference-server/server/tree/main/docs/protocol
@@ -6,6 +7,7 @@ https://github.com/triton-inference-server/server/tree/main/docs/protocol
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,7 +145,7 @@ class InferResponse:
 
 @dataclass(frozen=True)
 class TensorMetadata:
-    """Name, datatype and shape of a tensor; -1 stands for any size."""
+    """A tensor of a model; -1 stands for any size."""
 
     name: str
     datatype: str
@@ -152,7 +154,7 @@ class TensorMetadata:
 
 @dataclass(frozen=True)
 class ServerMetadata:
-    """Content of ``GET /v2``."""
+    """The server's name, version and protocol extensions."""
 
     name: str
     version: str
@@ -161,7 +163,7 @@ class ServerMetadata:
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """Description of a task, known without running it."""
+    """A model's inputs, outputs and labels, known without running it."""
 
     name: str
     versions: Sequence[str]
@@ -170,7 +172,6 @@ class ModelMetadata:
     """The default form of the inputs; ``parameters`` describe the other forms."""
     outputs: Sequence[TensorMetadata]
     labels: Sequence[str]
-    max_batch_size: int
     parameters: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -191,10 +192,35 @@ class Duration:
     count: int = 0
     ns: int = 0
 
-    def add(self, seconds: float, count: int = 1) -> None:
-        """Add a duration in seconds, for ``count`` more."""
-        self.count += count
+    def add(self, seconds: float) -> None:
+        """Add one duration in seconds."""
+        self.count += 1
         self.ns += int(seconds * 1e9)
+
+
+@dataclass
+class InferenceStatistics:
+    """Time of the requests by stage."""
+
+    success: Duration = field(default_factory=Duration)
+    fail: Duration = field(default_factory=Duration)
+    queue: Duration = field(default_factory=Duration)
+    compute_input: Duration = field(default_factory=Duration)
+    """Time to decode and transform images."""
+    compute_infer: Duration = field(default_factory=Duration)
+    compute_output: Duration = field(default_factory=Duration)
+    cache_hit: Duration = field(default_factory=Duration)
+    cache_miss: Duration = field(default_factory=Duration)
+
+
+@dataclass
+class BatchStatistics:
+    """Executions with one batch size."""
+
+    batch_size: int
+    compute_input: Duration = field(default_factory=Duration)
+    compute_infer: Duration = field(default_factory=Duration)
+    compute_output: Duration = field(default_factory=Duration)
 
 
 @dataclass
@@ -203,21 +229,23 @@ class ModelStatistics:
 
     name: str
     version: str
-    last_inference_ms: int = 0
+    last_inference: int = 0
     """Time of the last inference as Unix time in milliseconds; 0 before the first."""
     inference_count: int = 0
     """Number of answered rows."""
     execution_count: int = 0
     """Number of batches that held rows of the model."""
-    success: Duration = field(default_factory=Duration)
-    fail: Duration = field(default_factory=Duration)
-    queue: Duration = field(default_factory=Duration)
-    compute_input: Duration = field(default_factory=Duration)
-    """Time to decode and transform images."""
-    compute_infer: Duration = field(default_factory=Duration)
-    compute_output: Duration = field(default_factory=Duration)
-    batches: dict[int, Duration] = field(default_factory=dict)
-    """Executions and their compute time, by batch size."""
+    inference_stats: InferenceStatistics = field(default_factory=InferenceStatistics)
+    batch_stats: list[BatchStatistics] = field(default_factory=list)
+    """Executions by batch size, the smallest first."""
+
+    def add_batch(self, size: int, seconds: float) -> None:
+        """Count a batch of ``size`` rows that was computed in ``seconds``."""
+        found = next((one for one in self.batch_stats if one.batch_size == size), None)
+        if found is None:
+            found = BatchStatistics(size)
+            bisect.insort(self.batch_stats, found, key=lambda one: one.batch_size)
+        found.compute_infer.add(seconds)
 
 
 def bytes_array(values: Sequence[str | bytes], shape: Sequence[int] | None = None) -> NDArray[np.object_]:

@@ -14,6 +14,8 @@ import numpy as np
 import uvicorn
 
 from prompttune.serve.messages import (
+    BatchStatistics,
+    Duration,
     IndexEntry,
     InferRequest,
     InferResponse,
@@ -25,11 +27,11 @@ from prompttune.serve.messages import (
     TensorMetadata,
     bytes_array,
 )
+from prompttune.serve.protocol.calls import State
 from prompttune.serve.protocol.grpc_server import add_port, grpc_server
 from prompttune.serve.protocol.http_server import http_config
 from prompttune.serve.protocol.rest import rest_application
 from prompttune.serve.protocol.settings import TransportSettings
-from prompttune.serve.protocol.state import State
 
 VERSION = "0123456789ab"
 LABELS = ("cat", "dog", "bird")
@@ -79,7 +81,6 @@ class FakeService:
             [TensorMetadata("image", "FP32", [-1, 3, 4, 4])],
             [TensorMetadata("logits", "FP32", [-1, 3]), TensorMetadata("task", "BYTES", [-1])],
             LABELS,
-            8,
             {"image_size": "4"},
         )
 
@@ -98,10 +99,10 @@ class FakeService:
 
     def statistics(self, name: str = "", version: str = "") -> Sequence[ModelStatistics]:
         self._check(name or "pets", version)
-        found = ModelStatistics("pets", VERSION, last_inference_ms=1_700_000_000_000, inference_count=6)
+        found = ModelStatistics("pets", VERSION, last_inference=1_700_000_000_000, inference_count=6)
         found.execution_count = 2
-        found.success.add(0.25, 2)
-        found.batches = {4: found.success}
+        found.inference_stats.success = Duration(2, 250_000_000)
+        found.batch_stats = [BatchStatistics(4, compute_infer=found.inference_stats.success)]
         return [found]
 
     async def infer(self, request: InferRequest) -> InferResponse:

@@ -80,7 +80,7 @@ def test_metadata_and_configuration(client: Client) -> None:
     assert [int(size) for size in model["inputs"][0]["shape"]] == [-1, 3, 4, 4]
     config = client.values("get_model_config", "pets")
     config = config if client.is_http else config["config"]
-    assert config["max_batch_size"] == 8
+    assert config["max_batch_size"] == TransportSettings().limits.rows
     assert config["input"][0]["data_type"] == "TYPE_FP32"
     assert [int(size) for size in config["input"][0]["dims"]] == [3, 4, 4]
     assert config["output"][1]["reshape"].get("shape", []) == []

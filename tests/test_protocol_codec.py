@@ -136,33 +136,33 @@ def test_binary_tensors_are_views_of_the_body() -> None:
         (b'{"inputs": [{"name":"image","shape":[1],"datatype":"FP32","data":[NaN]}]}', "not valid JSON"),
         (b'{"inputs": [{"name":"image","shape":[1],"datatype":"FP32","data":[1e999]}]}', "not valid JSON"),
         (b'{"inputs": "\xff"}', "not valid JSON"),
-        ({}, "no inputs"),
-        ({"inputs": {}}, "'inputs' must be a list"),
-        ({"inputs": [1]}, "'inputs' must be a list of objects"),
-        ({"id": 3, **one()}, "id must be a string"),
+        ({}, "inputs: Field required"),
+        ({"inputs": {}}, "inputs: Input should be a valid list"),
+        ({"inputs": [1]}, "inputs[0]: Input should be a valid dictionary"),
+        ({"id": 3, **one()}, "id: Input should be a valid string, not 3"),
         ({"id": "a" * 257, **one()}, "at most 256 characters"),
-        ({"parameters": [], **one()}, "must be an object"),
-        ({"parameters": {"top_k": [1]}, **one()}, "'top_k' of the request must be"),
+        ({"parameters": [], **one()}, "parameters: Input should be a valid dictionary"),
+        ({"parameters": {"top_k": [1]}, **one()}, "'top_k' must be a boolean"),
         ({"parameters": {"binary_data_output": 1}, **one()}, "must be true or false"),
         ({"inputs": [tensor(), tensor()]}, "'image' is given twice"),
         ({"outputs": [{"name": "a"}, {"name": "a"}], **one()}, "output 'a' is given twice"),
-        ({"outputs": [{}], **one()}, "an output has no name"),
+        ({"outputs": [{}], **one()}, "outputs[0].name: Field required"),
         ({"outputs": [{"name": "a", "parameters": {"classification": -1}}], **one()}, "must be a count"),
         ({"outputs": [{"name": "a", "parameters": {"classification": True}}], **one()}, "must be a count"),
         ({"outputs": [{"name": "a", "parameters": {"binary_data": "yes"}}], **one()}, "must be true or false"),
-        (one(name=""), "an input has no name"),
-        (one(name=["image"]), "an input has no name"),
-        (one(datatype="FP8"), "unknown datatype 'FP8'"),
-        (one(datatype=["FP32"]), "unknown datatype"),
-        (one(shape=...), "has no shape"),
-        (one(shape=2), "has no shape"),
+        (one(name=""), "inputs[0].name: String should have at least 1 character"),
+        (one(name=["image"]), "inputs[0].name: Input should be a valid string"),
+        (one(datatype="FP8"), "'BYTES', not 'FP8'"),
+        (one(datatype=["FP32"]), "inputs[0].datatype: Input should be"),
+        (one(shape=...), "inputs[0].shape: Field required"),
+        (one(shape=2), "inputs[0].shape: Input should be a valid list"),
         (one(shape=[-1]), "the dimension -1"),
-        (one(shape=[True, 2]), "the dimension True"),
-        (one(shape=[2.0]), "the dimension 2.0"),
-        (one(shape=[1] * 9), "9 dimensions"),
+        (one(shape=[True, 2]), "inputs[0].shape[0]: Input should be a valid integer"),
+        (one(shape=[2.0]), "inputs[0].shape[0]: Input should be a valid integer, not 2.0"),
+        (one(shape=[1] * 9), "inputs[0].shape: List should have at most 8 items"),
         (one(shape=[3]), "2 values, its shape [3] needs 3"),
         (one(data=...), "has no data"),
-        (one(data="12"), "has no data"),
+        (one(data="12"), "inputs[0].data: Input should be a valid list"),
         (one(data=[[1], [2]]), "data of shape [2, 1], its shape says [2]"),
         (one(shape=[2, 1], data=[[1], [2, 3]]), "uneven data"),
         (one(shape=[2, 1], data=[[1], 2]), "uneven data"),
@@ -303,8 +303,8 @@ def test_only_names_may_be_loaded() -> None:
 
 
 def test_configuration_keeps_a_plain_row_dimension() -> None:
-    metadata = ModelMetadata("m", ["v"], "p", [TensorMetadata("image", "BYTES", [-1])], [], ["a"], 4)
-    assert config_values(metadata)["input"] == [
+    metadata = ModelMetadata("m", ["v"], "p", [TensorMetadata("image", "BYTES", [-1])], [], ["a"])
+    assert config_values(metadata, 4)["input"] == [
         {"name": "image", "data_type": "TYPE_STRING", "dims": [1], "reshape": {"shape": []}}
     ]
 

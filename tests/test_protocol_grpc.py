@@ -18,7 +18,7 @@ from tritonclient.utils import InferenceServerException
 
 from prompttune.serve.limits import Limits
 from prompttune.serve.messages import UnavailableError
-from prompttune.serve.protocol.grpc_stream import answer_stream
+from prompttune.serve.protocol.grpc_calls import answer_stream
 from prompttune.serve.protocol.logs import RequestRecord
 from prompttune.serve.protocol.settings import TransportSettings
 from tests.fake_service import WAIT_S, FakeService, Running, serving

@@ -70,8 +70,8 @@ def test_requests_for_different_tasks_share_a_batch():
             answers = [service.infer(request(task, noise(2))) for task in ("task0", "task1")]
             async with asyncio.timeout(4):  # a full batch, made of both
                 await asyncio.gather(*answers)
-            batches = [service.statistics(name)[0].batches for name in ("task0", "task1")]
-            assert [list(one) for one in batches] == [[4], [4]]
+            batches = [service.statistics(name)[0].batch_stats for name in ("task0", "task1")]
+            assert [[one.batch_size for one in sizes] for sizes in batches] == [[4], [4]]
 
     within(60, test())
 
@@ -252,7 +252,8 @@ def test_statistics_and_metrics_count(engine):
             with pytest.raises(BadRequestError):
                 await service.infer(request("task0", noise(1)[:, :2]))
             [one] = service.statistics("task0")
-            assert (one.inference_count, one.execution_count, one.success.count, one.fail.count) == (3, 1, 1, 1)
+            stages = one.inference_stats
+            assert (one.inference_count, one.execution_count, stages.success.count, stages.fail.count) == (3, 1, 1, 1)
             assert one.compute_infer.ns > 0
             text = service.metrics().decode()
             assert 'prompttune_rows_total{task="task0"} 3.0' in text

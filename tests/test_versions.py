@@ -194,10 +194,11 @@ def test_mixed_is_a_model_as_tools_know_them(shape):
             assert [one.decode() for one in outputs(answer)["task"]] == names
             np.testing.assert_allclose(outputs(answer)["logits"][1], engine.logits(noise(3), "task1")[1, :3], atol=1e-5)
             [one] = service.statistics("mixed", "1")
-            assert (one.version, one.success.count, one.fail.count, one.inference_count) == ("1", 1, 0, 3)
-            assert (one.queue.count, one.compute_input.count, one.compute_output.count) == (1, 1, 1)
-            assert one.compute_infer.ns > 0
-            assert [rows for rows, _ in one.batches.items()]
+            stages = one.inference_stats
+            assert (one.version, stages.success.count, stages.fail.count, one.inference_count) == ("1", 1, 0, 3)
+            assert (stages.queue.count, stages.compute_input.count, stages.compute_output.count) == (1, 1, 1)
+            assert stages.compute_infer.ns > 0
+            assert one.batch_stats
             assert "mixed" in [one.name for one in service.statistics()]
             for call in (service.model_metadata, service.statistics):
                 with pytest.raises(NotFoundError, match="version 1"):

@@ -1,17 +1,23 @@
-"""The running calls of both transports, so that the server can leave without cutting one off silently."""
+"""What both transports of one server share: their running calls, decoding threads and shared memory regions."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from prompttune.serve.messages import LEAVING, UnavailableError
+from prompttune.serve.protocol.settings import TransportSettings
+from prompttune.serve.protocol.shared_memory import Regions
+
+DECODING_THREADS = 2
+"""JSON takes up to twenty times its size in memory, so only a few bodies may be decoded at once."""
 
 
 class Calls:
-    """The running calls. Call every method on one event loop."""
+    """The running calls, so that the server cuts none off silently. Call every method on one event loop."""
 
     def __init__(self) -> None:
         self.leaving = False
@@ -65,3 +71,13 @@ class Calls:
         for task in self._inside:
             task.cancel()
         return len(self._inside)
+
+
+class State:
+    """Shared state; create one per server and pass it to both transports."""
+
+    def __init__(self, settings: TransportSettings) -> None:
+        self.calls = Calls()
+        self.regions = Regions(settings.shared_memory)
+        self.cuda_regions = Regions(allowed=False, kind="CUDA")
+        self.decoders = ThreadPoolExecutor(DECODING_THREADS, "decode")

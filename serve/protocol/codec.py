@@ -11,11 +11,12 @@ import base64
 import binascii
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
 
 from prompttune.serve.limits import Limits
 from prompttune.serve.messages import (
@@ -30,11 +31,15 @@ from prompttune.serve.messages import (
 )
 from prompttune.serve.protocol import elements
 from prompttune.serve.protocol.elements import BYTES
+from prompttune.serve.protocol.schemas import InferenceRequest, RequestInput, RequestOutput
 from prompttune.serve.protocol.shared_memory import NO_REGIONS, Regions, Span
 
 HARMLESS = frozenset({"unload_dependents"})
 """Parameters of load and unload that clients always send; a task has no dependents, so they change nothing."""
 BINARY_SIZE, BINARY_DATA, BINARY_OUTPUT = "binary_data_size", "binary_data", "binary_data_output"
+LONGEST_PATH = 100
+"""Most characters of a field's place in an error."""
+Message = TypeVar("Message", bound=BaseModel)
 
 
 class Target(NamedTuple):
@@ -128,14 +133,12 @@ def decode_request(
     """
     whole = memoryview(body)
     raw = _RawBytes(whole[json_bytes:] if json_bytes is not None else whole[:0])
-    message = parse_object(whole[:json_bytes])
-    parameters = _parameters(message, "the request")
-    inputs = [_input(one, raw, limits, regions) for one in _records(message, "inputs")]
+    message = checked(InferenceRequest, parse_object(whole[:json_bytes]))
+    parameters = message.parameters or {}
+    inputs = [_input(one, raw, limits, regions) for one in message.inputs]
     raw.check_empty()
-    if not inputs:
-        raise BadRequestError("the request has no inputs")
     refuse_duplicates("input", [one.name for one in inputs])
-    outputs = [_output(one, regions) for one in _records(message, "outputs")]
+    outputs = [_output(one, regions) for one in message.outputs or ()]
     refuse_duplicates("output", [one.name for one, _, _ in outputs])
     form = OutputForm(
         _flag(parameters.pop(BINARY_OUTPUT, False), BINARY_OUTPUT),
@@ -145,12 +148,23 @@ def decode_request(
     request = InferRequest(
         model=target.model,
         version=target.version,
-        id=check_id(message.get("id"), limits) or target.request_id,
+        id=check_id(message.id or "", limits) or target.request_id,
         inputs=inputs,
         outputs=[one for one, _, _ in outputs],
         parameters=parameters,
     )
     return request, form
+
+
+def checked(model: type[Message], values: dict[str, Any]) -> Message:
+    """The message of ``values``; raises :class:`BadRequestError` that names the first wrong field."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as problem:
+        first = problem.errors(include_url=False, include_context=False)[0]
+        where = "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in first["loc"]).removeprefix(".")
+        found = f", not {shown(first['input'])}" if isinstance(first["input"], str | int | float) else ""
+        raise BadRequestError(f"{where[:LONGEST_PATH]}: {first['msg']}{found}") from None
 
 
 def refuse_duplicates(what: str, names: list[str]) -> None:
@@ -160,41 +174,11 @@ def refuse_duplicates(what: str, names: list[str]) -> None:
         raise BadRequestError(f"the {what} {shown(twice)} is given twice")
 
 
-def check_id(value: object, limits: Limits) -> str:
-    """The id of a request, checked; empty without one."""
-    if value is None:
-        return ""
-    if not isinstance(value, str) or len(value) > limits.id_length:
-        raise BadRequestError(f"the request's id must be a string of at most {limits.id_length} characters")
+def check_id(value: str, limits: Limits) -> str:
+    """The id of a request, if it is not too long."""
+    if len(value) > limits.id_length:
+        raise BadRequestError(f"the request's id must have at most {limits.id_length} characters")
     return value
-
-
-def _records(message: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    found = message.get(key)
-    if found is None:
-        return []
-    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
-        raise BadRequestError(f"{key!r} must be a list of objects")
-    return found
-
-
-def _name(record: dict[str, Any], what: str) -> str:
-    name = record.get("name")
-    if not isinstance(name, str) or not name:
-        raise BadRequestError(f"an {what} has no name: give it the string 'name'")
-    return name
-
-
-def _parameters(record: dict[str, Any], where: str) -> dict[str, bool | int | float | str]:
-    found = record.get("parameters")
-    if found is None:
-        return {}
-    if not isinstance(found, dict):
-        raise BadRequestError(f"the parameters of {where} must be an object")
-    for key, value in found.items():
-        if not isinstance(value, bool | int | float | str):
-            raise BadRequestError(f"the parameter {shown(key)} of {where} must be a boolean, a number or a string")
-    return dict(found)
 
 
 def _flag(value: object, name: str) -> bool:
@@ -203,30 +187,20 @@ def _flag(value: object, name: str) -> bool:
     return value
 
 
-def _input(record: dict[str, Any], raw: _RawBytes, limits: Limits, regions: Regions) -> InputTensor:
-    name = _name(record, "input")
-    dtype = elements.numpy_type(name, record.get("datatype"))
-    datatype = str(record["datatype"])
-    shape = record.get("shape")
-    if not isinstance(shape, list):
-        raise BadRequestError(f"input {shown(name)} has no shape: give it a list of integers")
-    dims = elements.check_shape(name, shape, dtype, limits)
-    parameters = _parameters(record, f"input {shown(name)}")
+def _input(record: RequestInput, raw: _RawBytes, limits: Limits, regions: Regions) -> InputTensor:
+    name, datatype, parameters = record.name, record.datatype, record.parameters or {}
+    dtype = elements.numpy_type(name, datatype)
+    dims = elements.check_shape(name, record.shape, dtype, limits)
     span = regions.span(parameters, f"input {shown(name)}")
-    if span is not None:
-        if "data" in record or BINARY_SIZE in parameters:
-            raise BadRequestError(f"input {shown(name)} has both data and shared memory: send one of them")
-        return InputTensor(name, datatype, elements.from_raw(name, dtype, dims, span.read(limits)))
-    if BINARY_SIZE in parameters:
-        if "data" in record:
-            raise BadRequestError(f"input {shown(name)} has both data and a {BINARY_SIZE}: send one of them")
-        return InputTensor(
-            name, datatype, elements.from_raw(name, dtype, dims, raw.take(name, parameters[BINARY_SIZE]))
-        )
-    values = record.get("data")
-    if not isinstance(values, list):
+    if span is not None or BINARY_SIZE in parameters:
+        if record.data is not None:
+            other = "shared memory" if span else f"a {BINARY_SIZE}"
+            raise BadRequestError(f"input {shown(name)} has both data and {other}: send one of them")
+        content = span.read(limits) if span else raw.take(name, parameters[BINARY_SIZE])
+        return InputTensor(name, datatype, elements.from_raw(name, dtype, dims, content))
+    if record.data is None:
         raise BadRequestError(f"input {shown(name)} has no data: give it a list, or raw bytes with a {BINARY_SIZE}")
-    flat = elements.flatten(name, values, dims)
+    flat = elements.flatten(name, record.data, dims)
     if datatype == BYTES:
         return _strings(name, flat, dims)
     return InputTensor(name, datatype, elements.numbers(name, datatype, dtype, flat).reshape(dims))
@@ -245,10 +219,9 @@ def _strings(name: str, flat: list[Any], dims: tuple[int, ...]) -> InputTensor:
     return InputTensor(name, BYTES, bytes_array(decoded, dims))
 
 
-def _output(record: dict[str, Any], regions: Regions) -> tuple[RequestedOutput, bool | None, Span | None]:
+def _output(record: RequestOutput, regions: Regions) -> tuple[RequestedOutput, bool | None, Span | None]:
     """A requested output, whether it is wanted as raw bytes (None if unspecified), and its place in shared memory."""
-    name = _name(record, "output")
-    parameters = _parameters(record, f"output {shown(name)}")
+    name, parameters = record.name, record.parameters or {}
     binary = _flag(parameters[BINARY_DATA], BINARY_DATA) if BINARY_DATA in parameters else None
     count = check_classification(name, parameters.get("classification", 0))
     return RequestedOutput(name, count), binary, regions.span(parameters, f"output {shown(name)}")

@@ -28,28 +28,25 @@ def numpy_type(name: str, datatype: object) -> np.dtype[Any]:
     return dtype
 
 
-def check_shape(name: str, shape: Sequence[object], dtype: np.dtype[Any], limits: Limits) -> tuple[int, ...]:
-    """The shape as integers, checked against the limits of a request.
+def check_shape(name: str, shape: Sequence[int], dtype: np.dtype[Any], limits: Limits) -> tuple[int, ...]:
+    """The shape, checked against the limits of a request.
 
     Raises:
-        BadRequestError: a dimension is negative or not an integer, or there are too many dimensions.
+        BadRequestError: a dimension is negative, or there are too many dimensions.
         TooLargeError: the tensor exceeds the limit of a whole request.
     """
     where = f"input {shown(name)}"
     if len(shape) > MAX_DIMENSIONS:
         raise BadRequestError(f"{where} has {len(shape)} dimensions, the limit is {MAX_DIMENSIONS}")
-    dims: list[int] = []
-    for size in shape:
-        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-            raise BadRequestError(f"{where} has the dimension {shown(size)}: it must be an integer of at least 0")
-        dims.append(size)
+    if any(size < 0 for size in shape):
+        raise BadRequestError(f"{where} has the dimension {min(shape)}: it must be at least 0")
     # An empty dimension must not hide a huge one, which NumPy cannot create.
-    elements = math.prod(max(size, 1) for size in dims)
+    elements = math.prod(max(size, 1) for size in shape)
     if dtype.hasobject and elements > limits.rows:
         raise TooLargeError(f"{where} has {elements} elements, the limit is {limits.rows} strings")
     if elements * dtype.itemsize > limits.body_bytes:
         raise TooLargeError(f"{where} would hold {elements * dtype.itemsize} bytes, over {limits.body_bytes}")
-    return tuple(dims)
+    return tuple(shape)
 
 
 def from_raw(name: str, dtype: np.dtype[Any], shape: tuple[int, ...], raw: bytes | memoryview) -> NDArray[Any]:

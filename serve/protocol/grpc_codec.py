@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from google.protobuf.json_format import ParseDict
 from tritonclient.grpc import service_pb2
 
 from prompttune.serve.limits import Limits
@@ -20,7 +19,6 @@ from prompttune.serve.messages import (
     shown,
 )
 from prompttune.serve.protocol import codec, elements
-from prompttune.serve.protocol.describe import LOG_SETTINGS, TRACE_SETTINGS
 from prompttune.serve.protocol.elements import BYTES
 from prompttune.serve.protocol.shared_memory import NO_REGIONS, Regions, Span
 
@@ -42,11 +40,6 @@ _CONTENTS = {
     BYTES: "bytes_contents",
 }
 """Field of typed contents for each datatype; FP16 and BF16 do not have one."""
-
-
-def parse_values(values: dict[str, Any], message: Any) -> Any:
-    """``message`` filled from the JSON values of :mod:`prompttune.serve.protocol.describe`."""
-    return ParseDict(values, message)
 
 
 def is_small(message: Any) -> bool:
@@ -156,20 +149,3 @@ def encode_parameters(values: Mapping[str, bool | int | float | str], parameters
     fields: dict[type, str] = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
     for name, value in values.items():
         setattr(parameters[name], fields[type(value)], value)
-
-
-def log_settings() -> Any:
-    """A ``LogSettingsResponse``."""
-    fields: dict[type, str] = {bool: "bool_param", int: "uint32_param", str: "string_param"}
-    message = service_pb2.LogSettingsResponse()
-    for name, value in LOG_SETTINGS.items():
-        setattr(message.settings[name], fields[type(value)], value)
-    return message
-
-
-def trace_settings() -> Any:
-    """A ``TraceSettingResponse``."""
-    message = service_pb2.TraceSettingResponse()
-    for name, value in TRACE_SETTINGS.items():
-        message.settings[name].value.extend([value] if isinstance(value, str) else value)
-    return message

@@ -40,7 +40,7 @@ class Health:
                 return states.SERVICE_UNKNOWN
         return states.NOT_SERVING
 
-    async def check(self, message: Any) -> Any:
+    def check(self, message: Any) -> Any:
         """The current status; raises :class:`NotFoundError` for an unknown model."""
         status = self.status(message.service)
         if status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:

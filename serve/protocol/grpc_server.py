@@ -1,33 +1,32 @@
-"""The gRPC server: tokens, errors and log lines around :class:`Servicer`, limits, TLS."""
+"""The gRPC server: tokens, errors and log lines around the calls, limits, TLS."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import functools
+import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import grpc.aio
+import orjson
+from google.protobuf import json_format
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from prompttune.errors import EngineError
 from prompttune.serve.messages import ServeError, UnavailableError
-from prompttune.serve.protocol.calls import Calls
+from prompttune.serve.protocol.calls import Calls, State
+from prompttune.serve.protocol.grpc_calls import InferenceCalls, plain_calls
 from prompttune.serve.protocol.grpc_health import SERVER_NAMES, Health
-from prompttune.serve.protocol.grpc_infer import Inference
-from prompttune.serve.protocol.grpc_servicer import Servicer
-from prompttune.serve.protocol.logs import RequestRecord, new_request_id, usable_id
+from prompttune.serve.protocol.logs import RequestRecord, answered, new_request_id, usable_id
 from prompttune.serve.protocol.security import Access, Tls
 from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.settings import TransportSettings
-from prompttune.serve.protocol.state import State
 from prompttune.serve.tracing import continued
-
-logger = logging.getLogger(__name__)
 
 SERVICE = "GRPCInferenceService"
 PROTOCOL_OVERHEAD = 64 * 1024
@@ -47,7 +46,6 @@ def grpc_server(service: InferenceService, settings: TransportSettings, state: S
     ``state`` is shared with the HTTP application, if there is one.
     """
     state = state or State(settings)
-    calls = state.calls
     largest = settings.limits.body_bytes + PROTOCOL_OVERHEAD
     server = grpc.aio.server(
         options=[
@@ -61,9 +59,8 @@ def grpc_server(service: InferenceService, settings: TransportSettings, state: S
             ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 6),
         ]
     )
-    guarded = _guarded(Servicer(service, state), Inference(service, settings, state), settings, calls)
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(guarded, server)
-    health_pb2_grpc.add_HealthServicer_to_server(_guarded_health(Health(service, calls), settings, calls), server)
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_guarded(service, settings, state), server)
+    health_pb2_grpc.add_HealthServicer_to_server(_guarded_health(service, settings, state.calls), server)
     reflection.enable_server_reflection((SERVER_NAMES[1], _HEALTH, reflection.SERVICE_NAME), server)
     return server
 
@@ -90,20 +87,36 @@ def _credentials(tls: Tls) -> Any:
     )
 
 
-def _guarded(servicer: Servicer, inference: Inference, settings: TransportSettings, calls: Calls) -> SimpleNamespace:
-    """Every call of the protocol, wrapped; a call without a handler fails here."""
+def _guarded(service: InferenceService, settings: TransportSettings, state: State) -> SimpleNamespace:
+    """Every call of the protocol, wrapped; a call without a handler fails when it is added to the server."""
+    inference = InferenceCalls(service, settings, state)
+    replies = {one.name: one.output_type.name for one in service_pb2.DESCRIPTOR.services_by_name[SERVICE].methods}
     found: dict[str, Any] = {
-        "ModelInfer": _wrapped("ModelInfer", inference.answer, settings, calls),
-        "ModelStreamInfer": _wrapped_stream("ModelStreamInfer", inference.answer_stream, settings),
+        name: _wrapped(name, _replying(call, getattr(service_pb2, replies[name])), settings, state.calls)
+        for name, call in plain_calls(service, settings, state).items()
     }
-    for method in service_pb2.DESCRIPTOR.services_by_name[SERVICE].methods:
-        if method.name not in found:
-            found[method.name] = _wrapped(method.name, _described(getattr(servicer, method.name)), settings, calls)
+    found["ModelInfer"] = _wrapped("ModelInfer", inference.answer, settings, state.calls)
+    found["ModelStreamInfer"] = _wrapped_stream("ModelStreamInfer", inference.answer_stream, settings)
     return SimpleNamespace(**found)
 
 
-def _guarded_health(health: Health, settings: TransportSettings, calls: Calls) -> SimpleNamespace:
+def _replying(call: Callable[[Any], Any], reply: type[Any]) -> Call:
+    """A call that needs only its message; the log record gets the model's name."""
+
+    async def answer(message: Any, _: Any, record: RequestRecord) -> Any:
+        record.model = getattr(message, "model_name", getattr(message, "name", ""))
+        values = call(message)
+        if inspect.isawaitable(values):
+            values = await values
+        # Metadata over HTTP also has the labels and parameters, for which gRPC's message has no field.
+        return json_format.Parse(orjson.dumps(values or {}), reply(), ignore_unknown_fields=True)
+
+    return answer
+
+
+def _guarded_health(service: InferenceService, settings: TransportSettings, calls: Calls) -> SimpleNamespace:
     """Health calls: the server's health is open to probes; a model's needs the token of its HTTP readiness."""
+    health = Health(service, calls)
 
     def check(message: Any, context: Any) -> None:
         access = Access.OPEN if message.service in SERVER_NAMES else Access.INFERENCE
@@ -111,7 +124,7 @@ def _guarded_health(health: Health, settings: TransportSettings, calls: Calls) -
 
     async def answer(message: Any, context: Any, _: RequestRecord) -> Any:
         check(message, context)
-        return await health.check(message)
+        return health.check(message)
 
     async def watch(message: Any, context: Any) -> AsyncGenerator[Any, None]:
         try:
@@ -124,16 +137,6 @@ def _guarded_health(health: Health, settings: TransportSettings, calls: Calls) -
     return SimpleNamespace(Check=_wrapped("Check", answer, settings, calls), Watch=watch)
 
 
-def _described(call: Callable[[Any], Awaitable[Any]]) -> Call:
-    """A call that needs only its message; the log record gets the model's name."""
-
-    async def answer(message: Any, _: Any, record: RequestRecord) -> Any:
-        record.model = getattr(message, "model_name", getattr(message, "name", ""))
-        return await call(message)
-
-    return answer
-
-
 def access_of(call: str) -> Access:
     """The token that a call needs; the inference token by default."""
     if call in _CONTROL_CALLS:
@@ -143,21 +146,14 @@ def access_of(call: str) -> Access:
 
 def _wrapped(name: str, call: Call, settings: TransportSettings, calls: Calls) -> Callable[[Any, Any], Awaitable[Any]]:
     async def answer(message: Any, context: Any) -> Any:
-        record, status = _record(name, context, settings), "CANCELLED"
-        try:
+        record = _record(name, context, settings)
+
+        async def work() -> Any:
             settings.guard.check(access_of(name), _metadata(context, "authorization"))
             with continued(_strings(context)), calls.inside():
-                response = await call(message, context, record)
-            status = "OK"
-            return response
-        except ServeError as problem:
-            status = problem.grpc_status
-            return await _abort(context, problem)
-        except Exception:
-            status = "INTERNAL"
-            return await _abort_unexpected(context, record)
-        finally:
-            record.finish(status)
+                return await call(message, context, record)
+
+        return await answered(record, work(), functools.partial(_abort, context))
 
     return answer
 
@@ -197,9 +193,3 @@ async def _abort(context: Any, problem: ServeError) -> None:
     if isinstance(problem, UnavailableError):
         trailing = (("retry-after", f"{problem.retry_after_s:g}"),)
     await context.abort(grpc.StatusCode[problem.grpc_status], str(problem), trailing)
-
-
-async def _abort_unexpected(context: Any, record: RequestRecord) -> None:
-    logger.exception("request %s failed", record.request_id)
-    message = f"internal error; the log has it under request {record.request_id}"
-    await context.abort(grpc.StatusCode.INTERNAL, message)

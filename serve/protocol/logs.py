@@ -10,16 +10,19 @@ import re
 import sys
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, TypeVar
 
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.orjson import OrjsonFormatter
 
-from prompttune.serve.messages import InferRequest
+from prompttune.serve.messages import InferRequest, ServeError
 
 ACCESS = "prompttune.access"
 _access = logging.getLogger(ACCESS)
+LOG = logging.getLogger("prompttune.serve")
+T = TypeVar("T")
 _ID = re.compile(r"[!-~]+")
 
 
@@ -96,3 +99,23 @@ class RequestRecord:
                     "ms": round((time.perf_counter() - self.started) * 1000, 3),
                 },
             )
+
+    def unexpected(self) -> ServeError:
+        """Log the exception that is being handled; return the error that the client sees instead."""
+        LOG.exception("request %s failed", self.request_id)
+        return ServeError(f"internal error; the log has it under request {self.request_id}")
+
+
+async def answered(record: RequestRecord, work: Awaitable[T], refuse: Callable[[ServeError], Awaitable[T]]) -> T:
+    """The result of ``work``, or of ``refuse`` with the error that it raises; writes the log line of a gRPC call."""
+    status = "CANCELLED"
+    try:
+        found = await work
+        status = "OK"
+        return found
+    except Exception as problem:
+        refused = problem if isinstance(problem, ServeError) else record.unexpected()
+        status = refused.grpc_status
+        return await refuse(refused)
+    finally:
+        record.finish(status)

@@ -10,21 +10,18 @@ from fastapi import APIRouter, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from prompttune.serve.limits import Limits
 from prompttune.serve.messages import InferRequest
 from prompttune.serve.protocol import body as bodies
 from prompttune.serve.protocol import codec, schemas
+from prompttune.serve.protocol.calls import State
 from prompttune.serve.protocol.codec import OutputForm, Target
-from prompttune.serve.protocol.decoding import Decoders
-from prompttune.serve.protocol.rest_middleware import sent_id
-from prompttune.serve.protocol.rest_shared import errors, record_of, require
+from prompttune.serve.protocol.rest_shared import errors, record_of, require, sent_id
 from prompttune.serve.protocol.security import Access
 from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.settings import TransportSettings
-from prompttune.serve.protocol.shared_memory import Regions
 
 INLINE_JSON, INLINE_BODY = 32 * 1024, 2**20
-"""Largest JSON and largest body in bytes to decode on the event loop, in well under a millisecond."""
+"""Largest JSON and largest body in bytes to decode on the event loop."""
 HEADER_LENGTH = "Inference-Header-Content-Length"
 T = TypeVar("T")
 
@@ -48,19 +45,31 @@ _DOCUMENTED: dict[str, Any] = {
 }
 
 
-def inference_routes(service: InferenceService, settings: TransportSettings, regions: Regions) -> APIRouter:
+def inference_routes(service: InferenceService, settings: TransportSettings, state: State) -> APIRouter:
     """The two paths of inference: with and without a version."""
     router = APIRouter(dependencies=require(Access.INFERENCE, settings))
-    decoder = _Decoder(settings.limits, regions)
+    limits, regions = settings.limits, state.regions
+
+    def decode(
+        body: bytearray, length: str | None, compressed: bool, target: Target
+    ) -> tuple[InferRequest, OutputForm]:
+        plain = bodies.decompress(body, limits) if compressed else body
+        return codec.decode_request(plain, codec.header_length(length, len(plain)), target, limits, regions)
 
     @router.post("/v2/models/{model}/infer", summary="Classify images", **_DOCUMENTED)
     @router.post("/v2/models/{model}/versions/{version}/infer", summary="Classify with one version", **_DOCUMENTED)
     async def infer(model: str, request: Request, version: str = "") -> Response:
         record = record_of(request)
         record.model, record.version = model, version
-        body = await bodies.read_body(request, settings.limits, settings.body_seconds)
-        target = Target(model, version, sent_id(request.headers, settings.limits.id_length))
-        decoded, form = await decoder.decode(body, request, target)
+        body = await bodies.read_body(request, limits, settings.body_seconds)
+        length = request.headers.get(HEADER_LENGTH)
+        compressed = bodies.check_encoding(request.headers.get("content-encoding", ""))
+        work = (decode, body, length, compressed, Target(model, version, sent_id(request.headers, limits.id_length)))
+        # A small request may point to large tensors in shared memory.
+        if not compressed and not regions.allowed and _is_small(length, len(body)):
+            decoded, form = decode(*work[1:])
+        else:
+            decoded, form = await asyncio.get_running_loop().run_in_executor(state.decoders, *work)
         record.describe(decoded)
         response = await unless_gone(request, service.infer(decoded))
         record.version = response.version
@@ -69,28 +78,10 @@ def inference_routes(service: InferenceService, settings: TransportSettings, reg
     return router
 
 
-class _Decoder:
-    """Decodes small bodies on the event loop and large ones in threads."""
-
-    def __init__(self, limits: Limits, regions: Regions) -> None:
-        self._limits = limits
-        self._regions = regions
-        self._threads = Decoders()
-
-    async def decode(self, body: bytearray, request: Request, target: Target) -> tuple[InferRequest, OutputForm]:
-        length = request.headers.get(HEADER_LENGTH)
-        compressed = bodies.check_encoding(request.headers.get("content-encoding", ""))
-        json_bytes = None if compressed else codec.header_length(length, len(body))
-        small = (len(body) if json_bytes is None else json_bytes) <= INLINE_JSON and len(body) <= INLINE_BODY
-        if small and not compressed and not self._regions.allowed:  # a small request may point to large tensors
-            return codec.decode_request(body, json_bytes, target, self._limits)
-        return await self._threads.run(self._decode, body, length, compressed, target)
-
-    def _decode(
-        self, body: bytes | bytearray, length: str | None, compressed: bool, target: Target
-    ) -> tuple[InferRequest, OutputForm]:
-        plain = bodies.decompress(body, self._limits) if compressed else body
-        return codec.decode_request(plain, codec.header_length(length, len(plain)), target, self._limits, self._regions)
+def _is_small(length: str | None, size: int) -> bool:
+    """Whether a body of ``size`` bytes is decoded on the event loop, in well under a millisecond."""
+    json_bytes = codec.header_length(length, size)
+    return size <= INLINE_BODY and (size if json_bytes is None else json_bytes) <= INLINE_JSON
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import orjson
 from fastapi import Request
 from fastapi.params import Security
 from fastapi.security import HTTPBearer
+from starlette.datastructures import Headers
 from starlette.responses import Response
 
 from prompttune.serve.messages import (
@@ -21,7 +21,7 @@ from prompttune.serve.messages import (
 )
 from prompttune.serve.protocol.body import read_body
 from prompttune.serve.protocol.codec import parse_object
-from prompttune.serve.protocol.logs import RequestRecord
+from prompttune.serve.protocol.logs import RequestRecord, usable_id
 from prompttune.serve.protocol.schemas import ErrorMessage
 from prompttune.serve.protocol.security import Access
 from prompttune.serve.protocol.settings import TransportSettings
@@ -32,33 +32,16 @@ CONTROL_BYTES = 2**20
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _bearer = HTTPBearer(auto_error=False, description="A token from the server's token file, if it has one")
 
-_MEANINGS = {
-    400: "The request is malformed or does not fit the model",
-    401: "The token is missing or wrong",
-    403: "The request is not allowed, or the function is off",
-    404: "The model or version does not exist",
-    408: "The body did not arrive in time",
-    413: "The request has too many bytes, pixels or rows",
-    415: "The compression of the body is unknown",
-    501: "This part of the protocol is not supported",
-    503: "The request may succeed after Retry-After seconds",
-    504: "Deadline exceeded",
-}
-
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI responses of a route that may return these errors."""
-    return {status: {"model": ErrorMessage, "description": _MEANINGS[status]} for status in statuses}
+    meanings = {kind.http_status: kind.__doc__ for kind in ServeError.__subclasses__()}
+    return {status: {"model": ErrorMessage, "description": meanings[status]} for status in statuses}
 
 
-def json_answer(values: object, status: int = 200) -> Response:
+def json_answer(values: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """``values`` as JSON."""
-    return Response(orjson.dumps(values), status, media_type="application/json")
-
-
-def error_answer(message: str, status: int, headers: dict[str, str] | None = None) -> Response:
-    """An error in the protocol's form."""
-    return Response(orjson.dumps({"error": message}), status, headers, media_type="application/json")
+    return Response(orjson.dumps(values), status, headers, media_type="application/json")
 
 
 def serve_error_answer(problem: ServeError) -> Response:
@@ -68,7 +51,7 @@ def serve_error_answer(problem: ServeError) -> Response:
         headers["Retry-After"] = str(max(1, math.ceil(problem.retry_after_s)))
     if isinstance(problem, UnauthorizedError):
         headers["WWW-Authenticate"] = "Bearer"
-    return error_answer(str(problem), problem.http_status, headers)
+    return json_answer({"error": str(problem)}, problem.http_status, headers)
 
 
 async def read_object(request: Request, settings: TransportSettings) -> dict[str, Any]:
@@ -85,8 +68,8 @@ def record_of(request: Request) -> RequestRecord:
     return record
 
 
-def require(access: Access, settings: TransportSettings) -> Any:
-    """A dependency that allows a request or raises the errors of :meth:`Guard.check`.
+def require(access: Access, settings: TransportSettings) -> list[Any]:
+    """Dependencies that allow a request or raise the errors of :meth:`Guard.check`.
 
     Requests from pages of other sites are refused too: without tokens nothing else would stop them.
     """
@@ -96,9 +79,10 @@ def require(access: Access, settings: TransportSettings) -> Any:
             raise ForbiddenError("pages of other sites may not call this server")
         settings.guard.check(access, request.headers.get("authorization", ""))
 
-    return _documented(check)
-
-
-def _documented(check: Callable[[Request], Coroutine[Any, Any, None]]) -> list[Any]:
-    """``check`` first, then a scheme that only makes OpenAPI show where a token goes; the scheme refuses nothing."""
+    # The second is a scheme that only makes OpenAPI show where a token goes; it refuses nothing.
     return [Security(check), Security(_bearer)]
+
+
+def sent_id(headers: Headers, longest: int) -> str:
+    """``X-Request-Id`` if it is fit for a header, else empty."""
+    return usable_id(headers.get("x-request-id", ""), longest)

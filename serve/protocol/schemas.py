@@ -1,21 +1,33 @@
-"""The protocol's messages for the OpenAPI page. They document the requests; :mod:`prompttune.serve.protocol.codec`
-reads them, and is stricter and faster than these models."""
+"""The protocol's messages with tensors, and those of control: checked by these models, documented in OpenAPI."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 Datatype = Literal[
     "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64",
     "FP16", "BF16", "FP32", "FP64", "BYTES",
 ]  # fmt: skip
-ParameterValues = dict[str, bool | int | float | str]
+
+
+def _are_plain(values: dict[str, Any]) -> dict[str, Any]:
+    for name, value in values.items():
+        if not isinstance(value, bool | int | float | str):
+            raise ValueError(f"{name[:60]!r} must be a boolean, a number or a string")
+    return values
+
+
+ParameterValues = Annotated[
+    dict[str, Any],
+    AfterValidator(_are_plain),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": ["boolean", "number", "string"]}}),
+]
 
 
 class _Message(BaseModel):
-    model_config = ConfigDict(protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=(), strict=True)
 
 
 class ErrorMessage(_Message):
@@ -24,57 +36,11 @@ class ErrorMessage(_Message):
     error: str = Field(examples=["no model 'flower': did you mean flowers?"])
 
 
-class Live(_Message):
-    """The process is alive."""
-
-    live: bool
-
-
-class Ready(_Message):
-    """The server, or a model, is ready."""
-
-    ready: bool
-
-
-class ModelReady(Ready):
-    """A model is ready."""
-
-    name: str
-
-
-class Server(_Message):
-    """The server's name, version and protocol extensions."""
-
-    name: str
-    version: str
-    extensions: list[str]
-
-
-class Tensor(_Message):
-    """A tensor of a model; -1 stands for any size."""
-
-    name: str
-    datatype: Datatype
-    shape: list[int]
-
-
-class Model(_Message):
-    """A model's inputs, outputs and labels."""
-
-    name: str
-    versions: list[str]
-    platform: str
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-    labels: list[str]
-    parameters: dict[str, str]
-
-
 class RequestInput(_Message):
     """A tensor, with its data here or as raw bytes after the JSON."""
 
     name: str = Field(min_length=1, examples=["image"])
-    shape: list[int] = Field(max_length=8, examples=[[1]])
+    shape: list[int] = Field(fail_fast=True, max_length=8, examples=[[1]])
     datatype: Datatype = Field(examples=["BYTES"])
     parameters: ParameterValues | None = Field(
         None, description="binary_data_size: number of bytes after the JSON that belong to this tensor"
@@ -98,12 +64,14 @@ class RequestOutput(_Message):
 class InferenceRequest(_Message):
     """Images to classify."""
 
+    # fail_fast: a request with millions of wrong items must not cost the memory of as many errors.
+
     id: str | None = Field(None, description="Id that the answer repeats")
     parameters: ParameterValues | None = Field(
         None, description="top_k, priority, timeout in microseconds, binary_data_output"
     )
-    inputs: list[RequestInput] = Field(min_length=1)
-    outputs: list[RequestOutput] | None = Field(None, description="Requested outputs; all by default")
+    inputs: list[RequestInput] = Field(fail_fast=True, min_length=1)
+    outputs: list[RequestOutput] | None = Field(None, fail_fast=True, description="Requested outputs; all by default")
 
 
 INFERENCE_EXAMPLE = {
@@ -114,9 +82,12 @@ INFERENCE_EXAMPLE = {
 }
 
 
-class ResponseOutput(Tensor):
+class ResponseOutput(_Message):
     """A tensor of an answer."""
 
+    name: str
+    datatype: Datatype
+    shape: list[int]
     data: list[Any] | None = None
     parameters: ParameterValues | None = Field(None, description="binary_data_size")
 
@@ -131,66 +102,10 @@ class InferenceResponse(_Message):
     outputs: list[ResponseOutput]
 
 
-class Duration(_Message):
-    """A count and the total time in nanoseconds."""
-
-    count: int
-    ns: int
-
-
-class InferenceStatistics(_Message):
-    """Time of the requests by stage."""
-
-    success: Duration
-    fail: Duration
-    queue: Duration
-    compute_input: Duration
-    compute_infer: Duration
-    compute_output: Duration
-    cache_hit: Duration
-    cache_miss: Duration
-
-
-class BatchStatistics(_Message):
-    """Executions with one batch size."""
-
-    batch_size: int
-    compute_input: Duration
-    compute_infer: Duration
-    compute_output: Duration
-
-
-class ModelStatistics(_Message):
-    """Statistics of one model since the server started."""
-
-    name: str
-    version: str
-    last_inference: int = Field(description="Unix time in milliseconds; 0 without inference so far")
-    inference_count: int
-    execution_count: int
-    inference_stats: InferenceStatistics
-    batch_stats: list[BatchStatistics]
-
-
-class Statistics(_Message):
-    """Statistics of models."""
-
-    model_stats: list[ModelStatistics]
-
-
 class IndexRequest(_Message):
     """Selection of the models in the index."""
 
     ready: bool = Field(False, description="Whether to list only models that are ready")
-
-
-class IndexedModel(_Message):
-    """An entry of the repository index."""
-
-    name: str
-    version: str
-    state: str = Field(examples=["READY"])
-    reason: str
 
 
 class RepositoryRequest(_Message):

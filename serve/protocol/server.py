@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import grpc.aio
 import uvicorn
 
+from prompttune.serve.protocol.calls import State
 from prompttune.serve.protocol.grpc_server import add_port, grpc_server
 from prompttune.serve.protocol.http_server import http_config
 from prompttune.serve.protocol.listening import WILDCARDS, bracketed, listen
 from prompttune.serve.protocol.rest import rest_application
 from prompttune.serve.protocol.settings import ServerSettings
-from prompttune.serve.protocol.state import State
 from prompttune.serve.service.assembly import make_service
 from prompttune.serve.service.service import Service
 

@@ -11,8 +11,8 @@ from prompttune.serve.messages import MIXED, ModelMetadata, TensorMetadata
 PLATFORM = "prompttune"
 
 
-def task_metadata(manifest: Manifest, record: TaskRecord, number: int, max_rows: int) -> ModelMetadata:
-    """Metadata of one task; ``number`` is its version, ``max_rows`` the largest number of images of a request."""
+def task_metadata(manifest: Manifest, record: TaskRecord, number: int) -> ModelMetadata:
+    """Metadata of one task; ``number`` is its version."""
     return ModelMetadata(
         record.name,
         [str(number)],
@@ -20,7 +20,6 @@ def task_metadata(manifest: Manifest, record: TaskRecord, number: int, max_rows:
         [_image(manifest)],
         _outputs(len(record.labels)),
         record.labels,
-        max_rows,
         {
             **_parameters(manifest),
             "task_version": record.version,
@@ -29,10 +28,10 @@ def task_metadata(manifest: Manifest, record: TaskRecord, number: int, max_rows:
     )
 
 
-def mixed_metadata(manifest: Manifest, number: int, max_rows: int) -> ModelMetadata:
+def mixed_metadata(manifest: Manifest, number: int) -> ModelMetadata:
     """Metadata of the model that takes a task for each row."""
     inputs = [_image(manifest), TensorMetadata("task", "BYTES", (-1, 1))]
-    return ModelMetadata(MIXED, [str(number)], PLATFORM, inputs, _outputs(-1), [], max_rows, _parameters(manifest))
+    return ModelMetadata(MIXED, [str(number)], PLATFORM, inputs, _outputs(-1), [], _parameters(manifest))
 
 
 def _image(manifest: Manifest) -> TensorMetadata:

@@ -10,7 +10,7 @@ from typing import Any
 
 from prompttune.export.folder import TaskRecord
 from prompttune.serve.batching.batcher import Outcome
-from prompttune.serve.messages import Duration, IndexEntry, ModelStatistics, NotFoundError, shown
+from prompttune.serve.messages import IndexEntry, ModelStatistics, NotFoundError, shown
 from prompttune.serve.service.traffic import LATENCIES_KEPT, percentiles_ms
 from prompttune.serve.workers import Key
 
@@ -88,25 +88,26 @@ class Model:
 
     def count(self, outcome: Outcome, rows: int, decode_s: float, write_s: float) -> None:
         """Count an answer of ``rows`` rows; :meth:`count_request` counts the request."""
-        statistics = self.statistics
-        statistics.last_inference_ms = int(time.time() * 1000)
+        statistics, stages = self.statistics, self.statistics.inference_stats
+        statistics.last_inference = int(time.time() * 1000)
         statistics.inference_count += rows
         statistics.execution_count += len(outcome.batches)
-        statistics.queue.add(outcome.queue_s)
-        statistics.compute_input.add(decode_s)
-        statistics.compute_infer.add(outcome.infer_s)
-        statistics.compute_output.add(write_s)
+        stages.queue.add(outcome.queue_s)
+        stages.compute_input.add(decode_s)
+        stages.compute_infer.add(outcome.infer_s)
+        stages.compute_output.add(write_s)
         for size, seconds in outcome.batches:
-            statistics.batches.setdefault(size, Duration()).add(seconds)
+            statistics.add_batch(size, seconds)
 
     def count_request(self, seconds: float, failed: bool) -> None:
         """Count a finished request."""
-        (self.statistics.fail if failed else self.statistics.success).add(seconds)
+        stages = self.statistics.inference_stats
+        (stages.fail if failed else stages.success).add(seconds)
         self.latencies.append(seconds)
 
     def status(self, resident: bool) -> dict[str, Any]:
         """Figures for the web page."""
-        statistics = self.statistics
+        stages = self.statistics.inference_stats
         labels = self.record.labels if self.record else ()
         return {
             "name": self.name,
@@ -117,8 +118,8 @@ class Model:
             "resident": resident,
             "labels": list(labels[:LABELS_SHOWN]),
             "num_classes": len(labels),
-            "requests": statistics.success.count + statistics.fail.count,
-            "errors": statistics.fail.count,
+            "requests": stages.success.count + stages.fail.count,
+            "errors": stages.fail.count,
             **percentiles_ms(list(self.latencies)),
-            "last_used": statistics.last_inference_ms / 1000 or None,
+            "last_used": self.statistics.last_inference / 1000 or None,
         }

@@ -179,11 +179,11 @@ class Service:
 
     def model_metadata(self, name: str, version: str = "") -> ModelMetadata:
         """See the interface."""
-        manifest, rows = self._folder.manifest, self._settings.limits.rows
+        manifest = self._folder.manifest
         if name == MIXED:
-            return mixed_metadata(manifest, self._mixed(version).number, rows)
+            return mixed_metadata(manifest, self._mixed(version).number)
         model = self._repository.model(name)
-        return task_metadata(manifest, model.current(version), model.number, rows)
+        return task_metadata(manifest, model.current(version), model.number)
 
     def _mixed(self, version: str) -> Model:
         """The model that takes a task for each row; its only version is 1."""
