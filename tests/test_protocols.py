@@ -15,11 +15,11 @@ from PIL import Image
 
 from prompttune.backbones import load_backbone
 from prompttune.benchmark import plots
-from prompttune.benchmark.latency import Latency
+from prompttune.benchmark.latency import MethodLatency
 from prompttune.benchmark.missing import available_tasks
 from prompttune.benchmark.plan import RECORD_FILE, RunSpec, make_plan
 from prompttune.benchmark.recipe import BUILT_IN, Recipe, chosen, load_recipe, read_recipe
-from prompttune.benchmark.runner import Outcome, Pace
+from prompttune.benchmark.runner import Pace, RunResult
 from prompttune.benchmark.search import Decision, decide, make_search, pending
 from prompttune.benchmark.summary import Cell, summarise
 from prompttune.benchmark.tables import cells, header, markdown
@@ -144,18 +144,18 @@ def test_settings_go_from_the_defaults_to_the_overrides(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"tasks": {}}, "needs 'tasks'"),
-        ({"seeds": [-1]}, "seeds must be"),
+        ({"seeds": [-1]}, "seeds must be at least 0"),
         ({"defaults": {"learning_rate": 1}}, "defaults: unknown setting 'learning_rate'"),
         ({"methods": {"linear": {"rank": 4}}}, "methods.linear: rank is a setting of"),
         ({"tasks": {"a": {"group": "one"}}}, "needs 'data'"),
         ({"grids": {"linear": {"lr": 1e-3}}}, "must be a list"),
         ({"variants": {"x": {"method": "nope"}}}, "unknown method"),
         ({"something": 1}, "unknown part"),
-        ({"seeds": [2**63]}, "below 2**63"),
+        ({"seeds": [2**63]}, f"below {2**63}"),
         ({"seeds": [True]}, "seeds must be"),
         ({"search_seed": "abc"}, "search_seed must be a whole number"),
         ({"search_seed": 1.7}, "search_seed must be a whole number"),
-        ({"tasks": {"a": {"data": "demo/digits", "search": 5}}}, "'search' of the task a must name data, not 5"),
+        ({"tasks": {"a": {"data": "demo/digits", "search": 5}}}, "tasks.a: search must be text, not 5"),
         ({"tasks": {"a": {"data": "demo/digits", "search": "demo/digits"}}}, "on the images that are reported"),
         ({"tasks": {"a": {"data": "vtab/x/train800val200/test", "search": "vtab/x/train800/test"}}}, "are reported"),
         ({"defaults": {"eval-every": 1}}, "defaults: eval_every is not open"),
@@ -222,11 +222,11 @@ def test_a_record_that_is_of_no_use_says_what_to_do(
 # choosing
 
 
-def outcome(lr: float, accuracy: float | None, *, diverged: bool = True, task: str = "a") -> Outcome:
+def outcome(lr: float, accuracy: float | None, *, diverged: bool = True, task: str = "a") -> RunResult:
     tried = dataclasses.replace(spec(lr=lr), task=task, candidate={"lr": lr})
     if accuracy is None:
-        return Outcome(tried, error="diverged: the loss is nan", diverged=diverged)
-    return Outcome(tried, {"accuracy": accuracy})
+        return RunResult(tried, error="diverged: the loss is nan", diverged=diverged)
+    return RunResult(tried, {"accuracy": accuracy})
 
 
 def test_best_accuracy_is_chosen_and_ties_take_the_smallest_rate() -> None:
@@ -281,15 +281,19 @@ def test_table_arithmetic_by_hand() -> None:
     ]
     summary = summarise("t", tasks, ["m", "half", "none"], rows, missing=2)
     line, half = summary.lines
-    assert line.cells["a"] == Cell(pytest.approx(0.6), pytest.approx(0.1), 3)
-    assert line.cells["b"] == Cell(pytest.approx(0.8), pytest.approx(0.0), 3)
+    assert line.tasks["a"] == Cell(pytest.approx(0.6), pytest.approx(0.1), 3)
+    assert line.tasks["b"] == Cell(pytest.approx(0.8), pytest.approx(0.0), 3)
     assert line.groups == {"one": pytest.approx(0.7), "two": pytest.approx(0.2)}
     assert line.mean == pytest.approx((0.6 + 0.8 + 0.2) / 3)  # every task counts once
     assert line.mean_of_groups == pytest.approx(0.45)  # every group counts once
     assert line.deviation == pytest.approx(0.2 / 3)  # seeds' means: 1.4/3, 1.6/3, 1.8/3
-    assert (line.trainable, line.beside_head, line.share) == (40, 20, pytest.approx(0.02))
+    assert (line.trainable_parameters, line.parameters_beside_head, line.share_of_backbone) == (
+        40,
+        20,
+        pytest.approx(0.02),
+    )
     assert (half.mean, half.mean_of_groups, half.groups["one"]) == (None, None, None)
-    assert half.cells["a"] == Cell(0.4, None, 1)
+    assert half.tasks["a"] == Cell(0.4, None, 1)
     assert header(summary)[1:] == ["a", "b", "c", "mean one", "mean two", "mean", "mean of groups", "seeds", "trained",
                                    "beside head", "% of backbone"]  # fmt: skip
     assert cells(summary, line) == ["m", "60.0 ± 10.0", "80.0 ± 0.0", "20.0 ± 10.0", "70.0", "20.0", "53.3 ± 6.7",
@@ -325,7 +329,7 @@ def test_labels_of_close_points_do_not_cover_each_other_or_a_point() -> None:
 def test_plot_has_a_second_panel_only_for_latencies(tmp_path: Path) -> None:
     summary = summarise("t", {"a": "one"}, ["m"], [row("m", "a", 0, 0.5)])
     sides = []
-    for latencies in ([], [Latency("m", 1.0, 1.0, 8, 1)]):
+    for latencies in ([], [MethodLatency("m", 1.0, 1.0, 8, 1)]):
         assert plots.plot_summary(tmp_path / "plot.png", summary, latencies)
         with Image.open(tmp_path / "plot.png") as image:
             sides.append(image.width / image.height)

@@ -127,7 +127,7 @@ def test_missing_data_and_wrong_names_start_nothing(base: list[Any], tmp_path: P
         (["--set", "lr"], "takes name=value"),
         (["--set", "lr=-1"], "lr must be above 0"),
         (["--seeds", "1,1"], "different whole numbers"),
-        (["--seeds", str(2**63)], "below 2**63"),
+        (["--seeds", str(2**63)], f"below {2**63}"),
         (["--set", "eval_every=1"], "eval_every is not open"),
         (["--set", "patience=3"], "patience is not open"),
         (["--set", "task=segmentation"], "protocols compare classifications"),

@@ -2,7 +2,7 @@
 
 from prompttune.benchmark.plan import RunSpec, make_plan
 from prompttune.benchmark.recipe import Recipe, load_recipe
-from prompttune.benchmark.runner import Outcome, execute
-from prompttune.benchmark.summary import Summary, summarise
+from prompttune.benchmark.runner import RunResult, execute
+from prompttune.benchmark.summary import ResultsTable, summarise
 
-__all__ = ["Outcome", "Recipe", "RunSpec", "Summary", "execute", "load_recipe", "make_plan", "summarise"]
+__all__ = ["Recipe", "ResultsTable", "RunResult", "RunSpec", "execute", "load_recipe", "make_plan", "summarise"]

@@ -19,7 +19,7 @@ BATCH, ROUNDS, WARMUP = 8, 15, 2
 
 
 @dataclass(frozen=True)
-class Latency:
+class MethodLatency:
     """Time of one task's forward in PyTorch, float32."""
 
     label: str
@@ -34,7 +34,7 @@ class Latency:
 @torch.inference_mode()
 def measure(
     specs: Mapping[str, RunSpec], backbone: Backbone, device: str = "cpu", classes: int = 16, batch: int = BATCH
-) -> list[Latency]:
+) -> list[MethodLatency]:
     """Time the methods of ``specs``, by label, on noise; the task's state is computed beforehand, as in an engine.
 
     Rounds alternate between all methods, so a disturbance affects all of them.
@@ -55,7 +55,7 @@ def measure(
         calls[label] = lambda model=model, state=state: model.forward_state(images, state)  # type: ignore[misc]
     seconds = _in_turn(calls, place)
     return [
-        Latency(
+        MethodLatency(
             label=label,
             milliseconds=statistics.median(seconds[label]) * 1000,
             over_backbone=statistics.median(a / b for a, b in zip(seconds[label], seconds[""], strict=True)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 from prompttune.benchmark.recipe import Recipe
@@ -51,51 +52,43 @@ def available_tasks(
         raise UsageError(f"{recipe.protocol} needs the folder of its data: give --data-root ({_layouts(kinds)})")
     if fetch and root is not None and root.startswith(HUB_PREFIX):
         raise UsageError(f"data sets of torchvision are downloaded into a folder, not to {root}")
-    absent = {
-        task: {spec: paths for spec in found if (paths := missing_files(spec, root))} for task, found in specs.items()
-    }
+    absent = {task: {spec: missing_files(spec, root) for spec in found} for task, found in specs.items()}
     expected = _layouts(kinds)
-    if not fetch:
-        return _there({task: _flat(found) for task, found in absent.items()}, expected, skip, tell)
-    fixed = {
-        task: _flat({spec: paths for spec, paths in found.items() if not spec.startswith(DOWNLOADED)})
-        for task, found in absent.items()
-    }
-    if dry:
-        return _there(fixed, expected, skip, tell)
-    wanted = [task for task in _there(fixed, expected, skip) if absent[task]]
-    problems = _download([spec for task in wanted for spec in absent[task]], root)
-    for task in wanted:
-        fixed[task] = list(dict.fromkeys(problems[spec] for spec in absent[task] if spec in problems))
-    return _there(fixed, expected, skip, tell)
+    if fetch:
+        fixed = {
+            task: {spec: [] if spec.startswith(DOWNLOADED) else paths for spec, paths in found.items()}
+            for task, found in absent.items()
+        }
+        if not dry:
+            tried: dict[str, list[str]] = {}
+            for task in _there(fixed, expected, skip):
+                for spec in (spec for spec, paths in absent[task].items() if paths):
+                    name = "/".join(spec.split("/")[:2])
+                    if name not in tried:
+                        tried[name] = _download(spec, root)
+                    fixed[task][spec] = tried[name]
+        absent = fixed
+    return _there(absent, expected, skip, tell)
 
 
-def _flat(absent: Mapping[str, Sequence[str]]) -> list[str]:
-    return list(dict.fromkeys(path for paths in absent.values() for path in paths))
-
-
-def _download(specs: Sequence[str], root: str | None) -> dict[str, str]:
-    """Download data sets, each tried once; return a line for each specification that failed."""
-    problems: dict[str, str] = {}
-    tried: dict[str, str | None] = {}
-    for spec in specs:
-        name = "/".join(spec.split("/")[:2])
-        if name not in tried:
-            try:
-                download(spec, root)
-                tried[name] = None
-            except Exception as problem:  # a network error, a truncated archive, a full disk
-                tried[name] = describe_failure(problem)
-        if (line := tried[name]) is not None:
-            problems[spec] = line
-    return problems
+def _download(spec: str, root: str | None) -> list[str]:
+    """Download a data set; the line about a failure, or nothing."""
+    try:
+        download(spec, root)
+    except Exception as problem:  # a network error, a truncated archive, a full disk
+        return [describe_failure(problem)]
+    return []
 
 
 def _there(
-    absent: Mapping[str, Sequence[str]], expected: str, skip: bool, tell: Callable[[str], None] | None = None
+    absent: Mapping[str, Mapping[str, Sequence[str]]],
+    expected: str,
+    skip: bool,
+    tell: Callable[[str], None] | None = None,
 ) -> list[str]:
     """The tasks with complete data; raises :class:`DataError` as :func:`available_tasks` does."""
-    missing = {task: lines for task, lines in absent.items() if lines}
+    lines_of = {task: dict.fromkeys(itertools.chain(*found.values())) for task, found in absent.items()}
+    missing = {task: lines for task, lines in lines_of.items() if lines}
     if missing and (not skip or len(missing) == len(absent)):
         lines = [f"  {task}: {', '.join(paths)}" for task, paths in missing.items()]
         hint = "" if len(missing) == len(absent) else "; --skip-missing continues without them"

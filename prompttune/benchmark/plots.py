@@ -10,8 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from prompttune.benchmark.latency import Latency
-from prompttune.benchmark.summary import Summary
+from prompttune.benchmark.latency import MethodLatency
+from prompttune.benchmark.summary import ResultsTable
 from prompttune.evaluation.plots import save_png
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ Point = tuple[str, float, float | None, float | None]
 """Label, horizontal position, mean and deviation, the last two as shares."""
 
 
-def plot_summary(path: Path, summary: Summary, latencies: Sequence[Latency]) -> bool:
+def plot_summary(path: Path, summary: ResultsTable, latencies: Sequence[MethodLatency]) -> bool:
     """Draw the mean accuracy of each method into a PNG file; return whether there was anything to draw.
 
     The left plot is over the trained parameters, including the head; the right one over the time of a forward relative
@@ -43,7 +43,7 @@ def plot_summary(path: Path, summary: Summary, latencies: Sequence[Latency]) -> 
     if not lines:
         return False
     over = {one.label: one.over_backbone for one in latencies}
-    trained: list[Point] = [(line.label, line.trainable, line.mean, line.deviation) for line in lines]
+    trained: list[Point] = [(line.label, line.trainable_parameters, line.mean, line.deviation) for line in lines]
     timed: list[Point] = [
         (label, over[label], mean, deviation) for label, _, mean, deviation in trained if label in over
     ]

@@ -22,8 +22,9 @@ itself fixes cannot be in a recipe: :func:`check_open`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,13 @@ from prompttune.data.benchmarks import BENCHMARKS
 from prompttune.errors import UsageError, choose
 from prompttune.methods import METHODS
 from prompttune.methods.registry import method_fields
+from prompttune.settings import setting, settings_of, settle
 from prompttune.training.config import check_belongs, known_names, read_yaml
 from prompttune.training.multi import suiting
 
 BUILT_IN = ("demo", "demo-ablation", "vtab-1k", "fgvc", "hta")
-_PARTS = ("protocol", "title", "seeds", "search_seed", "defaults", "tasks", "methods", "grids", "variants")
 ANY = "default"
 """Grid of the methods without their own grid."""
-_TASK_PARTS = ("group", "data", "search", "settings", "methods")
 SCORED_ONCE: Mapping[str, Any] = {"eval_every": 1_000_000, "patience": None}
 """Settings of every run, so that only the last epoch is scored: the reported images do not choose an epoch."""
 _ELSEWHERE = {
@@ -54,12 +54,11 @@ SEED_LIMIT = 2**63
 """Upper limit of seeds (exclusive), as in torch."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskEntry:
     """A data set of a protocol."""
 
-    name: str
-    group: str
+    group: str = ""
     data: str
     """Data set, as for ``prompttune train --data``."""
     search: str | None = None
@@ -69,21 +68,34 @@ class TaskEntry:
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Settings of one method on this data set, which replace all others."""
 
+    def __post_init__(self) -> None:
+        settle(self, strict=True)
+        if self.search is not None and _scored(self.search) == _scored(self.data):
+            raise UsageError(
+                f"settings would be chosen on the images that are reported ({self.data}): "
+                "give 'search' held-out images, or leave it out"
+            )
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Content of a recipe file."""
 
     protocol: str
-    title: str
-    seeds: tuple[int, ...]
+    title: str = ""
+    seeds: tuple[int, ...] = setting((0,), low=0, below=SEED_LIMIT)
+    search_seed: int = setting(0, low=0, below=SEED_LIMIT)
     defaults: Mapping[str, Any]
     tasks: Mapping[str, TaskEntry]
     methods: Mapping[str, Mapping[str, Any]]
-    variants: Mapping[str, Mapping[str, Any]]
-    grids: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
+    grids: Mapping[str, Mapping[str, Sequence[Any]]]
     """Values to choose from, by method (or :data:`ANY`) and setting."""
-    search_seed: int = 0
+    variants: Mapping[str, Mapping[str, Any]]
+
+    def __post_init__(self) -> None:
+        settle(self)
+        if not self.seeds:
+            raise UsageError("seeds must be a list of at least one number")
 
     @property
     def labels(self) -> list[str]:
@@ -129,11 +141,6 @@ def check_open(name: str, value: Any) -> None:
         raise UsageError(f"task {value!r}: protocols compare classifications; leave it out")
 
 
-def is_seed(value: Any) -> bool:
-    """Whether a value is a valid seed of a run."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < SEED_LIMIT
-
-
 def load_recipe(name: str, file: Path | None = None) -> Recipe:
     """Read the package's recipe ``name``, or a file instead.
 
@@ -150,83 +157,69 @@ def load_recipe(name: str, file: Path | None = None) -> Recipe:
 def read_recipe(path: Path) -> Recipe:
     """Read and check a recipe file; see :func:`load_recipe`."""
     document = read_yaml(path)
-    for key in document:
-        choose(f"part of {path.name}", key, _PARTS)
-    tasks = _mapping(path, document, "tasks")
-    if not tasks:
-        raise UsageError(f"{path} needs 'tasks', a mapping of names to group and data")
-    seeds = document.get("seeds", [0])
-    if not isinstance(seeds, list) or not seeds or not all(map(is_seed, seeds)):
-        raise UsageError(f"{path}: seeds must be a list of whole numbers from 0, below 2**63, not {seeds!r}")
-    search_seed = document.get("search_seed", 0)
-    if not is_seed(search_seed):
-        raise UsageError(f"{path}: search_seed must be a whole number from 0, below 2**63, not {search_seed!r}")
-    defaults = _settings(path, "defaults", _mapping(path, document, "defaults"))
-    return Recipe(
-        protocol=str(document.get("protocol", path.stem)),
-        title=str(document.get("title", "")),
-        seeds=tuple(seeds),
-        defaults=defaults,
-        tasks={name: _task(path, name, _mapping(path, tasks, name)) for name in tasks},
-        methods=_by_method(path, "methods", _mapping(path, document, "methods")),
-        variants=_variants(path, _mapping(path, document, "variants")),
-        grids=_grids(path, _mapping(path, document, "grids")),
-        search_seed=search_seed,
-    )
+    with _within(path):
+        _check_parts(document, Recipe)
+        tasks = _mapping(document, "tasks")
+        if not tasks:
+            raise UsageError("the recipe needs 'tasks', a mapping of names to group and data")
+        return Recipe(
+            **{"protocol": path.stem, **{name: document[name] for name in settings_of(Recipe) if name in document}},
+            defaults=_settings("defaults", _mapping(document, "defaults")),
+            tasks={name: _task(name, _mapping(tasks, name)) for name in tasks},
+            methods=_by_method("methods", _mapping(document, "methods")),
+            variants=_variants(_mapping(document, "variants")),
+            grids=_grids(_mapping(document, "grids")),
+        )
 
 
-def _mapping(path: Path, document: Mapping[str, Any], key: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def _within(place: object) -> Iterator[None]:
+    """Begin the block's errors with their place."""
+    try:
+        yield
+    except UsageError as problem:
+        raise UsageError(f"{place}: {problem}") from None
+
+
+def _check_parts(values: Mapping[str, Any], kind: type[Any]) -> None:
+    for name in values:
+        choose("part", name, [known.name for known in fields(kind)])
+
+
+def _mapping(document: Mapping[str, Any], key: str) -> dict[str, Any]:
     value = document.get(key) or {}
     if not isinstance(value, dict):
-        raise UsageError(f"{path}: {key} must be a mapping, not {value!r}")
+        raise UsageError(f"{key} must be a mapping, not {value!r}")
     return {str(name): inner for name, inner in value.items()}
 
 
-def _settings(path: Path, where: str, values: Mapping[str, Any], method: str | None = None) -> dict[str, Any]:
+def _settings(where: str, values: Mapping[str, Any], method: str | None = None) -> dict[str, Any]:
     """Names of settings with underscores, known, allowed in a recipe, and those of ``method`` if it is given."""
     named = {name.replace("-", "_"): value for name, value in values.items()}
-    for name, value in named.items():
-        try:
+    with _within(where):
+        for name, value in named.items():
             choose("setting", name, known_names())
             if name in _ELSEWHERE:
                 raise UsageError(f"{name} is not a setting of a recipe: {_ELSEWHERE[name]}")
             check_open(name, value)
             if method is not None and name in method_fields():
                 check_belongs(name, method)
-        except UsageError as problem:
-            raise UsageError(f"{path}: {where}: {problem}") from None
     return named
 
 
-def _by_method(path: Path, where: str, entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    return {
-        method: _settings(path, f"{where}.{method}", _mapping(path, entries, method), method)
-        for method in entries
-        if method in METHODS
-    }
+def _by_method(where: str, entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    known = [method for method in entries if method in METHODS]
+    return {method: _settings(f"{where}.{method}", _mapping(entries, method), method) for method in known}
 
 
-def _task(path: Path, name: str, entry: Mapping[str, Any]) -> TaskEntry:
-    for key in entry:
-        choose(f"part of the task {name} of {path.name}", key, _TASK_PARTS)
-    data, search = entry.get("data"), entry.get("search")
-    if not isinstance(data, str):
-        raise UsageError(f"{path}: the task {name} needs 'data'")
-    if search is not None and not isinstance(search, str):
-        raise UsageError(f"{path}: 'search' of the task {name} must name data, not {search!r}")
-    if search is not None and _scored(search) == _scored(data):
-        raise UsageError(
-            f"{path}: the task {name} chooses settings on the images that are reported ({data}): "
-            "give 'search' held-out images, or leave it out"
-        )
-    return TaskEntry(
-        name=name,
-        group=str(entry.get("group", "")),
-        data=data,
-        search=search,
-        settings=_settings(path, f"tasks.{name}", _mapping(path, entry, "settings")),
-        methods=_by_method(path, f"tasks.{name}", _mapping(path, entry, "methods")),
-    )
+def _task(name: str, entry: Mapping[str, Any]) -> TaskEntry:
+    own = _settings(f"tasks.{name}", _mapping(entry, "settings"))
+    methods = _by_method(f"tasks.{name}", _mapping(entry, "methods"))
+    with _within(f"tasks.{name}"):
+        _check_parts(entry, TaskEntry)
+        if "data" not in entry:
+            raise UsageError("the task needs 'data'")
+        return TaskEntry(**{**entry, "settings": own, "methods": methods})
 
 
 def _scored(data: str) -> str:
@@ -236,23 +229,23 @@ def _scored(data: str) -> str:
     return f"{kind}/{parts[0]}/{parts[-1]}" if kind in BENCHMARKS else data
 
 
-def _variants(path: Path, entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _variants(entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     made = {}
     for label in entries:
-        values = _mapping(path, entries, label)
+        values = _mapping(entries, label)
         method = choose(f"method of the variant {label}", values.pop("method", "sa2vp"), METHODS)
-        made[label] = {"method": method, **_settings(path, f"variants.{label}", values, method)}
+        made[label] = {"method": method, **_settings(f"variants.{label}", values, method)}
     return made
 
 
-def _grids(path: Path, entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    made = _by_method(path, "grids", {name: grid for name, grid in entries.items() if name != ANY})
+def _grids(entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    made = _by_method("grids", {name: grid for name, grid in entries.items() if name != ANY})
     if ANY in entries:
-        made[ANY] = _settings(path, f"grids.{ANY}", _mapping(path, entries, ANY))
+        made[ANY] = _settings(f"grids.{ANY}", _mapping(entries, ANY))
     for method, grid in made.items():
         for name, values in grid.items():
             if not isinstance(values, list) or not values:
-                raise UsageError(f"{path}: grids.{method}.{name} must be a list of values, not {values!r}")
+                raise UsageError(f"grids.{method}.{name} must be a list of values, not {values!r}")
     return made
 
 

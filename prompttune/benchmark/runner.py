@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -25,7 +25,7 @@ MOST_JOBS = 4
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunResult:
     """Result of a run: its row of figures, or one line about the error."""
 
     spec: RunSpec
@@ -37,7 +37,7 @@ class Outcome:
     """Whether the error is a candidate's result, which is not tried again."""
 
     @classmethod
-    def of(cls, spec: RunSpec, row: dict[str, Any], *, kept: bool = False) -> Outcome:
+    def of(cls, spec: RunSpec, row: dict[str, Any], *, kept: bool = False) -> RunResult:
         """The outcome from the record of a run."""
         if ERROR in row:
             return cls(spec, error=f"diverged: {row[ERROR]}", kept=kept, diverged=True)
@@ -53,7 +53,7 @@ class Listener(Protocol):
     def update(self, pace: Pace) -> None:
         """A run has made progress."""
 
-    def ended(self, outcome: Outcome, pace: Pace) -> None:
+    def ended(self, outcome: RunResult, pace: Pace) -> None:
         """A run has ended."""
 
 
@@ -111,7 +111,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def execute(specs: Sequence[RunSpec], output: Path, jobs: int, listener: Listener) -> list[Outcome]:
+def execute(
+    specs: Sequence[RunSpec],
+    output: Path,
+    jobs: int,
+    listener: Listener,
+    on_change: Callable[[], None] = lambda: None,
+) -> list[RunResult]:
     """Train every unfinished run of a plan; a failed run does not stop the others.
 
     Args:
@@ -119,6 +125,7 @@ def execute(specs: Sequence[RunSpec], output: Path, jobs: int, listener: Listene
         output: output folder of the benchmark.
         jobs: number of worker processes, which share the cores; 1 trains in this process.
         listener: receives news.
+        on_change: called before the first run and after each.
 
     Returns:
         One outcome per run, in the order of the plan.
@@ -127,20 +134,22 @@ def execute(specs: Sequence[RunSpec], output: Path, jobs: int, listener: Listene
         UsageError: another benchmark writes to the folder, or a finished run had other settings; no run has started.
     """
     with locked(output):
-        outcomes: dict[RunSpec, Outcome] = {}
+        outcomes: dict[RunSpec, RunResult] = {}
         by_name = {spec.name: spec for spec in specs}
         if len(by_name) < len(specs):
             raise UsageError("two runs of the plan have the same task, label and seed")
         for spec in specs:
             if (row := spec.record(output)) is not None:
-                outcomes[spec] = Outcome.of(spec, row, kept=True)
+                outcomes[spec] = RunResult.of(spec, row, kept=True)
         todo = [spec for spec in specs if spec not in outcomes]
         jobs = max(1, min(jobs, len(todo)))
         pace = Pace(len(specs), jobs, kept=len(outcomes), waiting=list(todo))
         listener.begin(pace)
+        on_change()
         run = _in_process(pace, output, listener) if jobs == 1 else _in_workers(pace, output, listener)
         for outcome in run:
             outcomes[outcome.spec] = outcome
+            on_change()
         return [outcomes[spec] for spec in specs]
 
 
@@ -155,7 +164,7 @@ def _progress(pace: Pace, spec: RunSpec, share: float, listener: Listener) -> No
     listener.update(pace)
 
 
-def _end(pace: Pace, outcome: Outcome, listener: Listener) -> Outcome:
+def _end(pace: Pace, outcome: RunResult, listener: Listener) -> RunResult:
     began, _ = pace.running.pop(outcome.spec)
     pace.ended += 1
     pace.seconds.setdefault(outcome.spec.label, []).append(time.monotonic() - began)
@@ -163,15 +172,15 @@ def _end(pace: Pace, outcome: Outcome, listener: Listener) -> Outcome:
     return outcome
 
 
-def _in_process(pace: Pace, output: Path, listener: Listener) -> Iterator[Outcome]:
+def _in_process(pace: Pace, output: Path, listener: Listener) -> Iterator[RunResult]:
     backbones: Backbones = {}
     while pace.waiting:
         spec = _start(pace)
         tell = share_teller(lambda share, spec=spec: _progress(pace, spec, share, listener))  # type: ignore[misc]
         try:
-            outcome = Outcome.of(spec, run_one(spec, output, backbones, tell))
+            outcome = RunResult.of(spec, run_one(spec, output, backbones, tell))
         except Exception as problem:  # any error belongs to this run
-            outcome = Outcome(spec, error=describe_failure(problem))
+            outcome = RunResult(spec, error=describe_failure(problem))
         yield _end(pace, outcome, listener)
 
 
@@ -184,7 +193,7 @@ class _Worker:
     spec: RunSpec
 
 
-def _in_workers(pace: Pace, output: Path, listener: Listener) -> Iterator[Outcome]:
+def _in_workers(pace: Pace, output: Path, listener: Listener) -> Iterator[RunResult]:
     workers: list[_Worker] = []
     try:
         while pace.waiting or workers:
@@ -234,13 +243,13 @@ def _dismiss(worker: _Worker) -> None:
     worker.channel.close()
 
 
-def _hear(worker: _Worker, pace: Pace, listener: Listener) -> Outcome | None:
+def _hear(worker: _Worker, pace: Pace, listener: Listener) -> RunResult | None:
     """Read one message of a worker; return its run's outcome if that has ended."""
     try:
         kind, value = worker.channel.recv()
     except (EOFError, ConnectionResetError):
-        return Outcome(worker.spec, error=f"the worker process died (exit code {worker.process.wait()})")
+        return RunResult(worker.spec, error=f"the worker process died (exit code {worker.process.wait()})")
     if kind == "share":
         _progress(pace, worker.spec, value, listener)
         return None
-    return Outcome.of(worker.spec, value) if kind == "row" else Outcome(worker.spec, error=value)
+    return RunResult.of(worker.spec, value) if kind == "row" else RunResult(worker.spec, error=value)

@@ -11,7 +11,7 @@ from typing import Any
 
 from prompttune.benchmark.plan import RunSpec
 from prompttune.benchmark.recipe import Recipe
-from prompttune.benchmark.runner import Listener, Outcome, execute
+from prompttune.benchmark.runner import Listener, RunResult, execute
 from prompttune.files import write_json
 from prompttune.spreadsheets import write_table
 
@@ -61,7 +61,9 @@ def make_search(
     return specs
 
 
-def run_search(plan: Sequence[RunSpec], output: Path, jobs: int, listener: Listener) -> tuple[Decision, list[Outcome]]:
+def run_search(
+    plan: Sequence[RunSpec], output: Path, jobs: int, listener: Listener
+) -> tuple[Decision, list[RunResult]]:
     """Run a search; ``search.csv`` and ``chosen.json`` list the tried and the chosen settings."""
     if not plan:
         return Decision({}), []
@@ -80,13 +82,13 @@ def _tried(spec: RunSpec) -> dict[str, Any]:
     return {f"tried_{name}": value for name, value in (spec.candidate or {}).items()}
 
 
-def decide(outcomes: Sequence[Outcome]) -> Decision:
+def decide(outcomes: Sequence[RunResult]) -> Decision:
     """Choose the best accuracy for each task and label; the smallest learning rate wins a tie.
 
     VPT's code breaks ties in this way, for stability. A diverged run is never chosen; a run without a result keeps the
     choice open.
     """
-    groups: dict[Pair, list[Outcome]] = {}
+    groups: dict[Pair, list[RunResult]] = {}
     for outcome in outcomes:
         groups.setdefault((outcome.spec.task, outcome.spec.label), []).append(outcome)
     choices: Choices = {}
@@ -103,7 +105,7 @@ def decide(outcomes: Sequence[Outcome]) -> Decision:
     return Decision(choices, waiting, barren)
 
 
-def _rank(outcome: Outcome) -> tuple[float, float]:
+def _rank(outcome: RunResult) -> tuple[float, float]:
     accuracy = 0.0 if outcome.row is None else float(outcome.row["accuracy"])
     return accuracy, -outcome.spec.config(Path()).lr
 
@@ -111,7 +113,7 @@ def _rank(outcome: Outcome) -> tuple[float, float]:
 def decided_so_far(plan: Sequence[RunSpec], output: Path) -> Decision:
     """Result of a search so far, without training."""
     rows = ((spec, spec.record(output)) for spec in plan)
-    return decide([Outcome(spec) if row is None else Outcome.of(spec, row, kept=True) for spec, row in rows])
+    return decide([RunResult(spec) if row is None else RunResult.of(spec, row, kept=True) for spec, row in rows])
 
 
 def pending(plan: Sequence[RunSpec], search: Sequence[RunSpec], decision: Decision) -> list[RunSpec]:

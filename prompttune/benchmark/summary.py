@@ -1,4 +1,7 @@
-"""From rows of runs to the papers' tables: mean and deviation over seeds, groups and tasks."""
+"""From rows of runs to the papers' tables: mean and deviation over seeds, groups and tasks.
+
+The fields have the names of ``summary.json``.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,13 @@ class Cell:
         """Mean and deviation of ``values``, which must not be empty."""
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return {"mean": self.mean, "deviation": self.deviation, "seeds": self.seeds}
-
 
 @dataclass(frozen=True)
-class Line:
+class TableLine:
     """Results of a method or a variant."""
 
     label: str
-    cells: Mapping[str, Cell | None]
+    tasks: Mapping[str, Cell | None]
     """Accuracies by task; None if all runs of the task are unfinished."""
     groups: Mapping[str, float | None]
     """Mean over the tasks of each group; None if a task is missing."""
@@ -42,42 +41,28 @@ class Line:
     """Mean of the groups' means, as is usual for VTAB."""
     deviation: float | None
     """Sample deviation over seeds of the mean over all tasks; None unless two seeds have every task."""
-    trainable: int
+    trainable_parameters: int
     """Number of trained parameters including the head, averaged over the tasks, whose heads differ."""
-    beside_head: int
-    share: float
+    parameters_beside_head: int
+    share_of_backbone: float
     """Number of trained parameters without the head, divided by that of the backbone."""
 
     @property
     def seeds(self) -> tuple[int, int]:
         """Smallest and largest number of seeds among the tasks with a figure."""
-        counts = [cell.seeds for cell in self.cells.values() if cell is not None]
+        counts = [cell.seeds for cell in self.tasks.values() if cell is not None]
         return min(counts), max(counts)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return {
-            "label": self.label,
-            "tasks": {task: None if cell is None else cell.to_dict() for task, cell in self.cells.items()},
-            "groups": dict(self.groups),
-            "mean": self.mean,
-            "mean_of_groups": self.mean_of_groups,
-            "deviation": self.deviation,
-            "trainable_parameters": self.trainable,
-            "parameters_beside_head": self.beside_head,
-            "share_of_backbone": self.share,
-        }
 
 
 @dataclass(frozen=True)
-class Summary:
+class ResultsTable:
     """A benchmark's table."""
 
     title: str
     tasks: Mapping[str, str]
     """Group of each task, in the order of the columns."""
-    lines: Sequence[Line]
-    missing: int = 0
+    lines: Sequence[TableLine]
+    missing_runs: int = 0
     """Number of planned runs without a figure."""
 
     @property
@@ -85,19 +70,10 @@ class Summary:
         """Groups in their order."""
         return list(dict.fromkeys(self.tasks.values()))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return {
-            "title": self.title,
-            "tasks": dict(self.tasks),
-            "lines": [line.to_dict() for line in self.lines],
-            "missing_runs": self.missing,
-        }
-
 
 def summarise(
     title: str, tasks: Mapping[str, str], labels: Sequence[str], rows: Sequence[Mapping[str, Any]], missing: int = 0
-) -> Summary:
+) -> ResultsTable:
     """Tabulate rows of finished runs.
 
     Args:
@@ -108,10 +84,10 @@ def summarise(
         missing: number of runs without a row.
     """
     lines = [_line(label, tasks, [row for row in rows if row["label"] == label]) for label in labels]
-    return Summary(title, dict(tasks), [line for line in lines if line is not None], missing)
+    return ResultsTable(title, dict(tasks), [line for line in lines if line is not None], missing)
 
 
-def _line(label: str, tasks: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> Line | None:
+def _line(label: str, tasks: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> TableLine | None:
     by_task = {task: [row for row in rows if row["task"] == task] for task in tasks}
     rows = [row for found in by_task.values() for row in found]
     if not rows:
@@ -123,16 +99,16 @@ def _line(label: str, tasks: Mapping[str, str], rows: Sequence[Mapping[str, Any]
         for group in dict.fromkeys(tasks.values())
     }
     ones = [next(iter(found)) for found in by_task.values() if found]
-    return Line(
+    return TableLine(
         label=label,
-        cells=cells,
+        tasks=cells,
         groups=groups,
         mean=_mean(list(means.values())),
         mean_of_groups=_mean(list(groups.values())),
         deviation=_deviation_of_mean(by_task),
-        trainable=round(statistics.fmean(row["trainable_parameters"] for row in ones)),
-        beside_head=round(statistics.fmean(row["parameters_beside_head"] for row in ones)),
-        share=statistics.fmean(row["share_of_backbone"] for row in ones),
+        trainable_parameters=round(statistics.fmean(row["trainable_parameters"] for row in ones)),
+        parameters_beside_head=round(statistics.fmean(row["parameters_beside_head"] for row in ones)),
+        share_of_backbone=statistics.fmean(row["share_of_backbone"] for row in ones),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from prompttune.benchmark.summary import Cell, Line, Summary
+from prompttune.benchmark.summary import Cell, ResultsTable, TableLine
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -13,31 +13,31 @@ if TYPE_CHECKING:
 NOTHING = "–"
 
 
-def header(summary: Summary) -> list[str]:
+def header(summary: ResultsTable) -> list[str]:
     """Names of the columns."""
     groups = [f"mean {group}" for group in summary.groups] if _has_groups(summary) else []
     last = ["mean of groups"] if _has_groups(summary) else []
     return ["method", *summary.tasks, *groups, "mean", *last, "seeds", "trained", "beside head", "% of backbone"]
 
 
-def cells(summary: Summary, line: Line) -> list[str]:
+def cells(summary: ResultsTable, line: TableLine) -> list[str]:
     """A line of the table: accuracies in percent, mean ± sample deviation over seeds."""
     groups = [percent(line.groups[group]) for group in summary.groups] if _has_groups(summary) else []
     last = [percent(line.mean_of_groups)] if _has_groups(summary) else []
     return [
         line.label,
-        *(spelled(line.cells[task]) for task in summary.tasks),
+        *(spelled(line.tasks[task]) for task in summary.tasks),
         *groups,
         percent(line.mean, line.deviation),
         *last,
         "-".join(str(count) for count in dict.fromkeys(line.seeds)),
-        f"{line.trainable:,}",
-        f"{line.beside_head:,}",
-        f"{line.share:.3%}".removesuffix("%"),
+        f"{line.trainable_parameters:,}",
+        f"{line.parameters_beside_head:,}",
+        f"{line.share_of_backbone:.3%}".removesuffix("%"),
     ]
 
 
-def _has_groups(summary: Summary) -> bool:
+def _has_groups(summary: ResultsTable) -> bool:
     return len(summary.groups) > 1
 
 
@@ -53,7 +53,7 @@ def percent(value: float | None, deviation: float | None = None) -> str:
     return f"{value * 100:.1f}" if deviation is None else f"{value * 100:.1f} ± {deviation * 100:.1f}"
 
 
-def rich_table(summary: Summary) -> Table:
+def rich_table(summary: ResultsTable) -> Table:
     """The table for a terminal."""
     from rich.table import Table
 
@@ -65,7 +65,7 @@ def rich_table(summary: Summary) -> Table:
     return table
 
 
-def markdown(summary: Summary) -> str:
+def markdown(summary: ResultsTable) -> str:
     """The table as Markdown, with its headline above."""
     names = header(summary)
     lines = [
@@ -77,8 +77,8 @@ def markdown(summary: Summary) -> str:
         _row(["---"] + ["---:"] * (len(names) - 1)),
         *(_row(cells(summary, line)) for line in summary.lines),
     ]
-    if summary.missing:
-        lines += ["", f"{summary.missing} runs have no figure yet."]
+    if summary.missing_runs:
+        lines += ["", f"{summary.missing_runs} runs have no figure yet."]
     return "\n".join(lines) + "\n"
 
 

@@ -46,12 +46,13 @@ def run_one(spec: RunSpec, output: Path, backbones: Backbones, on_progress: OnPr
     backbone = backbones[key]
     folder = RunFolder.of(config.output)
     try:
-        row = _row(spec, backbone, train(config, backbone, resume=True, on_progress=on_progress).metrics)
+        metrics = train(config, backbone, resume=True, on_progress=on_progress).metrics
+        row = {**_identity(spec), **_figures(backbone, metrics)}
     except DivergedError as problem:
         if spec.candidate is None:
             advice = f"give a lower lr or grad_clip=1 with --set or a recipe and {train_again(folder.path)}"
             raise TrainingError(f"{problem.what}; {advice}") from None
-        row = _row_of_diverged(spec, problem)
+        row = {**_identity(spec), ERROR: problem.what}
     except (CheckpointError, UsageError) as problem:
         raise _told_here(problem, folder.path) from None
     write_json(folder.path / RECORD_FILE, row)
@@ -67,7 +68,8 @@ def _told_here(problem: CheckpointError | UsageError, folder: Path) -> Checkpoin
     return type(problem)(f"{text.removesuffix(_OVERWRITE)}; {train_again(folder)}")
 
 
-def _row_of_diverged(spec: RunSpec, problem: DivergedError) -> dict[str, Any]:
+def _identity(spec: RunSpec) -> dict[str, Any]:
+    """What a record says about every run."""
     return {
         "protocol": spec.protocol,
         "group": spec.group,
@@ -76,23 +78,16 @@ def _row_of_diverged(spec: RunSpec, problem: DivergedError) -> dict[str, Any]:
         "method": spec.settings["method"],
         "seed": spec.seed,
         "settings_digest": spec.digest,
-        ERROR: problem.what,
     }
 
 
-def _row(spec: RunSpec, backbone: Backbone, metrics: dict[str, Any]) -> dict[str, Any]:
+def _figures(backbone: Backbone, metrics: dict[str, Any]) -> dict[str, Any]:
     classes = len(metrics["run"]["classes"])
     head = classes * (backbone.width + 1)
     trained = metrics["run"]["task_parameters"]
     frozen = sum(parameter.numel() for parameter in backbone.model.parameters())
     versions = metrics["versions"]
     return {
-        "protocol": spec.protocol,
-        "group": spec.group,
-        "task": spec.task,
-        "label": spec.label,
-        "method": metrics["settings"]["method"],
-        "seed": spec.seed,
         "accuracy": metrics["final"]["top1"],
         "test_images": metrics["final"]["n"],
         "train_images": metrics["run"]["train_images"],
@@ -103,7 +98,6 @@ def _row(spec: RunSpec, backbone: Backbone, metrics: dict[str, Any]) -> dict[str
         "share_of_backbone": (trained - head) / frozen,
         "epochs": len(metrics["history"]),
         "seconds": metrics["wall_seconds"],
-        "settings_digest": spec.digest,
         "backbone": backbone.name,
         "image_size": backbone.image_size,
         "fingerprint": backbone.fingerprint,

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 
-from prompttune.benchmark.benchmark import Job, Report, report_finished, run_benchmark
 from prompttune.benchmark.plan import RunSpec
 from prompttune.benchmark.recipe import chosen, load_recipe
+from prompttune.benchmark.run import Benchmark, BenchmarkReport, report_finished, run_benchmark
 from prompttune.benchmark.search import decided_so_far, pending
-from prompttune.cli.benchmark_options import common_options, data_options, words
+from prompttune.benchmark.settings import BenchmarkSettings
 from prompttune.cli.benchmark_progress import Board
+from prompttune.cli.options import given_settings, options_of
+from prompttune.cli.sections import SectionedCommand
+from prompttune.settings import make
 
 INTERRUPTED = 130
-_methods = click.option("--methods", metavar="A,B,…", callback=words, help="Methods to compare.  [default: all]")
 
 
 @click.group()
@@ -30,159 +32,141 @@ def benchmark() -> None:
     """
 
 
-@benchmark.command()
-@_methods
-@common_options
-@click.pass_context
-def demo(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: Any) -> None:
+def _add(protocol: str, text: str, examples: str, without: Collection[str]) -> None:
+    """Add the command of a protocol, with the options of all but the settings ``without``."""
+
+    @click.pass_context
+    def command(ctx: click.Context, /, as_json: bool, quiet: bool, **_settings: Any) -> None:
+        _run(ctx, protocol, make(BenchmarkSettings, given_settings(ctx)), as_json, quiet)
+
+    shared: list[click.Parameter] = [
+        click.Option(["--json", "as_json"], is_flag=True, help="Print the table and all runs as JSON."),
+        click.Option(["--quiet"], is_flag=True, help="Show no progress."),
+    ]
+    benchmark.add_command(
+        SectionedCommand(
+            protocol,
+            callback=command,
+            help=text,
+            examples=examples,
+            params=shared,
+            settings=lambda: [one for one in options_of(BenchmarkSettings) if one.name not in without],
+        )
+    )
+
+
+_add(
+    "demo",
     """Compare methods on the built-in tasks: digits, location, orientation, count.
 
-    DINOv2 ViT-S at 56 pixels, 1,000 training images, 4 to 12 epochs, three seeds; one to three minutes per run on one
-    CPU core in bf16, twice that in fp32.
-
-    \b
-    prompttune benchmark demo --output runs/demo
-    prompttune benchmark demo --methods sa2vp,vpt-deep,linear --tasks location --seeds 0 --jobs 2 --output runs/demo
-    prompttune benchmark demo --dry-run
+DINOv2 ViT-S at 56 pixels, 1,000 training images, 4 to 12 epochs, three seeds; one to three minutes per run on one
+CPU core in bf16, twice that in fp32.
+    """,
     """
-    _run(ctx, "demo", methods, **options)
-
-
-@benchmark.command("demo-ablation")
-@click.option("--variants", metavar="A,B,…", callback=words, help="Variants to compare.  [default: all]")
-@common_options
-@click.pass_context
-def demo_ablation(ctx: click.Context, /, variants: tuple[str, ...] | None, **options: Any) -> None:
+prompttune benchmark demo --output runs/demo
+prompttune benchmark demo --methods sa2vp,vpt-deep,linear --tasks location --seeds 0 --jobs 2 --output runs/demo
+prompttune benchmark demo --dry-run
+    """,
+    ("variants", "data_root", "skip_missing", "download"),
+)
+_add(
+    "demo-ablation",
     """Compare SA²VP with and without each of its parts on the built-in tasks, as in Table 5 of its paper.
-
-    \b
-    prompttune benchmark demo-ablation --output runs/demo-ablation
-    prompttune benchmark demo-ablation --variants "window 1,window 5" --seeds 0 --jobs 2 --output runs/windows
+    """,
     """
-    _run(ctx, "demo-ablation", variants, **options)
-
-
-@benchmark.command("vtab-1k")
-@_methods
-@data_options
-@common_options
-@click.pass_context
-def vtab_1k(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: Any) -> None:
+prompttune benchmark demo-ablation --output runs/demo-ablation
+prompttune benchmark demo-ablation --variants "window 1,window 5" --seeds 0 --jobs 2 --output runs/windows
+    """,
+    ("methods", "data_root", "skip_missing", "download"),
+)
+_add(
+    "vtab-1k",
     """Compare methods on VTAB-1k: 19 tasks of 1,000 images, means of three groups.
 
-    Settings are chosen with train800 and val200, then train800val200 trains and test is scored, five seeds. The data
-    are the usual lists: DATA_ROOT/NAME/train800.txt, val200.txt, train800val200.txt, test.txt of "path label" lines.
-
-    \b
-    prompttune benchmark vtab-1k --methods sa2vp,vpt-deep --data-root data/vtab-1k --output runs/vtab --dry-run
-    prompttune benchmark vtab-1k --methods sa2vp --data-root data/vtab-1k --output runs/vtab --skip-missing
-    prompttune benchmark vtab-1k --data-root hf://datasets/OWNER/NAME --output runs/vtab
+Settings are chosen with train800 and val200, then train800val200 trains and test is scored, five seeds. The data
+are the usual lists: DATA_ROOT/NAME/train800.txt, val200.txt, train800val200.txt, test.txt of "path label" lines.
+    """,
     """
-    _run(ctx, "vtab-1k", methods, **options)
-
-
-@benchmark.command()
-@_methods
-@data_options
-@common_options
-@click.pass_context
-def fgvc(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: Any) -> None:
+prompttune benchmark vtab-1k --methods sa2vp,vpt-deep --data-root data/vtab-1k --output runs/vtab --dry-run
+prompttune benchmark vtab-1k --methods sa2vp --data-root data/vtab-1k --output runs/vtab --skip-missing
+prompttune benchmark vtab-1k --data-root hf://datasets/OWNER/NAME --output runs/vtab
+    """,
+    ("variants", "download"),
+)
+_add(
+    "fgvc",
     """Compare methods on five fine-grained data sets, with VPT's splits.
 
-    CUB-200-2011, NABirds, Oxford Flowers, Stanford Dogs and Stanford Cars as DATA_ROOT/CUB_200_2011, nabirds,
-    OxfordFlower, Stanford-dogs and Stanford-cars, each with train.json, val.json and test.json of image path to class
-    id.
-
-    \b
-    prompttune benchmark fgvc --methods sa2vp --data-root data/fgvc --output runs/fgvc
+CUB-200-2011, NABirds, Oxford Flowers, Stanford Dogs and Stanford Cars as DATA_ROOT/CUB_200_2011, nabirds,
+OxfordFlower, Stanford-dogs and Stanford-cars, each with train.json, val.json and test.json of image path to class
+id.
+    """,
     """
-    _run(ctx, "fgvc", methods, **options)
-
-
-@benchmark.command()
-@_methods
-@data_options
-@click.option("--download", is_flag=True, help="Download missing torchvision data sets into the folder.")
-@common_options
-@click.pass_context
-def hta(ctx: click.Context, /, methods: tuple[str, ...] | None, **options: Any) -> None:
+prompttune benchmark fgvc --methods sa2vp --data-root data/fgvc --output runs/fgvc
+    """,
+    ("variants", "download"),
+)
+_add(
+    "hta",
     """Compare methods on the ten data sets of head-tuning adaptation (DAM-VP).
 
-    CUB-200-2011, NABirds, Oxford Flowers and Stanford Dogs as for `fgvc`; CIFAR-10, CIFAR-100, DTD, Food-101, GTSRB
-    and SVHN in torchvision's folders below DATA_ROOT, where --download puts them.
-
-    \b
-    prompttune benchmark hta --methods sa2vp --data-root data --download --output runs/hta
+CUB-200-2011, NABirds, Oxford Flowers and Stanford Dogs as for `fgvc`; CIFAR-10, CIFAR-100, DTD, Food-101, GTSRB
+and SVHN in torchvision's folders below DATA_ROOT, where --download puts them.
+    """,
     """
-    _run(ctx, "hta", methods, **options)
+prompttune benchmark hta --methods sa2vp --data-root data --download --output runs/hta
+    """,
+    ("variants",),
+)
 
 
-def _run(
-    ctx: click.Context,
-    protocol: str,
-    labels: tuple[str, ...] | None,
-    *,
-    tasks: tuple[str, ...] | None,
-    seeds: tuple[int, ...] | None,
-    output: Path | None,
-    jobs: int | None,
-    changes: Mapping[str, Any],
-    recipe_file: Path | None,
-    dry_run: bool,
-    table_only: bool,
-    latency: bool,
-    as_json: bool,
-    quiet: bool,
-    skip_missing: bool = False,
-    download: bool = False,
-    **place: Any,
-) -> None:
+def _run(ctx: click.Context, protocol: str, settings: BenchmarkSettings, as_json: bool, quiet: bool) -> None:
     from prompttune.benchmark.missing import available_tasks
 
     # a shell does not expand the ~ in --output=~/folder
-    recipe = load_recipe(protocol, recipe_file.expanduser() if recipe_file is not None else None)
-    overrides = {**{name: value for name, value in place.items() if value is not None}, **changes}
-    wanted = chosen("task", tasks, list(recipe.tasks))
-    job = Job(
+    recipe = load_recipe(protocol, settings.recipe.expanduser() if settings.recipe is not None else None)
+    overrides = settings.overrides
+    wanted = chosen("task", settings.tasks, list(recipe.tasks))
+    kind, labels = ("variant", settings.variants) if recipe.variants else ("method", settings.methods)
+    job = Benchmark(
         recipe=recipe,
-        labels=chosen("variant" if recipe.variants else "method", labels, recipe.labels),
+        labels=chosen(kind, labels, recipe.labels),
         tasks=available_tasks(
             recipe,
             wanted,
             overrides.get("data_root"),
-            skip=skip_missing,
-            fetch=download,
-            dry=dry_run or table_only,
+            skip=settings.skip_missing,
+            fetch=settings.download,
+            dry=settings.dry_run or settings.table_only,
             tell=lambda line: click.echo(f"skipped, its data are missing: {line}", err=True),
         ),
-        seeds=seeds or recipe.seeds,
+        seeds=settings.seeds or recipe.seeds,
         overrides=overrides,
-        output=(output or Path("runs") / f"benchmark-{recipe.protocol}").expanduser(),
+        output=(settings.output or Path("runs") / f"benchmark-{recipe.protocol}").expanduser(),
     )
-    if dry_run:
+    if settings.dry_run:
         _print_plan(job, as_json)
-        return
-    if table_only:
-        _show(ctx, job, report_finished(job, latency=latency), as_json)
-        return
-    _carry_out(ctx, job, jobs, latency=latency, as_json=as_json, console=Console(stderr=True, quiet=quiet))
+    elif settings.table_only:
+        _show(ctx, job, report_finished(job, latency=settings.latency), as_json)
+    else:
+        _carry_out(ctx, job, settings, as_json, Console(stderr=True, quiet=quiet))
 
 
 def _carry_out(
-    ctx: click.Context, job: Job, jobs: int | None, *, latency: bool, as_json: bool, console: Console
+    ctx: click.Context, job: Benchmark, settings: BenchmarkSettings, as_json: bool, console: Console
 ) -> None:
     from prompttune.benchmark.runner import default_jobs
 
     try:
         with Board(console) as board:
-            report = run_benchmark(job, jobs or default_jobs(job.device), board, latency=latency)
+            report = run_benchmark(job, settings.jobs or default_jobs(job.device), board, latency=settings.latency)
     except KeyboardInterrupt:
         click.echo("Interrupted; the same command resumes", err=True)
         ctx.exit(INTERRUPTED)
     _show(ctx, job, report, as_json)
 
 
-def _show(ctx: click.Context, job: Job, report: Report, as_json: bool) -> None:
+def _show(ctx: click.Context, job: Benchmark, report: BenchmarkReport, as_json: bool) -> None:
     from prompttune.benchmark.tables import rich_table
 
     if as_json:
@@ -197,7 +181,7 @@ def _show(ctx: click.Context, job: Job, report: Report, as_json: bool) -> None:
         ctx.exit(1)
 
 
-def _print_plan(job: Job, as_json: bool) -> None:
+def _print_plan(job: Benchmark, as_json: bool) -> None:
     search = job.search()
     decision = decided_so_far(search, job.output)
 

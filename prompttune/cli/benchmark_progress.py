@@ -11,7 +11,7 @@ from prompttune.training.progress import duration
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from prompttune.benchmark.runner import Outcome, Pace
+    from prompttune.benchmark.runner import Pace, RunResult
 
 
 class Board:
@@ -42,7 +42,7 @@ class Board:
         names = ", ".join(spec.name for spec in pace.running)
         self._bar.update(self._task, completed=pace.share(), figures=f"{pace.done}/{pace.total}  {_left(pace)}{names}")
 
-    def ended(self, outcome: Outcome, pace: Pace) -> None:
+    def ended(self, outcome: RunResult, pace: Pace) -> None:
         """See :class:`prompttune.benchmark.runner.Listener`."""
         if outcome.row is not None:
             figures = f"top-1 {outcome.row['accuracy']:.2%}  {outcome.row['seconds']:.0f} s"

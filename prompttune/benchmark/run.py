@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prompttune.benchmark.latency import Latency, measure
+from prompttune.benchmark.latency import MethodLatency, measure
 from prompttune.benchmark.plan import RECORD_FILE, RunSpec, make_plan
 from prompttune.benchmark.recipe import Recipe
-from prompttune.benchmark.runner import Listener, Outcome, Pace, execute
+from prompttune.benchmark.runner import Listener, RunResult, execute
 from prompttune.benchmark.search import Choices, Decision, decided_so_far, make_search, run_search
-from prompttune.benchmark.summary import Summary, summarise
+from prompttune.benchmark.summary import ResultsTable, summarise
 from prompttune.benchmark.tables import markdown
 from prompttune.errors import UsageError, describe_failure
 from prompttune.files import write_json, write_text
@@ -23,7 +23,7 @@ RESULTS, TABLE, SUMMARY, LATENCY, PLOT = "results.csv", "summary.md", "summary.j
 
 
 @dataclass(frozen=True)
-class Failure:
+class RunFailure:
     """A failed run, or the runs of a method on a task whose settings could not be chosen."""
 
     run: str
@@ -31,20 +31,20 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchmarkReport:
     """Result of a benchmark."""
 
-    summary: Summary
-    outcomes: Sequence[Outcome]
-    latencies: Sequence[Latency] = ()
-    failures: Sequence[Failure] = ()
+    summary: ResultsTable
+    outcomes: Sequence[RunResult]
+    latencies: Sequence[MethodLatency] = ()
+    failures: Sequence[RunFailure] = ()
     notes: Sequence[str] = ()
     """Remarks for the user besides the failures, one line each."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return {
-            **self.summary.to_dict(),
+            **dataclasses.asdict(self.summary),
             "latencies": [dataclasses.asdict(one) for one in self.latencies],
             "runs": _rows(self.outcomes),
             "failures": [dataclasses.asdict(one) for one in self.failures],
@@ -52,7 +52,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Job:
+class Benchmark:
     """The methods to compare, the tasks, and the output."""
 
     recipe: Recipe
@@ -77,7 +77,7 @@ class Job:
         return self.plan({})[0].config(self.output).device
 
 
-def run_benchmark(job: Job, jobs: int, listener: Listener, *, latency: bool = True) -> Report:
+def run_benchmark(job: Benchmark, jobs: int, listener: Listener, *, latency: bool = True) -> BenchmarkReport:
     """Choose settings if the recipe requires it, train every run, and write the files of both to the output.
 
     See :func:`prompttune.benchmark.search.run_search` and :func:`prompttune.benchmark.runner.execute`. If a setting
@@ -93,7 +93,11 @@ def run_benchmark(job: Job, jobs: int, listener: Listener, *, latency: bool = Tr
     decision, tried = run_search(search, job.output, jobs, listener)
     plan = job.plan(decision.choices)
     ready = [spec for spec in plan if not decision.is_open(spec)]
-    outcomes = execute(ready, job.output, jobs, _Writer(job, plan, ready, listener))
+
+    def write() -> None:
+        _write_rows(job, plan, [row for spec in ready if (row := spec.record(job.output)) is not None])
+
+    outcomes = execute(ready, job.output, jobs, listener, write)
     failures = [*_failures(tried), *_without_choice(decision), *_failures(outcomes)]
     return _conclude(job, plan, outcomes, latency, failures=failures)
 
@@ -110,17 +114,17 @@ def _check_backbones(specs: Sequence[RunSpec], output: Path) -> None:
         load_backbone(*key)
 
 
-def _failures(outcomes: Sequence[Outcome]) -> list[Failure]:
-    return [Failure(one.spec.name, one.error) for one in outcomes if one.error is not None and not one.diverged]
+def _failures(outcomes: Sequence[RunResult]) -> list[RunFailure]:
+    return [RunFailure(one.spec.name, one.error) for one in outcomes if one.error is not None and not one.diverged]
 
 
-def _without_choice(decision: Decision) -> list[Failure]:
+def _without_choice(decision: Decision) -> list[RunFailure]:
     waiting = dict.fromkeys(decision.waiting, "left out: a setting of its search could not be tried")
     reasons = {**waiting, **{pair: f"left out: {why}" for pair, why in decision.barren.items()}}
-    return [Failure("/".join(pair), why) for pair, why in reasons.items()]
+    return [RunFailure("/".join(pair), why) for pair, why in reasons.items()]
 
 
-def report_finished(job: Job, *, latency: bool = True) -> Report:
+def report_finished(job: Benchmark, *, latency: bool = True) -> BenchmarkReport:
     """Write the files for the runs that are finished so far, without training.
 
     Raises:
@@ -129,7 +133,7 @@ def report_finished(job: Job, *, latency: bool = True) -> Report:
     decision = decided_so_far(job.search(), job.output)
     plan = job.plan(decision.choices)
     rows = {spec: spec.record(job.output) for spec in plan if not decision.is_open(spec)}
-    outcomes = [Outcome(spec, row, kept=True) for spec, row in rows.items() if row is not None]
+    outcomes = [RunResult(spec, row, kept=True) for spec, row in rows.items() if row is not None]
     if not outcomes and decision.waiting:
         raise UsageError(f"settings are still to be chosen in {job.output}: there is nothing to tabulate yet")
     if not outcomes:
@@ -140,15 +144,15 @@ def report_finished(job: Job, *, latency: bool = True) -> Report:
 
 
 def _conclude(
-    job: Job,
+    job: Benchmark,
     plan: Sequence[RunSpec],
-    outcomes: Sequence[Outcome],
+    outcomes: Sequence[RunResult],
     latency: bool,
-    failures: Sequence[Failure] = (),
+    failures: Sequence[RunFailure] = (),
     notes: Sequence[str] = (),
-) -> Report:
+) -> BenchmarkReport:
     """Write summary and plot, then again with the latencies once they are measured; the rows are already written."""
-    report = Report(_tabulate(job, plan, _rows(outcomes)), outcomes, failures=failures, notes=notes)
+    report = BenchmarkReport(_tabulate(job, plan, _rows(outcomes)), outcomes, failures=failures, notes=notes)
     _write(report, job.output)
     if not latency:
         return report
@@ -160,39 +164,17 @@ def _conclude(
     return report
 
 
-def _rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+def _rows(outcomes: Sequence[RunResult]) -> list[dict[str, Any]]:
     return [outcome.row for outcome in outcomes if outcome.row is not None]
 
 
-class _Writer:
-    """Forwards the news, and updates ``results.csv`` and the table after every run."""
-
-    def __init__(self, job: Job, plan: Sequence[RunSpec], ready: Sequence[RunSpec], listener: Listener) -> None:
-        self.job, self.plan, self.ready, self.listener = job, plan, ready, listener
-
-    def begin(self, pace: Pace) -> None:
-        self.listener.begin(pace)
-        self._write()
-
-    def update(self, pace: Pace) -> None:
-        self.listener.update(pace)
-
-    def ended(self, outcome: Outcome, pace: Pace) -> None:
-        self.listener.ended(outcome, pace)
-        self._write()
-
-    def _write(self) -> None:
-        rows = [row for spec in self.ready if (row := spec.record(self.job.output)) is not None]
-        _write_rows(self.job, self.plan, rows)
-
-
-def _write_rows(job: Job, plan: Sequence[RunSpec], rows: Sequence[dict[str, Any]]) -> None:
+def _write_rows(job: Benchmark, plan: Sequence[RunSpec], rows: Sequence[dict[str, Any]]) -> None:
     write_table(job.output / RESULTS, rows)
     if rows:
         write_text(job.output / TABLE, markdown(_tabulate(job, plan, rows)))
 
 
-def _tabulate(job: Job, plan: Sequence[RunSpec], rows: Sequence[dict[str, Any]]) -> Summary:
+def _tabulate(job: Benchmark, plan: Sequence[RunSpec], rows: Sequence[dict[str, Any]]) -> ResultsTable:
     config = plan[0].config(Path())
     words = [f"{job.recipe.protocol}: {job.recipe.title}", config.backbone]
     if config.image_size is not None:
@@ -203,8 +185,8 @@ def _tabulate(job: Job, plan: Sequence[RunSpec], rows: Sequence[dict[str, Any]])
     return summarise(", ".join(words), tasks, job.labels, rows, len(plan) - len(rows))
 
 
-def _latencies(outcomes: Sequence[Outcome]) -> list[Latency]:
-    """Latency of every label with a figure, on the plan's backbone, with the settings of its first run."""
+def _latencies(outcomes: Sequence[RunResult]) -> list[MethodLatency]:
+    """MethodLatency of every label with a figure, on the plan's backbone, with the settings of its first run."""
     from prompttune.backbones import load_backbone
 
     specs: dict[str, RunSpec] = {}
@@ -219,7 +201,7 @@ def _latencies(outcomes: Sequence[Outcome]) -> list[Latency]:
     return measure(specs, backbone, config.device, classes)
 
 
-def _write(report: Report, output: Path) -> None:
+def _write(report: BenchmarkReport, output: Path) -> None:
     from prompttune.benchmark.plots import plot_summary
 
     write_table(output / LATENCY, [dataclasses.asdict(one) for one in report.latencies])
