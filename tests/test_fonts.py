@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from prompttune import fonts
 from prompttune.evaluation.plots import draw_confusion, png_bytes
-from prompttune.explanation.drawing import compact_png, shares_figure
+from prompttune.explanation.drawing import compact_png, values_figure
 from prompttune.serve.infer.rows import Row
 from prompttune.serve.infer.sinks.drawing import annotate, shortened
 from prompttune.serve.infer.sinks.overlays import legend
@@ -92,7 +92,7 @@ def test_plots_and_pictures_use_them_and_differ_from_boxes(tmp_path: Path, insta
             warnings.simplefilter("error")  # matplotlib's of each letter
             return [
                 png_bytes(draw_confusion(np.eye(2, dtype=np.int64) * 5, [CAT, DOG])),
-                compact_png(shares_figure({CAT: {0: 0.5, 1: 0.7}})),
+                compact_png(values_figure({"share": {CAT: {0: 0.5, 1: 0.7}}})),
                 annotate(picture(0), [Row("a.png", "birds", "v", label=CAT, probability=0.5)], size=14).tobytes(),
                 legend((CAT, DOG)).tobytes(),
             ]

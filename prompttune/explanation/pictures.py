@@ -124,7 +124,7 @@ class PictureExplainer:
                 result.figures[part] = drawing.maps_figure(rows, layers, f"attention of {one.subject.name} by head")
         else:
             rows = [
-                drawing.Row(
+                drawing.MapRow(
                     one.subject.name, one.view, {at: _of_heads(block, heads) for at, block in found[id(one)].items()}
                 )
                 for one in seen
@@ -197,7 +197,7 @@ class PictureExplainer:
                 number = _at_point(one.subject, picture, settings.point, grid)
             maps = {layer: cosine_map(image[layer], prompts[layer], number, grid) for layer in layers}
             token = (number // grid[1], number % grid[1])
-            rows.append(drawing.SimilarityRow(one.subject.name, one.view, token, maps))
+            rows.append(drawing.MapRow(one.subject.name, one.view, maps, token))
             values[one.subject.name] = {
                 "token": list(token),
                 "cosine": {
@@ -227,10 +227,10 @@ def _of_heads(block: BlockAttention, heads: str | int) -> Tensor:
     return maps[heads] if isinstance(heads, int) else maps.mean(dim=0)
 
 
-def _rows_by_head(seen: _Seen, blocks: Mapping[int, BlockAttention]) -> list[drawing.Row]:
+def _rows_by_head(seen: _Seen, blocks: Mapping[int, BlockAttention]) -> list[drawing.MapRow]:
     heads = next(iter(blocks.values())).weights.shape[1]
     return [
-        drawing.Row(f"head {head}", seen.view, {layer: _of_heads(block, head) for layer, block in blocks.items()})
+        drawing.MapRow(f"head {head}", seen.view, {layer: _of_heads(block, head) for layer, block in blocks.items()})
         for head in range(heads)
     ]
 

@@ -109,21 +109,26 @@ def _summarise(result: Explanation, explainer: PictureExplainer) -> None:
     shares = explainer.prompt_shares()
     if shares:
         title = "part of the attention that lies on prompts, mean over the images"
-        result.draw("All images", title, "attention-on-prompts", drawing.shares_figure(shares))
+        result.draw(
+            "All images",
+            title,
+            "attention-on-prompts",
+            drawing.values_figure({"share of the attention on prompts": shares}),
+        )
 
 
 def _values(result: Explanation, subjects: Sequence[Subject], settings: ExplainSettings) -> None:
     """Learned values such as gates and temperatures, for the runs that have them."""
     if not settings.wants("values"):
         return
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, dict[int, float]]] = {}
     for subject in subjects:
         for quantity, blocks in ({} if subject.model is None else subject.model.method.values_by_block()).items():
-            found.setdefault(quantity, {})[subject.name] = blocks.float().cpu().numpy()
+            found.setdefault(quantity, {})[subject.name] = dict(enumerate(blocks.float().tolist()))
     if found:
         result.draw("Learned values by block", ", ".join(found), "values", drawing.values_figure(found))
         result.values["values_by_block"] = {
-            quantity: {name: blocks.tolist() for name, blocks in runs.items()} for quantity, runs in found.items()
+            quantity: {name: list(blocks.values()) for name, blocks in runs.items()} for quantity, runs in found.items()
         }
     else:
         reason = "none of the runs' methods has learned values of one a block, such as GaPT's gates"
