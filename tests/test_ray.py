@@ -42,7 +42,7 @@ from prompttune.serve.ray_serve import ingress as ingress_module  # noqa: E402
 from prompttune.serve.ray_serve import proxy as proxy_module  # noqa: E402
 from prompttune.serve.ray_serve.deployments import ENGINE, INGRESS  # noqa: E402
 from prompttune.serve.ray_serve.ingress import Ingress  # noqa: E402
-from prompttune.serve.ray_serve.messages import ATTEMPTS, Answer, Head  # noqa: E402
+from prompttune.serve.ray_serve.messages import ATTEMPTS, RequestHead, WholeAnswer  # noqa: E402
 from prompttune.serve.ray_serve.proxy import AskAgain  # noqa: E402
 from prompttune.serve.ray_serve.replica import _call  # noqa: E402
 from tests.fake_service import FakeService  # noqa: E402
@@ -87,7 +87,7 @@ def _no_pause(monkeypatch):
         monkeypatch.setattr(module, "PAUSE_S", 0.0)
 
 
-OK = Answer(200, [(b"content-type", b"application/json"), (b"x-request-id", b"mine")], b"{}")
+OK = WholeAnswer(200, [(b"content-type", b"application/json"), (b"x-request-id", b"mine")], b"{}")
 
 
 def test_a_lost_replica_is_followed_by_another():
@@ -121,7 +121,7 @@ def test_no_replica_in_time_is_unavailable(monkeypatch):
 
 
 def test_a_name_is_routed_by_once_a_replica_has_answered_for_it():
-    missing = Answer(404, [], b"{}")
+    missing = WholeAnswer(404, [], b"{}")
     replies = Replies(missing, missing, OK, OK, OK)
     client = asked(replies)
     for model in ("made-up", "made-up", "task0", "task0"):
@@ -317,8 +317,8 @@ def rows_answered():
     """How many rows of each task each replica has answered: (time of its start, task) → rows."""
     handle = serve.get_deployment_handle(ENGINE, "default")
     counts = {}
-    for answer in handle.broadcast("answer", Head("GET", "/metrics", b"", []), b"", "").results(timeout_s=30):
-        families = text_string_to_metric_families(Answer(*answer).body.decode())
+    for answer in handle.broadcast("answer", RequestHead("GET", "/metrics", b"", []), b"", "").results(timeout_s=30):
+        families = text_string_to_metric_families(WholeAnswer(*answer).body.decode())
         samples = [sample for family in families for sample in family.samples]
         [started] = [sample.value for sample in samples if sample.name == "prompttune_batch_rows_created"]
         for sample in samples:

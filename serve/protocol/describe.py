@@ -8,8 +8,8 @@ from typing import Any
 import orjson
 
 from prompttune.serve.messages import ModelMetadata, ServerMetadata, TensorMetadata
-from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.shared_memory import Regions
+from prompttune.serve.service.service import Service
 
 _CONFIG_TYPES = {"BYTES": "STRING"}
 NO_LOG_CHANGES = "log settings are fixed when the server starts"
@@ -25,7 +25,7 @@ LOG_SETTINGS: dict[str, bool | int | str] = {
 }
 
 
-def server_metadata(service: InferenceService, regions: Regions) -> ServerMetadata:
+def server_metadata(service: Service, regions: Regions) -> ServerMetadata:
     """The server's metadata with the extensions of the transports."""
     found = service.server_metadata()
     more = ["system_shared_memory"] if regions.allowed else []

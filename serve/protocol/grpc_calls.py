@@ -25,14 +25,14 @@ from prompttune.serve.protocol.describe import (
     server_metadata,
 )
 from prompttune.serve.protocol.logs import RequestRecord, answered
-from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.settings import TransportSettings
+from prompttune.serve.service.service import Service
 
 _LONGEST_S = 365 * 24 * 3600
 _LOG_FIELDS: dict[type, str] = {bool: "bool_param", int: "uint32_param", str: "string_param"}
 
 
-def plain_calls(service: InferenceService, settings: TransportSettings, state: State) -> dict[str, Callable[..., Any]]:
+def plain_calls(service: Service, settings: TransportSettings, state: State) -> dict[str, Callable[..., Any]]:
     """Every call except inference, by name: from a message to the reply's values, or to an awaitable of them."""
     regions, cuda = state.regions, state.cuda_regions
 
@@ -80,7 +80,7 @@ def plain_calls(service: InferenceService, settings: TransportSettings, state: S
 class InferenceCalls:
     """``ModelInfer`` and ``ModelStreamInfer``."""
 
-    def __init__(self, service: InferenceService, settings: TransportSettings, state: State) -> None:
+    def __init__(self, service: Service, settings: TransportSettings, state: State) -> None:
         self._service = service
         self._settings = settings
         self._state = state

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2
 
 from prompttune.serve.messages import NotFoundError, shown
 from prompttune.serve.protocol.calls import Calls
-from prompttune.serve.protocol.service import InferenceService
+from prompttune.serve.service.service import Service
 
 SERVER_NAMES = ("", "inference.GRPCInferenceService")
 """Services that stand for the whole server; any other name is that of a model."""
@@ -23,7 +23,7 @@ LOOK_EVERY_S = 0.25
 class Health:
     """Status of the server and of each model, read from the service at each call."""
 
-    def __init__(self, service: InferenceService, calls: Calls) -> None:
+    def __init__(self, service: Service, calls: Calls) -> None:
         self._service = service
         self._calls = calls
 

@@ -24,8 +24,8 @@ from prompttune.serve.protocol.grpc_calls import InferenceCalls, plain_calls
 from prompttune.serve.protocol.grpc_health import SERVER_NAMES, Health
 from prompttune.serve.protocol.logs import RequestRecord, answered, new_request_id, usable_id
 from prompttune.serve.protocol.security import Access, Tls
-from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.settings import TransportSettings
+from prompttune.serve.service.service import Service
 from prompttune.serve.tracing import continued
 
 SERVICE = "GRPCInferenceService"
@@ -40,7 +40,7 @@ Call = Callable[[Any, Any, RequestRecord], Awaitable[Any]]
 StreamCall = Callable[[AsyncIterator[Any], Any], AsyncGenerator[Any, None]]
 
 
-def grpc_server(service: InferenceService, settings: TransportSettings, state: State | None = None) -> grpc.aio.Server:
+def grpc_server(service: Service, settings: TransportSettings, state: State | None = None) -> grpc.aio.Server:
     """Create a server without a port, on the event loop of ``service``; then call :func:`add_port` and ``start``.
 
     ``state`` is shared with the HTTP application, if there is one.
@@ -87,7 +87,7 @@ def _credentials(tls: Tls) -> Any:
     )
 
 
-def _guarded(service: InferenceService, settings: TransportSettings, state: State) -> SimpleNamespace:
+def _guarded(service: Service, settings: TransportSettings, state: State) -> SimpleNamespace:
     """Every call of the protocol, wrapped; a call without a handler fails when it is added to the server."""
     inference = InferenceCalls(service, settings, state)
     replies = {one.name: one.output_type.name for one in service_pb2.DESCRIPTOR.services_by_name[SERVICE].methods}
@@ -114,7 +114,7 @@ def _replying(call: Callable[[Any], Any], reply: type[Any]) -> Call:
     return answer
 
 
-def _guarded_health(service: InferenceService, settings: TransportSettings, calls: Calls) -> SimpleNamespace:
+def _guarded_health(service: Service, settings: TransportSettings, calls: Calls) -> SimpleNamespace:
     """Health calls: the server's health is open to probes; a model's needs the token of its HTTP readiness."""
     health = Health(service, calls)
 

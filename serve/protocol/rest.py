@@ -23,8 +23,8 @@ from prompttune.serve.protocol.logs import RequestRecord, new_request_id
 from prompttune.serve.protocol.rest_infer import inference_routes
 from prompttune.serve.protocol.rest_pages import add_pages
 from prompttune.serve.protocol.rest_shared import RECORD, json_answer, sent_id, serve_error_answer
-from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.settings import TransportSettings
+from prompttune.serve.service.service import Service
 from prompttune.serve.tracing import continued
 from prompttune.version import __version__
 
@@ -49,7 +49,7 @@ class _Application(FastAPI):
         return self.openapi_schema
 
 
-def rest_application(service: InferenceService, settings: TransportSettings, state: State | None = None) -> FastAPI:
+def rest_application(service: Service, settings: TransportSettings, state: State | None = None) -> FastAPI:
     """Create the application; it needs no lifespan, and calls ``service`` on the event loop that runs it.
 
     ``state`` is shared with the gRPC server, if there is one.

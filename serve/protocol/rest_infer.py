@@ -17,8 +17,8 @@ from prompttune.serve.protocol.calls import State
 from prompttune.serve.protocol.codec import OutputForm, Target
 from prompttune.serve.protocol.rest_shared import errors, record_of, require, sent_id
 from prompttune.serve.protocol.security import Access
-from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.settings import TransportSettings
+from prompttune.serve.service.service import Service
 
 INLINE_JSON, INLINE_BODY = 32 * 1024, 2**20
 """Largest JSON and largest body in bytes to decode on the event loop."""
@@ -45,7 +45,7 @@ _DOCUMENTED: dict[str, Any] = {
 }
 
 
-def inference_routes(service: InferenceService, settings: TransportSettings, state: State) -> APIRouter:
+def inference_routes(service: Service, settings: TransportSettings, state: State) -> APIRouter:
     """The two paths of inference: with and without a version."""
     router = APIRouter(dependencies=require(Access.INFERENCE, settings))
     limits, regions = settings.limits, state.regions

@@ -34,14 +34,14 @@ from prompttune.serve.protocol.describe import (
 from prompttune.serve.protocol.rest_shared import errors, json_answer, read_object, record_of, require
 from prompttune.serve.protocol.schemas import IndexRequest, RepositoryRequest
 from prompttune.serve.protocol.security import Access
-from prompttune.serve.protocol.service import InferenceService
 from prompttune.serve.protocol.settings import TransportSettings
 from prompttune.serve.protocol.shared_memory import Regions
+from prompttune.serve.service.service import Service
 
 MODEL, VERSION = "/models/{model}", "/models/{model}/versions/{version}"
 
 
-def health_routes(service: InferenceService) -> APIRouter:
+def health_routes(service: Service) -> APIRouter:
     """Liveness and readiness routes, open to probes."""
     router = APIRouter(prefix="/v2/health", tags=["health"])
 
@@ -60,7 +60,7 @@ def health_routes(service: InferenceService) -> APIRouter:
     return router
 
 
-def model_routes(service: InferenceService, settings: TransportSettings, regions: Regions) -> APIRouter:
+def model_routes(service: Service, settings: TransportSettings, regions: Regions) -> APIRouter:
     """Routes for metadata of the server and the models, and for the models' configuration, readiness and statistics."""
     router = APIRouter(prefix="/v2", tags=["metadata"], dependencies=require(Access.INFERENCE, settings))
     statistics_of = _documented(dict[str, list[ModelStatistics]])
@@ -102,7 +102,7 @@ def _documented(model: Any, *statuses: int) -> dict[int | str, dict[str, Any]]:
     return {200: {"model": model}, **errors(*statuses or (400, 401, 404))}
 
 
-def repository_routes(service: InferenceService, settings: TransportSettings) -> APIRouter:
+def repository_routes(service: Service, settings: TransportSettings) -> APIRouter:
     """Routes for the repository index, and for loading and unloading models."""
     router = APIRouter(prefix="/v2/repository", tags=["repository"])
 
@@ -141,7 +141,7 @@ def repository_routes(service: InferenceService, settings: TransportSettings) ->
     return router
 
 
-def extension_routes(service: InferenceService, settings: TransportSettings, state: State) -> APIRouter:
+def extension_routes(service: Service, settings: TransportSettings, state: State) -> APIRouter:
     """Routes for shared memory, trace and log settings."""
     router = APIRouter(prefix="/v2", tags=["extensions"], dependencies=require(Access.INFERENCE, settings))
     _add_shared_memory(router, "systemsharedmemory", state.regions, settings)
@@ -194,7 +194,7 @@ def _add_shared_memory(router: APIRouter, kind: str, regions: Regions, settings:
         return json_answer({})
 
 
-def status_routes(service: InferenceService, settings: TransportSettings) -> APIRouter:
+def status_routes(service: Service, settings: TransportSettings) -> APIRouter:
     """Routes for metrics and for the web page's data."""
     router = APIRouter(tags=["status"], dependencies=require(Access.INFERENCE, settings))
 

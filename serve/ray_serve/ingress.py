@@ -20,7 +20,7 @@ from prompttune.serve.protocol.body import read_body
 from prompttune.serve.protocol.rest_shared import SAFE_METHODS, serve_error_answer
 from prompttune.serve.protocol.security import Access
 from prompttune.serve.protocol.settings import TransportSettings
-from prompttune.serve.ray_serve.messages import ATTEMPTS, PAUSE_S, Answer, Head
+from prompttune.serve.ray_serve.messages import ATTEMPTS, PAUSE_S, RequestHead, WholeAnswer
 
 LOG = logging.getLogger("prompttune.serve")
 
@@ -67,7 +67,7 @@ class Ingress:
         scope = request.scope
         path = scope["path"].removeprefix(scope["root_path"])
         headers, root_path = list(scope["headers"]), scope["root_path"]
-        head = Head(request.method, path, scope["query_string"], headers, scope["scheme"], root_path)
+        head = RequestHead(request.method, path, scope["query_string"], headers, scope["scheme"], root_path)
         task = _task_of(head)
         answer = await self._ask(head, body, task)
         if task and answer.status == 200:
@@ -77,7 +77,7 @@ class Ingress:
         response.raw_headers = [(name, value) for name, value in answer.headers if name != b"x-request-id"]
         return response
 
-    async def _ask(self, head: Head, body: bytes, task: str) -> Answer:
+    async def _ask(self, head: RequestHead, body: bytes, task: str) -> WholeAnswer:
         """Ask one replica after another.
 
         Raises:
@@ -97,14 +97,14 @@ class Ingress:
             raise UnavailableError("no replica answered in time") from None
         raise UnavailableError(f"{ATTEMPTS} replicas were lost with this request")
 
-    async def _ask_one(self, head: Head, body: bytes, task: str) -> Answer:
+    async def _ask_one(self, head: RequestHead, body: bytes, task: str) -> WholeAnswer:
         known = self._affinity and task in self._tasks
         engine = self._engine.options(multiplexed_model_id=task) if known else self._engine
         answered: Any = await engine.remote(head, body, task)
-        return Answer(*answered)
+        return WholeAnswer(*answered)
 
 
-def _task_of(head: Head) -> str:
+def _task_of(head: RequestHead) -> str:
     """The task of a request; empty if it is for several or none."""
     found = _INFER.fullmatch(head.path)
     return found[1] if found is not None and found[1] != MIXED else ""

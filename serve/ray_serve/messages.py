@@ -12,7 +12,7 @@ PAUSE_S = 0.1
 Headers = list[tuple[bytes, bytes]]
 
 
-class Head(NamedTuple):
+class RequestHead(NamedTuple):
     """A request without its body, which is sent separately: Ray moves top-level ``bytes`` without pickling them."""
 
     method: str
@@ -25,7 +25,7 @@ class Head(NamedTuple):
     """The application's prefix, for redirects and the documentation."""
 
 
-class Answer(NamedTuple):
+class WholeAnswer(NamedTuple):
     """A whole answer."""
 
     status: int

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Scope
 from prompttune.errors import EngineError
 from prompttune.serve.protocol.rest import rest_application
 from prompttune.serve.protocol.settings import TransportSettings
-from prompttune.serve.ray_serve.messages import Answer, Head, Headers
+from prompttune.serve.ray_serve.messages import Headers, RequestHead, WholeAnswer
 from prompttune.serve.service.assembly import make_service
 from prompttune.serve.service.settings import EngineSettings, ServiceSettings
 
@@ -43,8 +43,8 @@ class Replica:
         # Only keeps the names that Ray routes by: the engine's own cache, of the same size, keeps the states.
         self._hold = serve.multiplexed(hold, max_num_models_per_replica=engine.resident_tasks)
 
-    async def answer(self, head: Head, body: bytes, task: str) -> Answer:
-        """Answer an HTTP request; its task, empty for none, counts as held here from now on."""
+    async def answer(self, head: RequestHead, body: bytes, task: str) -> WholeAnswer:
+        """WholeAnswer an HTTP request; its task, empty for none, counts as held here from now on."""
         if task and self._service.model_ready(task):
             await self._hold(task)
         return await _call(self._application, head, body)
@@ -61,7 +61,7 @@ class Replica:
             await self._service.close()
 
 
-async def _call(application: ASGIApp, head: Head, body: bytes) -> Answer:
+async def _call(application: ASGIApp, head: RequestHead, body: bytes) -> WholeAnswer:
     """Run an ASGI application on a request that is complete."""
     scope: Scope = {
         "type": "http",
@@ -97,4 +97,4 @@ async def _call(application: ASGIApp, head: Head, body: bytes) -> Answer:
             parts.append(message.get("body", b""))
 
     await application(scope, receive, send)
-    return Answer(status, headers, parts[0] if len(parts) == 1 else b"".join(parts))
+    return WholeAnswer(status, headers, parts[0] if len(parts) == 1 else b"".join(parts))

@@ -51,7 +51,7 @@ OBSERVE_EVERY_S = 1.0
 
 
 class Service:
-    """Implements :class:`prompttune.serve.protocol.service.InferenceService`. Create it within a running event loop.
+    """The server without a transport. Create it, and call every method, on one event loop.
 
     Args:
         folder: the engine folder.
@@ -157,15 +157,15 @@ class Service:
     # ------------------------------------------------------------------- health
 
     def live(self) -> bool:
-        """See the interface."""
+        """Whether the process is alive."""
         return True
 
     def ready(self) -> bool:
-        """See the interface."""
+        """Whether every worker is warmed up and the server is not draining."""
         return self._warm and not self._admission.closed and any(replica.ready for replica in self._replicas)
 
     def model_ready(self, name: str, version: str = "") -> bool:
-        """See the interface."""
+        """Whether a model is ready; False, not an error, for an unknown model."""
         if name == MIXED:
             return self.ready() and self._inference.mixed.named(version)
         model = self._repository.models.get(name)
@@ -174,11 +174,11 @@ class Service:
     # ----------------------------------------------------------------- metadata
 
     def server_metadata(self) -> ServerMetadata:
-        """See the interface."""
+        """Name, version and extensions of the server."""
         return ServerMetadata("prompttune", __version__, EXTENSIONS)
 
     def model_metadata(self, name: str, version: str = "") -> ModelMetadata:
-        """See the interface."""
+        """Inputs, outputs and labels of a model; raises :class:`NotFoundError` for an unknown model or version."""
         manifest = self._folder.manifest
         if name == MIXED:
             return mixed_metadata(manifest, self._mixed(version).number)
@@ -193,13 +193,13 @@ class Service:
         return mixed
 
     def index(self, ready: bool = False) -> Sequence[IndexEntry]:
-        """See the interface."""
+        """Every task in the repository; with ``ready``, only those that are ready."""
         entries = [model.entry() for _, model in sorted(self._repository.models.items())]
         entries.append(IndexEntry(MIXED, str(self._inference.mixed.number), READY if self.ready() else UNAVAILABLE))
         return [entry for entry in entries if entry.state == READY or not ready]
 
     def statistics(self, name: str = "", version: str = "") -> Sequence[ModelStatistics]:
-        """See the interface."""
+        """Statistics of one model, or of all models for an empty name."""
         if name == MIXED:
             return [self._mixed(version).statistics]
         if name:
@@ -213,23 +213,23 @@ class Service:
     # ------------------------------------------------------------------ control
 
     async def load(self, name: str) -> None:
-        """See the interface."""
+        """Load a task from its folder; the old version answers until the new one is ready."""
         await self._repository.load(name)
 
     async def unload(self, name: str) -> None:
-        """See the interface."""
+        """Unload a task; running requests are still answered."""
         await self._repository.unload(name)
 
     # ---------------------------------------------------------------- inference
 
     async def infer(self, request: InferRequest) -> InferResponse:
-        """See the interface."""
+        """Answer a request. If the caller leaves, it cancels the coroutine, and the rows leave the queue."""
         return await self._inference.infer(request, self._settings.timeout_s)
 
     # ------------------------------------------------------------------- status
 
     def status(self) -> dict[str, Any]:
-        """See the interface."""
+        """Figures for the page and ``/status``, without the tasks."""
         manifest = self._folder.manifest
         return {
             "server": {
@@ -254,12 +254,12 @@ class Service:
         }
 
     def task_status(self) -> list[dict[str, Any]]:
-        """See the interface."""
+        """Figures of each task for the page and ``/status/tasks``."""
         return [
             model.status(any(model.key and replica.holds(model.key) for replica in self._replicas))
             for _, model in sorted(self._repository.models.items())
         ]
 
     def metrics(self) -> bytes:
-        """See the interface."""
+        """The metrics in Prometheus' text format."""
         return self._metrics.render()
