@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,17 @@ from torch import Tensor, nn
 import prompttune as pt
 from prompttune.backbones import VitBackbone
 from prompttune.cli.main import cli
-from prompttune.errors import DataError, MissingExtraError, UsageError
+from prompttune.errors import DataError, UsageError
 from prompttune.explanation import ExplainSettings, drawing
 from prompttune.explanation.attention import block_attention
-from prompttune.explanation.cam import MappedModel, grad_cam, last_layer
+from prompttune.explanation.cam import grad_cam, last_layer
 from prompttune.explanation.embedding import embed
 from prompttune.explanation.inputs import model_input, token_of, view
 from prompttune.explanation.similarity import cosine_map, record_maps
 from prompttune.explanation.subjects import Subject, load_subjects
 from prompttune.images.preprocess import Preprocess
 from prompttune.layers.probe import recording
-from prompttune.methods import METHODS, GaPTConfig, LinearConfig, LSPTConfig, SA2VPConfig
+from prompttune.methods import METHODS, GaPTConfig, LSPTConfig, SA2VPConfig
 from tests.drawing import default_configs, drawn_backbone, drawn_model
 from tests.test_report import Page
 from tests.training_helpers import write_folder
@@ -162,7 +161,6 @@ def test_a_temperature_sharpens_gapts_attention(vit: pt.Backbone, images: Tensor
     ("name", "method"), [("test_vit", "lspt"), ("test_vit", "sa2vp"), ("test_vit2", "vpt-deep"), ("test_swin", "sa2vp")]
 )
 def test_grad_cam_is_the_hand_written_one(name: str, method: str, folder: Path, images: Tensor) -> None:
-    pytest.importorskip("captum")
     model = drawn_model(drawn_backbone(name, folder, SIDE), CONFIGS[method])
     state = {key: value.detach() for key, value in model.task_state().items()}
     layer, (rows, columns) = last_layer(model.backbone)
@@ -180,23 +178,7 @@ def test_grad_cam_is_the_hand_written_one(name: str, method: str, folder: Path, 
         assert torch.allclose(found, expected, atol=1e-5 * max(1.0, float(expected.max())))
         shown += bool(expected.max() > 1e-4)
     assert shown  # a comparison of zeros would prove nothing
-
-
-@pytest.mark.parametrize(("name", "method"), [("test_vit", "sa2vp"), ("test_vit", "gapt"), ("test_swin", "vpt-deep")])
-def test_the_detour_of_grad_cam_changes_no_bit(name: str, method: str, folder: Path, images: Tensor) -> None:
-    model = drawn_model(drawn_backbone(name, folder, SIDE), CONFIGS[method])
-    with torch.no_grad():
-        state = model.task_state()
-        assert torch.equal(MappedModel(model, state)(images), model(images).logits)
-        layer, _ = last_layer(model.backbone)
-        assert not layer._forward_hooks
-
-
-def test_without_captum_there_is_one_line(vit: pt.Backbone, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "captum.attr", None)
-    model = drawn_model(vit, LinearConfig())
-    with pytest.raises(MissingExtraError, match=r"captum is not installed: pip install 'prompttune\[explain\]'"):
-        grad_cam(model, model.task_state(), images, 0)
+    assert not layer._forward_hooks
 
 
 # ----------------------------------------------------------------- similarity
@@ -323,7 +305,6 @@ def run(*words: Any) -> Result:
 
 
 def test_the_command_writes_a_page_that_holds_everything(workplace: Path) -> None:
-    pytest.importorskip("captum")
     output = workplace / "report"
     words = (workplace / "runs/first", workplace / "runs/second", workplace / "pictures", "--output", output)
     result = run(*words, "--data", workplace / "labelled", "--layers", "0,2", "--json")
@@ -387,7 +368,6 @@ def test_each_head_has_a_row(workplace: Path) -> None:
 
 
 def test_a_swin_is_explained_without_attention(workplace: Path) -> None:
-    pytest.importorskip("captum")
     output = workplace / "swin-report"
     result = run(workplace / "runs/swin", workplace / "pictures/z.png", "--output", output)
     assert result.exit_code == 0, result.output

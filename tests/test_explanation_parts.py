@@ -70,7 +70,6 @@ def notes_of(result: Result) -> list[str]:
 
 
 def test_a_segmentation_shows_all_but_grad_cam(folder: Path) -> None:
-    pytest.importorskip("captum")
     result = run(folder, "runs/seg runs/lin a.png --data labelled --layers 0", "seg-report")
     assert notes_of(result) == [
         "no grad-cam of seg: a segmentation does not predict a class for the whole image",
@@ -119,7 +118,6 @@ def test_what_is_asked_for_and_cannot_be_drawn_is_an_error(folder: Path, words: 
     ],
 )
 def test_each_part_that_is_left_out_has_one_note(folder: Path, words: str, left_out: list[str]) -> None:
-    pytest.importorskip("captum")
     notes = notes_of(run(folder, words, "left-out"))
     assert [note.partition(":")[0] for note in notes] == [f"no {part}" for part in left_out]
 
@@ -132,7 +130,6 @@ def test_each_part_that_is_left_out_has_one_note(folder: Path, words: str, left_
 def test_grad_cam_of_a_convolution_is_the_hand_written_one(
     name: str, method: str, folder: Path, images: Tensor
 ) -> None:
-    pytest.importorskip("captum")
     model = drawn_model(drawn_backbone(name, folder, SIDE), CONFIGS[method])
     state = {key: value.detach() for key, value in model.task_state().items()}
     layer, grid = last_layer(model.backbone)
@@ -171,7 +168,6 @@ def test_the_prompt_map_of_a_convolution_is_compared_place_by_place(name: str, f
 
 
 def test_a_resnet_is_explained_without_attention(folder: Path) -> None:
-    pytest.importorskip("captum")
     result = run(folder, "runs/resnet a.png --point 80,60", "resnet-report")
     assert "no attention of resnet: test_resnet3 has no attention" in notes_of(result)
     assert "windows" not in result.stderr

@@ -1,8 +1,4 @@
-"""Grad-CAM of the last layer, with Captum's ``LayerGradCam``.
-
-Grad-CAM: https://arxiv.org/abs/1610.02391. Captum, https://captum.ai, needs a module whose output has channels before
-rows and columns. A transformer does not have such a module, and the forward takes a state besides the images. The
-network is therefore wrapped, and the output of the chosen layer passes through an identity in that shape.
+"""Grad-CAM of the last layer: https://arxiv.org/abs/1610.02391.
 
 On a ViT the layer is the norm before the last block's attention: after it the patches do not reach a class token any
 more (the choice of https://github.com/jacobgil/pytorch-grad-cam). On a Swin it is the norm before the pooling, on a
@@ -11,9 +7,7 @@ ResNet or ConvNeXt the last block, whose map is pooled.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +16,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.conv import ConvBackbone
 from prompttune.backbones.swin import SwinBackbone
 from prompttune.backbones.vit import VitBackbone
-from prompttune.errors import MissingExtraError, UsageError
+from prompttune.errors import UsageError
 from prompttune.methods import State
 from prompttune.model import PromptModel
 
@@ -49,43 +43,6 @@ def check_explicable(model: PromptModel) -> None:
     last_layer(model.method.driven)
 
 
-class MappedModel(nn.Module):
-    """Logits of images under one state; the last layer's output passes through :attr:`maps` as [B, D, R, C]."""
-
-    def __init__(self, model: PromptModel, state: State) -> None:
-        super().__init__()
-        self.model = model
-        self.state = state
-        self.layer, self.grid = last_layer(model.method.driven)
-        self.gives_maps = isinstance(model.method.driven, ConvBackbone)
-        self.maps = nn.Identity()
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S] to logits [B, classes], bit-identical to those without the identity."""
-        with self._detour():
-            return self.model.forward_state(images, self.state).logits
-
-    @contextlib.contextmanager
-    def _detour(self) -> Iterator[None]:
-        handle = self.layer.register_forward_hook(self._through_maps)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _through_maps(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        """Maps [B, D, R, C], tokens [B, N, D] with the patches last, or [pathways, B, N, D], the image's first."""
-        if self.gives_maps:
-            return cast(Tensor, self.maps(output))
-        pathways = output if output.ndim == 4 else output.unsqueeze(0)
-        tokens = pathways[0]
-        front = tokens.shape[1] - self.grid[0] * self.grid[1]
-        maps = tokens[:, front:].transpose(1, 2).unflatten(2, self.grid)  # [B, D, R, C]
-        patches = self.maps(maps).flatten(2).transpose(1, 2)  # [B, R C, D]
-        tokens = torch.cat((tokens[:, :front], patches), dim=1)
-        return torch.cat((tokens.unsqueeze(0), pathways[1:])) if output.ndim == 4 else tokens
-
-
 def grad_cam(model: PromptModel, state: State, images: Tensor, target: int) -> Tensor:
     """Grad-CAM of one class: the last layer's channels, weighted by the mean gradient of the class's logit, then ReLU.
 
@@ -99,15 +56,24 @@ def grad_cam(model: PromptModel, state: State, images: Tensor, target: int) -> T
         float32 [B, R, C], at least 0, in units of the logit's gradient times the layer's output.
 
     Raises:
-        MissingExtraError: Captum is not installed.
         UsageError: the backbone is not supported.
     """
+    layer, grid = last_layer(model.method.driven)
+    outputs: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
     try:
-        from captum.attr import LayerGradCam
-    except ImportError:
-        raise MissingExtraError("captum", "explain", "or leave grad-cam out of --show") from None
-    mapped = MappedModel(model, state)
-    weighed = LayerGradCam(mapped, mapped.maps).attribute(
-        images.clone().requires_grad_(), target=target, relu_attributions=True
-    )
-    return cast(Tensor, weighed).detach().float().squeeze(1).cpu()
+        with torch.enable_grad():
+            logits = model.forward_state(images.clone().requires_grad_(), state).logits
+    finally:
+        handle.remove()
+    (gradient,) = torch.autograd.grad(logits[:, target].sum(), outputs[-1])
+    maps, slopes = _as_maps(outputs[-1].detach(), grid), _as_maps(gradient, grid)  # [B, D, R, C]
+    return (maps * slopes.mean(dim=(2, 3), keepdim=True)).sum(dim=1).relu().float().cpu()
+
+
+def _as_maps(output: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Maps [B, D, R, C] of a layer: its maps, the last R C tokens of [B, N, D], or those of the image's pathway."""
+    if output.ndim == 4 and tuple(output.shape[2:]) == grid:
+        return output
+    tokens = output[0] if output.ndim == 4 else output  # [pathways, B, N, D], the image's first
+    return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)

@@ -53,7 +53,6 @@ def explain(
             be drawn for these runs.
         CheckpointError, BackboneError: a run cannot be loaded.
         DataError: no image can be read.
-        MissingExtraError: Grad-CAM is requested and Captum is not installed.
     """
     chosen = ExplainSettings(**settings)
     runs = [runs] if isinstance(runs, PromptModel | str | Path) else list(runs)
