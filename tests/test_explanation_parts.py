@@ -15,7 +15,7 @@ from torch import Tensor
 from prompttune.backbones import ConvBackbone
 from prompttune.cli.main import cli
 from prompttune.errors import DataError
-from prompttune.explanation.cam import MappedModel, grad_cam, last_layer
+from prompttune.explanation.cam import grad_cam, last_layer
 from prompttune.explanation.inputs import read_pictures, view
 from prompttune.explanation.similarity import cosine_map, grid_of, record_maps
 from prompttune.images.preprocess import Preprocess
@@ -137,7 +137,6 @@ def test_grad_cam_of_a_convolution_is_the_hand_written_one(
     handle = layer.register_forward_hook(lambda *values: kept.append(values[2]))
     logits = model.forward_state(images.clone().requires_grad_(), state).logits
     handle.remove()
-    assert torch.equal(MappedModel(model, state)(images), logits)
     shown = 0
     for target in range(logits.shape[1]):
         (slope,) = torch.autograd.grad(logits[:, target].sum(), kept[-1], retain_graph=True)

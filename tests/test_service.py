@@ -254,7 +254,7 @@ def test_statistics_and_metrics_count(engine):
             [one] = service.statistics("task0")
             stages = one.inference_stats
             assert (one.inference_count, one.execution_count, stages.success.count, stages.fail.count) == (3, 1, 1, 1)
-            assert one.compute_infer.ns > 0
+            assert stages.compute_infer.ns > 0
             text = service.metrics().decode()
             assert 'prompttune_rows_total{task="task0"} 3.0' in text
             assert 'prompttune_resident_tasks{device="cpu"} 2.0' in text
