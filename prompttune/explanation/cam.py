@@ -68,7 +68,8 @@ def grad_cam(model: PromptModel, state: State, images: Tensor, target: int) -> T
         handle.remove()
     (gradient,) = torch.autograd.grad(logits[:, target].sum(), outputs[-1])
     maps, slopes = _as_maps(outputs[-1].detach(), grid), _as_maps(gradient, grid)  # [B, D, R, C]
-    return (maps * slopes.mean(dim=(2, 3), keepdim=True)).sum(dim=1).relu().float().cpu()
+    weighed: Tensor = (maps * slopes.mean(dim=(2, 3), keepdim=True)).sum(dim=1).relu()
+    return weighed.float().cpu()
 
 
 def _as_maps(output: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -76,4 +77,5 @@ def _as_maps(output: Tensor, grid: tuple[int, int]) -> Tensor:
     if output.ndim == 4 and tuple(output.shape[2:]) == grid:
         return output
     tokens = output[0] if output.ndim == 4 else output  # [pathways, B, N, D], the image's first
-    return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
+    maps: Tensor = tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
+    return maps

@@ -64,12 +64,12 @@ def inference_routes(service: Service, settings: TransportSettings, state: State
         body = await bodies.read_body(request, limits, settings.body_seconds)
         length = request.headers.get(HEADER_LENGTH)
         compressed = bodies.check_encoding(request.headers.get("content-encoding", ""))
-        work = (decode, body, length, compressed, Target(model, version, sent_id(request.headers, limits.id_length)))
+        work = (body, length, compressed, Target(model, version, sent_id(request.headers, limits.id_length)))
         # A small request may point to large tensors in shared memory.
         if not compressed and not regions.allowed and _is_small(length, len(body)):
-            decoded, form = decode(*work[1:])
+            decoded, form = decode(*work)
         else:
-            decoded, form = await asyncio.get_running_loop().run_in_executor(state.decoders, *work)
+            decoded, form = await asyncio.get_running_loop().run_in_executor(state.decoders, decode, *work)
         record.describe(decoded)
         response = await unless_gone(request, service.infer(decoded))
         record.version = response.version
