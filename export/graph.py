@@ -182,15 +182,7 @@ def unbounded_attention(device: str) -> AbstractContextManager[None]:
 def capture(
     graph: nn.Module, sample: list[Any], dynamic: dict[str, Any], attention: str, device: str, name: str
 ) -> ExportedProgram:
-    """Capture a module.
-
-    Args:
-        graph: the module.
-        sample: arguments of the module, with sizes that no other axis has.
-        dynamic: names of dynamic axes by argument and axis.
-        attention: ``explicit`` or ``fused``.
-        device: device of the module and its arguments.
-        name: name of the module for the error.
+    """Capture a module: ``sample`` arguments have sizes that no other axis has, ``dynamic`` names axes by argument.
 
     Raises:
         EngineError: the module cannot be captured.

@@ -38,11 +38,6 @@ _DTYPES = {
 def export_onnx(traced: Traced, folder: Path, opset: int = OPSET) -> dict[str, str]:
     """Write ``model.onnx`` and ``model.onnx.data`` into ``folder`` and check them.
 
-    Args:
-        traced: the captured graph.
-        folder: output folder.
-        opset: ONNX operator set.
-
     Returns:
         Name of the value in the file for each traced intermediate result. These values are not outputs of the model.
 

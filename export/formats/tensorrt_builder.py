@@ -112,14 +112,8 @@ def build_plan(
 ) -> None:
     """Build a plan: for the current CUDA device, or for the compute capabilities that ``options`` name.
 
-    Args:
-        trt: the library.
-        onnx_file: a typed ONNX file with its external data beside it.
-        plan_file: path of the plan to write.
-        shapes: smallest, likeliest and largest shape of every input with a dynamic axis.
-        options: options of the build.
-        tf32: whether fp32 matrix products may round their factors to TF32.
-        on_progress: called with the progress of the build.
+    The ONNX file is typed and has its weights beside it; ``shapes`` has every input with a dynamic axis; ``tf32`` lets
+    fp32 matrix products round their factors to TF32.
 
     Raises:
         EngineError: TensorRT cannot parse or build it; one line with TensorRT's own reasons.

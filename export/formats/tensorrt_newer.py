@@ -11,12 +11,7 @@ from prompttune.errors import EngineError
 
 
 def decompose_attention(library: Any, network: Any) -> None:
-    """Let TensorRT compute attention in pieces where none of its fused kernels takes the sizes; it fails otherwise.
-
-    Args:
-        library: the module.
-        network: an ``INetworkDefinition`` of it.
-    """
+    """Let TensorRT compute attention in pieces where none of its fused kernels takes the sizes; it fails otherwise."""
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type.name == "ATTENTION_INPUT":
@@ -27,11 +22,6 @@ def decompose_attention(library: Any, network: Any) -> None:
 
 def target_capabilities(library: Any, config: Any, capabilities: Sequence[str]) -> None:
     """Build for these compute capabilities, such as 8.9; for none, leave the choice to the library.
-
-    Args:
-        library: the module.
-        config: an ``IBuilderConfig`` of it.
-        capabilities: each one of the library's.
 
     Raises:
         EngineError: the library refuses one.

@@ -101,15 +101,8 @@ def bisect(
 ) -> Bisection:
     """Run one task in PyTorch and in the engine's ONNX file, and compare the intermediate results.
 
-    Args:
-        folder: the engine folder; it is not changed, and its weights are not copied.
-        manifest: manifest of the engine.
-        model: computes the engine's tasks in PyTorch.
-        name: name of the task.
-        task: the task.
-        images: normalised images [N, 3, S, S]; only the first few are used.
-        tolerance: relative difference that counts as equal.
-        options: device options.
+    ``images`` are normalised [N, 3, S, S], of which the first few are used; differences up to ``tolerance`` of a
+    result's norm count as equal. The folder is not changed, and its weights are not copied.
 
     Raises:
         UsageError: see :func:`check_probes`.

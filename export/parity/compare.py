@@ -94,15 +94,7 @@ def compare_tasks(
     batch_sizes: Sequence[int],
     noise: float = 0.0,
 ) -> list[Comparison]:
-    """Compare each task alone, at each batch size, with each reference.
-
-    Args:
-        runner: the engine.
-        references: references by name.
-        images: normalised images [N, 3, S, S] by task.
-        batch_sizes: numbers of images per call.
-        noise: see :class:`Tally`.
-    """
+    """Compare each task's normalised images [N, 3, S, S] alone, at each batch size, with each reference."""
     comparisons = []
     for task, batch in images.items():
         expected = {name: reference(batch, task) for name, reference in references.items()}

@@ -37,13 +37,7 @@ ABOUT_NEIGHBOURS = "Each image alone against the same image in a batch; max rel 
 
 
 def write_html(report: ParityReport, engine: str, path: Path) -> None:
-    """Write the page.
-
-    Args:
-        report: the report.
-        engine: name of the engine on the page.
-        path: the file to write.
-    """
+    """Write the page; ``engine`` is the engine's name on it."""
     title, gate = f"Parity of {engine}", report.gate
     compared = {"agreement": gate.min_agreement, "max_abs": gate.atol}
     made_with = ", ".join(f"{name} {version}" for name, version in report.versions.items())

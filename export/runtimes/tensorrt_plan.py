@@ -37,13 +37,6 @@ _FUSED = re.compile("mha|flash", re.IGNORECASE)
 class TensorRTPlan:
     """A plan, deserialised for the current CUDA device.
 
-    Args:
-        trt: the library.
-        path: the plan's file.
-        inputs: the declared inputs.
-        outputs: the declared outputs.
-        version_compatible: whether the plan carries code that TensorRT has to run to open it.
-
     Raises:
         EngineError: TensorRT cannot open it, or its tensors are not the declared ones.
     """
