@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Unpack
 
-from prompttune.errors import UsageError, choose
+from prompttune.errors import choose
 from prompttune.export.folder import Manifest
-from prompttune.export.options import BATCH_SIZES, IMAGES, Thresholds
+from prompttune.export.options import GateOptions, Thresholds
+from prompttune.settings import setting, settle
 
 ATOL = 1e-4
 """Largest allowed difference of a logit in fp32."""
@@ -42,7 +42,7 @@ def loosest(*precisions: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Gate:
+class Gate(GateOptions):
     """Measurement and thresholds of parity; the defaults are those of fp32. A figure that is not finite never passes.
 
     Below fp32 the agreement leaves ties out: a few images must not refuse an honest engine because one of them lies
@@ -51,15 +51,10 @@ class Gate:
     rows by more than rounding does, and each disagreement of such a row counts, however small the lead.
     """
 
-    atol: float | None = ATOL
+    atol: float | None = setting(ATOL, low=0)
     """Largest allowed absolute difference of a logit; None for no limit."""
-    min_agreement: float = 1.0
+    min_agreement: float = setting(1.0, low=0, high=1)
     """Smallest allowed share of images on which both sides name the same class, without ties."""
-    batch_sizes: Sequence[int] = BATCH_SIZES
-    images: int = IMAGES
-    """Number of images that each task is compared on."""
-    max_accuracy_loss: float | None = None
-    """Largest allowed loss of top-1 on labelled images, from 0 to 1; one image may be lost unless this is 0."""
     noise: float = 0.0
     """Largest difference of a tie's logits, relative to their scale, see :class:`Tally`; 0 for no ties."""
     max_neighbours: float = NEIGHBOURS["fp32"]
@@ -68,14 +63,7 @@ class Gate:
     """Precision that the thresholds belong to."""
 
     def __post_init__(self) -> None:
-        if self.atol is not None and not self.atol >= 0:
-            raise UsageError(f"atol must be at least 0, not {self.atol:g}")
-        for name in ("min_agreement", "max_accuracy_loss"):
-            share = getattr(self, name)
-            if share is not None and not 0 <= share <= 1:
-                raise UsageError(f"{name} must be from 0 to 1, not {share:g}")
-        if not self.batch_sizes or min(self.batch_sizes) < 1 or self.images < 1:
-            raise UsageError("parity needs batch sizes and a number of images of at least 1")
+        settle(self)
 
     @classmethod
     def for_precision(cls, precision: str, **given: Unpack[Thresholds]) -> Gate:
