@@ -14,12 +14,14 @@ import dataclasses
 import math
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import torch
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
 from prompttune.backbones import Backbone
 from prompttune.errors import EngineError, first_line
@@ -59,7 +61,7 @@ def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> No
                 quantize_static(
                     folder / ONNX_FILE,
                     made,
-                    _Calibration(request),
+                    SimpleNamespace(get_next=partial(next, _feeds(request), None)),  # a CalibrationDataReader
                     quant_format=QuantFormat.QDQ,
                     op_types_to_quantize=["MatMul"],
                     nodes_to_quantize=products,
@@ -124,17 +126,6 @@ def _block_names(backbone: Backbone) -> list[str]:
     """timm's name of each block, as the exporter records it."""
     names = {id(module): name for name, module in backbone.named_modules()}
     return [f"backbone.{names[id(block.timm)]}" for block in backbone.blocks]
-
-
-class _Calibration(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime ships no types
-    """Calibration images of every task, each run with its own task."""
-
-    def __init__(self, request: BuildRequest) -> None:
-        self._feeds = _feeds(request)
-
-    def get_next(self) -> Feeds | None:
-        """Inputs of the next call; None at the end."""
-        return next(self._feeds, None)
 
 
 def _feeds(request: BuildRequest) -> Iterator[Feeds]:
