@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -23,6 +24,7 @@ from prompttune.export.graph import unbounded_attention
 from prompttune.export.quiet import quiet
 from prompttune.export.runtimes.aoti import MODEL_FILE
 from prompttune.export.runtimes.base import RuntimeOptions
+from prompttune.export.runtimes.tensorrt_compatibility import gpu_record
 from prompttune.export.runtimes.tensorrt_library import require_cuda
 
 _INCLUDES = "#include <cuda.h>\n#include <cuda_runtime.h>\n#include <cuda_fp8.h>\n"
@@ -119,9 +121,8 @@ def _check_toolkit() -> None:
             ) from None
 
 
-def _made_for(device: str) -> dict[str, str]:
+def _made_for(device: str) -> dict[str, Any]:
     index = RuntimeOptions(device).cuda_index
     if index is None:
         return {"device": "cpu", "cpu": torch.backends.cpu.get_cpu_capability()}
-    major, minor = torch.cuda.get_device_capability(index)
-    return {"device": "cuda", "compute_capability": f"{major}.{minor}", "gpu": torch.cuda.get_device_name(index)}
+    return {"device": "cuda", **gpu_record(index)}

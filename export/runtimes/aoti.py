@@ -16,6 +16,7 @@ from prompttune.errors import EngineError, first_line
 from prompttune.export.folder import Manifest
 from prompttune.export.precision.casting import exact_convolutions
 from prompttune.export.runtimes.base import Array, RuntimeOptions, refuse_options
+from prompttune.export.runtimes.tensorrt_compatibility import check_capability
 from prompttune.export.runtimes.tensorrt_library import require_cuda
 from prompttune.export.runtimes.tensors import TensorRuntime, as_torch
 
@@ -65,12 +66,7 @@ class AotiRuntime(TensorRuntime):
                 )
             return
         require_cuda(f"cuda:{index}", "an AOTInductor engine for cuda")
-        here = ".".join(map(str, torch.cuda.get_device_capability(index)))
-        if made["compute_capability"] != here:
-            raise EngineError(
-                f"the engine was compiled for compute capability {made['compute_capability']} ({made['gpu']}), "
-                f"here is {here}: export it again on this machine"
-            )
+        check_capability(made, torch.cuda.get_device_capability(index))
 
     def run(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
         """See :meth:`Runtime.run`."""

@@ -67,11 +67,11 @@ def check_capability(details: Mapping[str, Any], capability: tuple[int, int]) ->
     """
     built = [version_numbers(one) for one in details["compute_capability"].split(", ")]
     here = f"{capability[0]}.{capability[1]}"
-    if details["hardware_compatibility"] == "ampere_plus":
+    if details.get("hardware_compatibility") == "ampere_plus":
         if capability < AMPERE:
             raise EngineError(f"the plan runs on compute capability 8.0 and later, this GPU has {here}: {_AGAIN}")
     elif capability not in built:
         raise EngineError(
-            f"the plan was built for compute capability {details['compute_capability']} ({details['gpu']}), "
+            f"the engine was built for compute capability {details['compute_capability']} ({details['gpu']}), "
             f"this GPU has {here}: {_AGAIN}"
         )
