@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prompttune.backbones.vit import VitBackbone
-from prompttune.export.runtimes.base import Array
+from prompttune.export.layout import Array
 from prompttune.methods.base import State
 from prompttune.model import PromptModel
 
