@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quality tensorrt-contract bench wheel-smoke clean
+.PHONY: help install demo test quality docs tensorrt-contract bench wheel-smoke clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,13 @@ quality: install ## ruff, the formatter and strict mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYTHON=$(BIN)/python scripts/typecheck.sh
+
+# MkDocs takes one folder, so the pages and what they link to are copied, with their relative links as they are.
+docs: install ## build the documentation as a site in build/site, every link and anchor checked
+	rm -rf build/pages && mkdir -p build/pages
+	git ls-files --cached --others --exclude-standard '*.md' 'docs/*' 'examples/*' 'benchmarks/results/*' \
+	    | tar --create --files-from - | tar --extract --directory build/pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 tensorrt-contract: install ## every name of TensorRT in the sources against NVIDIA's bindings, no GPU needed
 	$(BIN)/python scripts/tensorrt_contract.py
