@@ -8,7 +8,7 @@ import pickle
 import re
 import reprlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,27 @@ def read_foreign(path: Path, error: type[PrompttuneError]) -> Any:
             f"{path} holds more than tensors and plain values, {needed[1]}, so reading it could run code: it is "
             "refused; save its state dict alone, with torch.save or as .safetensors"
         ) from None
+
+
+def read_state_dict(path: Path, wrappers: Iterable[str], error: type[PrompttuneError]) -> dict[str, Tensor]:
+    """The tensors of a foreign state dict.
+
+    Args:
+        path: the file.
+        wrappers: keys under which training code stores the state dict.
+        error: type of the errors.
+
+    Raises:
+        error: the file cannot be read, or does not hold a state dict of plain tensors.
+    """
+    loaded = read_foreign(path, error)
+    state = plain_dict(loaded)
+    if state is None:
+        raise error(f"{path} holds no state dict but a {type(loaded).__name__}")
+    for wrapper in wrappers:
+        state = plain_dict(state.get(wrapper)) or state
+    found = {name: value for name, value in state.items() if isinstance(value, Tensor | PickledArray)}
+    return plain_tensors(found, path, error)
 
 
 def plain_dict(value: object) -> dict[Any, Any] | None:

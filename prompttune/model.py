@@ -238,7 +238,7 @@ class PromptModel(nn.Module):
             )
         except (UsageError, TypeError, KeyError) as problem:
             raise CheckpointError(f"{folder / CONFIG_FILE} does not fit this prompttune: {problem}") from None
-        _take_tensors(model, read_tensors(folder, config), folder)
+        take_tensors(model, read_tensors(folder, config), str(folder / MODEL_FILE))
         model.metrics = config["metrics"]
         return model.eval()
 
@@ -256,18 +256,17 @@ def _check_backbone(folder: Path, wanted: Mapping[str, Any], backbone: Backbone)
         )
 
 
-def _take_tensors(model: PromptModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
+def take_tensors(model: PromptModel, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copy stored tensors into a model; raises :class:`CheckpointError` if names or shapes do not fit."""
     model.take_sizes(tensors)
     parameters = model.task_parameters()
     missing = sorted(parameters.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - parameters.keys())
     if missing or unknown:
-        raise CheckpointError(f"{folder / MODEL_FILE} lacks {missing[:3]} and has unknown {unknown[:3]}")
+        raise CheckpointError(f"{where} lacks {missing[:3]} and has unknown {unknown[:3]}")
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
-            raise CheckpointError(
-                f"{folder / MODEL_FILE}: {name} is {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
-            )
+            raise CheckpointError(f"{where}: {name} is {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}")
         parameter.data.copy_(tensors[name])
 
 

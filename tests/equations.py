@@ -8,9 +8,33 @@ from torch import Tensor, nn
 
 import prompttune as pt
 from prompttune.backbones import SwinBackbone, VitBackbone
-from prompttune.layers.aligned_attention import aligned_attention_reference
 from prompttune.methods.sa2vp import SA2VP, SA2VPConfig, SwinSA2VP
 from prompttune.methods.vpt import SwinVPT
+
+
+def aligned_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], num_prefix_tokens: int, window: int | None
+) -> Tensor:
+    """The definition, one query at a time: slow.
+
+    Args:
+        q, k, v: [B, H, N, d].
+
+    Returns:
+        [B, H, N, d].
+    """
+    rows, columns = grid
+    out = torch.empty_like(q)
+    for query in range(q.shape[2]):
+        seen = list(range(k.shape[2]))
+        if query >= num_prefix_tokens and window is not None:
+            row, column = divmod(query - num_prefix_tokens, columns)
+            near_rows = range(max(0, row - window // 2), min(rows, row + window // 2 + 1))
+            near_columns = range(max(0, column - window // 2), min(columns, column + window // 2 + 1))
+            seen = [num_prefix_tokens + r * columns + c for r in near_rows for c in near_columns]
+        scores = torch.einsum("bhd,bhkd->bhk", q[:, :, query], k[:, :, seen]) / q.shape[-1] ** 0.5
+        out[:, :, query] = torch.einsum("bhk,bhkd->bhd", scores.softmax(dim=-1), v[:, :, seen])
+    return out
 
 
 def cross(backbone: VitBackbone, config: SA2VPConfig, index: int, x: Tensor, y: Tensor) -> Tensor:

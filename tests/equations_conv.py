@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 import prompttune as pt
 from prompttune.backbones import ConvBackbone
-from prompttune.layers.aligned_attention import aligned_attention_reference
 from prompttune.methods.sa2vp import ConvSA2VP
 from prompttune.methods.sa2vp.parts import PromptMap
+from tests.equations import aligned_attention_reference
 
 
 def stretched(size: int, wanted: int) -> Tensor:

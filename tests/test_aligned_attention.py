@@ -4,12 +4,8 @@ import pytest
 import torch
 
 from prompttune.errors import UsageError
-from prompttune.layers.aligned_attention import (
-    AlignedAttention,
-    aligned_attention_reference,
-    window_mask,
-    window_neighbours,
-)
+from prompttune.layers.aligned_attention import AlignedAttention, window_mask, window_neighbours
+from tests.equations import aligned_attention_reference
 
 GRIDS = [(1, 1), (4, 4), (3, 5), (7, 2)]
 

@@ -284,9 +284,9 @@ def test_blocks_are_timms(name):
     frozen, images = backbone(name), torch.from_numpy(noise(2))
     with torch.no_grad():
         tokens = frozen.embed(images)
-        for index in range(frozen.depth):
-            wanted = frozen.blocks[index].timm(tokens)
-            torch.testing.assert_close(frozen.run_block(index, tokens), wanted, atol=1e-5, rtol=1e-5)
+        for block in frozen.blocks:
+            wanted = block.timm(tokens)
+            torch.testing.assert_close(block.run(tokens), wanted, atol=1e-5, rtol=1e-5)
             tokens = wanted
 
 
@@ -296,10 +296,11 @@ def test_the_last_block_computes_what_is_pooled():
     assert by_token.pools_class_token
     assert not by_patches.pools_class_token
     tokens = seeded(2, by_token.num_tokens, by_token.width)
-    found = by_token.run_last_block(tokens)
+    found = by_token.blocks[-1].run_read(tokens)
     assert found.shape == (2, 1, by_token.width)
-    torch.testing.assert_close(found, by_token.run_block(by_token.depth - 1, tokens)[:, :1], atol=2e-6, rtol=1e-5)
-    whole = by_token.run_block(by_token.depth - 1, tokens)
+    torch.testing.assert_close(found, by_token.blocks[-1].run(tokens)[:, :1], atol=2e-6, rtol=1e-5)
+    whole = by_token.blocks[-1].run(tokens)
     torch.testing.assert_close(by_token.pool(found), by_token.pool(whole), atol=2e-6, rtol=1e-5)
     tokens = seeded(2, by_patches.num_tokens, by_patches.width)
-    assert torch.equal(by_patches.run_last_block(tokens), by_patches.run_block(by_patches.depth - 1, tokens))
+    last = by_patches.blocks[-1]
+    assert torch.equal(last.run_read(tokens), last.run(tokens))

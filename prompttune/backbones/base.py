@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,3 +131,39 @@ class Backbone(nn.Module):
             UsageError: images of another shape, see :meth:`check_images`.
         """
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One kind of timm model that :func:`load_backbone` can wrap."""
+
+    models: tuple[type[nn.Module], ...]
+    modules: tuple[str, ...]
+    """timm modules with models that may be supported; each model is checked again after it is built."""
+    supported: str
+    """Description of the supported models."""
+    problem: Callable[[Any], str]
+    """Function of a model: the reason why it cannot be driven block by block; empty if it can."""
+    wrap: Callable[[Any, str, int | None], Backbone]
+    """Function of a model, its name and the image size or None: the backbone."""
+    rename: Callable[[dict[str, Tensor], Any], dict[str, Tensor]] = lambda tensors, _model: tensors
+    """timm's function from an author's tensors and a model to tensors with timm's names and shapes."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of ``timm.create_model``."""
+
+
+def set_patch_input(model: Any, name: str, image_size: int | None) -> None:
+    """Resize a model with a patch embedding to an image size; None keeps its own.
+
+    Raises:
+        UsageError: the size is not a multiple of the patch size.
+    """
+    patch = model.patch_embed.patch_size[0]
+    if image_size is None:
+        return
+    if image_size <= 0 or image_size % patch:
+        nearest = max(patch, round(image_size / patch) * patch)
+        raise UsageError(
+            f"image size {image_size} is not a multiple of {name}'s patch size {patch}; nearest: {nearest}"
+        )
+    model.set_input_size((image_size, image_size))

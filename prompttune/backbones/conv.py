@@ -12,38 +12,32 @@ from collections.abc import Iterator
 from typing import TypeAlias, cast
 
 import torch
-from timm.models.convnext import ConvNeXt, ConvNeXtBlock
+from timm.models.convnext import ConvNeXt, ConvNeXtBlock, checkpoint_filter_fn
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from prompttune.backbones.base import Backbone
+from prompttune.backbones.base import Architecture, Backbone
 from prompttune.backbones.blocks import FrozenBlock, Stage
-from prompttune.errors import BackboneError, UsageError
+from prompttune.errors import UsageError
 from prompttune.layers.probe import probe
 
-SUPPORTED = "timm ResNet and ConvNeXt models"
 ConvModel: TypeAlias = ResNet | ConvNeXt
-CONV_MODELS = (ResNet, ConvNeXt)
 _BLOCKS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
     ResNet: (BasicBlock, Bottleneck),
     ConvNeXt: (ConvNeXtBlock,),
 }
 
 
-def check_supported(model: ConvModel, name: str) -> None:
-    """Raise :class:`BackboneError`, with the reason, if ``model`` cannot be driven block by block."""
-    problem = ""
-    if type(model) not in CONV_MODELS:
-        problem = f"it is a {type(model).__name__}"
-    elif _pooling(model) == "":
-        problem = "it has no pooling"
-    else:
-        for stage in _stages(model):
-            for block in _blocks(stage):
-                if type(block) not in _BLOCKS[type(model)]:
-                    problem = f"its blocks are {type(block).__name__}"
-    if problem:
-        raise BackboneError(f"{name} is not supported: {problem}; supported: {SUPPORTED}")
+def _problem(model: ConvModel) -> str:
+    if type(model) not in _BLOCKS:
+        return f"it is a {type(model).__name__}"
+    if _pooling(model) == "":
+        return "it has no pooling"
+    for stage in _stages(model):
+        for block in _blocks(stage):
+            if type(block) not in _BLOCKS[type(model)]:
+                return f"its blocks are {type(block).__name__}"
+    return ""
 
 
 def _pooling(model: ConvModel) -> str:
@@ -151,3 +145,24 @@ class ConvBackbone(Backbone):
             x = self.model.norm_pre(x)
         # With channels last, the exporter would create a view with wrong strides for the pooling.
         return cast(Tensor, self.model.forward_head(x.contiguous(), pre_logits=True))
+
+
+def _wrap(model: ConvModel, _name: str, image_size: int | None) -> ConvBackbone:
+    size = int(model.pretrained_cfg["input_size"][-1]) if image_size is None else image_size
+    if size <= 0:
+        raise UsageError(f"image size must be above 0, not {size}")
+    return ConvBackbone(model, size)
+
+
+def _rename(tensors: dict[str, Tensor], model: ConvModel) -> dict[str, Tensor]:
+    return tensors if isinstance(model, ResNet) else cast(dict[str, Tensor], checkpoint_filter_fn(tensors, model))
+
+
+CONV = Architecture(
+    models=(ResNet, ConvNeXt),
+    modules=("resnet", "convnext"),
+    supported="timm ResNet and ConvNeXt models",
+    problem=_problem,
+    wrap=_wrap,
+    rename=_rename,
+)

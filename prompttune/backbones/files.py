@@ -7,22 +7,16 @@ MAE (https://github.com/facebookresearch/mae), MoCo v3 (https://github.com/faceb
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any
 
-from timm.models import convnext, swin_transformer, vision_transformer
-from timm.models.convnext import ConvNeXt
-from timm.models.resnet import ResNet
-from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
-from prompttune.errors import BackboneError
-from prompttune.foreign import plain_dict, plain_tensors, read_foreign
+from prompttune.errors import BackboneError, shortened
+from prompttune.foreign import read_state_dict
 
-TimmModel: TypeAlias = VisionTransformer | SwinTransformer | ResNet | ConvNeXt
-"""timm models that a backbone can be made of."""
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 SUFFIXES = (".safetensors", *PICKLED, ".npz")
 _WRAPPERS = ("state_dict", "model", "teacher", "target_encoder", "model_state")
@@ -40,8 +34,8 @@ _NOT_BACKBONE = (
 """Prefixes of names, after unwrapping, that belong to pre-training or to a classifier and are skipped."""
 
 
-def load_file_into(model: TimmModel, path: Path) -> None:
-    """Copy the weights in ``path`` into ``model``; timm resamples position embeddings and biases of another size.
+def load_file_into(model: nn.Module, path: Path, rename: Callable[[dict[str, Tensor], Any], dict[str, Tensor]]) -> None:
+    """Copy weights into a model; timm's ``rename`` resamples position embeddings and biases of another size.
 
     Raises:
         BackboneError: the file is missing, damaged, of an unknown kind or for another architecture.
@@ -55,9 +49,9 @@ def load_file_into(model: TimmModel, path: Path) -> None:
             raise BackboneError(f"{path.name}: Google's npz files hold ViTs, this backbone is a {type(model).__name__}")
         _load_npz(model, path)
         return
-    tensors = _unwrap(read_foreign(path, BackboneError), path, model)
+    tensors = _own_tensors(path, model)
     try:
-        renamed = _renamed(tensors, model)
+        renamed = rename(tensors, model)
     except Exception as problem:  # timm does not check the shapes that it unpacks
         told = _misshapen(tensors, model) or _told(problem)
         raise BackboneError(f"{path} does not fit the backbone: {told}") from None
@@ -73,17 +67,7 @@ def load_file_into(model: TimmModel, path: Path) -> None:
         )
 
 
-def _renamed(tensors: dict[str, Tensor], model: TimmModel) -> dict[str, Tensor]:
-    """The tensors of an author's file with timm's names and shapes."""
-    if isinstance(model, ResNet):
-        return tensors
-    architectures = {SwinTransformer: swin_transformer, ConvNeXt: convnext}
-    architecture = architectures.get(type(model), vision_transformer)
-    renamed: dict[str, Tensor] = architecture.checkpoint_filter_fn(tensors, model)
-    return renamed
-
-
-def _misshapen(tensors: Mapping[str, Tensor], model: TimmModel) -> str:
+def _misshapen(tensors: Mapping[str, Tensor], model: nn.Module) -> str:
     own = model.state_dict()
     wrong = [
         f"{name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}"
@@ -100,8 +84,7 @@ def _told(problem: Exception) -> str:
 
 
 def _some(kind: str, names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return f"{kind} {shown}{f' and {len(names) - 3} more' if len(names) > 3 else ''}" if names else ""
+    return f"{kind} {shortened(names, 3)}" if names else ""
 
 
 def _load_npz(model: VisionTransformer, path: Path) -> None:
@@ -111,20 +94,11 @@ def _load_npz(model: VisionTransformer, path: Path) -> None:
         raise BackboneError(f"{path} is not a Google ViT checkpoint of this architecture: {_told(problem)}") from None
 
 
-def _unwrap(loaded: object, path: Path, model: TimmModel) -> dict[str, Tensor]:
-    state = plain_dict(loaded)
-    if state is None:
-        raise BackboneError(f"{path} holds no state dict but a {type(loaded).__name__}")
-    for wrapper in _WRAPPERS:
-        inner = plain_dict(state.get(wrapper))
-        if inner is not None:
-            state = inner
-    found = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+def _own_tensors(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """The backbone's tensors in a file, without the prefixes of their authors' code."""
     own = model.state_dict().keys()  # a ConvNeXt's head ends in a norm of the backbone
     tensors: dict[str, Tensor] = {}
-    for name, value in plain_tensors(found, path, BackboneError).items():
-        if "momentum_encoder." in name:
-            continue
+    for name, value in read_state_dict(path, _WRAPPERS, BackboneError).items():
         short = name
         while short.startswith(_PREFIXES):
             short = short.split(".", 1)[1]

@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from prompttune.backbones import conv, swin, vit
-from prompttune.backbones.base import Backbone, fingerprint_of
-from prompttune.backbones.files import TimmModel, load_file_into
+from prompttune.backbones.base import Architecture, Backbone, fingerprint_of
+from prompttune.backbones.conv import CONV
+from prompttune.backbones.files import load_file_into
+from prompttune.backbones.swin import SWIN
+from prompttune.backbones.vit import VIT
 from prompttune.backbones.wheel import MODEL as WHEEL_MODEL
 from prompttune.backbones.wheel import PACKAGE as WHEEL_PACKAGE
 from prompttune.backbones.wheel import find_wheel, read_wheel
@@ -24,10 +24,9 @@ from prompttune.errors import BackboneError, PrompttuneError, UsageError, choose
 from prompttune.hub import hub_answers
 from prompttune.registry import Registry
 
-SUPPORTED = f"{vit.SUPPORTED}; {swin.SUPPORTED}; {conv.SUPPORTED}"
-_SIZED_MODULES = ["vision_transformer", "deit"]
-_MODULES = [*_SIZED_MODULES, "swin_transformer", "resnet", "convnext"]
-"""timm modules with models that may be supported; each model is checked again after it is built."""
+ARCHITECTURES: tuple[Architecture, ...] = (VIT, SWIN, CONV)
+SUPPORTED = "; ".join(one.supported for one in ARCHITECTURES)
+_MODULES = [module for one in ARCHITECTURES for module in one.modules]
 
 logger = logging.getLogger("prompttune")
 
@@ -90,7 +89,7 @@ def load_backbone(name: str, image_size: int | None = None, weights: str | Path 
     else:
         model = _build(name)
         path = Path(spec).expanduser()
-        load_file_into(model, path)
+        load_file_into(model, path, _architecture(model, name).rename)
         spec = str(path.absolute())
         source = f"file {path.name}"
     backbone = _wrap(model, name, image_size)
@@ -107,59 +106,36 @@ def _check_name(name: str) -> None:
         raise BackboneError(f"{name} is not supported; supported: {SUPPORTED}")
 
 
-def _build(name: str, **settings: Any) -> TimmModel:
-    # A Swin has a fixed image size by default, a convolution accepts any; neither has such an argument.
-    sized = timm.models.is_model_in_modules(name.split(".")[0], _SIZED_MODULES)
-    fixed = {"dynamic_img_size": False} if sized else {}
+def _build(name: str, **settings: Any) -> nn.Module:
+    # A Swin has a fixed image size by default, a convolution accepts any; neither has a ViT's argument.
+    bare = name.split(".")[0]
+    fixed = next((one.settings for one in ARCHITECTURES if timm.models.is_model_in_modules(bare, one.modules)), {})
     try:
-        model: TimmModel = timm.create_model(name, num_classes=0, **fixed, **settings)
+        model: nn.Module = timm.create_model(name, num_classes=0, **fixed, **settings)
     except TypeError as problem:
         raise BackboneError(f"{name} is not supported ({problem}); supported: {SUPPORTED}") from None
     except (RuntimeError, ValueError) as problem:
         raise BackboneError(f"timm cannot build {name}: {problem}") from None
-    _check_supported(model, name)
+    _architecture(model, name)
     return model
 
 
-def _check_supported(model: nn.Module, name: str) -> None:
-    if isinstance(model, SwinTransformer):
-        swin.check_supported(model, name)
-    elif isinstance(model, conv.CONV_MODELS):
-        conv.check_supported(model, name)
-    else:
-        vit.check_supported(model, name)
+def _architecture(model: nn.Module, name: str) -> Architecture:
+    """The architecture of a model; raises :class:`BackboneError`, with the reason, for one that is not supported."""
+    found = next((one for one in ARCHITECTURES if isinstance(model, one.models)), VIT)
+    if problem := found.problem(model):
+        raise BackboneError(f"{name} is not supported: {problem}; supported: {found.supported}")
+    return found
 
 
-def _wrap(model: TimmModel, name: str, image_size: int | None) -> Backbone:
+def _wrap(model: nn.Module, name: str, image_size: int | None) -> Backbone:
     """The backbone over a supported timm model with its own weights, for images of a size."""
-    fingerprint, config = fingerprint_of(model.state_dict()), model.pretrained_cfg
-    backbone = _sized(model, name, image_size)
+    fingerprint, config = fingerprint_of(model.state_dict()), cast(Any, model).pretrained_cfg
+    backbone = _architecture(model, name).wrap(model, name, image_size)
     backbone.name, backbone.fingerprint = name, fingerprint
     backbone.mean, backbone.std = tuple(config["mean"]), tuple(config["std"])
     backbone.interpolation = config.get("interpolation", "bicubic")
     return backbone
-
-
-def _sized(model: TimmModel, name: str, image_size: int | None) -> Backbone:
-    if isinstance(model, conv.CONV_MODELS):
-        size = int(model.pretrained_cfg["input_size"][-1]) if image_size is None else image_size
-        if size <= 0:
-            raise UsageError(f"image size must be above 0, not {size}")
-        return conv.ConvBackbone(model, size)
-    _resize(model, name, image_size)
-    return swin.SwinBackbone(model) if isinstance(model, SwinTransformer) else vit.VitBackbone(model)
-
-
-def _resize(model: VisionTransformer | SwinTransformer, name: str, image_size: int | None) -> None:
-    patch = model.patch_embed.patch_size[0]
-    if image_size is None:
-        return
-    if image_size <= 0 or image_size % patch:
-        nearest = max(patch, round(image_size / patch) * patch)
-        raise UsageError(
-            f"image size {image_size} is not a multiple of {name}'s patch size {patch}; nearest: {nearest}"
-        )
-    model.set_input_size((image_size, image_size))
 
 
 def is_random(spec: str) -> bool:
@@ -175,7 +151,7 @@ def seed_of(spec: str) -> int:
     return int(seed or 0)
 
 
-def _random(name: str, spec: str) -> tuple[TimmModel, str, str]:
+def _random(name: str, spec: str) -> tuple[nn.Module, str, str]:
     seed = seed_of(spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -183,7 +159,7 @@ def _random(name: str, spec: str) -> tuple[TimmModel, str, str]:
     return model, f"random:{seed}", f"random initialisation, seed {seed}"
 
 
-def _auto(name: str) -> tuple[TimmModel, str, str]:
+def _auto(name: str) -> tuple[nn.Module, str, str]:
     """Try the hub, then its cache, then the wheel."""
     if hub_answers():
         try:
@@ -191,7 +167,7 @@ def _auto(name: str) -> tuple[TimmModel, str, str]:
         except (OSError, BackboneError) as problem:
             logger.info("model hub: %s", problem)
         else:
-            config = model.pretrained_cfg
+            config = cast(Any, model).pretrained_cfg
             return model, "auto", f"model hub ({config.get('hf_hub_id') or config.get('url') or name})"
     model = _build(name)
     cached = _cached(model)
@@ -210,8 +186,8 @@ def _auto(name: str) -> tuple[TimmModel, str, str]:
     )
 
 
-def _cached(model: TimmModel) -> Path | None:
-    config = model.pretrained_cfg
+def _cached(model: nn.Module) -> Path | None:
+    config = cast(Any, model).pretrained_cfg
     repository = config.get("hf_hub_id")
     if not repository:
         return None
@@ -246,7 +222,6 @@ def _registered(name: str, image_size: int | None, spec: str) -> Backbone:
             f"the backbone {name} is neither a Backbone nor a model of timm.create_model, but {type(made).__name__}"
         )
     else:
-        _check_supported(made, name)
         backbone = _wrap(made, name, image_size)
     if missing := [part for part in _OWN if not hasattr(backbone, part)]:
         raise BackboneError(f"the backbone {name} sets no {', '.join(missing)}")

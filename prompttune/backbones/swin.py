@@ -18,36 +18,30 @@ from timm.models.swin_transformer import (
     SwinTransformerBlock,
     SwinTransformerStage,
     WindowAttention,
+    checkpoint_filter_fn,
 )
 from torch import Tensor, nn
 
-from prompttune.backbones.base import Backbone
+from prompttune.backbones.base import Architecture, Backbone, set_patch_input
 from prompttune.backbones.blocks import AttentionBlock, Stage
 from prompttune.backbones.windows import Windows, merging_order
-from prompttune.errors import BackboneError
 from prompttune.layers.probe import probe
 
-SUPPORTED = "timm SwinTransformer models (Swin v1)"
 
-
-def check_supported(model: SwinTransformer, name: str) -> None:
-    """Raise :class:`BackboneError`, with the reason, if ``model`` cannot be driven block by block."""
-    problem = ""
+def _problem(model: SwinTransformer) -> str:
     if type(model) is not SwinTransformer:
-        problem = f"it is a {type(model).__name__}"
-    elif type(model.patch_embed) is not PatchEmbed:
-        problem = f"its patch embedding is a {type(model.patch_embed).__name__}"
-    elif model.global_pool == "":
-        problem = "it has no pooling"
-    else:
-        for stage in _stages(model):
-            if type(stage.downsample) not in (PatchMerging, nn.Identity):
-                problem = f"it merges patches with {type(stage.downsample).__name__}"
-            for block in _blocks(stage):
-                if type(block) is not SwinTransformerBlock or type(block.attn) is not WindowAttention:
-                    problem = f"its blocks are {type(block).__name__} with {type(block.attn).__name__}"
-    if problem:
-        raise BackboneError(f"{name} is not supported: {problem}; supported: {SUPPORTED}")
+        return f"it is a {type(model).__name__}"
+    if type(model.patch_embed) is not PatchEmbed:
+        return f"its patch embedding is a {type(model.patch_embed).__name__}"
+    if model.global_pool == "":
+        return "it has no pooling"
+    for stage in _stages(model):
+        if type(stage.downsample) not in (PatchMerging, nn.Identity):
+            return f"it merges patches with {type(stage.downsample).__name__}"
+        for block in _blocks(stage):
+            if type(block) is not SwinTransformerBlock or type(block.attn) is not WindowAttention:
+                return f"its blocks are {type(block).__name__} with {type(block.attn).__name__}"
+    return ""
 
 
 def _stages(model: SwinTransformer) -> list[SwinTransformerStage]:
@@ -169,3 +163,18 @@ class SwinBackbone(Backbone):
         """Final norm and the model's own pooling: [B, N, D] to [B, D]."""
         normed = self.model.norm(tokens).unflatten(1, self.stages[-1].grid)  # [B, R, C, D]
         return cast(Tensor, self.model.forward_head(normed, pre_logits=True))
+
+
+def _wrap(model: SwinTransformer, name: str, image_size: int | None) -> SwinBackbone:
+    set_patch_input(model, name, image_size)
+    return SwinBackbone(model)
+
+
+SWIN = Architecture(
+    models=(SwinTransformer,),
+    modules=("swin_transformer",),
+    supported="timm SwinTransformer models (Swin v1)",
+    problem=_problem,
+    wrap=_wrap,
+    rename=checkpoint_filter_fn,
+)

@@ -12,35 +12,28 @@ from typing import cast
 import torch
 from timm.layers import Attention
 from timm.layers.patch_embed import PatchEmbed
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from prompttune.backbones.base import Backbone
+from prompttune.backbones.base import Architecture, Backbone, set_patch_input
 from prompttune.backbones.blocks import AttentionBlock, merge_heads
-from prompttune.errors import BackboneError
 from prompttune.layers.attention import attend
 from prompttune.layers.probe import probe
 
-SUPPORTED = "timm VisionTransformer models with pre-norm blocks and absolute (or no) position embeddings"
 
-
-def check_supported(model: nn.Module, name: str) -> None:
-    """Raise :class:`BackboneError`, with the reason, if ``model`` cannot be driven block by block."""
-    problem = ""
+def _problem(model: VisionTransformer) -> str:
     if type(model) is not VisionTransformer:
-        problem = f"it is a {type(model).__name__}"
-    elif type(model.patch_embed) is not PatchEmbed:
-        problem = f"its patch embedding is a {type(model.patch_embed).__name__}"
-    elif model.global_pool == "":
-        problem = "it has no pooling"
-    else:
-        for block in cast(nn.Sequential, model.blocks):
-            if type(block) is not Block or type(block.attn) is not Attention:
-                problem = f"its blocks are {type(block).__name__} with {type(block.attn).__name__}"
-            elif getattr(block.attn, "gate", None) is not None:
-                problem = "its attention is gated"
-    if problem:
-        raise BackboneError(f"{name} is not supported: {problem}; supported: {SUPPORTED}")
+        return f"it is a {type(model).__name__}"
+    if type(model.patch_embed) is not PatchEmbed:
+        return f"its patch embedding is a {type(model.patch_embed).__name__}"
+    if model.global_pool == "":
+        return "it has no pooling"
+    for block in cast(nn.Sequential, model.blocks):
+        if type(block) is not Block or type(block.attn) is not Attention:
+            return f"its blocks are {type(block).__name__} with {type(block.attn).__name__}"
+        if getattr(block.attn, "gate", None) is not None:
+            return "its attention is gated"
+    return ""
 
 
 class VitBlock(AttentionBlock):
@@ -184,3 +177,19 @@ class VitBackbone(Backbone):
         """The model's own pooling and head norm of normed tokens: [B, 1 or N, D] to [B, D]."""
         pooled = tokens[:, 0] if self.pools_class_token else self.model.pool(tokens)
         return cast(Tensor, self.model.fc_norm(pooled))
+
+
+def _wrap(model: VisionTransformer, name: str, image_size: int | None) -> VitBackbone:
+    set_patch_input(model, name, image_size)
+    return VitBackbone(model)
+
+
+VIT = Architecture(
+    models=(VisionTransformer,),
+    modules=("vision_transformer", "deit"),
+    supported="timm VisionTransformer models with pre-norm blocks and absolute (or no) position embeddings",
+    problem=_problem,
+    wrap=_wrap,
+    rename=checkpoint_filter_fn,
+    settings={"dynamic_img_size": False},
+)

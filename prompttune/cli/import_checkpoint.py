@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-from prompttune.checkpoints.importing import LAYOUTS, Imported
+from prompttune.checkpoints.importing import LAYOUTS, Imported, ImportSettings
 from prompttune.checkpoints.importing import import_checkpoint as run
-from prompttune.checkpoints.importing.source import listed
-from prompttune.cli.options import SettingOption, given_settings
-from prompttune.cli.sections import SectionedCommand, SectionOption
-from prompttune.errors import UsageError
-from prompttune.images.preprocess import CROP_MODES, INTERPOLATIONS, NORMALISATIONS
+from prompttune.cli.options import SettingOption, given_settings, options_of
+from prompttune.cli.sections import SectionedCommand
+from prompttune.errors import UsageError, shortened
 from prompttune.methods.registry import method_fields
-
-Command = TypeVar("Command", bound=Callable[..., Any])
+from prompttune.settings import all_settings
 
 EXAMPLES = """
 prompttune import-checkpoint --from sa2vp cub.pth --output runs/cub --gamma 0.1 \\
@@ -44,35 +39,28 @@ def _own_settings() -> list[click.Parameter]:
     return options
 
 
-def _option(section: str, *names: str, **attrs: Any) -> Callable[[Command], Command]:
-    return click.option(*names, cls=SectionOption, section=section, **attrs)
+def _options() -> list[click.Parameter]:
+    return [*options_of(ImportSettings), *_own_settings()]
 
 
-@click.command(cls=SectionedCommand, examples=EXAMPLES, notes=NOTES)
+@click.command(cls=SectionedCommand, examples=EXAMPLES, notes=NOTES, settings=_options)
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--from", "layout", type=click.Choice(list(LAYOUTS)), required=True, help="Code that wrote FILE.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="Checkpoint folder to write.")
+@click.option("--backbone", help="timm name of the backbone that the task was trained over.")
 @click.option("--labels", help="Class names in the order of the logits: a,b,c or a text file with one per line.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result of the import as JSON.")
-@_option("Backbone", "--backbone", help="timm name of the backbone that the task was trained over.")
-@_option("Backbone", "--image-size", type=int, help="Image side, pixels.  [default: from FILE, else the backbone's]")
-@_option("Backbone", "--weights", default="auto", show_default=True,
-         help="auto, random, random:SEED or a file; equal to a backbone in FILE.")  # fmt: skip
-@_option("Backbone", "--save-backbone", type=click.Path(path_type=Path), metavar="PATH",
-         help="File (.safetensors) to write the backbone in FILE to; it then serves as --weights.")  # fmt: skip
-@_option("Evaluation transform", "--normalisation", type=click.Choice(list(NORMALISATIONS)),
-         help="Mean and standard deviation: ImageNet's, Inception's (0.5) or the backbone's own.  [default: "
-         + ", ".join(f"{one.normalisation} ({name})" for name, one in LAYOUTS.items()) + "]")  # fmt: skip
-@_option("Evaluation transform", "--crop-mode", type=click.Choice(CROP_MODES), default="squash", show_default=True,
-         help="Way to make an image square.")  # fmt: skip
-@_option("Evaluation transform", "--crop-pct", type=float, default=1.0, show_default=True,
-         help="Share of the resized image to keep.")  # fmt: skip
-@_option("Evaluation transform", "--interpolation", type=click.Choice(INTERPOLATIONS),
-         help="Resizing filter.  [default: bilinear, the backbone's own (lora)]")  # fmt: skip
 @click.pass_context
 def import_checkpoint(
-    ctx: click.Context, /, file: Path, layout: str, labels: str | None, as_json: bool, **given: Any
+    ctx: click.Context,
+    /,
+    file: Path,
+    layout: str,
+    output: Path,
+    backbone: str | None,
+    labels: str | None,
+    as_json: bool,
+    **_settings: Any,
 ) -> None:
     """Turn FILE, a checkpoint of released code, into a checkpoint folder that evaluates, exports and serves.
 
@@ -80,29 +68,24 @@ def import_checkpoint(
     github.com/ryongithub/GatedPromptTuning. lora: a folder of Hugging Face PEFT that adapts a timm ViT's qkv. No code
     in FILE is ever run.
     """
-    settings = given_settings(ctx)
-    others = {name: value for name, value in given.items() if name not in _SETTINGS}
-    made = run(layout, file, labels=_labels(labels), settings=settings, **others)
+    given = given_settings(ctx)
+    options = {name: given.pop(name) for name in all_settings(ImportSettings) if name in given}
+    made = run(layout, file, output, backbone=backbone, labels=_labels(labels), settings=given, **options)
     if as_json:
         click.echo(json.dumps(made.to_dict(), indent=2, ensure_ascii=False))
     else:
         click.echo(_summary(made))
 
 
-import_checkpoint.params.extend(_own_settings())
-_SETTINGS = {option.known.name for option in import_checkpoint.params if isinstance(option, SettingOption)}
-
-
 def _labels(text: str | None) -> list[str] | None:
     """Class names from the command line or from a file."""
     if text is None:
         return None
-    file = Path(text)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else text.split(",")
-    except (OSError, UnicodeDecodeError) as problem:
-        if not isinstance(problem, OSError) or problem.errno != errno.ENAMETOOLONG:
-            raise UsageError(f"cannot read the labels {file}: {problem}") from None
+        lines = Path(text).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as problem:
+        raise UsageError(f"cannot read the labels {text}: {problem}") from None
+    except OSError:  # the names themselves
         lines = text.split(",")
     return [line.strip() for line in lines if line.strip()]
 
@@ -120,5 +103,5 @@ def _summary(made: Imported) -> str:
     lines.append(f"normalisation: mean {preprocess.mean}, std {preprocess.std}")
     lines += made.notes
     if made.ignored:
-        lines.append(f"ignored {len(made.ignored)} tensors: {listed(made.ignored)}")
+        lines.append(f"ignored {len(made.ignored)} tensors: {shortened(made.ignored)}")
     return "\n".join([*lines, f"checkpoint: {made.path}"])

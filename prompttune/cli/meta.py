@@ -10,8 +10,17 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
+from prompttune.cli.options import given_settings, options_of
+from prompttune.cli.sections import SectionedCommand
 
-@click.command()
+
+def _options() -> list[click.Parameter]:
+    from prompttune.training.meta_learning import MetaSettings
+
+    return options_of(MetaSettings)
+
+
+@click.command(cls=SectionedCommand, settings=_options)
 @click.option("--data", required=True, multiple=True, help="Data set, as for train; repeat the option for each one.")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="File to write, .safetensors.")
 @click.option("--backbone", default="vit_small_patch14_dinov2", show_default=True, help="timm name of the backbone.")
@@ -22,19 +31,13 @@ from rich.progress import Progress
 @click.option(
     "--prompt-size", type=click.IntRange(1), help="Width of the border in pixels, as for train --method dam-vp."
 )
-@click.option("--steps", type=click.IntRange(1), default=200, show_default=True, help="Number of moves of the prompt.")
-@click.option("--inner-steps", type=click.IntRange(1), default=8, show_default=True, help="SGD steps in each move.")
-@click.option("--lr", type=float, default=1.0, show_default=True, help="Highest learning rate of the prompts.")
-@click.option("--head-lr", type=float, default=0.1, show_default=True, help="Learning rate of the heads.")
-@click.option("--step-size", type=float, default=1.0, show_default=True, help="Step size of the common prompt.")
-@click.option(
-    "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images of a data set per step."
-)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of order and initialisation.")
 @click.option("--device", default="auto", show_default=True, help="Device: auto, cpu, cuda or cuda:INDEX.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@click.pass_context
 def meta(
+    ctx: click.Context,
+    /,
     data: tuple[str, ...],
     output: Path,
     backbone: str,
@@ -44,7 +47,7 @@ def meta(
     device: str,
     quiet: bool,
     as_json: bool,
-    **settings: Any,
+    **_settings: Any,
 ) -> None:
     """Meta-learn dam-vp's initial prompt over several data sets.
 
@@ -57,7 +60,7 @@ def meta(
     from prompttune.training.meta_learning import MetaSettings, learn_prompt
     from prompttune.training.scoring import resolve_device
 
-    chosen, place = MetaSettings(**settings), resolve_device(device)
+    chosen, place = MetaSettings(**given_settings(ctx)), resolve_device(device)
     with Progress(console=Console(stderr=True, quiet=quiet), transient=True) as bar:
         task = bar.add_task("steps", total=chosen.steps)
         losses = learn_prompt(

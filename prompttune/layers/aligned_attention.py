@@ -22,12 +22,6 @@ HIDDEN = -1e4
 """Score added to hidden keys: finite, so that a row cannot become NaN, and within float16; its exp is exactly 0."""
 
 
-def window_offsets(window: int) -> list[tuple[int, int]]:
-    """Row and column offsets of a centred window, row by row."""
-    half = window // 2
-    return [(row, column) for row in range(-half, half + 1) for column in range(-half, half + 1)]
-
-
 def window_neighbours(grid: tuple[int, int], window: int) -> tuple[Tensor, Tensor]:
     """The patches that each patch sees.
 
@@ -35,7 +29,7 @@ def window_neighbours(grid: tuple[int, int], window: int) -> tuple[Tensor, Tenso
         Patch indices int64 [R C, c²] (0 outside the map), and whether they are inside the map, bool [R C, c²].
     """
     rows, columns = grid
-    offsets = torch.tensor(window_offsets(window))  # [c², 2]
+    offsets = torch.cartesian_prod(*(torch.arange(window) - window // 2,) * 2)  # [c², 2], row by row
     places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))  # [R C, 2]
     seen = places[:, None] + offsets[None]  # [R C, c², 2]
     inside = ((seen >= 0) & (seen < torch.tensor([rows, columns]))).all(dim=-1)
@@ -120,28 +114,3 @@ class AlignedAttention(nn.Module):
         keys = k.index_select(2, index).unflatten(2, (patches, size))  # [B, H, R C, c², d]
         values = v.index_select(2, index).unflatten(2, (patches, size))
         return attend(q.unsqueeze(3), keys, values, self.outside.unsqueeze(1)).squeeze(3)  # one query a window
-
-
-def aligned_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], num_prefix_tokens: int, window: int | None
-) -> Tensor:
-    """The definition, one query at a time: slow, for comparison with :class:`AlignedAttention` in tests.
-
-    Args:
-        q, k, v: [B, H, N, d].
-
-    Returns:
-        [B, H, N, d].
-    """
-    rows, columns = grid
-    out = torch.empty_like(q)
-    for query in range(q.shape[2]):
-        seen = list(range(k.shape[2]))
-        if query >= num_prefix_tokens and window is not None:
-            row, column = divmod(query - num_prefix_tokens, columns)
-            near_rows = range(max(0, row - window // 2), min(rows, row + window // 2 + 1))
-            near_columns = range(max(0, column - window // 2), min(columns, column + window // 2 + 1))
-            seen = [num_prefix_tokens + r * columns + c for r in near_rows for c in near_columns]
-        scores = torch.einsum("bhd,bhkd->bhk", q[:, :, query], k[:, :, seen]) / q.shape[-1] ** 0.5
-        out[:, :, query] = torch.einsum("bhk,bhkd->bhd", scores.softmax(dim=-1), v[:, :, seen])
-    return out

@@ -29,6 +29,7 @@ from prompttune.files import locked
 from prompttune.methods.damvp.config import DAMVPConfig
 from prompttune.methods.damvp.method import DAMVP
 from prompttune.model import PromptModel
+from prompttune.settings import setting, settle
 
 logger = logging.getLogger("prompttune")
 MAX_CORRUPT = 10
@@ -39,23 +40,16 @@ MAX_CORRUPT = 10
 class MetaSettings:
     """Settings of the meta-learning; the defaults are the released code's arguments."""
 
-    steps: int = 200
-    """Number of moves of the common prompt."""
-    inner_steps: int = 8
-    """Number of SGD steps of a data set's prompts in each move."""
-    lr: float = 1.0
-    """Learning rate of the prompts in the inner steps; it falls to 0 along a cosine."""
-    head_lr: float = 0.1
-    """Learning rate of the heads."""
-    step_size: float = 1.0
-    """Share of the way from the common prompt to the mean of the others in each move."""
-    batch_size: int = 64
-    seed: int = 0
+    steps: int = setting(200, "Number of moves of the common prompt", low=1)
+    inner_steps: int = setting(8, "Number of SGD steps of a data set's prompts in each move", low=1)
+    lr: float = setting(1.0, "Learning rate of the prompts in the inner steps; falls to 0 along a cosine", above=0)
+    head_lr: float = setting(0.1, "Learning rate of the heads", above=0)
+    step_size: float = setting(1.0, "Share of the way to the mean of the other prompts in each move", above=0)
+    batch_size: int = setting(64, "Number of images of a data set in each step", low=1)
+    seed: int = setting(0, "Seed of order and initialisation", low=0)
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not (math.isfinite(value) and (value > 0 or (name == "seed" and value == 0))):
-                raise UsageError(f"{name} must be above 0, not {value}")
+        settle(self)
 
 
 def learn_prompt(

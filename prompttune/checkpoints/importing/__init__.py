@@ -1,5 +1,5 @@
 """Import of checkpoints from other released code, one module per layout, into checkpoint folders."""
 
-from prompttune.checkpoints.importing.run import LAYOUTS, Imported, import_checkpoint
+from prompttune.checkpoints.importing.run import LAYOUTS, Imported, ImportSettings, import_checkpoint
 
-__all__ = ["LAYOUTS", "Imported", "import_checkpoint"]
+__all__ = ["LAYOUTS", "ImportSettings", "Imported", "import_checkpoint"]

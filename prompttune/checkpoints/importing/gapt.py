@@ -21,19 +21,9 @@ from torch import Tensor
 
 from prompttune.backbones import Backbone
 from prompttune.backbones.vit import VitBackbone
-from prompttune.checkpoints.importing.layout import (
-    Foreign,
-    Layout,
-    Names,
-    need_class_token,
-    refuse_given,
-    same_weights,
-    take_backbone,
-    take_head,
-    timm_names,
-)
+from prompttune.checkpoints.importing.layout import Foreign, Layout, Names, names_after, need_class_token
 from prompttune.checkpoints.importing.source import Source
-from prompttune.checkpoints.importing.vpt import DEEP, ENCODER, HEAD, SHALLOW
+from prompttune.checkpoints.importing.vpt import DEEP, ENCODER, SHALLOW, VPTLayout, refuse_deep_head
 from prompttune.errors import CheckpointError, UsageError
 
 OPEN = 30.0
@@ -50,37 +40,29 @@ class GaPTLayout(Layout):
     interpolation = "bilinear"
     usual_backbone = "vit_base_patch16_224.mae"
     settings = ("pool", "dropout")
+    head = VPTLayout.head
 
     def backbone_names(self, source: Source) -> Names | None:
         """See :meth:`Layout.backbone_names`."""
-        return timm_names(ENCODER) if source.names(f"{ENCODER}patch_embed.") else None
+        return names_after(ENCODER) if source.names(f"{ENCODER}patch_embed.") else None
 
-    def convert(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
-        """See :meth:`Layout.convert`."""
+    def take_task(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
+        """See :meth:`Layout.take_task`."""
         if f"{ENCODER}{DEEP}" in source:
             raise CheckpointError(f"{source.where} holds deep prompts, which have no gates: import it as vpt")
-        if source.names("head.projection."):
-            raise CheckpointError(f"{source.where} has a head of several layers; a task's head is one linear layer")
+        refuse_deep_head(source)
         if "pool" not in given:
             raise UsageError(
                 "a GaPT file does not say what its head reads: give --pool mean (MAE) or --pool backbone (MoCo v3)"
             )
         vit = need_class_token(backbone, "GaPT's ViT")
-        names = self.backbone_names(source)
-        weights = None if names is None else take_backbone(source, names, vit)
         count = source.size(f"{ENCODER}{SHALLOW}", 1, 3)
-        prompts = source.take(f"{ENCODER}{SHALLOW}", (1, count, vit.width))[0]
-        found = Foreign("gapt", {"num_prompts": count}, {})
+        found = Foreign("gapt", {"num_prompts": count})
         found.tensors = {
-            "prompts": prompts,
+            "prompts": source.take(f"{ENCODER}{SHALLOW}", (1, count, vit.width))[0],
             "gates": _gates(source, vit, given["pool"], found.notes),
             "temperatures": _temperatures(source, vit, found.notes),
         }
-        found.head = take_head(source, HEAD, vit)
-        source.check(f"GaPT over {vit.name} at {vit.image_size} pixels")
-        refuse_given(given, found.settings)
-        if weights is not None:
-            found.backbone = same_weights(weights, vit, source.where)
         return found
 
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from prompttune.backbones import Backbone
-from prompttune.backbones.swin import SwinBackbone
 from prompttune.backbones.vit import VitBackbone
-from prompttune.checkpoints.importing.source import Source
+from prompttune.checkpoints.importing.source import Source, read_file
 from prompttune.errors import CheckpointError, UsageError
 
 SAME_WEIGHTS = 1e-6
@@ -44,6 +43,8 @@ class Foreign:
     backbone: str = "not in the file"
     """What was done with the backbone's weights in the file."""
     notes: list[str] = field(default_factory=list)
+    copies: dict[str, Tensor] = field(default_factory=dict)
+    """Copies of the backbone's tensors, by timm's names, that must equal the backbone's own in the file."""
 
 
 class Layout(ABC):
@@ -61,10 +62,11 @@ class Layout(ABC):
     settings: ClassVar[tuple[str, ...]]
     """Settings that a user may give because the file does not hold them."""
 
+    head: ClassVar[str]
+    """Name of the linear head in the file."""
+
     def open(self, path: Path) -> Source:
         """Read ``path``."""
-        from prompttune.checkpoints.importing.source import read_file
-
         return Source(read_file(path), str(path))
 
     @abstractmethod
@@ -72,8 +74,30 @@ class Layout(ABC):
         """The file's names of the backbone's tensors; None if it does not hold any."""
 
     @abstractmethod
+    def take_task(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
+        """Take the task's tensors, without the head, out of ``source``; ``given`` are the user's settings."""
+
     def convert(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
-        """Take the task's tensors out of ``source``; ``given`` are the user's settings."""
+        """Take the whole task out of ``source``, with every tensor of the file accounted for.
+
+        Raises:
+            CheckpointError: the file does not fit the layout or the backbone.
+            UsageError: a given setting contradicts the file, or one that it lacks is not given.
+        """
+        found = self.take_task(source, backbone, given)
+        names = self.backbone_names(source)
+        weights = None if names is None else take_backbone(source, names, backbone)
+        found.head = take_head(source, self.head, backbone)
+        source.check(f"{found.method} over {backbone.name} at {backbone.image_size} pixels")
+        for name, value in found.settings.items():
+            if name not in self.settings and given.get(name, value) != value:
+                raise UsageError(f"{name} is {value} in the file, not {given[name]}")
+        if weights is not None:
+            for name, copied in found.copies.items():
+                if not torch.equal(copied, weights[name]):
+                    raise CheckpointError(f"{source.where}: its copy of {name} is not the frozen block's own")
+            found.backbone = same_weights(weights, backbone, source.where)
+        return found
 
     def image_size(self, source: Source) -> int | None:
         """Side in pixels of the images that the file was trained at, if its shapes imply it."""
@@ -99,52 +123,32 @@ def image_side(source: Source, places: str, patches: str, *, prefix_tokens: int)
     return side if 0 < side <= LARGEST_SIDE else None
 
 
-def timm_names(prefix: str) -> Names:
-    """timm's own names after a prefix."""
-    return lambda name: (prefix + name,)
+SWIN_NAMES = {rf"layers\.{stage}\.downsample\.(.+)": (rf"layers.{stage - 1}.downsample.\1",) for stage in range(1, 4)}
+"""Microsoft's Swin (https://github.com/microsoft/Swin-Transformer): merging belongs to the stage before it."""
+JAX_VIT_NAMES = {
+    r"cls_token": ("embeddings.cls_token",),
+    r"pos_embed": ("embeddings.position_embeddings",),
+    r"patch_embed\.proj\.(\w+)": (r"embeddings.patch_embeddings.\1",),
+    r"norm\.(\w+)": (r"encoder.encoder_norm.\1",),
+    r"blocks\.(\d+)\.norm1\.(\w+)": (r"encoder.layer.\1.attention_norm.\2",),
+    r"blocks\.(\d+)\.norm2\.(\w+)": (r"encoder.layer.\1.ffn_norm.\2",),
+    r"blocks\.(\d+)\.attn\.qkv\.(\w+)": tuple(
+        rf"encoder.layer.\1.attn.{part}.\2" for part in ("query", "key", "value")
+    ),
+    r"blocks\.(\d+)\.attn\.proj\.(\w+)": (r"encoder.layer.\1.attn.out.\2",),
+    r"blocks\.(\d+)\.mlp\.(\w+)\.(\w+)": (r"encoder.layer.\1.ffn.\2.\3",),
+}
+"""ViT-pytorch (https://github.com/jeonsworld/ViT-pytorch), which follows Google's JAX code: q, k and v apart."""
 
 
-def swin_names(prefix: str) -> Names:
-    """Microsoft's Swin (https://github.com/microsoft/Swin-Transformer): merging belongs to the stage before it."""
+def names_after(prefix: str, table: Mapping[str, tuple[str, ...]] | None = None) -> Names:
+    """timm's names after a prefix, except those that match a pattern of the table: its templates give the others."""
 
     def names(name: str) -> tuple[str, ...]:
-        merging = re.match(r"layers\.(\d+)\.downsample\.(.*)", name)
-        if merging:
-            return (f"{prefix}layers.{int(merging[1]) - 1}.downsample.{merging[2]}",)
+        for pattern, templates in (table or {}).items():
+            if match := re.fullmatch(pattern, name):
+                return tuple(prefix + match.expand(template) for template in templates)
         return (prefix + name,)
-
-    return names
-
-
-_PLACES = {
-    "cls_token": "embeddings.cls_token",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj": "embeddings.patch_embeddings",
-    "norm": "encoder.encoder_norm",
-}
-_PARTS = {
-    "norm1": ("attention_norm",),
-    "norm2": ("ffn_norm",),
-    "attn.qkv": ("attn.query", "attn.key", "attn.value"),
-    "attn.proj": ("attn.out",),
-    "mlp.fc1": ("ffn.fc1",),
-    "mlp.fc2": ("ffn.fc2",),
-}
-
-
-def jax_vit_names(prefix: str) -> Names:
-    """ViT-pytorch (https://github.com/jeonsworld/ViT-pytorch), which follows Google's JAX code: q, k and v apart."""
-
-    def names(name: str) -> tuple[str, ...]:
-        if name in _PLACES:
-            return (f"{prefix}{_PLACES[name]}",)
-        stem, _, leaf = name.rpartition(".")
-        if stem in _PLACES:
-            return (f"{prefix}{_PLACES[stem]}.{leaf}",)
-        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", stem)
-        if block and block[2] in _PARTS:
-            return tuple(f"{prefix}encoder.layer.{block[1]}.{part}.{leaf}" for part in _PARTS[block[2]])
-        return (f"{prefix}{name}",)  # the code does not have such a tensor: it is reported as missing
 
     return names
 
@@ -155,11 +159,8 @@ def take_backbone(source: Source, names: Names, backbone: Backbone) -> dict[str,
     for name, parameter in backbone.model.named_parameters():
         parts = names(name)
         shape = (parameter.shape[0] // len(parts), *parameter.shape[1:])
-        taken[name] = (
-            torch.cat([source.take(part, shape) for part in parts])
-            if len(parts) > 1
-            else source.take(parts[0], parameter.shape)
-        )
+        tensors = [source.take(part, shape) for part in parts]
+        taken[name] = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
     return taken
 
 
@@ -206,21 +207,3 @@ def need_class_token(backbone: Backbone, code: str) -> VitBackbone:
             f"{code} reads the class token of a ViT without other prefix tokens; {backbone.name} has something else"
         )
     return backbone
-
-
-def need_swin(backbone: Backbone, where: str) -> SwinBackbone:
-    """``backbone`` as a Swin.
-
-    Raises:
-        CheckpointError: the backbone is not a Swin.
-    """
-    if not isinstance(backbone, SwinBackbone):
-        raise CheckpointError(f"{where} was trained over a Swin; {backbone.name} is not a Swin")
-    return backbone
-
-
-def refuse_given(given: Mapping[str, Any], derived: Mapping[str, Any]) -> None:
-    """Raise :class:`UsageError` if a given setting contradicts the file."""
-    for name, value in derived.items():
-        if given.get(name, value) != value:
-            raise UsageError(f"{name} is {value} in the file, not {given[name]}")

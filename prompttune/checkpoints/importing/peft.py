@@ -24,9 +24,9 @@ from torch import Tensor
 
 from prompttune.backbones import Backbone
 from prompttune.backbones.vit import VitBackbone
-from prompttune.checkpoints.importing.layout import Foreign, Layout, Names, refuse_given, take_head
-from prompttune.checkpoints.importing.source import Source, listed, read_file
-from prompttune.errors import CheckpointError, UsageError
+from prompttune.checkpoints.importing.layout import Foreign, Layout, Names
+from prompttune.checkpoints.importing.source import Source, read_file
+from prompttune.errors import CheckpointError, UsageError, shortened
 from prompttune.files import read_json
 from prompttune.methods.lora import TARGETS
 
@@ -70,6 +70,7 @@ class PeftLayout(Layout):
     interpolation = None
     usual_backbone = "vit_base_patch16_224"
     settings = ("targets", "dropout")
+    head = "head"
 
     def open(self, path: Path) -> Source:
         """See :meth:`Layout.open`; ``path`` is the adapter's folder."""
@@ -89,8 +90,8 @@ class PeftLayout(Layout):
         """See :meth:`Layout.backbone_names`; an adapter does not hold any."""
         return None
 
-    def convert(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
-        """See :meth:`Layout.convert`."""
+    def take_task(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
+        """See :meth:`Layout.take_task`."""
         assert isinstance(source, PeftSource)
         if not isinstance(backbone, VitBackbone):
             raise CheckpointError(f"LoRA needs a ViT; {backbone.name} is not a ViT")
@@ -98,7 +99,7 @@ class PeftLayout(Layout):
         adapted = [index for index in range(backbone.depth) if f"{_stem(index)}.lora_A.weight" in source]
         ranks = {index: _rank(source, index) for index in adapted}
         if not adapted:
-            other = listed(source.names()) or "nothing"
+            other = shortened(source.names()) or "nothing"
             raise CheckpointError(f"{source.where} does not adapt {backbone.name}'s attn.qkv; it holds {other}")
         pairs = {
             index: (
@@ -107,8 +108,7 @@ class PeftLayout(Layout):
             )
             for index, own in ranks.items()
         }
-        head = take_head(source, "head", backbone)
-        source.check(f"lora over {backbone.name}")
+        source.check(f"lora over {backbone.name}", all_taken=False)
         rank = max(ranks.values())
         alpha = _alpha(source.config, rank)
         down = torch.zeros(backbone.depth, rank, backbone.width)
@@ -125,10 +125,9 @@ class PeftLayout(Layout):
         tensors = {}
         for name in TARGETS[targets]:
             tensors[f"{name}.down"], tensors[f"{name}.up"] = down.clone(), parts[name].clone()
-        settings = {"rank": rank, "alpha": alpha, "targets": targets}
-        refuse_given(given, settings)
-        settings["dropout"] = given.get("dropout", float(source.config.get("lora_dropout") or 0))
-        return Foreign("lora", settings, {}, tensors, head)
+        dropout = given.get("dropout", float(source.config.get("lora_dropout") or 0))
+        settings = {"rank": rank, "alpha": alpha, "targets": targets, "dropout": dropout}
+        return Foreign("lora", settings, tensors=tensors)
 
 
 def _targets(keys: Tensor, given: Mapping[str, Any], where: str) -> str:

@@ -20,12 +20,13 @@ from prompttune.checkpoints.importing.peft import PeftLayout
 from prompttune.checkpoints.importing.sa2vp import SA2VPLayout
 from prompttune.checkpoints.importing.source import Source
 from prompttune.checkpoints.importing.vpt import VPTLayout
-from prompttune.errors import CheckpointError, UsageError, choose
+from prompttune.errors import UsageError
 from prompttune.files import locked, replacing, replacing_folder, visible
-from prompttune.images.preprocess import NORMALISATIONS, Preprocess
+from prompttune.images.preprocess import CROP_MODES, INTERPOLATIONS, NORMALISATIONS, Preprocess
 from prompttune.methods import config_from_dict
-from prompttune.model import PromptModel
+from prompttune.model import PromptModel, take_tensors
 from prompttune.registry import Registry
+from prompttune.settings import setting, settle
 
 LAYOUTS: Registry[Layout] = Registry("layout", "prompttune.layouts")
 for _layout in (SA2VPLayout(), VPTLayout(), GaPTLayout(), PeftLayout()):
@@ -79,22 +80,51 @@ class Imported:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImportSettings:
+    """Settings of an import."""
+
+    overwrite: bool = setting(False, "Replace an existing checkpoint")
+    image_size: int | None = setting(
+        None, "Image side, pixels", low=1, shown="from FILE, else the backbone's", section="Backbone"
+    )
+    weights: str = setting(
+        "auto", "auto, random, random:SEED or a file; equal to a backbone in FILE", kind=str, section="Backbone"
+    )
+    save_backbone: Path | None = setting(
+        None,
+        "File (.safetensors) to write the backbone in FILE to; it then serves as --weights",
+        metavar="PATH",
+        section="Backbone",
+    )
+    normalisation: str | None = setting(
+        None,
+        "Mean and standard deviation: ImageNet's, Inception's (0.5) or the backbone's own",
+        NORMALISATIONS,
+        shown="the released code's",
+        section="Evaluation transform",
+    )
+    crop_mode: str = setting("squash", "Way to make an image square", CROP_MODES, section="Evaluation transform")
+    crop_pct: float = setting(
+        1.0, "Share of the resized image to keep", above=0, high=1, section="Evaluation transform"
+    )
+    interpolation: str | None = setting(
+        None, "Resizing filter", INTERPOLATIONS, shown="the released code's", section="Evaluation transform"
+    )
+
+    def __post_init__(self) -> None:
+        settle(self)
+
+
 def import_checkpoint(
     layout: str,
     file: str | Path,
     output: str | Path,
     *,
     backbone: str | Backbone | None = None,
-    image_size: int | None = None,
-    weights: str | Path = "auto",
-    save_backbone: str | Path | None = None,
     labels: Sequence[str] | None = None,
-    normalisation: str | None = None,
-    crop_pct: float = 1.0,
-    crop_mode: str = "squash",
-    interpolation: str | None = None,
     settings: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
+    **options: Any,
 ) -> Imported:
     """Write the task in a released checkpoint as a checkpoint folder.
 
@@ -103,16 +133,9 @@ def import_checkpoint(
         file: ``.pth`` or ``.safetensors``; the adapter's folder for ``lora``.
         output: the checkpoint folder to write.
         backbone: timm's name of the backbone that the task was trained over, or a loaded backbone.
-        image_size: side of the images in pixels; by default from the file, else the backbone's own.
-        weights: source of the backbone's weights, see :func:`load_backbone`. Weights in the file must be equal to
-            these.
-        save_backbone: a ``.safetensors`` file to write the checkpoint's own backbone to, which then serves as
-            ``weights``. It is written after the checkpoint.
         labels: class names in the order of the logits; by default ``"0" .. "C-1"``. A file without a head needs them.
-        normalisation: one of :data:`NORMALISATIONS`; by default that of the released code.
-        crop_pct, crop_mode, interpolation: settings of the evaluation transform, see :class:`Preprocess`.
         settings: settings of the method that the file does not hold; others must agree with the file.
-        overwrite: whether to replace a checkpoint in ``output``.
+        options: fields of :class:`ImportSettings`.
 
     Raises:
         UsageError: a layout or setting is unknown, a setting that the file lacks is not given, or ``output`` would
@@ -120,103 +143,80 @@ def import_checkpoint(
         CheckpointError: the file cannot be read or does not fit the backbone or the method.
         BackboneError: the backbone's weights cannot be found.
     """
-    kind = LAYOUTS[layout]
-    choose("normalisation", normalisation or kind.normalisation, NORMALISATIONS)
-    folder, given = Path(output), dict(settings or {})
+    kind, chosen = LAYOUTS[layout], ImportSettings(**options)
+    folder, path, given = Path(output), Path(file), dict(settings or {})
     for name in given:
         if name not in kind.settings:
             raise UsageError(
                 f"{layout} does not have a setting {name!r}; settings that its files lack: {', '.join(kind.settings)}"
             )
-    _check_output(folder, overwrite)
-    target = None if save_backbone is None else Path(save_backbone).expanduser()
-    used = _weights_file(backbone.weights if isinstance(backbone, Backbone) else weights)
-    _check_inside(folder, {"checkpoint": Path(file), "backbone": target, "weights": used})
     if backbone is None:
         raise UsageError(
             f"give the backbone that the task was trained over; the released code takes {kind.usual_backbone}"
         )
-    if target is not None:
-        _check_target(target, folder, Path(file), backbone, weights, overwrite)
-    source = kind.open(Path(file))
-    with locked(folder), _backbone(kind, source, backbone, image_size, weights, target) as frozen:
-        _check_output(folder, overwrite)
+    _check_places(folder, path, backbone, chosen)
+    source = kind.open(path)
+    with locked(folder), _backbone(kind, source, backbone, chosen) as frozen:
         found = kind.convert(source, frozen, given)
-        preprocess = frozen.default_preprocess()
-        preprocess = preprocess.normalised(normalisation or kind.normalisation)
-        chosen = interpolation or kind.interpolation or preprocess.interpolation
-        preprocess = replace(preprocess, crop_pct=crop_pct, crop_mode=crop_mode, interpolation=chosen)
+        preprocess = frozen.default_preprocess().normalised(chosen.normalisation or kind.normalisation)
+        preprocess = replace(
+            preprocess,
+            crop_pct=chosen.crop_pct,
+            crop_mode=chosen.crop_mode,
+            interpolation=chosen.interpolation or kind.interpolation or preprocess.interpolation,
+        )
         model = _model(found, frozen, given, list(labels) if labels is not None else None, preprocess, source.where)
-        model.metrics = {"imported": {"from": layout, "code": kind.code, "file": Path(file).name}}
+        model.metrics = {"imported": {"from": layout, "code": kind.code, "file": path.name}}
         with replacing_folder(folder, CONFIG_FILE) as temporary:
             model.save(temporary)
     assumed = {name: value for name, value in found.assumed.items() if name not in given}
     return Imported(model, folder, layout, assumed, source.ignored, found.backbone, found.head is not None, found.notes)
 
 
-def _check_output(folder: Path, overwrite: bool) -> None:
+def _check_places(folder: Path, file: Path, backbone: str | Backbone, chosen: ImportSettings) -> None:
+    """Check where the output and the backbone are written: nothing that is read or foreign may be replaced."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"the output {folder} is a file, not a folder")
-    if not folder.exists() or not any(visible(folder)):
-        return
-    if not overwrite:
+    if any(visible(folder)) and not chosen.overwrite:
         raise UsageError(f"the output {folder} is not empty; give --overwrite, or another folder")
-    if not (folder / CONFIG_FILE).exists():
+    if any(visible(folder)) and not (folder / CONFIG_FILE).exists():
         raise UsageError(f"{folder} holds files but no checkpoint that could be overwritten; give another folder")
-
-
-def _weights_file(weights: str | Path) -> Path | None:
-    """The file that ``weights`` names; None if it is not a path."""
-    path = Path(weights).expanduser()
-    return path if path.is_file() else None
-
-
-def _check_inside(folder: Path, files: Mapping[str, Path | None]) -> None:
-    """Refuse an output folder that contains one of the files: the folder is replaced as a whole."""
-    output = folder.resolve()
-    for what, path in files.items():
+    target, output = chosen.save_backbone and chosen.save_backbone.expanduser(), folder.resolve()
+    weights = Path(backbone.weights if isinstance(backbone, Backbone) else chosen.weights).expanduser()
+    used = {"checkpoint": file, "backbone": target, "weights": weights if weights.is_file() else None}
+    for what, path in used.items():
         if path is not None and path.resolve().is_relative_to(output):
             raise UsageError(
                 f"the {what} {path} is inside the output {folder}, which is replaced as a whole; give another folder"
             )
-
-
-def _check_target(
-    target: Path, folder: Path, file: Path, backbone: str | Backbone, weights: str | Path, overwrite: bool
-) -> None:
-    """Check the target file for the backbone."""
+    if target is None:
+        return
     if isinstance(backbone, Backbone):
         raise UsageError("save_backbone needs the backbone's name, not a loaded backbone")
-    if str(weights) != "auto":
+    if chosen.weights != "auto":
         raise UsageError(
-            f"--save-backbone takes the checkpoint's own backbone, --weights {weights} another one: give one of the two"
+            f"--save-backbone takes the checkpoint's own backbone, --weights {chosen.weights} another one: "
+            "give one of the two"
         )
     if target.suffix != ".safetensors":
         raise UsageError(f"the backbone is saved as .safetensors, not as {target.name}")
-    if target.is_dir() or target.resolve() in (file.resolve(), *folder.resolve().parents):
+    if target.is_dir() or target.resolve() in (file.resolve(), *output.parents):
         raise UsageError(f"the backbone cannot be saved over {target}; give another file")
-    if target.exists() and not overwrite:
+    if target.exists() and not chosen.overwrite:
         raise UsageError(f"{target} exists; give --overwrite, or another file")
 
 
 @contextlib.contextmanager
-def _backbone(
-    kind: Layout,
-    source: Source,
-    backbone: str | Backbone,
-    image_size: int | None,
-    weights: str | Path,
-    target: Path | None,
-) -> Iterator[Backbone]:
-    """The backbone of the task; ``target`` holds it when the block ends without an error."""
+def _backbone(kind: Layout, source: Source, backbone: str | Backbone, chosen: ImportSettings) -> Iterator[Backbone]:
+    """The backbone of the task; ``save_backbone`` holds it when the block ends without an error."""
     if isinstance(backbone, Backbone):
         yield backbone
         return
-    size = image_size or kind.image_size(source)
-    if target is None:
-        yield load_backbone(backbone, size, weights)
+    size = chosen.image_size or kind.image_size(source)
+    if chosen.save_backbone is None:
+        yield load_backbone(backbone, size, chosen.weights)
         return
-    names = kind.backbone_names(source)
+    names, target = kind.backbone_names(source), chosen.save_backbone.expanduser()
     if names is None:
         raise UsageError(f"{source.where} holds no backbone to save")
     tensors = _own_backbone(source, names, backbone, size)
@@ -257,15 +257,5 @@ def _model(
     head = found.head or {name: value.new_zeros(value.shape) for name, value in model.head.state_dict().items()}
     tensors = {f"method.{name}": value for name, value in found.tensors.items()}
     tensors |= {f"head.{name}": value for name, value in head.items()}
-    parameters = model.task_parameters()
-    if parameters.keys() != tensors.keys():
-        apart = sorted(parameters.keys() ^ tensors.keys())
-        raise CheckpointError(f"{where} does not fit {found.method}: {', '.join(apart[:4])} on one side alone")
-    for name, parameter in parameters.items():
-        if parameter.shape != tensors[name].shape:
-            raise CheckpointError(
-                f"{where} does not fit {found.method}: {name} is {tuple(tensors[name].shape)}, "
-                f"expected {tuple(parameter.shape)}"
-            )
-        parameter.data.copy_(tensors[name])
+    take_tensors(model, tensors, where)
     return model.eval()

@@ -28,20 +28,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prompttune.backbones import Backbone
+from prompttune.backbones import Backbone, SwinBackbone, VitBackbone
 from prompttune.checkpoints.importing.layout import (
+    JAX_VIT_NAMES,
+    SWIN_NAMES,
     Foreign,
     Layout,
     Names,
     image_side,
-    jax_vit_names,
+    names_after,
     need_class_token,
-    need_swin,
-    refuse_given,
-    same_weights,
-    swin_names,
-    take_backbone,
-    take_head,
 )
 from prompttune.checkpoints.importing.source import Source
 from prompttune.errors import CheckpointError, UsageError
@@ -52,6 +48,13 @@ VIT_GAMMA, SWIN_GAMMA, WINDOW = 0.1, 0.5, 3
 """The released code's constants."""
 VIT, SWIN = "vit_base.transformer.", "vit_base."
 VIT_MAP, SWIN_MAP = f"{VIT}embeddings.ppt", f"{SWIN}patch_embed.deep_ppt"
+VIT_COPIES = {
+    "attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "attn.proj": ("attn.to_out",),
+    "norm1": ("attention_norm",),
+}
+SWIN_COPIES = {**VIT_COPIES, "attn.qkv": ("attn.qkv",)}
+"""Names in a cross attention of the copies of a block's tensors."""
 BUFFERS = ("attn_mask", "relative_position_index")
 """Constants of Swin's windows that timm computes itself."""
 
@@ -65,10 +68,11 @@ class SA2VPLayout(Layout):
     interpolation = "bilinear"
     usual_backbone = "vit_base_patch16_224.orig_in21k"
     settings = ("gamma", "window", "prompt_layers", "activation", "base_weight", "dropout")
+    head = "class_head"
 
     def backbone_names(self, source: Source) -> Names:
         """See :meth:`Layout.backbone_names`; the whole network is always stored."""
-        return swin_names(SWIN) if SWIN_MAP in source else jax_vit_names(VIT)
+        return names_after(SWIN, SWIN_NAMES) if source.names(f"{SWIN}patch_embed.") else names_after(VIT, JAX_VIT_NAMES)
 
     def image_size(self, source: Source) -> int | None:
         """See :meth:`Layout.image_size`; on a Swin the map has a token for each patch."""
@@ -76,22 +80,20 @@ class SA2VPLayout(Layout):
             return super().image_size(source)
         return image_side(source, SWIN_MAP, f"{SWIN}patch_embed.proj.weight", prefix_tokens=0)
 
-    def convert(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
-        """See :meth:`Layout.convert`."""
-        if SWIN_MAP not in source and VIT_MAP not in source:
+    def take_task(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
+        """See :meth:`Layout.take_task`."""
+        if SWIN_MAP in source:
+            return self._swin(source, backbone, given)
+        if VIT_MAP not in source:
             raise CheckpointError(f"{source.where} holds neither {VIT_MAP} nor {SWIN_MAP}: not an SA²VP checkpoint")
-        return self._swin(source, backbone, given) if SWIN_MAP in source else self._vit(source, backbone, given)
+        return self._vit(source, need_class_token(backbone, "SA²VP's ViT"), given)
 
-    def _vit(self, source: Source, given_backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
-        backbone = need_class_token(given_backbone, "SA²VP's ViT")
-        tokens, width, depth = backbone.num_tokens, backbone.width, backbone.depth
-        rank = source.size(VIT_MAP, 2, 3)
-        layers = _prompt_layers(source, given, backbone)
-        names = jax_vit_names(VIT)
-        weights = take_backbone(source, names, backbone)
-        tensors = {"prompts.0.tokens": source.take(VIT_MAP, (1, tokens, rank))}
+    def _vit(self, source: Source, backbone: VitBackbone, given: Mapping[str, Any]) -> Foreign:
+        tokens, width = backbone.num_tokens, backbone.width
+        found = _found(source.size(VIT_MAP, 2, 3), _prompt_layers(source, given, backbone), VIT_GAMMA)
+        rank, later, tensors = found.settings["rank"], found.settings["prompt_layers"][1:], found.tensors
+        tensors["prompts.0.tokens"] = source.take(VIT_MAP, (1, tokens, rank))
         _take_linear(source, f"{VIT}embeddings.ppt_proj", tensors, "prompts.0.proj", width, rank)
-        later = layers[1:]
         if later:
             maps = source.take(f"{VIT}encoder.deep_ppt", (len(later), 1, tokens, rank))
             scales = source.take(f"{VIT}encoder.cross_conv", (len(later), width))
@@ -99,79 +101,41 @@ class SA2VPLayout(Layout):
                 tensors[f"prompts.{index}.tokens"] = maps[place].clone()
                 tensors[f"prompts.{index}.scale"] = scales[place].clone()
                 _take_linear(source, f"{VIT}encoder.deep_proj.{place}", tensors, f"prompts.{index}.proj", width, rank)
-        copies = {}
-        for index in range(depth):
-            stem = f"{VIT}encoder.cross_attn.{index}"
-            _take_adapter(source, stem, tensors, index, width, rank)
-            parts = [f"{stem}.attn.to_{part}" for part in "qkv"]
-            for leaf in ("weight", "bias"):
-                shape = (width, width) if leaf == "weight" else (width,)
-                joint = [source.take(f"{part}.{leaf}", shape) for part in parts]
-                copies[f"blocks.{index}.attn.qkv.{leaf}"] = torch.cat(joint)
-                copies[f"blocks.{index}.attn.proj.{leaf}"] = source.take(f"{stem}.attn.to_out.{leaf}", shape)
-                copies[f"blocks.{index}.norm1.{leaf}"] = source.take(f"{stem}.attention_norm.{leaf}", (width,))
-        return self._finish(source, backbone, given, weights, copies, tensors, rank, layers, VIT_GAMMA)
+        for index in range(backbone.depth):
+            _take_cross(source, f"{VIT}encoder.cross_attn.{index}", found, index, f"blocks.{index}", width, VIT_COPIES)
+        return found
 
-    def _swin(self, source: Source, given_backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
-        backbone = need_swin(given_backbone, source.where)
-        layers = SA2VPConfig(prompt_layers=given.get("prompt_layers")).resolved(backbone).prompt_layers
-        assert layers is not None
+    def _swin(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
+        if not isinstance(backbone, SwinBackbone):
+            raise CheckpointError(f"{source.where} was trained over a Swin; {backbone.name} is not a Swin")
         embedded, stage = backbone.stages[0], backbone.stages[SWIN_STAGE]
-        rank = source.size(SWIN_MAP, 2, 3)
+        found = _found(source.size(SWIN_MAP, 2, 3), _resolved_layers(given, backbone), SWIN_GAMMA)
+        rank, own = found.settings["rank"], f"layers.{SWIN_STAGE}"
         source.ignore([name for name in source.names() if name.endswith(BUFFERS)])
-        weights = take_backbone(source, swin_names(SWIN), backbone)
-        tensors = {"prompts.0.tokens": source.take(SWIN_MAP, (1, embedded.num_tokens, rank))}
-        _take_linear(source, f"{SWIN}patch_embed.proj_ppt", tensors, "prompts.0.proj", embedded.width, rank)
-        copies = {}
+        found.tensors["prompts.0.tokens"] = source.take(SWIN_MAP, (1, embedded.num_tokens, rank))
+        _take_linear(source, f"{SWIN}patch_embed.proj_ppt", found.tensors, "prompts.0.proj", embedded.width, rank)
         for index in range(len(stage.blocks)):
-            stem, here = f"{SWIN}layers.{SWIN_STAGE}.cross_attn.{index}", f"layers.{SWIN_STAGE}.blocks.{index}"
-            _take_adapter(source, stem, tensors, index, stage.width, rank)
-            for leaf in ("weight", "bias"):
-                for there, part in (
-                    ("attn.qkv", "attn.qkv"),
-                    ("attn.to_out", "attn.proj"),
-                    ("attention_norm", "norm1"),
-                ):
-                    own = f"{here}.{part}.{leaf}"
-                    copies[own] = source.take(f"{stem}.{there}.{leaf}", weights[own].shape)
-        return self._finish(source, backbone, given, weights, copies, tensors, rank, layers, SWIN_GAMMA)
+            there, here = f"{SWIN}{own}.cross_attn.{index}", f"{own}.blocks.{index}"
+            _take_cross(source, there, found, index, here, stage.width, SWIN_COPIES)
+        return found
 
-    def _finish(
-        self,
-        source: Source,
-        backbone: Backbone,
-        given: Mapping[str, Any],
-        weights: dict[str, Tensor],
-        copies: dict[str, Tensor],
-        tensors: dict[str, Tensor],
-        rank: int,
-        layers: tuple[int, ...],
-        gamma: float,
-    ) -> Foreign:
-        head = take_head(source, "class_head", backbone)
-        source.check(f"SA²VP over {backbone.name} at {backbone.image_size} pixels")
-        refuse_given(given, {"rank": rank})
-        for name, copied in copies.items():
-            if not torch.equal(copied, weights[name]):
-                raise CheckpointError(
-                    f"{source.where}: the cross attention's copy of {name} is not the block's own; SA²VP freezes both"
-                )
-        return Foreign(
-            "sa2vp",
-            {"rank": rank, "prompt_layers": layers, "init": "released"},
-            {"gamma": gamma, "window": WINDOW},
-            tensors,
-            head,
-            same_weights(weights, backbone, source.where),
-        )
+
+def _found(rank: int, layers: tuple[int, ...], gamma: float) -> Foreign:
+    settings = {"rank": rank, "prompt_layers": layers, "init": "released"}
+    return Foreign("sa2vp", settings, {"gamma": gamma, "window": WINDOW})
+
+
+def _resolved_layers(given: Mapping[str, Any], backbone: Backbone) -> tuple[int, ...]:
+    """The user's prompt layers, or the released code's."""
+    layers = SA2VPConfig(prompt_layers=given.get("prompt_layers")).resolved(backbone).prompt_layers
+    assert layers is not None
+    return layers
 
 
 def _prompt_layers(source: Source, given: Mapping[str, Any], backbone: Backbone) -> tuple[int, ...]:
-    """The user's prompt layers, or the released code's; the file must hold one map for each."""
+    """The prompt layers; the file must hold one map for each."""
     stored = source.shape(f"{VIT}encoder.deep_ppt")
-    maps = 1 + (stored[0] if stored else 0)
-    layers = SA2VPConfig(prompt_layers=given.get("prompt_layers")).resolved(backbone).prompt_layers
-    assert layers is not None
+    maps, layers = 1 + (stored[0] if stored else 0), _resolved_layers(given, backbone)
     if len(layers) != maps:
         raise UsageError(
             f"{source.where} holds {maps} prompt maps, prompt layers {','.join(map(str, layers))} need {len(layers)}; "
@@ -185,8 +149,24 @@ def _take_linear(source: Source, there: str, tensors: dict[str, Tensor], here: s
     tensors[f"{here}.bias"] = source.take(f"{there}.bias", (rows,))
 
 
-def _take_adapter(source: Source, stem: str, tensors: dict[str, Tensor], index: int, width: int, rank: int) -> None:
+def _take_cross(
+    source: Source,
+    there: str,
+    found: Foreign,
+    index: int,
+    block: str,
+    width: int,
+    copies: Mapping[str, tuple[str, ...]],
+) -> None:
+    """Take the adapter and the frozen copies of one cross attention, called ``there`` in the file."""
+    tensors, rank = found.tensors, found.settings["rank"]
     for leaf in ("weight", "bias"):
-        tensors[f"adapters.{index}.norm.{leaf}"] = source.take(f"{stem}.ffn_norm.{leaf}", (width,))
-    _take_linear(source, f"{stem}.ffn.fc1", tensors, f"adapters.{index}.down", rank, width)
-    _take_linear(source, f"{stem}.ffn.fc2", tensors, f"adapters.{index}.up", width, rank)
+        tensors[f"adapters.{index}.norm.{leaf}"] = source.take(f"{there}.ffn_norm.{leaf}", (width,))
+        for part, names in copies.items():
+            rows = width * (3 if part == "attn.qkv" else 1) // len(names)
+            shape = (rows, width) if leaf == "weight" and part != "norm1" else (rows,)
+            found.copies[f"{block}.{part}.{leaf}"] = torch.cat(
+                [source.take(f"{there}.{name}.{leaf}", shape) for name in names]
+            )
+    _take_linear(source, f"{there}.ffn.fc1", tensors, f"adapters.{index}.down", rank, width)
+    _take_linear(source, f"{there}.ffn.fc2", tensors, f"adapters.{index}.up", width, rank)

@@ -8,14 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prompttune.errors import CheckpointError
-from prompttune.foreign import PickledArray, plain_dict, plain_tensors, read_foreign
+from prompttune.errors import CheckpointError, shortened
+from prompttune.foreign import read_state_dict
 
 WRAPPERS = ("model", "state_dict", "model_state", "module")
 """Keys under which training code stores a state dict; other keys (optimiser, epoch, arguments) are skipped."""
 PREFIXES = ("module.", "_orig_mod.")
 """Prefixes that data parallelism and torch.compile add to every name."""
-SHOWN_NAMES = 4
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LARGEST_AXIS = 2**17
 """Largest number of prompts, ranks or classes that a task may have."""
@@ -29,22 +28,9 @@ def read_file(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise CheckpointError(f"no checkpoint file at {path}")
-    loaded = read_foreign(path, CheckpointError)
-    state = plain_dict(loaded)
-    if state is None:
-        raise CheckpointError(f"{path} holds no state dict but a {type(loaded).__name__}")
-    for wrapper in WRAPPERS:
-        inner = plain_dict(state.get(wrapper))
-        if inner is not None:
-            state = inner
-            break
-    found = {name: value for name, value in state.items() if isinstance(value, Tensor | PickledArray)}
-    if not found:
+    tensors = read_state_dict(path, WRAPPERS, CheckpointError)
+    if not tensors:
         raise CheckpointError(f"{path} holds no tensors")
-    return _without_prefixes(plain_tensors(found, path, CheckpointError))
-
-
-def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for prefix in PREFIXES * 2:
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
@@ -88,7 +74,7 @@ class Source:
         """
         shape = self.shape(name)
         if shape is None:
-            raise CheckpointError(f"{self.where} lacks {name}; it has {listed(sorted(self._left))}")
+            raise CheckpointError(f"{self.where} lacks {name}; it has {shortened(sorted(self._left))}")
         if len(shape) != ndim or 0 in shape:
             raise CheckpointError(f"{self.where}: {name} is {shape}, expected {ndim} axes")
         if shape[axis] > LARGEST_AXIS:
@@ -129,12 +115,9 @@ class Source:
         Args:
             fits: name of what the file was compared with.
             all_taken: whether remaining tensors are an error.
-
-        Raises:
-            CheckpointError: something was not as expected.
         """
         parts = [
-            f"{kind}: {listed(names)}"
+            f"{kind}: {shortened(names)}"
             for kind, names in (
                 ("missing", self._missing),
                 ("unexpected", sorted(self._left) if all_taken else []),
@@ -145,9 +128,3 @@ class Source:
         ]
         if parts:
             raise CheckpointError(f"{self.where} does not fit {fits}: {'; '.join(parts)}")
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first few names, and the number of the others."""
-    more = len(names) - SHOWN_NAMES
-    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -22,22 +22,11 @@ from torch import Tensor
 
 from prompttune.backbones import Backbone
 from prompttune.backbones.vit import VitBackbone
-from prompttune.checkpoints.importing.layout import (
-    Foreign,
-    Layout,
-    Names,
-    jax_vit_names,
-    need_class_token,
-    refuse_given,
-    same_weights,
-    take_backbone,
-    take_head,
-    timm_names,
-)
+from prompttune.checkpoints.importing.layout import JAX_VIT_NAMES, Foreign, Layout, Names, names_after, need_class_token
 from prompttune.checkpoints.importing.source import Source
 from prompttune.errors import CheckpointError
 
-ENCODER, HEAD = "enc.", "head.last_layer"
+ENCODER = "enc."
 JAX = f"{ENCODER}transformer."
 SHALLOW, DEEP, PROJECTION = "prompt_embeddings", "deep_prompt_embeddings", "prompt_proj"
 ALONE = ("shallow_prompt", "deep_prompt")
@@ -53,34 +42,26 @@ class VPTLayout(Layout):
     interpolation = "bilinear"
     usual_backbone = "vit_base_patch16_224.orig_in21k"
     settings = ("dropout",)
+    head = "head.last_layer"
 
     def backbone_names(self, source: Source) -> Names | None:
         """See :meth:`Layout.backbone_names`."""
         if source.names(f"{JAX}embeddings."):
-            return jax_vit_names(JAX)
-        return timm_names(ENCODER) if source.names(f"{ENCODER}patch_embed.") else None
+            return names_after(JAX, JAX_VIT_NAMES)
+        return names_after(ENCODER) if source.names(f"{ENCODER}patch_embed.") else None
 
-    def convert(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
-        """See :meth:`Layout.convert`."""
+    def take_task(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:  # noqa: ARG002
+        """See :meth:`Layout.take_task`."""
         self._refuse_others(source)
         vit = need_class_token(backbone, "VPT's ViT")
-        names = self.backbone_names(source)
-        weights = None if names is None else take_backbone(source, names, vit)
         shallow, deep, projection = _prompt_names(source)
         count, width = (source.size(shallow, axis, 3) for axis in (1, 2))
         prompts = source.take(shallow, (1, count, width))
         is_deep = deep in source
         if is_deep:
             prompts = torch.cat((prompts, source.take(deep, (vit.depth - 1, count, width))))
-        prompts = _projected(prompts, source, projection, vit)
-        head = take_head(source, HEAD, vit)
-        method = "vpt-deep" if is_deep else "vpt-shallow"
-        source.check(f"{method} over {vit.name} at {vit.image_size} pixels")
-        refuse_given(given, {"num_prompts": count})
-        found = Foreign(method, {"num_prompts": count}, {}, {"prompts": prompts}, head)
-        if weights is not None:
-            found.backbone = same_weights(weights, vit, source.where)
-        return found
+        tensors = {"prompts": _projected(prompts, source, projection, vit)}
+        return Foreign("vpt-deep" if is_deep else "vpt-shallow", {"num_prompts": count}, tensors=tensors)
 
     def _refuse_others(self, source: Source) -> None:
         if source.names(f"{ENCODER}layers."):
@@ -93,8 +74,13 @@ class VPTLayout(Layout):
                 f"{source.where} is VPT over MAE, whose head reads the mean of prompts and patches; vpt-shallow and "
                 "vpt-deep read the backbone's own pooling"
             )
-        if source.names("head.projection."):
-            raise CheckpointError(f"{source.where} has a head of several layers; a task's head is one linear layer")
+        refuse_deep_head(source)
+
+
+def refuse_deep_head(source: Source) -> None:
+    """Raise :class:`CheckpointError` for a head of several layers."""
+    if source.names("head.projection."):
+        raise CheckpointError(f"{source.where} has a head of several layers; a task's head is one linear layer")
 
 
 def _prompt_names(source: Source) -> tuple[str, str, str]:
