@@ -97,10 +97,11 @@ def export_engine(
     named = name_checkpoints(checkpoints)
     check_output(target, overwrite)
     fit = check_fit(named)
-    if fit.segmentation is not None and settings.format != "onnx":
-        raise UsageError(f"segmentation: the format {settings.format} is not proven; use onnx")
-    gate = gate if fit.segmentation is None else gate.for_maps()
-    samples = Samples(data, masks=fit.segmentation is not None)
+    proven = fit.task_type.formats
+    if proven is not None and settings.format not in proven:
+        raise UsageError(f"{fit.task_type.name}: the format {settings.format} is not proven; use {' or '.join(proven)}")
+    gate = gate.suiting(fit.task_type)
+    samples = Samples(data, fit.task_type)
     with locked(target):
         check_output(target, overwrite)
         on_stage("loading the backbone")
@@ -204,7 +205,7 @@ def _write_model(
         baked=tuple(folded) if settings.baked else None,
         opset=built.opset,
         details=built.details,
-        segmentation=None if model.segmentation is None else model.segmentation.to_dict(),
+        task_type=model.task_type,
     )
 
 
@@ -268,7 +269,7 @@ def add_task(
             backbone,
             folder.read_some(MIXED_WITH, besides=name) if parity else {},
             lambda tasks: open_runner(folder.path, folder.manifest, tasks, RuntimeOptions(own_device(folder.manifest))),
-            Samples(None if data is None else {name: data}, masks=folder.manifest.segmentation is not None),
+            Samples(None if data is None else {name: data}, folder.manifest.task_type),
             engine_gate(folder.manifest, **thresholds) if parity else None,
         )
         folder.write_task(name, task, replace)

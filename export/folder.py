@@ -36,10 +36,11 @@ from prompttune.export.layout import Layout, Sizes, TensorSpec, bind_axes
 from prompttune.export.versions import count_version
 from prompttune.files import locked, read_json, replacing_folder, sha256_file, sync_file, visible, write_json
 from prompttune.images.preprocess import Preprocess
+from prompttune.task_types import ClassificationConfig, TaskType, read_task_type
 
 FORMAT_VERSION = 1
-SEGMENTATION_VERSION = 2
-"""Manifest version of a segmentation's engine, which earlier versions must refuse."""
+LATEST_VERSION = 2
+"""Manifest version of engines whose task type earlier versions must refuse."""
 MANIFEST, TASKS = "engine.json", "tasks"
 ONNX_FILE, ONNX_WEIGHTS_FILE = "model.onnx", "model.onnx.data"
 TASK_RECORD, STATE_FILE = "task.json", "state.safetensors"
@@ -71,9 +72,9 @@ def _read_sealed(path: Path, what: str) -> dict[str, Any]:
     version = values.get("format_version")
     if not isinstance(version, int):
         raise EngineError(f"the {what} {path} does not have a format version")
-    if version > SEGMENTATION_VERSION:
+    if version > LATEST_VERSION:
         raise EngineError(
-            f"the {what} {path} has format version {version}, this prompttune reads up to {SEGMENTATION_VERSION}: "
+            f"the {what} {path} has format version {version}, this prompttune reads up to {LATEST_VERSION}: "
             "upgrade prompttune"
         )
     found = values.pop("digest", None)
@@ -293,15 +294,14 @@ class Manifest:
     details: dict[str, Any] = field(default_factory=dict)
     """Details for the format's runtime."""
     parity: dict[str, Any] | None = None
-    segmentation: dict[str, Any] | None = None
-    """Settings of the segmentation's head, whose tensors are state like the method's; None for a classification."""
+    task_type: TaskType = field(default_factory=ClassificationConfig)
+    """Type of the tasks, with the settings of the head of the traced model."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        extra = {} if self.segmentation is None else {"segmentation": self.segmentation}
         return {
-            "format_version": SEGMENTATION_VERSION if extra else FORMAT_VERSION,
-            **extra,
+            "format_version": self.task_type.format_version,
+            **self.task_type.to_config(),
             "kind": "prompttune-engine",
             **{name: getattr(self, name) for name in _PLAIN},
             "baked": None if self.baked is None else list(self.baked),
@@ -321,16 +321,8 @@ class Manifest:
             inputs=tuple(TensorSpec.from_dict(one) for one in values["inputs"]),
             outputs=tuple(TensorSpec.from_dict(one) for one in values["outputs"]),
             files={name: FileRecord(one["size"], one["sha256"]) for name, one in values["files"].items()},
-            segmentation=values.get("segmentation"),
+            task_type=read_task_type(values),
         )
-
-    def refuse_segmentation(self, what: str) -> None:
-        """Raise :class:`EngineError` if the engine answers for each place of an image, which ``what`` cannot do."""
-        if self.segmentation is not None:
-            raise EngineError(
-                f"the engine's tasks are segmentations, which {what} does not support; prompttune infer writes their "
-                "masks, Engine.segment returns them"
-            )
 
     @property
     def image_size(self) -> int:

@@ -154,12 +154,12 @@ def trace(
             key: {place: axis for place, axis in enumerate((TASKS, *shape)) if isinstance(axis, str)}
             for key, shape in layout.items()
         }
-        inputs, outputs = declare_inputs(layout, size, bank_precision), declare_outputs(size=model.output_size)
+        inputs, outputs = declare_inputs(layout, size, bank_precision), declare_outputs(size=model.head.size)
     else:
         stacked = stack_states(layout, baked.values())
         rows = {key: torch.from_numpy(value).to(bank_dtype) for key, value in stacked.items()}
         graph = BakedGraph(typed, rows, dtype, told)
-        inputs, outputs = declare_inputs({}, size), declare_outputs(stacked[HEAD_BIAS].shape[1], model.output_size)
+        inputs, outputs = declare_inputs({}, size), declare_outputs(stacked[HEAD_BIAS].shape[1], model.head.size)
     program = capture(graph, sample, dynamic, attention, device, model.config.method)
     return Traced(program, inputs, outputs, dynamic, list(names))
 

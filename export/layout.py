@@ -103,9 +103,9 @@ def declare_inputs(layout: Layout, image_size: int, bank_precision: str = "fp32"
     ]
 
 
-def declare_outputs(classes: int | str = CLASSES, size: tuple[int, int] | None = None) -> list[TensorSpec]:
-    """Every output of a graph. A baked graph has a fixed number of classes, a segmentation has maps of ``size``."""
-    return [TensorSpec(LOGITS, "float32", (BATCH, classes, *(size or ())))]
+def declare_outputs(classes: int | str = CLASSES, size: tuple[int, ...] = ()) -> list[TensorSpec]:
+    """Every output of a graph. A baked graph has a fixed number of classes, maps have the ``size``."""
+    return [TensorSpec(LOGITS, "float32", (BATCH, classes, *size))]
 
 
 def bind_axes(layout: Layout, shapes: Mapping[str, tuple[int, ...]], what: str) -> dict[str, int]:

@@ -16,7 +16,7 @@ from prompttune.errors import CheckpointError, EngineError, UsageError
 from prompttune.export.folder import Manifest, Task, check_task_name
 from prompttune.methods import METHODS, config_from_dict
 from prompttune.model import PromptModel
-from prompttune.segmentation.config import SegmentationConfig
+from prompttune.task_types import TaskType, read_task_type
 
 Checkpoints = Mapping[str, str | Path] | Iterable[str | Path]
 
@@ -32,8 +32,7 @@ class Fit:
     method: str
     graph_settings: dict[str, Any]
     shares_backbone: bool
-    segmentation: dict[str, Any] | None = None
-    """Shared settings of the tasks' segmentation heads; None for classifications."""
+    task_type: TaskType
 
     @classmethod
     def of_checkpoint(cls, folder: Path, config: Mapping[str, Any]) -> Fit:
@@ -41,7 +40,7 @@ class Fit:
         backbone = config["backbone"]
         try:
             settings = config_from_dict(config["method"], config["settings"])
-            segmentation = SegmentationConfig.of_checkpoint(config)
+            task_type = read_task_type(config)
         except (UsageError, TypeError) as problem:
             raise CheckpointError(f"{folder} does not fit this prompttune: {problem}") from None
         return cls(
@@ -52,7 +51,7 @@ class Fit:
             settings.method,
             settings.graph_settings(),
             settings.shares_backbone,
-            None if segmentation is None else segmentation.graph_settings(),
+            task_type,
         )
 
     @classmethod
@@ -67,9 +66,7 @@ class Fit:
             method["name"],
             method["graph_settings"],
             _shares_backbone(manifest),
-            None
-            if manifest.segmentation is None
-            else SegmentationConfig.from_dict(manifest.segmentation).graph_settings(),
+            manifest.task_type,
         )
 
     def require(self, other: Fit, this: str, that: str) -> None:
@@ -84,11 +81,13 @@ class Fit:
             mine = f"{self.backbone} with fingerprint {self.fingerprint[:12]} ({self.weights_source})"
             theirs = f"{other.backbone} with fingerprint {other.fingerprint[:12]} ({other.weights_source})"
             raise EngineError(f"{that} does not fit {this}: it was trained over {theirs}, {this} has {mine}")
-        pairs = [("image size", other.image_size, self.image_size), ("method", other.method, self.method)]
-        kinds = ["classification" if one.segmentation is None else "segmentation" for one in (other, self)]
-        pairs.append(("task", kinds[0], kinds[1]))
-        if other.segmentation is not None and self.segmentation is not None:
-            pairs += [(name, other.segmentation.get(name), self.segmentation.get(name)) for name in self.segmentation]
+        pairs: list[tuple[str, Any, Any]] = [
+            ("image size", other.image_size, self.image_size),
+            ("method", other.method, self.method),
+        ]
+        pairs.append(("task type", other.task_type.name, self.task_type.name))
+        head, own = other.task_type.graph_settings(), self.task_type.graph_settings()
+        pairs += [(name, head.get(name), own[name]) for name in own]
         if other.method == self.method:
             names = sorted(self.graph_settings.keys() | other.graph_settings.keys())
             pairs += [(name, other.graph_settings.get(name), self.graph_settings.get(name)) for name in names]
@@ -179,7 +178,7 @@ def _over_own_backbone(model: PromptModel, path: Path) -> PromptModel:
     if own is None:
         return model
     own.weights, own.weights_source = str(path.absolute()), f"tuned in {path.resolve().name}"
-    alone = PromptModel(own, model.config, labels=model.labels, preprocess=model.preprocess)
+    alone = PromptModel(own, model.config, None, model.labels, model.preprocess, model.task_type)
     alone.head.load_state_dict(model.head.state_dict())
     return alone.eval()
 
@@ -228,5 +227,4 @@ def _checkpoint_backbone(path: Path) -> Backbone:
 def engine_model(manifest: Manifest, backbone: Backbone) -> PromptModel:
     """A model whose ``forward_state`` answers for every task of an engine; its own parameters are not used."""
     config = config_from_dict(manifest.method["name"], manifest.method["settings"])
-    head = None if manifest.segmentation is None else SegmentationConfig.from_dict(manifest.segmentation)
-    return PromptModel(backbone, config, num_classes=1, segmentation=head).eval()
+    return PromptModel(backbone, config, num_classes=1, task_type=manifest.task_type).eval()

@@ -138,8 +138,7 @@ def export_triton(
     folder = Path(repository) / triton.name
     named = name_checkpoints(checkpoints)
     _check_output(folder, overwrite)
-    if check_fit(named).segmentation is not None:
-        raise UsageError("segmentation: a Triton repository answers classifications; export an engine instead")
+    check_fit(named).task_type.refuse("triton")
     with locked(folder):
         _check_output(folder, overwrite)
         with replacing_folder(folder, CONFIG_FILE) as temporary:

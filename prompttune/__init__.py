@@ -33,7 +33,7 @@ _LAZY = {
     "register_method": "prompttune.methods:register",
     "register_backbone": "prompttune.backbones",
     "import_checkpoint": "prompttune.checkpoints.importing",
-    "SegmentationConfig": "prompttune.segmentation",
+    "SegmentationConfig": "prompttune.task_types",
     "TrainConfig": "prompttune.training",
     "train": "prompttune.training",
     "evaluate": "prompttune.training",
@@ -116,8 +116,8 @@ if TYPE_CHECKING:
     from prompttune.methods import register as register_method
     from prompttune.methods.describing import describe, methods
     from prompttune.model import Output, PromptModel
-    from prompttune.segmentation import SegmentationConfig
     from prompttune.serve import Engine
+    from prompttune.task_types import SegmentationConfig
     from prompttune.training import TrainConfig, evaluate, train
     from prompttune.training.optim import loss
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from prompttune.backbones import Backbone, load_backbone
@@ -17,10 +16,8 @@ from prompttune.errors import CheckpointError, UsageError
 from prompttune.images.preprocess import Preprocess
 from prompttune.layers.probe import probe
 from prompttune.methods import config_from_dict
-from prompttune.methods.base import CLASSES, Layout, Method, MethodConfig, State
-from prompttune.segmentation.build import build_head
-from prompttune.segmentation.config import SegmentationConfig, check_maps
-from prompttune.segmentation.heads import SegmentationHead
+from prompttune.methods.base import Layout, Method, MethodConfig, State
+from prompttune.task_types import ClassificationConfig, TaskType, read_task_type
 
 
 @dataclass
@@ -28,7 +25,7 @@ class Output:
     """Result of a forward; C classes, D channels."""
 
     logits: Tensor
-    """[B, C]; for a segmentation [B, C, h, w], a map of a quarter of the input's height and width."""
+    """[B, C], or [B, C, h, w] of a head that answers for each place."""
     features: Tensor
     """Pooled features of the base pathway, [B, D]."""
     aux_logits: Tensor | None = None
@@ -37,6 +34,7 @@ class Output:
     """Pooled features of the prompt pathway, [B, D]."""
     base_loss_weight: float = 1.0
     """λ of the method, the weight of ``logits`` against ``aux_logits`` in :func:`prompttune.loss`."""
+    task_type: TaskType = field(default_factory=ClassificationConfig)
 
 
 class PromptModel(nn.Module):
@@ -48,7 +46,7 @@ class PromptModel(nn.Module):
         num_classes: number of classes; required without ``labels``.
         labels: class names in the order of the logits; by default ``"0" .. "C-1"``.
         preprocess: evaluation transform; by default the backbone's own, squashed to its image size.
-        segmentation: settings of a head that answers for each place; None answers for the whole image.
+        task_type: type of the task with the settings of its head; None for a classification.
         settings: settings of a method that is given by its name.
 
     Raises:
@@ -69,7 +67,7 @@ class PromptModel(nn.Module):
         num_classes: int | None = None,
         labels: list[str] | None = None,
         preprocess: Preprocess | None = None,
-        segmentation: SegmentationConfig | None = None,
+        task_type: TaskType | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -86,27 +84,12 @@ class PromptModel(nn.Module):
         self.metrics: dict[str, Any] = {}
         self.backbone = backbone
         self.method: Method = self.config.build(backbone)
-        self.segmentation = segmentation
-        self.levels: tuple[int, ...] = ()
-        """Blocks whose patch tokens the head reads; empty for a classification."""
-        self.head: nn.Module
-        if segmentation is None:
-            self.head = _class_head(backbone.width, len(labels))
-        else:
-            check_maps(self.method, self.config.method, backbone)
-            self.levels = segmentation.levels(backbone.depth)
-            self.head = build_head(segmentation, backbone, len(labels))
+        self.task_type = task_type or ClassificationConfig()
+        self.task_type.check_method(self.method, self.config.method, backbone)
+        self.levels = self.task_type.levels(backbone.depth)
+        """Blocks whose patch tokens the head reads; empty if it reads the pooled features."""
+        self.head = self.task_type.make_head(backbone, len(labels))
         self._fixed = self.task_parameters().keys() - self.trained_parameters().keys()
-
-    @property
-    def task(self) -> str:
-        """``classification`` or ``segmentation``."""
-        return "classification" if self.segmentation is None else "segmentation"
-
-    @property
-    def output_size(self) -> tuple[int, int] | None:
-        """Height and width of a segmentation's logits; None for a classification."""
-        return self.head.size if isinstance(self.head, SegmentationHead) else None
 
     def task_parameters(self) -> dict[str, nn.Parameter]:
         """All values in a checkpoint by name, ``method.*`` and ``head.*``; see :meth:`trained_parameters`."""
@@ -132,17 +115,11 @@ class PromptModel(nn.Module):
 
     def task_state(self) -> State:
         """Everything that can be computed without an image, leading dimension 1; differentiable."""
-        head = {f"head.{name}": parameter.unsqueeze(0) for name, parameter in self.head.named_parameters()}
-        return self.method.task_state() | head
+        return self.method.task_state() | self.head.task_state()
 
     def state_layout(self) -> Layout:
         """Shape of each state tensor without its leading dimension; ``"rank"`` and ``"classes"`` differ by task."""
-        if isinstance(self.head, SegmentationHead):
-            return self.method.state_layout() | self.head.state_layout()
-        return self.method.state_layout() | {
-            "head.weight": (CLASSES, self.backbone.width),
-            "head.bias": (CLASSES,),
-        }
+        return self.method.state_layout() | self.head.state_layout()
 
     def forward_state(self, images: Tensor, state: State, aux: bool = False) -> Output:
         """The only forward: training, checkpoints, export and serving all run it.
@@ -156,20 +133,13 @@ class PromptModel(nn.Module):
             UsageError: the images have another type or shape.
         """
         self.backbone.check_images(images)
-        if self.segmentation is not None:
-            return self._segment(images, state, aux)
-        found = self.method(images, state, aux)
-        features, aux_features = found.features, found.aux_features
-        probe("features", features)
-        aux_logits = None if aux_features is None else _classify(aux_features, state)
-        return Output(_classify(features, state), features, aux_logits, aux_features, self.config.base_loss_weight)
-
-    def _segment(self, images: Tensor, state: State, aux: bool) -> Output:
-        """See :meth:`forward_state`: logits for each place."""
         found = self.method(images, state, aux, self.levels)
-        aux_logits = self.head(found.aux_maps, state) if found.aux_maps else None
-        logits, weight = self.head(found.maps, state), self.config.base_loss_weight
-        return Output(logits, found.features, aux_logits, found.aux_features, weight)
+        probe("features", found.features)
+        logits, aux_logits = self.head(found.features, found.maps, state), None
+        if found.aux_features is not None:
+            aux_logits = self.head(found.aux_features, found.aux_maps, state)
+        weight = self.config.base_loss_weight
+        return Output(logits, found.features, aux_logits, found.aux_features, weight, self.task_type)
 
     def forward(self, images: Tensor, aux: bool | None = None) -> Output:
         """Run one task.
@@ -206,7 +176,7 @@ class PromptModel(nn.Module):
             "preprocess": self.preprocess.to_dict(),
             "labels": self.labels,
             "metrics": self.metrics,
-            **({} if self.segmentation is None else {"segmentation": self.segmentation.to_dict()}),
+            **self.task_type.to_config(),
         }
 
     @classmethod
@@ -234,7 +204,7 @@ class PromptModel(nn.Module):
                 config_from_dict(config["method"], config["settings"]),
                 labels=config["labels"],
                 preprocess=Preprocess.from_dict(config["preprocess"]),
-                segmentation=SegmentationConfig.of_checkpoint(config),
+                task_type=read_task_type(config),
             )
         except (UsageError, TypeError, KeyError) as problem:
             raise CheckpointError(f"{folder / CONFIG_FILE} does not fit this prompttune: {problem}") from None
@@ -282,13 +252,6 @@ def _config(config: MethodConfig | str, settings: Mapping[str, Any]) -> MethodCo
     return config
 
 
-def _class_head(width: int, classes: int) -> nn.Linear:
-    head = nn.Linear(width, classes)
-    nn.init.trunc_normal_(head.weight, std=0.02)
-    nn.init.zeros_(head.bias)
-    return head
-
-
 def _labels(num_classes: int | None, labels: list[str] | None) -> list[str]:
     if labels is None:
         if num_classes is None or num_classes < 1:
@@ -300,9 +263,3 @@ def _labels(num_classes: int | None, labels: list[str] | None) -> list[str]:
     if num_classes not in (None, len(labels)):
         raise UsageError(f"{len(labels)} labels for {num_classes} classes")
     return labels
-
-
-def _classify(features: Tensor, state: State) -> Tensor:
-    """Apply the head of each row's task to features [B, D]: [B, C]."""
-    weight, bias = state["head.weight"], state["head.bias"]  # [1 or B, C, D], [1 or B, C]
-    return torch.add((features.to(weight.dtype).unsqueeze(1) @ weight.transpose(1, 2)).squeeze(1), bias)

@@ -302,7 +302,7 @@ class Engine:
         """
         if top_k < 1:
             raise UsageError(f"top_k must be at least 1, not {top_k}")
-        if self.folder.manifest.segmentation is not None:
+        if self.folder.manifest.task_type.by_place:
             raise UsageError("the engine's tasks are segmentations: call segment(), which gives a class to each pixel")
         names, answers = self._answers(images, tasks)
         return [_prediction(name, answer, top_k) for name, answer in zip(names, answers, strict=True)]
@@ -319,7 +319,7 @@ class Engine:
             DataError: an image file cannot be read.
             EngineError: logits are not finite.
         """
-        if self.folder.manifest.segmentation is None:
+        if not self.folder.manifest.task_type.by_place:
             raise UsageError("the engine's tasks are classifications: call predict()")
         names, answers = self._answers(images, tasks)
         return [_segmentation(name, answer, self.image_size) for name, answer in zip(names, answers, strict=True)]

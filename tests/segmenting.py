@@ -26,7 +26,7 @@ def drawn_segmentation(
     """Task ``number`` with its own parameters, in evaluation mode."""
     config = pt.SegmentationConfig(head, 8)
     labels = list(LABELS[number])
-    model = pt.PromptModel(over, config_of(method, **settings), labels=labels, segmentation=config)
+    model = pt.PromptModel(over, config_of(method, **settings), labels=labels, task_type=config)
     for name, parameter in model.task_parameters().items():
         drawn = torch.from_numpy(draw(name, tuple(parameter.shape), number + 1))
         if name in ("head.scale",):

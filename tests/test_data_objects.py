@@ -201,7 +201,7 @@ def test_a_data_set_is_trained_on_resumed_and_scored(tmp_path: Path, capsys: pyt
     with pytest.raises(UsageError, match=r"other settings: data is 'object:Colours\[12\+7\]-.*', was 'object:Colours"):
         pt.train(config(run, {"train": colours, "val": Colours(7)}), backbone, resume=True)
     scored = pt.evaluate(run, Colours(6, "tensor", classes=["r", "g", "b"]), backbone=backbone)
-    assert (scored.n, scored.top1) == (6, result.best_accuracy)
+    assert (scored.n, scored.top1) == (6, result.best_score)
     with pytest.raises(UsageError, match="was a Python object, which cannot be loaded by name"):
         pt.evaluate(run, backbone=backbone)
 

@@ -305,14 +305,14 @@ def test_a_segmentation_binds_maps(opened, graph):
 
 def test_a_segmentations_declared_axes_are_those_of_its_inputs():
     model = drawn_segmentation(tiny(), "linear", "pyramid")
-    inputs, outputs = declare_inputs(model.state_layout(), 64), declare_outputs(size=model.output_size)
+    inputs, outputs = declare_inputs(model.state_layout(), 64), declare_outputs(size=model.head.size)
     manifest = types.SimpleNamespace(inputs=inputs, outputs=outputs)
     calls = onnxruntime_cuda.CudaCalls(None, manifest, RuntimeOptions("cuda"))
     calls.device = torch.device("cpu")
     sizes = {"batch": 3, "tasks": 4, "classes": 6}
     shapes = {spec.name: [sizes.get(axis, axis) for axis in spec.shape] for spec in manifest.inputs}
     tensors = {name: torch.empty(*(size if isinstance(size, int) else 2 for size in s)) for name, s in shapes.items()}
-    assert calls._logits(tensors).shape == (3, 6, *model.output_size)
+    assert calls._logits(tensors).shape == (3, 6, *model.head.size)
 
 
 def test_the_session_is_asked_for_what_was_chosen(opened, tmp_path):

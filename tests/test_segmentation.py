@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 import prompttune as pt
 from prompttune.errors import BackboneError, CheckpointError, UsageError
-from prompttune.segmentation.config import check_maps, output_size
-from prompttune.segmentation.pyramid import POOLED, depthwise
-from prompttune.segmentation.resize import Resize
+from prompttune.task_types.segmentation.config import output_size
+from prompttune.task_types.segmentation.pyramid import POOLED, depthwise
+from prompttune.task_types.segmentation.resize import Resize
 from tests.drawing import default_configs
 from tests.engines import config_of
 from tests.segmenting import GIVES_MAPS, drawn_segmentation, other_backbone, tiny
@@ -176,7 +176,7 @@ def test_bad_settings_are_refused():
         with pytest.raises(UsageError, match="from 1 to 4096 channels"):
             pt.SegmentationConfig("pyramid", channels)
     with pytest.raises(UsageError, match="at most 255 classes"):
-        pt.PromptModel(tiny(), config_of("linear"), 256, segmentation=pt.SegmentationConfig())
+        pt.PromptModel(tiny(), config_of("linear"), 256, task_type=pt.SegmentationConfig())
 
 
 @pytest.mark.parametrize("config", default_configs(), ids=lambda config: config.method)
@@ -185,7 +185,7 @@ def test_a_method_gives_maps_or_says_that_it_does_not(config):
     assert method.gives_maps == (config.method in GIVES_MAPS)
     if not method.gives_maps:
         with pytest.raises(BackboneError, match=f"segmentation: method {config.method} gives no maps"):
-            pt.PromptModel(tiny(), config, 3, segmentation=pt.SegmentationConfig())
+            pt.PromptModel(tiny(), config, 3, task_type=pt.SegmentationConfig())
 
 
 @pytest.mark.parametrize("method", ON_SWIN)
@@ -193,7 +193,7 @@ def test_swin_is_refused(method):
     swin = other_backbone(SWINS[0], 64)
     made = config_of(method).resolved(swin).build(swin)
     with pytest.raises(BackboneError, match=f"method {method} gives no maps of patch tokens on SwinBackbone"):
-        check_maps(made, method, swin)
+        pt.SegmentationConfig().check_method(made, method, swin)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -201,8 +201,8 @@ def test_a_checkpoint_comes_back(head, tmp_path, images):
     model = drawn_segmentation(tiny(), "lspt", head)
     model.save(tmp_path / "run", {"val_miou": 0.5})
     loaded = pt.PromptModel.load(tmp_path / "run", backbone=tiny())
-    assert loaded.segmentation == model.segmentation
-    assert loaded.task == "segmentation"
+    assert loaded.task_type == model.task_type
+    assert loaded.task_type.name == "segmentation"
     with torch.no_grad():
         assert torch.equal(loaded(images).logits, model(images).logits)
     config = json.loads((tmp_path / "run" / "prompt_config.json").read_text())
@@ -217,7 +217,7 @@ def test_classifications_keep_their_format(tmp_path):
     assert "segmentation" not in config
     config["format_version"] = 2
     (tmp_path / "run" / "prompt_config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="lacks segmentation"):
+    with pytest.raises(CheckpointError, match="lacks task_type"):
         pt.PromptModel.load(tmp_path / "run", backbone=tiny())
 
 
@@ -226,11 +226,11 @@ def test_padding_classes_never_win():
     head = drawn_segmentation(tiny(), "linear", "linear").head
     tokens = (torch.randn(1, 16, 64),)
     state = {key: value.detach().clone() for key, value in head.task_state().items()}
-    wanted = head(tokens, state)
+    wanted = head(None, tokens, state)
     padded = {
         "head.weight": torch.cat((state["head.weight"], torch.zeros(1, 2, 64)), dim=1),
         "head.bias": torch.cat((state["head.bias"], torch.full((1, 2), -torch.inf)), dim=1),
     }
-    found = head(tokens, padded).detach()
+    found = head(None, tokens, padded).detach()
     assert torch.equal(found[:, :5], wanted.detach())
     assert np.isneginf(found[:, 5:].numpy()).all()

@@ -23,6 +23,7 @@ from prompttune.export.tasks import Fit, engine_model
 from prompttune.images.preprocess import Preprocess
 from prompttune.serve.infer import InferSettings, infer
 from prompttune.serve.masks import class_map, mask_of_image, palette, seen_box
+from prompttune.task_types import ClassificationConfig
 from tests.engines import exported, noise
 from tests.segmenting import LABELS, engine_of, saved, tiny, write_blocks
 from tests.tensorrt_rtx import MAGIC, build_engine
@@ -262,7 +263,7 @@ def test_formats_that_are_not_proven_are_refused(tmp_path):
 def test_mixing_kinds_in_one_export_is_refused(tmp_path):
     from tests.engines import checkpoint
 
-    with pytest.raises(EngineError, match="its task is segmentation"):
+    with pytest.raises(EngineError, match="its task type is segmentation"):
         pt.export_engine({"a": checkpoint("sa2vp", 0), "b": saved("sa2vp", "linear", 0)}, tmp_path / "engine")
 
 
@@ -271,8 +272,8 @@ def test_manifests_of_classifications_stay_as_they_were():
     values = manifest.to_dict()
     assert values["format_version"] == 1
     assert "segmentation" not in values
-    assert Fit.of_manifest(manifest).segmentation is None
-    assert engine_model(manifest, tiny()).segmentation is None
+    assert Fit.of_manifest(manifest).task_type == ClassificationConfig()
+    assert engine_model(manifest, tiny()).task_type == ClassificationConfig()
 
 
 def test_map_figures_are_those_of_places_as_rows():
@@ -307,7 +308,7 @@ def test_borders_between_classes_are_ties():
     expected_[0, 1, 0, 0] = 1.0 - 1e-6
     found = expected_.copy()
     found[0, 1, 0, 0] = 1.0 + 1e-6
-    gate = Gate().for_maps()
+    gate = Gate().suiting(pt.SegmentationConfig())
     tally = MapTally(gate.noise)
     tally.add(expected_, found)
     result = tally.result("a", "state", 1)

@@ -10,15 +10,15 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+import prompttune as pt
 from prompttune.cli.main import cli
 from prompttune.data import Augment, load_data, make_loader
 from prompttune.errors import DataError, UsageError
-from prompttune.evaluation.segmentation import PixelTally
 from prompttune.images.joint import JointTransform
 from prompttune.images.masks import indexed
 from prompttune.images.preprocess import Preprocess
-from prompttune.training import TrainConfig, train
-from prompttune.training.segmenting import PixelScores, evaluate_segmentation, pixel_loss
+from prompttune.task_types.segmentation.figures import PixelScores
+from prompttune.training import TrainConfig, evaluate, train
 from tests.segmenting import write_ade20k, write_blocks
 
 GREY = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -30,7 +30,7 @@ def settings(output, **own):
         "weights": "random",
         "image_size": 64,
         "method": "linear",
-        "task": "segmentation",
+        "task_type": "segmentation",
         "data": "demo/shapes-seg",
         "output": str(output),
         "epochs": 1,
@@ -42,9 +42,9 @@ def settings(output, **own):
 
 
 def test_figures_by_hand():
-    tally = PixelTally(3)
+    tally = PixelScores(3)
     #            right, right, 1 for 0, ignored, 2 for 1
-    tally.add(np.array([[[0, 1, 1, 2, 2]]]), np.array([[[0, 1, 0, 255, 1]]]))
+    tally.count(np.array([[[0, 1, 1, 2, 2]]]), np.array([[[0, 1, 0, 255, 1]]]))
     found = tally.result(["a", "b", "c"])
     assert found.confusion.tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 0]]
     assert found.iou == {"a": 1 / 2, "b": 1 / 3, "c": 0.0}
@@ -55,15 +55,15 @@ def test_figures_by_hand():
 
 
 def test_a_class_that_is_nowhere_has_no_iou():
-    tally = PixelTally(2)
-    tally.add(np.zeros((2, 1, 3), dtype=int), np.zeros((2, 1, 3), dtype=int))
+    tally = PixelScores(2)
+    tally.count(np.zeros((2, 1, 3), dtype=int), np.zeros((2, 1, 3), dtype=int))
     assert tally.result(["a", "b"]).iou == {"a": 1.0, "b": None}
     assert tally.result(["a", "b"]).miou == 1.0
 
 
 def test_nothing_to_score_is_told():
-    tally = PixelTally(2)
-    tally.add(np.zeros((1, 2, 2), dtype=int), np.full((1, 2, 2), 255))
+    tally = PixelScores(2)
+    tally.count(np.zeros((1, 2, 2), dtype=int), np.full((1, 2, 2), 255))
     with pytest.raises(DataError, match="no pixel could be scored"):
         tally.result(["a", "b"])
 
@@ -75,8 +75,10 @@ def test_loss_is_the_mean_of_known_pixels():
     known = [-logits[b, :, y, x].log_softmax(0)[targets[b, y, x]]
              for b in range(2) for y in range(4) for x in range(4) if targets[b, y, x] != 255]  # fmt: skip
     assert len(known) == 24
-    assert pixel_loss(logits, targets).item() == pytest.approx(torch.stack(known).mean().item(), rel=1e-5)
-    assert pixel_loss(logits, torch.full_like(targets, 255)).item() == 0
+    assert pt.SegmentationConfig().loss(logits, targets).item() == pytest.approx(
+        torch.stack(known).mean().item(), rel=1e-5
+    )
+    assert pt.SegmentationConfig().loss(logits, torch.full_like(targets, 255)).item() == 0
     scores = PixelScores(3)
     scores.add(logits, targets)
     assert scores.result(["a", "b", "c"]).loss == pytest.approx(torch.stack(known).mean().item(), rel=1e-5)
@@ -281,9 +283,12 @@ def test_augmentation_that_masks_cannot_follow_is_refused():
 @pytest.mark.parametrize(
     ("own", "words"),
     [
-        ({"task": "classification", "head": "pyramid", "data": "demo/digits"}, "head pyramid is for segmentation"),
+        (
+            {"task_type": "classification", "head": "pyramid", "data": "demo/digits"},
+            "head pyramid is not for a classification",
+        ),
         ({"class_weights": "balanced"}, "class_weights need a class per image"),
-        ({"task": "depth"}, "unknown task 'depth'"),
+        ({"task_type": "depth"}, "unknown task type 'depth'"),
         ({"head": "conv"}, "unknown head 'conv'"),
     ],
 )
@@ -293,9 +298,9 @@ def test_bad_settings_are_refused(tmp_path, own, words):
 
 
 def test_runs_from_before_segmentation_can_be_resumed(tmp_path):
-    config = settings(tmp_path, task="classification", data="demo/digits")
+    config = settings(tmp_path, task_type="classification", data="demo/digits")
     before = {key: value for key, value in config.to_flat().items()
-              if key not in ("task", "head", "head_channels", "reduce_zero_label")}  # fmt: skip
+              if key not in ("task_type", "head", "head_channels", "reduce_zero_label")}  # fmt: skip
     assert config.differences(before) == []
     assert settings(tmp_path).differences(before) != []
 
@@ -317,18 +322,18 @@ def learned(blocks, tmp_path_factory):
 
 def test_a_training_beats_the_largest_class(learned, blocks):
     output, result, _ = learned
-    scored = evaluate_segmentation(output, str(blocks))
+    scored = evaluate(output, str(blocks))
     floors = []
     source = load_data(str(blocks), target="mask").val
     for kind in range(3):
-        tally = PixelTally(3)
+        tally = PixelScores(3)
         for index in range(len(source)):
             mask = source.load(index)[1]
-            tally.add(np.full_like(mask, kind)[None], mask[None])
+            tally.count(np.full_like(mask, kind)[None], mask[None])
         floors.append(tally.result(scored.labels))
     assert max(one.miou for one in floors) < 0.2
     assert scored.miou > 0.5
-    assert scored.miou == pytest.approx(result.best_accuracy)
+    assert scored.miou == pytest.approx(result.best_score)
     assert scored.pixel_accuracy > max(one.pixel_accuracy for one in floors) + 0.2
 
 
@@ -338,13 +343,13 @@ def test_figures_have_their_own_names(learned):
     assert {"val_miou", "val_pixel_accuracy", "train_pixel_accuracy"} <= set(metrics["history"][0])
     assert not any("top1" in key for key in metrics["history"][0])
     assert set(metrics["best"]) == {"epoch", "miou", "loss"}
-    assert metrics["final"]["miou"] == result.best_accuracy
+    assert metrics["final"]["miou"] == result.best_score
     assert set(metrics["final"]["iou"]) == {"red", "green", "blue"}
     from prompttune.training.progress import epoch_line
 
     assert "val mIoU" in epoch_line(lines[0])
     assert "pixel accuracy" in epoch_line(lines[0])
-    assert json.loads((output / "prompt_config.json").read_text())["metrics"]["val_miou"] == result.best_accuracy
+    assert json.loads((output / "prompt_config.json").read_text())["metrics"]["val_miou"] == result.best_score
 
 
 def test_the_command_line_tells_iou(learned, tmp_path):
@@ -352,7 +357,7 @@ def test_the_command_line_tells_iou(learned, tmp_path):
     told = CliRunner().invoke(cli, ["evaluate", str(output), "--json", "--output", str(tmp_path), "--quiet"])
     assert told.exit_code == 0, told.output
     document = json.loads(told.stdout)
-    assert document["miou"] == pytest.approx(result.best_accuracy)
+    assert document["miou"] == pytest.approx(result.best_score)
     assert document["pixels"] == 12 * 64 * 64
     assert json.loads((tmp_path / "evaluation.json").read_text()) == document
     assert (tmp_path / "confusion_matrix.png").exists()
@@ -363,7 +368,7 @@ def test_the_command_line_tells_iou(learned, tmp_path):
 
 def test_data_of_other_classes_is_refused(learned, tmp_path):
     with pytest.raises(DataError, match="no class of the data is one of the model's"):
-        evaluate_segmentation(learned[0], str(write_ade20k(tmp_path)))
+        evaluate(learned[0], str(write_ade20k(tmp_path)))
 
 
 def test_a_stopped_run_goes_on_to_the_same_end(blocks, tmp_path):

@@ -173,7 +173,7 @@ def test_pruned_prompts_start_as_they_were_and_are_rewound_to(bars: Path, tmp_pa
 
 def test_a_segmentation_starts_from_another_one(tmp_path: Path, bars: Path, source: Path) -> None:
     data = write_blocks(tmp_path / "blocks", (4, 2))
-    shared: dict[str, Any] = {"task": "segmentation", "method": "linear", "epochs": 1, "lr": 1e-12, "min_lr": 0}
+    shared: dict[str, Any] = {"task_type": "segmentation", "method": "linear", "epochs": 1, "lr": 1e-12, "min_lr": 0}
     first = train(config(data, tmp_path / "first", **{**shared, "lr": 1e-2, "seed": 3})).path
     (data / "classes.txt").write_text("blue\ngrey\nred\n")
     second = train(config(data, tmp_path / "second", init_from=str(first), **shared)).path

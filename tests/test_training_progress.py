@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from prompttune.training.plots import plot_confusion, plot_curves
+from prompttune.evaluation.plots import draw_confusion, save_png
+from prompttune.task_types import ClassificationConfig
+from prompttune.training.plots import plot_curves
 from prompttune.training.progress import Clock, Display, Progress, duration, epoch_line
 
 RECORD = {
@@ -89,7 +91,7 @@ def test_confusion_matrix_is_drawn_for_few_and_many_classes(tmp_path: Path, clas
     confusion = np.random.default_rng(0).integers(0, 3, (classes, classes)) + 20 * np.eye(classes, dtype=int)
     confusion[1] = 0  # a class without images
     path = tmp_path / "confusion.png"
-    plot_confusion(path, confusion, [f"a rather long class name {index}" for index in range(classes)])
+    save_png(draw_confusion(confusion, [f"a rather long class name {index}" for index in range(classes)]), path)
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         pixels = np.asarray(picture.convert("RGB")).astype(int)
@@ -103,14 +105,14 @@ def test_curves_are_drawn_with_gaps_in_the_validation(tmp_path: Path) -> None:
         {**RECORD, "epoch": epoch, "val_loss": 1.0 if epoch % 2 else None, "val_top1": 0.5 if epoch % 2 else None}
         for epoch in range(1, 6)
     ]
-    plot_curves(tmp_path / "curves.png", history)
-    plot_curves(tmp_path / "one.png", history[1:2])
+    plot_curves(tmp_path / "curves.png", history, ClassificationConfig.measures)
+    plot_curves(tmp_path / "one.png", history[1:2], ClassificationConfig.measures)
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.width > picture.height > 300
 
 
 def test_plots_leave_matplotlibs_global_state_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
-    plot_curves(tmp_path / "curves.png", [RECORD])
-    plot_confusion(tmp_path / "confusion.png", np.eye(2, dtype=int), ["a", "b"])
+    plot_curves(tmp_path / "curves.png", [RECORD], ClassificationConfig.measures)
+    save_png(draw_confusion(np.eye(2, dtype=int), ["a", "b"]), tmp_path / "confusion.png")
     assert "matplotlib.pyplot" not in sys.modules

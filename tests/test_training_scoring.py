@@ -17,8 +17,9 @@ from prompttune.data import load_data
 from prompttune.errors import DataError, UsageError
 from prompttune.methods import LinearConfig
 from prompttune.model import PromptModel
+from prompttune.task_types.classification import ClassScores
 from prompttune.training import evaluate
-from prompttune.training.scoring import Scores, resolve_device
+from prompttune.training.scoring import resolve_device
 from tests.training_helpers import CLASSES, SIDE, write_folder
 
 
@@ -43,7 +44,7 @@ def test_scores_against_hand_computation() -> None:
     )
     targets = torch.tensor([0, 3, 2, 2])
     labels = list("abcdefg")
-    scores = Scores(len(labels))
+    scores = ClassScores(len(labels))
     scores.add(logits[:3], targets[:3])
     scores.add(logits[3:], targets[3:])
     result = scores.result(labels)
@@ -57,9 +58,10 @@ def test_scores_against_hand_computation() -> None:
 
 
 def test_top5_with_fewer_classes_is_all_and_sums_add_up_over_processes() -> None:
-    scores = Scores(2)
+    scores = ClassScores(2)
     scores.add(torch.tensor([[1.0, 0.0]]), torch.tensor([1]))
-    result = scores.result(["a", "b"], reduce=lambda tensor: tensor * 3)
+    scores.reduce(lambda tensor: tensor * 3)
+    result = scores.result(["a", "b"])
     assert (result.top1, result.top5, result.n) == (0.0, 1.0, 3)
 
 
@@ -67,13 +69,14 @@ def test_figures_of_two_processes_are_those_of_all_images() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(40, 6, generator=generator).bfloat16()
     targets = torch.randint(0, 6, (40,), generator=generator)
-    whole, *parts = Scores(6), Scores(6), Scores(6)
+    whole, *parts = ClassScores(6), ClassScores(6), ClassScores(6)
     whole.add(logits, targets)
     for part, rows in zip(parts, (slice(0, 13), slice(13, 40)), strict=True):
         part.add(logits[rows], targets[rows])
     other = iter([torch.from_numpy(array) for array in parts[1].tally.arrays().values()])
     labels = list("abcdef")
-    summed = parts[0].result(labels, ["broken"], reduce=lambda tensor: tensor + next(other)).to_dict()
+    parts[0].reduce(lambda tensor: tensor + next(other))
+    summed = parts[0].result(labels, ["broken"]).to_dict()
     expected = whole.result(labels, ["broken"]).to_dict()
     assert summed.keys() == expected.keys()
     for key, value in expected.items():
@@ -82,7 +85,7 @@ def test_figures_of_two_processes_are_those_of_all_images() -> None:
 
 
 def test_a_logit_that_is_not_finite_makes_a_loss_that_training_stops_at() -> None:
-    scores = Scores(2)
+    scores = ClassScores(2)
     scores.add(torch.tensor([[1.0, 0.0], [float("nan"), 0.0]]), torch.tensor([0, 0]))
     result = scores.result(["a", "b"])
     assert result.top1 == 0.5
@@ -91,7 +94,7 @@ def test_a_logit_that_is_not_finite_makes_a_loss_that_training_stops_at() -> Non
 
 def test_no_image_is_an_error() -> None:
     with pytest.raises(DataError, match="none of the images to evaluate on is readable"):
-        Scores(2).result(["a", "b"])
+        ClassScores(2).result(["a", "b"])
 
 
 def test_evaluation_of_a_folder_against_a_loop_by_hand(folder: Path) -> None:

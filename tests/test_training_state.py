@@ -13,7 +13,7 @@ from prompttune.training.state import Progression, RunFolder, Saved, load, save
 
 def sample() -> Saved:
     return Saved(
-        progression=Progression(epoch=2, best_epoch=1, best_top1=0.5, history=[{"epoch": 1}], corrupt=["x"]),
+        progression=Progression(epoch=2, best_epoch=1, best_score=0.5, history=[{"epoch": 1}], corrupt=["x"]),
         settings={"lr": 0.1, "layers": [0, 2], "limit": None},
         identity={"classes": ["ä", "b"]},
         task={"method.a": torch.arange(3.0), "head.bias": torch.zeros(2)},

@@ -38,6 +38,10 @@ class Sides:
     engine: Evaluation
     reference: Evaluation
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {"engine": self.engine.to_dict(), "reference": self.reference.to_dict()}
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -77,9 +81,7 @@ class Accuracy:
             "notes": list(self.notes),
             "not_finite": self.not_finite,
             "not_finite_images": list(self.not_finite_images),
-            "evaluation": None
-            if sides is None
-            else {"engine": sides.engine.to_dict(), "reference": sides.reference.to_dict()},
+            "evaluation": None if sides is None else sides.to_dict(),
         }
 
 

@@ -9,6 +9,7 @@ from prompttune.errors import choose
 from prompttune.export.folder import Manifest
 from prompttune.export.options import GateOptions, Thresholds
 from prompttune.settings import setting, settle
+from prompttune.task_types import TaskType
 
 ATOL = 1e-4
 """Largest allowed difference of a logit in fp32."""
@@ -88,16 +89,16 @@ class Gate(GateOptions):
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return dataclasses.replace(default, **chosen)
 
-    def for_maps(self) -> Gate:
-        """The same gate for places of maps: among so many, some lie on a border between two classes, so that rounding
-        makes ties in fp32 too."""
-        return dataclasses.replace(self, noise=self.noise or NOISE[self.precision])
+    def suiting(self, task_type: TaskType) -> Gate:
+        """The same gate for a type of task: among the many places of a map, some lie on a border between two classes,
+        so that rounding makes ties in fp32 too."""
+        return dataclasses.replace(self, noise=self.noise or NOISE[self.precision]) if task_type.by_place else self
 
 
 def engine_gate(manifest: Manifest, **given: Unpack[Thresholds]) -> Gate:
     """The thresholds that an engine is held to; see :meth:`Gate.for_precision`."""
     gate = Gate.for_precision(engine_precision(manifest), **given)
-    return gate if manifest.segmentation is None else gate.for_maps()
+    return gate.suiting(manifest.task_type)
 
 
 def engine_precision(manifest: Manifest) -> str:

@@ -1,4 +1,4 @@
-"""Evaluation of both sides on labelled images, of classifications and segmentations, in the pass that compares them."""
+"""Evaluation of both sides on labelled images, in the pass that compares them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping
 
-from prompttune.evaluation.tally import Tally as ScoreTally
+import torch
+
 from prompttune.export.folder import Task
 from prompttune.export.parity.accuracy import OTHER_CLASSES, Accuracy, NotFinite, Sides, both_sides
-from prompttune.export.parity.compare import Reference, Runner
-from prompttune.export.parity.figures import Comparison, Tally
+from prompttune.export.parity.compare import Reference, Runner, tally_for
+from prompttune.export.parity.figures import Comparison
 from prompttune.export.parity.gate import Gate
-from prompttune.export.parity.map_accuracy import measure_maps
 from prompttune.export.parity.samples import Samples
 
 
@@ -50,26 +50,34 @@ def measure_accuracy(
     source = samples.images(name, task)
     if spec is None or source is None:
         return [], []
-    if samples.masks:
-        return measure_maps(runner, reference, name, task, spec, source, gate, limit, against)
-    matched = source.matched
-    tally, size, bad = Tally(gate.noise), max(gate.batch_sizes), NotFinite()
+    kind, matched = samples.task_type, source.matched
+    size, bad, tally, count = max(gate.batch_sizes), NotFinite(), None, 0
     unseen = 0 if matched is None else matched.unseen
-    sides, count = (ScoreTally(task.num_classes, unseen), ScoreTally(task.num_classes, unseen)), 0
+    sides = (kind.scores(task.num_classes, unseen), kind.scores(task.num_classes, unseen))
     with contextlib.closing(both_sides(runner, reference, name, task, spec, source, size, limit)) as batches:
         for indices, targets, expected, found in batches:
+            tally = tally or tally_for(expected, gate.noise)
             tally.add(expected, found)
             bad.add(found, indices, source)
             if matched is not None:
+                seen = torch.stack([torch.as_tensor(target) for target in targets])
                 for side, logits in zip(sides, (found, expected), strict=True):
-                    side.add_logits(logits, targets)
+                    side.add(torch.tensor(logits), seen)
             count += len(indices)
-    comparison = tally.result(name, against, size)
-    accuracy = Accuracy(name, spec, count, not_finite=bad.count, not_finite_images=tuple(bad.images))
+    assert tally is not None  # both_sides refuses data without a readable image
+    comparison, metric = tally.result(name, against, size), kind.measures
+    accuracy = Accuracy(
+        name, spec, count, not_finite=bad.count, not_finite_images=tuple(bad.images), metric=metric.score_title
+    )
     if matched is None:
         return [dataclasses.replace(accuracy, skipped=OTHER_CLASSES)], [comparison]
-    ours, theirs = (side.result(matched.labels) for side in sides)
-    whole = Sides(ours, theirs) if evaluate else None
-    notes = (f"{count} images are scored: {source.what}", *ours.notes) if evaluate else ()
-    accuracy = dataclasses.replace(accuracy, engine=ours.top1, reference=theirs.top1, evaluation=whole, notes=notes)
-    return [accuracy], [comparison]
+    ours, theirs = (side.result(matched.labels, with_loss=not kind.by_place) for side in sides)
+    accuracy = dataclasses.replace(
+        accuracy, engine=getattr(ours, metric.score), reference=getattr(theirs, metric.score)
+    )
+    if evaluate or kind.by_place:
+        notes = (f"{count} images are scored: {source.what}", *ours.notes)
+        accuracy = dataclasses.replace(accuracy, notes=notes)
+    if kind.by_place:
+        return [dataclasses.replace(accuracy, pixels=Sides(ours, theirs).to_dict())], [comparison]
+    return [dataclasses.replace(accuracy, evaluation=Sides(ours, theirs) if evaluate else None)], [comparison]

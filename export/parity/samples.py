@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,7 +13,7 @@ from prompttune.errors import DataError, choose
 from prompttune.evaluation.scored import Chosen, Matched, choose_split, match_classes
 from prompttune.export.folder import Task
 from prompttune.export.parity.figures import Array
-from prompttune.images.masks import IGNORE_INDEX
+from prompttune.task_types import ClassificationConfig, TaskType
 
 if TYPE_CHECKING:
     from prompttune.data.objects import Data as DataSet
@@ -27,6 +27,7 @@ class Labelled:
 
     Args:
         chosen: the images.
+        task_type: type of the task.
         labels: labels of the task.
         own: whether the data belong to this task only, so that one shared class is enough to score them.
         strict: whether to refuse the task's own data if they share no class.
@@ -35,8 +36,8 @@ class Labelled:
         DataError: see ``strict``.
     """
 
-    def __init__(self, chosen: Chosen, labels: Sequence[str], own: bool, strict: bool) -> None:
-        self.sources = chosen.sources
+    def __init__(self, chosen: Chosen, task_type: TaskType, labels: Sequence[str], own: bool, strict: bool) -> None:
+        self.sources, self.task_type = chosen.sources, task_type
         self.starts = np.cumsum([0, *map(len, chosen.sources)])
         self.what = chosen.what
         self.matched: Matched | None = None
@@ -44,6 +45,7 @@ class Labelled:
         if own or all(set(source.classes) <= set(labels) for source in chosen.sources):
             try:
                 self.matched = match_classes(chosen.sources, labels)
+                self.columns = task_type.columns(self.matched)
             except DataError:
                 if own and strict:
                     raise
@@ -57,12 +59,7 @@ class Labelled:
         image, target = self.sources[part].load(place)
         if self.matched is None:
             return image, target
-        columns = self.matched.columns[part]
-        if isinstance(target, int):
-            return image, int(columns[target])
-        table = np.full(IGNORE_INDEX + 1, IGNORE_INDEX)
-        table[: len(columns)] = columns
-        return image, table[target]
+        return image, self.columns[part][target]
 
     def describe(self, index: int) -> str:
         """Where the image comes from."""
@@ -80,15 +77,15 @@ class Samples:
 
     Args:
         data: see :data:`Data`.
+        task_type: type of the tasks.
         seed: seed of the noise for tasks without data.
-        masks: whether the data have a class for each pixel, for segmentations.
         split: split of the data sets, see :func:`~prompttune.evaluation.scored.choose_split`.
         strict: whether data for one task must share a class with it.
     """
 
     data: Data = None
+    task_type: TaskType = field(default_factory=ClassificationConfig)
     seed: int = 0
-    masks: bool = False
     split: str | None = None
     strict: bool = False
     _chosen: dict[str, Chosen] = field(default_factory=dict, repr=False)
@@ -124,15 +121,13 @@ class Samples:
 
     def images(self, name: str, task: Task) -> Labelled | None:
         """The images of a task; None without data."""
-        from prompttune.data import load_parts
-
         found = self._settled(name)
         if found is None:
             return None
         if (spec := str(found)) not in self._chosen:
-            parts = load_parts(found, target="mask" if self.masks else "class")
+            parts = self.task_type.read_parts(found)
             self._chosen[spec] = choose_split(parts.named, parts.name, self.split)
-        return Labelled(self._chosen[spec], task.labels, isinstance(self.data, Mapping), self.strict)
+        return Labelled(self._chosen[spec], self.task_type, task.labels, isinstance(self.data, Mapping), self.strict)
 
     def draw(self, name: str, task: Task, count: int) -> tuple[Array, str]:
         """Up to ``count`` normalised images [N, 3, S, S] for a task, and their description.
@@ -153,14 +148,14 @@ class Samples:
         return np.stack(images), f"{len(images)} images of {self.spec(name)}"
 
 
-def read_images(source: Labelled, task: Task, indices: list[int]) -> list[tuple[Array | None, Any]]:
+def read_images(source: Labelled, task: Task, indices: Sequence[int]) -> list[tuple[Array | None, Any]]:
     """Images of a data set through a task's transform: [3, S, S] and class index or mask; None if unreadable."""
-    transform: Callable[..., object] = task.preprocess.transform()
+    transform = source.task_type.pair(task.preprocess)
     read: list[tuple[Array | None, Any]] = []
     for index in indices:
         try:
-            image, target = source.load(index)
-            read.append((np.asarray(transform(image), dtype=np.float32), target))
+            image, target = transform(*source.load(index))
+            read.append((np.asarray(image, dtype=np.float32), target))
         except (OSError, ValueError):
             read.append((None, -1))
     return read

@@ -92,11 +92,10 @@ def validate_engine(
     gate = Gate.for_precision(
         loosest(*(engine_precision(one.manifest) for one in (folder, other) if one is not None)), **thresholds
     )
-    if folder.manifest.segmentation is not None:
-        gate = gate.for_maps()
+    gate = gate.suiting(folder.manifest.task_type)
     if isinstance(data, str) and len(held) == 1:
         data = dict.fromkeys(held, data)  # the data can only be meant for these tasks
-    samples = Samples(data, masks=folder.manifest.segmentation is not None, split=split, strict=True)
+    samples = Samples(data, folder.manifest.task_type, split=split, strict=True)
     samples.check(held)
     if other is None:
         on_stage("loading the backbone")

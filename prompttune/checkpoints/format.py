@@ -1,8 +1,9 @@
-"""The format of a checkpoint folder: version 1, or 2 for a segmentation, which earlier versions must refuse.
+"""The format of a checkpoint folder: version 1, or 2 for tasks that earlier versions must refuse.
 
 ``prompt_config.json`` names the method and every setting, the backbone and its fingerprint, preprocessing, labels,
 metrics and the digest of ``prompt_model.safetensors``, which holds the tensors ``method.*`` and ``head.*``.
-``README.md`` is the model card. ``segmentation`` has the settings of a segmentation's head.
+``README.md`` is the model card. The type of a task other than a classification has its own entry, see
+:func:`prompttune.task_types.read_task_type`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ from torch import Tensor
 from prompttune.errors import CheckpointError
 from prompttune.files import read_json, sha256_file
 from prompttune.images.preprocess import LONGEST_SIDE
+from prompttune.task_types import entry_keys
 
-FORMAT_VERSION = 1
-SEGMENTATION_VERSION = 2
-"""Version of a checkpoint whose head answers for each place."""
+VERSIONS = (1, 2)
 CONFIG_FILE = "prompt_config.json"
 MODEL_FILE = "prompt_model.safetensors"
 CARD_FILE = "README.md"
@@ -53,10 +53,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"no checkpoint folder at {folder}")
     config = read_json(folder / CONFIG_FILE, CheckpointError, "checkpoint config")
     version = config.get("format_version")
-    if version not in (FORMAT_VERSION, SEGMENTATION_VERSION):
+    if version not in VERSIONS:
         raise CheckpointError(
-            f"{folder} has checkpoint format {version!r}, this prompttune reads {FORMAT_VERSION} and "
-            f"{SEGMENTATION_VERSION}; "
+            f"{folder} has checkpoint format {version!r}, this prompttune reads {' and '.join(map(str, VERSIONS))}; "
             "use the version that wrote it, or a newer one"
         )
     if wrong := _wrong_parts(config, version):
@@ -75,9 +74,9 @@ def _wrong_parts(config: dict[str, Any], version: int) -> list[str]:
     wrong = [name for name, kind in _REQUIRED.items() if type(_part(config, name)) is not kind]
     if "labels" not in wrong and not all(isinstance(label, str) for label in config["labels"]):
         wrong.append("labels")
-    segmentation = config.get("segmentation")
-    if not isinstance(segmentation, dict) and (version == SEGMENTATION_VERSION or segmentation is not None):
-        wrong.append("segmentation")
+    types = [config[key] for key in entry_keys() if key in config]
+    if (version > 1 and not types) or not all(isinstance(entry, dict) for entry in types):
+        wrong.append("task_type")
     return wrong
 
 

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prompttune.checkpoints.card import model_card
-from prompttune.checkpoints.format import CARD_FILE, CONFIG_FILE, FORMAT_VERSION, MODEL_FILE, SEGMENTATION_VERSION
+from prompttune.checkpoints.format import CARD_FILE, CONFIG_FILE, MODEL_FILE
 from prompttune.files import replacing, sha256_file, write_json, write_text
+from prompttune.task_types import read_task_type
 from prompttune.version import __version__
 
 
@@ -35,7 +36,7 @@ def save_checkpoint(
         save_file(stored, temporary, metadata={"format": "pt"})
         digest = sha256_file(temporary)
     whole = {
-        "format_version": SEGMENTATION_VERSION if "segmentation" in config else FORMAT_VERSION,
+        "format_version": read_task_type(config).format_version,
         "prompttune_version": __version__,
         **config,
         "model_sha256": digest,

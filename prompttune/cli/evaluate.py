@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -17,16 +16,16 @@ from rich.table import Table
 from prompttune.checkpoints import read_config
 from prompttune.cli.options import over_file
 from prompttune.cli.sections import SectionedCommand
-from prompttune.errors import UsageError
-from prompttune.evaluation.result import percent
 from prompttune.evaluation.scored import DEFAULT_SPLIT, SPLITS
-from prompttune.evaluation.segmentation import SegmentationEvaluation
 from prompttune.files import write_json
 from prompttune.settings import settings_of
+from prompttune.task_types import Result, read_task_type
 from prompttune.training.config import DATA, TrainConfig
 from prompttune.training.own_data import data_settings
-from prompttune.training.scoring import EvaluationResult
 from prompttune.training.scoring import evaluate as evaluate_model
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 EXAMPLES = """
 prompttune evaluate runs/digits
@@ -34,7 +33,6 @@ prompttune evaluate runs/shapes-seg --json
 prompttune evaluate runs/photos --data other-photos/ --json
 prompttune evaluate runs/photos --data photos/ --split test
 """
-SHOWN_CLASSES = 40
 OTHERS = ("seed", "batch_size", "device")
 """Training settings that an evaluation uses besides those of the data."""
 
@@ -76,17 +74,12 @@ def evaluate(
     """
     typed = {name: value for name, value in settings.items() if value is not None}
     data = data_settings(checkpoint, typed.get("data"), typed)["data"]
-    segments = read_config(checkpoint).get("segmentation") is not None
-    if segments and report is not None:
-        raise UsageError("--report is for classifications: use --output for a segmentation's figures")
-    if not segments:
-        typed.pop("reduce_zero_label", None)  # classes of images do not have a label 0 to leave out
-    scorer: Callable[..., EvaluationResult | SegmentationEvaluation] = evaluate_model
-    if segments:
-        from prompttune.training.segmenting import evaluate_segmentation as scorer
+    kind = read_task_type(read_config(checkpoint))
+    if report is not None:
+        kind.refuse("report")
     with Progress(console=Console(stderr=True, quiet=quiet), transient=True) as bar:
         task = bar.add_task("images", total=None)
-        result = scorer(
+        result = evaluate_model(
             checkpoint,
             split=split,
             weights=weights,
@@ -97,33 +90,27 @@ def evaluate(
     head = {"checkpoint": str(checkpoint), "data": data, "split": result.chosen.split, "notes": result.notes}
     document = {**head, **result.to_dict()}
     if output is not None:
-        _write(output, document, result)
-    if isinstance(result, EvaluationResult) and report is not None:
+        _write(output, document, kind.figure(result))
+    if report is not None:
         _report(report, document, result)
     if as_json:
         click.echo(json.dumps(document, indent=2, ensure_ascii=False))
-    elif isinstance(result, EvaluationResult):
-        _show(result)
     else:
-        _show_segmentation(result, document["class_pixels"])
+        _show(result)
     click.echo(f"scored {result.n} images: {result.chosen.what}", err=True)
     for line in (*result.notes, *(f"unreadable image: {line}" for line in result.corrupt)):
         click.echo(line, err=True)
 
 
-def _write(folder: Path, document: dict[str, Any], result: EvaluationResult | SegmentationEvaluation) -> None:
-    from prompttune.evaluation.plots import confusion_figure, draw_confusion, save_png
+def _write(folder: Path, document: dict[str, Any], figure: Figure) -> None:
+    from prompttune.evaluation.plots import save_png
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "evaluation.json", document)
-    if isinstance(result, EvaluationResult):
-        figure = confusion_figure(result)
-    else:
-        figure = draw_confusion(result.confusion, result.labels, unit="pixels")
     save_png(figure, folder / "confusion_matrix.png")
 
 
-def _report(folder: Path, document: dict[str, Any], result: EvaluationResult) -> None:
+def _report(folder: Path, document: dict[str, Any], result: Any) -> None:
     from prompttune.evaluation.report import write_report
 
     checkpoint = Path(document["checkpoint"])
@@ -131,36 +118,10 @@ def _report(folder: Path, document: dict[str, Any], result: EvaluationResult) ->
     write_report({checkpoint.resolve().name: result}, folder, title=f"Evaluation of {checkpoint}", about=about)
 
 
-def _show(result: EvaluationResult) -> None:
+def _show(result: Result) -> None:
     console = Console()
-    figures = Table("top-1", "top-5", "balanced", "loss", "ECE", "images", "unreadable")
-    figures.add_row(
-        *(percent(value) for value in (result.top1, result.top5, result.balanced_accuracy)),
-        f"{result.loss:.4f}",
-        percent(result.ece),
-        str(result.n),
-        str(len(result.corrupt)),
-    )
-    console.print(figures)
-    known = [(label, one) for label, one in result.report.items() if one.recall is not None]
-    worst = len(known) > SHOWN_CLASSES
-    if worst:
-        known = sorted(known, key=lambda pair: pair[1].recall or 0.0)[:SHOWN_CLASSES]
-    table = Table(
-        "class", "accuracy", "precision", "F1", "images", title=f"the {SHOWN_CLASSES} worst classes" if worst else None
-    )
-    for label, one in known:
-        table.add_row(escape(label), percent(one.recall), percent(one.precision), percent(one.f1), str(one.support))
-    console.print(table)
-
-
-def _show_segmentation(result: SegmentationEvaluation, class_pixels: dict[str, int]) -> None:
-    console = Console()
-    figures = Table("mIoU", "pixel accuracy", "loss", "images", "unreadable")
-    shares = (percent(result.miou), percent(result.pixel_accuracy), f"{result.loss or 0.0:.4f}")
-    figures.add_row(*shares, str(result.n), str(len(result.corrupt)))
-    console.print(figures)
-    table = Table("class", "IoU", "pixels")
-    for label, iou in result.iou.items():
-        table.add_row(escape(label), percent(iou), str(class_pixels[label]))
-    console.print(table)
+    for one in result.tables():
+        table = Table(*one.titles, title=one.caption)
+        for row in one.rows:
+            table.add_row(*map(escape, row))
+        console.print(table)

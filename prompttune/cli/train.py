@@ -28,7 +28,7 @@ EXAMPLES = r"""
 prompttune train --backbone vit_small_patch14_dinov2 --image-size 56 \
     --method sa2vp --rank 16 --data demo/digits --epochs 10 --output runs/digits
 prompttune train --data photos/ --class-weights balanced --patience 5 --output runs/photos
-prompttune train --data demo/shapes-seg --task segmentation --head linear --method lspt --image-size 112 \
+prompttune train --data demo/shapes-seg --task-type segmentation --head linear --method lspt --image-size 112 \
     --epochs 10 --output runs/shapes-seg
 prompttune train --config runs/photos/train_config.yaml --resume
 prompttune train --config runs/photos/train_config.yaml --resume --epochs 200
@@ -145,7 +145,7 @@ def _table(outcomes: list[TaskOutcome]) -> Table:
     for outcome in outcomes:
         task, result = outcome.task, outcome.result
         figures = ("failed", "", "") if result is None else (
-            f"{result.score_title} {result.best_accuracy:.2%}",
+            f"{result.score_title} {result.best_score:.2%}",
             f"{result.best_epoch} of {result.epochs}",
             str(result.path),
         )  # fmt: skip

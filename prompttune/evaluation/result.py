@@ -10,9 +10,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prompttune.evaluation.scored import class_notes
+from prompttune.evaluation.scored import Chosen, class_notes
 
 Counts = NDArray[np.int64]
+SHOWN_CLASSES = 40
+"""Largest number of classes in a table for a terminal."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of figures for people, as text."""
+
+    titles: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,11 +105,16 @@ class Evaluation:
     unseen: int = 0
     """Number of classes that only the data have. Their images count as wrong, except in the loss, which is the mean
     over the others."""
+    corrupt: tuple[str, ...] | None = None
+    """One line for each image that could not be read; None if this is not known."""
+    chosen: Chosen | None = None
+    """Which images were scored; None during a training."""
 
     @property
     def notes(self) -> list[str]:
-        """Remarks about classes that only the model or only the data have, one line each."""
-        return class_notes(self.labels, self.unseen, self.support.tolist())
+        """Remarks about the images and their classes, one line each."""
+        own = class_notes(self.labels, self.unseen, self.support.tolist())
+        return [*(() if self.chosen is None else self.chosen.notes), *own]
 
     @property
     def support(self) -> Counts:
@@ -171,7 +187,27 @@ class Evaluation:
             "report": {label: asdict(figures) for label, figures in self.report.items()},
             "confusion": self.confusions(),
             "calibration": self.calibration.bins(),
+            **({} if self.corrupt is None else {"corrupt": list(self.corrupt)}),
         }
+
+    def tables(self) -> list[Table]:
+        """The figures for a terminal; of many classes, the worst."""
+        shares = (self.top1, self.top5, self.balanced_accuracy)
+        loss = "-" if self.loss is None else f"{self.loss:.4f}"
+        whole = [*map(percent, shares), loss, percent(self.ece), str(self.n), str(len(self.corrupt or ()))]
+        known = [(label, one) for label, one in self.report.items() if one.recall is not None]
+        worst = len(known) > SHOWN_CLASSES
+        if worst:
+            known = sorted(known, key=lambda pair: pair[1].recall or 0.0)[:SHOWN_CLASSES]
+        rows = [
+            [label, percent(one.recall), percent(one.precision), percent(one.f1), str(one.support)]
+            for label, one in known
+        ]
+        titles = ("class", "accuracy", "precision", "F1", "images")
+        return [
+            Table(("top-1", "top-5", "balanced", "loss", "ECE", "images", "unreadable"), [whole]),
+            Table(titles, rows, f"the {SHOWN_CLASSES} worst classes" if worst else None),
+        ]
 
 
 def unseen_counts(labels: Sequence[str], unseen: int, support: Counts) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -145,16 +145,12 @@ class Tally:
         """The sums as int64 and float64 arrays by name; names and shapes depend only on the number of classes."""
         return dict(self._sums)
 
-    def merge(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Add the :meth:`arrays` of another tally with the same number of classes."""
-        for name, total in self._sums.items():
-            total += arrays[name]
-
-    def result(self, labels: Sequence[str]) -> Evaluation:
+    def result(self, labels: Sequence[str], corrupt: Sequence[str] | None = None) -> Evaluation:
         """The figures of all counted images.
 
         Args:
             labels: names of the C + U classes; unseen classes at the end may be left out if they have no images.
+            corrupt: one line for each image that could not be read; None if this is not known.
 
         Raises:
             DataError: every image is missing or unreadable.
@@ -177,4 +173,5 @@ class Tally:
             not_finite=sums["not_finite"][:size],
             calibration=Calibration(sums["bin_counts"], sums["bin_correct"], sums["bin_confidence"]),
             unseen=size - self.classes,
+            corrupt=None if corrupt is None else tuple(corrupt),
         )

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from prompttune.axes import CLASSES as CLASSES
 from prompttune.axes import CLUSTERS as CLUSTERS
 from prompttune.axes import RANK as RANK
+from prompttune.axes import Layout as Layout
+from prompttune.axes import State as State
 from prompttune.backbones.base import Backbone
 from prompttune.errors import BackboneError, UsageError
 from prompttune.settings import setting as setting
@@ -24,12 +26,8 @@ from prompttune.settings import settle
 
 Kind = TypeVar("Kind", bound=Backbone, covariant=True)
 Over = TypeVar("Over", bound="Method")
-State = dict[str, Tensor]
 Levels = tuple[int, ...]
 """Blocks, in ascending order, whose patch tokens are read after them."""
-Layout = dict[str, tuple[int | str, ...]]
-"""Shape of each state tensor without its leading dimension; a string names an axis that differs between the tasks of
-one engine and is padded to the largest."""
 
 
 class Features(NamedTuple):

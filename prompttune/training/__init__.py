@@ -3,6 +3,6 @@
 from prompttune.training.config import TrainConfig
 from prompttune.training.loop import TrainResult, train
 from prompttune.training.progress import Progress
-from prompttune.training.scoring import EvaluationResult, evaluate
+from prompttune.training.scoring import evaluate
 
-__all__ = ["EvaluationResult", "Progress", "TrainConfig", "TrainResult", "evaluate", "train"]
+__all__ = ["Progress", "TrainConfig", "TrainResult", "evaluate", "train"]

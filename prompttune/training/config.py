@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prompttune.data import Augment
-from prompttune.data.base import DataObject
 from prompttune.data.objects import Data, settled
 from prompttune.errors import UsageError, choose
 from prompttune.images.preprocess import CROP_MODES, INTERPOLATIONS, NORMALISATIONS, Preprocess
 from prompttune.methods import METHODS, MethodConfig, config_from_dict
 from prompttune.methods.registry import method_fields
-from prompttune.segmentation.config import HEADS, TASKS, SegmentationConfig
 from prompttune.settings import Setting, coerce_all, setting, settings_of, settle
+from prompttune.task_types import TASK_TYPES, SegmentationConfig, TaskType
 
 if TYPE_CHECKING:
     from prompttune.backbones import Backbone
@@ -32,6 +31,8 @@ PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 AUGMENTATIONS = ("none", "light", "strong")
 DATA, TRANSFORM, DEVICES = "Data", "Evaluation transform", "Devices"
 """Sections of the help."""
+FORMER = {"task": "task_type"}
+"""Names that settings had in files of earlier releases."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +50,8 @@ class TrainConfig:
     method_settings: Mapping[str, Any] | MethodConfig = field(default_factory=dict)
     """Settings of the method, with defaults for the others; a method's config also selects its method."""
 
-    task: str = setting("classification", "classification, or segmentation: a class for each place of an image",
-                        choices=TASKS)  # fmt: skip
-    head: str = setting("linear", "head: linear; for segmentation also pyramid, which reads four depths", choices=HEADS)
+    task_type: str = setting("classification", "type of the task", choices=TASK_TYPES)
+    head: str = setting("linear", "head: linear; for segmentation also pyramid, which reads four depths")
     head_channels: int = setting(SegmentationConfig.channels, "number of channels of the pyramid head", low=1)
 
     data: Data = setting(
@@ -140,7 +140,10 @@ class TrainConfig:
             self, "augment_settings", coerce_all(self.augment_settings, augment_fields(), "augmentation setting")
         )
         self.augment_config()
-        self._check_task()
+        kind = self.chosen_type()
+        if self.class_weights != "none" and not kind.label_weights:
+            raise UsageError(f"{kind.name}: class_weights need a class per image; leave them out")
+        kind.check_data(self.data)
         self._check_device()
 
     def _settle_method(self) -> None:
@@ -154,20 +157,9 @@ class TrainConfig:
         object.__setattr__(self, "method_settings", coerce_all(given, known, f"setting of {self.method}"))
         self.method_config()
 
-    def _check_task(self) -> None:
-        if self.task == "classification":
-            if self.head != "linear":
-                raise UsageError(f"head {self.head} is for segmentation: give task segmentation, or head linear")
-            return
-        if self.class_weights != "none":
-            raise UsageError("segmentation: class_weights need a class per image, which masks lack; leave them out")
-        if isinstance(self.data, DataObject):
-            raise UsageError("segmentation: data must be a folder or a built-in, not an object")
-        SegmentationConfig(self.head, self.head_channels)
-
-    def segmentation_config(self) -> SegmentationConfig | None:
-        """The segmentation's head; None for a classification."""
-        return None if self.task == "classification" else SegmentationConfig(self.head, self.head_channels)
+    def chosen_type(self) -> TaskType:
+        """The type of the task, with its head."""
+        return TASK_TYPES[self.task_type].chosen(self.head, self.head_channels)
 
     def _check_device(self) -> None:
         kind, _, index = self.device.partition(":")
@@ -210,11 +202,6 @@ class TrainConfig:
         own |= self._augment_overrides()
         return {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
 
-    def _defaults(self) -> dict[str, Any]:
-        known = settings_of(TrainConfig) | settings_of(METHODS[self.method])
-        defaults = {name: one.default for name, one in known.items() if not one.required}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
-
     def _augment_overrides(self) -> dict[str, Any]:
         preset = Augment.preset(self.augment)
         return {name: value for name, value in self.augment_settings.items() if value != getattr(preset, name)}
@@ -227,6 +214,7 @@ class TrainConfig:
             UsageError: ``data`` or ``output`` is missing, a name is unknown or belongs to another method, or a
                 value is refused.
         """
+        values = {FORMER.get(name, name): value for name, value in values.items()}
         own, augment = settings_of(cls), augment_fields()
         method = choose("method", values.get("method", cls.method), METHODS)
         for name in (name for name, known in own.items() if known.required and name not in values):
@@ -239,20 +227,18 @@ class TrainConfig:
             split[where][name] = value
         return cls(**split["own"], augment_settings=split["augment"], method_settings=split["method"])
 
-    def differences(self, other: Mapping[str, Any]) -> list[str]:
+    def differences(self, saved: Mapping[str, Any]) -> list[str]:
         """The differences that keep a run of another :meth:`to_flat` from resuming with these settings, as text.
 
-        Settings without an effect on results are ignored, and so are more epochs and more patience. A setting that the
-        other run's version did not have counts as its default.
+        A setting that the other run's version did not have counts as its default.
         """
-        mine = self.to_flat()
-        other = {**self._defaults(), **other}
+        mine, theirs = self.to_flat(), TrainConfig.from_flat(saved).to_flat()
         known = settings_of(TrainConfig)
         return [
-            f"{name} is {mine.get(name)!r}, was {other.get(name)!r}"
-            for name in {**other, **mine}
-            if not (name in known and _may_become(known[name], other.get(name), mine.get(name)))
-            and mine.get(name) != other.get(name)
+            f"{name} is {mine.get(name)!r}, was {theirs.get(name)!r}"
+            for name in {**theirs, **mine}
+            if mine.get(name) != theirs.get(name)
+            and not (name in known and _may_become(known[name], theirs.get(name), mine.get(name)))
         ]
 
 

@@ -13,7 +13,7 @@ from prompttune.errors import CheckpointError, UsageError, shortened
 from prompttune.methods import config_from_dict
 from prompttune.methods.base import CLASSES
 from prompttune.model import PromptModel
-from prompttune.segmentation.config import SegmentationConfig
+from prompttune.task_types import read_task_type
 
 
 def read_start(model: PromptModel) -> torch.Tensor | None:
@@ -71,7 +71,7 @@ def _facts(stored: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Facts that two checkpoints must share, from the config of one, named as in error messages."""
     backbone = stored["backbone"]
     try:
-        head = SegmentationConfig.of_checkpoint(stored)
+        kind = read_task_type(stored)
         method = config_from_dict(stored["method"], stored["settings"])
     except (UsageError, TypeError) as problem:
         raise CheckpointError(f"{folder} does not fit this prompttune: {problem}") from None
@@ -80,8 +80,8 @@ def _facts(stored: dict[str, Any], folder: Path) -> dict[str, Any]:
         "backbone": backbone["name"],
         "image size": backbone["image_size"],
         "fingerprint": backbone["fingerprint"][:12],
-        "task": "classification" if head is None else "segmentation",
-        **({} if head is None else head.graph_settings()),
+        "task type": kind.name,
+        **kind.graph_settings(),
         **method.graph_settings(),
     }
 

@@ -9,26 +9,18 @@ import torch
 from torch import Tensor
 
 from prompttune.errors import UsageError
-from prompttune.evaluation.segmentation import SegmentationEvaluation
+from prompttune.evaluation.plots import save_png
 from prompttune.training import state as states
-from prompttune.training.measures import measures_for
 from prompttune.training.optim import optimizer_tensors, restore_optimizer
 from prompttune.training.report import TensorBoard, metrics_document
-from prompttune.training.scoring import EvaluationResult
 from prompttune.training.state import Progression, RunFolder, Saved
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
     from prompttune.model import PromptModel
+    from prompttune.task_types import Result
     from prompttune.training.config import TrainConfig
-
-Result = EvaluationResult | SegmentationEvaluation
-
-
-def result_unit(result: Result) -> str:
-    """Name of what the confusion matrix of a result counts."""
-    return "pixels" if isinstance(result, SegmentationEvaluation) else "images"
 
 
 class Keeper:
@@ -46,7 +38,7 @@ class Keeper:
         self.optimizer, self.identity = optimizer, identity
         self.folder = RunFolder.of(config.output)
         self.settings = config.to_flat()
-        self.measures = measures_for(model.task)
+        self.measures = model.task_type.measures
         self.parameters, self.trained = model.task_parameters(), list(model.trained_parameters())
         self.progression = Progression()
         self.best: dict[str, Tensor] = {}
@@ -78,7 +70,7 @@ class Keeper:
             self._save_last(self.snapshot())  # save first, so that the run can always be resumed
         self.folder.write_settings(self.settings)
         if self.config.tensorboard:
-            self._tensorboard = TensorBoard(self.folder.tensorboard, self.progression.epoch)
+            self._tensorboard = TensorBoard(self.folder.tensorboard, self.progression.epoch, self.measures)
 
     def end_epoch(self, record: dict[str, Any], result: Result | None) -> bool:
         """Record a finished epoch and write everything; return whether it is the best so far."""
@@ -130,12 +122,12 @@ class Keeper:
 
         The mark comes last, so a run that is killed in between repeats this part.
         """
-        from prompttune.training.plots import plot_confusion, plot_curves
+        from prompttune.training.plots import plot_curves
 
         self.progression.status = status
         if self.fabric.is_global_zero:
-            plot_curves(self.folder.curves, self.progression.history)
-            plot_confusion(self.folder.confusion, result.confusion, result.labels, result_unit(result))
+            plot_curves(self.folder.curves, self.progression.history, self.measures)
+            save_png(self.model.task_type.figure(result), self.folder.confusion)
             self._write_metrics(result.to_dict())
             self._save_last(last)
         self.close()
@@ -156,7 +148,7 @@ class Keeper:
 
     def _write_metrics(self, final: dict[str, Any] | None = None) -> None:
         run = self.identity | {"parameters_left": self._parameters_left()}
-        document = metrics_document(self.progression, self.settings, run, self.fabric.device, final)
+        document = metrics_document(self.progression, self.settings, run, self.measures, self.fabric.device, final)
         self.folder.write_metrics(document)
 
     def _parameters_left(self) -> int:

@@ -12,7 +12,6 @@ from prompttune.files import locked, read_json
 from prompttune.training import state as states
 from prompttune.training.config import TrainConfig
 from prompttune.training.launch import launch, on_rank_zero
-from prompttune.training.measures import measures_for
 from prompttune.training.progress import Display, OnProgress, Progress
 from prompttune.training.run import Run
 from prompttune.training.state import Progression, RunFolder
@@ -27,8 +26,8 @@ class TrainResult:
 
     path: Path
     """The run folder; ``PromptModel.load`` reads its best checkpoint."""
-    best_accuracy: float
-    """Top-1 of the best checkpoint on the validation images, between 0 and 1."""
+    best_score: float
+    """Score of the best checkpoint on the validation images, such as top-1, between 0 and 1."""
     best_epoch: int
     epochs: int
     """Number of finished epochs."""
@@ -36,20 +35,17 @@ class TrainResult:
     """``finished`` or ``stopped early``."""
     metrics: dict[str, Any]
     """The content of ``metrics.json``."""
+    score_title: str = "top-1"
+    """Name of the score."""
     was_over: bool = False
     """Whether the run had already ended, so that there was nothing to resume."""
-
-    @property
-    def score_title(self) -> str:
-        """Name of the score, such as top-1."""
-        return measures_for(self.metrics["settings"].get("task")).score_title
 
     @property
     def summary(self) -> str:
         """One line for people."""
         what = f"already {self.status}, nothing to resume" if self.was_over else self.status
         return (
-            f"{what} after {self.epochs} epochs: {self.score_title} {self.best_accuracy:.2%} on the validation images "
+            f"{what} after {self.epochs} epochs: {self.score_title} {self.best_score:.2%} on the validation images "
             f"(epoch {self.best_epoch}); checkpoint: {self.path}"
         )
 
@@ -108,11 +104,11 @@ def train(
                         f"{folder.path} stopped early after epoch {saved.progression.epoch}: its patience of "
                         f"{config.patience} is spent; with more epochs, give a higher --patience or --patience none too"
                     )
-                return _result(folder, saved.progression, was_over=True)
+                return _result(config, folder, saved.progression, was_over=True)
         backbone = backbone or _load_backbone(config)
         _check_backbone(config, backbone)
         run = Run(config, backbone, fabric, on_progress, saved)
-        return _result(folder, run.go(saved))
+        return _result(config, folder, run.go(saved))
 
 
 def _both(first: OnProgress, second: OnProgress | None) -> OnProgress:
@@ -124,15 +120,16 @@ def _both(first: OnProgress, second: OnProgress | None) -> OnProgress:
     return tell
 
 
-def _result(folder: RunFolder, progression: Progression, was_over: bool = False) -> TrainResult:
+def _result(config: TrainConfig, folder: RunFolder, progression: Progression, was_over: bool = False) -> TrainResult:
     metrics = read_json(folder.metrics, CheckpointError, "metrics file")
     return TrainResult(
         path=folder.path,
-        best_accuracy=progression.best_top1,
+        best_score=progression.best_score,
         best_epoch=progression.best_epoch,
         epochs=progression.epoch,
         status=progression.status,
         metrics=metrics,
+        score_title=config.chosen_type().measures.score_title,
         was_over=was_over,
     )
 

@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prompttune.errors import UsageError
 from prompttune.model import Output
-from prompttune.training.segmenting import pixel_loss
 
 if TYPE_CHECKING:
     from prompttune.model import PromptModel
@@ -28,7 +26,7 @@ ONECYCLE_START = 1 / 25
 def loss(
     output: Output, targets: Tensor, *, class_weights: Tensor | None = None, label_smoothing: float = 0.0
 ) -> Tensor:
-    """The training loss: ``λ CE(base) + (1 - λ) CE(prompt pathway)``, with the method's λ.
+    """The training loss: ``λ L(base) + (1 - λ) L(prompt pathway)``, with the method's λ and the task type's loss L.
 
     The second term exists if the model computed the prompt pathway, as it does in training mode.
 
@@ -45,22 +43,13 @@ def loss(
         UsageError: the targets have another type or shape.
     """
     _check_kinds(output, targets)
-    maps = output.logits.dim() == 4
-    shape = tuple(targets.shape)
-    if targets.is_floating_point() or len(shape) != (3 if maps else 1) or shape[0] != len(output.logits):
-        wanted = f"[{len(output.logits)}, height, width]" if maps else f"[{len(output.logits)}]"
-        raise UsageError(f"the loss takes class indices int64 {wanted}, not {targets.dtype} {list(shape)}")
-
-    def criterion(logits: Tensor) -> Tensor:
-        if maps:
-            return pixel_loss(logits, targets, label_smoothing)
-        return F.cross_entropy(logits.float(), targets, weight=class_weights, label_smoothing=label_smoothing)
-
-    base = criterion(output.logits)
+    kind = output.task_type
+    kind.check_targets(targets, len(output.logits))
+    base = kind.loss(output.logits, targets, class_weights, label_smoothing)
     if output.aux_logits is None:
         return base
-    weight = output.base_loss_weight
-    return weight * base + (1.0 - weight) * criterion(output.aux_logits)
+    aux, weight = kind.loss(output.aux_logits, targets, class_weights, label_smoothing), output.base_loss_weight
+    return weight * base + (1.0 - weight) * aux
 
 
 def _check_kinds(output: object, targets: object) -> None:

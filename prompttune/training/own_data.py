@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prompttune.data import DataSplits, Parts, Subset, load_data, load_parts
+from prompttune.data import Parts, Subset
 from prompttune.data.base import DataObject
 from prompttune.data.objects import settled
 from prompttune.data.splitting import at_most
 from prompttune.errors import CheckpointError, DataError, UsageError, choose
 from prompttune.evaluation.scored import SPLITS, Chosen, choose_split
 from prompttune.settings import Setting, coerce_all, settings_of
+from prompttune.task_types import TaskType
 from prompttune.training.config import TrainConfig, read_yaml
 from prompttune.training.held_out import HeldOut, OnImage
 from prompttune.training.state import HELD_OUT_FILE, RunFolder
@@ -64,7 +65,7 @@ def choose_images(
     split: str | None,
     settings: Mapping[str, Any],
     *,
-    masks: bool = False,
+    task_type: TaskType,
     limit: int | None = None,
     on_image: OnImage | None = None,
 ) -> Chosen:
@@ -75,7 +76,7 @@ def choose_images(
         data: a data set's specification or a source; None for those that the run held out.
         split: see :func:`~prompttune.evaluation.scored.choose_split`.
         settings: see :func:`data_settings`.
-        masks: the data have a class for each pixel.
+        task_type: type of the task, which reads the data.
         limit: use at most so many images of each split.
         on_image: called while held-out images are checked.
 
@@ -85,10 +86,10 @@ def choose_images(
     if data is not None and not isinstance(data, str | Path | DataObject):
         return Chosen([data], "all", "the images that were given")
     run = Path(checkpoint) if isinstance(checkpoint, str | Path) else None
-    parts = _load_parts(settings, masks)
+    parts = _load_parts(settings, task_type)
     if data is None:
         assert run is not None
-        chosen = _held_out(run, choose("split", split or "val", SPLITS), parts, settings, masks, on_image)
+        chosen = _held_out(run, choose("split", split or "val", SPLITS), parts, settings, task_type, on_image)
     else:
         chosen = choose_split(parts.named, parts.name, split)
         if run is not None and chosen.split in ("train", "all") and _was_trained_on(run, settings):
@@ -99,19 +100,19 @@ def choose_images(
 
 
 def _held_out(
-    run: Path, split: str, parts: Parts, settings: Mapping[str, Any], masks: bool, on_image: OnImage | None
+    run: Path, split: str, parts: Parts, settings: Mapping[str, Any], task_type: TaskType, on_image: OnImage | None
 ) -> Chosen:
     """Images of the run's own data as they are now, by its list of those that it held out."""
     if split == "test":
         return choose_split(parts.named, parts.name, split)
     listed = HeldOut.read(run)
     if listed is None:
-        return _split_anew(split, settings, masks)
+        return _split_anew(split, settings, task_type)
     found = listed.find(parts.named, parts.name, on_image)
     held = [Subset(parts.named[name], indices) for name, indices in found.items()]
     if split == "val":
         return Chosen(held, split, f"the images that the run held out of {parts.name}")
-    train = _trained(listed, parts, found, settings, masks)
+    train = _trained(listed, parts, found, settings, task_type)
     notes: tuple[str, ...] = ()
     if len(train) != listed.train_images:
         notes = (f"{parts.name} has changed since the run: it was trained on {listed.train_images} images, and now "
@@ -123,11 +124,11 @@ def _held_out(
 
 
 def _trained(
-    listed: HeldOut, parts: Parts, found: Mapping[str, list[int]], settings: Mapping[str, Any], masks: bool
+    listed: HeldOut, parts: Parts, found: Mapping[str, list[int]], settings: Mapping[str, Any], task_type: TaskType
 ) -> Any:
     """The training images: those of the same split again, or all that are not held out where it comes out otherwise."""
     with contextlib.suppress(DataError):
-        splits = load_splits(settings, masks)
+        splits = task_type.read_splits(settings["data"], settings)
         if listed.lists(splits.val):
             return splits.train
     name = next((name for name in ("train", "all") if name in parts.named), None)
@@ -137,8 +138,8 @@ def _trained(
     return Subset(source, [index for index in range(len(source)) if index not in held])
 
 
-def _split_anew(split: str, settings: Mapping[str, Any], masks: bool) -> Chosen:
-    splits = load_splits(settings, masks)
+def _split_anew(split: str, settings: Mapping[str, Any], task_type: TaskType) -> Chosen:
+    splits = task_type.read_splits(settings["data"], settings)
     sources = {"val": [splits.val], "train": [splits.train], "all": [splits.train, splits.val]}[split]
     notes: tuple[str, ...] = ()
     if not splits.name.startswith(BUILT_IN):
@@ -147,29 +148,9 @@ def _split_anew(split: str, settings: Mapping[str, Any], masks: bool) -> Chosen:
     return Chosen(sources, split, f"the split {split} of {splits.name}", notes)
 
 
-def load_splits(settings: Mapping[str, Any], masks: bool) -> DataSplits:
-    """A data set to train with, by the settings of a run.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    shared: dict[str, Any] = {"seed": settings["seed"], "root": settings["data_root"], "limit": settings["limit"]}
-    return load_data(
-        settings["data"],
-        target="mask" if masks else "class",
-        val_fraction=settings["val_fraction"],
-        reduce_zero_label=settings["reduce_zero_label"],
-        **shared,
-    )
-
-
-def _load_parts(settings: Mapping[str, Any], masks: bool) -> Parts:
-    return load_parts(
-        settled(settings["data"]),
-        target="mask" if masks else "class",
-        root=settings["data_root"],
-        reduce_zero_label=settings["reduce_zero_label"],
-    )
+def _load_parts(settings: Mapping[str, Any], task_type: TaskType) -> Parts:
+    shared = {"root": settings["data_root"], "reduce_zero_label": settings["reduce_zero_label"]}
+    return task_type.read_parts(settled(settings["data"]), **shared)
 
 
 def _was_trained_on(run: Path, settings: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Pictures of a run: training curves and the confusion matrix, drawn with Matplotlib objects, without global state."""
+"""Pictures of a run: training curves, drawn with Matplotlib objects, without global state."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from prompttune.evaluation.plots import draw_confusion, save_png
-from prompttune.training.measures import measures_of
+from prompttune.evaluation.plots import save_png
+from prompttune.task_types import Measures
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.axes import Axes
-    from numpy.typing import NDArray
 
 TRAIN, VALIDATION = "#3b6ea5", "#c8553d"
 
 
-def plot_curves(path: Path, history: Sequence[dict[str, Any]]) -> None:
+def plot_curves(path: Path, history: Sequence[dict[str, Any]], measures: Measures) -> None:
     """Draw loss, accuracy and learning rate over the epochs into a PNG file."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -29,7 +27,6 @@ def plot_curves(path: Path, history: Sequence[dict[str, Any]]) -> None:
     _curve(loss, history, "train_loss", "training", TRAIN)
     _curve(loss, history, "val_loss", "validation", VALIDATION)
     loss.set(title="loss", ylim=(0, None))
-    measures = measures_of(history[-1] if history else {})
     names = ("training", "validation")
     if measures.score_title != measures.train_title:
         names = (f"training, {measures.train_title}", f"validation, {measures.score_title}")
@@ -57,8 +54,3 @@ def _curve(
     if points:
         epochs, values = zip(*points, strict=True)
         axes.plot(epochs, values, label=label, color=colour, marker="o" if len(points) <= 30 else None, markersize=3)
-
-
-def plot_confusion(path: Path, confusion: NDArray[np.int64], labels: Sequence[str], unit: str = "images") -> None:
-    """Draw a confusion matrix [C, C] into a PNG file, see :func:`prompttune.evaluation.plots.draw_confusion`."""
-    save_png(draw_confusion(confusion, labels, unit=unit), path)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
-from prompttune.training.measures import SEGMENTATION, measures_of
+from prompttune.task_types import ClassificationConfig, Measures
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,8 +35,8 @@ class Progress:
     """Mean training loss of this epoch so far."""
     accuracy: float = 0.0
     """Training accuracy of this epoch so far, between 0 and 1."""
-    measure: str = "top-1"
-    """Name of that accuracy."""
+    measures: Measures = ClassificationConfig.measures
+    """Names of the figures, that accuracy included."""
     images_per_second: float = 0.0
     seconds_left: float = 0.0
     """Estimated seconds left of the whole run."""
@@ -94,8 +94,7 @@ class Clock:
 
 def epoch_line(news: Progress) -> str:
     """One line for a finished epoch."""
-    record = news.record or {}
-    measures = measures_of(record)
+    record, measures = news.record or {}, news.measures
     parts = [
         f"epoch {news.epoch}/{news.epochs}",
         f"loss {record['train_loss']:.4f}",
@@ -104,8 +103,8 @@ def epoch_line(news: Progress) -> str:
     if record[f"val_{measures.score}"] is not None:
         parts += [f"val loss {record['val_loss']:.4f}"]
         parts += [f"val {measures.score_title} {record[f'val_{measures.score}']:.2%}"]
-        if measures is SEGMENTATION:
-            parts += [f"val {measures.train_title} {record[f'val_{measures.second}']:.2%}"]
+        if measures.second_title:
+            parts += [f"val {measures.second_title} {record[f'val_{measures.second}']:.2%}"]
     parts += [f"lr {record['lr']:.2e}", f"{record['images_per_second']:.0f} images/s"]
     if news.epoch < news.epochs:
         parts.append(f"{duration(news.seconds_left)} left")
@@ -165,7 +164,9 @@ class Display:
     def _bar(self, news: Progress) -> None:
         if self._task is None:
             self._task = self._bars.add_task("", figures="")
-        figures = f"loss {news.loss:.4f}  {news.measure} {news.accuracy:.1%}  " if news.phase == "train" else ""
+        figures = (
+            f"loss {news.loss:.4f}  {news.measures.train_title} {news.accuracy:.1%}  " if news.phase == "train" else ""
+        )
         figures += f"{news.images_per_second:.0f} images/s  {duration(news.seconds_left)} left"
         word = "epoch" if news.phase == "train" else "validation"
         listing = news.phase == "list"

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 import timm
 import torch
 
-from prompttune.training.measures import measures_for, measures_of
 from prompttune.version import __version__
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
+    from prompttune.task_types import Measures
     from prompttune.training.state import Progression
 
 
@@ -36,17 +34,17 @@ def metrics_document(
     progression: Progression,
     settings: dict[str, Any],
     identity: dict[str, Any],
+    measures: Measures,
     device: torch.device,
     final: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of ``metrics.json``; ``final`` is the evaluation of the best checkpoint, if it exists."""
     done = progression.best_epoch > 0
-    measures = measures_for(settings.get("task"))
     return {
         "status": progression.status,
         "best": {
             "epoch": progression.best_epoch,
-            measures.score: progression.best_top1,
+            measures.score: progression.best_score,
             "loss": progression.best_loss,
         }
         if done
@@ -62,21 +60,18 @@ def metrics_document(
 
 
 class TensorBoard:
-    """TensorBoard's event files of a run, or a stand-in that does nothing."""
+    """TensorBoard's event files of a run."""
 
-    def __init__(self, folder: Path | None, epochs_done: int) -> None:
-        self._writer: SummaryWriter | None = None
-        if folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
+    def __init__(self, folder: Path, epochs_done: int, measures: Measures) -> None:
+        from torch.utils.tensorboard import SummaryWriter
 
-            # marks the events of a killed run's unfinished epoch as void
-            self._writer = SummaryWriter(str(folder), purge_step=epochs_done + 1)
+        # marks the events of a killed run's unfinished epoch as void
+        self._writer = SummaryWriter(str(folder), purge_step=epochs_done + 1)
+        self._measures = measures
 
     def add(self, record: dict[str, Any]) -> None:
         """Write one epoch's record."""
-        if self._writer is None:
-            return
-        measures = measures_of(record)
+        measures = self._measures
         names = {
             "train_loss": "loss/train",
             "val_loss": "loss/validation",
@@ -92,5 +87,4 @@ class TensorBoard:
 
     def close(self) -> None:
         """Close the event file."""
-        if self._writer is not None:
-            self._writer.close()
+        self._writer.close()

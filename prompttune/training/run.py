@@ -16,14 +16,11 @@ from prompttune.data import Batch, CorruptImages, DataSplits, make_loader, on_de
 from prompttune.data.loading import loading
 from prompttune.data.rng import derive_seed
 from prompttune.errors import DataError, DivergedError, UsageError
-from prompttune.images.augment import Transform
-from prompttune.images.joint import JointTransform
 from prompttune.model import PromptModel
 from prompttune.training.held_out import HeldOut
 from prompttune.training.initial import read_start, take_parameters
-from prompttune.training.keep import Keeper, Result
+from prompttune.training.keep import Keeper
 from prompttune.training.launch import fetched, gather_lines, loader_workers, on_rank_zero, sum_over
-from prompttune.training.measures import measures_for
 from prompttune.training.optim import (
     Objective,
     balanced_weights,
@@ -31,16 +28,15 @@ from prompttune.training.optim import (
     make_optimizer,
     set_learning_rate,
 )
-from prompttune.training.own_data import load_splits
 from prompttune.training.progress import Clock, OnProgress, Phase, Progress
-from prompttune.training.scoring import Scores, score
-from prompttune.training.segmenting import PixelScores, right_pixels
+from prompttune.training.scoring import score
 from prompttune.training.state import HELD_OUT_FILE, Progression, Saved
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
     from prompttune.backbones import Backbone
+    from prompttune.task_types import Result
     from prompttune.training.config import TrainConfig
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,19 +55,18 @@ class Run:
         on_progress: OnProgress | None = None,
         saved: Saved | None = None,
     ) -> None:
-        self.config, self.fabric = config, fabric
+        self.config, self.fabric, self.task_type = config, fabric, config.chosen_type()
         self.on_progress = on_progress if fabric.is_global_zero else None
         with fabric.rank_zero_first():  # a download must happen only once
-            self.data = _load_splits(config)
-        self.segments = config.task == "segmentation"
-        self.measures = measures_for(config.task)
+            self.data = self._load_splits()
+        self.measures = self.task_type.measures
         torch.manual_seed(config.seed)
         self.model = PromptModel(
             backbone,
             config.method_config(),
             labels=self.data.classes,
             preprocess=config.preprocess(backbone),
-            segmentation=config.segmentation_config(),
+            task_type=self.task_type,
         ).to(fabric.device)
         self._make_loaders()
         self.start: str | None = None
@@ -89,6 +84,15 @@ class Run:
         self._unsettled: list[str] = []
         self._latest: Result | None = None
         self.clock = Clock()
+
+    def _load_splits(self) -> DataSplits:
+        config = self.config
+        data = self.task_type.read_splits(config.data, config.to_flat())
+        if not len(data.train) or not len(data.val):
+            raise DataError(
+                f"{config.data} gives {len(data.train)} training and {len(data.val)} validation images; both are needed"
+            )
+        return data
 
     def _identity(self) -> dict[str, Any]:
         """Identity of this run besides its settings; a resumed run must have the same."""
@@ -112,14 +116,9 @@ class Run:
             "world_size": self.fabric.world_size,
             "pin_memory": self.fabric.device.type == "cuda",
         }
-        varied: Transform | JointTransform
-        exact: Transform | JointTransform
-        if self.segments:
-            varied, exact = JointTransform(preprocess, config.augment_config()), JointTransform(preprocess)
-        else:
-            varied, exact = config.augment_config().transform(preprocess), preprocess.transform()
+        varied = self.task_type.transform(preprocess, config.augment_config())
         self.train_batches = make_loader(self.data.train, varied, shuffle=True, **shared)
-        self.val_batches = make_loader(self.data.val, exact, shuffle=False, **shared)
+        self.val_batches = make_loader(self.data.val, self.task_type.transform(preprocess), shuffle=False, **shared)
         self.steps = len(self.train_batches)
 
     def _begin_training(self) -> None:
@@ -140,21 +139,19 @@ class Run:
 
     def _plain_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All training images in evaluation transform, shuffled by the seed, with their targets."""
-        device = self.fabric.device
-        assert isinstance(self.data, DataSplits)  # methods that read them do not support segmentation
         # without loader processes, which would read ahead of a reader that stops early
         loader = make_loader(
             self.data.train,
-            self.model.preprocess.transform(),
+            self.task_type.transform(self.model.preprocess),
             batch_size=self.config.batch_size,
             shuffle=True,
             seed=derive_seed("begin", self.config.seed),
         )
-        yield from on_device(loader, device, CorruptImages(self.config.max_corrupt))
+        yield from on_device(loader, self.fabric.device, CorruptImages(self.config.max_corrupt))
 
     def _set_up(self, optimizer: torch.optim.Optimizer) -> None:
         weights = None
-        if self.config.class_weights == "balanced" and isinstance(self.data, DataSplits):
+        if self.config.class_weights == "balanced":
             weights = balanced_weights(self.data.train.labels(), len(self.data.classes))
         objective = Objective(self.model, weights, self.config.label_smoothing)
         module = torch.compile(objective) if self.config.compile else objective
@@ -265,7 +262,7 @@ class Run:
             # the other processes wait for this one's gradients, so it takes part with zeros
             size = self.model.preprocess.image_size
             images = torch.zeros(1, 3, size, size, device=device)
-            targets = targets.new_zeros((1, size, size) if self.segments else (1,))
+            targets = targets.new_zeros((1, *targets.shape[1:]))
         loss, logits = self.objective(images, targets)
         self.fabric.backward(loss if count else loss * 0.0)
         if self.config.grad_clip is not None:
@@ -274,8 +271,7 @@ class Run:
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        right = right_pixels(logits, targets) if self.segments else (logits.argmax(dim=1) == targets).sum()
-        correct = right * bool(count)
+        correct = self.task_type.hits(logits, targets) * bool(count)
         seen = torch.full((), count, dtype=torch.float64, device=device)
         return sum_over(self.fabric, torch.stack((loss.detach().double() * count, correct.double(), seen)))
 
@@ -292,9 +288,12 @@ class Run:
 
         self.clock.start()
         autocast: Callable[[], Any] = self.fabric.autocast
-        scores = (PixelScores if self.segments else Scores)(len(self.model.labels))
+        scores = self.task_type.scores(len(self.model.labels))
         score(self.model, self.val_batches, scores, device=self.fabric.device, autocast=autocast, on_batch=count)
-        return scores.result(self.model.labels, reduce=lambda tensor: sum_over(self.fabric, tensor).cpu())
+        if self.fabric.world_size > 1:
+            scores.reduce(lambda tensor: sum_over(self.fabric, tensor))
+        result: Result = scores.result(self.model.labels)
+        return result
 
     def _finish(self) -> None:
         status = "finished" if self.progression.epoch >= self.config.epochs else "stopped early"
@@ -340,7 +339,8 @@ class Run:
     def _introduce(self, saved: Saved | None) -> None:
         identity, backbone = self.keeper.identity, self.model.backbone
         self._note(
-            f"{self._named()} over {backbone.name} at {backbone.image_size} px ({backbone.weights_source}), "
+            f"{self.config.method}{self._head()} over {backbone.name} at {backbone.image_size} px "
+            f"({backbone.weights_source}), "
             f"{identity['task_parameters']:,} parameters; {self.config.data}: {identity['train_images']} training and "
             f"{identity['val_images']} validation images of {len(self.data.classes)} classes; on {self.fabric.device}"
         )
@@ -353,8 +353,8 @@ class Run:
             )
             self._note(f"resuming after epoch {self.progression.epoch} of {self.config.epochs}{longer}")
 
-    def _named(self) -> str:
-        return f"{self.config.method} with a {self.config.head} head" if self.segments else self.config.method
+    def _head(self) -> str:
+        return f" with a {self.config.head} head" if len(self.task_type.heads) > 1 else ""
 
     def _note(self, text: str) -> None:
         if self.on_progress is not None:
@@ -376,7 +376,7 @@ class Run:
         self.on_progress(
             Progress(
                 phase,
-                measure=self.measures.train_title,
+                measures=self.measures,
                 epoch=epoch + 1,
                 epochs=self.config.epochs,
                 step=step,
@@ -386,12 +386,3 @@ class Run:
                 **news,
             )
         )
-
-
-def _load_splits(config: TrainConfig) -> DataSplits:
-    data = load_splits({**config.to_flat(), "data": config.data}, config.task == "segmentation")
-    if not len(data.train) or not len(data.val):
-        raise DataError(
-            f"{config.data} gives {len(data.train)} training and {len(data.val)} validation images; both are needed"
-        )
-    return data

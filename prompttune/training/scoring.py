@@ -5,88 +5,31 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from prompttune.checkpoints.format import read_config
 from prompttune.data import Batch, CorruptImages, EpochLoader, make_loader
 from prompttune.data.loading import loading
 from prompttune.data.objects import Data, is_source, settled
 from prompttune.errors import UsageError
-from prompttune.evaluation.result import Evaluation
-from prompttune.evaluation.scored import Chosen, match_classes
-from prompttune.evaluation.tally import Tally
+from prompttune.evaluation.scored import match_classes
 from prompttune.model import PromptModel
+from prompttune.task_types import Scores, read_task_type
 from prompttune.training.own_data import choose_images, data_settings
 
 if TYPE_CHECKING:
     from prompttune.backbones import Backbone
 
 
-@dataclass(frozen=True, eq=False)
-class EvaluationResult(Evaluation):
-    """An evaluation of a model; every logit is known, and so is every figure."""
-
-    top5: float
-    loss: float
-    """Mean cross entropy, in nats; NaN if a logit was not finite."""
-    corrupt: tuple[str, ...] = ()
-    """One line for each image that could not be read."""
-    chosen: Chosen | None = None
-    """Which images were scored; None during a training."""
-
-    @property
-    def notes(self) -> list[str]:
-        """Remarks about the images and their classes, one line each."""
-        return [*(() if self.chosen is None else self.chosen.notes), *super().notes]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return {**super().to_dict(), "corrupt": list(self.corrupt)}
-
-
-class Scores:
-    """Sums over batches of tensors; the sums of several processes can be added."""
-
-    def __init__(self, classes: int, unseen: int = 0) -> None:
-        self.tally = Tally(classes, unseen)
-
-    def add(self, logits: Tensor, targets: Tensor) -> None:
-        """Count a batch: logits [B, C], class indices [B]."""
-        self.tally.add_logits(logits.float().cpu().numpy(), targets.cpu().numpy())
-
-    def result(
-        self, labels: Sequence[str], corrupt: Sequence[str] = (), reduce: Callable[[Tensor], Tensor] | None = None
-    ) -> EvaluationResult:
-        """The figures; ``reduce`` sums a tensor over the processes.
-
-        Raises:
-            DataError: there were no images.
-        """
-        whole = self.tally
-        if reduce is not None:
-            whole = Tally(self.tally.classes, self.tally.rows - self.tally.classes)
-            whole.merge({name: reduce(torch.from_numpy(part)).numpy() for name, part in self.tally.arrays().items()})
-        result = whole.result(labels)
-        values = {one.name: getattr(result, one.name) for one in dataclasses.fields(result)}
-        return EvaluationResult(**values, corrupt=tuple(corrupt))
-
-
-class Sums(Protocol):
-    """A counter of the answers to batches."""
-
-    def add(self, logits: Tensor, targets: Tensor) -> None:
-        """Count a batch."""
-
-
 @torch.no_grad()
 def score(
     model: PromptModel,
     batches: Iterable[Batch],
-    scores: Sums,
+    scores: Scores,
     *,
     device: torch.device,
     columns: Tensor | None = None,
@@ -97,7 +40,7 @@ def score(
 
     Args:
         model: the model, which is left in evaluation mode.
-        batches: images [B, 3, S, S] and class indices [B] of the data, or masks of them.
+        batches: images [B, 3, S, S] and their targets.
         scores: counter of the answers.
         device: device of the model.
         columns: index to count each class of the data as, [classes of the data]; None if they are the model's.
@@ -120,7 +63,7 @@ def score_all(
     model: PromptModel,
     loaders: Sequence[EpochLoader],
     images: int,
-    scores: Sums,
+    scores: Scores,
     *,
     device: torch.device,
     max_corrupt: int,
@@ -186,11 +129,15 @@ def evaluate(
     workers: int = 0,
     device: str = "auto",
     max_corrupt: int | None = None,
+    reduce_zero_label: bool | None = None,
     backbone: Backbone | None = None,
     weights: str | None = None,
     on_batch: Callable[[int, int], None] | None = None,
-) -> EvaluationResult:
+) -> Any:
     """Score a prompt model on a data set, with the transform of its checkpoint, in float32.
+
+    A segmentation is scored at the size of the model's input: the mask is resized to the nearest pixel, the logits are
+    interpolated. Published figures of ADE20K are mostly computed at each image's own size instead.
 
     Args:
         checkpoint: a model, or the folder of a checkpoint.
@@ -206,12 +153,14 @@ def evaluate(
         workers: number of loader processes.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:INDEX``.
         max_corrupt: number of unreadable images to tolerate.
+        reduce_zero_label: whether 0 in an annotation means no class; None as for ``data_root``.
         backbone: a loaded backbone to use; None loads the checkpoint's.
         weights: source of the backbone's weights, if it differs from that of the training.
         on_batch: called with the number of finished images and of all images, also while held-out images are checked.
 
     Returns:
-        The figures. Classes are matched by name: images of a class that the model does not have count as wrong.
+        The figures, a :class:`~prompttune.task_types.Result`: an :class:`Evaluation`, or a ``SegmentationEvaluation``.
+        Classes are matched by name: images or pixels of a class that the model does not have count as wrong.
 
     Raises:
         UsageError: the split or device is unknown, or a model is given without data.
@@ -221,16 +170,20 @@ def evaluate(
     """
     place = resolve_device(device)
     data = data if data is None or is_source(data) else settled(data)
-    settings = data_settings(checkpoint, data, {"data_root": data_root, "seed": seed, "max_corrupt": max_corrupt})
-    chosen = choose_images(checkpoint, data, split, settings, limit=limit, on_image=on_batch)
+    given = {"data_root": data_root, "seed": seed, "max_corrupt": max_corrupt, "reduce_zero_label": reduce_zero_label}
+    settings = data_settings(checkpoint, data, given)
+    kind = checkpoint.task_type if isinstance(checkpoint, PromptModel) else read_task_type(read_config(checkpoint))
+    kind.check_data(data)
+    chosen = choose_images(checkpoint, data, split, settings, task_type=kind, limit=limit, on_image=on_batch)
     model = opened(checkpoint, backbone, weights).to(place)
     matched = match_classes(chosen.sources, model.labels)
-    scores, transform = Scores(len(model.labels), matched.unseen), model.preprocess.transform()
+    scores = kind.scores(len(model.labels), matched.unseen)
+    transform = kind.transform(model.preprocess)
     loaders = [
         make_loader(source, transform, batch_size=batch_size, shuffle=False, seed=0, workers=workers)
         for source in chosen.sources
     ]
-    columns = [torch.from_numpy(one) for one in matched.columns]
+    columns = [torch.from_numpy(one) for one in kind.columns(matched)]
     images = sum(map(len, chosen.sources))
     corrupt = score_all(
         model, loaders, images, scores,

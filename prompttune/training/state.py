@@ -16,11 +16,13 @@ from torch import Tensor
 from prompttune.checkpoints.format import CARD_FILE, CONFIG_FILE, MODEL_FILE
 from prompttune.errors import CheckpointError, UsageError
 from prompttune.files import replacing, visible, write_json, write_text
-from prompttune.training.measures import CLASSIFICATION, Measures
+from prompttune.task_types import ClassificationConfig, Measures
 
 FORMAT_VERSION = 1
 HELD_OUT_FILE = "held_out.json"
 _METADATA = "prompttune"
+_FORMER = {"best_top1": "best_score", "best_top5": "best_second"}
+"""Names of the best figures in files of earlier releases."""
 _TASK, _BEST, _OPTIMIZER = "task", "best", "optimizer"
 
 
@@ -32,10 +34,10 @@ class Progression:
     """Number of finished epochs."""
     best_epoch: int = 0
     """Epoch of the best validation, counted from 1; 0 before the first."""
-    best_top1: float = -1.0
-    """Score of the best validation: top-1, or the mean IoU of a segmentation; see ``measures``."""
-    best_top5: float = -1.0
-    """Second figure of the best validation: top-5, or the pixel accuracy of a segmentation."""
+    best_score: float = -1.0
+    """Score of the best validation, such as top-1; see :class:`Measures`."""
+    best_second: float = -1.0
+    """Second figure of the best validation, such as top-5."""
     best_loss: float = float("inf")
     stale: int = 0
     """Number of validations since the score last rose."""
@@ -49,24 +51,24 @@ class Progression:
     corrupt: list[str] = field(default_factory=list)
     """One line for each image that could not be read."""
 
-    def judge(self, top1: float, top5: float, loss: float) -> bool:
+    def judge(self, score: float, second: float, loss: float) -> bool:
         """Record a validation of this epoch; return whether it is the best, by its score, then by its loss."""
-        self.stale = 0 if top1 > self.best_top1 else self.stale + 1
-        if (top1, -loss) <= (self.best_top1, -self.best_loss):
+        self.stale = 0 if score > self.best_score else self.stale + 1
+        if (score, -loss) <= (self.best_score, -self.best_loss):
             return False
-        self.best_epoch, self.best_top1, self.best_top5, self.best_loss = self.epoch, top1, top5, loss
+        self.best_epoch, self.best_score, self.best_second, self.best_loss = self.epoch, score, second, loss
         return True
 
     def rewind(self) -> None:
         """Start again after the current epoch: earlier best values belong to a model that does not exist any more."""
         self.rewound, self.stale = self.epoch + 1, 0
-        self.best_epoch, self.best_top1, self.best_top5, self.best_loss = 0, -1.0, -1.0, float("inf")
+        self.best_epoch, self.best_score, self.best_second, self.best_loss = 0, -1.0, -1.0, float("inf")
 
-    def best_metrics(self, measures: Measures = CLASSIFICATION) -> dict[str, Any]:
+    def best_metrics(self, measures: Measures = ClassificationConfig.measures) -> dict[str, Any]:
         """Figures of the best validation, as its checkpoint names them."""
         return {
-            f"val_{measures.score}": self.best_top1,
-            f"val_{measures.second}": self.best_top5,
+            f"val_{measures.score}": self.best_score,
+            f"val_{measures.second}": self.best_second,
             "val_loss": self.best_loss,
             "epoch": self.best_epoch,
         }
@@ -139,7 +141,7 @@ def load(path: Path) -> Saved:
                 f"{path} has format {document['format_version']}, this version reads {FORMAT_VERSION}"
             )
         return Saved(
-            progression=Progression(**document["progression"]),
+            progression=Progression(**{_FORMER.get(name, name): one for name, one in document["progression"].items()}),
             settings=document["settings"],
             identity=document["identity"],
             task=groups[_TASK],

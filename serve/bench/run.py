@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from prompttune.errors import UsageError, choose
+from prompttune.errors import EngineError, UsageError, choose
 from prompttune.export.build import tool_versions
 from prompttune.export.folder import EngineFolder
 from prompttune.export.runtimes import RuntimeOptions
@@ -89,7 +89,7 @@ def bench_engine(
     rounds = rounds or Rounds()
     _check(batch_sizes, mixes, against, tasks)
     folder = EngineFolder(engine, verify=False)
-    folder.manifest.refuse_segmentation("prompttune bench")
+    folder.manifest.task_type.refuse("bench", EngineError)
     options = options or RuntimeOptions()
     threads, device = options.threads or torch.get_num_threads(), options.device
     options = options.or_threads(threads)

@@ -208,7 +208,7 @@ def _segments(settings: InferSettings) -> bool:
         manifest = EngineFolder(settings.engine, verify=False).manifest
     except EngineError:
         return False
-    if manifest.segmentation is None:
+    if not manifest.task_type.by_place:
         return False
     for given, option in (
         (settings.source.labels, "--labels"),
@@ -258,7 +258,7 @@ def _work(settings: InferSettings, folder: EngineFolder, opened: Opened) -> Work
         top_k=settings.top_k,
         labelled=labelled,
         label_is_index=opened.label_is_index,
-        segments=folder.manifest.segmentation is not None,
+        segments=folder.manifest.task_type.by_place,
     )
 
 

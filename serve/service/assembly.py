@@ -23,7 +23,7 @@ def make_service(engine: EngineSettings, settings: ServiceSettings | None = None
         EngineError: the folder is not an engine, is damaged, or its tasks are baked in and cannot be followed.
     """
     folder = EngineFolder(engine.engine)
-    folder.manifest.refuse_segmentation("the server")
+    folder.manifest.task_type.refuse("server", EngineError)
     manifest = folder.manifest
     catalogue = Catalogue(folder, engine.watch)
     rows = manifest.sizes.most(TASKS, engine.resident_tasks)

@@ -1,4 +1,4 @@
-"""Figures of a segmentation, from one confusion matrix of pixels over all images. Works without torch."""
+"""Figures of a segmentation, from one confusion matrix of pixels over all images."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 from prompttune.errors import DataError
-from prompttune.evaluation.result import unseen_counts
+from prompttune.evaluation.result import Counts, Table, percent, unseen_counts
 from prompttune.evaluation.scored import Chosen, class_notes
 from prompttune.images.masks import IGNORE_INDEX
-
-Counts = NDArray[np.int64]
+from prompttune.task_types.base import Scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +83,23 @@ class SegmentationEvaluation:
             "corrupt": list(self.corrupt),
         }
 
+    def tables(self) -> list[Table]:
+        """The figures for a terminal."""
+        shares = (percent(self.miou), percent(self.pixel_accuracy), f"{self.loss or 0.0:.4f}")
+        pixels = self.confusion.sum(axis=1).tolist()
+        rows = [[label, percent(iou), str(count)] for (label, iou), count in zip(self.iou.items(), pixels, strict=True)]
+        titles = ("mIoU", "pixel accuracy", "loss", "images", "unreadable")
+        whole = Table(titles, [[*shares, str(self.n), str(len(self.corrupt))]])
+        return [whole, Table(("class", "IoU", "pixels"), rows)]
 
-class PixelTally:
-    """Sums over images; the sums of several processes can be added.
+
+def at_mask_size(logits: Tensor, targets: Tensor) -> Tensor:
+    """Logits [B, C, h, w] interpolated bilinearly to the size of the masks [B, H, W], float32."""
+    return F.interpolate(logits.float(), size=targets.shape[1:], mode="bilinear", align_corners=False)
+
+
+class PixelScores(Scores):
+    """See :class:`Scores`; targets are masks [B, H, W] of class indices, or ``IGNORE_INDEX``.
 
     Args:
         classes: number of classes C.
@@ -100,14 +115,19 @@ class PixelTally:
             "loss": np.zeros((), dtype=np.float64),
         }
 
-    def add(self, predicted: NDArray[Any], targets: NDArray[Any], loss: float = 0.0) -> None:
-        """Count a batch of images.
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        """Count logits [B, C, h, w] at the size of the masks."""
+        resized = at_mask_size(logits, targets)
+        learnt = targets.where(targets < self.classes, IGNORE_INDEX)
+        loss = F.cross_entropy(resized, learnt, ignore_index=IGNORE_INDEX, reduction="sum")
+        self.count(resized.argmax(dim=1).cpu().numpy(), targets.cpu().numpy(), float(loss))
 
-        Args:
-            predicted: class indices [B, h, w].
-            targets: class indices [B, h, w], or ``IGNORE_INDEX``.
-            loss: cross entropy in nats, summed over the pixels with a class.
-        """
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """See :class:`Scores`."""
+        return self.sums
+
+    def count(self, predicted: NDArray[Any], targets: NDArray[Any], loss: float = 0.0) -> None:
+        """Count the predicted class indices [B, H, W]; ``loss`` is the summed cross entropy in nats."""
         known = targets != IGNORE_INDEX
         cells = targets[known].astype(np.int64) * self.rows + predicted[known]
         counts = np.bincount(cells, minlength=self.rows**2).reshape(self.rows, self.rows)
@@ -118,11 +138,7 @@ class PixelTally:
     def result(
         self, labels: Sequence[str], corrupt: Sequence[str] = (), with_loss: bool = True
     ) -> SegmentationEvaluation:
-        """The figures of all counted images.
-
-        Raises:
-            DataError: all pixels lack a class.
-        """
+        """See :class:`Scores`."""
         confusion: Counts = self.sums["confusion"]
         pixels = int(confusion.sum())
         if not pixels:

@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prompttune.axes import State
 from prompttune.layers.probe import probe
-from prompttune.methods.base import State
-from prompttune.segmentation.config import PYRAMID_LEVELS
-from prompttune.segmentation.heads import SegmentationHead
-from prompttune.segmentation.resize import Resize
+from prompttune.task_types.segmentation.heads import MapHead
+from prompttune.task_types.segmentation.resize import Resize
 
+PYRAMID_LEVELS = 4
 POOLED = (1, 2, 3, 6)
 """Numbers of places per side of the pooled maps."""
 KERNEL = 3
@@ -35,7 +35,7 @@ EPSILON = 1e-5
 _DEEPEST = PYRAMID_LEVELS - 1
 
 
-class PyramidHead(SegmentationHead):
+class PyramidHead(MapHead):
     """``lateral``, ``pooled``, ``top``, ``depthwise``, ``pointwise``, ``fuse``, norms, and the classifier.
 
     Args:
@@ -75,8 +75,8 @@ class PyramidHead(SegmentationHead):
         self.pool = nn.ModuleList(Resize.pooled(grid, side) for side in self.pool_sizes)
         self.unpool = nn.ModuleList(Resize.bilinear((side, side), grid) for side in self.pool_sizes)
 
-    def forward(self, maps: tuple[Tensor, ...], state: State) -> Tensor:
-        """See :meth:`SegmentationHead.forward`."""
+    def forward(self, features: Tensor, maps: tuple[Tensor, ...], state: State) -> Tensor:  # noqa: ARG002
+        """See :class:`Head`: logits [B, C, h, w]."""
         laterals = [self._lateral(level, tokens, state) for level, tokens in enumerate(maps)]
         found = [*laterals[:_DEEPEST], self._join_pooled(laterals[_DEEPEST], state)]
         summed = [self.spread[level](one) for level, one in enumerate(found)]

@@ -1,0 +1,70 @@
+"""Types of tasks by name: classification, segmentation, and those of other packages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from prompttune.errors import UsageError
+from prompttune.registry import Registry
+from prompttune.task_types.base import Head, Measures, Result, Scores, TaskType
+from prompttune.task_types.classification import ClassificationConfig
+from prompttune.task_types.segmentation import SegmentationConfig
+
+Kind = TypeVar("Kind", bound=type[TaskType])
+
+__all__ = [
+    "TASK_TYPES",
+    "ClassificationConfig",
+    "Head",
+    "Measures",
+    "Result",
+    "Scores",
+    "SegmentationConfig",
+    "TaskType",
+    "entry_keys",
+    "read_task_type",
+    "register",
+]
+
+
+def _check(name: str, kind: Any) -> None:
+    if not (isinstance(kind, type) and issubclass(kind, TaskType) and kind.name == name):
+        raise UsageError(f"a task type is registered by its name and its subclass of TaskType, not by {kind!r}")
+
+
+TASK_TYPES: Registry[type[TaskType]] = Registry("task type", "prompttune.task_types", _check)
+
+
+def register(kind: Kind) -> Kind:
+    """Add a type of task; also a class decorator. An entry point of the group ``prompttune.task_types`` does the same.
+
+    Raises:
+        UsageError: the name is taken, or the class is not a type of task.
+    """
+    TASK_TYPES.add(getattr(kind, "name", ""), kind)
+    return kind
+
+
+register(ClassificationConfig)
+register(SegmentationConfig)
+
+
+def entry_keys() -> tuple[str, ...]:
+    """Keys under which a config may name its type."""
+    return ("task_type", *(kind.entry for kind in TASK_TYPES.registered().values() if kind.entry))
+
+
+def read_task_type(config: Mapping[str, Any]) -> TaskType:
+    """The type that a checkpoint's config or an engine's manifest names; a classification if it names none.
+
+    Raises:
+        UsageError, TypeError: a type or settings that this version does not know.
+    """
+    for kind in TASK_TYPES.registered().values():
+        if kind.entry in config:
+            return kind.from_config(config)
+    entry = config.get("task_type")
+    if entry is None:
+        return ClassificationConfig()
+    return TASK_TYPES[entry["name"]].from_config(config)
