@@ -257,30 +257,24 @@ def test_rows_are_found_in_any_order_and_from_many_threads(tmp_path, name, monke
         assert list(pool.map(shade_of, shuffled)) == [item.row for item in shuffled]
 
 
-class Counting:
-    """A table that notes which pieces are read."""
+def test_neighbours_share_a_read_and_little_is_kept(tmp_path, monkeypatch):
+    read, opened = [], []
 
-    def __init__(self, table, pieces):
-        self._table, self._pieces = table, pieces
-
-    def pieces(self, column, group):
-        for number, piece in enumerate(self._table.pieces(column, group)):
-            self._pieces.append((column, group, number, len(piece)))
+    def counting(table, column, group):
+        for number, piece in enumerate(arrow.pieces(table, column, group)):
+            read.append((column, group, number, len(piece)))
             yield piece
 
-
-def test_neighbours_share_a_read_and_little_is_kept(tmp_path, monkeypatch):
-    pieces, opened = [], []
     monkeypatch.setattr(arrow, "PIECE_ROWS", range(8, 17))
-    monkeypatch.setattr(cells, "open_table", lambda path: Counting(arrow.open_table(path), pieces))
+    monkeypatch.setattr(cells, "pieces", counting)
     table = pa.table({"image": [encoded(index) for index in range(200)]})
     items = list(TableSource(write(tmp_path, "t.parquet", table, 100)).items())
-    assert pieces == []  # making the items reads no image
+    assert read == []  # making the items reads no image
     for item in items:
         shade_of(item)
         opened.append(sum(len(kept[2]) for kept in cells._cells(item.payload.table, "image")._kept))
-    assert [sum(length for _, group, _, length in pieces if group == wanted) for wanted in (0, 1)] == [100, 100]
-    assert len(pieces) == len(set(pieces))  # each once
+    assert [sum(length for _, group, _, length in read if group == wanted) for wanted in (0, 1)] == [100, 100]
+    assert len(read) == len(set(read))  # each once
     assert max(opened) <= cells.KEPT_ROWS + 2 * 16
 
 

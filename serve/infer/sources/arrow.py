@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,31 +23,20 @@ IMAGE_FIELDS = ("bytes", "path")
 """Fields of the struct in which Hugging Face data sets store an image; the first filled one is used."""
 
 
-@dataclass(frozen=True)
-class LightRows:
-    """Consecutive rows of a group, without their images."""
-
-    group: int
-    first: int
-    """First row, counted in the group."""
-    length: int
-    values: dict[str, list[Any]]
-    """Values of each column [length]."""
-
-
 class ArrowTable(Protocol):
-    """A table in groups; reading can start at each group."""
+    """A table in groups of rows; reading can start at each group."""
 
     schema: Any
     """``pyarrow.Schema``."""
+    groups: int
     total: int | None
     """Number of rows; None if it is known only at the end."""
 
-    def light(self, columns: Sequence[str]) -> Iterator[LightRows]:
-        """All rows in order, with only these columns."""
+    def batches(self, group: int, columns: Sequence[str], rows: int) -> Iterator[Any]:
+        """A group from its start, as ``pyarrow.RecordBatch`` of at most ``rows`` rows, with at least these columns."""
 
-    def pieces(self, column: str, group: int) -> Iterator[Any]:
-        """A column of a group from its start, as ``pyarrow.Array`` of a few rows each."""
+    def piece_rows(self, column: str, group: int) -> int:
+        """Number of rows of an image column to read at a time."""
 
     def close(self) -> None:
         """Close the file."""
@@ -66,7 +54,22 @@ def open_table(path: Path) -> ArrowTable:
         if path.suffix.lower() == ".parquet":
             return _Parquet(path)
         with path.open("rb") as stream:
-            return _IpcFile(path) if stream.read(6) == b"ARROW1" else _IpcStream(path)
+            return _Ipc(path, is_file=stream.read(6) == b"ARROW1")
+
+
+def light_rows(table: ArrowTable, columns: Sequence[str]) -> Iterator[tuple[int, int, dict[str, list[Any]]]]:
+    """All rows in order without their images: group, first row counted in the group, and values of each column."""
+    for group in range(table.groups):
+        first = 0
+        for batch in table.batches(group, columns, LIGHT_ROWS):
+            yield group, first, {"": [None] * batch.num_rows, **_values(batch, columns)}
+            first += batch.num_rows
+
+
+def pieces(table: ArrowTable, column: str, group: int) -> Iterator[Any]:
+    """An image column of a group from its start, as ``pyarrow.Array`` of a few rows each."""
+    for batch in table.batches(group, [column], table.piece_rows(column, group)):
+        yield batch.column(column)
 
 
 @contextlib.contextmanager
@@ -102,58 +105,67 @@ class _Parquet:
         # Without a buffer, the reader loads the whole column of a row group into memory.
         self._file = pyarrow.parquet.ParquetFile(path, buffer_size=READ_BUFFER, pre_buffer=False)
         self.schema = self._file.schema_arrow
+        self.groups: int = self._file.metadata.num_row_groups
         self.total: int | None = self._file.metadata.num_rows
 
-    def light(self, columns: Sequence[str]) -> Iterator[LightRows]:
-        for group in range(self._file.metadata.num_row_groups):
-            if not columns:
-                yield LightRows(group, 0, self._file.metadata.row_group(group).num_rows, {})
-                continue
-            first = 0
-            for batch in self._batches(group, LIGHT_ROWS, columns):
-                yield LightRows(group, first, batch.num_rows, _values(batch, columns))
-                first += batch.num_rows
-
-    def pieces(self, column: str, group: int) -> Iterator[Any]:
-        field = self.schema.field(column)
-        inner = [field.type.field(index).name for index in range(field.type.num_fields)]
-        wanted = [f"{column}.{name}" for name in IMAGE_FIELDS if name in inner] or [column]
-        metadata = self._file.metadata.row_group(group)
-        chunks = [metadata.column(index) for index in range(metadata.num_columns)]
-        size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in wanted)
-        rows = PIECE_BYTES * metadata.num_rows // max(size, 1)
-        for batch in self._batches(group, min(max(rows, PIECE_ROWS[0]), PIECE_ROWS[-1]), wanted):
-            yield batch.column(column)
-
-    def _batches(self, group: int, rows: int, columns: Sequence[str]) -> Iterator[Any]:
+    def batches(self, group: int, columns: Sequence[str], rows: int) -> Iterator[Any]:
+        wanted = [part for column in columns for part in self._parts(column)]
         batches: Iterator[Any] = self._file.iter_batches(
-            batch_size=rows, row_groups=[group], columns=list(columns), use_threads=False
+            batch_size=rows, row_groups=[group], columns=wanted, use_threads=False
         )
         return batches
+
+    def piece_rows(self, column: str, group: int) -> int:
+        metadata, wanted = self._file.metadata.row_group(group), self._parts(column)
+        chunks = [metadata.column(index) for index in range(metadata.num_columns)]
+        size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in wanted)
+        rows: int = PIECE_BYTES * metadata.num_rows // max(size, 1)
+        return min(max(rows, PIECE_ROWS[0]), PIECE_ROWS[-1])
+
+    def _parts(self, column: str) -> list[str]:
+        """The fields of a struct that hold an image; any other column itself."""
+        kind = self.schema.field(column).type
+        inner = [kind.field(index).name for index in range(kind.num_fields)]
+        return [f"{column}.{name}" for name in IMAGE_FIELDS if name in inner] or [column]
 
     def close(self) -> None:
         self._file.close()
 
 
 class _Ipc:
-    """Arrow IPC, mapped into memory: uncompressed data is loaded page by page when it is read."""
+    """Arrow IPC, mapped into memory: uncompressed data is loaded page by page when it is read.
 
-    def __init__(self, path: Path) -> None:
-        import pyarrow
+    The groups of the file format are its record batches. The streaming format, as Hugging Face ``datasets`` caches it,
+    is one group, readable only from its start.
+    """
+
+    def __init__(self, path: Path, is_file: bool) -> None:
+        import pyarrow.dataset
 
         self._map = pyarrow.memory_map(str(path))
-        self.schema = self._reader(None).schema
-        self.total: int | None = None
+        self._is_file = is_file
+        reader = self._reader(None)
+        self.schema = reader.schema
+        self.groups: int = reader.num_record_batches if is_file else 1
+        self.total: int | None = pyarrow.dataset.dataset(path, format="ipc").count_rows() if is_file else None
 
     def _reader(self, columns: Sequence[str] | None) -> Any:
-        raise NotImplementedError
-
-    def _options(self, columns: Sequence[str] | None) -> Any:
         import pyarrow
 
-        return pyarrow.ipc.IpcReadOptions(
+        self._map.seek(0)
+        options = pyarrow.ipc.IpcReadOptions(
             included_fields=None if columns is None else sorted(self.schema.get_field_index(name) for name in columns)
         )
+        return (pyarrow.ipc.open_file if self._is_file else pyarrow.ipc.open_stream)(self._map, options=options)
+
+    def batches(self, group: int, columns: Sequence[str], rows: int) -> Iterator[Any]:
+        reader = self._reader(columns or self._lightest())
+        for batch in [reader.get_batch(group)] if self._is_file else reader:
+            for start in range(0, batch.num_rows, rows):
+                yield batch.slice(start, rows)
+
+    def piece_rows(self, column: str, group: int) -> int:  # noqa: ARG002  # a slice of a batch costs nothing
+        return PIECE_ROWS[-1]
 
     def _lightest(self) -> list[str]:
         """A column from which the number of rows can be read cheaply."""
@@ -164,55 +176,6 @@ class _Ipc:
 
     def close(self) -> None:
         self._map.close()
-
-
-class _IpcFile(_Ipc):
-    """The file format; its groups are record batches."""
-
-    def __init__(self, path: Path) -> None:
-        import pyarrow.dataset
-
-        super().__init__(path)
-        self.total = pyarrow.dataset.dataset(path, format="ipc").count_rows()
-
-    def _reader(self, columns: Sequence[str] | None) -> Any:
-        import pyarrow
-
-        return pyarrow.ipc.open_file(self._map, options=self._options(columns))
-
-    def light(self, columns: Sequence[str]) -> Iterator[LightRows]:
-        reader = self._reader(columns or self._lightest())
-        for group in range(reader.num_record_batches):
-            yield from _light_rows(reader.get_batch(group), group, 0, columns)
-
-    def pieces(self, column: str, group: int) -> Iterator[Any]:
-        yield self._reader([column]).get_batch(group).column(column)
-
-
-class _IpcStream(_Ipc):
-    """The streaming format, as Hugging Face ``datasets`` caches it: one group, readable only from its start."""
-
-    def _reader(self, columns: Sequence[str] | None) -> Any:
-        import pyarrow
-
-        self._map.seek(0)
-        return pyarrow.ipc.open_stream(self._map, options=self._options(columns))
-
-    def light(self, columns: Sequence[str]) -> Iterator[LightRows]:
-        first = 0
-        for batch in self._reader(columns or self._lightest()):
-            yield from _light_rows(batch, 0, first, columns)
-            first += batch.num_rows
-
-    def pieces(self, column: str, group: int) -> Iterator[Any]:  # noqa: ARG002
-        for batch in self._reader([column]):
-            yield batch.column(column)
-
-
-def _light_rows(batch: Any, group: int, first: int, columns: Sequence[str]) -> Iterator[LightRows]:
-    for start in range(0, batch.num_rows, LIGHT_ROWS):
-        part = batch.slice(start, LIGHT_ROWS)
-        yield LightRows(group, first + start, part.num_rows, _values(part, columns))
 
 
 def _values(batch: Any, columns: Sequence[str]) -> dict[str, list[Any]]:

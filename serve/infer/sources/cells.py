@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from prompttune.errors import DataError, PrompttuneError
 from prompttune.serve.infer.items import Encoded
-from prompttune.serve.infer.sources.arrow import IMAGE_FIELDS, open_table, reading
+from prompttune.serve.infer.sources.arrow import IMAGE_FIELDS, open_table, pieces, reading
 from prompttune.serve.infer.sources.base import EMPTY_CELL, file_of
 
 KEPT_ROWS = 32
@@ -80,7 +80,7 @@ class _Cells:
                 return first, values
         if group != self._group or row < self._next:
             self._group, self._next, self._damage = group, 0, None
-            self._pieces = self._table.pieces(self._column, group)
+            self._pieces = pieces(self._table, self._column, group)
         if self._damage is None:
             try:
                 with reading(self._path):

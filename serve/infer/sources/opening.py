@@ -48,11 +48,6 @@ class Chain(Bounded):
         totals = [source.total for source in sources]
         self.total = None if None in totals else sum(total for total in totals if total is not None)
 
-    @classmethod
-    def open(cls, name: str, context: SourceContext) -> Source:
-        """Open a single input."""
-        return cls([kind_of(name, context.settings).open(name, context)])
-
     def counts(self) -> Mapping[str, int]:
         """Sum of the counts."""
         sums: Counter[str] = Counter()

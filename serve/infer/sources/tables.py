@@ -12,7 +12,14 @@ from typing import Any, Literal, Protocol
 from prompttune.data.text import csv_rows, misfit, separated
 from prompttune.errors import DataError, UsageError, choose
 from prompttune.serve.infer.items import Item
-from prompttune.serve.infer.sources.arrow import ARROW_SUFFIXES, IMAGE_FIELDS, class_names, open_table, reading
+from prompttune.serve.infer.sources.arrow import (
+    ARROW_SUFFIXES,
+    IMAGE_FIELDS,
+    class_names,
+    light_rows,
+    open_table,
+    reading,
+)
 from prompttune.serve.infer.sources.base import NO_TASK, Bounded, SourceContext, path_item, printable, text_of
 from prompttune.serve.infer.sources.cells import CellPayload
 
@@ -203,13 +210,10 @@ class _Arrow:
         columns = self._columns
         row = 0
         with contextlib.closing(open_table(self._path)) as table, reading(self._path):
-            for rows in table.light(columns.texts):
-                nothing = [None] * rows.length
-                images, tasks, labels = (
-                    rows.values.get(name or "", nothing) for name in (columns.image, columns.task, columns.label)
-                )
-                for place, (image, task, label) in enumerate(zip(images, tasks, labels, strict=True)):
-                    payload = CellPayload(self._path, columns.image, rows.group, rows.first + place)
+            for group, first, values in light_rows(table, columns.texts):
+                texts = [values.get(name or "", values[""]) for name in (columns.image, columns.task, columns.label)]
+                for place, (image, task, label) in enumerate(zip(*texts, strict=True), first):
+                    payload = CellPayload(self._path, columns.image, group, place)
                     yield self._item(row, payload, text_of(image), text_of(task), label)
                     row += 1
 
