@@ -88,7 +88,7 @@ def test_torch_data_that_are_refused(tmp_path: Path) -> None:
 # -- hfds/
 
 
-@pytest.mark.parametrize(("package", "spec"), [("datasets", "hfds/x"), ("webdataset", "wds/x")])
+@pytest.mark.parametrize(("package", "spec"), [("datasets", "hfds/x")])
 def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch, package: str, spec: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtraError, match=rf"{package} is not installed: pip install 'prompttune\[data\]'"):
@@ -173,7 +173,6 @@ def samples(start: int, count: int) -> dict[str, bytes]:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    pytest.importorskip("webdataset")
     folder = tmp_path / "pets"
     folder.mkdir()
     write_shard(folder / "pets-train-0.tar", samples(0, 3))

@@ -1,15 +1,14 @@
 """WebDataset shards on a local disk, read by index.
 
 timm's own reader streams shards: their shuffled order depends on the number of workers, and unreadable images are
-dropped silently. Here timm defines the shards of a split and the place of the labels; the members are then looked up
-by :mod:`prompttune.data.tars`, so that shards behave like any other data set.
+dropped silently. Here :mod:`prompttune.data.tars` looks the members up, so that shards behave like any other data set.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from PIL import Image
 from prompttune.data.base import LabelledSource, Parts, numbered
 from prompttune.data.files import Walk
 from prompttune.data.split_names import ALL, TEST, split_of, splits_in
-from prompttune.data.tars import DamagedShardError, Member, image_of, is_shard, read_member, samples
-from prompttune.errors import DataError, MissingExtraError
+from prompttune.data.tars import DamagedShardError, Member, TextKey, image_of, is_shard, read_member, samples
+from prompttune.errors import DataError
 from prompttune.images import read_image
 
 logger = logging.getLogger("prompttune")
@@ -40,8 +39,7 @@ class _Image:
 @dataclass(frozen=True)
 class _Split:
     shards: list[Path]
-    label_key: str
-    """Field of the JSON member with the label; empty if the label is in a ``.cls`` member."""
+    label: TextKey
 
 
 class TarSource(LabelledSource):
@@ -69,15 +67,10 @@ def load_wds(name: str, root: str | None) -> Parts:
     in timm. A test split without labels is skipped with a warning.
 
     Raises:
-        MissingExtraError: webdataset is not installed.
         DataError: the folder does not exist, or a shard cannot be read or lacks images or labels.
     """
-    try:
-        import webdataset  # noqa: F401  # timm's reader needs it
-    except ImportError:
-        raise MissingExtraError("webdataset", "data") from None
     folder = _folder(name, root)
-    splits = _described_splits(name, folder) or _named_splits(folder)
+    splits = _described_splits(folder) or _named_splits(folder)
     found: dict[str, list[tuple[_Image, int]]] = {}
     for split, part in splits.items():
         try:
@@ -103,23 +96,21 @@ def _folder(name: str, root: str | None) -> Path:
                     "--data-root")  # fmt: skip
 
 
-def _described_splits(name: str, folder: Path) -> dict[str, _Split]:
+def _described_splits(folder: Path) -> dict[str, _Split]:
     """The splits in the description file; empty without such a file."""
     file = next((folder / known for known in INFO_FILES if (folder / known).is_file()), None)
     if file is None:
         return {}
     try:
         known = json.loads(file.read_text(encoding="utf-8"))["splits"]
-        return {split: _timm_split(name, folder, theirs) for theirs in known if (split := split_of(theirs))}
+        return {split: _described(folder, part) for theirs, part in known.items() if (split := split_of(theirs))}
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise DataError(f"{file} does not describe splits in timm's form: {problem!r}") from None
 
 
-def _timm_split(name: str, folder: Path, split: str) -> _Split:
-    from timm.data.dataset_factory import create_dataset
-
-    info: Any = create_dataset(f"wds/{name}", root=str(folder), split=split).reader.split_info
-    return _Split([folder / file for file in info.filenames], info.alt_label)
+def _described(folder: Path, info: Mapping[str, Any]) -> _Split:
+    field = info.get("alt_label")
+    return _Split([folder / file for file in info["filenames"]], TextKey("json", field) if field else TextKey("cls"))
 
 
 def _named_splits(folder: Path) -> dict[str, _Split]:
@@ -135,7 +126,7 @@ def _named_splits(folder: Path) -> dict[str, _Split]:
         found.setdefault(next(iter(splits), ALL), []).append(shard)
     if ALL in found and len(found) > 1:
         raise DataError(f"the name of the shard {found[ALL][0]} does not name a split, but other names do: rename it")
-    return {split: _Split(part, "") for split, part in found.items()}
+    return {split: _Split(part, TextKey("cls")) for split, part in found.items()}
 
 
 def _samples(split: _Split) -> Iterator[tuple[_Image, int]]:
@@ -143,25 +134,24 @@ def _samples(split: _Split) -> Iterator[tuple[_Image, int]]:
     for shard in split.shards:
         try:
             # read all samples first: a sample that damage has cut would lack an image or a label
-            for members in list(samples(shard, ("json",) if split.label_key else ("cls",))):
+            for members in list(samples(shard, (split.label.kind,))):
                 where = f"sample {members[0].key} in {shard}"
                 image = image_of(members)
                 if image is None:
                     raise DataError(f"{where} has no image")
                 if image.offset is None:
                     raise DataError(f"{where}: its image is a link or compressed: store it as a file, in a plain .tar")
-                if (label := _label(members, split.label_key, where)) >= 0:
+                if (label := _label(members, split.label, where)) >= 0:
                     yield _Image(shard, image.name, image.offset, image.size), label
         except DamagedShardError as problem:
             raise DataError(f"cannot read the shard {shard}: {problem}") from None
 
 
-def _label(members: Sequence[Member], field: str, where: str) -> int:
-    kind = "json" if field else "cls"
-    content = next((one.content for one in members if one.kind == kind and one.content is not None), None)
-    if content is None:
-        raise DataError(f"{where} has no .{kind} member for its label")
+def _label(members: Sequence[Member], key: TextKey, where: str) -> int:
+    if all(one.kind != key.kind or one.content is None for one in members):
+        raise DataError(f"{where} has no .{key.kind} member for its label")
+    text = key.of(members)
     try:
-        return int(json.loads(content)[field]) if field else int(content)
-    except (ValueError, KeyError, TypeError) as problem:
-        raise DataError(f"the label of {where} is not a class index: {problem!r}") from None
+        return int(text or "")
+    except ValueError:
+        raise DataError(f"the label of {where} is not a class index, but {text!r}") from None

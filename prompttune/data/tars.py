@@ -7,6 +7,7 @@ dot of its base name, and the text after that dot is the kind of member. Members
 from __future__ import annotations
 
 import io
+import json
 import lzma
 import posixpath
 import re
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from prompttune.data.text import text_of
 from prompttune.errors import PrompttuneError, UsageError, first_line
 from prompttune.images import is_image
 
@@ -26,6 +28,7 @@ TEXT_BYTES = 2**24
 """Largest size in bytes of a text member that is read."""
 MOST_NAMES = 10**6
 """Largest number of names from braces."""
+JSON_PREFIX = "json:"
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 
@@ -169,6 +172,38 @@ def _member(archive: tarfile.TarFile, header: tarfile.TarInfo, key: str, kind: s
 def _content(archive: tarfile.TarFile, header: tarfile.TarInfo, most: int) -> bytes:
     stream = archive.extractfile(header)
     return b"" if stream is None else stream.read(most)
+
+
+@dataclass(frozen=True)
+class TextKey:
+    """The place of a text, such as a label, in a sample."""
+
+    kind: str
+    field: str | None = None
+    """Field of a JSON member; None for a text member."""
+
+    @classmethod
+    def parse(cls, text: str) -> TextKey:
+        """Read ``cls`` or ``json:FIELD``; raises :class:`UsageError` for an empty name."""
+        is_json = text.startswith(JSON_PREFIX)
+        kind, field = ("json", text.removeprefix(JSON_PREFIX)) if is_json else (text.removeprefix(".").lower(), None)
+        if not (field if is_json else kind):
+            raise UsageError(f"{text!r} names no member of a sample; give one such as cls, or {JSON_PREFIX}FIELD")
+        return cls(kind, field)
+
+    def of(self, members: Collection[Member]) -> str | None:
+        """The text, if its kind was read; None if the sample does not have it or it cannot be read."""
+        try:
+            found = next(one.content for one in members if one.kind == self.kind and one.content is not None)
+            content = found.decode("utf-8-sig")
+            return text_of(content.strip() if self.field is None else _scalar(json.loads(content)[self.field]))
+        except (StopIteration, KeyError, TypeError, ValueError, RecursionError):
+            return None
+
+
+def _scalar(value: object) -> object:
+    """The value, unless it is a list or an object, which cannot be a label."""
+    return None if isinstance(value, list | dict) else value
 
 
 class _Header(tarfile.TarInfo):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import math
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -63,6 +64,20 @@ def is_text(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def text_of(value: object) -> str | None:
+    """A cell or a JSON value as a label or a task; None if it is missing or empty.
+
+    A whole number is written without a fraction, because tables store integer columns with gaps as floating point.
+    """
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    elif isinstance(value, float):
+        if math.isnan(value):
+            return None
+        value = int(value) if value.is_integer() else value
+    return None if value is None or value == "" else str(value)
 
 
 def csv_rows(file: Path, what: str, dialect: str = "excel") -> Iterator[tuple[int, list[str]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -104,20 +103,6 @@ class Bounded(Source):
 def printable(name: str) -> str:
     """A file name as text that every output can hold: bytes that are not UTF-8 become ``\\xff``."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def text_of(value: object) -> str | None:
-    """A cell or a JSON value as a label or a task; None if it is missing or empty.
-
-    A whole number is written without a fraction, because tables store integer columns with gaps as floating point.
-    """
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    elif isinstance(value, float):
-        if math.isnan(value):
-            return None
-        value = int(value) if value.is_integer() else value
-    return None if value is None or value == "" else str(value)
 
 
 def file_of(folder: Path, written: str) -> tuple[FilePayload | None, str | None]:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from prompttune.data.tars import DamagedShardError, Member, image_of, is_shard, read_member, samples
+from prompttune.data.tars import DamagedShardError, Member, TextKey, image_of, is_shard, read_member, samples
 from prompttune.errors import UsageError
 from prompttune.serve.infer.items import BytesPayload, Encoded, Item, Payload
 from prompttune.serve.infer.settings import SourceSettings
-from prompttune.serve.infer.sources.base import NO_TASK, Bounded, SourceContext, printable, text_of
+from prompttune.serve.infer.sources.base import NO_TASK, Bounded, SourceContext, printable
 
-JSON_PREFIX = "json:"
 NAMED_MEMBERS = 5
 """Largest number of a sample's members in an error message."""
 
@@ -62,8 +60,8 @@ class ShardSource(Bounded):
         if not path.is_file():
             raise UsageError(f"no shard {path}")
         self._path = path
-        self._label = None if label_key is None else _Key.parse(label_key)
-        self._task = None if task_key is None else _Key.parse(task_key)
+        self._label = None if label_key is None else TextKey.parse(label_key)
+        self._task = None if task_key is None else TextKey.parse(task_key)
         self._further = 0
 
     @classmethod
@@ -95,9 +93,8 @@ class ShardSource(Bounded):
     def _sample(self, row: int, members: Sequence[Member]) -> Item:
         image = image_of(members)
         self._further += max(sum(member.is_image for member in members) - 1, 0)
-        texts = {member.kind: member.content for member in reversed(members) if member.content is not None}
-        target = self._label.of(texts) if self._label else None
-        task = self._task.of(texts) if self._task else None
+        target = self._label.of(members) if self._label else None
+        task = self._task.of(members) if self._task else None
         source = printable(f"{self._path}/{image.name if image else members[0].key}")
         payload = None if image is None else self._payload(image)
         if image is None:
@@ -115,32 +112,3 @@ class ShardSource(Bounded):
         if image.offset is not None:
             return MemberPayload(self._path, image.offset, image.size)
         return None if image.content is None else BytesPayload(image.content)
-
-
-@dataclass(frozen=True)
-class _Key:
-    """The place of a text in a sample."""
-
-    kind: str
-    field: str | None
-
-    @classmethod
-    def parse(cls, text: str) -> _Key:
-        is_json = text.startswith(JSON_PREFIX)
-        kind, field = ("json", text.removeprefix(JSON_PREFIX)) if is_json else (text.removeprefix(".").lower(), None)
-        if not (field if is_json else kind):
-            raise UsageError(f"{text!r} names no member of a sample; give one such as cls, or {JSON_PREFIX}FIELD")
-        return cls(kind, field)
-
-    def of(self, texts: Mapping[str, bytes]) -> str | None:
-        """The text; None if the sample does not have it or it cannot be read."""
-        try:
-            content = texts[self.kind].decode("utf-8-sig")
-            return text_of(content.strip() if self.field is None else _scalar(json.loads(content)[self.field]))
-        except (KeyError, TypeError, ValueError, RecursionError):
-            return None
-
-
-def _scalar(value: object) -> object:
-    """The value, unless it is a list or an object, which cannot be a label."""
-    return None if isinstance(value, list | dict) else value

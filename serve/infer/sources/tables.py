@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from prompttune.data.text import csv_rows, misfit, separated
+from prompttune.data.text import csv_rows, misfit, separated, text_of
 from prompttune.errors import DataError, UsageError, choose
 from prompttune.serve.infer.items import Item
 from prompttune.serve.infer.sources.arrow import (
@@ -20,7 +20,7 @@ from prompttune.serve.infer.sources.arrow import (
     open_table,
     reading,
 )
-from prompttune.serve.infer.sources.base import NO_TASK, Bounded, SourceContext, path_item, printable, text_of
+from prompttune.serve.infer.sources.base import NO_TASK, Bounded, SourceContext, path_item, printable
 from prompttune.serve.infer.sources.cells import CellPayload
 
 CSV_DIALECTS = {".csv": "excel", ".tsv": "excel-tab"}
