@@ -27,7 +27,7 @@ from prompttune.serve.messages import (
     TensorMetadata,
     bytes_array,
 )
-from prompttune.serve.protocol.calls import State
+from prompttune.serve.protocol.calls import SharedState
 from prompttune.serve.protocol.grpc_server import add_port, grpc_server
 from prompttune.serve.protocol.http_server import http_config
 from prompttune.serve.protocol.rest import rest_application
@@ -172,7 +172,7 @@ class Running:
 def serving(settings: TransportSettings | None = None, service: FakeService | None = None) -> Iterator[Running]:
     """Both transports on free ports of 127.0.0.1, stopped at the end."""
     settings, service = settings or TransportSettings(), service or FakeService()
-    state = State(settings)
+    state = SharedState(settings)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()

@@ -73,7 +73,7 @@ class Calls:
         return len(self._inside)
 
 
-class State:
+class SharedState:
     """Shared state; create one per server and pass it to both transports."""
 
     def __init__(self, settings: TransportSettings) -> None:

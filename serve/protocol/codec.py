@@ -65,7 +65,7 @@ class OutputForm:
         return self.named.get(name, self.default)
 
 
-class Encoded(NamedTuple):
+class EncodedResponse(NamedTuple):
     """Body of an answer."""
 
     body: bytes
@@ -234,7 +234,7 @@ def check_classification(name: str, count: object) -> int:
     return count
 
 
-def encode_response(response: InferResponse, form: OutputForm) -> Encoded:
+def encode_response(response: InferResponse, form: OutputForm) -> EncodedResponse:
     """An answer as JSON, followed by its binary outputs in the order of their names there."""
     raw: list[bytes] = []
     outputs = []
@@ -256,7 +256,7 @@ def encode_response(response: InferResponse, form: OutputForm) -> Encoded:
         message["parameters"] = dict(response.parameters)
     message["outputs"] = outputs
     header = orjson.dumps(message, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Encoded(b"".join([header, *raw]), len(header)) if raw else Encoded(header, None)
+    return EncodedResponse(b"".join([header, *raw]), len(header)) if raw else EncodedResponse(header, None)
 
 
 def _json_values(tensor: OutputTensor) -> NDArray[Any] | list[str]:

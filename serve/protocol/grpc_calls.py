@@ -14,7 +14,7 @@ from tritonclient.grpc import service_pb2
 
 from prompttune.serve.messages import InferRequest, ServeError, UnsupportedError
 from prompttune.serve.protocol import grpc_codec
-from prompttune.serve.protocol.calls import State
+from prompttune.serve.protocol.calls import SharedState
 from prompttune.serve.protocol.codec import refuse_overrides
 from prompttune.serve.protocol.describe import (
     LOG_SETTINGS,
@@ -32,7 +32,7 @@ _LONGEST_S = 365 * 24 * 3600
 _LOG_FIELDS: dict[type, str] = {bool: "bool_param", int: "uint32_param", str: "string_param"}
 
 
-def plain_calls(service: Service, settings: TransportSettings, state: State) -> dict[str, Callable[..., Any]]:
+def plain_calls(service: Service, settings: TransportSettings, state: SharedState) -> dict[str, Callable[..., Any]]:
     """Every call except inference, by name: from a message to the reply's values, or to an awaitable of them."""
     regions, cuda = state.regions, state.cuda_regions
 
@@ -80,7 +80,7 @@ def plain_calls(service: Service, settings: TransportSettings, state: State) -> 
 class InferenceCalls:
     """``ModelInfer`` and ``ModelStreamInfer``."""
 
-    def __init__(self, service: Service, settings: TransportSettings, state: State) -> None:
+    def __init__(self, service: Service, settings: TransportSettings, state: SharedState) -> None:
         self._service = service
         self._settings = settings
         self._state = state

@@ -19,7 +19,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from prompttune.errors import EngineError
 from prompttune.serve.messages import ServeError, UnavailableError
-from prompttune.serve.protocol.calls import Calls, State
+from prompttune.serve.protocol.calls import Calls, SharedState
 from prompttune.serve.protocol.grpc_calls import InferenceCalls, plain_calls
 from prompttune.serve.protocol.grpc_health import SERVER_NAMES, Health
 from prompttune.serve.protocol.logs import RequestRecord, answered, new_request_id, usable_id
@@ -40,12 +40,12 @@ Call = Callable[[Any, Any, RequestRecord], Awaitable[Any]]
 StreamCall = Callable[[AsyncIterator[Any], Any], AsyncGenerator[Any, None]]
 
 
-def grpc_server(service: Service, settings: TransportSettings, state: State | None = None) -> grpc.aio.Server:
+def grpc_server(service: Service, settings: TransportSettings, state: SharedState | None = None) -> grpc.aio.Server:
     """Create a server without a port, on the event loop of ``service``; then call :func:`add_port` and ``start``.
 
     ``state`` is shared with the HTTP application, if there is one.
     """
-    state = state or State(settings)
+    state = state or SharedState(settings)
     largest = settings.limits.body_bytes + PROTOCOL_OVERHEAD
     server = grpc.aio.server(
         options=[
@@ -87,7 +87,7 @@ def _credentials(tls: Tls) -> Any:
     )
 
 
-def _guarded(service: Service, settings: TransportSettings, state: State) -> SimpleNamespace:
+def _guarded(service: Service, settings: TransportSettings, state: SharedState) -> SimpleNamespace:
     """Every call of the protocol, wrapped; a call without a handler fails when it is added to the server."""
     inference = InferenceCalls(service, settings, state)
     replies = {one.name: one.output_type.name for one in service_pb2.DESCRIPTOR.services_by_name[SERVICE].methods}

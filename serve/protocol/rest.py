@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prompttune.serve.messages import ServeError, UnavailableError
 from prompttune.serve.protocol import rest_routes, schemas
-from prompttune.serve.protocol.calls import Calls, State
+from prompttune.serve.protocol.calls import Calls, SharedState
 from prompttune.serve.protocol.logs import RequestRecord, new_request_id
 from prompttune.serve.protocol.rest_infer import inference_routes
 from prompttune.serve.protocol.rest_pages import add_pages
@@ -49,12 +49,12 @@ class _Application(FastAPI):
         return self.openapi_schema
 
 
-def rest_application(service: Service, settings: TransportSettings, state: State | None = None) -> FastAPI:
+def rest_application(service: Service, settings: TransportSettings, state: SharedState | None = None) -> FastAPI:
     """Create the application; it needs no lifespan, and calls ``service`` on the event loop that runs it.
 
     ``state`` is shared with the gRPC server, if there is one.
     """
-    state = state or State(settings)
+    state = state or SharedState(settings)
     application = _Application(
         title="prompttune", version=__version__, description=_ABOUT, docs_url=None, redoc_url=None
     )

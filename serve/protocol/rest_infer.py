@@ -13,7 +13,7 @@ from starlette.responses import Response
 from prompttune.serve.messages import InferRequest
 from prompttune.serve.protocol import body as bodies
 from prompttune.serve.protocol import codec, schemas
-from prompttune.serve.protocol.calls import State
+from prompttune.serve.protocol.calls import SharedState
 from prompttune.serve.protocol.codec import OutputForm, Target
 from prompttune.serve.protocol.rest_shared import errors, record_of, require, sent_id
 from prompttune.serve.protocol.security import Access
@@ -45,7 +45,7 @@ _DOCUMENTED: dict[str, Any] = {
 }
 
 
-def inference_routes(service: Service, settings: TransportSettings, state: State) -> APIRouter:
+def inference_routes(service: Service, settings: TransportSettings, state: SharedState) -> APIRouter:
     """The two paths of inference: with and without a version."""
     router = APIRouter(dependencies=require(Access.INFERENCE, settings))
     limits, regions = settings.limits, state.regions
@@ -109,7 +109,7 @@ async def _left(request: Request) -> None:
         pass
 
 
-async def _respond(encoded: codec.Encoded, accept: str) -> Response:
+async def _respond(encoded: codec.EncodedResponse, accept: str) -> Response:
     headers = {"Vary": "Accept-Encoding"}
     media_type = "application/json"
     if encoded.header_length is not None:

@@ -21,7 +21,7 @@ from prompttune.serve.messages import (
     UnsupportedError,
     shown,
 )
-from prompttune.serve.protocol.calls import State
+from prompttune.serve.protocol.calls import SharedState
 from prompttune.serve.protocol.codec import checked, refuse_overrides
 from prompttune.serve.protocol.describe import (
     LOG_SETTINGS,
@@ -141,7 +141,7 @@ def repository_routes(service: Service, settings: TransportSettings) -> APIRoute
     return router
 
 
-def extension_routes(service: Service, settings: TransportSettings, state: State) -> APIRouter:
+def extension_routes(service: Service, settings: TransportSettings, state: SharedState) -> APIRouter:
     """Routes for shared memory, trace and log settings."""
     router = APIRouter(prefix="/v2", tags=["extensions"], dependencies=require(Access.INFERENCE, settings))
     _add_shared_memory(router, "systemsharedmemory", state.regions, settings)

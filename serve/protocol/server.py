@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import grpc.aio
 import uvicorn
 
-from prompttune.serve.protocol.calls import State
+from prompttune.serve.protocol.calls import SharedState
 from prompttune.serve.protocol.grpc_server import add_port, grpc_server
 from prompttune.serve.protocol.http_server import http_config
 from prompttune.serve.protocol.listening import WILDCARDS, bracketed, listen
@@ -67,7 +67,7 @@ class Server:
         self._on_listening = on_listening
         self._on_ready = on_ready
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
-        self._state = State(settings.transport)
+        self._state = SharedState(settings.transport)
         self._sending_s = DISMISSING_S
 
     def stop(self) -> None:
