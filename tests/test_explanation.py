@@ -19,13 +19,14 @@ import prompttune as pt
 from prompttune.backbones import VitBackbone
 from prompttune.cli.main import cli
 from prompttune.errors import DataError, UsageError
+from prompttune.evaluation.plots import DPI
 from prompttune.explanation import ExplainSettings, drawing
 from prompttune.explanation.attention import block_attention
 from prompttune.explanation.cam import grad_cam, last_layer
 from prompttune.explanation.embedding import embed
 from prompttune.explanation.inputs import model_input, token_of, view
 from prompttune.explanation.similarity import cosine_map, record_maps
-from prompttune.explanation.subjects import Subject, load_subjects
+from prompttune.explanation.subjects import ExplainedModel, load_subjects
 from prompttune.images.preprocess import Preprocess
 from prompttune.layers.probe import recording
 from prompttune.methods import METHODS, GaPTConfig, LSPTConfig, SA2VPConfig
@@ -56,7 +57,7 @@ def images() -> Tensor:
     return torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
 
 
-def subject_of(model: pt.PromptModel) -> Subject:
+def subject_of(model: pt.PromptModel) -> ExplainedModel:
     return load_subjects([model], torch.device("cpu"))[1]
 
 
@@ -81,7 +82,7 @@ def timm_weights(backbone: pt.Backbone, layer: int, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["test_vit", "test_vit2"])
 def test_the_plain_backbones_attention_is_timms(name: str, folder: Path, images: Tensor) -> None:
     backbone = drawn_backbone(name, folder, SIDE)
-    plain = Subject("plain", backbone, backbone.default_preprocess())
+    plain = ExplainedModel("plain", backbone, backbone.default_preprocess())
     assert isinstance(backbone, VitBackbone)
     found = block_attention(plain, images, list(range(backbone.depth)))
     tokens = backbone.embed(images)
@@ -129,14 +130,14 @@ def test_watching_changes_no_bit(
     with torch.no_grad():
         plain = subject.features(images)
     watched: list[Tensor] = []
-    monkeypatch.setattr(Subject, "features", _keeping(Subject.features, watched))
+    monkeypatch.setattr(ExplainedModel, "features", _keeping(ExplainedModel.features, watched))
     block_attention(subject, images, [0, vit.depth - 1])
     assert len(watched) == 1
     assert torch.equal(watched[0], plain)
 
 
 def _keeping(features: Any, kept: list[Tensor]) -> Any:
-    def keep(subject: Subject, images: Tensor) -> Tensor:
+    def keep(subject: ExplainedModel, images: Tensor) -> Tensor:
         kept.append(features(subject, images))
         return kept[-1]
 
@@ -340,8 +341,8 @@ def test_the_command_writes_a_page_that_holds_everything(workplace: Path) -> Non
             png.load()
             assert min(png.size) > 200, file
     with Image.open(output / "000-a_b-attention.png") as png:  # three rows, the picture and two layers
-        side = drawing.PANEL * drawing.DPI
-        assert png.size == (int(3 * side + 0.35 * drawing.DPI), int(3 * side + 0.55 * drawing.DPI))
+        side = drawing.PANEL * DPI
+        assert png.size == (int(3 * side + 0.35 * DPI), int(3 * side + 0.55 * DPI))
 
     text = (output / "explanation.html").read_text()
     page = Page(text)
@@ -364,7 +365,7 @@ def test_each_head_has_a_row(workplace: Path) -> None:
     assert [one.file for one in found.pictures] == ["000-z-attention-plain_backbone.png", "000-z-attention-first.png"]
     heads = pt.PromptModel.load(workplace / "runs/first").backbone.num_heads
     with Image.open(io.BytesIO(found.pictures[0].png)) as png:
-        assert png.size[1] == int((heads * drawing.PANEL + 0.55) * drawing.DPI)
+        assert png.size[1] == int((heads * drawing.PANEL + 0.55) * DPI)
 
 
 def test_a_swin_is_explained_without_attention(workplace: Path) -> None:

@@ -20,7 +20,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.swin import SwinBackbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.errors import UsageError
-from prompttune.explanation.subjects import Subject
+from prompttune.explanation.subjects import ExplainedModel
 from prompttune.layers.probe import watching_attention
 
 
@@ -78,7 +78,7 @@ def check_readable(backbone: Backbone) -> None:
 
 
 @torch.no_grad()
-def block_attention(subject: Subject, images: Tensor, layers: list[int]) -> dict[int, BlockAttention]:
+def block_attention(subject: ExplainedModel, images: Tensor, layers: list[int]) -> dict[int, BlockAttention]:
     """Run images through a subject and keep the attention of the chosen blocks.
 
     A block's self attention is the first one after its norm; SA²VP's cross attention comes after it. If two pathways

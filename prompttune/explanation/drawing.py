@@ -20,12 +20,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from prompttune.evaluation.plots import png_bytes
 from prompttune.explanation.embedding import Embedding
-from prompttune.fonts import readable
 
 Pixels = NDArray[np.float32]
 """RGB in [0, 1], [height, width, 3]."""
-DPI = 120
 PANEL = 1.45
 """Side of a map, in inches."""
 HEAT = "inferno"
@@ -174,10 +173,7 @@ def embedding_figure(embeddings: Sequence[Embedding]) -> Figure:
 
 def compact_png(figure: Figure) -> bytes:
     """A figure as a PNG file of 256 colours, which is a third of the size without a visible difference."""
-    stream = io.BytesIO()
-    with readable(figure):
-        figure.savefig(stream, format="png", dpi=DPI, facecolor="white")
-    with Image.open(stream) as full:
+    with Image.open(io.BytesIO(png_bytes(figure))) as full:
         few = full.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE)
     small = io.BytesIO()
     few.save(small, format="png", optimize=True)

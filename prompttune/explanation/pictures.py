@@ -17,7 +17,7 @@ from prompttune.explanation.cam import check_explicable, grad_cam
 from prompttune.explanation.inputs import Picture, model_input, token_of, view
 from prompttune.explanation.settings import ExplainSettings
 from prompttune.explanation.similarity import cosine_map, grid_of, number_of, record_maps
-from prompttune.explanation.subjects import Subject
+from prompttune.explanation.subjects import ExplainedModel
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Explained:
 class _Seen:
     """A subject with the image as its input, [1, 3, S, S], and as viewers see it."""
 
-    subject: Subject
+    subject: ExplainedModel
     images: Tensor
     view: drawing.Pixels
 
@@ -50,7 +50,7 @@ class PictureExplainer:
         UsageError: a part that was requested by name, a layer, a head or a label does not exist.
     """
 
-    def __init__(self, subjects: Sequence[Subject], settings: ExplainSettings, notes: list[str]) -> None:
+    def __init__(self, subjects: Sequence[ExplainedModel], settings: ExplainSettings, notes: list[str]) -> None:
         self.subjects = subjects
         self.settings = settings
         self.notes = notes
@@ -63,7 +63,9 @@ class PictureExplainer:
         self._check_target()
         self._shares: dict[str, dict[int, list[float]]] = {}
 
-    def _that_can(self, part: str, check: Callable[[Subject], None], subjects: Sequence[Subject]) -> list[Subject]:
+    def _that_can(
+        self, part: str, check: Callable[[ExplainedModel], None], subjects: Sequence[ExplainedModel]
+    ) -> list[ExplainedModel]:
         """The subjects that support ``part``; adds notes about the others, or raises an error if it was requested."""
         if not self.settings.wants(part):
             return []
@@ -214,7 +216,7 @@ class PictureExplainer:
             settings.leave_out("similarity", reason, self.notes)
 
 
-def _at_point(subject: Subject, picture: Picture, point: tuple[float, float], grid: tuple[int, int]) -> int:
+def _at_point(subject: ExplainedModel, picture: Picture, point: tuple[float, float], grid: tuple[int, int]) -> int:
     try:
         return token_of(subject.preprocess, picture.image.size, point, grid)
     except UsageError as problem:

@@ -18,7 +18,7 @@ from prompttune.explanation.page import write_page
 from prompttune.explanation.pictures import PictureExplainer
 from prompttune.explanation.result import PAGE_FILE, VALUES_FILE, Explanation
 from prompttune.explanation.settings import OF_IMAGES, ExplainSettings
-from prompttune.explanation.subjects import Subject, load_subjects
+from prompttune.explanation.subjects import ExplainedModel, load_subjects
 from prompttune.files import locked, write_json
 from prompttune.model import PromptModel
 from prompttune.training.scoring import resolve_device
@@ -94,7 +94,7 @@ def explain(
     return result
 
 
-def _about(subject: Subject) -> dict[str, Any]:
+def _about(subject: ExplainedModel) -> dict[str, Any]:
     model = subject.model
     return {
         "name": subject.name,
@@ -116,7 +116,7 @@ def _summarise(result: Explanation, explainer: PictureExplainer) -> None:
         )
 
 
-def _values(result: Explanation, subjects: Sequence[Subject], settings: ExplainSettings) -> None:
+def _values(result: Explanation, subjects: Sequence[ExplainedModel], settings: ExplainSettings) -> None:
     """Learned values such as gates and temperatures, for the runs that have them."""
     if not settings.wants("values"):
         return
@@ -136,7 +136,7 @@ def _values(result: Explanation, subjects: Sequence[Subject], settings: ExplainS
 
 def _embed(
     result: Explanation,
-    subjects: Sequence[Subject],
+    subjects: Sequence[ExplainedModel],
     data: Data,
     settings: ExplainSettings,
     tell: Progress,

@@ -18,7 +18,7 @@ from prompttune.model import PromptModel
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class ExplainedModel:
     """A run or a plain backbone."""
 
     name: str
@@ -67,7 +67,7 @@ def is_run(path: Path) -> bool:
 
 def load_subjects(
     runs: Sequence[PromptModel | str | Path], device: torch.device, weights: str | None = None
-) -> list[Subject]:
+) -> list[ExplainedModel]:
     """Load runs, with each backbone loaded once and its plain form before the first run over it.
 
     Args:
@@ -82,16 +82,16 @@ def load_subjects(
     if not runs:
         raise UsageError("give at least one run: the folder of a checkpoint that prompttune train wrote")
     loaded: dict[tuple[str, int], Backbone] = {}
-    subjects: list[Subject] = []
+    subjects: list[ExplainedModel] = []
     names = _names(runs)
     for run, name in zip(runs, names, strict=True):
         model = run if isinstance(run, PromptModel) else _load(Path(run), loaded, weights)
         model = model.to(device).eval()
         if not any(one.backbone is model.backbone for one in subjects):
-            subjects.append(Subject(_plain_name(model.backbone, subjects), model.backbone, model.preprocess))
+            subjects.append(ExplainedModel(_plain_name(model.backbone, subjects), model.backbone, model.preprocess))
         with torch.no_grad():
             state = model.task_state()
-        subjects.append(Subject(name, model.backbone, model.preprocess, model, state))
+        subjects.append(ExplainedModel(name, model.backbone, model.preprocess, model, state))
     return subjects
 
 
@@ -114,7 +114,7 @@ def _names(runs: Sequence[PromptModel | str | Path]) -> list[str]:
     return names
 
 
-def _plain_name(backbone: Backbone, before: Sequence[Subject]) -> str:
+def _plain_name(backbone: Backbone, before: Sequence[ExplainedModel]) -> str:
     if not before:
         return "plain backbone"
     return f"plain {backbone.name} at {backbone.image_size}"
