@@ -369,26 +369,15 @@ class EngineFolder:
         names = (one.name for one in found if _TASK_NAME.fullmatch(one.name) and one.is_dir())
         return sorted(itertools.islice(names, most))
 
-    def present(self) -> list[str]:
-        """The same with folders that have an invalid task name; they can be removed."""
-        return task_names(self.path / TASKS)
-
-    def folder_of(self, name: str) -> Path:
-        """Folder of a task, also with an invalid name; raises the errors of :meth:`task_folder`."""
-        folder = self.path / TASKS / name
-        if name.startswith(".") or folder.name != name or not folder.is_dir():
-            choose("task", name, self.present())
-        return folder
-
     def task_folder(self, name: str) -> Path:
-        """Folder of a task.
+        """Folder of a task, also one with an invalid name, so that it can be removed.
 
         Raises:
             UsageError: the engine does not have this task.
         """
         folder = self.path / TASKS / str(name)
-        if not _TASK_NAME.fullmatch(str(name)) or not folder.is_dir():
-            choose("task", name, self.tasks())
+        if str(name).startswith(".") or folder.name != name or not folder.is_dir():
+            choose("task", name, task_names(self.path / TASKS))
         return folder
 
     def load_task(self, name: str) -> tuple[Task, str]:
@@ -428,7 +417,7 @@ class EngineFolder:
             on_task: called after each task.
         """
         records, problems, parent = {}, {}, self.path / TASKS
-        for name in self.present():
+        for name in task_names(self.path / TASKS):
             if only is not None and name not in only:
                 continue
             try:
@@ -480,7 +469,7 @@ class EngineFolder:
         """
         self.check_open()
         with self.locked():
-            folder = self.folder_of(name)
+            folder = self.task_folder(name)
             if digest := digest_of(self.path, name):
                 count_version(self.path, name, digest, digest)
             aside = Path(tempfile.mkdtemp(".part", f".{name}.", folder.parent))

@@ -114,7 +114,7 @@ def remove(engine: Path, names: tuple[str, ...], as_json: bool) -> None:
     folder = EngineFolder(engine, verify=False)
     with folder.locked():
         for name in dict.fromkeys(names):
-            folder.folder_of(name)
+            folder.task_folder(name)
         for name in dict.fromkeys(names):
             folder.remove_task(name)
         left = folder.tasks()
