@@ -25,10 +25,8 @@ Checkpoints = Mapping[str, str | Path] | Iterable[str | Path]
 class Fit:
     """Properties that the tasks of one engine share."""
 
-    backbone: str
-    fingerprint: str
-    weights_source: str
-    image_size: int
+    backbone: Mapping[str, Any]
+    """Name, fingerprint, weights_source and image_size."""
     method: str
     graph_settings: dict[str, Any]
     shares_backbone: bool
@@ -37,37 +35,19 @@ class Fit:
     @classmethod
     def of_checkpoint(cls, folder: Path, config: Mapping[str, Any]) -> Fit:
         """The fit of a checkpoint's config; settings unknown to this version raise CheckpointError."""
-        backbone = config["backbone"]
         try:
             settings = config_from_dict(config["method"], config["settings"])
             task_type = read_task_type(config)
         except (UsageError, TypeError) as problem:
             raise CheckpointError(f"{folder} does not fit this prompttune: {problem}") from None
-        return cls(
-            backbone["name"],
-            backbone["fingerprint"],
-            backbone["weights_source"],
-            backbone["image_size"],
-            settings.method,
-            settings.graph_settings(),
-            settings.shares_backbone,
-            task_type,
-        )
+        method, graph_settings = settings.method, settings.graph_settings()
+        return cls(config["backbone"], method, graph_settings, settings.shares_backbone, task_type)
 
     @classmethod
     def of_manifest(cls, manifest: Manifest) -> Fit:
         """The fit of an engine."""
-        backbone, method = manifest.backbone, manifest.method
-        return cls(
-            backbone["name"],
-            backbone["fingerprint"],
-            backbone["weights_source"],
-            backbone["image_size"],
-            method["name"],
-            method["graph_settings"],
-            _shares_backbone(manifest),
-            manifest.task_type,
-        )
+        name, graph_settings = manifest.method["name"], manifest.method["graph_settings"]
+        return cls(manifest.backbone, name, graph_settings, _shares_backbone(manifest), manifest.task_type)
 
     def require(self, other: Fit, this: str, that: str) -> None:
         """Raise :class:`EngineError`, which names both sides, unless ``other`` fits ``self``."""
@@ -77,12 +57,14 @@ class Fit:
                 f"{that} cannot join {this}: {method} fine-tuning changes the backbone's own weights, "
                 "which needs one engine per task; export it by itself"
             )
-        if other.fingerprint != self.fingerprint:
-            mine = f"{self.backbone} with fingerprint {self.fingerprint[:12]} ({self.weights_source})"
-            theirs = f"{other.backbone} with fingerprint {other.fingerprint[:12]} ({other.weights_source})"
+        if other.backbone["fingerprint"] != self.backbone["fingerprint"]:
+            theirs, mine = (
+                f"{one['name']} with fingerprint {one['fingerprint'][:12]} ({one['weights_source']})"
+                for one in (other.backbone, self.backbone)
+            )
             raise EngineError(f"{that} does not fit {this}: it was trained over {theirs}, {this} has {mine}")
         pairs: list[tuple[str, Any, Any]] = [
-            ("image size", other.image_size, self.image_size),
+            ("image size", other.backbone["image_size"], self.backbone["image_size"]),
             ("method", other.method, self.method),
         ]
         pairs.append(("task type", other.task_type.name, self.task_type.name))
