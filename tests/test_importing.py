@@ -249,7 +249,7 @@ def test_lora_ranks_and_alphas_of_single_blocks(vit, images, tmp_path):
             "alpha_pattern 'blocks.1.attn.qkv' must be a number .* nan",
         ),
         ({"alpha_pattern": {"(": 3}}, r"alpha_pattern '\(' is not a regular expression"),
-        ({"alpha_pattern": [3]}, "alpha_pattern is not a table"),
+        ({"alpha_pattern": [3]}, "alpha_pattern must be a table"),
     ],
     ids=lambda value: str(value)[:60],
 )

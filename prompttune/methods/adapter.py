@@ -64,8 +64,7 @@ class SerialAdapter(InsideBlocks):
 
     def _adapt(self, name: str, index: int, z: Tensor, state: State) -> Tensor:
         """z + up(GELU(down(z))), [B, N, D]."""
-        tensors, dropout = of_block(state, name, index), self.config.dropout
-        return z + bottleneck(z, **tensors, activation="gelu", dropout=dropout, training=self.training)
+        return z + bottleneck(z, of_block(state, name, index), "gelu", self.config.dropout, self.training)
 
 
 def _adapter(width: int, rank: int) -> Bottleneck:

@@ -59,7 +59,7 @@ class AdaptFormer(InsideBlocks):
         """See :meth:`InsideBlocks.run_block`."""
         tokens = block.read(tokens, whole) + block.self_attention(tokens, whole)  # [B, 1 or N, D]
         own, dropout = of_block(state, "adapters", block.index), self.config.dropout
-        adapted = bottleneck(tokens, **own, activation="relu", dropout=dropout, training=self.training)
+        adapted = bottleneck(tokens, own, "relu", dropout, self.training)
         return block.feed_forward(tokens) + adapted
 
 

@@ -55,12 +55,6 @@ RANKS, ALPHAS = "rank_pattern", "alpha_pattern"
 FLOAT32 = torch.finfo(torch.float32)
 
 
-class PeftSource(Source):
-    """An adapter's tensors and its config."""
-
-    config: dict[str, Any]
-
-
 class PeftLayout(Layout):
     """LoRA on timm's fused ``qkv``."""
 
@@ -82,9 +76,7 @@ class PeftLayout(Layout):
         if file is None:
             raise CheckpointError(f"no {' or '.join(MODELS)} in {path}")
         tensors = {_plain_name(name): value for name, value in read_file(file).items()}
-        source = PeftSource(tensors, str(path))
-        source.config = config
-        return source
+        return Source(tensors, str(path), config)
 
     def backbone_names(self, source: Source) -> Names | None:  # noqa: ARG002
         """See :meth:`Layout.backbone_names`; an adapter does not hold any."""
@@ -92,7 +84,6 @@ class PeftLayout(Layout):
 
     def take_task(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
         """See :meth:`Layout.take_task`."""
-        assert isinstance(source, PeftSource)
         if not isinstance(backbone, VitBackbone):
             raise CheckpointError(f"LoRA needs a ViT; {backbone.name} is not a ViT")
         out = backbone.num_heads * backbone.head_dim
@@ -110,13 +101,17 @@ class PeftLayout(Layout):
         }
         source.check(f"lora over {backbone.name}", all_taken=False)
         rank = max(ranks.values())
-        alpha = _alpha(source.config, rank)
+        config = source.config
+        alpha = float(config["lora_alpha"]) * (
+            rank**0.5 if config.get(RSLORA) else 1
+        )  # α / rank weighs the largest rank
         down = torch.zeros(backbone.depth, rank, backbone.width)
         up = torch.zeros(3, backbone.depth, out, rank)
         for index, (single, joint) in pairs.items():
             own = ranks[index]
             down[index, :own] = single
-            factor = _scale(source.config, index, own) / (alpha / rank)
+            weight = _weight(config, float(_of_block(config, ALPHAS, index, config["lora_alpha"])), own)
+            factor = weight / (alpha / rank)
             up[:, index, :, :own] = (joint if factor == 1 else joint * factor).unflatten(0, (3, out))
         if not (up * (alpha / rank)).isfinite().all():
             raise CheckpointError(f"{source.where}: its α over its rank is too large for float32")
@@ -125,7 +120,7 @@ class PeftLayout(Layout):
         tensors = {}
         for name in TARGETS[targets]:
             tensors[f"{name}.down"], tensors[f"{name}.up"] = down.clone(), parts[name].clone()
-        dropout = given.get("dropout", float(source.config.get("lora_dropout") or 0))
+        dropout = given.get("dropout", float(config.get("lora_dropout") or 0))
         settings = {"rank": rank, "alpha": alpha, "targets": targets, "dropout": dropout}
         return Foreign("lora", settings, tensors=tensors)
 
@@ -152,31 +147,25 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
-    for name in (RANKS, ALPHAS):
-        if not isinstance(config.get(name) or {}, Mapping):
-            raise CheckpointError(f"{path}: {name} is not a table")
+    def need(name: str, value: object, fits: bool, wanted: str) -> None:
+        if not fits:
+            raise CheckpointError(f"{path}: {name} must be {wanted}, not {reprlib.repr(value)}")
 
-    alpha: Any = config.get("lora_alpha")
-    dropout = config.get("lora_dropout")
+    for name in (RANKS, ALPHAS):
+        need(name, config.get(name), isinstance(config.get(name) or {}, Mapping), "a table")
     for name, value in [("r", config.get("r")), *_entries(config, RANKS)]:
-        if type(value) is not int or value <= 0:
-            raise _wrong(path, name, "a whole number above 0", value)
-    for name, value in [("lora_alpha", alpha), *_entries(config, ALPHAS)]:
-        if not _is_number(value):
-            raise _wrong(path, name, "a number that float32 holds", value)
-    if alpha < FLOAT32.tiny:
-        raise _wrong(path, "lora_alpha", "a number above 0 that float32 holds", alpha)
-    if dropout is not None and not (_is_number(dropout) and 0 <= dropout < 1):
-        raise _wrong(path, "lora_dropout", "a number from 0 to below 1", dropout)
+        need(name, value, type(value) is int and value > 0, "a whole number above 0")
+    for name, value in [("lora_alpha", config.get("lora_alpha")), *_entries(config, ALPHAS)]:
+        need(name, value, _is_number(value), "a number that float32 holds")
+    alpha = config["lora_alpha"]
+    need("lora_alpha", alpha, alpha >= FLOAT32.tiny, "a number above 0 that float32 holds")
+    dropout = config.get("lora_dropout") or 0.0
+    need("lora_dropout", dropout, _is_number(dropout) and 0 <= dropout < 1, "a number from 0 to below 1")
 
 
 def _entries(config: Mapping[str, Any], table: str) -> list[tuple[str, Any]]:
     """The values of a table, by their names in messages."""
     return [(f"{table} {reprlib.repr(pattern)}", value) for pattern, value in (config.get(table) or {}).items()]
-
-
-def _wrong(path: Path, name: str, wanted: str, value: object) -> CheckpointError:
-    return CheckpointError(f"{path}: {name} must be {wanted}, not {reprlib.repr(value)}")
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -197,13 +186,7 @@ def _weight(config: Mapping[str, Any], alpha: float, rank: int) -> float:
     return alpha / (rank**0.5 if config.get(RSLORA) else rank)
 
 
-def _alpha(config: Mapping[str, Any], rank: int) -> float:
-    """The α for which α / rank is the weight of a block of the adapter's largest rank."""
-    alpha = float(config["lora_alpha"])
-    return alpha * rank**0.5 if config.get(RSLORA) else alpha
-
-
-def _rank(source: PeftSource, index: int) -> int:
+def _rank(source: Source, index: int) -> int:
     """The rank of one block's product, on which its tensors and the config must agree."""
     name = f"{_stem(index)}.lora_A.weight"
     own, wanted = source.size(name, 0, 2), _of_block(source.config, RANKS, index, source.config["r"])
@@ -213,11 +196,6 @@ def _rank(source: PeftSource, index: int) -> int:
             "the two files of one training"
         )
     return own
-
-
-def _scale(config: Mapping[str, Any], index: int, rank: int) -> float:
-    """The weight of one block's product."""
-    return _weight(config, float(_of_block(config, ALPHAS, index, config["lora_alpha"])), rank)
 
 
 def _of_block(config: Mapping[str, Any], table: str, index: int, usual: Any) -> Any:

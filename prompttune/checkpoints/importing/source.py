@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,10 +44,11 @@ class Source:
     Args:
         tensors: the tensors, by the file's own names.
         where: name of the file in messages.
+        config: settings that lie next to the tensors.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], where: str) -> None:
-        self.where = where
+    def __init__(self, tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any] | None = None) -> None:
+        self.where, self.config = where, config or {}
         self.ignored: list[str] = []
         self._left = dict(tensors)
         self._missing: list[str] = []

@@ -10,7 +10,7 @@ from typing import Any
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.conv import ConvBackbone
 from prompttune.backbones.swin import SwinBackbone
-from prompttune.layers.adapter import ACTIVATIONS
+from prompttune.layers.bottleneck import ACTIVATIONS
 from prompttune.methods.base import MethodConfig, setting
 
 PROMPT_LAYER_STRIDE = 4

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.blocks import AttentionBlock, merge_heads
-from prompttune.layers.adapter import Adapter, apply_adapter
 from prompttune.layers.aligned_attention import AlignedAttention
-from prompttune.layers.bottleneck import PARTS, of_block, stacked_layout
+from prompttune.layers.bottleneck import NORM_EPS, Bottleneck, bottleneck, of_block, stacked, stacked_layout
 from prompttune.layers.probe import probe
 from prompttune.methods.base import RANK, Kind, Layout, MethodOver, State
 from prompttune.methods.sa2vp.config import SA2VPConfig
@@ -128,7 +127,7 @@ class Pathways(MethodOver[Kind]):
         self.last_read = max(index for index in range(depth) if index not in self.prompt_layers)
         self.prompts = nn.ModuleDict()
         self.adapters = nn.ModuleList(
-            Adapter(width, config.rank, zero_up=config.init == "zero") for _ in range(depth if config.adapter else 0)
+            _adapter(width, config.rank, config.init == "zero") for _ in range(depth if config.adapter else 0)
         )
         window = config.window if config.attention == "aligned" else None
         self.aligned = AlignedAttention(grid, num_prefix_tokens, window)
@@ -137,11 +136,7 @@ class Pathways(MethodOver[Kind]):
         """``adapters.*`` stacked over blocks and scaled by γ, or ``gamma`` [1, 1] without adapters."""
         if not self.config.adapter:
             return {"gamma": next(self.prompts.parameters()).new_full((1, 1), self.config.gamma)}
-        folded = [adapter.folded(self.config.gamma) for adapter in self.adapters if isinstance(adapter, Adapter)]
-        return {
-            f"adapters.{name}": torch.stack(parts).unsqueeze(0)
-            for name, parts in zip(PARTS, zip(*folded, strict=True), strict=True)
-        }
+        return stacked("adapters", self.adapters, self.config.gamma)
 
     def given_layout(self) -> Layout:
         """Layout of :meth:`given_state`."""
@@ -153,12 +148,28 @@ class Pathways(MethodOver[Kind]):
         """γ adapter(z), [B, N, D]; γ is in the state."""
         if not self.config.adapter:
             return state["gamma"].unsqueeze(-1) * z
-        config, own = self.config, of_block(state, "adapters", index)
-        return apply_adapter(z, **own, activation=config.activation, dropout=config.dropout, training=self.training)
+        # In float32, whatever the type of z: squares overflow in float16.
+        normed = F.layer_norm(z.float(), z.shape[-1:], eps=NORM_EPS).to(z.dtype)
+        own, config = of_block(state, "adapters", index), self.config
+        return self.drop(bottleneck(normed, own, config.activation, config.dropout, self.training))
 
     def drop(self, attended: Tensor) -> Tensor:
-        """Apply dropout to the cross attention's output, in training."""
+        """Apply dropout to the output of a cross attention or an adapter, in training."""
         return F.dropout(attended, self.config.dropout, self.training)
+
+
+def _adapter(width: int, rank: int, zero_up: bool) -> Bottleneck:
+    """Parameters of ``up(act(down(LayerNorm(z))))``, the paper's Eq. 3."""
+    made = Bottleneck(width, rank, norm=True)
+    nn.init.xavier_uniform_(made.down.weight)
+    nn.init.normal_(made.down.bias, std=1e-6)
+    if zero_up:
+        nn.init.zeros_(made.up.weight)
+        nn.init.zeros_(made.up.bias)
+    else:
+        nn.init.xavier_uniform_(made.up.weight)
+        nn.init.normal_(made.up.bias, std=1e-6)
+    return made
 
 
 class AttentionPathways(Pathways[Kind]):
