@@ -34,7 +34,8 @@ class Bottleneck(nn.Module):
 
     def folded(self, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The equivalent tensors without the norm's affine part, the output scaled: see :data:`PARTS`."""
-        weight, bias = self.down.weight, self.down.bias
+        weight: Tensor = self.down.weight
+        bias: Tensor = self.down.bias
         if self.has_norm:
             weight, bias = weight * self.norm.weight, weight @ self.norm.bias + bias
         return weight.T, bias, scale * self.up.weight.T, scale * self.up.bias
