@@ -15,7 +15,7 @@ import torch
 
 import prompttune as pt
 from prompttune.export.runtimes import RuntimeOptions
-from prompttune.serve.bench import BenchReport, Latency, Ratio, Rounds, bench_engine, interleaved
+from prompttune.serve.bench import BenchReport, BenchSettings, Latency, Ratio, Rounds, bench_engine, interleaved
 from prompttune.serve.bench.machine import machine_columns, write_csv
 
 RESULTS = Path(__file__).parent / "results"
@@ -69,14 +69,8 @@ class Run:
 
     def bench(self, engine: Path, batches: Sequence[int], **arguments: Any) -> BenchReport:
         """An engine beside what it is held against, without the costs of adding and switching tasks."""
-        return bench_engine(
-            engine,
-            batch_sizes=batches,
-            options=RuntimeOptions(self.device, self.threads),
-            rounds=self.timed,
-            task_costs=False,
-            **arguments,
-        )
+        settings = BenchSettings(batch_sizes=tuple(batches), rounds=self.timed, task_costs=False, **arguments)
+        return bench_engine(engine, settings, RuntimeOptions(self.device, self.threads))
 
     def write_csv(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write rows with the machine's columns to ``<results>/<name>.csv``, and say so."""

@@ -20,7 +20,8 @@ from benchmarks.engines import CONFIGS, make_engine, save_checkpoint, workshop
 from prompttune.export import EngineFolder
 from prompttune.export.formats.base import QUANTIZATIONS
 from prompttune.export.parity.invariance import check_neighbours
-from prompttune.serve.bench.subjects import ALL, noise
+from prompttune.serve.bench.settings import ALL
+from prompttune.serve.bench.subjects import noise
 
 _AGREEMENT_BATCH = 8
 
@@ -78,7 +79,7 @@ def main(
         for kind in kinds:
             settings = pt.ExportSettings(precision="int8", quantization=kind)
             engine = make_engine(checkpoint, folder / kind, settings, tasks)
-            report = run.bench(engine.path, batches, against=(str(full.path),), mixes=(ALL,))
+            report = run.bench(engine.path, batches, against=(str(full.path),), mix=(ALL,))
             agrees, apart = agreement(engine.path, full.path, images, run.threads)
             moved = touched(engine.path, run.threads)
             smaller = model_bytes(engine) / model_bytes(full)

@@ -14,7 +14,8 @@ import prompttune as pt
 from benchmarks.common import Model, Run, batch_option, model_options, run_options
 from benchmarks.engines import make_engine, methods_option, save_checkpoint, workshop
 from prompttune.export.formats.base import ATTENTIONS, BANK_PRECISIONS, PRECISIONS
-from prompttune.serve.bench.subjects import ALL, BACKBONE, MIXES
+from prompttune.serve.bench.settings import ALL, MIXES
+from prompttune.serve.bench.subjects import BACKBONE
 
 
 @click.command(help=__doc__)
@@ -46,7 +47,7 @@ def main(
     for method in methods:
         with workshop() as folder:
             engine = make_engine(save_checkpoint(method, frozen, folder), folder / method, settings, tasks)
-            report = run.bench(engine.path, batches, against=(BACKBONE,), mixes=(mix,))
+            report = run.bench(engine.path, batches, against=(BACKBONE,), mix=(mix,))
         rows += [{**row, "attention": settings.attention} for row in report.rows()]
         for one in report.measurements:
             if one.engine_over is not None:

@@ -22,7 +22,7 @@ from prompttune.export.runtimes import RuntimeOptions, StateRunner, open_runtime
 from prompttune.serve.bench import Latency
 from prompttune.serve.bench.memory import memory_growth
 from prompttune.serve.bench.subjects import noise
-from prompttune.serve.bench.task_costs import measure_switching, resident_task_bytes
+from prompttune.serve.bench.task_costs import measure_switching
 from prompttune.serve.memory import resident_bytes
 
 MIXED = 16
@@ -90,7 +90,7 @@ def main(
         numbers = np.unique(np.linspace(0, tasks - 1, min(checked or tasks, tasks)).astype(int)).tolist()
         apart, other = check_answers(engine, like, numbers, RuntimeOptions(run.device, run.threads))
         switching = measure_switching(engine, list(engine.bank.entries), run.timed)
-        per_task = resident_task_bytes(engine)
+        per_task = engine.bank.row_bytes
     assert switching is not None
     mib = {"before": before, "growth": growth.resident, "peak": growth.peak, "device": growth.device}
     shown = {name: "" if size is None else f"{size / 2**20:.1f}" for name, size in mib.items()}

@@ -29,8 +29,8 @@ def softmax(logits: Array) -> Probabilities:
 
 
 def ranked(probabilities: Probabilities, count: int) -> NDArray[np.int64]:
-    """Indices of the ``count`` likeliest classes of a row [C], best first; the lower index wins a tie."""
-    return np.argsort(-probabilities, kind="stable")[:count]
+    """Indices [..., K] of the ``count`` likeliest classes of rows [..., C], best first; the lower index wins a tie."""
+    return np.argsort(-probabilities, kind="stable")[..., :count]
 
 
 def likeliest(probabilities: Probabilities, labels: Sequence[str], top_k: int) -> tuple[Score, ...]:

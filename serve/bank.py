@@ -44,7 +44,6 @@ class Entry:
 class Snapshot:
     """Consistent view for a call, which does not change while the bank does."""
 
-    generation: int
     entries: Mapping[str, Entry]
     placed: Mapping[str, Any]
     """Tensors [capacity, ...] by state key, placed by the runtime."""
@@ -85,18 +84,16 @@ class Bank:
         """Lock for changes to the bank; taken before the other one."""
         self._lock = threading.Condition(threading.Lock())
         """Lock for the snapshot, the leases and the lists of rows; notified when a lease ends."""
-        self._leases: Counter[int] = Counter()
-        """Number of calls that may read every row, by generation."""
         self._readers: Counter[int] = Counter()
         """Number of calls that may read a row, by row."""
-        self._retired: list[tuple[int, int]] = []
-        """Rows that are not named any more, each with the last generation that names it."""
+        self._retired: list[int] = []
+        """Rows that are not named any more, but may still be read."""
         self._rows: dict[str, NDArray[Any]] = {}
         self._axes: dict[str, int] = dict(axes or {})
         self._recent: OrderedDict[str, None] = OrderedDict()
         """The resident tasks, the least recently used first."""
         self._free: list[int] = []
-        self._snapshot = Snapshot(0, {}, {})
+        self._snapshot = Snapshot({}, {})
         if tasks or capacity:
             needed = largest_axes([axes or {}, *(self._axes_of(name, task) for name, task in tasks.items())])
             self._grow(capacity or len(tasks), needed)
@@ -133,44 +130,40 @@ class Bank:
         Raises:
             PrompttuneError: an error of ``load``.
         """
-        snapshot, counter, held = self._hold(names)
+        snapshot, rows = self._hold(names)
         if names is not None and load is not None and not snapshot.entries.keys() >= set(names):
-            self._let_go(counter, held)
+            self._let_go(rows)
             with self._writing:  # keeps a just loaded task from being evicted
                 for name in dict.fromkeys(names):
                     if name not in self.entries:
                         task, version = load(name)
                         self.put(name, task, version=version, staying=names)
-                snapshot, counter, held = self._hold(names)
+                snapshot, rows = self._hold(names)
         try:
             yield snapshot
         finally:
-            self._let_go(counter, held)
+            self._let_go(rows)
 
-    def _hold(self, names: Collection[str] | None) -> tuple[Snapshot, Counter[int], list[int]]:
+    def _hold(self, names: Collection[str] | None) -> tuple[Snapshot, list[int]]:
         with self._lock:
             snapshot = self._snapshot
-            counter, held = self._leases, [snapshot.generation]
-            if names is not None:
-                present = [name for name in names if name in snapshot.entries]
-                counter, held = self._readers, [snapshot.entries[name].row for name in present]
-                for name in present:
-                    self._recent.move_to_end(name)
-            counter.update(held)
-        return snapshot, counter, held
+            present = [name for name in (snapshot.entries if names is None else names) if name in snapshot.entries]
+            rows = [snapshot.entries[name].row for name in present]
+            self._readers.update(rows)
+            for name in present:
+                self._recent.move_to_end(name)
+        return snapshot, rows
 
-    def _let_go(self, counter: Counter[int], held: list[int]) -> None:
+    def _let_go(self, rows: list[int]) -> None:
         with self._lock:
-            counter.subtract(held)
-            counter += Counter()  # removes the zeros
+            self._readers.subtract(rows)
+            self._readers += Counter()  # removes the zeros
             self._recycle()
             self._lock.notify_all()
 
     def _recycle(self) -> None:
-        oldest = min(self._leases, default=self._snapshot.generation)
-        read = [(row, last) for row, last in self._retired if last >= oldest or row in self._readers]
-        self._free += [row for row, last in self._retired if (row, last) not in read]
-        self._retired = read
+        self._free += [row for row in self._retired if row not in self._readers]
+        self._retired = [row for row in self._retired if row in self._readers]
 
     def put(
         self,
@@ -242,8 +235,8 @@ class Bank:
             if name in entries:
                 self._recent[name] = None
             if old is not None:
-                self._retired.append((old.row, self._snapshot.generation))
-            self._snapshot = Snapshot(self._snapshot.generation + 1, entries, self._snapshot.placed)
+                self._retired.append(old.row)
+            self._snapshot = Snapshot(entries, self._snapshot.placed)
             self._recycle()
 
     def _row_for(self, axes: dict[str, int]) -> int:
@@ -279,28 +272,16 @@ class Bank:
         with self._lock:
             self._rows, self._axes = rows, axes
             self._free, self._retired = list(range(len(entries), capacity)), []
-            self._snapshot = Snapshot(self._snapshot.generation + 1, entries, placed)
+            self._snapshot = Snapshot(entries, placed)
 
 
-class BakedBank:
-    """The tasks of an engine whose model holds them as constants: they are fixed, and states are never read."""
+class BakedBank(Bank):
+    """The tasks of an engine whose model holds them as constants: they are fixed, and there are no rows."""
 
-    limit: int | None = None
-    row_bytes = 0
-
-    def __init__(self, order: Sequence[str], records: Mapping[str, TaskRecord]) -> None:
-        """``order`` names the task of each row of the model."""
-        held = {
-            name: Entry(Task(records[name].labels, records[name].preprocess, {}), records[name].version, row)
-            for row, name in enumerate(order)
-            if name in records
-        }
-        self._snapshot = Snapshot(0, held, {})
-
-    @property
-    def entries(self) -> Mapping[str, Entry]:
-        """The tasks."""
-        return self._snapshot.entries
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
+        self.limit = None
+        self._rows = {}
+        self._snapshot = Snapshot(entries, {})
 
     @contextlib.contextmanager
     def lease(self, names: Collection[str] | None = None, load: Load | None = None) -> Iterator[Snapshot]:
@@ -311,13 +292,14 @@ class BakedBank:
                 raise EngineError(f"the task {name!r} was damaged when the engine was opened: open it again")
         yield self._snapshot
 
-    def put(self, name: str, task: Task, replace: bool = False, version: str | None = None) -> None:  # noqa: ARG002
-        """Refuse the task: see :meth:`EngineFolder.check_open`, which says what to do."""
-        raise UsageError(f"the task {name!r} cannot be added: the tasks of this engine are baked into its model")
 
-    def remove(self, name: str) -> None:
-        """Refuse the removal, as in :meth:`put`."""
-        raise UsageError(f"the task {name!r} cannot be removed: the tasks of this engine are baked into its model")
+def baked_entries(order: Sequence[str], records: Mapping[str, TaskRecord]) -> dict[str, Entry]:
+    """The undamaged tasks of a model that holds them as constants; ``order`` names the task of each row."""
+    return {
+        name: Entry(Task(records[name].labels, records[name].preprocess, {}), records[name].version, row)
+        for row, name in enumerate(order)
+        if name in records
+    }
 
 
 def _write(layout: Layout, rows: Mapping[str, NDArray[Any]], row: int, task: Task, version: str) -> Entry:

@@ -30,12 +30,12 @@ from prompttune.export.layout import TASKS as TASKS_AXIS
 from prompttune.export.parity.gate import engine_gate
 from prompttune.export.parity.proof import MIXED_WITH, fold_proven
 from prompttune.export.parity.samples import Samples
-from prompttune.export.runtimes import Array, Runtime, RuntimeOptions, open_runtime
+from prompttune.export.runtimes import Array, RuntimeOptions, StateRunner, open_runtime
 from prompttune.export.tasks import Fit, check_fit, engine_backbone
 from prompttune.images import ImageLike, open_image
 from prompttune.images.preprocess import Preprocess
 from prompttune.serve.answers import Score, likeliest, softmax
-from prompttune.serve.bank import BakedBank, Bank, Entry
+from prompttune.serve.bank import BakedBank, Bank, Entry, baked_entries
 from prompttune.serve.limits import TOP_K
 from prompttune.serve.masks import class_map
 
@@ -151,7 +151,7 @@ class Engine:
         self._dtype = bank_dtype(manifest.bank_precision)
         self._unsaved: dict[str, tuple[Task, str]] = {}
         """Tasks without a folder, which therefore cannot be loaded again."""
-        self._bank: Bank | BakedBank
+        self._bank: Bank
         if tasks is not None:
             self._names = set(tasks)
             for name in sorted(self._names):
@@ -159,7 +159,7 @@ class Engine:
         if manifest.baked is None:
             self._bank = self._open_bank(tasks is not None, resident_tasks)
         else:
-            self._bank = BakedBank(manifest.baked, self.folder.scan(only=self._names).records)
+            self._bank = BakedBank(baked_entries(manifest.baked, self.folder.scan(only=self._names).records))
         self._transforms: dict[Preprocess, Callable[[Image.Image], Tensor]] = {}
         self._backbone: Backbone | None = None
 
@@ -207,7 +207,7 @@ class Engine:
         return self._runtime.description
 
     @property
-    def bank(self) -> Bank | BakedBank:
+    def bank(self) -> Bank:
         """The resident task states."""
         return self._bank
 
@@ -304,8 +304,11 @@ class Engine:
             raise UsageError(f"top_k must be at least 1, not {top_k}")
         if self.folder.manifest.task_type.by_place:
             raise UsageError("the engine's tasks are segmentations: call segment(), which gives a class to each pixel")
-        names, answers = self._answers(images, tasks)
-        return [_prediction(name, answer, top_k) for name, answer in zip(names, answers, strict=True)]
+        predictions = []
+        for name, one in self._answers(images, tasks):
+            scores = likeliest(softmax(one.logits), one.labels, top_k)
+            predictions.append(Prediction(name, one.task_version, scores[0].label, scores[0].probability, scores))
+        return predictions
 
     def segment(self, images: Images, tasks: str | Sequence[str]) -> list[Segmentation]:
         """Give each pixel of images a class, each image for its own task, in one call.
@@ -321,22 +324,32 @@ class Engine:
         """
         if not self.folder.manifest.task_type.by_place:
             raise UsageError("the engine's tasks are classifications: call predict()")
-        names, answers = self._answers(images, tasks)
-        return [_segmentation(name, answer, self.image_size) for name, answer in zip(names, answers, strict=True)]
+        return [
+            Segmentation(name, one.task_version, one.labels, class_map(one.logits, self.image_size))
+            for name, one in self._answers(images, tasks)
+        ]
 
-    def _answers(self, images: Images, tasks: str | Sequence[str]) -> tuple[list[str], list[TaskLogits]]:
-        """The task of each row, and its answer."""
+    def _answers(self, images: Images, tasks: str | Sequence[str]) -> list[tuple[str, TaskLogits]]:
+        """The task of each row, and its finite answer."""
         pixels = isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim < 4
         single = pixels or isinstance(images, (str, os.PathLike, bytes, Image.Image)) or hasattr(images, "read")
         rows: Tensor | NDArray[np.float32] | Sequence[ImageLike] = [images] if single else images  # type: ignore[list-item,assignment]
         names = _per_row(tasks, len(rows))
+
         if isinstance(rows, Tensor) or (isinstance(rows, np.ndarray) and rows.dtype != np.uint8):
-            return names, self.answer(rows, names)
+            answers = self.answer(rows, names)
+        else:
+            given: Sequence[ImageLike] = rows
 
-        def prepare(some: Sequence[int], entries: Sequence[Entry]) -> Array:
-            return np.stack([self._prepare(rows[row], entry) for row, entry in zip(some, entries, strict=True)])
+            def prepare(some: Sequence[int], entries: Sequence[Entry]) -> Array:
+                pairs = zip(some, entries, strict=True)
+                return np.stack([self._prepared(given[row], entry) for row, entry in pairs])
 
-        return names, _in_order(self._calls(names, prepare))
+            answers = _in_order(self._calls(names, prepare))
+        for name, one in zip(names, answers, strict=True):
+            if not np.isfinite(one.logits).all():
+                raise EngineError(f"task {name!r} gave logits that are not finite")
+        return list(zip(names, answers, strict=True))
 
     def transform(self, preprocess: Preprocess) -> Callable[[Image.Image], Tensor]:
         """The evaluation transform of ``preprocess``, made once: from an RGB PIL image to normalised [3, S, S]."""
@@ -344,7 +357,7 @@ class Engine:
             self._transforms[preprocess] = preprocess.transform()
         return self._transforms[preprocess]
 
-    def _prepare(self, image: ImageLike, entry: Entry) -> Array:
+    def _prepared(self, image: ImageLike, entry: Entry) -> Array:
         prepared: Array = self.transform(entry.task.preprocess)(open_image(image)).numpy()
         return prepared
 
@@ -427,8 +440,8 @@ class Engine:
                 checkpoint,
                 self._backbone,
                 (self._some_residents(name) or self.folder.read_some(MIXED_WITH, name)) if parity else {},
-                lambda tasks: _Trial(
-                    self._runtime.without_graphs(), Bank(self._runtime, manifest.layout, tasks, self._dtype)
+                lambda tasks: StateRunner(
+                    self._runtime.without_graphs(), manifest, {name: task.state for name, task in tasks.items()}
                 ),
                 Samples(),
                 engine_gate(manifest) if parity else None,
@@ -473,23 +486,6 @@ class Engine:
             self._bank.remove(name)
 
 
-class _Trial:
-    """Unpublished tasks behind an engine's own runtime."""
-
-    def __init__(self, runtime: Runtime, bank: Bank) -> None:
-        self._runtime = runtime
-        self._bank = bank
-
-    @property
-    def description(self) -> str:
-        return self._runtime.description
-
-    def logits(self, images: Array, tasks: Sequence[str]) -> Array:
-        with self._bank.lease() as snapshot:
-            index = np.array([snapshot.entries[task].row for task in tasks], dtype=np.int64)
-            return self._runtime.logits(np.ascontiguousarray(images), index, snapshot.placed)
-
-
 def _per_row(tasks: str | Sequence[str], rows: int) -> list[str]:
     """A task name for each of ``rows`` rows."""
     names = [tasks] * rows if isinstance(tasks, str) else list(tasks)
@@ -519,16 +515,3 @@ def default_residents(folder: EngineFolder, names: Iterable[str]) -> int:
     itemsize = bank_dtype(folder.manifest.bank_precision).itemsize
     most = max(EAGER, MEMORY * FLOAT32.itemsize // (size * itemsize or 1))
     return max(1, folder.manifest.sizes.most(TASKS_AXIS, most + 1) - 1)  # a row is to spare for the next task
-
-
-def _segmentation(name: str, answer: TaskLogits, side: int) -> Segmentation:
-    if not np.isfinite(answer.logits).all():
-        raise EngineError(f"task {name!r} gave logits that are not finite")
-    return Segmentation(name, answer.task_version, answer.labels, class_map(answer.logits, side))
-
-
-def _prediction(name: str, answer: TaskLogits, top_k: int) -> Prediction:
-    if not np.isfinite(answer.logits).all():
-        raise EngineError(f"task {name!r} gave logits that are not finite")
-    scores = likeliest(softmax(answer.logits), answer.labels, top_k)
-    return Prediction(name, answer.task_version, scores[0].label, scores[0].probability, scores)

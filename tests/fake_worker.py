@@ -7,7 +7,15 @@ import numpy as np
 
 from prompttune.errors import EngineError
 from prompttune.export.runtimes import RuntimeOptions
-from prompttune.serve.workers import Answer, Key, VersionGoneError, Worker, WorkerDiedError, WorkerSettings, WorkerStats
+from prompttune.serve.workers import (
+    BatchResult,
+    Key,
+    VersionGoneError,
+    Worker,
+    WorkerDiedError,
+    WorkerSettings,
+    WorkerStats,
+)
 
 SETTINGS = WorkerSettings(Path("engine"), RuntimeOptions(), rows=4, axes={}, max_batch=4, host_bytes=0)
 
@@ -49,7 +57,9 @@ class FakeWorker(Worker):
             self.running.set()
             await self._unless_dead(self.may_run.wait())
             values = self.slots[slot][: len(keys), 0, 0, 0]
-            return Answer(np.array([[float(key.version), value] for key, value in zip(keys, values, strict=True)]), 0.5)
+            return BatchResult(
+                np.array([[float(key.version), value] for key, value in zip(keys, values, strict=True)]), 0.5
+            )
 
     async def _unless_dead(self, waiting):
         wait, dead = asyncio.ensure_future(waiting), asyncio.ensure_future(self.dead.wait())
@@ -76,10 +86,6 @@ class FakeWorker(Worker):
 
     async def close(self):
         pass
-
-    @property
-    def details(self):
-        return {}
 
     def die(self):
         self.dead.set()

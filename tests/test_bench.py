@@ -22,13 +22,13 @@ from prompttune.cli.main import cli
 from prompttune.errors import EngineError, UsageError
 from prompttune.export import EngineFolder, ExportSettings
 from prompttune.export.formats import tensorrt
-from prompttune.export.runtimes import RuntimeOptions
+from prompttune.export.runtimes import RuntimeOptions, open_runtime
 from prompttune.export.tasks import engine_backbone
-from prompttune.serve.bench import Latency, Ratio, Rounds, bench_engine, interleaved
+from prompttune.serve.bench import BenchSettings, Latency, Ratio, Rounds, bench_engine, interleaved
 from prompttune.serve.bench.memory import memory_growth
-from prompttune.serve.bench.plain import PlainBackbone, export_plain, plain_settings
-from prompttune.serve.bench.subjects import EngineSubject, TorchSubject, assignments
-from prompttune.serve.bench.task_costs import ADDED_CHECKPOINTS, measure_adding, resident_task_bytes
+from prompttune.serve.bench.plain import export_plain, plain_settings
+from prompttune.serve.bench.subjects import assignments, engine_subject, torch_subject
+from prompttune.serve.bench.task_costs import ADDED_CHECKPOINTS, measure_adding
 from tests.engines import backbone, checkpoint, copied, exported, noise
 from tests.fake_tensorrt import VERSION, fake_tensorrt, install
 from tests.test_cli_export import refused
@@ -43,32 +43,30 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def report():
-    return bench_engine(
-        exported("sa2vp"),
-        against=["backbone", "torch", str(exported("linear"))],
+    settings = BenchSettings(
+        against=("backbone", "torch", str(exported("linear"))),
         batch_sizes=(1, 3),
-        options=RuntimeOptions(threads=1),
         rounds=QUICK,
         checkpoint=checkpoint("sa2vp", 4),
     )
+    return bench_engine(exported("sa2vp"), settings, RuntimeOptions(threads=1))
 
 
 # ------------------------------------------------------------------------------------------------------------ timing
 
 
 def test_runs_are_called_in_turn_warm_up_first():
-    called, shares = [], []
+    called = []
     runs = {name: lambda name=name: called.append(name) for name in "abc"}
-    seconds = interleaved(runs, Rounds(warmup=2, repeats=4), on_share=shares.append)
+    seconds = interleaved(runs, Rounds(warmup=2, repeats=4))
     assert called == list("abc") * 6
     assert {name: len(values) for name, values in seconds.items()} == {"a": 4, "b": 4, "c": 4}
-    assert shares == [0.25, 0.5, 0.75, 1.0]
 
 
 def test_seconds_bound_the_rounds(monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr("prompttune.serve.bench.timing.time.perf_counter", lambda: float(next(clock)))
-    # A clock that moves one second a look: start, then look, twice a run, look, look for the share.
+    # A clock that moves one second a look: start, then look, twice a run, look.
     long = interleaved({"a": lambda: None}, Rounds(warmup=0, seconds=20))["a"]
     short = interleaved({"a": lambda: None}, Rounds(warmup=0, seconds=0.1))["a"]
     assert len(short) == 3
@@ -98,7 +96,7 @@ def test_rows_go_round_the_tasks():
     assert assignments(["a", "b", "c"], 2, "one") == [["a", "a"]]
     assert assignments(["a", "b", "c"], 2, "all") == [["a", "b"], ["c", "a"], ["b", "c"]]
     assert assignments(["a", "b"], 4, "all") == [["a", "b", "a", "b"]]
-    assert assignments([], 4, "all") == []
+    assert assignments([], 4, "all") == [[]]
 
 
 def test_memory_growth_sees_memory_come_and_go():
@@ -128,7 +126,7 @@ def test_threads_are_told_to_engines_on_a_cpu_alone(monkeypatch):
         told.append(options.threads)
         raise EngineError("seen")
 
-    monkeypatch.setattr("prompttune.serve.bench.run.EngineSubject", opened)
+    monkeypatch.setattr("prompttune.serve.bench.run.engine_subject", opened)
     for device in ("cpu", "cuda", "cuda:1"):
         with pytest.raises(EngineError, match="seen"):
             bench_engine(exported("linear"), options=RuntimeOptions(device))
@@ -155,7 +153,7 @@ def test_report_holds_every_subject_batch_size_and_mix(report):
 def test_task_costs(report):
     engine = pt.Engine(exported("sa2vp"))
     row = sum(rows[0].nbytes for rows in engine.bank._rows.values())
-    assert report.bytes_per_task == resident_task_bytes(engine) == row
+    assert report.bytes_per_task == engine.bank.row_bytes == row
     assert report.switching.tasks == ("task0", "task1")
     assert report.switching.same.rounds == report.switching.alternating.rounds == 3
     assert report.adding.state.rounds == 3
@@ -180,14 +178,14 @@ def test_half_a_bank_takes_half_the_bytes(tmp_path):
         {"task0": checkpoint("sa2vp", 0)}, tmp_path / "half", format=ExportSettings(bank_precision="fp16"), parity=False
     )
     pt.export_engine({"task0": checkpoint("sa2vp", 0)}, tmp_path / "full", parity=False)
-    half, full = (resident_task_bytes(pt.Engine(tmp_path / name)) for name in ("half", "full"))
+    half, full = (pt.Engine(tmp_path / name).bank.row_bytes for name in ("half", "full"))
     assert 2 * half == full
 
 
 def test_tasks_in_the_model_cannot_be_added(tmp_path):
     settings, baked = ExportSettings(baked=True), tmp_path / "baked"
     pt.export_engine([checkpoint("linear", number) for number in (0, 1)], baked, format=settings, parity=False)
-    report = bench_engine(baked, batch_sizes=(1,), rounds=QUICK, options=RuntimeOptions(threads=1))
+    report = bench_engine(baked, BenchSettings(batch_sizes=(1,), rounds=QUICK), RuntimeOptions(threads=1))
     assert (report.adding, report.bytes_per_task, report.resident_tasks) == (None, 0, 2)
     assert report.switching.tasks == ("task0", "task1")
     with pytest.raises(UsageError, match="as constants"):
@@ -195,14 +193,14 @@ def test_tasks_in_the_model_cannot_be_added(tmp_path):
 
 
 def test_limit_of_tasks_and_no_task_costs():
-    report = bench_engine(exported("linear"), batch_sizes=(2,), tasks=1, rounds=QUICK, task_costs=False)
+    report = bench_engine(exported("linear"), BenchSettings(batch_sizes=(2,), tasks=1, rounds=QUICK, task_costs=False))
     assert {one.tasks for one in report.measurements} == {1}
     assert (report.switching, report.adding) == (None, None)
 
 
 def test_progress_rises_to_the_end():
     told = []
-    bench_engine(exported("linear"), batch_sizes=(1,), rounds=QUICK, on_progress=lambda *one: told.append(one))
+    bench_engine(exported("linear"), BenchSettings(batch_sizes=(1,), rounds=QUICK), None, lambda *one: told.append(one))
     shares = [share for _, share in told]
     assert shares == sorted(shares)
     assert (shares[0], told[-1]) == (0.0, ("done", 1.0))
@@ -211,25 +209,25 @@ def test_progress_rises_to_the_end():
 def test_bad_values_are_refused(tmp_path):
     engine = exported("linear")
     for arguments, message in (
-        ({"against": ["torch", "torch"]}, "given twice"),
-        ({"against": ["engine"]}, "nothing to compare with"),
-        ({"against": [str(tmp_path / "none")]}, "nothing to compare with"),
-        ({"mixes": ["some"]}, "unknown mix 'some'"),
-        ({"mixes": []}, "at least one mix"),
+        ({"against": ("torch", "torch")}, "given twice"),
+        ({"against": ("engine",)}, "nothing to compare with"),
+        ({"against": (str(tmp_path / "none"),)}, "nothing to compare with"),
+        ({"mix": ("some",)}, "unknown mix 'some'"),
+        ({"mix": ()}, "at least one mix"),
         ({"batch_sizes": (0,)}, "batch sizes"),
         ({"tasks": 0}, "at least 1"),
     ):
         with pytest.raises(UsageError, match=message):
-            bench_engine(engine, rounds=QUICK, **arguments)
+            bench_engine(engine, BenchSettings(rounds=QUICK, **arguments))
     with pytest.raises(UsageError, match="above 0"):
         Rounds(seconds=math.nan)
     with pytest.raises(EngineError, match="no engine manifest"):
-        bench_engine(engine, against=[str(tmp_path)], rounds=QUICK)
+        bench_engine(engine, BenchSettings(against=(str(tmp_path),), rounds=QUICK))
     empty = copied("linear", tmp_path)
     for name in EngineFolder(empty).tasks():
         EngineFolder(empty).remove_task(name)
     with pytest.raises(UsageError, match="no tasks to measure"):
-        bench_engine(empty, rounds=QUICK)
+        bench_engine(empty, BenchSettings(rounds=QUICK))
 
 
 # ---------------------------------------------------------------------------------------------------------- subjects
@@ -244,14 +242,15 @@ def test_plain_backbone_gives_the_pooled_features(precision, quantization, tmp_p
     quantised = dataclasses.replace(manifest, precision=precision, quantization=quantization)
     settings = plain_settings(quantised)
     assert settings.quantization == quantization
-    plain = PlainBackbone(tmp_path, export_plain(manifest, frozen, settings, tmp_path), OPTIONS)
+    made = export_plain(manifest, frozen, settings, tmp_path)
+    plain = open_runtime(tmp_path, made, OPTIONS)
     images = noise(3)
     wanted = frozen.model(torch.from_numpy(images)).detach().numpy()
-    found = plain.features(images)
+    found = plain.logits(images, np.zeros(3, np.int64), {})
     assert found.shape == (3, frozen.width)
     assert np.abs(found - wanted).max() <= {"fp32": 1e-4, "fp16": 0.01, "int8": 0.2}[precision] * np.abs(wanted).max()
-    assert plain.features(images[:1]).shape == (1, frozen.width)
-    assert f"onnx {precision}" in plain.description
+    assert plain.logits(images[:1], np.zeros(1, np.int64), {}).shape == (1, frozen.width)
+    assert (made.format, made.precision) == ("onnx", precision)
     assert plain_settings(manifest).precision == "fp32"
 
 
@@ -306,11 +305,10 @@ def test_pytorch_does_the_same_work_as_the_engine(mix):
     rows = assignments(folder.tasks(), 3, mix)
     answers = []
     for subject in (
-        EngineSubject("engine", folder.path, OPTIONS),
-        TorchSubject(folder, OPTIONS, None),
+        engine_subject("engine", folder.path, OPTIONS),
+        torch_subject(folder, OPTIONS, None),
     ):
-        subject.open()
-        call = subject.call(images, rows)
+        call = subject.prepare()().call(images, rows)
         answers.append([call() for _ in range(len(rows) + 1)])
     for found, wanted in zip(*answers, strict=True):
         real = np.isfinite(found)
@@ -322,10 +320,10 @@ def test_pytorch_does_the_same_work_as_the_engine(mix):
 
 
 def test_command_prints_tables_and_writes_files(tmp_path):
-    table, picture = tmp_path / "made" / "bench.csv", tmp_path / "bench.png"
+    table = tmp_path / "made" / "bench.csv"
     result = run(
         exported("sa2vp"), "--against", "backbone", "--batch-sizes", "1,2", "--warmup", 0, "--repeats", 2,
-        "--threads", 1, "--csv", table, "--plot", picture,
+        "--threads", 1, "--csv", table,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     for words in ("engine takes", "a resident task takes", "switching tasks", "adding a folded task", "2 rounds"):
@@ -335,7 +333,6 @@ def test_command_prints_tables_and_writes_files(tmp_path):
         (subject, size, mix) for subject in ("engine", "backbone") for size in "12" for mix in ("one", "all")
     }
     assert all(row["hardware"] and row["onnxruntime"] and row["command"].startswith("prompttune") for row in rows)
-    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_command_prints_json():
@@ -349,7 +346,6 @@ def test_command_prints_json():
 def test_command_refuses_in_one_line(tmp_path):
     engine = exported("linear")
     refused(run(engine, "--seconds", 1, "--repeats", 5), 2, "either --repeats or --seconds")
-    refused(run(engine, "--plot", tmp_path / "bench.pdf"), 2, "bench.png")
     refused(run(engine, "--mix", "one,two"), 2, "unknown mix 'two'")
     refused(run(engine, "--batch-sizes", "1,x"), 2, "batch sizes")
     refused(run(engine, "--against", "nothing"), 2, "nothing to compare with at 'nothing'")

@@ -19,10 +19,10 @@ from prompttune.export.formats import ExportSettings
 from prompttune.export.formats.onnx import write_onnx
 from prompttune.export.formats.onnx_int8 import quantise
 from prompttune.export.precision.casting import typed_model
-from prompttune.export.runtimes import RuntimeOptions
+from prompttune.export.runtimes import RuntimeOptions, open_runtime
 from prompttune.methods import METHODS
 from prompttune.methods.sa2vp.conv import ConvSA2VP, tokens_of
-from prompttune.serve.bench.plain import PlainBackbone, export_plain, plain_settings
+from prompttune.serve.bench.plain import export_plain, plain_settings
 from tests.convs import CONVS, ON_CONV
 from tests.drawing import default_configs, drawn_backbone, drawn_model, drawn_weights
 from tests.engines import build_request, exported, model_of
@@ -302,4 +302,5 @@ def test_the_plain_backbone_of_the_benchmark_gives_the_pooled_features(name, tmp
     written = export_plain(manifest, frozen, plain_settings(manifest), tmp_path)
     with torch.no_grad():
         wanted = frozen(torch.from_numpy(pictures(3))).numpy()
-    assert np.abs(PlainBackbone(tmp_path, written, options).features(pictures(3)) - wanted).max() <= 1e-4
+    found = open_runtime(tmp_path, written, options).logits(pictures(3), np.zeros(3, np.int64), {})
+    assert np.abs(found - wanted).max() <= 1e-4

@@ -18,7 +18,7 @@ from prompttune.cli.main import cli
 from prompttune.serve.protocol.server import DISMISSING_S
 from prompttune.serve.protocol.settings import ServerSettings
 from prompttune.serve.service.settings import EngineSettings
-from prompttune.serve.workers.process import CLOSE_S
+from prompttune.serve.workers.worker import CLOSE_S
 from prompttune.settings import all_settings
 from tests import kserve_models
 

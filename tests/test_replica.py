@@ -139,11 +139,11 @@ def test_a_request_goes_where_its_state_is_unless_others_have_much_less_to_do():
         replicas = [first, second]
         assert least_busy(replicas, A) is second
         assert least_busy(replicas, B) is first
-        second._worker.may_run.clear()
+        second._running.worker.may_run.clear()
         busy = asyncio.create_task(second.answer(A, FOLDER, [image(1)] * 12, 0))
         await until(lambda: second.running_rows + second.queued_rows == 12)
         assert least_busy(replicas, A) is first
-        second._worker.may_run.set()
+        second._running.worker.may_run.set()
         await busy
         await second.close()
 

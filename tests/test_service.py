@@ -302,7 +302,7 @@ def test_a_worker_that_hangs_is_started_again(engine):
     async def test():
         async with running(exported("sa2vp"), in_process=False, stall_s=0.5) as service:
             [replica] = service._replicas
-            os.kill(replica._worker.details["process"], signal.SIGSTOP)
+            os.kill(replica._running.worker.process_id, signal.SIGSTOP)
             with pytest.raises(UnavailableError, match="try again"):
                 await service.infer(request("task0", noise(2)))
             found = outputs(await service.infer(request("task0", noise(2))))

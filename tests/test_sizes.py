@@ -15,7 +15,7 @@ from prompttune.export.runtimes.onnxruntime import OnnxRuntime
 from prompttune.serve.service.assembly import EngineSettings, make_service
 from prompttune.serve.service.catalogue import Catalogue
 from prompttune.serve.workers import Key, WorkerSettings
-from prompttune.serve.workers.store import open_store
+from prompttune.serve.workers.store import Store
 from tests.engines import checkpoint, copied, noise
 
 RANGES = {"batch": [2, 4, 6], "tasks": [2, 2, 4], "rank": [3, 3, 4], "classes": [4, 4, 5]}
@@ -104,9 +104,9 @@ def test_a_server_keeps_to_the_sizes(folder, calls):
 
     capacity, made = asyncio.run(settings())
     assert (capacity, made.rows, made.max_batch) == (4, 4, 6)
-    store = open_store(WorkerSettings(folder, RuntimeOptions(), rows=1, axes={}, max_batch=9, host_bytes=0))
-    store.warm_up()
+    slots = np.zeros((2, 9, *noise(1).shape[1:]), np.float32)
+    store = Store(WorkerSettings(folder, RuntimeOptions(), rows=1, axes={}, max_batch=9, host_bytes=0), slots)
     assert calls == [2, 6, 3]
     key = Key("task1", EngineFolder(folder).load_task("task1")[1])
     store.load(key, folder / "tasks" / "task1")
-    assert store.run(noise(1), [key]).logits.shape == (1, 4)
+    assert store.run(0, [key]).logits.shape == (1, 4)

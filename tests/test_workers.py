@@ -1,8 +1,8 @@
 """Engine workers, in this process and in one of their own: answers, rows that come and go, deaths."""
 
 import asyncio
-import json
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,22 +24,11 @@ from prompttune.export import EngineFolder
 from prompttune.export.folder import load_version
 from prompttune.export.formats import ExportSettings
 from prompttune.export.runtimes import RuntimeOptions
-from prompttune.serve.workers import (
-    Answer,
-    InProcessWorker,
-    Key,
-    ProcessWorker,
-    VersionGoneError,
-    WorkerDiedError,
-    WorkerSettings,
-    main,
-    open_worker,
-)
-from prompttune.serve.workers.host_cache import HostCache
-from prompttune.serve.workers.messages import failed, failure, pack, pack_settings, unpack, unpack_settings
-from prompttune.serve.workers.store import open_store
+from prompttune.serve.workers import Key, VersionGoneError, Worker, WorkerDiedError, WorkerSettings
+from prompttune.serve.workers.main import portable
+from prompttune.serve.workers.store import HostCache, Store
 from tests.conftest import THREADS
-from tests.engines import checkpoint, copied, noise
+from tests.engines import SIZE, checkpoint, copied, noise
 
 WAIT_S = 60
 MAX_BATCH = 6
@@ -93,7 +83,7 @@ class Driver:
 @pytest.fixture(scope="module", params=[False, True], ids=["in-process", "process"])
 def shared(request, settings, engine):
     with asyncio.Runner() as runner:
-        driver = Driver(runner, open_worker(settings, request.param), engine)
+        driver = Driver(runner, Worker(settings, request.param), engine)
         try:
             assert "ONNX Runtime" in driver.do(driver.worker.start())
             yield driver
@@ -276,18 +266,19 @@ def test_rows_run_out(driver, engine, tmp_path):
 
 
 def test_rows_grow_for_a_larger_task_and_not_before(settings, engine):
-    store = open_store(settings)
+    slots = np.zeros((2, MAX_BATCH, 3, SIZE, SIZE), np.float32)
+    store = Store(settings, slots)
     tasks = {name: Key(name, engine.version(name)) for name in engine.tasks}
-    images = noise(1)
+    slots[0, :1] = noise(1)
     allocated = store.stats().row_bytes
     for name in ("task0", "task1"):
         store.load(tasks[name], engine.folder.path / "tasks" / name)
-    before = store.run(images, [tasks["task1"]]).logits
+    before = store.run(0, [tasks["task1"]]).logits
     assert before.shape == (1, 3)
     assert store.stats().row_bytes == allocated
     store.load(tasks["task4"], engine.folder.path / "tasks" / "task4")
     assert store.stats().row_bytes > allocated
-    after = store.run(images, [tasks["task1"]]).logits
+    after = store.run(0, [tasks["task1"]]).logits
     assert after.shape == (1, 6)
     assert agree(after, before, [3])
 
@@ -295,7 +286,7 @@ def test_rows_grow_for_a_larger_task_and_not_before(settings, engine):
 @pytest.mark.parametrize("size", ["rows", "slots", "max_batch"])
 def test_nothing_is_no_size(size, settings):
     with pytest.raises(UsageError, match="at least one row, one slot and one image in a batch"):
-        open_store(replace(settings, **{size: 0}))
+        replace(settings, **{size: 0})
 
 
 def test_the_hosts_memory_is_bounded(engine):
@@ -307,7 +298,7 @@ def test_the_hosts_memory_is_bounded(engine):
         cache.keep(key, tasks[key])
         assert cache.nbytes <= sizes[first] + sizes[third]
     assert cache.take(second) is None  # kept longest ago
-    assert len(cache) == 2
+    assert len(cache.tasks) == 2
     assert cache.nbytes == sizes[first] + sizes[third]
     taken = cache.take(first)
     for name, value in tasks[first].state.items():
@@ -316,7 +307,7 @@ def test_the_hosts_memory_is_bounded(engine):
     assert cache.nbytes == sizes[third]
     small = HostCache(sizes[first] - 1)
     small.keep(first, tasks[first])
-    assert (len(small), small.nbytes) == (0, 0)
+    assert (len(small.tasks), small.nbytes) == (0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +323,7 @@ def baked(tmp_path_factory):
 def test_a_baked_engine_holds_its_rows_from_the_beginning(process, baked, tmp_path):
     folder = baked.folder.path
     keys = {name: Key(name, baked.version(name)) for name in ("ant", "zebra")}
-    worker = open_worker(WorkerSettings(folder, RuntimeOptions(), 1, {}, 2, 2**20), process)
+    worker = Worker(WorkerSettings(folder, RuntimeOptions(), 1, {}, 2, 2**20), process)
 
     async def serve():
         await worker.start()
@@ -385,8 +376,8 @@ def test_a_cancelled_caller_stops_nothing(driver):
 def test_a_worker_that_cannot_open_its_engine_says_why(process, settings, tmp_path):
     folder = copied("linear", tmp_path)
     (folder / "model.onnx").write_bytes(b"no model")
-    broken = open_worker(replace(settings, engine=folder), process)
-    missing = open_worker(replace(settings, engine=tmp_path / "none"), process)
+    broken = Worker(replace(settings, engine=folder), process)
+    missing = Worker(replace(settings, engine=tmp_path / "none"), process)
 
     async def fail():
         for worker, error, message in (
@@ -403,7 +394,7 @@ def test_a_worker_that_cannot_open_its_engine_says_why(process, settings, tmp_pa
 @asynccontextmanager
 async def started(settings, engine):
     """A process worker that holds ``task0``, its key, and how often it told of its death."""
-    worker, key, deaths = ProcessWorker(settings), Key("task0", engine.version("task0")), []
+    worker, key, deaths = Worker(settings), Key("task0", engine.version("task0")), []
     worker.on_death = lambda: deaths.append(True)
     try:
         await worker.start()
@@ -414,7 +405,7 @@ async def started(settings, engine):
 
 
 def pid_of(worker):
-    return worker.details["process"]
+    return worker.process_id
 
 
 def is_running(pid):
@@ -452,7 +443,7 @@ def test_closing_answers_what_runs_and_refuses_the_rest(settings, engine):
         await worker.close()
 
     async def serve_here():
-        worker, key = InProcessWorker(settings), Key("task0", engine.version("task0"))
+        worker, key = Worker(settings, process=False), Key("task0", engine.version("task0"))
         await worker.start()
         await worker.load(key, engine.folder.path / "tasks" / "task0")
         await close(worker, key, engine)
@@ -525,7 +516,7 @@ def test_the_process_takes_neither_signals_nor_sockets_and_a_slot_stays_in_use_u
 
 def test_a_start_that_is_given_up_leaves_no_process(settings):
     async def serve():
-        worker = ProcessWorker(settings)
+        worker = Worker(settings)
         start = asyncio.create_task(worker.start())
         while pid_of(worker) is None:
             await asyncio.sleep(0.001)
@@ -542,12 +533,12 @@ SERVER = """
 import asyncio, sys
 from pathlib import Path
 from prompttune.export.runtimes import RuntimeOptions
-from prompttune.serve.workers import ProcessWorker, WorkerSettings
+from prompttune.serve.workers import Worker, WorkerSettings
 
 async def serve():
-    worker = ProcessWorker(WorkerSettings(Path(sys.argv[1]), RuntimeOptions(threads=1), 1, {}, 1, 0))
+    worker = Worker(WorkerSettings(Path(sys.argv[1]), RuntimeOptions(threads=1), 1, {}, 1, 0))
     await worker.start()
-    print(worker.details["process"], flush=True)
+    print(worker.process_id, flush=True)
     await asyncio.sleep(60)
 
 asyncio.run(serve())
@@ -569,88 +560,37 @@ def test_a_worker_ends_with_its_server(engine):
     assert not is_running(worker)
 
 
-# ------------------------------------------------------------------------------------------------------- messages
-
-
-def test_messages_arrive_whole_whatever_the_pieces():
-    sent = pack({"slot": 1, "keys": [["täsk", "v"]]}) + pack({"shape": [1, 2]}, b"\x00\nab") + pack({})
-    received, found = bytearray(), []
-    for start in range(0, len(sent), 7):
-        received += sent[start : start + 7]
-        while (message := unpack(received)) is not None:
-            found.append(message)
-    assert found == [({"slot": 1, "keys": [["täsk", "v"]]}, b""), ({"shape": [1, 2]}, b"\x00\nab"), ({}, b"")]
-    assert not received
-
-
-def test_settings_survive_the_way(settings):
-    full = replace(settings, runtime=RuntimeOptions("cuda:1", 3, True, "tensorrt", Path("cache")), slots=3)
-    for one in (settings, full):
-        assert unpack_settings(json.loads(json.dumps(pack_settings(one)))) == one
-
-
 def test_errors_survive_the_way():
     for problem, error in (
         (VersionGoneError("gone"), VersionGoneError),
         (UsageError("wrong"), UsageError),
         (MissingExtraError("tensorrt", "tensorrt"), PrompttuneError),
     ):
-        found = failed(failure(problem))
+        found = pickle.loads(pickle.dumps(portable(problem)))
         assert type(found) is error
         assert str(found) == str(problem)
-    assert str(failed(failure(MemoryError("no room\nat all")))) == "the engine worker failed: MemoryError: no room"
-    assert failed({"shape": [1]}) is None
+    assert str(portable(MemoryError("no room\nat all"))) == "the engine worker failed: MemoryError: no room"
 
 
 # ------------------------------------------------------------------------------------------- several calls at once
 
 
-class Overlapping:
-    """Runs two calls at once or none: a call waits for another one, and the first ends last."""
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_as_many_batches_overlap_as_the_runtime_takes(at_once, settings, engine):
+    store = Store(settings, np.zeros((2, MAX_BATCH, 3, SIZE, SIZE), np.float32))
+    store._turns = threading.BoundedSemaphore(at_once)
+    key = Key("task0", engine.version("task0"))
+    store.load(key, engine.folder.path / "tasks" / "task0")
+    both, answer = threading.Barrier(2), store._runtime.logits
 
-    calls_at_once = 2
+    def together(*arguments):
+        both.wait(0.5)
+        return answer(*arguments)
 
-    def __init__(self):
-        self.both, self.second_ended = threading.Barrier(2, timeout=10), threading.Event()
-
-    def run(self, images, keys):
-        self.both.wait()
-        if images[0, 0] == 0:
-            self.second_ended.wait(10)
+    store._runtime.logits = together
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(store.run, slot, [key]) for slot in (0, 1)]
+        if at_once == 2:
+            assert all(call.result().logits.shape[0] == 1 for call in calls)
         else:
-            self.second_ended.set()
-        return Answer(images[:, :1], 0.0)
-
-
-def test_the_process_answers_overlapping_batches_in_order():
-    here, there = socket.socketpair()
-    slots = np.arange(2, dtype=np.float32).reshape(2, 1, 1)
-    thread = threading.Thread(target=main._serve_batches, args=(there, Overlapping(), slots))
-    thread.start()
-    for slot in (0, 1):
-        here.sendall(pack({"slot": slot, "keys": [["task", "version"]]}))
-    here.shutdown(socket.SHUT_WR)
-    received, values = bytearray(), []
-    while len(values) < 2:
-        received += here.recv(1000)
-        while (reply := unpack(received)) is not None:
-            assert "error" not in reply[0]
-            values.append(float(np.frombuffer(reply[1], np.float32)[0]))
-    thread.join()
-    assert values == [0, 1]
-
-
-def test_a_worker_in_this_process_overlaps_batches(monkeypatch):
-    worker = InProcessWorker(WorkerSettings(Path(), RuntimeOptions(), rows=1, axes={}, max_batch=1, host_bytes=0))
-    worker._slots = np.arange(2, dtype=np.float32).reshape(2, 1, 1)
-    store = Overlapping()
-    store.description = "overlapping"
-    monkeypatch.setattr(worker, "_open", lambda: store)
-
-    async def both():
-        await worker.start()
-        answers = await asyncio.gather(*(worker.run(slot, [Key("task", "version")]) for slot in (0, 1)))
-        await worker.close()
-        return [float(answer.logits[0, 0]) for answer in answers]
-
-    assert asyncio.run(both()) == [0, 1]
+            assert all(isinstance(call.exception(), threading.BrokenBarrierError) for call in calls)

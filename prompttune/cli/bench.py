@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
@@ -18,76 +17,30 @@ from prompttune.cli.engine_options import make_table, weights_option, wide_conso
 from prompttune.cli.options import given_settings, options_of
 from prompttune.cli.sections import SectionedCommand
 from prompttune.errors import UsageError
-from prompttune.export.options import RuntimeOptions, read_sizes
+from prompttune.export.options import RuntimeOptions
 from prompttune.settings import make
 
 if TYPE_CHECKING:
     from prompttune.serve.bench import BenchReport
 
 
-RUNTIME = ("device", "cuda_graph", "provider", "provider_cache")
+RUNTIME = ("device", "threads", "cuda_graph", "provider", "provider_cache")
 
 
-def _sizes(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    return read_sizes(value)
+def _options() -> list[click.Parameter]:
+    from prompttune.serve.bench.settings import BenchSettings
+
+    return [*options_of(BenchSettings), *options_of(RuntimeOptions, only=RUNTIME)]
 
 
-def _words(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    return tuple(one.strip() for one in value.split(",") if one.strip())
-
-
-@click.command(cls=SectionedCommand, settings=lambda: options_of(RuntimeOptions, only=RUNTIME))
+@click.command(cls=SectionedCommand, settings=_options)
 @click.argument("engine", type=click.Path(path_type=Path))
-@click.option(
-    "--against",
-    multiple=True,
-    metavar="backbone|torch|ENGINE",
-    help="Hold the engine against the plain backbone in the engine's format, the same tasks in eager PyTorch, or "
-    "another engine. May be repeated.",
-)
-@click.option(
-    "--batch-sizes", default="1,8", show_default=True, callback=_sizes, metavar="N,N,...", help="Images per call."
-)
-@click.option(
-    "--mix",
-    "mixes",
-    default="one,all",
-    show_default=True,
-    callback=_words,
-    metavar="one,all",
-    help="one: all rows for the same task; all: rows alternate between the tasks.",
-)
-@click.option("--tasks", type=click.IntRange(1), help="Largest number of tasks to alternate between.  [default: all]")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads of every side.  [default: PyTorch's own number]")
-@click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Number of warm-up rounds.")
-@click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Number of measured rounds.")
-@click.option("--seconds", type=float, help="Duration of the measurement at each batch size, instead of --repeats.")
-@click.option("--add", "checkpoint", type=click.Path(path_type=Path), help="Also time adding this checkpoint.")
 @weights_option
-@click.option("--seed", default=0, show_default=True, help="Seed of the images, which are noise.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write the measurements to this CSV file.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw latency and ratios into this PNG file.")
 @click.pass_context
 def bench(
-    ctx: click.Context,
-    /,
-    engine: Path,
-    against: tuple[str, ...],
-    batch_sizes: tuple[int, ...],
-    mixes: tuple[str, ...],
-    tasks: int | None,
-    threads: int | None,
-    warmup: int,
-    repeats: int,
-    seconds: float | None,
-    checkpoint: Path | None,
-    weights: str | None,
-    seed: int,
-    as_json: bool,
-    csv_file: Path | None,
-    plot: Path | None,
-    **_settings: Any,
+    ctx: click.Context, /, engine: Path, weights: str | None, as_json: bool, csv_file: Path | None, **_settings: Any
 ) -> None:
     """Measure ENGINE: latency, throughput, memory, adding and switching tasks.
 
@@ -97,34 +50,20 @@ def bench(
     \b
     prompttune bench engine
     prompttune bench engine --against backbone --against torch --threads 2 --json
-    prompttune bench engine --batch-sizes 1,4,16 --mix all --seconds 20 --csv bench.csv --plot bench.png
+    prompttune bench engine --batch-sizes 1,4,16 --mix all --seconds 20 --csv bench.csv
     """
-    if seconds is not None and ctx.get_parameter_source("repeats") is not ParameterSource.DEFAULT:
-        raise UsageError("give either --repeats or --seconds")
-    if plot is not None and plot.suffix.lower() != ".png":
-        raise UsageError(f"--plot writes a PNG file: name it {plot.with_suffix('.png')}")
-    from prompttune.serve.bench import Rounds, bench_engine, plot_report
+    from prompttune.serve.bench import BenchSettings, bench_engine
     from prompttune.serve.bench.machine import machine_columns, write_csv
 
+    given = given_settings(ctx)
+    if {"repeats", "seconds"} <= given.keys():
+        raise UsageError("give either --repeats or --seconds")
     with _progress() as on_progress:
-        report = bench_engine(
-            engine,
-            against=against,
-            batch_sizes=batch_sizes,
-            mixes=mixes,
-            tasks=tasks,
-            options=make(RuntimeOptions, {**given_settings(ctx), "threads": threads}),
-            rounds=Rounds(warmup, repeats, seconds),
-            checkpoint=checkpoint,
-            weights=weights,
-            seed=seed,
-            on_progress=on_progress,
-        )
+        settings = make(BenchSettings, {**given, "weights": weights})
+        report = bench_engine(engine, settings, make(RuntimeOptions, given), on_progress)
     if csv_file is not None:
         command = " ".join(["prompttune", *sys.argv[1:]])
         write_csv(csv_file, list(report.rows()), machine_columns(report.device, report.threads, command))
-    if plot is not None:
-        plot_report(report, plot)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     else:

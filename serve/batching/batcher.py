@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from prompttune.export.runtimes import Array
 from prompttune.serve.messages import UnavailableError
-from prompttune.serve.workers import Answer, Key, Worker, WorkerDiedError
+from prompttune.serve.workers import BatchResult, Key, Worker, WorkerDiedError
 
 LOG = logging.getLogger("prompttune.serve")
 
@@ -22,7 +22,7 @@ COPY_INLINE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
-class Outcome:
+class JobResult:
     """Logits and timing of one job."""
 
     logits: Sequence[Array]
@@ -36,100 +36,68 @@ class Outcome:
 
 
 @dataclass(eq=False)
-class _Job:
+class _RowsJob:
     """Rows of one task that arrived together; they may be split over several batches."""
 
     key: Key
     images: Sequence[Array]
+    priority: int
     future: asyncio.Future[None]
     arrived: float
     logits: dict[int, Array] = field(default_factory=dict)
-    taken: int = 0
-    """Rows that were put into a batch."""
-    ended: int = 0
-    """Rows whose batch has ended, with or without an error."""
+    running: int = 0
+    """Rows in batches that have not ended."""
     begun: float | None = None
     batches: list[tuple[int, float]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Some rows of a job within a batch."""
-
-    job: _Job
-    start: int
-    stop: int
+_Row = tuple[_RowsJob, int]
+"""A job, and the index of one of its images."""
 
 
 class _Queues:
-    """Waiting rows: the most urgent priority first, round robin over the tasks within it, in order within a task."""
+    """Waiting rows: the most urgent priority first, a row of each task in turn within it, in order within a task."""
 
     def __init__(self) -> None:
-        self._levels: dict[int, OrderedDict[Key, deque[_Job]]] = {}
+        self._levels: dict[int, OrderedDict[Key, deque[_Row]]] = {}
         self.rows = 0
 
-    def add(self, job: _Job, priority: int) -> None:
-        self._levels.setdefault(priority, OrderedDict()).setdefault(job.key, deque()).append(job)
+    def add(self, job: _RowsJob) -> None:
+        queue = self._levels.setdefault(job.priority, OrderedDict()).setdefault(job.key, deque())
+        queue.extend((job, row) for row in range(len(job.images)))
         self.rows += len(job.images)
 
     def oldest(self) -> float | None:
-        """Arrival time of the job that has waited longest."""
-        self._drop_abandoned()
-        return min((jobs[0].arrived for level in self._levels.values() for jobs in level.values()), default=None)
+        """Arrival time of the row that has waited longest."""
+        return min((queue[0][0].arrived for level in self._levels.values() for queue in level.values()), default=None)
 
-    def take(self, most: int) -> list[_Part]:
+    def take(self, most: int) -> list[_Row]:
         """Take up to ``most`` rows."""
-        self._drop_abandoned()
-        parts: list[_Part] = []
+        taken: list[_Row] = []
         for priority in sorted(self._levels):
-            most -= self._take_level(self._levels[priority], most, parts)
+            level = self._levels[priority]
+            while level and len(taken) < most:
+                key, queue = next(iter(level.items()))
+                taken.append(queue.popleft())
+                level.move_to_end(key)
+                if not queue:
+                    del level[key]
         self._levels = {priority: level for priority, level in self._levels.items() if level}
-        return parts
-
-    def _take_level(self, level: OrderedDict[Key, deque[_Job]], most: int, parts: list[_Part]) -> int:
-        taken = 0
-        while level and taken < most:
-            share = max(1, (most - taken) // len(level))
-            for key in list(level):
-                room = min(share, most - taken)
-                if not room:
-                    break  # tasks that got nothing come first next time
-                taken += self._take_task(level, key, room, parts)
+        self.rows -= len(taken)
         return taken
 
-    def _take_task(self, level: OrderedDict[Key, deque[_Job]], key: Key, most: int, parts: list[_Part]) -> int:
-        jobs, taken = level[key], 0
-        while jobs and taken < most:
-            job = jobs[0]
-            stop = min(len(job.images), job.taken + most - taken)
-            parts.append(_Part(job, job.taken, stop))
-            taken += stop - job.taken
-            job.taken = stop
-            if stop == len(job.images):
-                jobs.popleft()
-        if jobs:
-            level.move_to_end(key)
-        else:
-            del level[key]
-        self.rows -= taken
-        return taken
+    def drop(self, job: _RowsJob) -> None:
+        """Drop the waiting rows of a job."""
+        level = self._levels.get(job.priority, OrderedDict())
+        queue = level.pop(job.key, deque())
+        if kept := deque(one for one in queue if one[0] is not job):
+            level[job.key] = kept
+        self.rows -= len(queue) - len(kept)
 
-    def _drop_abandoned(self) -> None:
-        """Drop jobs whose callers have left or whose earlier rows have failed."""
-        for level in self._levels.values():
-            for key in list(level):
-                kept = deque(job for job in level[key] if not job.future.done())
-                if len(kept) != len(level[key]):
-                    self.rows -= sum(len(job.images) - job.taken for job in level[key] if job.future.done())
-                    level[key] = kept
-                    if not kept:
-                        del level[key]
-
-    def clear(self) -> list[_Job]:
-        """Empty the queues and return their jobs."""
-        left = [job for level in self._levels.values() for jobs in level.values() for job in jobs]
-        self._levels, self.rows = {}, 0
-        return left
+    def jobs(self) -> list[_RowsJob]:
+        """Jobs with waiting rows."""
+        rows = (one for level in self._levels.values() for queue in level.values() for one in queue)
+        return list(dict.fromkeys(job for job, _ in rows))
 
 
 class Batcher:
@@ -170,7 +138,7 @@ class Batcher:
         """Number of rows that wait for a batch."""
         return self._queues.rows
 
-    async def answer(self, key: Key, images: Sequence[Array], priority: int = 0) -> Outcome:
+    async def answer(self, key: Key, images: Sequence[Array], priority: int = 0) -> JobResult:
         """Compute the logits of ``images``, each float32 [3, S, S]; the state must hold its row until this returns.
 
         Raises:
@@ -181,31 +149,28 @@ class Batcher:
         if self._ended is not None:
             raise WorkerDiedError(str(self._ended))
         future = asyncio.get_running_loop().create_future()
-        job = _Job(key, images, future, time.monotonic())
-        self._queues.add(job, priority)
+        job = _RowsJob(key, images, priority, future, time.monotonic())
+        self._queues.add(job)
         self._changed.set()
         try:
             await future
         except asyncio.CancelledError:
-            future.cancel()
-            await self._settled(job)
+            self._queues.drop(job)
+            while job.running:  # the caller releases the row next, so no batch may read it
+                await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
             raise
         begun = job.begun if job.begun is not None else job.arrived
         rows = [job.logits[row] for row in range(len(images))]
-        return Outcome(rows, begun - job.arrived, sum(seconds for _, seconds in job.batches), job.batches)
-
-    async def _settled(self, job: _Job) -> None:
-        """Wait until no batch reads the job's row; the caller releases it next."""
-        while job.ended < job.taken and self._running:
-            await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+        return JobResult(rows, begun - job.arrived, sum(seconds for _, seconds in job.batches), job.batches)
 
     async def _dispatch(self) -> None:
         while True:
             await self._batch_is_due()
-            parts = self._queues.take(self._worker.settings.max_batch)
-            if parts:
-                slot = self._slots.popleft()
-                task = asyncio.create_task(self._run(slot, parts))
+            rows = self._queues.take(self._worker.settings.max_batch)
+            if rows:
+                for job, _ in rows:
+                    job.running += 1
+                task = asyncio.create_task(self._run(self._slots.popleft(), rows))
                 self._running.add(task)
                 task.add_done_callback(self._finished)
 
@@ -227,29 +192,28 @@ class Batcher:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), wait)
 
-    async def _run(self, slot: int, parts: Sequence[_Part]) -> None:
+    async def _run(self, slot: int, rows: Sequence[_Row]) -> None:
         began = time.monotonic()
-        rows = [(part.job, row) for part in parts for row in range(part.start, part.stop)]
         self.running_rows += len(rows)
-        for part in parts:
-            part.job.begun = part.job.begun or began
+        for job, _ in rows:
+            job.begun = job.begun or began
         watch = asyncio.get_running_loop().call_later(self._stall_s, self._stalled)
         try:
             await self._fill(slot, [job.images[row] for job, row in rows])
-            answer = await self._worker.run(slot, [job.key for job, _ in rows])
+            result = await self._worker.run(slot, [job.key for job, _ in rows])
         except WorkerDiedError:
             problem = UnavailableError("the engine's worker ended while it had the request; it starts again: try again")
-            self._fail([part.job for part in parts], problem)
+            self._fail([job for job, _ in rows], problem)
             self._end()
         except Exception as problem:
-            self._fail([part.job for part in parts], problem)
+            self._fail([job for job, _ in rows], problem)
         else:
-            self._deliver(parts, rows, answer)
+            self._deliver(rows, result)
         finally:
             watch.cancel()
             self.running_rows -= len(rows)
-            for part in parts:
-                part.job.ended += part.stop - part.start
+            for job, _ in rows:
+                job.running -= 1
             self._slots.append(slot)
 
     def _stalled(self) -> None:
@@ -268,20 +232,19 @@ class Batcher:
         else:
             await asyncio.to_thread(copy)
 
-    def _deliver(self, parts: Sequence[_Part], rows: Sequence[tuple[_Job, int]], answer: Answer) -> None:
-        for (job, row), logits in zip(rows, answer.logits, strict=True):
+    def _deliver(self, rows: Sequence[_Row], result: BatchResult) -> None:
+        for (job, row), logits in zip(rows, result.logits, strict=True):
             job.logits[row] = logits
-        for part in parts:
-            job = part.job
-            job.batches.append((len(rows), answer.seconds))
+        for job in dict.fromkeys(job for job, _ in rows):
+            job.batches.append((len(rows), result.seconds))
             if len(job.logits) == len(job.images) and not job.future.done():
                 job.future.set_result(None)
         if self._on_batch is not None:
-            self._on_batch(len(rows), answer.seconds)
+            self._on_batch(len(rows), result.seconds)
 
-    @staticmethod
-    def _fail(jobs: Iterable[_Job], problem: Exception) -> None:
+    def _fail(self, jobs: Iterable[_RowsJob], problem: Exception) -> None:
         for job in jobs:
+            self._queues.drop(job)
             if not job.future.done():
                 job.future.set_exception(problem)
 
@@ -289,7 +252,7 @@ class Batcher:
         """Stop forming batches; another worker may answer the waiting rows."""
         self._ended = WorkerDiedError("the engine's worker ended")
         self._loop.cancel()
-        self._fail(self._queues.clear(), self._ended)
+        self._fail(self._queues.jobs(), self._ended)
 
     async def close(self) -> None:
         """Fail the waiting jobs. Call it after the last answer, or when the worker has ended."""

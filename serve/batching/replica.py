@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prompttune.errors import PrompttuneError
 from prompttune.export.runtimes import Array
-from prompttune.serve.batching.batcher import STALL_S, Batcher, Outcome
+from prompttune.serve.batching.batcher import STALL_S, Batcher, JobResult
 from prompttune.serve.batching.task_cache import CacheCounts, TaskCache
 from prompttune.serve.workers import Key, Worker, WorkerDiedError, WorkerSettings, WorkerStats
 
@@ -20,6 +21,21 @@ LOG = logging.getLogger("prompttune.serve")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 """First and longest pause between attempts to restart a worker, in seconds; it doubles each time."""
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A started worker, and what ends with it."""
+
+    worker: Worker
+    cache: TaskCache
+    batcher: Batcher
+
+    async def close(self) -> None:
+        """End the worker; its waiters get an error."""
+        self.cache.close()
+        await self.batcher.close()
+        await self.worker.close()
 
 
 class DeviceReplica:
@@ -47,16 +63,12 @@ class DeviceReplica:
         self.capacity = capacity
         self.counts = CacheCounts()
         self.restarts = 0
-        self.description = ""
+        self._description = ""
         self._make = make
-        self._max_delay_s = max_delay_s
-        self._on_batch = on_batch
-        self._stall_s = stall_s
+        self._batcher_of = partial(Batcher, max_delay_s=max_delay_s, on_batch=on_batch, stall_s=stall_s)
         self._stats: WorkerStats | None = None
         self._up = asyncio.Event()
-        self._worker: Worker | None = None
-        self._batcher: Batcher | None = None
-        self._cache: TaskCache | None = None
+        self._running: _Running | None = None
         self._reviving: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -78,21 +90,21 @@ class DeviceReplica:
     @property
     def queued_rows(self) -> int:
         """Number of rows that wait for a batch."""
-        return self._batcher.queued_rows if self._batcher else 0
+        return self._running.batcher.queued_rows if self._running else 0
 
     @property
     def running_rows(self) -> int:
         """Number of rows in running batches."""
-        return self._batcher.running_rows if self._batcher else 0
+        return self._running.batcher.running_rows if self._running else 0
 
     @property
     def resident(self) -> int:
         """Number of states that hold a row."""
-        return len(self._cache) if self._cache else 0
+        return len(self._running.cache) if self._running else 0
 
     def holds(self, key: Key) -> bool:
         """Whether a state holds a row or is being loaded."""
-        return self._cache is not None and key in self._cache
+        return self._running is not None and key in self._running.cache
 
     async def start(self) -> None:
         """Open the engine and warm it up.
@@ -102,17 +114,15 @@ class DeviceReplica:
         """
         worker = self._make(self.settings)
         try:
-            self.description = await worker.start()
+            self._description = await worker.start()
         except BaseException:
             await worker.close()
             raise
         worker.on_death = self._died
-        self._worker = worker
-        self._cache = TaskCache(worker, self.capacity, self.counts)
-        self._batcher = Batcher(worker, self._max_delay_s, self._on_batch, self._stall_s)
+        self._running = _Running(worker, TaskCache(worker, self.capacity, self.counts), self._batcher_of(worker))
         self._up.set()
 
-    async def answer(self, key: Key, folder: Path, images: Sequence[Array], priority: int) -> Outcome:
+    async def answer(self, key: Key, folder: Path, images: Sequence[Array], priority: int) -> JobResult:
         """Compute the logits of ``images``, each float32 [3, S, S]; wait for the worker while it starts.
 
         Raises:
@@ -121,53 +131,50 @@ class DeviceReplica:
             VersionGoneError: ``folder`` holds another version now.
             PrompttuneError: the state cannot be loaded, or the engine failed.
         """
-        await self._up.wait()
-        cache, batcher = self._parts()
-        async with cache.using(key, folder):
-            return await batcher.answer(key, images, priority)
+        running = await self._started()
+        async with running.cache.using(key, folder):
+            return await running.batcher.answer(key, images, priority)
 
     async def hold(self, key: Key, folder: Path) -> None:
         """Load a state into a row; raises the errors of :meth:`answer`."""
-        await self._up.wait()
-        cache, _ = self._parts()
-        async with cache.using(key, folder, counted=False):
+        running = await self._started()
+        async with running.cache.using(key, folder, counted=False):
             pass
+
+    async def _started(self) -> _Running:
+        await self._up.wait()
+        if self._running is None:
+            raise WorkerDiedError("the engine's worker ended")
+        return self._running
 
     async def drop(self, key: Key) -> None:
         """Drop a state that nobody will request again."""
-        if self._cache is not None:
+        if self._running is not None:
             with contextlib.suppress(WorkerDiedError):
-                await self._cache.drop(key)
+                await self._running.cache.drop(key)
 
     async def observe(self) -> None:
         """Fetch the worker's statistics for :meth:`status`."""
-        worker = self._worker
-        if worker is not None:
+        if self._running is not None:
             with contextlib.suppress(WorkerDiedError):
-                self._stats = await worker.stats()
+                self._stats = await self._running.worker.stats()
 
     def status(self) -> dict[str, Any]:
         """Figures for the web page."""
-        stats = self._stats
         return {
             "device": self.device,
             "state": self.state,
-            "runtime": self.description,
+            "runtime": self._description,
             "restarts": self.restarts,
             "resident": self.resident,
             "capacity": self.capacity,
             **asdict(self.counts),
-            "host_tasks": stats.host_tasks if stats else None,
-            "host_bytes": stats.host_bytes if stats else None,
             "host_limit": self.settings.host_bytes,
-            "row_bytes": stats.row_bytes if stats else None,
-            "resident_bytes": stats.resident_bytes if stats else None,
+            **{
+                name: getattr(self._stats, name, None)
+                for name in ("host_tasks", "host_bytes", "row_bytes", "resident_bytes")
+            },
         }
-
-    def _parts(self) -> tuple[TaskCache, Batcher]:
-        if self._cache is None or self._batcher is None:
-            raise WorkerDiedError("the engine's worker ended")
-        return self._cache, self._batcher
 
     def _died(self) -> None:
         LOG.error("the engine's worker ended; starting another", extra={"device": self.device})
@@ -190,15 +197,9 @@ class DeviceReplica:
                 return
 
     async def _discard(self) -> None:
-        """Close what belonged to an ended worker; its waiters get an error."""
-        worker, batcher, cache = self._worker, self._batcher, self._cache
-        self._worker = self._batcher = self._cache = None
-        if cache is not None:
-            cache.close()
-        if batcher is not None:
-            await batcher.close()
-        if worker is not None:
-            await worker.close()
+        running, self._running = self._running, None
+        if running is not None:
+            await running.close()
 
     async def close(self) -> None:
         """End the worker; waiting requests fail."""

@@ -24,7 +24,7 @@ from prompttune.export.formats.tensorrt_options import TensorRTOptions
 from prompttune.export.graph import Traced, capture
 from prompttune.export.layout import BATCH, IMAGE, LOGITS, TASK_INDEX, State, TensorSpec, declare_inputs
 from prompttune.export.precision.casting import typed_model
-from prompttune.export.runtimes import Array, Runtime, RuntimeOptions, open_runtime
+from prompttune.export.runtimes import Array
 from prompttune.export.tasks import engine_model
 
 _CALIBRATION_IMAGES = 16
@@ -97,7 +97,7 @@ def export_plain(manifest: Manifest, backbone: Backbone, settings: ExportSetting
         folder: output folder.
 
     Returns:
-        A manifest for opening the folder with :class:`PlainBackbone`.
+        A manifest for opening the folder with :func:`open_runtime`; its logits are features [B, D].
 
     Raises:
         EngineError: the backbone cannot be built.
@@ -131,29 +131,3 @@ def _noise(size: int) -> Callable[[str, int], Array]:
     """Seeded noise to calibrate on: scales that a real image would give change no speed."""
     draw = np.random.default_rng(0).standard_normal
     return lambda _task, count: draw((count, 3, size, size), dtype=np.float32)
-
-
-class PlainBackbone:
-    """A plain backbone, open in the runtime of its format.
-
-    Args:
-        folder: folder written by :func:`export_plain`.
-        manifest: result of :func:`export_plain`.
-        options: device and threads, as for an engine.
-
-    Raises:
-        MissingExtraError: the device needs an extra that is not installed.
-    """
-
-    def __init__(self, folder: Path, manifest: Manifest, options: RuntimeOptions) -> None:
-        self.manifest = manifest
-        self._runtime: Runtime = open_runtime(folder, manifest, options)
-
-    @property
-    def description(self) -> str:
-        """Description of the runtime."""
-        return f"plain {self.manifest.format} {self.manifest.precision}, {self._runtime.description}"
-
-    def features(self, images: Array) -> Array:
-        """Pooled features [B, D] of images [B, 3, S, S]."""
-        return self._runtime.logits(images, np.zeros(len(images), dtype=np.int64), {})

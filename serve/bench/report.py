@@ -1,25 +1,14 @@
-"""Results of a benchmark as values, as rows of a table, and as a picture."""
+"""Results of a benchmark as values and as rows of a table."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from prompttune.files import replacing
-from prompttune.fonts import readable
-from prompttune.serve.bench.subjects import ENGINE
 from prompttune.serve.bench.timing import Latency, Ratio
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-DPI = 120
 MEBI = 2**20
 
 
@@ -156,62 +145,3 @@ class BenchReport:
 def mebibytes(size: int | None) -> str:
     """A size in MiB; empty for None."""
     return "" if size is None else f"{size / MEBI:.1f}"
-
-
-def plot_report(report: BenchReport, path: Path) -> None:
-    """Draw latency over batch size, and the engine's time relative to each other subject's, into a PNG file."""
-    compared = [one for one in report.measurements if one.engine_over is not None]
-    figure = Figure(figsize=(11 if compared else 5.5, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2 if compared else 1, squeeze=False)[0]
-    _plot_latency(panels[0], report)
-    if compared:
-        _plot_ratios(panels[1], compared)
-    for axes in panels:
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"{report.method} over {report.backbone} at {report.image_size}, {report.precision}, {report.hardware}, "
-        f"{report.threads} threads",
-        fontsize=9,
-    )
-    with replacing(path) as temporary, readable(figure):
-        figure.savefig(temporary, format="png", dpi=DPI)
-
-
-def _plot_latency(axes: Axes, report: BenchReport) -> None:
-    for (subject, mix), points in _series(report).items():
-        sizes = [one.batch_size for one in points]
-        p50 = [one.latency.p50_ms for one in points]
-        above = [one.latency.p90_ms - one.latency.p50_ms for one in points]
-        style = "-" if mix == report.measurements[0].mix else "--"
-        axes.errorbar(
-            sizes, p50, yerr=([0.0] * len(points), above), label=f"{subject}, {mix}", linestyle=style, marker="o",
-            markersize=3, capsize=2,
-        )  # fmt: skip
-    axes.set(title="latency of a call, median to p90", xlabel="batch size", ylabel="ms", ylim=(0, None))
-    axes.set_xticks(sorted({one.batch_size for one in report.measurements}))
-    axes.legend(frameon=False, fontsize=8)
-
-
-def _series(report: BenchReport) -> dict[tuple[str, str], list[Measurement]]:
-    """Measurements by subject and mix, the smallest batch first."""
-    series: dict[tuple[str, str], list[Measurement]] = {}
-    for one in sorted(report.measurements, key=lambda one: one.batch_size):
-        series.setdefault((one.subject, one.mix), []).append(one)
-    return series
-
-
-def _plot_ratios(axes: Axes, compared: list[Measurement]) -> None:
-    labels, medians, below, above = [], [], [], []
-    for one in compared:
-        assert one.engine_over is not None
-        labels.append(f"{one.subject}\nbatch {one.batch_size}, {one.mix}")
-        medians.append(one.engine_over.median)
-        below.append(one.engine_over.median - one.engine_over.p25)
-        above.append(one.engine_over.p75 - one.engine_over.median)
-    axes.barh(range(len(labels)), medians, xerr=(below, above), color="#3b6ea5", capsize=2)
-    axes.set_yticks(range(len(labels)), labels, fontsize=7)
-    axes.invert_yaxis()
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set(title=f"time of the {ENGINE} over the other's", xlabel="median of the rounds' ratios, quartiles")

@@ -1,4 +1,4 @@
-"""Costs of a task in an open engine: its bytes, adding it, switching between two tasks."""
+"""Costs of a task in an open engine: adding it, switching between two tasks."""
 
 from __future__ import annotations
 
@@ -20,13 +20,7 @@ ADDED_CHECKPOINTS = 3
 """Number of times that a checkpoint is added; folding takes seconds on a large backbone."""
 
 
-def measure_switching(
-    engine: Engine,
-    tasks: Sequence[str],
-    rounds: Rounds,
-    seed: int = 0,
-    on_share: Callable[[float], None] = lambda _: None,
-) -> Switching | None:
+def measure_switching(engine: Engine, tasks: Sequence[str], rounds: Rounds, seed: int = 0) -> Switching | None:
     """Time calls of one row, A B A B against A A A A, with A and B the first of ``tasks``; None for a single task."""
     if len(tasks) < 2:
         return None
@@ -38,18 +32,14 @@ def measure_switching(
             engine.logits(images, name)
 
     rows = {"same": [first] * SWITCHING_CALLS, "alternating": [first, second] * (SWITCHING_CALLS // 2)}
-    seconds = interleaved({name: partial(calls, names) for name, names in rows.items()}, rounds, on_share=on_share)
+    seconds = interleaved({name: partial(calls, names) for name, names in rows.items()}, rounds)
     each = {name: [value / SWITCHING_CALLS for value in values] for name, values in seconds.items()}
     over = Ratio.of(each["alternating"], each["same"])
     return Switching((first, second), SWITCHING_CALLS, Latency.of(each["same"]), Latency.of(each["alternating"]), over)
 
 
 def measure_adding(
-    engine: Engine,
-    rounds: Rounds,
-    checkpoint: str | Path | None = None,
-    weights: str | Path | None = None,
-    on_share: Callable[[float], None] = lambda _: None,
+    engine: Engine, rounds: Rounds, checkpoint: str | Path | None = None, weights: str | Path | None = None
 ) -> Adding | None:
     """Time making one more task resident: a copy of the engine's first one under another name. No file is written.
 
@@ -58,7 +48,6 @@ def measure_adding(
         rounds: numbers of warm-up and measured rounds.
         checkpoint: checkpoint whose adding is timed too.
         weights: source of the backbone's weights.
-        on_share: called with the finished share.
 
     Returns:
         The times; None if the tasks are part of the model.
@@ -85,14 +74,8 @@ def measure_adding(
     folded = Latency.of(state[rounds.warmup :])
     if checkpoint is None:
         return Adding(folded, None, None)
-    on_share(0.5)
     first, *others = (
         timed(lambda: engine.add_task(name, checkpoint, save=False, parity=False, weights=weights))
         for _ in range(1 + ADDED_CHECKPOINTS)
     )
     return Adding(folded, Latency.of(others), first)
-
-
-def resident_task_bytes(engine: Engine) -> int:
-    """Bytes of one row of an open engine's bank, padded to its largest task; 0 if tasks are part of the model."""
-    return engine.bank.row_bytes

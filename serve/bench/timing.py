@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from prompttune.errors import UsageError
+from prompttune.settings import setting, settle
 
 LEAST_ROUNDS = 3
 """Smallest number of measured rounds, however few seconds are given."""
@@ -25,33 +25,23 @@ Key = TypeVar("Key")
 class Rounds:
     """Numbers of rounds."""
 
-    warmup: int = 3
-    """Number of rounds before the first measured one."""
-    repeats: int = 20
-    """Number of measured rounds, unless ``seconds`` is given."""
-    seconds: float | None = None
-    """Duration of the measurement in seconds, with at least :data:`LEAST_ROUNDS` rounds."""
+    warmup: int = setting(3, "Number of warm-up rounds.", low=0)
+    repeats: int = setting(20, "Number of measured rounds.", low=1)
+    seconds: float | None = setting(
+        None, "Duration of the measurement at each batch size, instead of --repeats.", above=0
+    )
+    """At least :data:`LEAST_ROUNDS` rounds are measured."""
 
     def __post_init__(self) -> None:
-        if self.warmup < 0 or self.repeats < 1 or (self.seconds is not None and not self.seconds > 0):
-            raise UsageError("timing needs warmup of at least 0, repeats of at least 1 and seconds above 0")
+        settle(self)
 
-    def share_done(self, done: int, elapsed: float) -> float:
-        """Finished share of the rounds after ``done`` rounds in ``elapsed`` seconds; 1 ends the timing."""
-        if self.seconds is None:
-            return min(done / self.repeats, 1.0)
-        return min(done / LEAST_ROUNDS, elapsed / self.seconds, 1.0)
-
-
-def _nothing() -> None:
-    """Do nothing: a CPU's clock can be read at once."""
+    def are_done(self, done: int, elapsed: float) -> bool:
+        """Whether ``done`` rounds in ``elapsed`` seconds suffice."""
+        return done >= self.repeats if self.seconds is None else done >= LEAST_ROUNDS and elapsed >= self.seconds
 
 
 def interleaved(
-    runs: Mapping[Key, Callable[[], Any]],
-    rounds: Rounds,
-    synchronize: Callable[[], Any] = _nothing,
-    on_share: Callable[[float], None] = lambda _: None,
+    runs: Mapping[Key, Callable[[], Any]], rounds: Rounds, synchronize: Callable[[], Any] = lambda: None
 ) -> dict[Key, list[float]]:
     """Seconds of each run, one figure per round, with the runs of a round taken in turn.
 
@@ -59,14 +49,13 @@ def interleaved(
         runs: functions to time, in the order of a round.
         rounds: numbers of rounds.
         synchronize: called before the clock is read, for a device that continues after a call returns.
-        on_share: called after each round with the finished share of the measured rounds.
     """
     seconds: dict[Key, list[float]] = {name: [] for name in runs}
     for _ in range(rounds.warmup):
         for run in runs.values():
             run()
     done, began = 0, time.perf_counter()
-    while rounds.share_done(done, time.perf_counter() - began) < 1:
+    while not rounds.are_done(done, time.perf_counter() - began):
         for name, run in runs.items():
             synchronize()
             start = time.perf_counter()
@@ -74,7 +63,6 @@ def interleaved(
             synchronize()
             seconds[name].append(time.perf_counter() - start)
         done += 1
-        on_share(rounds.share_done(done, time.perf_counter() - began))
     return seconds
 
 

@@ -12,8 +12,7 @@ from prompttune.serve.service.catalogue import Catalogue
 from prompttune.serve.service.metrics import Metrics
 from prompttune.serve.service.service import Service
 from prompttune.serve.service.settings import EngineSettings, ServiceSettings
-from prompttune.serve.service.traffic import Traffic
-from prompttune.serve.workers import Worker, WorkerSettings, open_worker
+from prompttune.serve.workers import Worker, WorkerSettings
 
 
 def make_service(engine: EngineSettings, settings: ServiceSettings | None = None) -> Service:
@@ -31,17 +30,11 @@ def make_service(engine: EngineSettings, settings: ServiceSettings | None = None
     if manifest.baked is not None and engine.watch:
         raise EngineError(f"the tasks of {engine.engine} are baked into its model: it cannot take others from a folder")
     axes = catalogue.axes(catalogue.scan().records)
-    traffic = Traffic()
     replicas: list[DeviceReplica] = []
     metrics = Metrics(replicas)
 
-    def count(rows: int, seconds: float) -> None:
-        traffic.batch(rows)
-        metrics.batch_rows.observe(rows)
-        metrics.batch_seconds.observe(seconds)
-
     def make(worker: WorkerSettings) -> Worker:
-        return open_worker(worker, process=not engine.in_process)
+        return Worker(worker, process=not engine.in_process)
 
     for device in engine.devices:
         worker = WorkerSettings(
@@ -52,5 +45,5 @@ def make_service(engine: EngineSettings, settings: ServiceSettings | None = None
             max_batch=manifest.sizes.most(BATCH, engine.max_batch),
             host_bytes=engine.host_bytes,
         )
-        replicas.append(DeviceReplica(worker, make, capacity, engine.max_delay_s, count, engine.stall_s))
-    return Service(folder, catalogue, replicas, metrics, traffic, settings or ServiceSettings())
+        replicas.append(DeviceReplica(worker, make, capacity, engine.max_delay_s, metrics.batch, engine.stall_s))
+    return Service(folder, catalogue, replicas, metrics, settings or ServiceSettings())

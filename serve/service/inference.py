@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from prompttune.export.folder import TaskRecord
 from prompttune.export.runtimes import Array
 from prompttune.images.preprocess import Preprocess
 from prompttune.serve.batching.admission import Admission
-from prompttune.serve.batching.batcher import Outcome
+from prompttune.serve.batching.batcher import JobResult
 from prompttune.serve.batching.replica import DeviceReplica
 from prompttune.serve.limits import Limits
 from prompttune.serve.messages import (
@@ -34,7 +34,6 @@ from prompttune.serve.service.metrics import Metrics
 from prompttune.serve.service.models import Model
 from prompttune.serve.service.repository import Repository
 from prompttune.serve.service.tensors import Payload, Rows, read_rows, write_outputs
-from prompttune.serve.service.traffic import Traffic
 from prompttune.serve.tracing import span
 from prompttune.serve.workers import Key, VersionGoneError, WorkerDiedError
 from prompttune.serve.workers.waiting import gathered
@@ -53,45 +52,24 @@ class _Answered:
 
     record: TaskRecord
     number: int
-    outcome: Outcome
+    outcome: JobResult
     decode_s: float
 
 
+@dataclass(frozen=True)
 class Inference:
-    """Answers requests. Call every method on the event loop.
+    """Answers requests. Call every method on the event loop."""
 
-    Args:
-        repository: the served tasks.
-        replicas: the devices.
-        decoder: turns the images of requests into the engine's input.
-        admission: limits the rows inside the server.
-        limits: limits of a request.
-        image_size: side of the engine's square input, in pixels.
-        metrics: Prometheus counters.
-        traffic: counters of the web page.
-    """
-
-    def __init__(
-        self,
-        repository: Repository,
-        replicas: Sequence[DeviceReplica],
-        decoder: Decoder,
-        admission: Admission,
-        limits: Limits,
-        image_size: int,
-        metrics: Metrics,
-        traffic: Traffic,
-    ) -> None:
-        self._repository = repository
-        self._replicas = replicas
-        self._decoder = decoder
-        self._admission = admission
-        self._limits = limits
-        self._image_size = image_size
-        self._metrics = metrics
-        self._traffic = traffic
-        self.mixed = Model(MIXED, number=1)
-        """Statistics of the requests that name a task for each row."""
+    repository: Repository
+    replicas: Sequence[DeviceReplica]
+    decoder: Decoder
+    admission: Admission
+    limits: Limits
+    image_size: int
+    """Side of the engine's square input, in pixels."""
+    metrics: Metrics
+    mixed: Model = field(default_factory=lambda: Model(MIXED, number=1))
+    """Statistics of the requests that name a task for each row."""
 
     async def infer(self, request: InferRequest, timeout_s: float) -> InferResponse:
         """Answer a request within ``timeout_s`` or the request's own timeout, whichever is shorter.
@@ -108,7 +86,7 @@ class Inference:
             tasks, count = set(rows.tasks), len(rows.tasks)
             timeouts = (timeout_s, request.timeout_s, rows.timeout_s)
             async with asyncio.timeout(min(one for one in timeouts if one is not None)):
-                with self._admission.inside(rows.tasks), span("infer", model=request.model, rows=count):
+                with self.admission.inside(rows.tasks), span("infer", model=request.model, rows=count):
                     return await self._answer(request, rows)
         except TimeoutError:
             status = "deadline"
@@ -123,23 +101,16 @@ class Inference:
             status = "internal"
             raise ServeError(str(problem)) from None
         finally:
-            self._count_request(tasks, count, time.monotonic() - began, status)
-            if request.model == MIXED:
-                self.mixed.count_request(time.monotonic() - began, status != "ok")
-
-    def _count_request(self, tasks: Iterable[str], rows: int, seconds: float, status: str) -> None:
-        failed = status != "ok"
-        self._traffic.request(seconds, rows, failed)
-        self._metrics.seconds.observe(seconds)
-        for name in tasks:
-            model = self._repository.models.get(name)
-            if model is not None:  # an unknown name does not get a counter
-                self._metrics.requests.labels(name, status).inc()
-                model.count_request(seconds, failed)
+            seconds = time.monotonic() - began
+            # An unknown name does not get a counter.
+            models = [self.repository.models[name] for name in tasks if name in self.repository.models]
+            self.metrics.request([model.name for model in models], count, seconds, status)
+            for model in [*models, self.mixed] if request.model == MIXED else models:
+                model.count_request(seconds, status != "ok")
 
     async def _read(self, request: InferRequest) -> Rows:
         """Check a request; a large one in a thread, since decoding base64 and checking values take a while."""
-        arguments = (request, self._limits, self._image_size)
+        arguments = (request, self.limits, self.image_size)
         if sum(_bytes(tensor.data) for tensor in request.inputs) <= READ_INLINE_BYTES:
             return read_rows(*arguments)
         return await asyncio.to_thread(read_rows, *arguments)
@@ -155,7 +126,7 @@ class Inference:
             )
         version = "" if mixed else request.version
         for task in places:
-            self._repository.model(task).current(version)
+            self.repository.model(task).current(version)
         answered = dict(
             zip(
                 places,
@@ -174,10 +145,8 @@ class Inference:
         outputs = write_outputs(rows, logits, [answered[task].record for task in rows.tasks])
         write_s = time.monotonic() - began
         for task, one in answered.items():
-            self._repository.models[task].count(one.outcome, len(places[task]), one.decode_s, write_s)
-            self._metrics.rows.labels(task).inc(len(places[task]))
-            self._metrics.decode_seconds.observe(one.decode_s)
-            self._metrics.queue_seconds.observe(one.outcome.queue_s)
+            self.repository.models[task].count(one.outcome, len(places[task]), one.decode_s, write_s)
+            self.metrics.answer(task, len(places[task]), one.decode_s, one.outcome.queue_s)
         if mixed:
             decode_s = max(one.decode_s for one in answered.values())
             self.mixed.count(_together([one.outcome for one in answered.values()]), len(rows.tasks), decode_s, write_s)
@@ -189,19 +158,19 @@ class Inference:
     async def _answer_task(self, name: str, version: str, payloads: Sequence[Payload], priority: int) -> _Answered:
         """Answer the rows of one task, all of them with one version."""
         for _ in range(ATTEMPTS):
-            model = self._repository.model(name)
+            model = self.repository.model(name)
             record, number = model.current(version), model.number
             began = time.monotonic()
             with span("decode", task=name, rows=len(payloads)):
                 images = await self._prepare(record.preprocess, payloads)
             decode_s = time.monotonic() - began
             key = Key(name, record.version)
-            replica = least_busy(self._replicas, key)
+            replica = least_busy(self.replicas, key)
             try:
                 with span("batch", task=name, version=record.version):
                     outcome = await replica.answer(key, record.folder, images, priority or LEAST_URGENT)
             except VersionGoneError:
-                await self._repository.look_again(name)
+                await self.repository.look_again(name)
             except WorkerDiedError:
                 continue
             else:
@@ -211,12 +180,12 @@ class Inference:
     async def _prepare(self, preprocess: Preprocess, payloads: Sequence[Payload]) -> Sequence[Array]:
         if all(payload.normalised for payload in payloads):  # the fast path: no asyncio task per row
             return [cast(Array, payload.data) for payload in payloads]
-        return await gathered(self._decoder.prepare(preprocess, payload) for payload in payloads)
+        return await gathered(self.decoder.prepare(preprocess, payload) for payload in payloads)
 
 
-def _together(outcomes: Sequence[Outcome]) -> Outcome:
+def _together(outcomes: Sequence[JobResult]) -> JobResult:
     """Combine the outcomes of a request's tasks; they may have shared batches."""
-    return Outcome(
+    return JobResult(
         [row for one in outcomes for row in one.logits],
         queue_s=max(one.queue_s for one in outcomes),
         infer_s=max(one.infer_s for one in outcomes),

@@ -1,9 +1,17 @@
-"""Prometheus metrics. Names follow https://prometheus.io/docs/practices/naming/."""
+"""What a server counts: Prometheus' metrics, and the recent traffic of the web page.
+
+Names of metrics follow https://prometheus.io/docs/practices/naming/.
+"""
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -13,31 +21,94 @@ from prompttune.serve.batching.replica import DeviceReplica
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SECONDS_KEPT = 300
+
+
+def percentiles_ms(seconds: Sequence[float], shares: Sequence[int] = (50, 95)) -> dict[str, float | None]:
+    """``p50_ms`` and so on, by nearest rank; None without traffic."""
+    found = np.percentile(seconds, shares, method="inverted_cdf") * 1000 if seconds else [None] * len(shares)
+    return {
+        f"p{share}_ms": value if value is None else float(value) for share, value in zip(shares, found, strict=True)
+    }
+
+
+@dataclass
+class _Second:
+    time: int
+    seconds: list[float] = field(default_factory=list)
+    errors: int = 0
+    rows: int = 0
+    batches: list[int] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "time": self.time,
+            "requests": len(self.seconds),
+            "errors": self.errors,
+            "rows": self.rows,
+            **percentiles_ms(self.seconds, (50, 95, 99)),
+            "batch_rows": sum(self.batches) / len(self.batches) if self.batches else None,
+        }
 
 
 class Metrics:
-    """The counters of one server, in their own registry."""
+    """The counters of one server, in their own registry, and the traffic of its last minutes."""
 
     def __init__(self, replicas: Sequence[DeviceReplica]) -> None:
         self._registry = CollectorRegistry()
-        self.requests = Counter(
-            "prompttune_requests", "Number of finished requests.", ["task", "status"], registry=self._registry
-        )
-        self.rows = Counter("prompttune_rows", "Number of answered images.", ["task"], registry=self._registry)
-        self.seconds = Histogram(
-            "prompttune_request_seconds", "Time from the call to the answer.", buckets=_SECONDS, registry=self._registry
-        )
-        self.decode_seconds = Histogram(
-            "prompttune_decode_seconds", "Time to decode and resize images.", buckets=_SECONDS, registry=self._registry
-        )
-        self.queue_seconds = Histogram(
-            "prompttune_queue_seconds", "Time in the queue.", buckets=_SECONDS, registry=self._registry
-        )
-        self.batch_rows = Histogram("prompttune_batch_rows", "Rows of a batch.", buckets=_ROWS, registry=self._registry)
-        self.batch_seconds = Histogram(
-            "prompttune_batch_seconds", "Time of a batch in the engine.", buckets=_SECONDS, registry=self._registry
-        )
+        self._requests = self._counter("requests", "Number of finished requests.", "task", "status")
+        self._rows = self._counter("rows", "Number of answered images.", "task")
+        self._request_seconds = self._histogram("request_seconds", "Time from the call to the answer.")
+        self._decode_seconds = self._histogram("decode_seconds", "Time to decode and resize images.")
+        self._queue_seconds = self._histogram("queue_seconds", "Time in the queue.")
+        self._batch_rows = self._histogram("batch_rows", "Rows of a batch.", _ROWS)
+        self._batch_seconds = self._histogram("batch_seconds", "Time of a batch in the engine.")
         self._registry.register(_Replicas(replicas))
+        self._recent: deque[_Second] = deque(maxlen=SECONDS_KEPT)
+        """The last seconds with traffic, oldest first."""
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"prompttune_{name}", text, labels, registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
+        return Histogram(f"prompttune_{name}", text, buckets=buckets, registry=self._registry)
+
+    def _now(self) -> _Second:
+        now = int(time.time())
+        if not self._recent or self._recent[-1].time != now:
+            self._recent.append(_Second(now))
+        return self._recent[-1]
+
+    def request(self, tasks: Iterable[str], rows: int, seconds: float, status: str) -> None:
+        """Count a finished request for known tasks."""
+        self._request_seconds.observe(seconds)
+        for task in tasks:
+            self._requests.labels(task, status).inc()
+        second = self._now()
+        second.seconds.append(seconds)
+        second.errors += status != "ok"
+        second.rows += rows if status == "ok" else 0
+
+    def answer(self, task: str, rows: int, decode_s: float, queue_s: float) -> None:
+        """Count the answered rows of one task in a request."""
+        self._rows.labels(task).inc(rows)
+        self._decode_seconds.observe(decode_s)
+        self._queue_seconds.observe(queue_s)
+
+    def batch(self, rows: int, seconds: float) -> None:
+        """Count a finished batch."""
+        self._batch_rows.observe(rows)
+        self._batch_seconds.observe(seconds)
+        self._now().batches.append(rows)
+
+    def rows_per_s(self, over: int = 10) -> float:
+        """Answered rows per second, over the last ``over`` whole seconds."""
+        now = int(time.time())
+        return sum(one.rows for one in self._recent if now - over <= one.time < now) / over
+
+    def recent(self) -> list[dict[str, Any]]:
+        """One entry for each second with traffic in the last minutes, oldest first."""
+        return [second.to_dict() for second in self._recent]
 
     def render(self) -> bytes:
         """The metrics in Prometheus' text format."""

@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prompttune.export.folder import TaskRecord
-from prompttune.serve.batching.batcher import Outcome
+from prompttune.serve.batching.batcher import JobResult
 from prompttune.serve.messages import IndexEntry, ModelStatistics, NotFoundError, shown
-from prompttune.serve.service.traffic import LATENCIES_KEPT, percentiles_ms
+from prompttune.serve.service.metrics import percentiles_ms
 from prompttune.serve.workers import Key
 
 READY, LOADING, UNAVAILABLE = "READY", "LOADING", "UNAVAILABLE"
 LABELS_SHOWN = 20
+LATENCIES_KEPT = 256
+"""Number of durations kept per task: enough for a 99th percentile, small for thousands of tasks."""
 
 
 @dataclass(eq=False)
@@ -86,7 +88,7 @@ class Model:
         """The task's entry in the repository index."""
         return IndexEntry(self.name, str(self.number) if self.record else "", self.state, self.reason)
 
-    def count(self, outcome: Outcome, rows: int, decode_s: float, write_s: float) -> None:
+    def count(self, outcome: JobResult, rows: int, decode_s: float, write_s: float) -> None:
         """Count an answer of ``rows`` rows; :meth:`count_request` counts the request."""
         statistics, stages = self.statistics, self.statistics.inference_stats
         statistics.last_inference = int(time.time() * 1000)

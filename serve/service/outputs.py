@@ -1,4 +1,4 @@
-"""From logits to the output tensors of an answer."""
+"""From logits to the outputs of the protocol: logits, probabilities and the likeliest classes of rows of any tasks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prompttune.export.runtimes import Array
-from prompttune.serve.answers import ranked, softmax
+from prompttune.serve.answers import Probabilities, ranked, softmax
 from prompttune.serve.messages import OutputTensor, RequestedOutput, bytes_array
 
 PADDING = float(np.finfo(np.float32).min)
@@ -40,100 +40,55 @@ class Answers:
     """
 
     def __init__(self, logits: Sequence[Array], tasks: Sequence[str], records: Sequence[Record], top_k: int) -> None:
-        self._rows = logits
-        self._tasks = tasks
-        self._records = records
+        self.tasks = tasks
+        self.records = records
         self._top_k = top_k
-        self._counts = [len(row) for row in logits]
-
-    @property
-    def finite(self) -> Sequence[bool]:
-        """Whether each row's logits are finite."""
-        return [bool(np.isfinite(row).all()) for row in self._rows]
-
-    @cached_property
-    def logits(self) -> Array:
-        """float32 [N, C], C the largest number of classes among the rows."""
-        return self._padded(self._rows, PADDING)
-
-    @cached_property
-    def probabilities(self) -> Array:
-        """float32 [N, C], normalised over each row's own classes."""
-        return self._padded(self._exact, 0.0)
-
-    @cached_property
-    def _exact(self) -> Sequence[NDArray[np.float64]]:
-        """Probabilities of each row, computed as in :meth:`prompttune.serve.engine.Engine.predict`."""
-        exact: list[Any] = [None] * len(self._rows)
-        for count in set(self._counts):
-            places = [place for place, own in enumerate(self._counts) if own == count]
-            for place, row in zip(places, softmax(np.stack([self._rows[place] for place in places])), strict=True):
-                exact[place] = row
-        return exact
-
-    def _padded(self, rows: Sequence[NDArray[Any]], padding: float) -> Array:
-        filled = np.full((len(rows), max(self._counts)), padding, dtype=np.float32)
-        for target, row in zip(filled, rows, strict=True):
+        self._fewest = min(map(len, logits))
+        self.logits = np.full((len(logits), max(map(len, logits))), -np.inf, dtype=np.float32)
+        """[N, C], C the largest number of classes among the rows; -inf past a row's own."""
+        for target, row in zip(self.logits, logits, strict=True):
             target[: len(row)] = row
-        return filled
-
-    def best(self, count: int) -> NDArray[np.int64]:
-        """Indices [N, K] of the likeliest classes, best first; K is at most ``count`` and the smallest class count."""
-        count = min(count, *self._counts)
-        return np.stack([ranked(row, count) for row in self._exact])
 
     @cached_property
-    def _top(self) -> NDArray[np.int64]:
-        return self.best(self._top_k)
+    def probabilities(self) -> Probabilities:
+        """[N, C] in double precision, over each row's own classes."""
+        return softmax(self.logits)
 
-    @property
-    def label(self) -> NDArray[np.object_]:
-        """Names of the likeliest classes, BYTES [N, K]."""
-        pairs = zip(self._records, self._top, strict=True)
-        return bytes_array([record.labels[index] for record, row in pairs for index in row], self._top.shape)
+    @cached_property
+    def top(self) -> NDArray[np.int64]:
+        """Indices [N, K] of the likeliest classes."""
+        return self._best(self._top_k)
 
-    @property
-    def score(self) -> Array:
-        """Probabilities of the likeliest classes, float32 [N, K]."""
-        return np.take_along_axis(self.probabilities, self._top, axis=1)
+    def _best(self, count: int) -> NDArray[np.int64]:
+        """The likeliest classes, best first; at most ``count`` and the smallest class count."""
+        return ranked(self.probabilities, min(count, self._fewest))
 
-    @property
-    def task(self) -> NDArray[np.object_]:
-        """Name of each row's task, BYTES [N]."""
-        return bytes_array(self._tasks)
-
-    @property
-    def task_version(self) -> NDArray[np.object_]:
-        """Version of the task that answered each row, BYTES [N]."""
-        return bytes_array([record.version for record in self._records])
-
-    def classification(self, values: Array, count: int) -> NDArray[np.object_]:
-        """``score:index:label`` of the likeliest classes, BYTES [N, K]; ``values`` [N, C] are the scores."""
-        best = self.best(count)
-        texts = [
-            f"{value[index]:f}:{index}:{record.labels[index]}"
-            for record, value, row in zip(self._records, values, best, strict=True)
-            for index in row
-        ]
+    def named(self, text: Callable[[int, int, str], str], best: NDArray[np.int64]) -> NDArray[np.object_]:
+        """A text for each of the classes ``best`` [N, K], from the row, the class and its label; BYTES [N, K]."""
+        rows = zip(self.records, best.tolist(), strict=True)
+        texts = [text(at, index, one.labels[index]) for at, (one, row) in enumerate(rows) for index in row]
         return bytes_array(texts, best.shape)
 
     def tensor(self, output: RequestedOutput) -> OutputTensor:
         """The tensor of one output."""
         datatype, read = OUTPUTS[output.name]
+        values = read(self)
         if output.classification:
-            return OutputTensor(output.name, "BYTES", self.classification(read(self), output.classification))
-        return OutputTensor(output.name, datatype, read(self))
+            best = self._best(output.classification)
+            texts = self.named(lambda row, index, label: f"{values[row, index]:f}:{index}:{label}", best)
+            return OutputTensor(output.name, "BYTES", texts)
+        return OutputTensor(output.name, datatype, values.astype(np.float32) if datatype == "FP32" else values)
 
 
 RANKED = ("logits", "probabilities")
 """Outputs that Triton's classification extension applies to."""
 
 OUTPUTS: Mapping[str, tuple[str, Callable[[Answers], Any]]] = {
-    "logits": ("FP32", lambda answers: answers.logits),
+    "logits": ("FP32", lambda answers: np.maximum(answers.logits, PADDING)),
     "probabilities": ("FP32", lambda answers: answers.probabilities),
-    "label": ("BYTES", lambda answers: answers.label),
-    "score": ("FP32", lambda answers: answers.score),
-    "task": ("BYTES", lambda answers: answers.task),
-    "task_version": ("BYTES", lambda answers: answers.task_version),
+    "label": ("BYTES", lambda answers: answers.named(lambda _row, _index, label: label, answers.top)),
+    "score": ("FP32", lambda answers: np.take_along_axis(answers.probabilities, answers.top, axis=1)),
+    "task": ("BYTES", lambda answers: bytes_array(answers.tasks)),
+    "task_version": ("BYTES", lambda answers: bytes_array([record.version for record in answers.records])),
 }
 """Each output with its datatype and values, in the default order of an answer."""

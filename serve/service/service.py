@@ -32,7 +32,6 @@ from prompttune.serve.service.models import READY, UNAVAILABLE, Model
 from prompttune.serve.service.numbers import Numbers
 from prompttune.serve.service.repository import Repository
 from prompttune.serve.service.settings import ServiceSettings
-from prompttune.serve.service.traffic import Traffic
 from prompttune.serve.workers.waiting import gathered
 from prompttune.version import __version__
 
@@ -57,8 +56,7 @@ class Service:
         folder: the engine folder.
         catalogue: the tasks on disk.
         replicas: one replica per device, not started yet.
-        metrics: Prometheus counters; the replicas' batches count there too.
-        traffic: counters of the web page; the replicas' batches count there too.
+        metrics: counters; the replicas' batches count there too.
         settings: settings of the service.
     """
 
@@ -68,15 +66,13 @@ class Service:
         catalogue: Catalogue,
         replicas: Sequence[DeviceReplica],
         metrics: Metrics,
-        traffic: Traffic,
         settings: ServiceSettings,
     ) -> None:
         self._folder = folder
         self._replicas = replicas
         self._settings = settings
         self._metrics = metrics
-        self._traffic = traffic
-        self._admission = Admission(settings.max_queue, traffic.rows_per_s)
+        self._admission = Admission(settings.max_queue, metrics.rows_per_s)
         self._repository = Repository(catalogue, Numbers(folder.path), replicas)
         self._catalogue = catalogue
         self._decoder = Decoder(settings.decode_workers, settings.limits)
@@ -88,7 +84,6 @@ class Service:
             settings.limits,
             folder.manifest.image_size,
             metrics,
-            traffic,
         )
         self._started = time.monotonic()
         self._warm = False
@@ -247,10 +242,10 @@ class Service:
                 "queued_rows": self._admission.rows - sum(replica.running_rows for replica in self._replicas),
                 "max_queue": self._settings.max_queue,
                 "running_rows": sum(replica.running_rows for replica in self._replicas),
-                "rows_per_s": self._traffic.rows_per_s(),
+                "rows_per_s": self._metrics.rows_per_s(),
             },
             "workers": [replica.status() for replica in self._replicas],
-            "latency": self._traffic.to_list(),
+            "latency": self._metrics.recent(),
         }
 
     def task_status(self) -> list[dict[str, Any]]:

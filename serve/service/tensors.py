@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from prompttune.serve.messages import (
     RequestedOutput,
     ServeError,
     TooLargeError,
+    shown,
 )
 from prompttune.serve.service.outputs import OUTPUTS, RANKED, Answers, Record
 
@@ -103,22 +104,22 @@ def write_outputs(rows: Rows, logits: Sequence[Array], records: Sequence[Record]
         BadRequestError: a normalised image made the engine overflow.
         ServeError: another row's logits are not finite.
     """
-    answers = Answers(logits, rows.tasks, records, rows.top_k)
-    for payload, finite in zip(rows.payloads, answers.finite, strict=True):
-        if not finite and payload.normalised:
-            raise BadRequestError(f"image of row {payload.row} is out of range: it needs a normalised image")
-        if not finite:
+    for payload, row in zip(rows.payloads, logits, strict=True):
+        if not np.isfinite(row).all():
+            if payload.normalised:
+                raise BadRequestError(f"image of row {payload.row} is out of range: it needs a normalised image")
             raise ServeError(f"the task {rows.tasks[payload.row]!r} gave logits that are not finite")
+    answers = Answers(logits, rows.tasks, records, rows.top_k)
     return [answers.tensor(output) for output in rows.outputs]
 
 
 def _inputs(request: InferRequest) -> Mapping[str, InputTensor]:
     wanted = (IMAGE, TASK) if request.model == MIXED else (IMAGE,)
-    needs = f"model {_short(request.model)} takes {' and '.join(wanted)}"
+    needs = f"model {shown(request.model)} takes {' and '.join(wanted)}"
     found: dict[str, InputTensor] = {}
     for tensor in request.inputs:
         if tensor.name not in wanted:
-            raise BadRequestError(f"unknown input {_short(tensor.name)}; {needs}")
+            raise BadRequestError(f"unknown input {shown(tensor.name)}; {needs}")
         if tensor.name in found:
             raise BadRequestError(f"the input {tensor.name} is given twice")
         found[tensor.name] = tensor
@@ -130,7 +131,7 @@ def _inputs(request: InferRequest) -> Mapping[str, InputTensor]:
 
 def _payloads(tensor: InputTensor, limits: Limits, image_size: int) -> list[Payload]:
     if tensor.datatype not in _FORMS:
-        raise BadRequestError(f"image must be {', '.join(_FORMS)}, not {_short(tensor.datatype)}")
+        raise BadRequestError(f"image must be {', '.join(_FORMS)}, not {shown(tensor.datatype)}")
     shape, read = _FORMS[tensor.datatype]
     _check_shape(tensor, [image_size if size == "S" else size for size in shape])
     if not len(tensor.data):
@@ -189,7 +190,7 @@ def _from_base64(text: bytes, row: int) -> bytes:
 
 def _tasks(tensor: InputTensor, rows: int) -> list[str]:
     if tensor.datatype != "BYTES":
-        raise BadRequestError(f"task must be BYTES, not {_short(tensor.datatype)}")
+        raise BadRequestError(f"task must be BYTES, not {shown(tensor.datatype)}")
     if tensor.data.shape[1:] != (1,):  # Triton's tools send a column
         _check_shape(tensor, ("N",))
     if len(tensor.data) != rows:
@@ -220,7 +221,7 @@ def _check_shape(tensor: InputTensor, wanted: _Shape) -> None:
 def _integer(parameters: Parameters, name: str, *, default: int, least: int) -> int:
     value = parameters.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise BadRequestError(f"the parameter {name} must be a whole number, not {_short(value)}")
+        raise BadRequestError(f"the parameter {name} must be a whole number, not {shown(value)}")
     if not least <= value <= LARGEST_NUMBER:
         raise BadRequestError(f"the parameter {name} must be at least {least} and below 2^63")
     return value
@@ -230,22 +231,12 @@ def _outputs(requested: Sequence[RequestedOutput]) -> Sequence[RequestedOutput]:
     seen: set[str] = set()
     for output in requested:
         if output.name not in OUTPUTS:
-            raise BadRequestError(f"unknown output {_short(output.name)}; known: {_listed(OUTPUTS)}")
+            raise BadRequestError(f"unknown output {shown(output.name)}; known: {', '.join(OUTPUTS)}")
         if output.name in seen:
             raise BadRequestError(f"the output {output.name} is requested twice")
         if output.classification < 0:
             raise BadRequestError(f"classification of {output.name} must be at least 1, not {output.classification}")
         if output.classification and output.name not in RANKED:
-            raise BadRequestError(f"classification works for {_listed(RANKED)}, not for {output.name}")
+            raise BadRequestError(f"classification works for {' and '.join(RANKED)}, not for {output.name}")
         seen.add(output.name)
     return requested or [RequestedOutput(name) for name in OUTPUTS]
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
-
-
-def _short(value: object) -> str:
-    """A value from a request, shortened to fit a one-line message."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,31 +1,21 @@
 """Workers: each runs one engine on one device."""
 
 from prompttune.serve.workers.base import (
-    Answer,
+    BatchResult,
     Key,
     VersionGoneError,
-    Worker,
     WorkerDiedError,
     WorkerSettings,
     WorkerStats,
 )
-from prompttune.serve.workers.inprocess import InProcessWorker
-from prompttune.serve.workers.process import ProcessWorker
+from prompttune.serve.workers.worker import Worker
 
 __all__ = [
-    "Answer",
-    "InProcessWorker",
+    "BatchResult",
     "Key",
-    "ProcessWorker",
     "VersionGoneError",
     "Worker",
     "WorkerDiedError",
     "WorkerSettings",
     "WorkerStats",
-    "open_worker",
 ]
-
-
-def open_worker(settings: WorkerSettings, process: bool) -> Worker:
-    """Create a worker that is not started yet, in its own process or in this one."""
-    return ProcessWorker(settings) if process else InProcessWorker(settings)

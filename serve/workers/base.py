@@ -1,14 +1,16 @@
-"""A worker: one engine on one device, which keeps task states in rows and answers batches."""
+"""What a server and its workers exchange."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+import mmap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from prompttune.errors import PrompttuneError
+import numpy as np
+
+from prompttune.errors import PrompttuneError, UsageError
 from prompttune.export.runtimes import Array, RuntimeOptions
 
 
@@ -17,6 +19,9 @@ class Key(NamedTuple):
 
     task: str
     version: str
+
+    def __str__(self) -> str:
+        return f"{self.task}@{self.version}"
 
 
 class WorkerDiedError(PrompttuneError):
@@ -29,7 +34,11 @@ class VersionGoneError(PrompttuneError):
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """Settings of a worker."""
+    """Settings of a worker.
+
+    Raises:
+        UsageError: there are 0 rows, slots or images per batch.
+    """
 
     engine: Path
     """The engine folder."""
@@ -44,9 +53,22 @@ class WorkerSettings:
     slots: int = 2
     """Number of batches that can be prepared or running at once."""
 
+    def __post_init__(self) -> None:
+        if min(self.rows, self.max_batch, self.slots) < 1:
+            raise UsageError("a worker needs at least one row, one slot and one image in a batch")
+
+    def slots_bytes(self, image_size: int) -> int:
+        """Number of bytes of the images of :meth:`slots_in`."""
+        return self.slots * self.max_batch * 3 * image_size * image_size * np.dtype(np.float32).itemsize
+
+    def slots_in(self, memory: int, image_size: int) -> Array:
+        """Shared memory, by its descriptor, as images float32 [slots, max_batch, 3, S, S]."""
+        images: Array = np.frombuffer(mmap.mmap(memory, self.slots_bytes(image_size)), np.float32)
+        return images.reshape(self.slots, self.max_batch, 3, image_size, image_size)
+
 
 @dataclass(frozen=True)
-class Answer:
+class BatchResult:
     """Logits of a batch, and the time it took."""
 
     logits: Array
@@ -67,65 +89,3 @@ class WorkerStats:
     host_bytes: int
     resident_bytes: int | None
     """Resident set size of the worker's process in bytes; None if it cannot be read."""
-
-
-class Worker(ABC):
-    """A worker, called only on the event loop. Every await of one caller leaves the loop free for the others."""
-
-    settings: WorkerSettings
-    on_death: Callable[[], None] | None = None
-    """Called once on the event loop if the worker ends without :meth:`close`."""
-
-    @abstractmethod
-    async def start(self) -> str:
-        """Open the engine and warm it up with an empty row at batch 1 and ``max_batch``; return its description.
-
-        Raises:
-            PrompttuneError: the engine cannot be opened; the message is one line.
-        """
-
-    @abstractmethod
-    def images(self, slot: int) -> Array:
-        """float32 [max_batch, 3, S, S]; write a batch's images to its first rows before :meth:`run`."""
-
-    @abstractmethod
-    async def run(self, slot: int, keys: Sequence[Key]) -> Answer:
-        """Answer the first ``len(keys)`` images of a slot; the slot is free again after the return.
-
-        Batches start in the order of the calls. Cancelling the caller does not stop its batch: the slot stays in use
-        until the batch ends, and the caller waits for that.
-
-        Raises:
-            WorkerDiedError: the worker ended.
-            PrompttuneError: a key does not hold a row, or the runtime failed.
-        """
-
-    @abstractmethod
-    async def load(self, key: Key, folder: Path) -> None:
-        """Load a state into a row, from the host's memory or else from ``folder``, while batches continue.
-
-        Raises:
-            VersionGoneError: ``folder`` holds another version or does not exist.
-            PrompttuneError: the state is damaged or does not fit the engine, or all rows are in use.
-            WorkerDiedError: the worker ended.
-        """
-
-    @abstractmethod
-    async def evict(self, key: Key, keep: bool = True) -> None:
-        """Free a row; running batches keep what they read. With ``keep``, the state stays in the host's memory."""
-
-    @abstractmethod
-    async def stats(self) -> WorkerStats:
-        """Fetch the worker's contents."""
-
-    def abort(self) -> None:  # noqa: B027  # an engine in this very process cannot be ended alone
-        """End a hanging worker at once; waiting calls get :class:`WorkerDiedError`. Has no effect in this process."""
-
-    @abstractmethod
-    async def close(self) -> None:
-        """End the worker after its running batches. Further calls have no effect."""
-
-    @property
-    @abstractmethod
-    def details(self) -> Mapping[str, Any]:
-        """Description for people: device, process id, runtime."""

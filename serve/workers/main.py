@@ -1,149 +1,72 @@
-"""The worker process: opens an engine and serves one server through two channels until the server ends.
+"""The worker process: opens an engine and serves one server until the server ends.
 
-The main thread runs batches, with more threads where the runtime takes several calls at once. Another one loads and
-evicts. Batches and loads have a channel each, so neither waits for the other.
+There is a channel for each batch slot and one for loads, each with a thread, so that neither waits for another.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-import mmap
 import os
-import select
-import socket
 import sys
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import asdict
-from pathlib import Path
-from typing import NoReturn
+import time
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
 
-from prompttune.errors import PrompttuneError
-from prompttune.export.runtimes import Array
-from prompttune.serve.workers.base import Key, WorkerSettings
-from prompttune.serve.workers.messages import Message, failure, pack, receive, slots_of, unpack_settings
-from prompttune.serve.workers.store import Store, open_store
+from prompttune.errors import EngineError, PrompttuneError, UsageError, first_line
+from prompttune.serve.workers.base import VersionGoneError
+from prompttune.serve.workers.store import Store
 
 _LOG = logging.getLogger(__name__)
-_LOOK_MS = 1000
-"""Milliseconds between checks that the server is alive, in case another process holds its end of the channels."""
+_LOOK_S = 1.0
+"""Seconds between checks that the server is alive, in case another process holds its end of the channels."""
 
 
 def main() -> NoReturn:
-    """Serve. The arguments are descriptors: the channel of batches, the channel of loads, the shared memory."""
-    batches, loads = (socket.socket(fileno=int(one)) for one in sys.argv[1:3])
-    opening = receive(batches)
-    if opening is None:
-        _leave(1)
-    store: Future[Store] = Future()
-    threading.Thread(target=_serve_loads, args=(loads, store, opening["server"]), daemon=True).start()
+    """Serve. The arguments are descriptors: the shared memory, a channel for each slot, the channel of loads."""
+    memory, *channels = map(int, sys.argv[1:])
+    *batches, loads = [Connection(one) for one in channels]
+    settings, image_size, server = loads.recv()
+    _in_thread(_leave_with, server)
     try:
-        settings = unpack_settings(opening["settings"])
-        images = slots_of(mmap.mmap(int(sys.argv[3]), 0), settings, opening["image_size"])
-        store.set_result(_open(settings))
+        store = Store(settings, settings.slots_in(memory, image_size))
     except Exception as problem:
-        batches.sendall(_refusal(problem))
-        _leave(1)
-    batches.sendall(pack({"description": store.result().description}))
-    _serve_batches(batches, store.result(), images)
-    _leave(0)
+        loads.send(portable(problem))
+        os._exit(1)
+    loads.send(store.description)
+    for channel in batches:
+        _in_thread(_serve, channel, store)
+    _serve(loads, store)
 
 
-def _open(settings: WorkerSettings) -> Store:
-    store = open_store(settings)
-    store.warm_up()
-    return store
+def _in_thread(target: Any, *arguments: Any) -> None:
+    threading.Thread(target=target, args=arguments, daemon=True).start()
 
 
-def _serve_batches(channel: socket.socket, store: Store, slots: Array) -> None:
-    """Answer in the order of the calls until the server closes the channel; batches sent before are still answered."""
-    receiving, sending = threading.Lock(), threading.Condition()
-    received, sent = itertools.count(), 0
+def _leave_with(server: int) -> NoReturn:
+    while os.getppid() == server:
+        time.sleep(_LOOK_S)
+    os._exit(1)
 
-    def serve() -> None:
-        nonlocal sent
+
+def _serve(channel: Connection, store: Store) -> NoReturn:
+    """Answer until the server is gone; then end at once, whatever is running: another thread may use the runtime."""
+    try:
         while True:
-            with receiving:
-                message, number = receive(channel), next(received)
-            if message is None:
-                return
-            reply = _run(store, slots, message)
-            with sending:
-                while sent != number:
-                    sending.wait()
-                channel.sendall(reply)
-                sent += 1
-                sending.notify_all()
-
-    others = [threading.Thread(target=serve, daemon=True) for _ in range(store.calls_at_once - 1)]
-    for thread in others:
-        thread.start()
-    serve()
-    for thread in others:
-        thread.join()
-
-
-def _run(store: Store, slots: Array, call: Message) -> bytes:
-    """The reply to a batch."""
-    keys = [Key(task, version) for task, version in call["keys"]]
-    try:
-        answer = store.run(slots[call["slot"], : len(keys)], keys)
-    except Exception as problem:
-        return _refusal(problem)
-    about = {"shape": answer.logits.shape, "seconds": answer.seconds}
-    return pack(about, answer.logits.astype("float32", copy=False).tobytes())
-
-
-def _load(store: Store, call: Message) -> Message:
-    store.load(Key(call["task"], call["version"]), Path(call["folder"]))
-    return {}
-
-
-def _evict(store: Store, call: Message) -> Message:
-    store.evict(Key(call["task"], call["version"]), call["keep"])
-    return {}
-
-
-def _stats(store: Store, call: Message) -> Message:  # noqa: ARG001
-    return asdict(store.stats())
-
-
-_CALLS: dict[str, Callable[[Store, Message], Message]] = {"load": _load, "evict": _evict, "stats": _stats}
-
-
-def _serve_loads(channel: socket.socket, store: Future[Store], server: int) -> NoReturn:
-    """Answer from the start until the server is gone; then end at once, whatever is running."""
-    try:
-        while (message := _receive_from(channel, server)) is not None:
+            call, arguments = channel.recv()
             try:
-                reply = pack(_CALLS[message["call"]](store.result(), message))
+                reply = getattr(store, call)(*arguments)
             except Exception as problem:
-                reply = _refusal(problem)
-            channel.sendall(reply)
-    finally:
-        _leave(1)
+                reply = portable(problem)
+            channel.send(reply)
+    except (EOFError, OSError):
+        os._exit(1)
 
 
-def _receive_from(channel: socket.socket, server: int) -> Message | None:
-    """The next message of the server; None if the server's process is gone."""
-    readable = select.poll()
-    readable.register(channel, select.POLLIN)
-    while not readable.poll(_LOOK_MS):
-        if os.getppid() != server:
-            return None
-    return receive(channel)
-
-
-def _refusal(problem: Exception) -> bytes:
+def portable(problem: Exception) -> PrompttuneError:
+    """An error that survives the way to the server; an unexpected one keeps its type in the text."""
     if not isinstance(problem, PrompttuneError):
         _LOG.error("the engine worker failed", exc_info=problem)
-    return pack(failure(problem))
-
-
-def _leave(status: int) -> NoReturn:
-    """Exit without destroying a runtime that another thread may be using."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+        return EngineError(f"the engine worker failed: {type(problem).__name__}: {first_line(problem)}")
+    plain = (VersionGoneError, UsageError, EngineError, PrompttuneError)
+    return next(one for one in plain if isinstance(problem, one))(str(problem))

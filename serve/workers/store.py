@@ -2,111 +2,83 @@
 
 from __future__ import annotations
 
-import contextlib
+import threading
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from prompttune.errors import EngineError, UsageError
-from prompttune.export.folder import TASK_RECORD, EngineFolder, Manifest, Task, load_version, read_record
+from prompttune.errors import EngineError
+from prompttune.export.folder import TASK_RECORD, EngineFolder, Task, load_version, read_record
 from prompttune.export.layout import bank_dtype
-from prompttune.export.runtimes import Array, Runtime, open_runtime
-from prompttune.serve.bank import Bank
+from prompttune.export.runtimes import Array, open_runtime
+from prompttune.serve.bank import BakedBank, Bank, baked_entries
 from prompttune.serve.memory import resident_bytes
-from prompttune.serve.workers.base import Answer, Key, VersionGoneError, WorkerSettings, WorkerStats
-from prompttune.serve.workers.host_cache import HostCache
-
-Reading = tuple[list[int], Mapping[str, Any]]
-"""Row of each image, and the bank as placed tensors by state key."""
+from prompttune.serve.workers.base import BatchResult, Key, VersionGoneError, WorkerSettings, WorkerStats
 
 
-class Store(ABC):
-    """An engine and its rows. Threads run batches while another one loads, evicts and reads statistics."""
+class Store:
+    """An engine, warmed up, and its rows. Threads run batches while another one loads, evicts and reads statistics.
 
-    def __init__(self, manifest: Manifest, runtime: Runtime, settings: WorkerSettings) -> None:
-        self.calls_at_once = runtime.calls_at_once
-        """Threads that are worth running batches with."""
-        self._runtime = runtime
-        self._max_batch = settings.max_batch
-        self._image_size = manifest.image_size
+    Args:
+        settings: settings of the worker.
+        slots: images of batches, float32 [slots, max_batch, 3, S, S].
+
+    Raises:
+        PrompttuneError: the engine cannot be opened.
+    """
+
+    def __init__(self, settings: WorkerSettings, slots: Array) -> None:
+        folder = EngineFolder(settings.engine)
+        manifest = folder.manifest
+        self._slots = slots
+        self._runtime = open_runtime(folder.path, manifest, settings.runtime)
+        self._turns = threading.BoundedSemaphore(self._runtime.calls_at_once)
+        self._host = HostCache(settings.host_bytes)
+        if manifest.baked is not None:
+            held = baked_entries(manifest.baked, folder.scan().records)
+            self._bank: Bank = BakedBank({str(Key(name, entry.version)): entry for name, entry in held.items()})
+        else:
+            named = {axis for shape in manifest.layout.values() for axis in shape if isinstance(axis, str)}
+            axes = dict.fromkeys(named, 1) | dict(settings.axes)  # without tasks the engine does not know the sizes
+            dtype = bank_dtype(manifest.bank_precision)
+            self._bank = Bank(self._runtime, manifest.layout, {}, dtype, settings.rows, axes)
+        for rows in sorted({1, settings.max_batch}):
+            with self._bank.lease([]) as snapshot:
+                self._runtime.logits(slots[0, :rows], np.zeros(rows, np.int64), snapshot.placed)
 
     @property
     def description(self) -> str:
         """Runtime, version and device, as text."""
         return self._runtime.description
 
-    @abstractmethod
-    def reading(self, keys: Sequence[Key]) -> contextlib.AbstractContextManager[Reading]:
-        """The rows of ``keys``, which do not change until the block ends.
-
-        Raises:
-            EngineError: a key does not hold a row.
-        """
-
-    @abstractmethod
-    def load(self, key: Key, folder: Path) -> None:
-        """See :meth:`prompttune.serve.workers.base.Worker.load`."""
-
-    @abstractmethod
-    def evict(self, key: Key, keep: bool = True) -> None:
-        """See :meth:`prompttune.serve.workers.base.Worker.evict`."""
-
-    @abstractmethod
-    def stats(self) -> WorkerStats:
-        """Contents of the store."""
-
-    def warm_up(self) -> None:
-        """Answer batches of size 1 and of the largest size from the first row, whatever it holds."""
-        for rows in sorted({1, self._max_batch}):
-            images = np.zeros((rows, 3, self._image_size, self._image_size), np.float32)
-            with self.reading([]) as (_, bank):
-                self._runtime.logits(images, np.zeros(rows, np.int64), bank)
-
-    def run(self, images: Array, keys: Sequence[Key]) -> Answer:
-        """Answer contiguous images [B, 3, S, S] with row i for ``keys[i]``.
+    def run(self, slot: int, keys: Sequence[Key]) -> BatchResult:
+        """Answer the first images of a slot, image i with the row of ``keys[i]``.
 
         Raises:
             EngineError: a key does not hold a row, or the runtime failed.
         """
-        with self.reading(keys) as (rows, bank):
-            # Row indices come from the bank itself, so all are in range: on a GPU, others would be undefined behaviour.
-            index = np.array(rows, dtype=np.int64)
-            started = time.perf_counter()
-            logits = self._runtime.logits(images, index, bank)
-            return Answer(logits, time.perf_counter() - started)
-
-
-class ResidentStore(Store):
-    """A store whose states are loaded and evicted."""
-
-    def __init__(self, manifest: Manifest, runtime: Runtime, settings: WorkerSettings) -> None:
-        super().__init__(manifest, runtime, settings)
-        named = {axis for shape in manifest.layout.values() for axis in shape if isinstance(axis, str)}
-        axes = dict.fromkeys(named, 1) | dict(settings.axes)  # without tasks the engine does not know the sizes
-        dtype = bank_dtype(manifest.bank_precision)
-        self._bank = Bank(runtime, manifest.layout, {}, dtype, settings.rows, axes)
-        self._host = HostCache(settings.host_bytes)
-
-    @contextlib.contextmanager
-    def reading(self, keys: Sequence[Key]) -> Iterator[Reading]:
-        """See :meth:`Store.reading`."""
-        names = [_name(key) for key in keys]
-        with self._bank.lease(names) as snapshot:
+        names = [str(key) for key in keys]
+        with self._turns, self._bank.lease(names) as snapshot:
             missing = [name for name in names if name not in snapshot.entries]
             if missing:
-                raise _no_row(missing[0])
-            yield [snapshot.entries[name].row for name in names], snapshot.placed
+                raise EngineError(f"{missing[0]} holds no row: load it first")
+            # Row indices come from the bank itself, so all are in range: on a GPU, others would be undefined behaviour.
+            index = np.array([snapshot.entries[name].row for name in names], dtype=np.int64)
+            started = time.perf_counter()
+            logits = self._runtime.logits(self._slots[slot, : len(keys)], index, snapshot.placed)
+            return BatchResult(logits, time.perf_counter() - started)
 
     def load(self, key: Key, folder: Path) -> None:
-        """Load a state into a row, from the host's memory or from ``folder``; a state that holds a row is unchanged."""
-        name = _name(key)
+        """See :meth:`prompttune.serve.workers.worker.Worker.load`; a state that holds a row is unchanged."""
+        name = str(key)
         if name in self._bank.entries:
             return
+        if isinstance(self._bank, BakedBank):
+            raise VersionGoneError(f"the model does not hold version {key.version} of the task {key.task!r}")
         kept = self._host.take(key)
         task = _read_version(key, folder) if kept is None else kept
         try:
@@ -117,8 +89,10 @@ class ResidentStore(Store):
             raise
 
     def evict(self, key: Key, keep: bool = True) -> None:
-        """Free a state's row; without ``keep``, also remove the state from the host's memory."""
-        name = _name(key)
+        """Free a state's row; without ``keep``, also remove the state from the host's memory. Constants stay."""
+        if isinstance(self._bank, BakedBank):
+            return
+        name = str(key)
         with self._bank.lease([name]) as snapshot:
             entry = snapshot.entries.get(name)
             if keep and entry is not None:
@@ -129,69 +103,44 @@ class ResidentStore(Store):
             self._bank.remove(name)
 
     def stats(self) -> WorkerStats:
-        """See :meth:`Store.stats`."""
-        return WorkerStats(
-            rows=len(self._bank.entries),
-            row_bytes=self._bank.nbytes,
-            host_tasks=len(self._host),
-            host_bytes=self._host.nbytes,
-            resident_bytes=resident_bytes(),
-        )
+        """Contents of the store."""
+        rows, host = len(self._bank.entries), self._host
+        return WorkerStats(rows, self._bank.nbytes, len(host.tasks), host.nbytes, resident_bytes())
 
 
-class BakedStore(Store):
-    """A store whose rows are constants of the model: each task is there from the start, in one version."""
+class HostCache:
+    """Copies of task states without a row; the least recently kept one is dropped first. For one thread at a time.
 
-    def __init__(self, folder: EngineFolder, runtime: Runtime, settings: WorkerSettings) -> None:
-        super().__init__(folder.manifest, runtime, settings)
-        order = folder.manifest.baked or ()
-        held = folder.scan().records
-        self._rows = {Key(name, held[name].version): row for row, name in enumerate(order) if name in held}
-
-    @contextlib.contextmanager
-    def reading(self, keys: Sequence[Key]) -> Iterator[Reading]:
-        """See :meth:`Store.reading`."""
-        missing = [key for key in keys if key not in self._rows]
-        if missing:
-            raise _no_row(_name(missing[0]))
-        yield [self._rows[key] for key in keys], {}
-
-    def load(self, key: Key, folder: Path) -> None:  # noqa: ARG002
-        """Check that the model holds this version of the task."""
-        if key not in self._rows:
-            raise VersionGoneError(f"the model does not hold version {key.version} of the task {key.task!r}")
-
-    def evict(self, key: Key, keep: bool = True) -> None:
-        """Do nothing: constants stay."""
-
-    def stats(self) -> WorkerStats:
-        """See :meth:`Store.stats`; the bytes of the rows belong to the model."""
-        return WorkerStats(len(self._rows), 0, 0, 0, resident_bytes())
-
-
-def open_store(settings: WorkerSettings) -> Store:
-    """Open an engine without loading any state.
-
-    Raises:
-        UsageError: the settings have 0 rows, slots or images per batch.
-        PrompttuneError: the engine cannot be opened.
+    Args:
+        limit: bytes of all states together; 0 keeps none.
     """
-    if min(settings.rows, settings.max_batch, settings.slots) < 1:
-        raise UsageError("a worker needs at least one row, one slot and one image in a batch")
-    folder = EngineFolder(settings.engine)
-    runtime = open_runtime(folder.path, folder.manifest, settings.runtime)
-    if folder.manifest.baked is None:
-        return ResidentStore(folder.manifest, runtime, settings)
-    return BakedStore(folder, runtime, settings)
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.tasks: OrderedDict[Key, Task] = OrderedDict()
+        self.nbytes = 0
+        """Bytes of the kept states."""
+
+    def keep(self, key: Key, task: Task) -> None:
+        """Copy a task's state and make room for it; a state larger than the whole cache is not kept."""
+        self.take(key)
+        size = _size(task)
+        if size > self._limit:
+            return
+        while self.nbytes + size > self._limit:
+            self.take(next(iter(self.tasks)))
+        self.tasks[key] = replace(task, state={name: np.array(value, order="C") for name, value in task.state.items()})
+        self.nbytes += size
+
+    def take(self, key: Key) -> Task | None:
+        """Remove a task from the cache and return it; None if it is not cached."""
+        task = self.tasks.pop(key, None)
+        self.nbytes -= 0 if task is None else _size(task)
+        return task
 
 
-def _name(key: Key) -> str:
-    """The bank's name of a state."""
-    return f"{key.task}@{key.version}"
-
-
-def _no_row(name: str) -> EngineError:
-    return EngineError(f"{name} holds no row: load it first")
+def _size(task: Task) -> int:
+    return sum(value.nbytes for value in task.state.values())
 
 
 def _read_version(key: Key, folder: Path) -> Task:
@@ -199,14 +148,13 @@ def _read_version(key: Key, folder: Path) -> Task:
 
     The version is computed from what was read, so a folder that is replaced in the meantime cannot give a mixture.
     """
+    gone = VersionGoneError(f"{folder} no longer holds version {key.version} of the task {key.task!r}")
     try:
         task, version = load_version(folder)
     except (EngineError, OSError) as problem:
-        if not _is_recorded(key, folder):
-            raise _gone(key, folder) from None
-        raise EngineError(str(problem)) from None
+        raise (EngineError(str(problem)) if _is_recorded(key, folder) else gone) from None
     if version != key.version:
-        raise _gone(key, folder)
+        raise gone
     return replace(task, labels=(), settings={}, source={}, parity=None)
 
 
@@ -218,7 +166,3 @@ def _is_recorded(key: Key, folder: Path) -> bool:
         return read_record(folder).version == key.version
     except EngineError:
         return True
-
-
-def _gone(key: Key, folder: Path) -> VersionGoneError:
-    return VersionGoneError(f"{folder} no longer holds version {key.version} of the task {key.task!r}")

@@ -1,0 +1,50 @@
+"""Settings of a benchmark, of which the options of ``prompttune bench`` are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from prompttune.errors import UsageError
+from prompttune.export.options import read_sizes
+from prompttune.serve.bench.timing import Rounds
+from prompttune.settings import part, setting, settle
+
+ONE, ALL = "one", "all"
+MIXES = (ONE, ALL)
+"""Every row for the same task; or rows that alternate between the resident tasks, each call continuing the last."""
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What is measured.
+
+    Raises:
+        UsageError: a value is invalid or given twice.
+    """
+
+    against: tuple[str, ...] = setting(
+        (), "Compare with the plain backbone in the engine's format, the same tasks in eager PyTorch, or another "
+        "engine. May be repeated.", repeat=True, metavar="backbone|torch|ENGINE",
+    )  # fmt: skip
+    batch_sizes: tuple[int, ...] = setting((1, 8), "Images per call.", kind=str, read=read_sizes, metavar="N,N,...")
+    mix: tuple[str, ...] = setting(
+        MIXES, "one: all rows for the same task; all: rows alternate between the tasks.", MIXES, metavar="one,all"
+    )
+    tasks: int | None = setting(None, "Largest number of tasks to alternate between.", low=1, shown="all")
+    rounds: Rounds = part(Rounds)
+    checkpoint: Path | None = setting(None, "Also time adding this checkpoint.", option="add", path="folder")
+    weights: str | None = None
+    """Source of the backbone's weights, if it differs from that of the export."""
+    seed: int = setting(0, "Seed of the images, which are noise.")
+    task_costs: bool = True
+    """Whether to also time adding tasks and switching between them."""
+
+    def __post_init__(self) -> None:
+        settle(self)
+        if not self.mix:
+            raise UsageError(f"give at least one mix of {', '.join(MIXES)}")
+        for what, values in (("batch size", self.batch_sizes), ("mix", self.mix), ("comparison", self.against)):
+            twice = [value for value in values if values.count(value) > 1]
+            if twice:
+                raise UsageError(f"the {what} {twice[0]!r} is given twice")
