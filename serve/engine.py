@@ -339,7 +339,7 @@ class Engine:
         if isinstance(rows, Tensor) or (isinstance(rows, np.ndarray) and rows.dtype != np.uint8):
             answers = self.answer(rows, names)
         else:
-            given: Sequence[ImageLike] = rows
+            given: NDArray[np.float32] | Sequence[ImageLike] = rows
 
             def prepare(some: Sequence[int], entries: Sequence[Entry]) -> Array:
                 pairs = zip(some, entries, strict=True)
