@@ -276,7 +276,7 @@ class Bank:
 
 
 class BakedBank(Bank):
-    """The tasks of an engine whose model holds them as constants: they are fixed, and there are no rows."""
+    """The fixed tasks of an engine whose model holds them as constants, without rows."""
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
         self.limit = None
