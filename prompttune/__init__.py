@@ -38,7 +38,7 @@ _LAZY = {
     "train": "prompttune.training",
     "evaluate": "prompttune.training",
     "loss": "prompttune.training.optim",
-    "features": "prompttune.embedding",
+    "features": "prompttune.training.embedding",
     "explain": "prompttune.explanation",
     "ExportSettings": "prompttune.export",
     "export_engine": "prompttune.export",
@@ -91,7 +91,6 @@ __all__ = [
 if TYPE_CHECKING:
     from prompttune.backbones import Backbone, load_backbone, register_backbone
     from prompttune.checkpoints.importing import import_checkpoint
-    from prompttune.embedding import features
     from prompttune.errors import PrompttuneError
     from prompttune.explanation import explain
     from prompttune.export import ExportSettings, export_engine, validate_engine
@@ -119,6 +118,7 @@ if TYPE_CHECKING:
     from prompttune.serve import Engine
     from prompttune.task_types import SegmentationConfig
     from prompttune.training import TrainConfig, evaluate, train
+    from prompttune.training.embedding import features
     from prompttune.training.optim import loss
 
 

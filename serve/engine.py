@@ -34,7 +34,7 @@ from prompttune.export.runtimes import Array, RuntimeOptions, StateRunner, open_
 from prompttune.export.tasks import Fit, check_fit, engine_backbone
 from prompttune.images import ImageLike, open_image
 from prompttune.images.preprocess import Preprocess
-from prompttune.serve.answers import Score, likeliest, softmax
+from prompttune.serve.answers import Score, likeliest
 from prompttune.serve.bank import BakedBank, Bank, Entry, baked_entries
 from prompttune.serve.limits import TOP_K
 from prompttune.serve.masks import class_map
@@ -302,11 +302,11 @@ class Engine:
         """
         if top_k < 1:
             raise UsageError(f"top_k must be at least 1, not {top_k}")
-        if self.folder.manifest.task_type.by_place:
-            raise UsageError("the engine's tasks are segmentations: call segment(), which gives a class to each pixel")
+        kind = self.folder.manifest.task_type
+        kind.refuse("predict")
         predictions = []
         for name, one in self._answers(images, tasks):
-            scores = likeliest(softmax(one.logits), one.labels, top_k)
+            scores = likeliest(kind.probabilities(one.logits), one.labels, top_k)
             predictions.append(Prediction(name, one.task_version, scores[0].label, scores[0].probability, scores))
         return predictions
 
@@ -322,8 +322,7 @@ class Engine:
             DataError: an image file cannot be read.
             EngineError: logits are not finite.
         """
-        if not self.folder.manifest.task_type.by_place:
-            raise UsageError("the engine's tasks are classifications: call predict()")
+        self.folder.manifest.task_type.refuse("segment")
         return [
             Segmentation(name, one.task_version, one.labels, class_map(one.logits, self.image_size))
             for name, one in self._answers(images, tasks)

@@ -9,7 +9,6 @@ from typing import Any
 
 from prompttune.data.files import find_images
 from prompttune.data.objects import Data
-from prompttune.embedding import extract
 from prompttune.errors import UsageError
 from prompttune.explanation import drawing
 from prompttune.explanation.embedding import embed, images_of
@@ -21,6 +20,7 @@ from prompttune.explanation.settings import OF_IMAGES, ExplainSettings
 from prompttune.explanation.subjects import ExplainedModel, load_subjects
 from prompttune.files import locked, write_json
 from prompttune.model import PromptModel
+from prompttune.training.embedding import extract
 from prompttune.training.scoring import resolve_device
 
 Progress = Callable[[str, int, int], None]

@@ -164,8 +164,8 @@ class TaskType(ABC):
     """Whether parity holds for each place of a map of logits instead of each image."""
     label_weights: ClassVar[bool] = False
     """Whether an image has one class, by whose frequency the loss can be weighted."""
-    refused: ClassVar[Mapping[str, str]] = {}
-    """What cannot take such tasks (``server``, ``triton``, ``report``, ...), with one line that says what to do."""
+    refused: ClassVar[Mapping[str, str]] = {"segment": "Engine.segment gives a class to each pixel; call predict()"}
+    """What cannot take such tasks (``server``, ``predict``, ``report``, ...), with one line that says what to do."""
     formats: ClassVar[tuple[str, ...] | None] = None
     """Formats of engines whose parity is proven; None for all."""
     entry: ClassVar[str] = ""
@@ -267,6 +267,13 @@ class TaskType(ABC):
         """Raise :class:`UsageError` for data that a task of this type cannot be trained on."""
 
     # figures
+
+    def probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Probability of each class [..., C], in double precision, from logits [..., C]; by default they sum to 1."""
+        wide = logits.astype(np.float64)
+        powers = np.exp(wide - wide.max(axis=-1, keepdims=True))
+        shares: NDArray[np.float64] = powers / powers.sum(axis=-1, keepdims=True)
+        return shares
 
     @abstractmethod
     def figure(self, result: Any) -> Figure:

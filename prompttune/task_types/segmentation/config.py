@@ -57,6 +57,7 @@ class SegmentationConfig(TaskType):
     formats: ClassVar[tuple[str, ...] | None] = ("onnx",)
     entry: ClassVar[str] = "segmentation"
     refused: ClassVar[Mapping[str, str]] = {
+        "predict": "call segment(), which gives a class to each pixel",
         "server": "the server does not answer such tasks; prompttune infer writes masks, Engine.segment returns them",
         "bench": "prompttune bench does not time such tasks; prompttune infer reports their speed",
         "triton": "a Triton repository answers classifications; export an engine instead",
