@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quality docs tensorrt-contract bench wheel-smoke clean
+.PHONY: help install demo test test-fast quality docs tensorrt-contract bench wheel-smoke clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,9 +29,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install ## train, export, validate and classify with a real backbone, some minutes on two cores
 	$(BIN)/prompttune demo --output demo-out
 
-# In the order of their names: by default files of few tests come last, and the slowest are such files.
+# Files run in the order that tests/conftest.py gives them, the slowest first, so that both workers end together.
 test: install ## run all tests, WORKERS processes at once
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=20 $(ARGS)
+
+test-fast: install ## run the tests that are neither slow nor need real weights
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow and not real_weights' $(ARGS)
 
 quality: install ## ruff, the formatter and strict mypy
 	$(BIN)/ruff check .

@@ -22,6 +22,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
+# The slowest files, which two processes of pytest-xdist must not be left with at the end.
+FIRST = (
+    "test_export_matrix",
+    "test_graphs",
+    "test_engines_full_size",
+    "test_formats",
+    "test_readme",
+    "test_infer_ray",
+    "test_ray",
+    "test_reference",
+    "test_damvp",
+    "test_triton_repository",
+    "test_protocols_runs",
+    "test_workers",
+    "test_training_resume",
+    "test_page",
+)
+
 LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1", "0.0.0.0", "::", "", None}
 
 
@@ -31,7 +49,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip marked tests where what they need is missing, and say what that is."""
+    """Begin with the slowest files, skip marked tests where what they need is missing, and say what that is."""
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
     for marker, (available, reason) in REQUIREMENTS.items():
         marked = [item for item in items if item.get_closest_marker(marker)]
         if marked and not available():
@@ -89,4 +108,15 @@ def no_network() -> Iterator[None]:
         patch.setattr(socket, "getaddrinfo", guarded_lookup)
         for name in ("connect", "connect_ex"):
             patch.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def kept_graphs(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Share the ONNX graphs of all tests between processes and runs, see :mod:`tests.graph_cache`."""
+    from tests import graph_cache
+
+    with pytest.MonkeyPatch.context() as patch:
+        if (cache := getattr(pytestconfig, "cache", None)) is not None:
+            graph_cache.install(patch, cache.mkdir("graphs"))
         yield

@@ -76,11 +76,11 @@ every_graph = pytest.mark.parametrize(
         for kind, marks in {
             "fp32": (),
             "fp16": pytest.mark.slow,
-            "bf16": () if case == ("sa2vp", "test_vit") else pytest.mark.slow,
+            "bf16": (),
             "dynamic": (),
             "static": (),
         }.items()
-        if kind == "fp32" or case in CONVERTED
+        if kind == "fp32" or (case in CONVERTED and (kind != "bf16" or case == CONVERTED[0]))
     ],
 )
 
@@ -111,15 +111,16 @@ def inferred(method, backbone, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["fp16", "bf16"])
-@every_method
+@pytest.mark.parametrize(
+    ("method", "backbone", "kind"), [*((*case, "fp16") for case in CONVERTED), (*CONVERTED[0], "bf16")]
+)
 def test_nvidias_builder_takes_half_precision(method, backbone, kind, tmp_path):
     build_engine(exported(method, backbone), tmp_path / "plan", written(method, backbone, kind) / ONNX_FILE)
     assert (tmp_path / "plan").read_bytes().startswith(MAGIC)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", SHARING)
+@pytest.mark.parametrize("method", [method for method, _ in CONVERTED])
 def test_nvidias_builder_takes_baked_tasks_in_half_precision(method, tmp_path):
     settings = ExportSettings(
         "trt-rtx", "fp16", baked=True, options={"compute_capability": "8.9", "optimization_level": 0}
