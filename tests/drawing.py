@@ -16,6 +16,9 @@ from prompttune.methods import METHODS, MethodConfig
 from tests import convs, swins  # noqa: F401  # load_backbone then knows their models
 from tests.reference.draw import draw
 
+VITS = ("test_vit", "test_vit2", "test_vit3", "test_vit4")
+"""Class token; register, average pooling and LayerScale; attention pooling; RMS norms."""
+
 FACTORS = ("method.scale.", "method.temperatures")
 """Parameters that multiply what the backbone computes: they are drawn around 1."""
 

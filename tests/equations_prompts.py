@@ -13,6 +13,19 @@ import prompttune as pt
 from prompttune.methods.e2vpt import E2VPT
 from prompttune.methods.expres import EXPRES
 
+SMALL = {"num_prompts": 3, "num_kv": 2, "segments": 4}
+CASES = [
+    ("e2vpt", SMALL),
+    ("e2vpt", SMALL | {"deep": False}),
+    ("e2vpt", SMALL | {"share_kv": False}),
+    ("e2vpt", SMALL | {"prune_tokens": 0, "prune_segments": 0}),
+    ("expres", {"num_prompts": 3}),
+    ("expres", {"num_prompts": 3, "norm_residual": False}),
+    ("expres", {"num_prompts": 3, "qkv_residual": False}),
+    ("expres", {"num_prompts": 3, "proj_residual": False}),
+]
+"""Methods and settings that these equations are compared with."""
+
 
 def attention(
     block: nn.Module, normed: Tensor, change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]

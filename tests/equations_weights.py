@@ -17,6 +17,19 @@ from prompttune.methods.gapt import GaPT
 from prompttune.methods.lora import LoRA
 from prompttune.methods.ssf import SSF
 
+CASES = [
+    ("adaptformer", {"rank": 4}),
+    ("adaptformer", {"rank": 3, "adapter_scale": 0.7}),
+    ("adapter", {"rank": 4}),
+    ("lora", {"rank": 4}),
+    ("lora", {"rank": 2, "alpha": 8}),
+    ("lora", {"rank": 3, "targets": "qkv"}),
+    ("ssf", {}),
+    ("gapt", {"num_prompts": 3}),
+    ("gapt", {"num_prompts": 3, "pool": "mean"}),
+]
+"""Methods and settings that these equations are compared with."""
+
 
 def pooled(timm: VisionTransformer, images: Tensor) -> Tensor:
     """What timm would give its classifier, [B, D]."""

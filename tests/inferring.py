@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from click.testing import CliRunner, Result
 from PIL import Image
 
+from prompttune.cli.main import cli
 from prompttune.serve.infer import InferSettings, Row, Summary, infer
 from tests.engines import exported
 
@@ -66,6 +68,11 @@ def command(*arguments: object, setup: str = "") -> list[str]:
     text = [str(exported("linear")), *map(str, arguments)]
     program = f"{setup}\nimport sys\nfrom prompttune.cli.main import cli\ncli({['infer', *text]!r})"
     return [sys.executable, "-c", program]
+
+
+def invoked(*arguments: object) -> Result:
+    """``prompttune infer`` on the tiny engine in this process; :func:`command` is for tests of the process itself."""
+    return CliRunner().invoke(cli, ["infer", str(exported("linear")), *map(str, arguments)])
 
 
 def told(process: subprocess.Popen[str], lines: int) -> None:

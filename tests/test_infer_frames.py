@@ -11,7 +11,7 @@ import pytest
 
 from prompttune.errors import EngineError
 from prompttune.serve.infer import job as jobs
-from tests.inferring import TELLING, command, encoded, pictures, rows_of, run
+from tests.inferring import TELLING, command, encoded, invoked, pictures, rows_of, run
 from tests.videos import broken_stream, clip, render
 
 av = pytest.importorskip("av", reason="PyAV is not installed: pip install 'prompttune[stream]'")
@@ -63,28 +63,16 @@ def travelled(rows):
 
 def test_the_command_draws_a_video(video, tmp_path):
     outputs = ["-o", tmp_path / "rows.jsonl", "-o", tmp_path / "drawn.mp4"]
-    done = subprocess.run(
-        command(video, "--task", "task0", "--stride", 3, *outputs),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    done = invoked(video, "--task", "task0", "--stride", 3, *outputs)
+    assert done.exit_code == 0, done.output
     assert "20 skipped" in done.stderr
     rows = rows_of(tmp_path / "rows.jsonl")
     assert [row.frame for row in rows] == list(range(0, FRAMES, 3))
     with av.open(str(tmp_path / "drawn.mp4")) as drawn:
         times = [frame.time for frame in drawn.decode(video=0)]
     assert times == pytest.approx([row.timestamp for row in rows], abs=0.01)
-    again = subprocess.run(
-        command(video, "--task", "task0", *outputs, "--resume"),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert again.returncode == 2
+    again = invoked(video, "--task", "task0", *outputs, "--resume")
+    assert again.exit_code == 2
     assert "cannot be resumed" in again.stderr
 
 

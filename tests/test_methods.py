@@ -1,45 +1,46 @@
 """Every registered method through one matrix: seam, gradients, frozen backbone, save and load, mixed batches."""
 
 import dataclasses
+import itertools
 
+import numpy as np
 import pytest
 import torch
 
 import prompttune as pt
 from prompttune.errors import BackboneError, UsageError
+from prompttune.export.precision.smooth import smoothed
 from prompttune.methods import METHODS, config_from_dict, register
 from prompttune.methods.base import MethodConfig
-from tests import equations
+from tests import engines, equations, equations_prompts, equations_weights
 from tests.convs import CONVS, ON_CONV
-from tests.drawing import default_configs, drawn_backbone, drawn_model
+from tests.drawing import VITS, default_configs, drawn_model
+from tests.engines import config_of, noise
 from tests.swins import ON_SWIN, SWINS
 
-BACKBONES = ["test_vit", "test_vit2", "test_vit3", "test_vit4"]
-"""Class token; register, average pooling and LayerScale; attention pooling; RMS norms."""
-IMAGE_SIZE = 64
 MATRIX = [
     pytest.param(name, config, id=f"{config.method}-{name}")
-    for name in (*BACKBONES, *SWINS, *CONVS)
+    for name in (*VITS, *SWINS, *CONVS)
     for config in default_configs()
-    if name in BACKBONES or config.method in (ON_SWIN if name in SWINS else ON_CONV)
+    if name in VITS or config.method in (ON_SWIN if name in SWINS else ON_CONV)
 ]
 SHARED = [case for case in MATRIX if case.values[1].shares_backbone]
 """Those whose tasks mix in a batch; ``test_full.py`` holds the others to a refusal."""
 
 
-@pytest.fixture(scope="module", params=BACKBONES)
-def backbone(request, tmp_path_factory):
-    return drawn_backbone(request.param, tmp_path_factory.mktemp("weights"), IMAGE_SIZE)
+@pytest.fixture(scope="module", params=VITS)
+def backbone(request):
+    return engines.backbone(request.param)
 
 
 @pytest.fixture(scope="module")
-def vit(tmp_path_factory):
-    return drawn_backbone("test_vit", tmp_path_factory.mktemp("weights"), IMAGE_SIZE)
+def vit():
+    return engines.backbone("test_vit")
 
 
 @pytest.fixture(scope="module")
 def images():
-    return torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+    return torch.from_numpy(noise(3))
 
 
 @pytest.mark.parametrize(("backbone", "config"), MATRIX, indirect=["backbone"])
@@ -106,6 +107,70 @@ def test_a_mixed_batch_equals_single_runs(backbone, config, images):
     assert (single[0] - models[1](images[:1]).logits[0]).abs().max() > 1e-3, "the tasks must differ"
 
 
+@pytest.mark.parametrize(
+    ("features", "method", "settings"),
+    [(one.features, *case) for one in (equations_prompts, equations_weights) for case in one.CASES],
+    ids=lambda value: "" if callable(value) else str(value),
+)
+def test_features_equal_the_equations(backbone, features, method, settings, images):
+    model = drawn_model(backbone, METHODS[method](**settings))
+    wanted = features(model, images)
+    with torch.no_grad():
+        found, plain = model(images).features, backbone(images)
+    assert (found - wanted).abs().max() <= 2e-5 * max(1, wanted.abs().max().item())
+    assert (found - plain).abs().max() > 1e-3, "the task must matter"
+
+
+DROPS = [config.method for config in default_configs() if "dropout" in config.to_dict()]
+
+
+@pytest.mark.parametrize("method", DROPS)
+def test_dropout_acts_in_training_alone(vit, images, method):
+    model = drawn_model(vit, config_of(method, dropout=0.5))
+    assert torch.equal(model(images).logits, model(images).logits)
+    model.train()
+    assert not torch.equal(model(images).logits, model(images).logits)
+
+
+@pytest.mark.parametrize("method", ["e2vpt", "expres", "adaptformer", "adapter", "lora", "ssf", "gapt"])
+def test_balancing_channels_for_int8_changes_no_answer(vit, images, method):
+    model = drawn_model(vit, config_of(method))
+    with torch.no_grad():
+        balanced = smoothed(model, [(images.numpy(), model.task_state())])
+        torch.testing.assert_close(balanced(images).logits, model(images).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "tasks"),
+    [
+        ("ssf", "test_vit2", [{}] * 3),
+        ("gapt", "test_vit", [{"pool": "mean"}] * 3),
+        ("lora", "test_vit2", [{"targets": "qkv", "rank": rank} for rank in (2, 3, 4)]),
+        ("e2vpt", "test_vit", [{"prune_tokens": 0, "prune_segments": 0}, {}, {"segments": 8, "prune_at": 0.3}]),
+        ("expres", "test_vit2", [{}, {"norm_residual": False}, {"qkv_residual": False, "proj_residual": False}]),
+    ],
+    ids=["ssf", "gapt", "lora", "e2vpt", "expres"],
+)
+def test_tasks_of_other_settings_mix_in_one_engine(method, name, tasks, tmp_path):
+    """On LayerScale, pooled means, key adapters, other pruning and other vectors."""
+    models = {}
+    for number, settings in enumerate(tasks):
+        config = config_of(method, **settings)
+        models[f"task{number}"] = drawn_model(engines.backbone(name), config, number + 2, seed=number)
+        models[f"task{number}"].save(tmp_path / f"task{number}")
+    pt.export_engine([tmp_path / "task0", tmp_path / "task1"], tmp_path / "engine", batch_sizes=(1, 3))
+    engine = pt.Engine(tmp_path / "engine")
+    engine.add_task("task2", tmp_path / "task2")  # for lora, of a rank above those that were exported
+    batch = noise(len(models))
+    mixed = engine.logits(batch, list(models))
+    for row, (task, model) in enumerate(models.items()):
+        with torch.no_grad():
+            wanted = model(torch.from_numpy(batch[row : row + 1])).logits.numpy()[0]
+        assert np.abs(mixed[row, : len(wanted)] - wanted).max() <= 1e-4
+        single = engine.logits(batch[row : row + 1], task)[0, : len(wanted)]
+        assert np.abs(mixed[row, : len(wanted)] - single).max() <= 1e-5
+
+
 SA2VP_VARIANTS = [
     {},
     {"prompt_layers": (0,)},
@@ -133,14 +198,14 @@ def test_sa2vp_equals_its_equations(backbone, settings, images):
     assert (both.aux_features - prompt).abs().max() <= 2e-5 * max(1, prompt.abs().max().item())
 
 
-def test_every_sa2vp_switch_changes_the_answer(vit, images):
-    answers = [drawn_model(vit, pt.SA2VPConfig(rank=4, **settings))(images).features for settings in SA2VP_VARIANTS]
-    for first in range(len(answers)):
-        for second in range(first):
-            assert (answers[first] - answers[second]).abs().max() > 1e-4, (
-                SA2VP_VARIANTS[first],
-                SA2VP_VARIANTS[second],
-            )
+@pytest.mark.parametrize("method", ["sa2vp", "e2vpt", "expres"])
+def test_every_switch_changes_the_answer(vit, images, method):
+    cases = [own for name, own in equations_prompts.CASES if name == method]
+    cases = [{"rank": 4, **settings} for settings in SA2VP_VARIANTS] if method == "sa2vp" else cases
+    with torch.no_grad():
+        answers = [drawn_model(vit, METHODS[method](**settings))(images).features for settings in cases]
+    for (first, one), (second, other) in itertools.combinations(zip(cases, answers, strict=True), 2):
+        assert (one - other).abs().max() > 1e-4, (first, second)
 
 
 @pytest.mark.parametrize(
@@ -177,13 +242,6 @@ def test_zero_init_starts_from_the_plain_backbone(vit, images):
     assert (released(images).features - vit(images)).abs().max() > 1e-3
 
 
-def test_dropout_acts_in_training_alone(vit, images):
-    model = drawn_model(vit, pt.SA2VPConfig(rank=4, dropout=0.5))
-    assert torch.equal(model(images).logits, model(images).logits)
-    model.train()
-    assert not torch.equal(model(images).logits, model(images).logits)
-
-
 def test_supervision_of_the_prompt_pathway_is_a_switch(vit, images):
     assert drawn_model(vit, pt.SA2VPConfig(rank=4)).train()(images).aux_logits is not None
     assert drawn_model(vit, pt.SA2VPConfig(rank=4, base_weight=1.0)).train()(images).aux_logits is None
@@ -206,6 +264,29 @@ def test_supervision_of_the_prompt_pathway_is_a_switch(vit, images):
         ("sa2vp", {"gamma": float("nan")}, "gamma must be finite"),
         ("sa2vp", {"gamma": float("-inf")}, "gamma must be finite"),
         ("linear", {"rank": 4}, "its settings: none"),
+        ("e2vpt", {"num_prompts": 0}, "num_prompts must be above 0"),
+        ("e2vpt", {"num_kv": 0}, "num_kv must be above 0"),
+        ("e2vpt", {"segments": 0}, "segments must be above 0"),
+        ("e2vpt", {"prune_tokens": 1.0}, "prune_tokens must be at least 0 and below 1"),
+        ("e2vpt", {"prune_segments": -0.1}, "prune_segments must be"),
+        ("e2vpt", {"prune_at": 1}, "prune_at must be above 0 and below 1"),
+        ("e2vpt", {"deep": 1}, "must be true or false"),
+        ("expres", {"num_prompts": 0}, "num_prompts must be above 0"),
+        ("expres", {"dropout": 1.0}, "dropout must be"),
+        ("expres", {"residuals": True}, "no setting 'residuals'"),
+        ("adaptformer", {"rank": 0}, "adaptformer: rank must be above 0"),
+        ("adaptformer", {"dropout": 1.0}, "dropout must be"),
+        ("adapter", {"rank": -1}, "adapter: rank must be above 0"),
+        ("adapter", {"alpha": 1}, "no setting 'alpha'"),
+        ("lora", {"rank": 0}, "lora: rank must be above 0"),
+        ("lora", {"alpha": 0}, "alpha must be above 0"),
+        ("lora", {"rank": 2.5}, "rank must be a whole number"),
+        ("ssf", {"rank": 4}, "its settings: none"),
+        ("gapt", {"num_prompts": 0}, "num_prompts must be above 0"),
+        ("gapt", {"pool": "means"}, "did you mean mean"),
+        ("gapt", {"dropout": -0.1}, "dropout must be"),
+        ("gapt", {"gate_init": float("inf")}, "gate_init must be finite"),
+        ("adaptformer", {"adapter_scale": float("nan")}, "adapter_scale must be finite"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(method, settings, message):

@@ -314,12 +314,16 @@ def test_killed_benchmark_goes_on_in_the_middle_of_a_run(base: list[Any], tmp_pa
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < until, "the run does not get on"
         time.sleep(0.01)
+    threads = Path(f"/proc/{process.pid}/task").glob("*/children")
+    workers = [Path("/proc") / pid for thread in threads for pid in thread.read_text().split()]
+    assert len(workers) >= 2
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    time.sleep(1.5)  # a worker looks for its parent twice a second
+    until = time.monotonic() + PATIENCE_S
+    while any(one.exists() and ") Z" not in (one / "stat").read_text() for one in workers):
+        assert time.monotonic() < until, "a worker outlived its parent"
+        time.sleep(0.01)
     done = len(json.loads(metrics.read_text())["history"])
-    time.sleep(1.0)
-    assert len(json.loads(metrics.read_text())["history"]) == done, "a worker outlived its parent"
     assert 3 <= done < 30
     stamps = [epoch["seconds"] for epoch in json.loads(metrics.read_text())["history"]]
     process = start(words)
