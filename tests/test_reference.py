@@ -1,6 +1,8 @@
 """Numbers of the authors' released SA²VP code, reproduced through the public interface."""
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +47,14 @@ def case() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def model(case: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> pt.PromptModel:
-    return build(case, tmp_path_factory.mktemp("weights"))
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], pt.PromptModel]:
+    """The models of the cases: drawing all their parameters takes seconds."""
+    return functools.cache(lambda name: build(read_case(name), tmp_path_factory.mktemp("weights")))
+
+
+@pytest.fixture(scope="module")
+def model(built: Callable[[str], pt.PromptModel]) -> pt.PromptModel:
+    return built("sa2vp_vit_b16")
 
 
 def compare(case: dict[str, np.ndarray], model: pt.PromptModel) -> None:
@@ -67,10 +75,9 @@ def test_features_of_both_pathways(case, model):
 
 
 @pytest.mark.slow
-def test_features_of_both_pathways_on_a_swin(tmp_path):
-    case = read_case("sa2vp_swin_b")
-    model = build(case, tmp_path)
-    compare(case, model)
+def test_features_of_both_pathways_on_a_swin(built):
+    model = built("sa2vp_swin_b")
+    compare(read_case("sa2vp_swin_b"), model)
     names = set(model.method.state_dict())
     assert {"prompts.0.tokens", "prompts.0.proj.weight", "adapters.17.up.bias"} <= names
     assert not [name for name in names if name.startswith("prompts.") and not name.startswith("prompts.0.")]
@@ -81,10 +88,10 @@ def test_features_of_both_pathways_on_a_swin(tmp_path):
 @pytest.mark.parametrize(
     ("name", "write"), [("sa2vp_vit_b16", released.sa2vp_vit), ("sa2vp_swin_b", released.sa2vp_swin)]
 )
-def test_a_released_file_is_imported_with_its_numbers(name, write, tmp_path):
+def test_a_released_file_is_imported_with_its_numbers(name, write, built, tmp_path):
     """The drawn parameters under the released code's names, imported, give what that code was recorded to give."""
     case = read_case(name)
-    meta, task = json.loads(str(case["meta"])), build(case, tmp_path)
+    meta, task = json.loads(str(case["meta"])), built(name)
     file = released.save_sa2vp(write(task), tmp_path / "checkpoint-99.pth")
     settings = {"gamma": meta["gamma"], "window": meta["window"]}
     made = pt.import_checkpoint("sa2vp", file, tmp_path / "task", backbone=task.backbone, settings=settings)
