@@ -33,8 +33,8 @@ demo: install ## train, export, validate and classify with a real backbone, some
 test: install ## run all tests, WORKERS processes at once
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=20 $(ARGS)
 
-test-fast: install ## run the tests that are neither slow nor need real weights
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow and not real_weights' $(ARGS)
+test-fast: install ## run the tests but for slow ones, real weights and the slowest files
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --fast $(ARGS)
 
 quality: install ## ruff, the formatter and strict mypy
 	$(BIN)/ruff check .

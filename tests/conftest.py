@@ -22,8 +22,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
-# The slowest files, which two processes of pytest-xdist must not be left with at the end.
-FIRST = (
+# The slowest files: two processes of pytest-xdist must not be left with one at the end, and ``--fast`` leaves them out.
+SLOWEST = (
     "test_export_matrix",
     "test_graphs",
     "test_engines_full_size",
@@ -38,6 +38,14 @@ FIRST = (
     "test_workers",
     "test_training_resume",
     "test_page",
+    "test_notebook",
+    "test_segmentation_training",
+    "test_segmentation_engine",
+    "test_bench",
+    "test_serve_command",
+    "test_serve_drain",
+    "test_training_extended",
+    "test_conv",
 )
 
 LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1", "0.0.0.0", "::", "", None}
@@ -48,9 +56,23 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(THREADS)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--fast``."""
+    parser.addoption("--fast", action="store_true", help="leave out slow tests, real weights and the slowest files")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with the slowest files, skip marked tests where what they need is missing, and say what that is."""
-    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
+    places = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+    if config.getoption("fast"):
+        slow = {
+            item
+            for item in items
+            if item.path.stem in places or any(map(item.get_closest_marker, ("slow", "real_weights")))
+        }
+        config.hook.pytest_deselected(items=list(slow))
+        items[:] = [item for item in items if item not in slow]
     for marker, (available, reason) in REQUIREMENTS.items():
         marked = [item for item in items if item.get_closest_marker(marker)]
         if marked and not available():
