@@ -9,6 +9,7 @@ import torch
 
 import prompttune as pt
 from prompttune.backbones import VitBackbone
+from prompttune.backbones.vit import VitBlock
 from prompttune.errors import BackboneError, TrainingError, UsageError
 from prompttune.methods import METHODS
 from prompttune.training import train
@@ -225,13 +226,13 @@ def test_new_tasks_start_as_the_papers_say(vit, images):
 
 
 def test_the_last_block_computes_what_the_head_reads(vit, images, monkeypatch):
-    rows, project = [], vit.project
+    rows, project = [], VitBlock.project
 
-    def counted(index, attended):
+    def counted(block, attended):
         rows.append(attended.shape[1])
-        return project(index, attended)
+        return project(block, attended)
 
-    monkeypatch.setattr(vit, "project", counted)
+    monkeypatch.setattr(VitBlock, "project", counted)
     for method, last in (("e2vpt", 1), ("expres", 3)):
         rows.clear()
         drawn_model(vit, config_of(method))(images)
