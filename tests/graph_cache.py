@@ -107,20 +107,21 @@ def _key(request: BuildRequest) -> str | None:
     model, settings = request.model, request.settings
     fixed = model.state_dict(keep_vars=True) | dict(model.named_buffers())
     fixed = {name: value for name, value in fixed.items() if name not in model.task_parameters()}
-    plugin = any(not type(one).__module__.startswith("prompttune.") for one in (model.method, model.backbone))
+    plugin = any(
+        not type(one).__module__.startswith("prompttune.") for one in (model.method, model.head, model.backbone)
+    )
     if plugin or sum(value.nbytes for value in fixed.values()) > LARGEST:
         return None
     digest = hashlib.sha256()
-    head = model.head if not isinstance(model.head, torch.nn.Linear) else "linear"
     for part in (
         model.backbone,
         model.backbone.image_size,
-        head,
         type(model.method),
+        type(model.head),
+        model.task_type,
         sorted(model.config.to_dict().items()),
         model.state_layout(),
-        model.output_size,
-        getattr(model, "levels", None),
+        model.levels,
         (settings.precision, settings.bank_precision, settings.attention, settings.baked),
     ):
         digest.update(f"{part!r};".encode())
