@@ -37,6 +37,7 @@ from prompttune.serve.service.tensors import Payload, Rows, read_rows, write_out
 from prompttune.serve.tracing import span
 from prompttune.serve.workers import Key, VersionGoneError, WorkerDiedError
 from prompttune.serve.workers.waiting import gathered
+from prompttune.task_types import ClassificationConfig, TaskType
 
 LEAST_URGENT = sys.maxsize
 """Internal priority of a request with the default priority 0."""
@@ -68,6 +69,7 @@ class Inference:
     image_size: int
     """Side of the engine's square input, in pixels."""
     metrics: Metrics
+    task_type: TaskType = field(default_factory=ClassificationConfig)
     mixed: Model = field(default_factory=lambda: Model(MIXED, number=1))
     """Statistics of the requests that name a task for each row."""
 
@@ -142,7 +144,7 @@ class Inference:
             for place, row in zip(places[task], one.outcome.logits, strict=True):
                 logits[place] = row[: len(one.record.labels)]
         began = time.monotonic()
-        outputs = write_outputs(rows, logits, [answered[task].record for task in rows.tasks])
+        outputs = write_outputs(rows, logits, [answered[task].record for task in rows.tasks], self.task_type)
         write_s = time.monotonic() - began
         for task, one in answered.items():
             self.repository.models[task].count(one.outcome, len(places[task]), one.decode_s, write_s)

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prompttune.export.runtimes import Array
-from prompttune.serve.answers import Probabilities, ranked, softmax
+from prompttune.serve.answers import Probabilities, ranked
 from prompttune.serve.messages import OutputTensor, RequestedOutput, bytes_array
+from prompttune.task_types import TaskType
 
 PADDING = float(np.finfo(np.float32).min)
 """Padding of logits past a row's own classes: JSON cannot express -inf."""
@@ -37,12 +38,15 @@ class Answers:
         tasks: name of each row's task.
         records: record of each row's task.
         top_k: largest number of classes in ``label`` and ``score``.
+        task_type: type of the tasks, which turns logits into probabilities.
     """
 
-    def __init__(self, logits: Sequence[Array], tasks: Sequence[str], records: Sequence[Record], top_k: int) -> None:
+    def __init__(
+        self, logits: Sequence[Array], tasks: Sequence[str], records: Sequence[Record], top_k: int, task_type: TaskType
+    ) -> None:
         self.tasks = tasks
         self.records = records
-        self._top_k = top_k
+        self._top_k, self._task_type = top_k, task_type
         self._fewest = min(map(len, logits))
         self.logits = np.full((len(logits), max(map(len, logits))), -np.inf, dtype=np.float32)
         """[N, C], C the largest number of classes among the rows; -inf past a row's own."""
@@ -52,7 +56,7 @@ class Answers:
     @cached_property
     def probabilities(self) -> Probabilities:
         """[N, C] in double precision, over each row's own classes."""
-        return softmax(self.logits)
+        return self._task_type.probabilities(self.logits)
 
     @cached_property
     def top(self) -> NDArray[np.int64]:

@@ -84,6 +84,7 @@ class Service:
             settings.limits,
             folder.manifest.image_size,
             metrics,
+            folder.manifest.task_type,
         )
         self._started = time.monotonic()
         self._warm = False

@@ -26,6 +26,7 @@ from prompttune.serve.messages import (
     shown,
 )
 from prompttune.serve.service.outputs import OUTPUTS, RANKED, Answers, Record
+from prompttune.task_types import ClassificationConfig, TaskType
 
 IMAGE, TASK = "image", "task"
 LARGEST_NUMBER = 2**63 - 1
@@ -92,13 +93,16 @@ def read_rows(request: InferRequest, limits: Limits, image_size: int) -> Rows:
     )
 
 
-def write_outputs(rows: Rows, logits: Sequence[Array], records: Sequence[Record]) -> list[OutputTensor]:
+def write_outputs(
+    rows: Rows, logits: Sequence[Array], records: Sequence[Record], task_type: TaskType | None = None
+) -> list[OutputTensor]:
     """Turn logits into the requested outputs.
 
     Args:
         rows: the request.
         logits: float32 [C] for each row, C the task's own classes.
         records: record of each row's task, of the version that answered.
+        task_type: type of the tasks.
 
     Raises:
         BadRequestError: a normalised image made the engine overflow.
@@ -109,7 +113,7 @@ def write_outputs(rows: Rows, logits: Sequence[Array], records: Sequence[Record]
             if payload.normalised:
                 raise BadRequestError(f"image of row {payload.row} is out of range: it needs a normalised image")
             raise ServeError(f"the task {rows.tasks[payload.row]!r} gave logits that are not finite")
-    answers = Answers(logits, rows.tasks, records, rows.top_k)
+    answers = Answers(logits, rows.tasks, records, rows.top_k, task_type or ClassificationConfig())
     return [answers.tensor(output) for output in rows.outputs]
 
 
