@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from prompttune.cli.main import cli
-from prompttune.serve.infer import InferSettings, Row, Summary, infer
+from prompttune.serve.infer import InferSettings, InferSummary, Row, infer
 from tests.engines import exported
 
 SLOW_COMMITS = "import prompttune.serve.infer.job as job; job.COMMIT_S = {commit}\n"
@@ -33,7 +33,7 @@ def _own() -> set[str]:
     return {field.name for field in dataclasses.fields(InferSettings)}
 
 
-def run(*inputs: object, output: Path, **changes: Any) -> tuple[Summary, list[Row]]:
+def run(*inputs: object, output: Path, **changes: Any) -> tuple[InferSummary, list[Row]]:
     """Run a job; what it did and the rows of its JSON lines."""
     summary = infer(settings(*inputs, outputs=(str(output),), **changes))
     return summary, rows_of(output)
@@ -84,10 +84,10 @@ def told(process: subprocess.Popen[str], lines: int) -> None:
 
 TELLING = """
 import os, prompttune.serve.infer.job as job
-write = job.Job._write
+write = job.InferJob._write
 def telling(self, answers):
     write(self, answers)
     os.write(2, f"wrote {len(answers)}\\n".encode())  # one system call: other threads write there too
-job.Job._write = telling
+job.InferJob._write = telling
 """
 """Set-up of a command that tells of each chunk in a line of its own."""

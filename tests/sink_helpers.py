@@ -1,24 +1,20 @@
-"""Rows to write, and crashes of the sinks that write them."""
+"""Rows to write, and full disks."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import resource
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import strategies as st
 
 from prompttune.serve.answers import Score
-from prompttune.serve.infer.rows import Answer, Row
+from prompttune.serve.infer.rows import InputAnswer, Row
+from prompttune.serve.infer.sinks import Sink
 
 VERSION = "0a1b2c"
-STEPS = st.lists(st.sampled_from(["write", "write", "write", "commit", "crash"]), max_size=40)
-"""What may happen to a run, in any order."""
 
 
 def texts() -> st.SearchStrategy[str]:
@@ -51,13 +47,13 @@ def rows(draw: st.DrawFn, labelled: bool = False) -> Row:
     return Row(**where, label=scores[0].label, probability=scores[0].probability, top_k=scores)
 
 
-def answer(number: int, tasks: Sequence[str] = ("birds",), picture: Any = None) -> Answer:
+def answer(number: int, tasks: Sequence[str] = ("birds",), picture: Any = None) -> InputAnswer:
     """Input ``number`` with its rows; every fifth could not be read."""
     if number % 5 == 4:
-        return Answer(tuple(Row(f"{number}.png", task, VERSION, error="not an image") for task in tasks))
+        return InputAnswer(tuple(Row(f"{number}.png", task, VERSION, error="not an image") for task in tasks))
     share = (number % 7 + 1) / 9
     scores = (Score(f"Küste {number}", share), Score("other", 1 - share))
-    return Answer(
+    return InputAnswer(
         tuple(
             Row(f"{number}.png", task, VERSION, label=scores[0][0], probability=share, top_k=scores) for task in tasks
         ),
@@ -70,55 +66,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def run(make: Callable[[Mapping[str, Any] | None], Any], answers: Sequence[Answer], steps: Sequence[str] = ()) -> Any:
-    """Write all answers, with commits and crashes on the way; after a crash the last commit's state is gone on from.
-
-    A crash leaves the sink as it is, without closing it. The state goes through JSON, as in a journal.
-    """
-    state: Mapping[str, Any] | None = None
-    written = committed = 0
-    sink = make(None)
-    for step in steps:
-        if step == "write" and written < len(answers):
-            sink.write(answers[written])
-            written += 1
-        elif step == "commit":
-            state, committed = json.loads(json.dumps(sink.commit())), written
-        elif step == "crash":
-            sink, written = make(state), committed
-    for one in answers[written:]:
+def write(sink: Sink, answers: Iterable[InputAnswer]) -> None:
+    """A whole run of a sink."""
+    for one in answers:
         sink.write(one)
     sink.finish()
-    sink.commit()
     sink.close()
-    return sink
-
-
-class Crash(BaseException):
-    """The process ends here."""
-
-
-@contextlib.contextmanager
-def crash_at(number: int) -> Iterator[list[str]]:
-    """Let the file system's calls of this process come to an end before call ``number``, from 0; gives those done."""
-    done: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-
-        def ending(name: str) -> Any:
-            call = getattr(os, name)
-
-            def ended(*args: Any, **kwargs: Any) -> Any:
-                if len(done) >= number:
-                    raise Crash
-                done.append(name)
-                return call(*args, **kwargs)
-
-            return ended
-
-        for name in ("fsync", "replace", "unlink", "rmdir", "mkdir"):
-            patch.setattr(os, name, ending(name))
-        with contextlib.suppress(Crash):
-            yield done
 
 
 @contextlib.contextmanager

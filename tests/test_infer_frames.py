@@ -47,7 +47,7 @@ def test_smoothing_goes_on_after_an_interruption(video, tmp_path, monkeypatch):
             raise EngineError("enough")
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs.Job, "_check_errors", check)
+        patch.setattr(jobs.InferJob, "_check_errors", check)
         with pytest.raises(EngineError, match="rows of 12 inputs are safe"):
             run(video, output=tmp_path / "twice.jsonl", smooth=0.5)
     run(video, output=tmp_path / "twice.jsonl", smooth=0.5, resume=True)

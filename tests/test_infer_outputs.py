@@ -6,14 +6,16 @@ import os
 import pytest
 from PIL import Image
 
-from prompttune.errors import DataError, UsageError
+from prompttune.errors import UsageError
+from prompttune.serve.infer import infer
 from prompttune.serve.infer.rows import COLUMNS
-from prompttune.serve.infer.sinks.drawing import annotate
-from prompttune.serve.infer.sinks.opening import check_outputs, journal_path, open_sinks
-from prompttune.serve.infer.sinks.parquet import ParquetParts
-from prompttune.serve.infer.sinks.sheet import ContactSheet
+from prompttune.serve.infer.settings import row_log_path
+from prompttune.serve.infer.sinks import SINKS, Sink, SinkSettings
+from prompttune.serve.infer.sinks.opening import check_outputs, open_sinks
+from prompttune.serve.infer.sinks.parquet import ParquetFolder
 from prompttune.serve.infer.sinks.text import CsvRows, JsonLines, StandardOutput
 from prompttune.serve.infer.sinks.video import AnnotatedVideo
+from tests.inferring import picture, pictures, settings
 from tests.sink_helpers import answer, contents
 
 KINDS = {
@@ -21,21 +23,16 @@ KINDS = {
     "rows.jsonl": JsonLines,
     "ROWS.NDJSON": JsonLines,
     "rows.csv": CsvRows,
-    "rows/": ParquetParts,
-    "rows.parquet": ParquetParts,
-    "rows.parquet/": ParquetParts,
+    "rows/": ParquetFolder,
+    "rows.parquet": ParquetFolder,
+    "rows.parquet/": ParquetFolder,
     "out.mp4": AnnotatedVideo,
     "out.mov": AnnotatedVideo,
     "out.MKV": AnnotatedVideo,
-    "out.avi": AnnotatedVideo,
     "out.webm": AnnotatedVideo,
-    "sheet.png": ContactSheet,
-    "sheet.jpg": ContactSheet,
-    "sheet.jpeg": ContactSheet,
 }
-VIDEOS = [f"out.{suffix}" for suffix in ("mp4", "mov", "mkv", "avi", "webm")]
-FILES = ["rows.jsonl", "rows.csv", "rows.parquet", "rows/", *VIDEOS, "sheet.png", "sheet.jpg"]
-RESUMABLE = ["rows.jsonl", "rows.csv", "rows/", "sheet.png"]
+VIDEOS = [f"out.{suffix}" for suffix in ("mp4", "mov", "mkv", "webm")]
+FILES = ["rows.jsonl", "rows.csv", "rows.parquet", "rows/", *VIDEOS]
 
 
 @pytest.fixture(autouse=True)
@@ -44,26 +41,20 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def opened(outputs, *, overwrite=False, states=None, labelled=False, stdout=None):
-    return open_sinks(
-        [outputs] if isinstance(outputs, str) else outputs,
-        labelled=labelled,
-        overwrite=overwrite,
-        states=states,
-        stdout=stdout or io.StringIO(),
-    )
+def opened(outputs, *, overwrite=False, resume=False, labelled=False, stdout=None):
+    names = [outputs] if isinstance(outputs, str) else outputs
+    settings = SinkSettings(labelled, rows=lambda: (row for number in range(4) for row in answer(number).rows))
+    check_outputs(names, overwrite=overwrite, resume=resume)
+    files, printed = open_sinks(names, settings, stdout=stdout or io.StringIO(), resume=resume)
+    return files + printed
 
 
 def written(outputs, inputs=4, tasks=("birds",), **options):
-    sinks = opened(outputs, **options)
-    for sink in sinks:
+    for sink in opened(outputs, **options):
         for number in range(inputs):
             sink.write(answer(number, tasks, Image.new("RGB", (64, 48), (number, 90, 200))))
         sink.finish()
-    states = [sink.commit() for sink in sinks]
-    for sink in sinks:
         sink.close()
-    return states
 
 
 @pytest.mark.parametrize("output", KINDS)
@@ -75,7 +66,7 @@ def test_the_name_tells_the_kind(output):
 
 def test_several_outputs_at_once():
     stdout = io.StringIO()
-    written(["rows.jsonl", "csv:-", "new/folder/rows.csv", "sheet.png"], stdout=stdout)
+    written(["rows.jsonl", "csv:-", "new/folder/rows.csv"], stdout=stdout)
     assert stdout.getvalue() == open("new/folder/rows.csv").read()  # noqa: PTH123, SIM115
     assert len(open("rows.jsonl").readlines()) == 4  # noqa: PTH123, SIM115
 
@@ -90,7 +81,7 @@ def test_an_unknown_kind_lists_those_that_are_known(output):
     with pytest.raises(UsageError) as caught:
         opened(output)
     assert str(caught.value).startswith(f"cannot tell what to write to {output!r}")
-    assert all(name in str(caught.value) for name in (".jsonl", ".csv", ".parquet", ".mp4", ".png", "csv:-"))
+    assert all(name in str(caught.value) for name in (".jsonl", ".csv", ".parquet", ".mp4", "csv:-"))
     assert (output[-5:] == ".json") == ("for one object a line write .jsonl" in str(caught.value))
 
 
@@ -112,14 +103,13 @@ def test_outputs_in_each_others_way_leave_nothing_behind(here, outputs, line):
 
 @pytest.mark.parametrize("output", FILES)
 def test_what_is_there_is_kept_unless_it_may_be_replaced(here, output):
-    written(output, inputs=40, tasks=("birds", "digits"))  # more pages and more folders than are there later
+    written(output, inputs=40, tasks=("birds", "digits"))
     before = contents(here)
     with pytest.raises(UsageError) as caught:
         opened(["first.csv", output])
     assert str(caught.value) == f"{output} exists: choose another output, or give --overwrite or --resume"
     assert contents(here) == before
     written(output, overwrite=True)
-    assert contents(here) != before
     after = contents(here)
     fresh = here / "fresh"
     fresh.mkdir()
@@ -133,7 +123,7 @@ def test_what_a_crash_left_can_be_replaced(here, output):
     (sink,) = opened(output)
     for number in range(4):
         sink.write(answer(number, picture=Image.new("RGB", (64, 48))))
-    sink.commit()
+    sink.flush()
     written(output, overwrite=True)
     assert not [name for name in contents(here) if name.startswith(".")]
 
@@ -145,11 +135,9 @@ def test_what_a_crash_left_can_be_replaced(here, output):
         ("rows.jsonl", "rows.jsonl", b'{"path": "a.png"}\n'),
         ("rows.jsonl", "rows.jsonl", b"\xff\xfe\x00"),
         ("rows/", "rows/notes.txt", b"mine"),
-        ("rows/", "rows/task=birds/part-00000.parquet", b"damaged, or of another program"),
-        ("rows/", "rows/task=birds/part-0.parquet", b"PAR1"),
+        ("rows/", "rows/task=birds/part-0.parquet", b"damaged, or of another program"),
+        ("rows/", "rows/task=birds/part-x.parquet", b"PAR1"),
         ("out.mp4", "out.mp4", b"a video of somebody"),
-        ("sheet.png", "sheet.png", b"a picture of somebody"),
-        ("sheet.png", "sheet-002.png", b"a picture of somebody"),
     ],
 )
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -166,7 +154,7 @@ def test_what_others_wrote_is_never_replaced(here, output, foreign, data, overwr
     assert contents(here) == {foreign: data}
 
 
-def test_neither_is_a_video_or_a_picture_that_can_be_read(here):
+def test_neither_is_a_video_that_can_be_played(here):
     import av
 
     with av.open("out.mp4", "w") as container:
@@ -175,11 +163,9 @@ def test_neither_is_a_video_or_a_picture_that_can_be_read(here):
         for _ in range(3):
             container.mux(stream.encode(av.VideoFrame.from_image(Image.new("RGB", (64, 64)))))
         container.mux(stream.encode(None))
-    annotate(Image.new("RGB", (64, 64)), answer(0).rows).save("sheet.png")
     before = contents(here)
-    for output in ("out.mp4", "sheet.png"):
-        with pytest.raises(UsageError, match="was not written by prompttune"):
-            opened(output, overwrite=True)
+    with pytest.raises(UsageError, match="was not written by prompttune"):
+        opened("out.mp4", overwrite=True)
     assert contents(here) == before
 
 
@@ -188,7 +174,7 @@ def test_files_and_folders_are_not_mixed_up(here):
     (here / "file.parquet").write_text("")
     with pytest.raises(UsageError, match=r"^folder\.csv is a folder; known outputs: "):
         opened("folder.csv", overwrite=True)
-    with pytest.raises(UsageError, match=r"^file\.parquet is a file: Parquet files are written into a folder"):
+    with pytest.raises(UsageError, match=r"^file\.parquet is a file, and Parquet files by task need a folder"):
         opened("file.parquet", overwrite=True)
     (here / "empty").mkdir()
     opened("empty/")
@@ -200,44 +186,11 @@ def test_a_place_where_nothing_can_be_written_is_one_line(here):
         opened("file/rows.csv")
 
 
-def test_going_on_from_the_states_of_a_commit(here):
-    stdout = io.StringIO()
-    outputs = [*RESUMABLE, "-"]
-    sinks = opened(outputs)
-    for sink in sinks:
-        for number in range(3):
-            sink.write(answer(number, picture=Image.new("RGB", (64, 48))))
-    states = [sink.commit() for sink in sinks]
-    for sink in sinks:
-        sink.write(answer(3))
-    sinks = opened(outputs, states=states, stdout=stdout)
-    for sink in sinks:
-        sink.write(answer(4))
-        sink.finish()
-    assert len((here / "rows.jsonl").read_text().splitlines()) == 4
-    assert len((here / "rows.csv").read_text().splitlines()) == 5
-    assert len(list(sinks[2].rows())) == 4
-    assert len(stdout.getvalue().splitlines()) == 1
-
-
-def test_a_run_that_committed_nothing_begins_again_over_what_it_left(here):
-    opened("rows.csv")[0].commit()
-    (sink,) = opened("rows.csv", states=[])
-    assert sink.commit()["rows"] == 0
-    (here / "rows.jsonl").write_text("of somebody\n")
-    with pytest.raises(UsageError, match="was not written by prompttune"):
-        opened("rows.jsonl", states=[])
-
-
-def test_what_cannot_be_gone_on_with_says_so(here):
-    states = written(["rows.jsonl"])
+def test_a_video_is_not_resumed(here):
+    written("rows.jsonl")
     before = contents(here)
     with pytest.raises(UsageError, match=r"out\.mp4 cannot be resumed: a video is made in one run"):
-        opened(["rows.jsonl", "out.mp4"], states=[*states, {}])
-    with pytest.raises(UsageError, match="the interrupted run had 1 outputs, not 2"):
-        opened(["rows.jsonl", "rows.csv"], states=states)
-    with pytest.raises(DataError, match=r"rows\.csv is gone"):
-        opened(["rows.jsonl", "rows.csv"], states=[*states, {"bytes": 9, "rows": 1}])
+        opened(["rows.jsonl", "out.mp4"], resume=True)
     assert contents(here) == before
 
 
@@ -257,7 +210,44 @@ def test_a_failure_closes_what_was_open(monkeypatch):
     assert len(closed) == 1
 
 
-def test_the_journal_stands_beside_the_first_file():
-    assert str(journal_path(["-", "out/rows.jsonl", "x.csv"])) == "out/rows.jsonl.journal.json"
-    assert str(journal_path(["out/rows/"])) == "out/rows.journal.json"
-    assert journal_path(["csv:-"]) is None
+def test_the_row_log_stands_beside_the_first_file():
+    assert str(row_log_path(["-", "out/rows.jsonl", "x.csv"])) == "out/rows.jsonl.rowlog"
+    assert str(row_log_path(["out/rows/"])) == "out/rows.rowlog"
+    assert row_log_path(["csv:-"]) is None
+
+
+# A sink of another package
+
+
+class HtmlTable(Sink):
+    content = "HTML table"
+    suffixes = (".html",)
+
+    def __init__(self, path, settings):
+        self._path = path
+        self._rows = []
+
+    def write(self, answer):
+        self._rows += [f"<tr><td>{row.source}<td>{row.label}" for row in answer.rows]
+
+    def finish(self):
+        self._path.write_text("<table>" + "".join(self._rows))
+
+    @classmethod
+    def foreign_file(cls, path):
+        return None if path.read_text().startswith("<table>") else path
+
+
+def test_a_sink_is_one_class_and_one_registration(here, monkeypatch):
+    monkeypatch.setattr(SINKS, "_parts", dict(SINKS.items()))
+    SINKS.add("html", HtmlTable)
+    images = pictures(here / "in", 6)
+    infer(settings(images, outputs=("rows.html",)))
+    assert (here / "rows.html").read_text().count("<tr>") == 6
+    with pytest.raises(UsageError, match=r"rows\.html exists"):
+        infer(settings(images, outputs=("rows.html",)))
+    picture(9).save(images / "9.png")
+    infer(settings(images, outputs=("rows.html",), resume=True))
+    assert (here / "rows.html").read_text().count("<tr>") == 7
+    with pytest.raises(UsageError, match="a sink is registered by its class"):
+        SINKS.add("toy", print)

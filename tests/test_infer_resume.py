@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import random
+import re
 import resource
 import shutil
 import signal
@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from prompttune.errors import DataError, EngineError, UsageError
+from prompttune.files import locked
 from prompttune.serve.infer import job as jobs
-from prompttune.serve.infer.journal import Journal
 from prompttune.serve.infer.running import prepared
 from tests.inferring import TELLING, command, pictures, rows_of, run, settings
 
@@ -31,7 +31,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(images, tmp_path_factory):
-    """The rows of a run that is not interrupted, in the three forms that can go on."""
+    """The rows of a run that is not interrupted, in the forms that can be resumed."""
     folder = tmp_path_factory.mktemp("whole")
     job = settings(images, outputs=outputs(folder), tasks=("task0", "task1"), batch_size=8)
     with prepared(job, stdin=None, stdout=None) as ready:
@@ -41,15 +41,15 @@ def whole(images, tmp_path_factory):
 
 
 def outputs(folder: Path) -> tuple[str, ...]:
-    return tuple(str(folder / name) for name in ("rows.jsonl", "rows.csv", "rows.parquet", "sheet.png"))
+    return tuple(str(folder / name) for name in ("rows.jsonl", "rows.csv", "rows.parquet"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a run but its record, which holds times, and its ledger."""
+    """Every file of a run but its row log, which holds times."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and ".journal." not in path.name
+        if path.is_file() and path.suffix != ".rowlog"
     }
 
 
@@ -133,7 +133,8 @@ def test_stopped_and_gone_on_with(images, whole, tmp_path):
 def test_a_signal_ends_the_command_cleanly(tmp_path, number, code):
     many = pictures(tmp_path / "images", 40)
     output = tmp_path / "rows.jsonl"
-    slow = TELLING + "import time\nslower = job.Job._write\njob.Job._write = lambda *a: (slower(*a), time.sleep(0.2))\n"
+    slow = TELLING + "import time\nfast = job.InferJob._write\n"
+    slow += "job.InferJob._write = lambda *a: (fast(*a), time.sleep(0.2))\n"
     words = [many, "--task", "task0", "--batch-size", 1, "-o", output]
     with subprocess.Popen(command(*words, setup=slow), stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr.readline().startswith("wrote")
@@ -156,7 +157,7 @@ def test_a_full_disk(images, whole, tmp_path):
     assert "Traceback" not in full.stderr
     assert "cannot be written: File too large" in full.stderr
     assert "--resume" in full.stderr
-    safe = json.loads((tmp_path / "rows.jsonl.journal.json").read_text())["progress"]["inputs"]
+    safe = int(re.search(r"the rows of (\d+) inputs are safe", full.stderr)[1])
     assert 0 < safe < COUNT
     again = subprocess.run(command(*words, "--resume"), capture_output=True, text=True, check=False, timeout=120)
     assert again.returncode == 0, again.stderr
@@ -168,7 +169,7 @@ def test_labels_of_all_runs_are_evaluated(images, tmp_path, monkeypatch):
     rows = [f"{path},{index % 3}" for index, path in enumerate(sorted(images.iterdir()))]
     table.write_text("\n".join(["path,label", *rows]) + "\n")
     once, _ = run(images, output=tmp_path / "once.jsonl", tasks=("task1",), labels=str(table))
-    monkeypatch.setattr(jobs.Job, "_check_errors", fail_after(monkeypatch, 24))
+    monkeypatch.setattr(jobs.InferJob, "_check_errors", fail_after(monkeypatch, 24))
     with pytest.raises(EngineError, match="enough"):
         run(images, output=tmp_path / "twice.jsonl", tasks=("task1",), labels=str(table))
     monkeypatch.undo()
@@ -187,7 +188,7 @@ def fail_after(monkeypatch, inputs):
 
 def test_other_inputs_are_not_gone_on_with(images, tmp_path, monkeypatch):
     copy = shutil.copytree(images, tmp_path / "images")
-    monkeypatch.setattr(jobs.Job, "_check_errors", fail_after(monkeypatch, 24))
+    monkeypatch.setattr(jobs.InferJob, "_check_errors", fail_after(monkeypatch, 24))
     with pytest.raises(EngineError):
         run(copy, output=tmp_path / "rows.jsonl")
     monkeypatch.undo()
@@ -216,7 +217,7 @@ def test_a_finished_run_has_nothing_left(images, tmp_path):
 
 def test_two_runs_do_not_share_an_output(images, tmp_path):
     output = tmp_path / "rows.jsonl"
-    with Journal(tmp_path / "rows.jsonl.journal.json"), pytest.raises(UsageError, match="another run writes"):
+    with locked(output), pytest.raises(UsageError, match="another run writes"):
         run(images, output=output)
     assert not output.exists()
     with pytest.raises(UsageError, match="nothing to resume"):
@@ -227,7 +228,7 @@ def test_a_shard_goes_on_as_itself(images, tmp_path, monkeypatch):
     from prompttune.serve.infer.plan import Shard
 
     _, whole_part = run(images, output=tmp_path / "whole.jsonl", shard=Shard(1, 3))
-    monkeypatch.setattr(jobs.Job, "_check_errors", fail_after(monkeypatch, 8))
+    monkeypatch.setattr(jobs.InferJob, "_check_errors", fail_after(monkeypatch, 8))
     with pytest.raises(EngineError):
         run(images, output=tmp_path / "part.jsonl", shard=Shard(1, 3))
     monkeypatch.undo()

@@ -12,17 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prompttune.errors import DataError, UsageError
-from prompttune.serve.infer.answering import Outcome, Scored
-from prompttune.serve.infer.decoding import Decoded
 from prompttune.serve.infer.items import Item
-from prompttune.serve.infer.journal import Progress
-from prompttune.serve.infer.latency import Latency
-from prompttune.serve.infer.plan import Plan, Shard
-from prompttune.serve.infer.rows import Answer
+from prompttune.serve.infer.latency import LiveLatency
+from prompttune.serve.infer.plan import ChunkPlan, Shard
+from prompttune.serve.infer.prefetch import Prefetch
+from prompttune.serve.infer.rows import InputAnswer
 from prompttune.serve.infer.smoothing import Smoother
 from prompttune.serve.infer.sources.base import Bounded
 from prompttune.serve.infer.sources.waiting import Unbounded
-from prompttune.serve.infer.stages import Ahead
 
 # ----------------------------------------------------------------- stages
 
@@ -37,7 +34,7 @@ def test_a_stage_is_no_further_ahead_than_it_may():
                 blocked.set()
             yield number
 
-    stage = Ahead(numbers(), 2, "test")
+    stage = Prefetch(numbers(), 2, "test")
     assert next(stage) == 0
     assert blocked.wait(10)  # 1 and 2 wait, 3 is made and finds no place
     assert not stage._results.closed
@@ -52,7 +49,7 @@ def test_an_error_comes_after_the_results_before_it():
         yield 2
         raise DataError("no more")
 
-    stage = Ahead(failing(), 1, "test")
+    stage = Prefetch(failing(), 1, "test")
     assert [next(stage), next(stage)] == [1, 2]
     with pytest.raises(DataError, match="no more"):
         next(stage)
@@ -70,7 +67,7 @@ def test_closing_ends_every_thread_behind():
         finally:
             closed.set()
 
-    first = Ahead(endless(), 1, "first")
+    first = Prefetch(endless(), 1, "first")
 
     def doubled():
         try:
@@ -79,7 +76,7 @@ def test_closing_ends_every_thread_behind():
         finally:
             given_up.set()
 
-    last = Ahead(doubled(), 1, "last", first)
+    last = Prefetch(doubled(), 1, "last", first)
     assert next(last) == 0
     last.close()
     assert closed.wait(10)
@@ -95,7 +92,7 @@ def test_waiting_for_a_result_gives_up():
         go.wait()
         yield 1
 
-    stage = Ahead(held(), 1, "test")
+    stage = Prefetch(held(), 1, "test")
     assert not stage.wait(0.01)
     go.set()
     assert stage.wait(10)
@@ -121,7 +118,7 @@ class Numbers(Bounded):
 
 
 def planned(count, size, **settings):
-    plan = Plan(Numbers(count), size, **settings)
+    plan = ChunkPlan(Numbers(count), size, **settings)
     return plan, [[int(item.source) for item in chunk] for chunk in plan.chunks()]
 
 
@@ -141,26 +138,21 @@ def test_shards_share_out_every_chunk(count, size, parts, limit):
 @given(count=st.integers(0, 40), size=st.integers(1, 7), parts=st.integers(1, 3), data=st.data())
 def test_a_plan_goes_on_where_another_ended(count, size, parts, data):
     shard = Shard(data.draw(st.integers(0, parts - 1)), parts)
-    plan, chunks = planned(count, size, shard=shard)
-    marks = [plan.answered() for _ in chunks]
+    _, chunks = planned(count, size, shard=shard)
     done = data.draw(st.integers(0, len(chunks)))
-    after = Progress()
-    if done:
-        after = Progress(inputs=marks[done - 1].inputs, chunks=done)
-    rest = Plan(Numbers(count), size, shard=shard, after=after)
-    passed = [int(item.source) for item in islice(rest.items, after.inputs)]
+    answered = sum(map(len, chunks[:done]))
+    rest = ChunkPlan(Numbers(count), size, shard=shard, answered=answered)
+    passed = [int(item.source) for item in islice(rest.items, answered)]
     assert passed == [number for chunk in chunks[:done] for number in chunk]
     assert rest.more() == (done < len(chunks))
-    left = [[int(item.source) for item in chunk] for chunk in rest.chunks()]
-    assert left == chunks[done:]
-    assert [rest.answered() for _ in left] == marks[done:]
+    assert [[int(item.source) for item in chunk] for chunk in rest.chunks()] == chunks[done:]
 
 
 def test_inputs_that_came_since_fill_up_the_last_chunk():
     for shard in (Shard(), Shard(1, 2)):
         before, _ = planned(10, 4, shard=shard)
         inputs = [number for chunk in planned(10, 4, shard=shard)[1] for number in chunk]
-        plan = Plan(Numbers(19), 4, shard=shard, after=Progress(inputs=len(inputs), chunks=9))
+        plan = ChunkPlan(Numbers(19), 4, shard=shard, answered=len(inputs))
         assert [int(item.source) for item in islice(plan.items, len(inputs))] == inputs
         assert before.total == len(inputs)
         answered = inputs + [int(item.source) for chunk in plan.chunks() for item in chunk]
@@ -185,13 +177,12 @@ class Arriving(Unbounded):
 def test_what_waits_is_a_chunk():
     source = Arriving()
     source.put("a", "b", "c")
-    plan = Plan(source, 2, after=Progress(inputs=10, chunks=4))
+    plan = ChunkPlan(source, 2, answered=10)
     chunks = plan.chunks()
     assert [item.source for item in next(chunks)] == ["a", "b"]
     assert [item.source for item in next(chunks)] == ["c"]
     source.put("d")
     assert [item.source for item in next(chunks)] == ["d"]
-    assert [(mark.chunks, mark.inputs) for mark in (plan.answered(), plan.answered())] == [(5, 12), (6, 13)]
     plan.stop()
     assert next(chunks, None) is None
 
@@ -206,32 +197,30 @@ def test_wrong_shards(text):
 # -------------------------------------------------------------- smoothing
 
 
-def scored(source, timestamp, *probabilities, task="t"):
-    outcome = Outcome(task, np.array(probabilities)) if probabilities else Outcome(task, error="broken")
-    return Scored(Decoded(Item(source, timestamp=timestamp)), [outcome])
+def frame(source, timestamp, *probabilities, task="t"):
+    return Item(source, timestamp=timestamp), task, np.array(probabilities)
 
 
 def smoothed(smoother, *frames):
-    return [one.outcomes[0].probabilities for one in smoother(frames)]
+    return [smoother(*one) for one in frames]
 
 
 def test_the_past_weighs_half_after_its_half_life():
     first, second, third = smoothed(
-        Smoother(2.0), scored("v", 0.0, 1.0, 0.0), scored("v", 2.0, 0.0, 1.0), scored("v", 3.0, 0.0, 1.0)
+        Smoother(2.0), frame("v", 0.0, 1.0, 0.0), frame("v", 2.0, 0.0, 1.0), frame("v", 3.0, 0.0, 1.0)
     )
     assert first.tolist() == [1.0, 0.0]
     assert second.tolist() == [0.5, 0.5]
     assert third == pytest.approx([0.5 * 0.5**0.5, 1 - 0.5 * 0.5**0.5])
 
 
-def test_sources_tasks_and_errors_are_apart():
+def test_sources_and_tasks_are_apart():
     smoother = Smoother(1.0)
-    smoother([scored("v", 0.0, 1.0, 0.0)])
-    assert smoothed(smoother, scored("w", 1.0, 0.0, 1.0))[0].tolist() == [0.0, 1.0]
-    assert smoothed(smoother, scored("v", 1.0, 0.0, 1.0, task="u"))[0].tolist() == [0.0, 1.0]
-    assert smoothed(smoother, scored("v", 0.5)) == [None]
-    assert smoothed(smoother, scored("v", 1.0, 0.0, 1.0))[0].tolist() == [0.5, 0.5]
-    assert smoothed(smoother, scored("v", None, 0.1, 0.9))[0].tolist() == [0.1, 0.9]
+    smoother(*frame("v", 0.0, 1.0, 0.0))
+    assert smoothed(smoother, frame("w", 1.0, 0.0, 1.0))[0].tolist() == [0.0, 1.0]
+    assert smoothed(smoother, frame("v", 1.0, 0.0, 1.0, task="u"))[0].tolist() == [0.0, 1.0]
+    assert smoothed(smoother, frame("v", 1.0, 0.0, 1.0))[0].tolist() == [0.5, 0.5]
+    assert smoothed(smoother, frame("v", None, 0.1, 0.9))[0].tolist() == [0.1, 0.9]
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 0.5)), min_size=2, max_size=12), st.integers(1, 11))
@@ -239,7 +228,7 @@ def test_smoothing_goes_on_from_its_state_to_the_last_bit(frames, cut):
     import json
 
     times = np.cumsum([step for _, step in frames])
-    inputs = [scored("v", float(at), share, 1 - share) for at, (share, _) in zip(times, frames, strict=True)]
+    inputs = [frame("v", float(at), share, 1 - share) for at, (share, _) in zip(times, frames, strict=True)]
     whole = smoothed(Smoother(0.7), *inputs)
     begun = Smoother(0.7)
     parts = smoothed(begun, *inputs[:cut])
@@ -253,9 +242,9 @@ def test_a_half_life_is_positive():
 
 
 def test_latency_is_from_arrival_to_written():
-    latency = Latency()
+    latency = LiveLatency()
     assert latency.figures() is None
-    latency.written([Answer((), arrived=time.monotonic() - 2.0), Answer(())])
+    latency.written([InputAnswer((), arrived=time.monotonic() - 2.0), InputAnswer(())])
     figures = latency.figures()
     assert set(figures) == {"p50_ms", "p99_ms", "max_ms"}
     assert figures["p50_ms"] >= 2000

@@ -226,7 +226,7 @@ def check_overlay(engine, photo, folder, rows):
         (["-o", "film.mp4"], "a segmentation cannot be written to 'film.mp4'"),
         (["--labels", "folder"], "--labels is for classifications"),
         (["--smooth", "1"], "--smooth is for classifications"),
-        (["--engine", "ray"], "--engine ray is for classifications"),
+        (["--executor", "ray"], "--executor ray is for classifications"),
     ],
 )
 def test_what_masks_have_no_use_for_is_refused(photos, more, words):

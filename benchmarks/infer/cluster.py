@@ -16,7 +16,7 @@ from benchmarks.infer.common import DINO, RESULTS, make_engine, render, write
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.serve.infer import InferSettings, infer
 from prompttune.serve.infer.cluster import RaySettings
-from prompttune.serve.infer.journal import Progress
+from prompttune.serve.infer.row_log import RunProgress
 
 NODE_MEMORY = 200 * 2**20
 
@@ -43,7 +43,7 @@ def main(images: int, results: Path) -> None:
         killed: list[float] = []
         started = time.monotonic()
 
-        def kill(progress: Progress) -> None:
+        def kill(progress: RunProgress) -> None:
             if progress.inputs >= images // 4 and not killed:
                 killed.append(time.monotonic() - started)
                 cluster.remove_node(nodes[0], allow_graceful=False)

@@ -22,17 +22,19 @@ from prompttune.serve.infer.job import COMMIT_S
 
 
 def answered(folder: Path) -> int:
-    """Inputs that the record of a run has for safe."""
-    record = folder / "rows.jsonl.journal.json"
-    return int(json.loads(record.read_text())["progress"]["inputs"]) if record.exists() else -1
+    """Inputs that the row log of a run has for safe."""
+    log = folder / "rows.jsonl.rowlog"
+    lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
+    commits = [line for line in lines if line.startswith(b'{"commit"')]
+    return int(json.loads(commits[-1])["commit"]["inputs"]) if commits else -1
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """sha256 of every file but the record of the run, which holds times."""
+    """sha256 of every file but the row log, which holds times."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.endswith(".journal.json")
+        if path.is_file() and not path.name.endswith(".rowlog")
     }
 
 
@@ -48,7 +50,7 @@ def main(images: int, kills: int, seed: int, results: Path) -> None:
         render(folder / "images", images)
 
         def words(place: Path) -> list[str]:
-            outputs = [f"--output={place / name}" for name in ("rows.jsonl", "rows.csv", "rows.parquet", "sheet.png")]
+            outputs = [f"--output={place / name}" for name in ("rows.jsonl", "rows.csv", "rows.parquet")]
             return [str(folder / "images"), "--task=task0", "--task=task1", *outputs]
 
         subprocess.run(command(engine, *words(folder / "whole")), check=True)

@@ -1,7 +1,7 @@
 """Files to rows, end to end, over the engine alone on tensors that are ready, with the same threads.
 
 Both sides run in one process, in turn, over the same number of images: JPEG files of 640 x 480 pixels on the one side,
-read, decoded, transformed, classified and written as JSON lines with a journal; batches in memory on the other.
+read, decoded, transformed, classified and written as JSON lines with a row log; batches in memory on the other.
 
 python -m benchmarks.infer.throughput
 """

@@ -29,12 +29,12 @@ from prompttune.serve.infer.settings import (
 from prompttune.settings import make
 
 if TYPE_CHECKING:
-    from prompttune.serve.infer.job import Job, Summary
+    from prompttune.serve.infer.job import InferJob, InferSummary
     from prompttune.serve.infer.running import Prepared
 
 EXAMPLES = r"""
 prompttune infer engine photos/ --task digits -o predictions.jsonl
-prompttune infer engine 'photos/**/*.jpg' --task digits --task shapes -o rows.parquet -o sheet.png
+prompttune infer engine 'photos/**/*.jpg' --task digits --task shapes -o rows.parquet
 prompttune infer engine images.parquet --task-column task --labels label -o rows.csv --report report/
 prompttune infer engine 'shards/train-{0000..0099}.tar' --task digits -o part-3.jsonl --shards 3/8 --resume
 prompttune infer engine match.mp4 --task players --fps 5 --smooth 0.5 -o rows.jsonl -o annotated.mp4
@@ -42,13 +42,13 @@ prompttune infer engine rtsp://camera/stream --task parts --drop oldest -o parts
 prompttune infer engine inbox/ --watch --task digits -o rows.jsonl
 prompttune infer engine-seg photos/ --task streets -o rows.jsonl -o overlays/
 find photos -name '*.png' | prompttune infer engine - --task digits | jq .label
-prompttune infer engine list.txt --task digits --engine ray --ray-address auto -o rows.jsonl
+prompttune infer engine list.txt --task digits --executor ray --ray-address auto -o rows.jsonl
 """
 NOTES = {
     "Inputs": "Files, folders, quoted globs, lists (.txt), tables (.csv .tsv .parquet .arrow .feather), WebDataset "
     "shards (.tar), videos; or one stream (rtsp: http: udp: camera:0), a watched folder, or - for standard input.",
     "Outputs": "By their names: - or csv:- for standard output, .jsonl, .csv, a folder of Parquet files by task "
-    "(.parquet or ending in /), .mp4 .mkv .mov .webm for an annotated video, .png .jpg for contact sheets. Of a "
+    "(.parquet or ending in /), .mp4 .mkv .mov .webm for an annotated video. Of a "
     "segmentation: JSON lines, and a folder (ending in /) of overlays and masks.",
 }
 SECTIONS = (TASKS, INPUTS, FRAMES, OUTPUTS, SPEED, CLUSTER)
@@ -71,8 +71,8 @@ def _options() -> list[click.Parameter]:
          help="Folder for the evaluation: a page, confusion matrices, reliability plots, JSON.")  # fmt: skip
 @_option(OUTPUTS, "--json", "as_json", is_flag=True,
          help="Print the summary as JSON; on standard error if rows go to standard output.")  # fmt: skip
-@_option(CLUSTER, "--engine", "executor", type=click.Choice(["local", "ray"]), default="local", show_default=True,
-         help="Executor: this machine, or Ray Data on a cluster.")  # fmt: skip
+@_option(CLUSTER, "--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+         help="Place of the work: this machine, or a Ray cluster.")  # fmt: skip
 @click.pass_context
 def infer(
     ctx: click.Context,
@@ -90,7 +90,7 @@ def infer(
     code stays 0. Rows are committed every two seconds; an interrupted run continues with --resume and ends in the same
     bytes.
     """
-    from prompttune.cli.infer_progress import Display
+    from prompttune.cli.infer_progress import InferDisplay
     from prompttune.serve.infer.running import prepared
     from prompttune.serve.infer.sources.stdin import standard_input
 
@@ -102,7 +102,7 @@ def infer(
     signals: list[int] = []
     try:
         with (
-            Display() as display,
+            InferDisplay() as display,
             prepared(
                 settings,
                 stdin=standard_input,
@@ -127,7 +127,7 @@ def infer(
 
 
 @contextlib.contextmanager
-def _stopped_by_signals(job: Job, seen: list[int]) -> Iterator[None]:
+def _stopped_by_signals(job: InferJob, seen: list[int]) -> Iterator[None]:
     """Let the job finish running inputs on Ctrl-C and SIGTERM; a second signal ends the process."""
 
     def stop(number: int, _frame: Any) -> None:
@@ -145,7 +145,9 @@ def _stopped_by_signals(job: Job, seen: list[int]) -> Iterator[None]:
             signal.signal(one, handler)
 
 
-def _report(summary: Summary, ready: Prepared, settings: InferSettings, report: Path | None, as_json: bool) -> None:
+def _report(
+    summary: InferSummary, ready: Prepared, settings: InferSettings, report: Path | None, as_json: bool
+) -> None:
     from prompttune.cli.infer_progress import evaluation_table, in_words
 
     if report is not None:

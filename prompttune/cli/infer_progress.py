@@ -16,8 +16,8 @@ from prompttune.evaluation.result import percent
 
 if TYPE_CHECKING:
     from prompttune.evaluation import TaskEvaluation
-    from prompttune.serve.infer.job import Summary
-    from prompttune.serve.infer.journal import Progress as JobProgress
+    from prompttune.serve.infer.job import InferSummary
+    from prompttune.serve.infer.row_log import RunProgress
 
 LINE_S = 30.0
 """Seconds between two lines if standard error is not a terminal with a bar."""
@@ -25,7 +25,7 @@ CHECK_S = 0.1
 """Seconds between two updates of the bar while inputs are compared, which happens by the thousand."""
 
 
-class Display:
+class InferDisplay:
     """A bar on a terminal, or a line now and then if standard error is a file, such as a scheduler's log."""
 
     def __init__(self) -> None:
@@ -57,15 +57,15 @@ class Display:
         """Show how much of an earlier run has been compared, in any unit."""
         if done == total or time.monotonic() - self._checked > CHECK_S:
             self._checked = time.monotonic()
-            self._bar.update(self._task, description="comparing inputs and outputs", total=total, completed=done)
+            self._bar.update(self._task, description="comparing inputs", total=total, completed=done)
 
-    def begin(self, before: JobProgress, total: int | None) -> None:
+    def begin(self, before: RunProgress, total: int | None) -> None:
         """Start the display; ``before`` is the progress of earlier runs of the job."""
         self._before, self._total = before.inputs, total
         self._started = self._told = time.monotonic()
         self._bar.update(self._task, description="classifying", total=total, completed=before.inputs)
 
-    def advance(self, progress: JobProgress) -> None:
+    def advance(self, progress: RunProgress) -> None:
         """Show that another chunk is written."""
         now = time.monotonic()
         speed = (progress.inputs - self._before) / max(now - self._started, 1e-9)
@@ -79,7 +79,7 @@ class Display:
             )
 
 
-def in_words(summary: Summary, before: int, tasks: Sequence[str], outputs: Sequence[str]) -> str:
+def in_words(summary: InferSummary, before: int, tasks: Sequence[str], outputs: Sequence[str]) -> str:
     """One line about a finished job."""
     new = summary.inputs - before
     parts = [f"{summary.inputs} images" if not before else f"{summary.inputs} images, {new} of them in this run"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from prompttune.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from prompttune.serve.infer.job import Summary
+    from prompttune.serve.infer.job import InferSummary
     from prompttune.serve.infer.rows import Row
     from prompttune.serve.infer.running import infer
     from prompttune.serve.infer.settings import InferSettings
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 _LAZY = {
     "InferSettings": "prompttune.serve.infer.settings",
     "Row": "prompttune.serve.infer.rows",
-    "Summary": "prompttune.serve.infer.job",
+    "InferSummary": "prompttune.serve.infer.job",
     "infer": "prompttune.serve.infer.running",
 }
 
-__all__ = ["InferSettings", "Row", "Summary", "infer"]
+__all__ = ["InferSettings", "InferSummary", "Row", "infer"]
 
 __getattr__ = lazy_names(__name__, _LAZY)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from prompttune.export.runtimes import Array
-from prompttune.serve.answers import Probabilities, likeliest, softmax
+from prompttune.serve.answers import likeliest, softmax
 from prompttune.serve.engine import Engine, TaskLogits
 from prompttune.serve.infer.decoding import Decoded
-from prompttune.serve.infer.rows import Answer, Row, Share
+from prompttune.serve.infer.rows import InputAnswer, Row, Share
+from prompttune.serve.infer.smoothing import Smoother
 from prompttune.serve.infer.sources.labels import target_index
 from prompttune.serve.infer.work import NO_TASK, Work
 from prompttune.serve.masks import Mask, class_map
@@ -51,104 +52,59 @@ class Buffers:
 
 
 @dataclass(slots=True)
-class Call:
-    """Rows of one engine call."""
-
-    batch: Array
-    """float32 [batch size, 3, S, S]; only the first rows, one per task, are in use."""
-    tasks: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Assembled:
-    """Decoded inputs with the calls that answer them."""
+class Chunk:
+    """Decoded inputs that are answered together."""
 
     inputs: Sequence[Decoded]
-    calls: Sequence[Call]
+    calls: list[tuple[Array, list[str]]] = field(default_factory=list)
+    """Engine calls: float32 [batch size, 3, S, S] and a task for each of its first rows; the rest is not in use."""
+    logits: list[TaskLogits] = field(default_factory=list)
+    """Output of the calls, row after row."""
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """An input with the outcome of each of its tasks."""
-
-    decoded: Decoded
-    outcomes: Sequence[Outcome]
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One task's outcome for an input: the probabilities of its classes [C], or the reason for an error."""
-
-    task: str
-    probabilities: Probabilities | None = None
-    error: str | None = None
-    mask: Mask | None = None
-    """Mask of a segmentation, instead of probabilities: class index of each pixel of the input, [S, S]."""
-
-
-def assemble(inputs: Sequence[Decoded], work: Work, buffers: Buffers) -> Assembled:
+def assemble(inputs: Sequence[Decoded], work: Work, buffers: Buffers) -> Chunk:
     """Pack the readable rows of a chunk into calls: first input, first task; first input, second task; and so on."""
-    calls: list[Call] = []
+    chunk = Chunk(inputs)
     for one in inputs:
-        for task in _answerable(one, work):
-            if not calls or len(calls[-1].tasks) == work.batch_size:
-                calls.append(Call(buffers.take()))
-            call = calls[-1]
-            call.batch[len(call.tasks)] = one.arrays[work.known[task].preprocess]
-            call.tasks.append(task)
-    return Assembled(inputs, calls)
+        for task in work.tasks_of(one.item.task):
+            if one.error is not None or task not in work.known:
+                continue
+            if not chunk.calls or len(chunk.calls[-1][1]) == work.batch_size:
+                chunk.calls.append((buffers.take(), []))
+            batch, tasks = chunk.calls[-1]
+            batch[len(tasks)] = one.arrays[work.known[task].preprocess]
+            tasks.append(task)
+    return chunk
 
 
-def _answerable(one: Decoded, work: Work) -> Iterable[str]:
-    if one.error is None:
-        yield from (task for task in work.tasks_of(one.item.task) if task in work.known)
-
-
-def score(engine: Engine, assembled: Assembled, work: Work, buffers: Buffers) -> list[Scored]:
+def score(engine: Engine, chunk: Chunk, buffers: Buffers) -> Chunk:
     """Run the engine calls of a chunk.
 
     Raises:
         EngineError: the runtime fails.
     """
-    found: list[TaskLogits] = []
-    for call in assembled.calls:
-        found += engine.answer(call.batch[: len(call.tasks)], call.tasks)
-        buffers.give_back(call.batch)
-    rest = iter(found)
+    for batch, tasks in chunk.calls:
+        chunk.logits += engine.answer(batch[: len(tasks)], tasks)
+        buffers.give_back(batch)
+    return chunk
+
+
+def answers_of(chunk: Chunk, work: Work, smoother: Smoother | None = None) -> list[InputAnswer]:
+    """The answers of a chunk's inputs."""
+    logits = iter(chunk.logits)
     return [
-        Scored(one, [_outcome(one, task, rest, work) for task in work.tasks_of(one.item.task)])
-        for one in assembled.inputs
-    ]
-
-
-def _outcome(one: Decoded, task: str, rest: Iterable[TaskLogits], work: Work) -> Outcome:
-    if one.error is not None:
-        return Outcome(task, error=one.error)
-    if task not in work.known:
-        return Outcome(task, error="no task" if task == NO_TASK else f"the engine has no task {task!r}")
-    logits = next(iter(rest)).logits
-    if not np.isfinite(logits).all():
-        return Outcome(task, error="the engine's logits are not finite")
-    if logits.ndim == 3:
-        return Outcome(task, mask=class_map(logits, work.image_size))
-    return Outcome(task, softmax(logits))
-
-
-def answers_of(scored: Sequence[Scored], work: Work) -> list[Answer]:
-    """The rows of a chunk's answers."""
-    return [
-        Answer(
-            tuple(_row(one.decoded, outcome, work) for outcome in one.outcomes),
-            one.decoded.picture,
-            one.decoded.item.arrived,
-            one.decoded.trace,
+        InputAnswer(
+            tuple(_row(one, task, logits, work, smoother) for task in work.tasks_of(one.item.task)),
+            one.picture,
+            one.item.arrived,
+            None if one.item.arrived is not None else one.trace,  # a live frame cannot be requested again
         )
-        for one in scored
+        for one in chunk.inputs
     ]
 
 
-def _row(decoded: Decoded, outcome: Outcome, work: Work) -> Row:
-    item, facts = decoded.item, work.known.get(outcome.task)
+def _row(decoded: Decoded, task: str, logits: Iterator[TaskLogits], work: Work, smoother: Smoother | None) -> Row:
+    item, facts = decoded.item, work.known.get(task)
     index = None
     if facts is not None and item.target is not None:
         index = target_index(item.target, facts.labels, work.label_is_index)
@@ -157,24 +113,33 @@ def _row(decoded: Decoded, outcome: Outcome, work: Work) -> Row:
         "row": item.row,
         "frame": item.frame,
         "timestamp": item.timestamp,
-        "task": outcome.task,
+        "task": task,
         "task_version": None if facts is None else facts.version,
         "target": item.target if facts is None or index is None else facts.labels[index],
     }
-    if facts is not None and outcome.mask is not None:
-        shares = pixel_shares(outcome.mask, facts.labels)
-        return Row(**place, label=shares[0].label, pixel_shares=shares, mask=outcome.mask)
-    if work.segments:
-        return Row(**place, error=outcome.error, pixel_shares=())
-    if facts is None or outcome.probabilities is None:
-        return Row(**place, error=outcome.error)
-    scores = likeliest(outcome.probabilities, facts.labels, work.top_k)
+    shares: tuple[Share, ...] | None = () if work.segments else None
+    if decoded.error is not None:
+        return Row(**place, error=decoded.error, pixel_shares=shares)
+    if facts is None:
+        error = "no task" if task == NO_TASK else f"the engine has no task {task!r}"
+        return Row(**place, error=error, pixel_shares=shares)
+    values = next(logits).logits
+    if not np.isfinite(values).all():
+        return Row(**place, error="the engine's logits are not finite", pixel_shares=shares)
+    if values.ndim == 3:
+        mask = class_map(values, work.image_size)
+        shares = pixel_shares(mask, facts.labels)
+        return Row(**place, label=shares[0].label, pixel_shares=shares, mask=mask)
+    probabilities = softmax(values)
+    if smoother is not None:
+        probabilities = smoother(item, task, probabilities)
+    scores = likeliest(probabilities, facts.labels, work.top_k)
     return Row(
         **place,
         label=scores[0].label,
         probability=scores[0].probability,
         top_k=scores,
-        target_probability=None if index is None else float(outcome.probabilities[index]),
+        target_probability=None if index is None else float(probabilities[index]),
     )
 
 

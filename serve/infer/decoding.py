@@ -14,7 +14,7 @@ from prompttune.export.runtimes import Array
 from prompttune.images import read_image
 from prompttune.images.preprocess import Preprocess
 from prompttune.serve.infer.items import Encoded, Item, Payload
-from prompttune.serve.infer.ledger import Trace, content_digest
+from prompttune.serve.infer.traces import Trace, content_digest
 from prompttune.serve.infer.work import Work
 
 if TYPE_CHECKING:
@@ -36,24 +36,23 @@ class Decoded:
     """Normalised float32 [3, S, S]."""
     picture: Image.Image | None = None
     error: str | None = None
-    trace: bytes = b""
-    """Line of the input in the :mod:`~prompttune.serve.infer.ledger`."""
+    trace: Trace | None = None
 
 
 def decode(item: Item, work: Work) -> Decoded:
     """Open one input and transform it for its tasks. An unreadable input becomes an error row; nothing is raised."""
     bare, trace = dataclasses.replace(item, payload=None), Trace.of(item)
     if item.payload is None:
-        return Decoded(bare, error=item.error or "no image", trace=trace.line)
+        return Decoded(bare, error=item.error or "no image", trace=trace)
     wanted = {work.known[task].preprocess: None for task in work.tasks_of(item.task) if task in work.known}
     if not wanted:
-        return Decoded(bare, trace=trace.line)  # each of its rows reports an unknown task
+        return Decoded(bare, trace=trace)  # each of its rows reports an unknown task
     try:
         image, trace = _read(item.payload, trace)
         arrays = {preprocess: _prepared(image, preprocess) for preprocess in wanted}
     except (OSError, ValueError) as problem:  # ValueError: sides that differ too much to be resized
-        return Decoded(bare, error=" ".join(str(problem).split()) or type(problem).__name__, trace=trace.line)
-    return Decoded(bare, arrays, _picture(image, work.picture_side), trace=trace.line)
+        return Decoded(bare, error=" ".join(str(problem).split()) or type(problem).__name__, trace=trace)
+    return Decoded(bare, arrays, _picture(image, work.picture_side), trace=trace)
 
 
 def _read(payload: Payload, trace: Trace) -> tuple[Image.Image, Trace]:

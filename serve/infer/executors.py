@@ -2,48 +2,54 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from prompttune.serve.engine import Engine
 from prompttune.serve.infer.answering import answers_of
 from prompttune.serve.infer.items import Item
 from prompttune.serve.infer.local import Decoding, run_locally
-from prompttune.serve.infer.rows import Answer
+from prompttune.serve.infer.prefetch import Prefetch
+from prompttune.serve.infer.rows import InputAnswer
+from prompttune.serve.infer.settings import RaySettings
 from prompttune.serve.infer.smoothing import Smoother
-from prompttune.serve.infer.stages import Ahead
 from prompttune.serve.infer.work import Work
-
-if TYPE_CHECKING:
-    from prompttune.serve.infer.cluster import RaySettings
 
 Chunks = Iterator[Sequence[Item]]
 
 
-class Executor(Protocol):
+class Executor(ABC):
     """Answers chunks in order. Each job has its own executor."""
 
+    _results: Prefetch[Any]
+
+    @abstractmethod
     def start(self, chunks: Chunks) -> None:
         """Start the work; another thread iterates over ``chunks``."""
 
-    def wait(self, seconds: float) -> bool:
-        """Wait for the next answers or for the end; return False if neither came in time."""
-
-    def take(self) -> list[Answer] | None:
+    @abstractmethod
+    def take(self) -> list[InputAnswer] | None:
         """The answers of the next chunk; None at the end.
 
         Raises:
             PrompttuneError: the chunks cannot be read or answered.
         """
 
+    def wait(self, seconds: float) -> bool:
+        """Wait for the next answers or for the end; return False if neither came in time."""
+        return self._results.wait(seconds)
+
     def state(self) -> Mapping[str, Any]:
         """Plain values that a resumed job needs besides its position, after the answers taken so far."""
+        return {}
 
     def close(self) -> None:
         """Stop, whatever is running."""
+        self._results.close()
 
 
-class Here:
+class LocalExecutor(Executor):
     """Runs an open engine in this process.
 
     Args:
@@ -65,29 +71,19 @@ class Here:
 
     def start(self, chunks: Chunks) -> None:
         """Start decoding."""
-        self._scored = run_locally(chunks, self._engine, self._work, self._decoding, self._calls)
+        self._results = run_locally(chunks, self._engine, self._work, self._decoding, self._calls)
 
-    def wait(self, seconds: float) -> bool:
-        """Wait for the engine."""
-        return self._scored.wait(seconds)
-
-    def take(self) -> list[Answer] | None:
+    def take(self) -> list[InputAnswer] | None:
         """The next answers; their rows are made here while the engine works on the next chunk."""
-        scored = next(self._scored, None)
-        if scored is None:
-            return None
-        return answers_of(scored if self._smoother is None else self._smoother(scored), self._work)
+        scored = next(self._results, None)
+        return None if scored is None else answers_of(scored, self._work, self._smoother)
 
     def state(self) -> Mapping[str, Any]:
         """The smoother's state."""
         return {} if self._smoother is None else self._smoother.state()
 
-    def close(self) -> None:
-        """Stop all threads."""
-        self._scored.close()
 
-
-class OnRay:
+class RayExecutor(Executor):
     """Runs engines on a Ray cluster.
 
     Args:
@@ -103,20 +99,8 @@ class OnRay:
         """Connect and start, in a thread."""
         from prompttune.serve.infer.cluster import run_on_ray
 
-        self._answers: Ahead[list[Answer]] = Ahead(run_on_ray(chunks, self._work, self._settings), 1, "infer-cluster")
+        self._results = Prefetch(run_on_ray(chunks, self._work, self._settings), 1, "infer-cluster")
 
-    def wait(self, seconds: float) -> bool:
-        """Wait for the cluster."""
-        return self._answers.wait(seconds)
-
-    def take(self) -> list[Answer] | None:
+    def take(self) -> list[InputAnswer] | None:
         """The next answers."""
-        return next(self._answers, None)
-
-    def state(self) -> Mapping[str, Any]:
-        """None: answers on Ray depend on nothing before them."""
-        return {}
-
-    def close(self) -> None:
-        """Stop the execution."""
-        self._answers.close()
+        return next(self._results, None)

@@ -12,12 +12,10 @@ from prompttune.errors import DataError, PrompttuneError
 from prompttune.evaluation import RowScores, TaskEvaluation
 from prompttune.serve.infer.executors import Executor
 from prompttune.serve.infer.items import Source
-from prompttune.serve.infer.journal import Journal, Progress
-from prompttune.serve.infer.latency import Latency
-from prompttune.serve.infer.ledger import output_line
-from prompttune.serve.infer.plan import Plan
-from prompttune.serve.infer.rows import Answer
-from prompttune.serve.infer.sinks.appended import PARTS
+from prompttune.serve.infer.latency import LiveLatency
+from prompttune.serve.infer.plan import ChunkPlan
+from prompttune.serve.infer.row_log import RowLog, RunProgress
+from prompttune.serve.infer.rows import InputAnswer
 from prompttune.serve.infer.sinks.base import Sink
 
 COMMIT_S = 2.0
@@ -26,7 +24,7 @@ LIVE_COMMIT_S = 0.5
 
 
 @dataclass(frozen=True)
-class Summary:
+class InferSummary:
     """Result of a job."""
 
     inputs: int
@@ -63,7 +61,7 @@ class Summary:
         }
 
 
-class Job:
+class InferJob:
     """One pass over the inputs.
 
     Args:
@@ -71,8 +69,7 @@ class Job:
         plan: chunks of ``source``.
         executor: answers the chunks.
         sinks: destinations of the rows; each gets every row.
-        journal: record of this run's progress, from which a later run resumes; None keeps no record.
-        before: progress committed by earlier runs of the job.
+        log: row log, from which a later run resumes; None keeps no log.
         scores: metrics of rows with true labels, already including those of earlier runs.
         max_errors: number of inputs with errors to tolerate; None for any number.
         on_progress: called after every chunk.
@@ -81,35 +78,34 @@ class Job:
     def __init__(
         self,
         source: Source,
-        plan: Plan,
+        plan: ChunkPlan,
         executor: Executor,
         sinks: Sequence[Sink],
         *,
-        journal: Journal | None = None,
-        before: Progress | None = None,
+        log: RowLog | None = None,
         scores: RowScores | None = None,
         max_errors: int | None = None,
-        on_progress: Callable[[Progress], None] = lambda _: None,
+        on_progress: Callable[[RunProgress], None] = lambda _: None,
     ) -> None:
         self._source = source
         self._plan = plan
         self._executor = executor
         self._sinks = sinks
-        self._journal = journal
-        self._before = self._progress = before or Progress()
+        self._log = log
+        self._before = self._progress = RunProgress() if log is None else log.progress
         self._scores = scores
         self._max_errors = max_errors
         self._on_progress = on_progress
-        self._latency = Latency()
+        self._latency = LiveLatency()
         self._stopped = False
-        self._writing = self._uncommitted = False
+        self._uncommitted = False
 
     def stop(self) -> None:
         """Take no more inputs; running ones are still answered and written. May be called from a signal handler."""
         self._stopped = True
         self._plan.stop()
 
-    def run(self) -> Summary:
+    def run(self) -> InferSummary:
         """Answer every input.
 
         Raises:
@@ -124,13 +120,11 @@ class Job:
             return self._end(started)
         except BrokenPipeError:
             raise
-        except OSError as problem:
-            # The sinks' content is unknown after a failed write: only the last commit counts.
-            raise DataError(f"the rows cannot be written: {problem.strerror or problem}{self._hint()}") from problem
-        except PrompttuneError as problem:
-            if not self._writing:
-                with suppress(OSError, PrompttuneError):
-                    self._commit(ended=True)
+        except (OSError, PrompttuneError) as problem:
+            with suppress(OSError):
+                self._commit_log()
+            if isinstance(problem, OSError):
+                raise DataError(f"the rows cannot be written: {problem.strerror or problem}{self._hint()}") from problem
             problem.args = (f"{problem}{self._hint()}",)
             raise
         finally:
@@ -141,7 +135,7 @@ class Job:
                     sink.close()
 
     def _answer_all(self) -> None:
-        interval = 0.0 if self._journal is None else COMMIT_S if self._source.bounded else LIVE_COMMIT_S
+        interval = 0.0 if self._log is None else COMMIT_S if self._source.bounded else LIVE_COMMIT_S
         committed = time.monotonic()
         while True:
             if self._executor.wait(interval or COMMIT_S):
@@ -155,29 +149,26 @@ class Job:
                 committed = time.monotonic()
             self._check_errors()
 
-    def _write(self, answers: Sequence[Answer]) -> None:
-        """Write a whole chunk; if a sink fails, the next run cuts off the written part."""
-        self._writing = True  # no commit until all sinks hold the same rows
+    def _write(self, answers: Sequence[InputAnswer]) -> None:
+        before = self._progress
+        self._progress = replace(
+            before,
+            inputs=before.inputs + len(answers),
+            rows=before.rows + sum(len(answer.rows) for answer in answers),
+            errors=before.errors + sum(any(row.error for row in answer.rows) for answer in answers),
+            smoothing=self._executor.state(),
+            finished=False,
+        )
+        if self._log is not None:
+            self._log.append(answers)
+        self._uncommitted = True
         for answer in answers:
             for sink in self._sinks:
                 sink.write(answer)
             if self._scores is not None:
                 for row in answer.rows:
                     self._scores.add(row)
-            if self._journal is not None and answer.arrived is None:  # a live frame cannot be requested again
-                self._journal.note(answer.trace)
         self._latency.written(answers)
-        mark, before = self._plan.answered(), self._progress
-        self._progress = replace(
-            before,
-            inputs=mark.inputs,
-            chunks=mark.chunks,
-            rows=before.rows + sum(len(answer.rows) for answer in answers),
-            errors=before.errors + sum(any(row.error for row in answer.rows) for answer in answers),
-            smoothing=self._executor.state(),
-        )
-        self._writing = False
-        self._uncommitted = True
 
     def _check_errors(self) -> None:
         if self._max_errors is not None and self._progress.errors > self._max_errors:
@@ -186,37 +177,27 @@ class Job:
                 f"more than the {self._max_errors} that --max-errors allows"
             )
 
-    def _commit(self, ended: bool = False) -> None:
-        """Commit the sinks first and the journal last: what the journal does not list is cut off later."""
-        if not self._uncommitted and not ended:
-            return
-        self._commit_sinks()
-        if self._journal is not None and ended:
-            self._journal.end(replace(self._progress, ended=self._progress.ledger))
-        elif self._journal is not None:
-            self._journal.write(self._progress)
-        self._uncommitted = False
+    def _commit(self) -> None:
+        if self._uncommitted:
+            for sink in self._sinks:
+                sink.flush()
+            self._commit_log()
+            self._uncommitted = False
 
-    def _commit_sinks(self) -> None:
-        states = [dict(sink.commit()) for sink in self._sinks]
-        parts = [part for state in states for part in state.pop(PARTS, ())]
-        self._progress = replace(self._progress, sinks=tuple(states), counts=dict(self._source.counts()))
-        if self._journal is not None:
-            for part in parts:
-                self._journal.note(output_line(part))
-            self._progress = replace(self._progress, ledger=self._journal.sync())
+    def _commit_log(self) -> None:
+        if self._log is not None:
+            self._progress = replace(self._progress, counts=dict(self._source.counts()))
+            self._log.commit(self._progress)
 
-    def _end(self, started: float) -> Summary:
+    def _end(self, started: float) -> InferSummary:
         finished = not (self._stopped and self._source.bounded)
-        self._commit_sinks()
-        before = self._progress  # new inputs continue from the unfinished outputs
-        for sink, state in zip(self._sinks, before.sinks, strict=True):
-            if finished or not state:  # a sink that cannot be resumed is completed now
-                sink.finish()
-        self._commit_sinks()
-        self._progress = replace(before, ended=self._progress.ledger)
+        self._commit()
+        for sink in self._sinks:
+            sink.finish()
+        self._progress = replace(self._progress, finished=finished)
+        self._commit_log()
         seconds = time.perf_counter() - started
-        summary = Summary(
+        return InferSummary(
             inputs=self._progress.inputs,
             rows=self._progress.rows,
             errors=self._progress.errors,
@@ -227,11 +208,8 @@ class Job:
             latency=self._latency.figures(),
             evaluation={} if self._scores is None else self._scores.results(),
         )
-        if self._journal is not None:
-            self._journal.end(self._progress, finished, summary.to_dict() if finished else None)
-        return summary
 
     def _hint(self) -> str:
-        if self._journal is None:
+        if self._log is None:
             return ""
-        return f"; the rows of {self._progress.inputs} inputs are safe: run again with --resume"
+        return f"; the rows of {self._log.progress.inputs} inputs are safe: run again with --resume"

@@ -8,19 +8,19 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from prompttune.serve.infer.rows import Answer
+from prompttune.serve.infer.rows import InputAnswer
 
 KEPT = 100_000
 """Number of latest frames that the figures cover: about an hour at 30 frames per second."""
 
 
-class Latency:
+class LiveLatency:
     """Seconds from arrival to the written row, for the latest :data:`KEPT` frames."""
 
     def __init__(self) -> None:
         self._seconds: deque[float] = deque(maxlen=KEPT)
 
-    def written(self, answers: Iterable[Answer]) -> None:
+    def written(self, answers: Iterable[InputAnswer]) -> None:
         """Record the latency of answers that have just been written."""
         now = time.monotonic()
         self._seconds.extend(now - answer.arrived for answer in answers if answer.arrived is not None)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from prompttune.errors import DataError
 from prompttune.serve.decode_threads import hold_to_one_thread, single_threaded_pool
 from prompttune.serve.engine import Engine
-from prompttune.serve.infer.answering import Assembled, Buffers, Scored, assemble, score
+from prompttune.serve.infer.answering import Buffers, Chunk, assemble, score
 from prompttune.serve.infer.decoding import Decoded, decode
 from prompttune.serve.infer.items import Item
+from prompttune.serve.infer.prefetch import Prefetch
 from prompttune.serve.infer.settings import Decoding as Decoding
-from prompttune.serve.infer.stages import Ahead
 from prompttune.serve.infer.work import Work
 
 PER_PROCESS = 4
@@ -27,7 +27,7 @@ Chunks = Iterable[Sequence[Item]]
 Futures = list[Future[list[Decoded]]]
 
 
-def run_locally(chunks: Chunks, engine: Engine, work: Work, decoding: Decoding, calls: int = 1) -> Ahead[list[Scored]]:
+def run_locally(chunks: Chunks, engine: Engine, work: Work, decoding: Decoding, calls: int = 1) -> Prefetch[Chunk]:
     """Answer the chunks in order.
 
     Four steps overlap: a pool decodes images, a thread fills batches, threads run the engine, the caller writes. Each
@@ -44,10 +44,10 @@ def run_locally(chunks: Chunks, engine: Engine, work: Work, decoding: Decoding, 
     """
     buffers = Buffers(work)
     depth = max(CHUNKS_AHEAD, -(-2 * decoding.count // work.chunk_inputs))
-    submitted = Ahead(_submit(chunks, work, decoding), depth, "infer-source")
-    assembled = Ahead(_assemble(submitted, work, buffers), 1, "infer-batches", submitted)
-    called = Ahead(_call(assembled, engine, work, buffers, calls), max(1, calls - 1), "infer-engine", assembled)
-    return Ahead((one.result() for one in called), 1, "infer-answers", called)
+    submitted = Prefetch(_submit(chunks, work, decoding), depth, "infer-source")
+    assembled = Prefetch(_assemble(submitted, work, buffers), 1, "infer-batches", submitted)
+    called = Prefetch(_call(assembled, engine, buffers, calls), max(1, calls - 1), "infer-engine", assembled)
+    return Prefetch((one.result() for one in called), 1, "infer-answers", called)
 
 
 def _submit(chunks: Chunks, work: Work, decoding: Decoding) -> Generator[Futures, None, None]:
@@ -64,7 +64,7 @@ def _submit(chunks: Chunks, work: Work, decoding: Decoding) -> Generator[Futures
         pool.shutdown(wait=False)  # submitted images are still decoded
 
 
-def _assemble(submitted: Iterable[Futures], work: Work, buffers: Buffers) -> Generator[Assembled, None, None]:
+def _assemble(submitted: Iterable[Futures], work: Work, buffers: Buffers) -> Generator[Chunk, None, None]:
     try:
         for futures in submitted:
             yield assemble([one for future in futures for one in future.result()], work, buffers)
@@ -73,12 +73,12 @@ def _assemble(submitted: Iterable[Futures], work: Work, buffers: Buffers) -> Gen
 
 
 def _call(
-    assembled: Iterable[Assembled], engine: Engine, work: Work, buffers: Buffers, calls: int
-) -> Generator[Future[list[Scored]], None, None]:
+    assembled: Iterable[Chunk], engine: Engine, buffers: Buffers, calls: int
+) -> Generator[Future[Chunk], None, None]:
     pool = ThreadPoolExecutor(calls, thread_name_prefix="infer-call")
     try:
         for one in assembled:
-            yield pool.submit(score, engine, one, work, buffers)
+            yield pool.submit(score, engine, one, buffers)
     finally:
         pool.shutdown(wait=False)
 

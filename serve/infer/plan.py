@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain, islice
 from typing import cast
 
 from prompttune.serve.infer.items import Item, Source
-from prompttune.serve.infer.journal import Progress
 from prompttune.serve.infer.settings import Shard as Shard
 from prompttune.serve.infer.sources.waiting import Unbounded
 
 
-@dataclass(frozen=True)
-class Mark:
-    """Position in the inputs after a chunk."""
-
-    chunks: int = 0
-    """Number of answered chunks of this shard."""
-    inputs: int = 0
-    """Number of inputs in these chunks."""
-
-
-class Plan:
+class ChunkPlan:
     """The chunks of a source, without those that an earlier run has answered.
 
     Args:
@@ -34,7 +21,7 @@ class Plan:
         size: largest number of inputs in a chunk.
         shard: the only shard whose chunks are taken.
         limit: largest number of inputs of a bounded source, before it is split into shards.
-        after: position where an earlier run ended.
+        answered: number of inputs that earlier runs have answered.
     """
 
     def __init__(
@@ -44,14 +31,13 @@ class Plan:
         *,
         shard: Shard | None = None,
         limit: int | None = None,
-        after: Progress | None = None,
+        answered: int = 0,
     ) -> None:
         self._source = source
         self._size = size
         self._shard = shard or Shard()
         self._limit = limit
-        self._after = after or Progress()
-        self._marks: deque[Mark] = deque()
+        self._answered = answered
         self._items = self._mine() if source.bounded else None
         self._stop = threading.Event()
 
@@ -71,10 +57,6 @@ class Plan:
         self._stop.set()
         if not self._source.bounded:
             self._source.close()
-
-    def answered(self) -> Mark:
-        """Count the next chunk as answered; return the position in the inputs."""
-        return self._marks.popleft()
 
     @property
     def items(self) -> Iterator[Item] | None:
@@ -96,18 +78,15 @@ class Plan:
         Raises:
             DataError: the inputs cannot be read any further.
         """
-        inputs, bounded = self._after.inputs, self._source.bounded
-        chunks = self._bounded() if bounded else cast(Unbounded, self._source).chunks(self._size)
-        for number, chunk in enumerate(chunks, self._after.chunks + 1):
-            inputs += len(chunk)
-            self._marks.append(Mark(number, inputs))
+        bounded = self._source.bounded
+        for chunk in self._bounded() if bounded else cast(Unbounded, self._source).chunks(self._size):
             yield chunk
             if bounded and self._stop.is_set():
                 return
 
     def _bounded(self) -> Iterator[list[Item]]:
         """Chunks of a bounded source. The first one fills up an earlier run's incomplete last chunk with new inputs."""
-        size = self._size - self._after.inputs % self._size
+        size = self._size - self._answered % self._size
         while chunk := list(islice(self._items or (), size)):
             yield chunk
             size = self._size

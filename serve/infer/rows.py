@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prompttune.serve.answers import Score
+from prompttune.serve.infer.traces import Trace
 
 COLUMNS = (
     "source",
@@ -31,6 +34,7 @@ LABELLED_COLUMNS = (*COLUMNS, "target", "target_probability")
 
 PIXEL_SHARES = "pixel_shares"
 """Additional key in the rows of segmentations."""
+_LOGGED = (*(name for name in LABELLED_COLUMNS if name != "top_k"), "top_k", PIXEL_SHARES)
 
 
 class Share(NamedTuple):
@@ -82,9 +86,35 @@ class Row:
         told = None if shares is None else tuple(Share(one["label"], one["share"]) for one in shares)
         return cls(**{**values, "top_k": scores, PIXEL_SHARES: told})
 
+    def to_values(self) -> list[Any]:
+        """Plain values without names, for the row log."""
+        return [getattr(self, name) for name in _LOGGED]
+
+    @classmethod
+    def from_values(cls, values: Sequence[Any]) -> Row:
+        """The inverse of :meth:`to_values`, also after JSON."""
+        *plain, scores, shares = values
+        told = None if shares is None else tuple(Share(*one) for one in shares)
+        return cls(**dict(zip(_LOGGED, (*plain, tuple(Score(*one) for one in scores), told), strict=True)))
+
+
+def json_text(values: object) -> str:
+    """Values as JSON on one line.
+
+    A file name that is not valid Unicode holds surrogates, which UTF-8 cannot hold. Its text is ASCII with escapes and
+    still reads back exactly.
+    """
+    text = json.dumps(values, ensure_ascii=False)
+    return text if escaped(text) == text else json.dumps(values)
+
+
+def escaped(text: str, encoding: str = "utf-8") -> str:
+    """The text with an escape for each character that the encoding cannot hold."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class InputAnswer:
     """All rows of one input, in the order of its tasks."""
 
     rows: tuple[Row, ...]
@@ -92,5 +122,5 @@ class Answer:
     """The image, no larger than the sinks need; None if no sink needs it or it could not be read."""
     arrived: float | None = None
     """Arrival time, see :class:`~prompttune.serve.infer.items.Item`."""
-    trace: bytes = field(default=b"", compare=False, repr=False)
-    """Line of the input in the :mod:`~prompttune.serve.infer.ledger`."""
+    trace: Trace | None = field(default=None, compare=False, repr=False)
+    """State of the input when it was answered."""

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -18,19 +19,18 @@ from prompttune.export.runtimes import RuntimeOptions
 from prompttune.files import locked
 from prompttune.serve.decode_threads import usable_cores
 from prompttune.serve.engine import Engine
-from prompttune.serve.infer.executors import Executor, Here, OnRay
-from prompttune.serve.infer.job import Job, Summary
-from prompttune.serve.infer.journal import Journal, Progress
-from prompttune.serve.infer.ledger import Trace, check, traces
-from prompttune.serve.infer.plan import Plan
-from prompttune.serve.infer.rows import Row
-from prompttune.serve.infer.settings import STANDARD_OUTPUTS, InferSettings, journal_path
-from prompttune.serve.infer.sinks.base import Sink
-from prompttune.serve.infer.sinks.opening import check_outputs, check_unfinished, open_sinks
+from prompttune.serve.infer.executors import Executor, LocalExecutor, RayExecutor
+from prompttune.serve.infer.job import InferJob, InferSummary
+from prompttune.serve.infer.plan import ChunkPlan
+from prompttune.serve.infer.row_log import RowLog, RunProgress
+from prompttune.serve.infer.settings import STANDARD_OUTPUTS, InferSettings, row_log_path
+from prompttune.serve.infer.sinks import Sink, SinkSettings
+from prompttune.serve.infer.sinks.opening import check_outputs, open_sinks
 from prompttune.serve.infer.smoothing import Smoother
 from prompttune.serve.infer.sources.live import masked
 from prompttune.serve.infer.sources.opening import STANDARD_INPUT, Opened, open_source
 from prompttune.serve.infer.sources.stdin import standard_input
+from prompttune.serve.infer.traces import Trace, check
 from prompttune.serve.infer.work import Work, facts_of
 from prompttune.settings import resume_values
 
@@ -42,12 +42,12 @@ MOST_CALLS = 4
 class Prepared:
     """A job that is ready to run."""
 
-    job: Job | None
+    job: InferJob | None
     """The job; None if an earlier run has finished it."""
     total: int | None = None
     """Number of inputs, including those of earlier runs; None if it is unknown."""
-    before: Progress = field(default_factory=Progress)
-    """Progress committed by earlier runs."""
+    before: RunProgress = field(default_factory=RunProgress)
+    """RunProgress committed by earlier runs."""
     live: bool = False
     """Whether the inputs are endless, so that ending them is not an interruption."""
     tasks: tuple[str, ...] = ()
@@ -61,10 +61,10 @@ def prepared(
     stdin: Callable[[], BinaryIO],
     stdout: TextIO,
     engine: Engine | None = None,
-    on_progress: Callable[[Progress], None] = lambda _: None,
+    on_progress: Callable[[RunProgress], None] = lambda _: None,
     on_check: Callable[[int, int], None] = lambda *_: None,
 ) -> Iterator[Prepared]:
-    """Open everything that a job needs, and hold its journal until the block ends.
+    """Open everything that a job needs, and lock its outputs until the block ends.
 
     Args:
         settings: settings of the job.
@@ -78,8 +78,8 @@ def prepared(
         UsageError: settings contradict each other, an input is missing, or an output is in the way.
         PrompttuneError: the engine cannot be opened, the inputs cannot be read.
     """
-    segments = _segments(settings)
-    check_outputs(settings.outputs, overwrite=settings.overwrite, resume=settings.resume, segments=segments)
+    task_type = _task_type(settings)
+    check_outputs(settings.outputs, overwrite=settings.overwrite, resume=settings.resume, task_type=task_type)
     answered: dict[str, Trace] = {}
     opened = open_source(
         settings.inputs,
@@ -92,68 +92,78 @@ def prepared(
         _check_source(settings, opened)
         folder = EngineFolder(settings.engine, verify=engine is None)
         work = _work(settings, folder, opened)
-        path, record = journal_path(settings.outputs), None
-        journal = None if path is None else stack.enter_context(Journal(path))
-        for output in [one for one in settings.outputs if one not in STANDARD_OUTPUTS][1:]:
-            stack.enter_context(locked(Path(output)))
+        files = [Path(output) for output in settings.outputs if output not in STANDARD_OUTPUTS]
+        for file in files:
+            stack.enter_context(locked(file))
+        path = row_log_path(settings.outputs)
+        log = None if path is None else RowLog(path)
         values = _recorded(settings, folder, work, opened)
-        if journal is not None and settings.resume:
-            record = journal.resume(values)
-        before = Progress() if record is None else record.progress
-        plan = Plan(
+        before = log.read(values) if log is not None and settings.resume else RunProgress()
+        plan = ChunkPlan(
             opened.source,
             work.chunk_inputs,
             shard=settings.shard,
             limit=settings.source.limit if opened.source.bounded else None,
-            after=before,
+            answered=before.inputs,
         )
-        if journal is not None and record is not None:
-            size = before.ledger if before.ended is None else before.ended
-            check(journal.ledger, size, plan.items, before.ended is not None, on_check)
-            if record.finished and opened.source.bounded and not plan.more():
-                yield Prepared(None, before=before)
-                return
-            check_unfinished(settings.outputs, before.sinks)
-            if settings.source.watch:
-                answered.update((trace.name, trace) for trace in traces(journal.ledger, before.ledger))
+        if log is not None and settings.resume:
+            if plan.items is not None:
+                done = count(1)
+                check(log.traces(), plan.items, lambda: on_check(next(done), before.inputs))
+                if before.finished and not plan.more() and all(file.exists() for file in files):
+                    yield Prepared(None, before=before)
+                    return
+            answered.update((trace.name, trace) for trace in log.traces() if settings.source.watch)
         calls = 1
         if engine is None and settings.ray is None:
             calls, threads = calls_at_once(settings.options, folder)
             engine = open_engine(replace(settings.options, threads=threads), folder, work)
-        if journal is not None and record is not None:
-            journal.go_on()
-        sinks = open_sinks(
-            settings.outputs,
+        told = SinkSettings(
             labelled=work.labelled,
-            overwrite=settings.overwrite,
-            states=None if record is None else before.sinks,
-            stdout=stdout,
             rate=opened.rate,
-            tasks=work.known if work.segments else None,
+            tasks=work.known,
             csv_bom=settings.csv_bom,
+            rows=(lambda: iter(())) if log is None else log.rows,
         )
+        sinks, printed = open_sinks(
+            settings.outputs, told, stdout=stdout, resume=settings.resume, task_type=task_type
+        )  # fmt: skip
         for sink in sinks:
             stack.callback(sink.close)
-        if journal is not None and record is None:
-            journal.begin(values)
+        scores = RowScores({name: facts.labels for name, facts in work.known.items()}) if work.labelled else None
+        if log is not None and settings.resume:
+            log.resume()
+            _write_again(log, sinks, scores)
+        elif log is not None:
+            log.begin(values)
+        sinks += printed
         work = replace(work, picture_side=_picture_side(sinks))
-        job = Job(
+        job = InferJob(
             opened.source,
             plan,
             _executor(settings, work, engine, calls, before),
             sinks,
-            journal=journal,
-            before=before,
-            scores=_scores(work, sinks, before),
+            log=log,
+            scores=scores,
             max_errors=settings.max_errors,
             on_progress=on_progress,
         )
         yield Prepared(job, plan.total, before, not opened.source.bounded, work.tasks)
 
 
+def _write_again(log: RowLog, sinks: Sequence[Sink], scores: RowScores | None) -> None:
+    """Write the answers of earlier runs to new sinks."""
+    for answer in log.answers():
+        for sink in sinks:
+            sink.write(answer)
+        if scores is not None:
+            for row in answer.rows:
+                scores.add(row)
+
+
 def infer(
-    settings: InferSettings, engine: Engine | None = None, on_progress: Callable[[Progress], None] = lambda _: None
-) -> Summary:
+    settings: InferSettings, engine: Engine | None = None, on_progress: Callable[[RunProgress], None] = lambda _: None
+) -> InferSummary:
     """Run a job to its end in this thread.
 
     Args:
@@ -177,7 +187,7 @@ def infer(
         if ready.job is not None:
             return ready.job.run()
         before = ready.before
-        return Summary(before.inputs, before.rows, before.errors, 0.0, 0.0, finished=True, counts=before.counts)
+        return InferSummary(before.inputs, before.rows, before.errors, 0.0, 0.0, finished=True, counts=before.counts)
 
 
 def calls_at_once(options: RuntimeOptions, folder: EngineFolder) -> tuple[int, int | None]:
@@ -198,26 +208,26 @@ def open_engine(options: RuntimeOptions, folder: EngineFolder, work: Work) -> En
     return Engine(folder.path, **asdict(options), verify=False, tasks=list(work.known))
 
 
-def _segments(settings: InferSettings) -> bool:
-    """Whether the engine's tasks are segmentations. A damaged engine is refused later, when it is opened.
+def _task_type(settings: InferSettings) -> str:
+    """Type of the engine's tasks. A damaged engine is refused later, when it is opened.
 
     Raises:
         UsageError: a setting only applies to classifications.
     """
     try:
-        manifest = EngineFolder(settings.engine, verify=False).manifest
+        by_place = EngineFolder(settings.engine, verify=False).manifest.task_type.by_place
     except EngineError:
-        return False
-    if not manifest.task_type.by_place:
-        return False
+        by_place = False
+    if not by_place:
+        return "classification"
     for given, option in (
         (settings.source.labels, "--labels"),
         (settings.smooth, "--smooth"),
-        (settings.ray, "--engine ray"),
+        (settings.ray, "--executor ray"),
     ):
         if given is not None:
             raise UsageError(f"{option} is for classifications: the engine's tasks are segmentations")
-    return True
+    return "segmentation"
 
 
 def _check_source(settings: InferSettings, opened: Opened) -> None:
@@ -228,7 +238,7 @@ def _check_source(settings: InferSettings, opened: Opened) -> None:
     if not bounded and settings.shard.count > 1:
         raise UsageError(f"--shards cannot divide {name}: it can only be read once")
     if not bounded and settings.ray is not None:
-        raise UsageError(f"--engine ray cannot read {name}: a stream must be answered where it arrives")
+        raise UsageError(f"--executor ray cannot read {name}: a stream must be answered where it arrives")
     if settings.resume and name == STANDARD_INPUT:
         raise UsageError("--resume cannot read standard input again: write the list to a file and name that")
     if settings.source.drop == "oldest" and bounded:
@@ -280,36 +290,15 @@ def _digest(values: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def _executor(settings: InferSettings, work: Work, engine: Engine | None, calls: int, before: Progress) -> Executor:
+def _executor(settings: InferSettings, work: Work, engine: Engine | None, calls: int, before: RunProgress) -> Executor:
     if settings.ray is not None:
-        return OnRay(work, settings.ray)
+        return RayExecutor(work, settings.ray)
     if engine is None:
         raise RuntimeError("an engine must be opened first")
     smoother = None if settings.smooth is None else Smoother(settings.smooth, before.smoothing)
-    return Here(engine, work, settings.decoding, smoother, calls)
+    return LocalExecutor(engine, work, settings.decoding, smoother, calls)
 
 
 def _picture_side(sinks: Sequence[Sink]) -> int | None:
     sides = [sink.picture_side for sink in sinks if sink.picture_side is not None]
     return None if not sides else 0 if 0 in sides else max(sides)
-
-
-def _scores(work: Work, sinks: Sequence[Sink], before: Progress) -> RowScores | None:
-    if not work.labelled:
-        return None
-    scores = RowScores({name: facts.labels for name, facts in work.known.items()})
-    for row in _earlier_rows(sinks, before):
-        scores.add(row)
-    return scores
-
-
-def _earlier_rows(sinks: Sequence[Sink], before: Progress) -> Iterator[Row]:
-    """Rows that earlier runs have written."""
-    if not before.rows:
-        return
-    for sink in sinks:
-        read = getattr(sink, "rows", None)
-        if read is not None:
-            yield from read()
-            return
-    raise UsageError("the outputs do not hold the rows of the interrupted run: begin again with --overwrite")

@@ -28,12 +28,12 @@ OUTPUTS, SPEED, CLUSTER = "Outputs", "Speed", "Cluster"
 """Sections of the help."""
 
 
-def journal_path(outputs: Sequence[str]) -> Path | None:
-    """Path of a run's record, beside its first output that is a file or a folder; None without such an output."""
+def row_log_path(outputs: Sequence[str]) -> Path | None:
+    """Path of a run's row log, beside its first output that is a file or a folder; None without such an output."""
     for output in outputs:
         if output not in STANDARD_OUTPUTS:
             path = Path(output)
-            return path.with_name(f"{path.name}.journal.json")
+            return path.with_name(f"{path.name}.rowlog")
     return None
 
 
@@ -222,8 +222,8 @@ class InferSettings:
     overwrite: bool = setting(False, "Replace outputs of an earlier run.", must_match_on_resume=False, section=OUTPUTS)
     resume: bool = setting(
         False,
-        "Resume an interrupted run, or answer inputs added at the end of a finished one.  Refused if an "
-        "answered input or an output has changed.",
+        "Resume an interrupted run, or answer inputs added at the end of a finished one; outputs are written again "
+        "from the row log. Refused if an answered input has changed.",
         must_match_on_resume=False,
         section=OUTPUTS,
     )
@@ -235,9 +235,9 @@ class InferSettings:
         settle(self)
         if self.resume and self.overwrite:
             raise UsageError("--resume and --overwrite contradict each other: give one")
-        if self.resume and journal_path(self.outputs) is None:
+        if self.resume and row_log_path(self.outputs) is None:
             raise UsageError("--resume needs an output that is a file: standard output keeps no record")
         if self.csv_bom and not any(output.lower().endswith((".csv", "csv:-")) for output in self.outputs):
             raise UsageError("--csv-bom is for CSV: none of the outputs is a .csv file or csv:-")
         if self.ray is not None and self.smooth is not None:
-            raise UsageError("--smooth needs frame after frame in one place: leave out --engine ray")
+            raise UsageError("--smooth needs frame after frame in one place: leave out --executor ray")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from prompttune.errors import UsageError
 from prompttune.serve.answers import Probabilities
-from prompttune.serve.infer.answering import Outcome, Scored
+from prompttune.serve.infer.items import Item
 
 
 class Smoother:
@@ -33,24 +32,17 @@ class Smoother:
             for one in (state or {}).get("averages", ())
         }
 
-    def __call__(self, scored: Sequence[Scored]) -> list[Scored]:
-        """Smooth the answers of the next inputs, in order."""
-        return [
-            dataclasses.replace(one, outcomes=[self._smoothed(one, outcome) for outcome in one.outcomes])
-            for one in scored
-        ]
-
-    def _smoothed(self, one: Scored, outcome: Outcome) -> Outcome:
-        item, new = one.decoded.item, outcome.probabilities
-        if new is None or item.timestamp is None:
-            return outcome
-        key = item.source, outcome.task
+    def __call__(self, item: Item, task: str, new: Probabilities) -> Probabilities:
+        """Smooth the probabilities [C] of the next answer of a task."""
+        if item.timestamp is None:
+            return new
+        key = item.source, task
         if key in self._averages:
             before, average = self._averages[key]
             kept = 0.5 ** (max(0.0, item.timestamp - before) / self._half_life)
             new = kept * average + (1.0 - kept) * new
         self._averages[key] = item.timestamp, new
-        return dataclasses.replace(outcome, probabilities=new)
+        return new
 
     def state(self) -> dict[str, Any]:
         """Plain values from which another smoother continues with bit-identical results."""

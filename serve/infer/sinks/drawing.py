@@ -40,34 +40,12 @@ def shortened(text: str, face: Face, width: float) -> str:
     return cut if face.getlength(cut) <= width else ""
 
 
-def wrapped(text: str, face: Face, width: float, lines: int) -> list[str]:
-    """The text wrapped into at most ``lines`` lines of ``width`` pixels; too long lines are shortened."""
-    found: list[str] = []
-    line = ""
-    words = text[:_LONGEST_TEXT].split()
-    for index, word in enumerate(words):
-        longer = f"{line} {word}".strip()
-        if line and face.getlength(longer) > width:
-            if len(found) == lines - 1:
-                return [*found, shortened(" ".join([line, *words[index:]]), face, width)]
-            found.append(shortened(line, face, width))
-            longer = word
-        line = longer
-    return [*found, shortened(line, face, width)] if line else found
-
-
-def caption(row: Row, face: Face, width: float, named: bool = True) -> str:
+def caption(row: Row, face: Face, width: float) -> str:
     """A row on one line of ``width`` pixels: task, label and probability, or task and error.
 
     A label that is too long is shortened, so that the probability stays.
-
-    Args:
-        row: the answer.
-        face: the font.
-        width: width of the line, in pixels.
-        named: whether to start with the task's name.
     """
-    before = f"{shortened(row.task, face, width * _LONGEST_TASK)}: " if named else ""
+    before = f"{shortened(row.task, face, width * _LONGEST_TASK)}: "
     after = "" if row.probability is None else f" {100 * row.probability:.1f} %"
     text = row.error if row.label is None else row.label
     room = width - face.getlength(before) - face.getlength(after)

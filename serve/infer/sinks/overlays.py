@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path, PurePath
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -15,10 +14,9 @@ from PIL.PngImagePlugin import PngInfo
 from prompttune.files import replacing, visible, write_text
 from prompttune.fonts import Face
 from prompttune.images.masks import IGNORE_INDEX
-from prompttune.serve.infer.rows import Answer, Row
-from prompttune.serve.infer.sinks.appended import PARTS, Part, Taking, state_number, whole_file
+from prompttune.serve.infer.rows import InputAnswer, Row
+from prompttune.serve.infer.sinks.base import FOLDER, Sink, SinkSettings
 from prompttune.serve.infer.sinks.drawing import shortened
-from prompttune.serve.infer.work import TaskFacts
 from prompttune.serve.masks import Mask, mask_of_image, palette
 
 MARK = "prompttune overlay"
@@ -40,18 +38,6 @@ def is_overlay(file: Path) -> bool:
             return image.info.get("Software") == MARK
     except OSError:
         return False
-
-
-def foreign_file(folder: Path) -> Path | None:
-    """A file in the folder that prompttune did not write."""
-    return next((file for file in sorted(Path(one.path) for one in visible(folder)) if not is_overlay(file)), None)
-
-
-def clear(folder: Path) -> None:
-    """Remove the files of an earlier run."""
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if is_overlay(file):
-            file.unlink()
 
 
 def overlaid(picture: Image.Image, mask: Mask, classes: int) -> Image.Image:
@@ -91,47 +77,39 @@ def legend(labels: tuple[str, ...]) -> Image.Image:
     return picture
 
 
-class OverlayFolder:
+class OverlayFolder(Sink):
     """Writes ``000017-street.png`` and ``000017-street.mask.png`` for input 17; with several tasks, names include the
     task.
 
     Both have the picture's size. An input without an answer keeps its number but has no file. ``legend-TASK.png`` and
-    ``legend-TASK.json`` list the colour and the index of each class.
-
-    Args:
-        path: the folder.
-        tasks: facts about the tasks that may answer.
-        state: an earlier :meth:`commit` to resume from; None starts anew.
-
-    Raises:
-        OSError: a file cannot be written.
+    ``legend-TASK.json`` list the colour and the index of each class. Each file is on the disk once it is written.
     """
 
-    def __init__(self, path: Path, tasks: Mapping[str, TaskFacts], state: Mapping[str, Any] | None) -> None:
-        self.picture_side: int | None = 0
+    content = "overlays and masks"
+    suffixes = (FOLDER,)
+    task_types: ClassVar = ("segmentation",)
+    picture_side = 0
+
+    def __init__(self, path: Path, settings: SinkSettings) -> None:
         self._path = path
-        self._tasks = tasks
-        self._taking = Taking(path)
-        self._files: list[Part] = []
-        self._inputs = 0 if state is None else state_number(state, "inputs")
+        self._tasks = settings.tasks
+        self._inputs = 0
         path.mkdir(parents=True, exist_ok=True)
-        for name, facts in tasks.items():
+        for name, facts in self._tasks.items():
             colours = palette(len(facts.labels)).tolist()
             values = [
                 {"index": index, "label": label, "colour": colour}
                 for index, (label, colour) in enumerate(zip(facts.labels, colours, strict=True))
             ]
             write_text(path / f"legend-{name}.json", json.dumps(values, ensure_ascii=False, indent=1) + "\n")
-            self._files.append(whole_file(path / f"legend-{name}.json"))
             self._save(legend(facts.labels), f"legend-{name}.png")
 
-    def write(self, answer: Answer) -> None:
-        """Write the pictures of one input."""
-        with self._taking:
-            for row in answer.rows:
-                if row.mask is not None and answer.picture is not None:
-                    self._write(row, row.mask, answer.picture)
-            self._inputs += 1
+    def write(self, answer: InputAnswer) -> None:
+        """Write the pictures of one input; those of an input without a picture are already there."""
+        for row in answer.rows:
+            if row.mask is not None and answer.picture is not None:
+                self._write(row, row.mask, answer.picture)
+        self._inputs += 1
 
     def _write(self, row: Row, seen: Mask, picture: Image.Image) -> None:
         facts = self._tasks[row.task]
@@ -151,15 +129,15 @@ class OverlayFolder:
         mark.add_text("Software", MARK)
         with replacing(self._path / name) as temporary:
             picture.save(temporary, format="PNG", pnginfo=mark)
-        self._files.append(whole_file(self._path / name))
 
-    def commit(self) -> Mapping[str, Any]:
-        """The number of inputs. Each file is already on the disk, and is written again under the same name."""
-        files, self._files = self._files, []
-        return {"inputs": self._inputs, PARTS: files}
+    @classmethod
+    def foreign_file(cls, path: Path) -> Path | None:
+        """A file in the folder that prompttune did not write."""
+        return next((file for file in sorted(Path(one.path) for one in visible(path)) if not is_overlay(file)), None)
 
-    def finish(self) -> None:
-        """Do nothing: every file is written at once."""
-
-    def close(self) -> None:
-        """Do nothing: no file is open."""
+    @classmethod
+    def clear(cls, path: Path) -> None:
+        """Remove the files of an earlier run."""
+        for file in sorted(path.iterdir()) if path.is_dir() else ():
+            if is_overlay(file):
+                file.unlink()

@@ -5,32 +5,23 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import ClassVar, Literal, TextIO
 
-from prompttune.errors import DataError
-from prompttune.serve.infer.rows import COLUMNS, LABELLED_COLUMNS, Answer, Row
-from prompttune.serve.infer.sinks.appended import PARTS, AppendedFile, Taking, committed_lines, state_number
-from prompttune.spreadsheets import BOM, guarded, restored
+from prompttune.serve.infer.rows import COLUMNS, LABELLED_COLUMNS, InputAnswer, Row, escaped, json_text
+from prompttune.serve.infer.sinks.base import Sink, SinkSettings
+from prompttune.spreadsheets import BOM, guarded
 
-Form = Literal["jsonl", "csv"]
-
-_INTEGERS = ("row", "frame")
+_OURS = {"source", "task", "task_version"}
 _CSV_END = "\r\n"
 """Line end for the csv writer only: it quotes the characters of its line end, and a cell may hold either of them."""
-_FLOATS = ("timestamp", "probability", "target_probability")
 
 
-def json_line(row: Row, labelled: bool) -> str:
-    """A row as a line of JSON, including its line end.
-
-    A file name that is not valid Unicode holds surrogates, which UTF-8 cannot hold. Its line is written in ASCII with
-    escapes and still reads back exactly.
-    """
-    values = row.to_dict(labelled)
-    line = json.dumps(values, ensure_ascii=False) + "\n"
-    return line if encodable(line) else json.dumps(values) + "\n"
+def json_lines(rows: Sequence[Row], labelled: bool) -> str:
+    """Rows as lines of JSON."""
+    return "".join(json_text(row.to_dict(labelled)) + "\n" for row in rows)
 
 
 def csv_lines(rows: Sequence[Row], labelled: bool) -> str:
@@ -49,171 +40,93 @@ def csv_lines(rows: Sequence[Row], labelled: bool) -> str:
     return escaped("".join(lines))
 
 
-def csv_header(labelled: bool, bom: bool = False) -> str:
-    """The header line, after a byte order mark if ``bom`` is set."""
-    return BOM * bom + ",".join(_columns(labelled)) + "\n"
+def csv_header(settings: SinkSettings) -> str:
+    """The header line, after a byte order mark if the settings ask for it."""
+    return BOM * settings.csv_bom + ",".join(LABELLED_COLUMNS if settings.labelled else COLUMNS) + "\n"
 
 
-def encodable(text: str) -> bool:
-    """Whether UTF-8 can hold the text."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+class _TextFile(Sink):
+    """A text file in UTF-8."""
 
+    def __init__(self, path: Path, settings: SinkSettings) -> None:
+        self._labelled = settings.labelled
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = path.open("w", encoding="utf-8", newline="")
 
-def escaped(text: str, encoding: str = "utf-8") -> str:
-    """The text with an escape for each character that the encoding cannot hold."""
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    def write(self, answer: InputAnswer) -> None:
+        """Write the rows of one input."""
+        self._stream.write(self._text(answer.rows))
 
+    def _text(self, rows: Sequence[Row]) -> str:
+        raise NotImplementedError
 
-def _columns(labelled: bool) -> tuple[str, ...]:
-    return LABELLED_COLUMNS if labelled else COLUMNS
-
-
-class _TextRows:
-    """Rows appended to a text file; :meth:`commit` returns its length, to which resuming cuts it back."""
-
-    picture_side: int | None = None
-
-    def __init__(self, path: Path, labelled: bool, state: Mapping[str, Any] | None) -> None:
-        self._labelled = labelled
-        self._taking = Taking(path)
-        self._file = AppendedFile(path, None if state is None else state_number(state, "bytes"))
-        self._rows = 0 if state is None else state_number(state, "rows")
-        self._committed = self._file.size
-        self._committed_rows = self._rows
-
-    def _append(self, text: str, rows: int) -> None:
-        self._file.append(text.encode("utf-8"))
-        self._rows += rows
-
-    def commit(self) -> Mapping[str, Any]:
-        """Write the rows to the disk; return the ``bytes`` and ``rows`` of the file.
-
-        Raises:
-            DataError: an error occurred in the middle of an input.
-        """
-        self.finish()
-        return {"bytes": self._committed, "rows": self._committed_rows, PARTS: self._file.new_parts()}
+    def flush(self) -> None:
+        """Pass the rows to the operating system."""
+        self._stream.flush()
 
     def finish(self) -> None:
         """Write the rows to the disk."""
-        self._taking.check()
-        self._committed = self._file.sync()
-        self._committed_rows = self._rows
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        """Do nothing: no file is open between two writes."""
+        """Close the file."""
+        self._stream.close()
 
-    def _lines(self) -> Iterator[bytes]:
-        return committed_lines(self._file.path, self._committed)
-
-    def _damaged(self, number: int) -> DataError:
-        return DataError(f"{self._file.path} was changed: line {number} is not a row that prompttune writes")
-
-
-class JsonLines(_TextRows):
-    """One JSON object per line, UTF-8; see :func:`json_line`.
-
-    Args:
-        path: the file.
-        labelled: whether there are true labels, which have their own columns.
-        state: an earlier :meth:`commit` to resume from; None starts a new file.
-
-    Raises:
-        DataError: the file was changed after that commit.
-        OSError: the file cannot be written.
-    """
-
-    def write(self, answer: Answer) -> None:
-        """Write the rows of one input."""
-        with self._taking:
-            for row in answer.rows:
-                self._append(json_line(row, self._labelled), 1)
-
-    def rows(self) -> Iterator[Row]:
-        """Every committed row, in order, exactly as written.
-
-        Raises:
-            DataError: the file was changed in the meantime.
-        """
-        for number, line in enumerate(self._lines(), 1):
-            try:
-                row = Row.from_dict(json.loads(line))
-            except (ValueError, KeyError, TypeError):
-                raise self._damaged(number) from None
-            yield row
+    @classmethod
+    def foreign_file(cls, path: Path) -> Path | None:
+        """The file itself if its first line does not have the columns of rows."""
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+            line = stream.readline(2**20)
+        try:
+            columns = set(json.loads(line)) if line.startswith("{") else set(next(csv.reader([line]), ()))
+        except (ValueError, csv.Error):
+            columns = set()
+        return None if not line or columns >= _OURS else path
 
 
-class CsvRows(_TextRows):
-    """CSV in UTF-8 with a header; see :func:`csv_lines`. :class:`JsonLines` has the other arguments and the errors.
+class JsonLines(_TextFile):
+    """One JSON object per line; see :func:`json_lines`."""
 
-    Args:
-        bom: whether to start the file with a byte order mark.
-    """
+    content = "JSON lines"
+    suffixes = (".jsonl", ".ndjson")
+    task_types: ClassVar = ("classification", "segmentation")
 
-    def __init__(self, path: Path, labelled: bool, state: Mapping[str, Any] | None, bom: bool = False) -> None:
-        super().__init__(path, labelled, state)
-        if state is None:
-            self._append(csv_header(labelled, bom), 0)
-
-    def write(self, answer: Answer) -> None:
-        """Write the rows of one input."""
-        with self._taking:
-            self._append(csv_lines(answer.rows, self._labelled), len(answer.rows))
-
-    def rows(self) -> Iterator[Row]:
-        """Every committed row, in order; an empty cell is None, except for an empty label beside a probability.
-
-        Raises:
-            DataError: the file was changed in the meantime.
-        """
-        reader = csv.reader(line.decode("utf-8", "replace") for line in self._lines())
-        columns = _columns(self._labelled)
-        for cells in reader:
-            if reader.line_num == 1:
-                continue
-            try:
-                row = _from_cells(dict(zip(columns, map(restored, cells), strict=True)))
-            except (ValueError, KeyError, TypeError):
-                raise self._damaged(reader.line_num) from None
-            yield row
+    def _text(self, rows: Sequence[Row]) -> str:
+        return json_lines(rows, self._labelled)
 
 
-def _from_cells(cells: dict[str, str]) -> Row:
-    values: dict[str, Any] = {name: cell or None for name, cell in cells.items()}
-    values |= {name: int(cells[name]) for name in _INTEGERS if cells[name]}
-    values |= {name: float(cells[name]) for name in _FLOATS if cells.get(name)}
-    if values["probability"] is not None:
-        values["label"] = cells["label"]
-    return Row.from_dict(
-        {**values, "source": cells["source"], "task": cells["task"], "top_k": json.loads(cells["top_k"])}
-    )
+class CsvRows(_TextFile):
+    """CSV with a header; see :func:`csv_lines`."""
+
+    content = "CSV"
+    suffixes = (".csv",)
+
+    def __init__(self, path: Path, settings: SinkSettings) -> None:
+        super().__init__(path, settings)
+        self._stream.write(csv_header(settings))
+
+    def _text(self, rows: Sequence[Row]) -> str:
+        return csv_lines(rows, self._labelled)
 
 
-class StandardOutput:
-    """Rows to a stream whose reader sees them at once; it cannot be resumed.
+class StandardOutput(Sink):
+    """Rows to a stream whose reader sees them at once.
 
     Args:
         stream: output stream, which stays open.
-        labelled: whether there are true labels.
+        settings: settings of the run.
         form: JSON lines, or CSV with a header.
-        bom: whether CSV starts with a byte order mark.
     """
 
-    picture_side: int | None = None
-
-    def __init__(self, stream: TextIO, labelled: bool, form: Form = "jsonl", bom: bool = False) -> None:
+    def __init__(self, stream: TextIO, settings: SinkSettings, form: Literal["jsonl", "csv"] = "jsonl") -> None:
         self._stream = stream
-        self._bom = bom
-        self._labelled = labelled
+        self._labelled = settings.labelled
         self._form = form
         self._encoding = getattr(stream, "encoding", None) or "utf-8"
-        self._begun = form != "csv"
+        self._header = csv_header(settings) if form == "csv" else ""
 
-    def write(self, answer: Answer) -> None:
+    def write(self, answer: InputAnswer) -> None:
         """Write the rows of one input.
 
         Raises:
@@ -224,27 +137,22 @@ class StandardOutput:
             text = escaped(csv_lines(answer.rows, self._labelled), self._encoding)
         else:
             # JSON has the same escapes as Python's backslashreplace up to U+FFFF, but not beyond
-            lines = (json_line(row, self._labelled) for row in answer.rows)
+            lines = (json_lines([row], self._labelled) for row in answer.rows)
             text = "".join(line if self._holds(line) else json.dumps(json.loads(line)) + "\n" for line in lines)
         self._stream.write(text)
 
     def _holds(self, line: str) -> bool:
         return line.isascii() or escaped(line, self._encoding) == line
 
-    def commit(self) -> Mapping[str, Any]:
-        """Flush the stream. The state is empty, since printed rows cannot be taken back."""
+    def flush(self) -> None:
+        """Flush the stream."""
         self._stream.flush()
-        return {}
 
     def finish(self) -> None:
-        """Flush the stream."""
+        """Flush the stream, which has a header even without rows."""
         self._begin()
         self._stream.flush()
 
     def _begin(self) -> None:
-        if not self._begun:
-            self._stream.write(csv_header(self._labelled, self._bom))
-            self._begun = True
-
-    def close(self) -> None:
-        """Do nothing: the stream stays open."""
+        header, self._header = self._header, ""
+        self._stream.write(header)

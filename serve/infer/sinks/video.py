@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -13,12 +12,12 @@ from typing import Any
 
 from PIL import Image
 
-from prompttune.errors import DataError, UsageError
+from prompttune.errors import DataError
 from prompttune.serve.infer import libraries
-from prompttune.serve.infer.rows import Answer, Row
+from prompttune.serve.infer.rows import InputAnswer, Row
+from prompttune.serve.infer.sinks.base import Sink, SinkSettings
 from prompttune.serve.infer.sinks.drawing import annotate, centred, contained
 
-_LOG = logging.getLogger("prompttune.infer")
 _pyav = partial(libraries.pyav, "or write rows alone")
 
 RATE = Fraction(25)
@@ -34,9 +33,9 @@ _HEAD_BYTES = 2**16
 """Bytes at the start of a file that hold its metadata: every container here writes them before the first picture."""
 _BLACK = (0, 0, 0)
 _TICK = Fraction(1, 90_000)
-_LEAST_STEP = Fraction(1, 1000)
-"""Shortest time between two frames, in seconds: Matroska counts in milliseconds."""
-_BT_709, _BT_601 = 1, 5
+_LEAST_STEP = 90
+"""Smallest number of ticks between two frames: Matroska counts in milliseconds."""
+_BT_709 = 1
 _LIMITED_RANGE = 1
 
 # An MP4 file with its index at the end cannot be played after a crash; fragments have their own index.
@@ -47,69 +46,42 @@ _CLUSTERS = {"cluster_time_limit": "1000"}
 _OPTIONS = {"flush_packets": "1", "fflags": "+bitexact"}
 _H264 = ("libx264", {"preset": "veryfast", "crf": "23", "tune": "zerolatency"})
 _VP9 = ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "crf": "32", "b": "0", "lag-in-frames": "0"})
-# AVI has no presentation times. Players assume that H.264 frames are reordered and show each one when the next is due.
-_MPEG_4 = ("mpeg4", {"flags": "+qscale", "global_quality": str(4 * 118)})
 CONTAINERS: Mapping[str, tuple[str, tuple[str, dict[str, str]], dict[str, str]]] = {
     ".mp4": ("mp4", _H264, _FRAGMENTS),
     ".mov": ("mov", _H264, _FRAGMENTS),
     ".mkv": ("matroska", _H264, _CLUSTERS),
-    ".avi": ("avi", _MPEG_4, {}),
     ".webm": ("webm", _VP9, _CLUSTERS),
 }
 """For each suffix: FFmpeg's container, the encoder with options that hold no picture back, and container options."""
 
 
-def is_annotated(file: Path) -> bool:
-    """Whether prompttune wrote a video, by its :data:`MARK`; also true for an empty file, which an early end leaves."""
-    with file.open("rb") as stream:
-        head = stream.read(_HEAD_BYTES)
-    return not head or MARK.encode() in head
-
-
-class AnnotatedVideo:
-    """H.264, VP9 in WebM or MPEG-4 Visual in AVI, with a frame for each input.
+class AnnotatedVideo(Sink):
+    """H.264, or VP9 in WebM, with a frame for each input.
 
     Frames are placed at their rows' timestamps, relative to the first one, so skipped and dropped frames leave a gap.
     If a new source starts or its time goes back, the video continues after the previous frame. The first picture
     defines the size, rounded to even numbers; other pictures are scaled to fit. An unreadable input repeats the picture
-    before it. The file can be played even after a crash. AVI has a fixed rate: times are rounded to it, and a frame
-    whose time is already taken is left out, so that the others keep their time; a warning reports this once.
-
-    Args:
-        path: the file, with a suffix in :data:`CONTAINERS`.
-        rate: frames per second for inputs without timestamps, and the rate that the file states.
-        state: None; a video cannot be resumed.
-
-    Raises:
-        UsageError: a state is given, or the suffix is unknown.
-        MissingExtraError: PyAV is not installed.
-        OSError: the file cannot be written.
+    before it. The file can be played even after a crash.
     """
 
-    picture_side: int | None = 0
+    content = "annotated video"
+    suffixes = tuple(CONTAINERS)
+    resumable = False
+    picture_side = 0
 
-    def __init__(
-        self, path: Path, rate: Fraction | float | None = None, state: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, path: Path, settings: SinkSettings) -> None:
         _pyav()
-        if state is not None:
-            raise UsageError(f"{path} cannot be resumed: a video is made in one run; give --overwrite")
-        if path.suffix.lower() not in CONTAINERS:
-            raise UsageError(f"{path} is not a video format that can be written: known are {', '.join(CONTAINERS)}")
         self._path = path
-        self._rate = Fraction(rate).limit_denominator(1001) if rate else RATE
+        self._rate = Fraction(settings.rate).limit_denominator(1001) if settings.rate else RATE
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = _Output(path)
-        one_rate = path.suffix.lower() == ".avi"
-        self._clock = _Clock(self._rate, 1 / self._rate if one_rate else _TICK, late=not one_rate)
-        self._colours = _BT_601 if one_rate else _BT_709  # AVI cannot state the other one
-        self._warned = False
-        self._held: list[Answer] = []
+        self._clock = _Clock(self._rate)
+        self._held: list[InputAnswer] = []
         self._picture: Image.Image | None = None
         self._container: Any = None
         self._stream: Any = None
 
-    def write(self, answer: Answer) -> None:
+    def write(self, answer: InputAnswer) -> None:
         """Add a frame.
 
         Raises:
@@ -142,46 +114,34 @@ class AnnotatedVideo:
         stream = self._container.add_stream(encoder, rate=self._rate, options=settings)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
-        context.time_base = self._clock.tick
+        context.time_base = _TICK
         context.gop_size = KEYFRAME_EVERY
         context.max_b_frames = 0
-        context.colorspace = context.color_primaries = context.color_trc = self._colours
+        context.colorspace = context.color_primaries = context.color_trc = _BT_709
         context.color_range = _LIMITED_RANGE
         self._stream = stream
 
-    def _add(self, answer: Answer) -> None:
+    def _add(self, answer: InputAnswer) -> None:
         if answer.picture is not None:
             assert self._picture is not None
             self._picture = _fitted(answer.picture, *self._picture.size)
-        ticks = self._clock.ticks(answer.rows[0] if answer.rows else None)
-        if ticks is None:
-            if not self._warned:
-                _LOG.warning(
-                    "%s has one rate, %.4g pictures a second: frames that come faster are left out of it; "
-                    "write .mp4 or .mkv to have them all",
-                    self._path,
-                    float(self._rate),
-                )
-            self._warned = True
-            return
-        frame = _frame(self._picture, answer.rows, self._colours)
-        frame.time_base = self._clock.tick
-        frame.pts = ticks
+        frame = _frame(self._picture, answer.rows)
+        frame.time_base = _TICK
+        frame.pts = self._clock.ticks(answer.rows[0] if answer.rows else None)
         with _clear_errors(self._path):
             self._container.mux(self._stream.encode(frame))
         self._file.check()
 
-    def commit(self) -> Mapping[str, Any]:
-        """Write the frames to the disk as far as the container releases them; the state is empty."""
+    def flush(self) -> None:
+        """Write the frames to the disk as far as the container releases them."""
         self._file.sync()
-        return {}
 
     def finish(self) -> None:
         """Write the end of the video."""
         if self._held:
             self._begin(None)
         self._end()
-        self.commit()
+        self._file.sync()
 
     def _end(self) -> None:
         container, self._container = self._container, None
@@ -196,6 +156,13 @@ class AnnotatedVideo:
         with contextlib.suppress(OSError, DataError):
             self._end()
         self._file.close()
+
+    @classmethod
+    def foreign_file(cls, path: Path) -> Path | None:
+        """The file itself if it lacks the :data:`MARK`; an empty file is one that an early end has left."""
+        with path.open("rb") as stream:
+            head = stream.read(_HEAD_BYTES)
+        return None if not head or MARK.encode() in head else path
 
 
 class _Output:
@@ -244,23 +211,18 @@ class _Clock:
 
     Args:
         rate: frames per second for rows without timestamps.
-        tick: length of a tick in seconds.
-        late: whether a picture whose tick is taken is shown later; otherwise it is left out.
     """
 
-    def __init__(self, rate: Fraction, tick: Fraction, late: bool) -> None:
-        self.tick = tick
-        self._late = late
+    def __init__(self, rate: Fraction) -> None:
         self._gap = float(1 / rate)
-        self._least = max(1, round(_LEAST_STEP / tick))
         self._last: int | None = None
         self._seconds = 0.0
         self._source: str | None = None
         self._given: float | None = None
         self._shift = 0.0
 
-    def ticks(self, row: Row | None) -> int | None:
-        """Tick at which the next picture is shown; None if it is left out."""
+    def ticks(self, row: Row | None) -> int:
+        """Tick at which the next picture is shown."""
         after = 0.0 if self._last is None else self._seconds + self._gap
         if row is None or row.timestamp is None:
             self._seconds = after
@@ -269,13 +231,9 @@ class _Clock:
                 self._shift = after - row.timestamp
             self._source, self._given = row.source, row.timestamp
             self._seconds = row.timestamp + self._shift
-        at = round(self._seconds / float(self.tick))
-        if self._last is not None and at < self._last + self._least:
-            if not self._late:
-                return None
-            at = self._last + self._least
-        self._last = at
-        return at
+        at = round(self._seconds / float(_TICK))
+        self._last = at if self._last is None else max(at, self._last + _LEAST_STEP)
+        return self._last
 
 
 def _fitted(picture: Image.Image, width: int, height: int) -> Image.Image:
@@ -286,14 +244,14 @@ def _fitted(picture: Image.Image, width: int, height: int) -> Image.Image:
     )
 
 
-def _frame(picture: Image.Image | None, rows: Sequence[Row], colours: int) -> Any:
-    """A frame in the colours of BT.709, which players accept for any size if it is stated, or of another standard."""
+def _frame(picture: Image.Image | None, rows: Sequence[Row]) -> Any:
+    """A frame in the colours of BT.709, which players accept for any size if it is stated."""
     assert picture is not None
     av = _pyav()
     frame = av.VideoFrame.from_image(annotate(picture, rows)).reformat(
-        format="yuv420p", dst_colorspace=colours, dst_color_range=_LIMITED_RANGE
+        format="yuv420p", dst_colorspace=_BT_709, dst_color_range=_LIMITED_RANGE
     )
-    frame.colorspace, frame.color_range = colours, _LIMITED_RANGE
+    frame.colorspace, frame.color_range = _BT_709, _LIMITED_RANGE
     return frame
 
 

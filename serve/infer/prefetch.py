@@ -14,7 +14,7 @@ LEAVE_S = 30.0
 """Seconds to wait for a thread to end: longer than any batch should take."""
 
 
-class Ahead(Generic[T]):
+class Prefetch(Generic[T]):
     """Iterates in a thread, at most ``depth`` results ahead of the consumer.
 
     An error of the inner iterator is raised here, after the results before it.
@@ -26,7 +26,7 @@ class Ahead(Generic[T]):
         upstream: producer that ``inner`` takes from; it is closed with this, so that no thread keeps waiting for it.
     """
 
-    def __init__(self, inner: Iterator[T], depth: int, name: str, upstream: Ahead[Any] | None = None) -> None:
+    def __init__(self, inner: Iterator[T], depth: int, name: str, upstream: Prefetch[Any] | None = None) -> None:
         self._inner = inner
         self._upstream = upstream
         self._results: Waiting[T] = Waiting(depth, "none")
@@ -68,7 +68,7 @@ class Ahead(Generic[T]):
 
         The process would abort if it ended while a thread is inside a native library.
         """
-        stages: list[Ahead[Any]] = [self]
+        stages: list[Prefetch[Any]] = [self]
         while (before := stages[-1]._upstream) is not None:
             stages.append(before)
         for stage in stages:
