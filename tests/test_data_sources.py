@@ -432,8 +432,8 @@ def test_only_one_file_looks_for_images_in_folders() -> None:
     own = {
         "prompttune/training/state.py", "prompttune/checkpoints/importing/run.py", "prompttune/files.py",
         "prompttune/cli/doctor.py", "export/build.py", "export/formats/onnx_int8.py", "export/folder.py",
-        "serve/infer/sinks/opening.py", "serve/infer/sinks/overlays.py", "serve/infer/sinks/sheet.py",
-        "serve/infer/sinks/parquet_folder.py", "serve/service/catalogue.py",
+        "serve/infer/sinks/overlays.py", "serve/infer/sinks/parquet.py",
+        "serve/service/catalogue.py",
     }  # fmt: skip
     root = Path(__file__).parents[1]
     walking = re.compile(r"os\.walk|\.rglob\(|\.iterdir\(|glob\(|scandir|listdir")
