@@ -26,7 +26,7 @@ from prompttune.serve.infer.answering import answers_of
 from prompttune.serve.infer.cluster import RaySettings, run_on_ray
 from prompttune.serve.infer.cluster.settings import Booking
 from prompttune.serve.infer.items import ArrayPayload, BytesPayload, FilePayload, Item
-from prompttune.serve.infer.job import Job
+from prompttune.serve.infer.job import InferJob
 from prompttune.serve.infer.local import Decoding, run_locally
 from prompttune.serve.infer.work import Work, facts_of
 from tests.engines import exported
@@ -428,7 +428,7 @@ def test_no_inputs(joined, work):
 
 @pytest.mark.slow
 def test_a_whole_job_begun_here_and_ended_there(joined, tmp_path):
-    """Journal and outputs do not mind where the chunks are answered."""
+    """Row log and outputs do not depend on where the chunks are answered."""
     images = folder_of_pictures(tmp_path / "images", 40, corrupt=(7,))
     one_thread = {"options": RuntimeOptions(threads=1)}
     run(images, output=tmp_path / "here.jsonl", **one_thread)
@@ -438,7 +438,7 @@ def test_a_whole_job_begun_here_and_ended_there(joined, tmp_path):
             raise EngineError("enough")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Job, "_check_errors", enough)
+        patch.setattr(InferJob, "_check_errors", enough)
         with pytest.raises(EngineError, match="the rows of 12 inputs are safe"):
             run(images, output=tmp_path / "both.jsonl", **one_thread)
     summary, rows = run(images, output=tmp_path / "both.jsonl", **one_thread, resume=True, ray=RaySettings(parcel=8))

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from prompttune.errors import MissingExtraError
 from prompttune.serve.infer.cluster.settings import RaySettings
 from prompttune.serve.infer.items import Item
-from prompttune.serve.infer.rows import Answer
+from prompttune.serve.infer.rows import InputAnswer
 from prompttune.serve.infer.work import Work
 
 __all__ = ["RaySettings", "run_on_ray"]
@@ -17,7 +17,7 @@ __all__ = ["RaySettings", "run_on_ray"]
 
 def run_on_ray(
     chunks: Iterable[Sequence[Item]], work: Work, settings: RaySettings | None = None
-) -> Iterator[list[Answer]]:
+) -> Iterator[list[InputAnswer]]:
     """Answer every chunk, in the order of the chunks; each input is answered once, even if nodes are lost.
 
     The caller's thread lists chunks, at most ``settings.window`` parcels ahead of the answers. Ray Data decodes them in
@@ -35,5 +35,5 @@ def run_on_ray(
         if importlib.util.find_spec(library) is None:
             raise MissingExtraError(library, "ray", "without it prompttune infer runs on one machine")
     job = importlib.import_module("prompttune.serve.infer.cluster.job")
-    answers: Iterator[list[Answer]] = job.run(chunks, work, settings or RaySettings())
+    answers: Iterator[list[InputAnswer]] = job.run(chunks, work, settings or RaySettings())
     return answers

@@ -22,7 +22,7 @@ from prompttune.serve.infer.cluster.settings import Booking, RaySettings
 from prompttune.serve.infer.cluster.stages import Answering, Failure, Numbers, decode_parcels, unwrapped
 from prompttune.serve.infer.cluster.watch import Watch
 from prompttune.serve.infer.items import Item
-from prompttune.serve.infer.rows import Answer
+from prompttune.serve.infer.rows import InputAnswer
 from prompttune.serve.infer.work import Work
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ BLOCK_BYTES = 1
 """Size in bytes above which a block of a Dataset is passed on: here each row, which is a parcel, at once."""
 
 
-def run(chunks: Iterable[Sequence[Item]], work: Work, settings: RaySettings) -> Iterator[list[Answer]]:
+def run(chunks: Iterable[Sequence[Item]], work: Work, settings: RaySettings) -> Iterator[list[InputAnswer]]:
     """See :func:`~prompttune.serve.infer.cluster.run_on_ray`."""
     booking = Booking.of(settings, on_gpu=work.options.cuda_index is not None)
     with connected(settings.address), quiet():
@@ -67,7 +67,7 @@ class _Job:
         self._exhausted = False
         self._problem: Exception | None = None
 
-    def answers(self) -> Generator[list[Answer], None, None]:
+    def answers(self) -> Generator[list[InputAnswer], None, None]:
         """The answers of every chunk."""
         try:
             while not self._finished():
@@ -90,7 +90,7 @@ class _Job:
     def _finished(self) -> bool:
         return self._exhausted and self._answered == self._listed
 
-    def _execute(self, dataset: Dataset) -> Generator[list[Answer], None, None]:
+    def _execute(self, dataset: Dataset) -> Generator[list[InputAnswer], None, None]:
         if self._finished():
             return
         # A prefetched block is held back until the next one arrives, which never happens at the end of the inputs.

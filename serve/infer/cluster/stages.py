@@ -28,7 +28,7 @@ from prompttune.serve.infer.answering import Buffers, answers_of, assemble, scor
 from prompttune.serve.infer.cluster.feed import ATTEMPTS, FeedHandle
 from prompttune.serve.infer.decoding import Decoded, decode
 from prompttune.serve.infer.items import Item
-from prompttune.serve.infer.rows import Answer
+from prompttune.serve.infer.rows import InputAnswer
 from prompttune.serve.infer.work import Work, facts_of
 
 NUMBER, CONTENT = "number", "content"
@@ -136,7 +136,9 @@ class Answering:
             [wrapped(number, self._answers(number, content)) for number, content in unwrapped(table)]
         )
 
-    def _answers(self, number: int, decoded: Sequence[Sequence[Decoded]] | Failure) -> list[list[Answer]] | Failure:
+    def _answers(
+        self, number: int, decoded: Sequence[Sequence[Decoded]] | Failure
+    ) -> list[list[InputAnswer]] | Failure:
         engine = self._engine
         if isinstance(decoded, Failure):
             return decoded
@@ -149,10 +151,8 @@ class Answering:
         except PrompttuneError as problem:
             return Failure(first_line(problem))
 
-    def _answer(self, engine: Engine, chunk: Sequence[Decoded]) -> list[Answer]:
-        return answers_of(
-            score(engine, assemble(chunk, self._work, self._buffers), self._work, self._buffers), self._work
-        )
+    def _answer(self, engine: Engine, chunk: Sequence[Decoded]) -> list[InputAnswer]:
+        return answers_of(score(engine, assemble(chunk, self._work, self._buffers), self._buffers), self._work)
 
 
 def _leave_with(feed: FeedHandle, execution: int) -> None:
