@@ -161,7 +161,7 @@ def test_settings_go_from_the_defaults_to_the_overrides(tmp_path: Path) -> None:
         ({"defaults": {"eval-every": 1}}, "defaults: eval_every is not open"),
         ({"methods": {"linear": {"patience": 2}}}, "methods.linear: patience is not open"),
         ({"grids": {"linear": {"eval_every": [1, 2]}}}, "grids.linear: eval_every is not open"),
-        ({"defaults": {"task": "segmentation"}}, "protocols compare classifications"),
+        ({"defaults": {"task_type": "segmentation"}}, "protocols compare classifications"),
         ({"defaults": {"method": "linear"}}, "the entries of methods and variants name it"),
         ({"methods": {"linear": {"data": "x"}}}, "methods.linear: data is not a setting of a recipe"),
         ({"tasks": {"a": {"data": "demo/digits", "settings": {"seed": 1}}}}, "give seeds and search_seed"),

@@ -130,7 +130,7 @@ def test_missing_data_and_wrong_names_start_nothing(base: list[Any], tmp_path: P
         (["--seeds", str(2**63)], f"below {2**63}"),
         (["--set", "eval_every=1"], "eval_every is not open"),
         (["--set", "patience=3"], "patience is not open"),
-        (["--set", "task=segmentation"], "protocols compare classifications"),
+        (["--set", "task_type=segmentation"], "protocols compare classifications"),
         (["--set", "lr=[1"], "--set lr=[1: cannot read the value"),
         (["--set", "epochs=.inf"], "epochs must be a whole number, not inf"),
         (["--backbone", "nope"], "unknown backbone 'nope'"),
@@ -243,7 +243,7 @@ def test_figures_survive_a_measurement_that_fails(
         assert (tmp_path / "out" / "summary.json").exists()
         raise RuntimeError("no\nclock")
 
-    monkeypatch.setattr("prompttune.benchmark.benchmark.measure", fail)
+    monkeypatch.setattr("prompttune.benchmark.run.measure", fail)
     result = command(*base, "--methods", "vpt-shallow", "--seeds", "3", "--tasks", "a", "--quiet")
     assert (result.exit_code, result.stderr) == (0, "latencies are missing: RuntimeError: no clock\n")
     assert (tmp_path / "out" / "accuracy.png").exists()

@@ -137,8 +137,8 @@ def check_open(name: str, value: Any) -> None:
     """Raise :class:`UsageError` for a setting that the protocol fixes."""
     if name in SCORED_ONCE:
         raise UsageError(f"{name} is not open: every run is scored after its last epoch alone; leave it out")
-    if name == "task" and value != "classification":
-        raise UsageError(f"task {value!r}: protocols compare classifications; leave it out")
+    if name == "task_type" and value != "classification":
+        raise UsageError(f"task_type {value!r}: protocols compare classifications; leave it out")
 
 
 def load_recipe(name: str, file: Path | None = None) -> Recipe:
