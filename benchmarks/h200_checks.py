@@ -110,7 +110,7 @@ def drawn(backbone: pt.Backbone, method: str, seed: int, maps: bool = False) -> 
     """A task of 100 classes, or of maps of 5, whose parameters are all off their start."""
     torch.manual_seed(seed)
     config, head = CONFIGS.get(method) or METHODS[method](), pt.SegmentationConfig() if maps else None
-    model = pt.PromptModel(backbone, config, 5 if maps else 100, segmentation=head).eval()
+    model = pt.PromptModel(backbone, config, 5 if maps else 100, task_type=head).eval()
     for parameter in model.trained_parameters().values():
         parameter.data.add_(SPREAD * torch.randn_like(parameter))
     return model

@@ -16,6 +16,7 @@ from prompttune.export.parity.accuracy import AHEAD, PIECE, read_ahead
 from prompttune.export.parity.compare import compare_mixed
 from prompttune.export.parity.invariance import check_swaps
 from prompttune.export.parity.samples import Samples
+from prompttune.task_types import ClassificationConfig
 from tests.drawing import drawn_model
 from tests.engines import backbone, config_of, copied, exported, noise
 from tests.test_parity_figures import report, tally
@@ -193,6 +194,8 @@ def test_images_without_finite_logits_are_wrong_and_named(tmp_path):
 
 class Slow:
     """Images that count themselves; the first one waits until it is let go."""
+
+    task_type = ClassificationConfig()
 
     def __init__(self, count):
         self.count, self.first, self.lock = count, threading.Event(), threading.Lock()
