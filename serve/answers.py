@@ -8,8 +8,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prompttune.export.runtimes import Array
-
 Probabilities = NDArray[np.float64]
 
 
@@ -18,14 +16,6 @@ class Score(NamedTuple):
 
     label: str
     probability: float
-
-
-def softmax(logits: Array) -> Probabilities:
-    """Probabilities [..., C] in double precision of logits [..., C]."""
-    wide = logits.astype(np.float64)
-    powers = np.exp(wide - wide.max(axis=-1, keepdims=True))
-    shares: Probabilities = powers / powers.sum(axis=-1, keepdims=True)
-    return shares
 
 
 def ranked(probabilities: Probabilities, count: int) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from prompttune.export.runtimes import Array
-from prompttune.serve.answers import likeliest, softmax
+from prompttune.serve.answers import likeliest
 from prompttune.serve.engine import Engine, TaskLogits
 from prompttune.serve.infer.decoding import Decoded
 from prompttune.serve.infer.rows import InputAnswer, Row, Share
@@ -117,7 +117,7 @@ def _row(decoded: Decoded, task: str, logits: Iterator[TaskLogits], work: Work, 
         "task_version": None if facts is None else facts.version,
         "target": item.target if facts is None or index is None else facts.labels[index],
     }
-    shares: tuple[Share, ...] | None = () if work.segments else None
+    shares: tuple[Share, ...] | None = () if work.task_type.by_place else None
     if decoded.error is not None:
         return Row(**place, error=decoded.error, pixel_shares=shares)
     if facts is None:
@@ -126,11 +126,11 @@ def _row(decoded: Decoded, task: str, logits: Iterator[TaskLogits], work: Work, 
     values = next(logits).logits
     if not np.isfinite(values).all():
         return Row(**place, error="the engine's logits are not finite", pixel_shares=shares)
-    if values.ndim == 3:
+    if work.task_type.by_place:
         mask = class_map(values, work.image_size)
         shares = pixel_shares(mask, facts.labels)
         return Row(**place, label=shares[0].label, pixel_shares=shares, mask=mask)
-    probabilities = softmax(values)
+    probabilities = work.task_type.probabilities(values)
     if smoother is not None:
         probabilities = smoother(item, task, probabilities)
     scores = likeliest(probabilities, facts.labels, work.top_k)

@@ -268,7 +268,7 @@ def _work(settings: InferSettings, folder: EngineFolder, opened: Opened) -> Work
         top_k=settings.top_k,
         labelled=labelled,
         label_is_index=opened.label_is_index,
-        segments=folder.manifest.task_type.by_place,
+        task_type=folder.manifest.task_type,
     )
 
 

@@ -13,6 +13,7 @@ from prompttune.export.runtimes import RuntimeOptions
 from prompttune.images.preprocess import Preprocess
 from prompttune.serve.infer.settings import BATCH_SIZE
 from prompttune.serve.limits import TOP_K
+from prompttune.task_types import ClassificationConfig, TaskType
 
 LOG = logging.getLogger("prompttune.infer")
 
@@ -49,8 +50,8 @@ class Work:
     """Whether inputs have true labels."""
     label_is_index: bool = False
     """Whether a true label that is not a class name may be a class index, as in WebDataset's ``cls`` members."""
-    segments: bool = False
-    """Whether the tasks are segmentations."""
+    task_type: TaskType = field(default_factory=ClassificationConfig)
+    """Type of the engine's tasks."""
     picture_side: int | None = None
     """Longest side of the pictures in answers, in pixels; 0 for whole images, None for no pictures."""
 
