@@ -23,6 +23,8 @@ from prompttune.export.tasks import Fit, engine_model
 from prompttune.images.preprocess import Preprocess
 from prompttune.serve.infer import InferSettings, infer
 from prompttune.serve.masks import class_map, mask_of_image, palette, seen_box
+from prompttune.serve.service.assembly import make_service
+from prompttune.serve.service.settings import EngineSettings
 from prompttune.task_types import ClassificationConfig
 from tests.engines import exported, noise
 from tests.segmenting import LABELS, engine_of, saved, tiny, write_blocks
@@ -153,7 +155,7 @@ def test_a_task_of_another_head_or_kind_is_refused(engine, tmp_path):
         engine.add_task("other", saved(*other, 0))
     from tests.engines import checkpoint
 
-    with pytest.raises(EngineError, match="its task is classification, the engine has segmentation"):
+    with pytest.raises(EngineError, match="its task type is classification, the engine has segmentation"):
         engine.add_task("whole", checkpoint(engine.method, 0))
 
 
@@ -239,13 +241,11 @@ def test_strangers_in_a_folder_of_overlays_stay(photos, tmp_path):
 
 
 def test_server_and_bench_refuse_segmentations(tmp_path):
-    manifest = EngineFolder(engine_of("sa2vp", "linear")).manifest
-    with pytest.raises(EngineError, match="segmentations, which the server does not support"):
-        manifest.refuse_segmentation("the server")
+    with pytest.raises(EngineError, match="segmentation: the server does not answer such tasks"):
+        make_service(EngineSettings(str(engine_of("sa2vp", "linear"))))
     told = CliRunner().invoke(cli, ["bench", str(engine_of("sa2vp", "linear"))])
     assert told.exit_code == 1
-    assert "segmentations, which prompttune bench does not support" in told.output
-    EngineFolder(exported("linear")).manifest.refuse_segmentation("the server")
+    assert "segmentation: prompttune bench does not time such tasks" in told.output
 
 
 def test_formats_that_are_not_proven_are_refused(tmp_path):
