@@ -15,7 +15,7 @@ import click
 import numpy as np
 
 import prompttune as pt
-from prompttune.export import EngineFolder, Task
+from prompttune.export import EngineFolder, EngineTask
 from prompttune.methods import METHODS, MethodConfig
 
 CONFIGS: dict[str, MethodConfig] = {
@@ -50,7 +50,7 @@ def save_checkpoint(method: str, backbone: pt.Backbone, folder: Path) -> Path:
     return path
 
 
-def draw_task(like: Task, seed: int) -> Task:
+def draw_task(like: EngineTask, seed: int) -> EngineTask:
     """A task of the same shapes with another state."""
     generator = np.random.default_rng(seed)
     state = {

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import prompttune as pt
 from benchmarks.engines import CONFIGS
-from prompttune.export import EngineFolder, Task
+from prompttune.export import EngineFolder, EngineTask
 from prompttune.export.formats import FORMATS
 from prompttune.export.parity.gate import NOISE
 from prompttune.export.precision.casting import TORCH_DTYPES
@@ -398,7 +398,9 @@ def loads(setting: Setting, name: str) -> Rows:
         raise problems[0] if problems else AssertionError("nothing was loaded meanwhile")
 
 
-def _load(engine: pt.Engine, versions: list[Task], ended: Any, problems: list[Exception], loaded: list[int]) -> None:
+def _load(
+    engine: pt.Engine, versions: list[EngineTask], ended: Any, problems: list[Exception], loaded: list[int]
+) -> None:
     try:
         while not ended.wait(0.002):
             engine.bank.put("moving", versions[len(loaded) % 2 - 1], replace=True)

@@ -16,7 +16,7 @@ import numpy as np
 import prompttune as pt
 from benchmarks.common import Model, Run, model_options, run_options
 from benchmarks.engines import CONFIGS, draw_task, make_engine, save_checkpoint, workshop
-from prompttune.export import Task
+from prompttune.export import EngineTask
 from prompttune.export.formats.base import BANK_PRECISIONS
 from prompttune.export.runtimes import RuntimeOptions, StateRunner, open_runtime
 from prompttune.serve.bench import Latency
@@ -29,7 +29,7 @@ MIXED = 16
 """Rows, and tasks, of a mixed call that is compared with single ones."""
 
 
-def fill(engine: pt.Engine, like: Task, tasks: int) -> list[float]:
+def fill(engine: pt.Engine, like: EngineTask, tasks: int) -> list[float]:
     """Put tasks into an open engine until it has so many; seconds of each."""
     bank, seconds = engine.bank, []
     for number in range(len(bank.entries), tasks):
@@ -40,7 +40,9 @@ def fill(engine: pt.Engine, like: Task, tasks: int) -> list[float]:
     return seconds
 
 
-def check_answers(engine: pt.Engine, like: Task, numbers: list[int], options: RuntimeOptions) -> tuple[float, int]:
+def check_answers(
+    engine: pt.Engine, like: EngineTask, numbers: list[int], options: RuntimeOptions
+) -> tuple[float, int]:
     """Answers in mixed calls against those of an engine that holds the one task alone.
 
     Returns:

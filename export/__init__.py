@@ -8,7 +8,7 @@ from prompttune.lazy import lazy_names
 
 if TYPE_CHECKING:
     from prompttune.export.build import add_task, export_engine
-    from prompttune.export.folder import EngineFolder, Manifest, Task
+    from prompttune.export.folder import EngineFolder, EngineTask, Manifest
     from prompttune.export.formats import FORMATS, ExportSettings
     from prompttune.export.graph import MultiTaskGraph, trace
     from prompttune.export.parity.figures import Comparison
@@ -27,7 +27,7 @@ _LAZY = {
     "Manifest": "prompttune.export.folder",
     "MultiTaskGraph": "prompttune.export.graph",
     "ParityReport": "prompttune.export.parity.report",
-    "Task": "prompttune.export.folder",
+    "EngineTask": "prompttune.export.folder",
     "add_task": "prompttune.export.build",
     "export_engine": "prompttune.export.build",
     "trace": "prompttune.export.graph",
@@ -39,12 +39,12 @@ __all__ = [
     "RUNTIMES",
     "Comparison",
     "EngineFolder",
+    "EngineTask",
     "ExportSettings",
     "Gate",
     "Manifest",
     "MultiTaskGraph",
     "ParityReport",
-    "Task",
     "add_task",
     "export_engine",
     "trace",

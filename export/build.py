@@ -22,9 +22,9 @@ from prompttune.export.folder import (
     MANIFEST,
     TASKS,
     EngineFolder,
+    EngineTask,
     FileRecord,
     Manifest,
-    Task,
     digest_of,
     save_task,
     task_names,
@@ -233,7 +233,7 @@ def add_task(
     weights: str | Path | None = None,
     on_stage: OnStage = lambda _: None,
     **thresholds: Unpack[Thresholds],
-) -> Task:
+) -> EngineTask:
     """Fold a checkpoint into an engine folder. The graph is not changed.
 
     Args:

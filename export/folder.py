@@ -112,7 +112,7 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
-class Task:
+class EngineTask:
     """A task folded for an engine, with its origin."""
 
     labels: tuple[str, ...]
@@ -165,7 +165,7 @@ class Task:
         }
 
 
-def save_task(task: Task, folder: Path) -> None:
+def save_task(task: EngineTask, folder: Path) -> None:
     """Write a task's record and state into an existing folder."""
     (folder / STATE_FILE).write_bytes(task.packed)
     sync_file(folder / STATE_FILE)
@@ -224,7 +224,7 @@ def read_record(folder: Path) -> TaskRecord:
         raise _damaged(folder, problem) from None
 
 
-def load_version(folder: Path) -> tuple[Task, str]:
+def load_version(folder: Path) -> tuple[EngineTask, str]:
     """Read a folded task, checked against its digests, and its version, computed from what was read.
 
     Raises:
@@ -238,7 +238,7 @@ def load_version(folder: Path) -> tuple[Task, str]:
         given = {name: record.values[name] for name in ("settings", "source", "parity")}
     except (KeyError, OSError, safetensors.SafetensorError) as problem:
         raise _damaged(folder, problem) from None
-    task = Task(record.labels, record.preprocess, state, **given)
+    task = EngineTask(record.labels, record.preprocess, state, **given)
     return task, task._version(record.state.sha256)
 
 
@@ -380,7 +380,7 @@ class EngineFolder:
             choose("task", name, task_names(self.path / TASKS))
         return folder
 
-    def load_task(self, name: str) -> tuple[Task, str]:
+    def load_task(self, name: str) -> tuple[EngineTask, str]:
         """Read a task and its version, checked against its digests and the engine's layout.
 
         Raises:
@@ -391,13 +391,13 @@ class EngineFolder:
         self.manifest.axes_of(task.shapes(), f"task {name!r}")
         return task, version
 
-    def read_task(self, name: str) -> Task:
+    def read_task(self, name: str) -> EngineTask:
         """Read one task; see :meth:`load_task`."""
         return self.load_task(name)[0]
 
-    def read_some(self, count: int, besides: str) -> dict[str, Task]:
+    def read_some(self, count: int, besides: str) -> dict[str, EngineTask]:
         """The first ``count`` readable tasks, without ``besides``."""
-        some: dict[str, Task] = {}
+        some: dict[str, EngineTask] = {}
         for name in self.tasks():
             if len(some) == count:
                 break
@@ -430,7 +430,7 @@ class EngineFolder:
             on_task()
         return Scan(records, problems)
 
-    def write_task(self, name: str, task: Task, replace: bool = False) -> None:
+    def write_task(self, name: str, task: EngineTask, replace: bool = False) -> None:
         """Put a task into the folder; a reader sees either the old or the new one, never a part.
 
         Raises:

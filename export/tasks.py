@@ -13,7 +13,7 @@ import torch
 from prompttune.backbones import Backbone, load_backbone
 from prompttune.checkpoints import read_config
 from prompttune.errors import CheckpointError, EngineError, UsageError
-from prompttune.export.folder import Manifest, Task, check_task_name
+from prompttune.export.folder import EngineTask, Manifest, check_task_name
 from prompttune.methods import METHODS, config_from_dict
 from prompttune.model import PromptModel
 from prompttune.task_types import TaskType, read_task_type
@@ -106,7 +106,7 @@ class Folded:
 
     model: PromptModel
     """The unfolded model in evaluation mode; over its own backbone if the task has one."""
-    task: Task
+    task: EngineTask
 
 
 def check_fit(named: Mapping[str, Path], fit: Fit | None = None, engine: str = "the engine") -> Fit:
@@ -144,7 +144,7 @@ def fold_checkpoint(path: Path, backbone: Backbone) -> Folded:
         "prompttune_version": config.get("prompttune_version"),
         "metrics": config["metrics"],
     }
-    task = Task(
+    task = EngineTask(
         labels=tuple(model.labels),
         preprocess=model.preprocess,
         state=state,

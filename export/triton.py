@@ -24,7 +24,7 @@ from typing import Any
 
 from prompttune.errors import MissingExtraError, UsageError, choose
 from prompttune.export.build import check_output, export_engine
-from prompttune.export.folder import MANIFEST, ONNX_FILE, EngineFolder, Manifest, Task
+from prompttune.export.folder import MANIFEST, ONNX_FILE, EngineFolder, EngineTask, Manifest
 from prompttune.export.formats import ExportSettings
 from prompttune.export.layout import BATCH, LOGITS, TASKS, TensorSpec
 from prompttune.export.runtimes import RuntimeOptions
@@ -165,7 +165,7 @@ def _describe(engine: EngineFolder, settings: ExportSettings, triton: TritonSett
 
 def make_config(
     manifest: Manifest,
-    tasks: Mapping[str, Task],
+    tasks: Mapping[str, EngineTask],
     triton: TritonSettings,
     gpu: bool,
     labels_file: str | None = None,
@@ -214,7 +214,7 @@ def as_text(config: Any) -> str:
     return text
 
 
-def shared_labels(tasks: Mapping[str, Task]) -> Sequence[str] | None:
+def shared_labels(tasks: Mapping[str, EngineTask]) -> Sequence[str] | None:
     """The class names that all tasks share; None if they differ, because one file cannot tell tasks apart."""
     first, *others = (task.labels for task in tasks.values())
     return first if all(labels == first for labels in others) else None
@@ -246,7 +246,7 @@ def _batching(manifest: Manifest, triton: TritonSettings) -> dict[str, Any]:
     }
 
 
-def _warmup(manifest: Manifest, tasks: Mapping[str, Task], batched: bool) -> dict[str, Any]:
+def _warmup(manifest: Manifest, tasks: Mapping[str, EngineTask], batched: bool) -> dict[str, Any]:
     """Images of zeros, so that a model that cannot run is never ready and no client pays for the first run."""
     state = next(iter(tasks.values())).shapes()
     axes = {} if batched else manifest.axes_of(state, "the warm-up")
@@ -259,7 +259,7 @@ def _warmup(manifest: Manifest, tasks: Mapping[str, Task], batched: bool) -> dic
     return {"name": "zeros", "batch_size": sizes[BATCH] if batched else 1, "inputs": inputs}
 
 
-def _parameters(manifest: Manifest, tasks: Mapping[str, Task]) -> dict[str, str]:
+def _parameters(manifest: Manifest, tasks: Mapping[str, EngineTask]) -> dict[str, str]:
     """Facts that a client needs for its requests, as text and JSON; it gets them with the model's configuration."""
     rows = {name: row for row, name in enumerate(manifest.baked or ())}
     records = {

@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prompttune.errors import EngineError, UsageError, choose
-from prompttune.export.folder import Task, TaskRecord
+from prompttune.export.folder import EngineTask, TaskRecord
 from prompttune.export.layout import FLOAT32, TASKS, Layout, bind_axes, empty_bank, largest_axes, write_row
 from prompttune.export.runtimes import Runtime
 
 _CAPACITY = 4
-Load = Callable[[str], tuple[Task, str]]
+Load = Callable[[str], tuple[EngineTask, str]]
 """Reads a task and its version."""
 
 
@@ -34,7 +34,7 @@ Load = Callable[[str], tuple[Task, str]]
 class Entry:
     """A resident task, and the bank row that holds its state."""
 
-    task: Task
+    task: EngineTask
     """The task; its state is a view of the bank, so it is not stored twice: read it under a lease."""
     version: str
     row: int
@@ -68,7 +68,7 @@ class Bank:
         self,
         runtime: Runtime,
         layout: Layout,
-        tasks: Mapping[str, Task],
+        tasks: Mapping[str, EngineTask],
         dtype: np.dtype[Any] = FLOAT32,
         capacity: int | None = None,
         axes: Mapping[str, int] | None = None,
@@ -100,7 +100,7 @@ class Bank:
         for name, task in tasks.items():
             self.put(name, task, version=(versions or {}).get(name))
 
-    def _axes_of(self, name: str, task: Task) -> dict[str, int]:
+    def _axes_of(self, name: str, task: EngineTask) -> dict[str, int]:
         what = f"task {name!r}"
         return self._runtime.sizes.holding(bind_axes(self._layout, task.shapes(), what), what)
 
@@ -168,7 +168,7 @@ class Bank:
     def put(
         self,
         name: str,
-        task: Task,
+        task: EngineTask,
         replace: bool = False,
         version: str | None = None,
         staying: Collection[str] = (),
@@ -296,13 +296,13 @@ class BakedBank(Bank):
 def baked_entries(order: Sequence[str], records: Mapping[str, TaskRecord]) -> dict[str, Entry]:
     """The undamaged tasks of a model that holds them as constants; ``order`` names the task of each row."""
     return {
-        name: Entry(Task(records[name].labels, records[name].preprocess, {}), records[name].version, row)
+        name: Entry(EngineTask(records[name].labels, records[name].preprocess, {}), records[name].version, row)
         for row, name in enumerate(order)
         if name in records
     }
 
 
-def _write(layout: Layout, rows: Mapping[str, NDArray[Any]], row: int, task: Task, version: str) -> Entry:
+def _write(layout: Layout, rows: Mapping[str, NDArray[Any]], row: int, task: EngineTask, version: str) -> Entry:
     """Write a task's state into a row; the state of the returned entry is the written row."""
     write_row(layout, rows, row, task.state)
     state = {

@@ -20,7 +20,7 @@ from prompttune.export.folder import (
     STATE_FILE,
     TASKS,
     EngineFolder,
-    Task,
+    EngineTask,
     TaskRecord,
     check_task_name,
     read_record,
@@ -149,7 +149,7 @@ class Engine:
         options = RuntimeOptions(device, threads, cuda_graph, provider, None if cache is None else Path(cache), spin)
         self._runtime = open_runtime(self.folder.path, manifest, options)
         self._dtype = bank_dtype(manifest.bank_precision)
-        self._unsaved: dict[str, tuple[Task, str]] = {}
+        self._unsaved: dict[str, tuple[EngineTask, str]] = {}
         """Tasks without a folder, which therefore cannot be loaded again."""
         self._bank: Bank
         if tasks is not None:
@@ -174,7 +174,7 @@ class Engine:
         layout = self.folder.manifest.layout
         some = sorted(self._names) if named else self.folder.tasks(EAGER + 1)
         limit = self._runtime.sizes.most(TASKS_AXIS, resident_tasks or default_residents(self.folder, some))
-        loaded: dict[str, tuple[Task, str]] = {}
+        loaded: dict[str, tuple[EngineTask, str]] = {}
         axes: dict[str, int] = {}
         if len(some) <= EAGER:
             self._names = set(some)
@@ -189,7 +189,7 @@ class Engine:
         versions = {name: version for name, (_, version) in loaded.items()}
         return Bank(self._runtime, layout, tasks, self._dtype, axes=axes, limit=limit, versions=versions)
 
-    def _load(self, name: str) -> tuple[Task, str]:
+    def _load(self, name: str) -> tuple[EngineTask, str]:
         """Read a task that is not resident, with its version."""
         if name in self._unsaved:
             return self._unsaved[name]
@@ -238,7 +238,7 @@ class Engine:
         entry = self._bank.entries.get(task)
         return self._facts(task).version if entry is None else entry.version
 
-    def _facts(self, name: str) -> Task | TaskRecord:
+    def _facts(self, name: str) -> EngineTask | TaskRecord:
         """Record of a task, from memory or from its folder."""
         entry = self._bank.entries.get(name)
         if entry is not None:
@@ -454,7 +454,7 @@ class Engine:
             self._bank.put(name, task, replace, version)
             self._names.add(name)
 
-    def _some_residents(self, besides: str) -> dict[str, Task]:
+    def _some_residents(self, besides: str) -> dict[str, EngineTask]:
         """Copies of resident tasks, as many as a new one is mixed with, so that rows do not wait for the proof."""
         names = [name for name in self._bank.entries if name != besides][:MIXED_WITH]
         with self._bank.lease(names) as snapshot:

@@ -268,10 +268,10 @@ def test_one_reptile_step_is_its_equation(bars, plain, tmp_path):
     file = tmp_path / "meta.safetensors"
     learn_prompt(plain, [str(bars)], file, config=pt.DAMVPConfig(clusters=2), settings=chosen)
     from prompttune.data.rng import derive_seed
-    from prompttune.training.meta_learning import _Task
+    from prompttune.training.meta_learning import _MetaTask
 
     torch.manual_seed(derive_seed("meta", 0))
-    task = _Task(plain, pt.DAMVPConfig(clusters=2).resolved(plain), str(bars), chosen, torch.device("cpu"))
+    task = _MetaTask(plain, pt.DAMVPConfig(clusters=2).resolved(plain), str(bars), chosen, torch.device("cpu"))
     images, targets = next(task.batches)
     torch.nn.functional.cross_entropy(task.model(images).logits, targets).backward()
     expected = -0.5 * 2.0 * task.method.prompts.grad.mean(dim=0)

@@ -13,8 +13,8 @@ import prompttune as pt
 from prompttune.errors import CheckpointError, EngineError, ParityError, UsageError
 from prompttune.export import (
     EngineFolder,
+    EngineTask,
     MultiTaskGraph,
-    Task,
     add_task,
     export_engine,
 )
@@ -196,7 +196,7 @@ def test_a_task_that_fails_the_gate_is_not_added(tmp_path):
 
 def test_version_follows_all_that_an_answer_depends_on():
     task = EngineFolder(exported("linear")).read_task("task1")
-    same = Task(task.labels, task.preprocess, {key: value.copy() for key, value in task.state.items()})
+    same = EngineTask(task.labels, task.preprocess, {key: value.copy() for key, value in task.state.items()})
     assert task.version == same.version
     bias = {**task.state, "head.bias": task.state["head.bias"] + 1}
     cropped = dataclasses.replace(task.preprocess, crop_pct=0.5)

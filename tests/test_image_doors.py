@@ -31,7 +31,7 @@ from prompttune.serve.infer.sources.tables import TableSource
 from prompttune.serve.limits import Limits
 from prompttune.serve.messages import BadRequestError, InferRequest, InputTensor, bytes_array
 from prompttune.serve.service.images import FORMATS, Decoder
-from prompttune.serve.service.tensors import Payload, read_rows
+from prompttune.serve.service.tensors import RowImage, read_rows
 from tests.engines import exported
 
 TRANSFORM = Preprocess(32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -174,7 +174,7 @@ def test_the_server_reads_alike_or_names_what_it_reads(folder: Path, decoder: De
         else:
             with pytest.raises(BadRequestError, match=r"image of row 0 .* JPEG, PNG, WEBP"):
                 asyncio.run(decoder.prepare(TRANSFORM, payload))
-    pixels = asyncio.run(decoder.prepare(TRANSFORM, Payload(0, np.asarray(image))))
+    pixels = asyncio.run(decoder.prepare(TRANSFORM, RowImage(0, np.asarray(image))))
     assert pixels.tobytes() == tensor(image)
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from prompttune.errors import DataError, UsageError
 from prompttune.serve.infer.items import Item
 from prompttune.serve.infer.sources.live import LiveSource, backoff, is_stream, masked
-from prompttune.serve.infer.sources.waiting import Unbounded, Waiting
+from prompttune.serve.infer.sources.waiting import BoundedQueue, Unbounded
 from tests.videos import PATIENCE_S, Pulled, broken_stream, clip, number_in, render
 
 
@@ -34,7 +34,7 @@ def shown(items: Sequence[Item]) -> list[int]:
 
 @given(st.integers(1, 4), st.lists(st.one_of(st.just("put"), st.integers(1, 5)), max_size=60), st.booleans())
 def test_the_newest_items_stay_in_order_and_all_are_counted(size: int, steps: list[str | int], drain: bool) -> None:
-    waiting: Waiting[int] = Waiting(size, "oldest")
+    waiting: BoundedQueue[int] = BoundedQueue(size, "oldest")
     model: list[int] = []
     put = taken = 0
     for step in steps:
@@ -60,7 +60,7 @@ def test_the_newest_items_stay_in_order_and_all_are_counted(size: int, steps: li
 
 
 def test_a_full_queue_holds_its_reader_back_and_loses_nothing() -> None:
-    waiting: Waiting[int] = Waiting(2, "none")
+    waiting: BoundedQueue[int] = BoundedQueue(2, "none")
     reader = threading.Thread(target=lambda: ([waiting.put(number) for number in range(500)], waiting.close()))
     reader.start()
     found: list[int] = []
@@ -73,7 +73,7 @@ def test_a_full_queue_holds_its_reader_back_and_loses_nothing() -> None:
 
 
 def test_discarding_wakes_a_reader_that_waits_for_room() -> None:
-    waiting: Waiting[int] = Waiting(1, "none")
+    waiting: BoundedQueue[int] = BoundedQueue(1, "none")
     waiting.put(0)
     reader = Pulled(waiting.put(1) for _ in range(1))
     waiting.discard()
@@ -82,7 +82,7 @@ def test_discarding_wakes_a_reader_that_waits_for_room() -> None:
 
 
 def test_an_error_comes_after_what_waits() -> None:
-    waiting: Waiting[int] = Waiting(4, "none")
+    waiting: BoundedQueue[int] = BoundedQueue(4, "none")
     waiting.put(0)
     waiting.fail(DataError("broken"))
     assert waiting.take(4) == [0]

@@ -8,14 +8,14 @@ import pytest
 from prompttune.errors import UsageError
 from prompttune.export import Gate, ParityReport
 from prompttune.export.parity.accuracy import Accuracy
-from prompttune.export.parity.figures import _KEPT, Tally
+from prompttune.export.parity.figures import _KEPT, DifferenceTally
 from prompttune.export.parity.gate import NOISE, loosest
 
 LOW = ("fp16", "bf16", "int8")
 
 
 def tally(expected, found, **settings):
-    made = Tally(**settings)
+    made = DifferenceTally(**settings)
     made.add(np.array(expected, np.float32), np.array(found, np.float32))
     return made.result("t", "state", 1)
 
@@ -65,7 +65,7 @@ def test_batches_add_up_and_many_logits_are_sampled():
     rng = np.random.default_rng(0)
     expected = rng.standard_normal((600, 1024)).astype(np.float32)
     found = expected + rng.standard_normal(expected.shape).astype(np.float32) * 0.01
-    made = Tally()
+    made = DifferenceTally()
     for rows in np.array_split(np.arange(600), 7):
         made.add(expected[rows], found[rows])
     one, apart = made.result("t", "state", 8), np.abs(expected - found)
@@ -155,7 +155,7 @@ def test_a_row_of_small_logits_is_judged_by_its_task():
     found = expected + np.array([[0.0, 0.0], [0.0, 0.0], [0.0, 0.02]])
     assert tally(expected, found, noise=0.01).ties == 1
     assert tally(expected[2:], found[2:], noise=0.01).ties == 0
-    mixed = Tally(noise=0.01)  # another task's scale does not count
+    mixed = DifferenceTally(noise=0.01)  # another task's scale does not count
     mixed.add(expected[:2].astype(np.float32), found[:2].astype(np.float32), "large")
     mixed.add(expected[2:].astype(np.float32), found[2:].astype(np.float32), "small")
     assert (mixed.result("mixed", "state", 1).disagreements, mixed.result("mixed", "state", 1).ties) == (1, 0)

@@ -131,7 +131,7 @@ def test_parts_of_another_package_work_in_every_command(
     installed: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("prompttune.training.plots.plot_curves", lambda *_: None)
-    monkeypatch.setattr("prompttune.training.keep.save_png", lambda *_: None)
+    monkeypatch.setattr("prompttune.training.run_writer.save_png", lambda *_: None)
     data, run, engine = write_folder(tmp_path / "data", 4, 2), tmp_path / "run", tmp_path / "engine"
     text = " ".join(invoke("train", "--help").split())
     assert "--start NUMBER first value of every scale [default: 1.0] [outside-scale]" in text

@@ -12,11 +12,11 @@ from rich.console import Console
 
 from prompttune.cli.engine_options import parity_tables
 from prompttune.cli.main import cli
-from prompttune.evaluation import Tally as ScoreTally
+from prompttune.evaluation import DifferenceTally as ScoreTally
 from prompttune.export import Gate, ParityReport
 from prompttune.export.parity.accuracy import Accuracy, Sides
 from prompttune.export.parity.bisection import Bisection, Probe
-from prompttune.export.parity.figures import Tally
+from prompttune.export.parity.figures import DifferenceTally
 from prompttune.export.parity.html import LISTED, PLOTTED, write_html
 from prompttune.export.parity.invariance import Swap
 from tests.engines import exported
@@ -57,7 +57,7 @@ class Page(HTMLParser):
 
 def comparison(task, shift=0.0, rows=8):
     expected = np.random.default_rng(0).standard_normal((rows, 7)).astype(np.float32)
-    tally = Tally()
+    tally = DifferenceTally()
     tally.add(expected, expected + np.float32(shift))
     return tally.result(task, "state", 8)
 

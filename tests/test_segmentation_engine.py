@@ -16,7 +16,7 @@ from prompttune.cli.main import cli
 from prompttune.data import load_data
 from prompttune.errors import EngineError, UsageError
 from prompttune.export import EngineFolder
-from prompttune.export.parity.figures import Tally
+from prompttune.export.parity.figures import DifferenceTally
 from prompttune.export.parity.gate import Gate
 from prompttune.export.parity.map_figures import MapTally
 from prompttune.export.tasks import Fit, engine_model
@@ -274,7 +274,7 @@ def test_map_figures_are_those_of_places_as_rows():
     random = np.random.default_rng(0)
     expected_ = random.standard_normal((3, 4, 5, 6), dtype=np.float32)
     found = expected_ + random.standard_normal((3, 4, 5, 6), dtype=np.float32) * 0.2
-    maps, rows = MapTally(), Tally()
+    maps, rows = MapTally(), DifferenceTally()
     maps.add(expected_, found)
     rows.add(*(one.transpose(0, 2, 3, 1).reshape(-1, 4) for one in (expected_, found)))
     one, other = maps.result("a", "state", 3), rows.result("a", "state", 3)

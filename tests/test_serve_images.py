@@ -25,7 +25,7 @@ from prompttune.serve import images
 from prompttune.serve.limits import Limits
 from prompttune.serve.messages import BadRequestError, ServeError, TooLargeError
 from prompttune.serve.service.images import Decoder
-from prompttune.serve.service.tensors import Payload
+from prompttune.serve.service.tensors import RowImage
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PLAIN = Preprocess(32, MEAN, STD)
@@ -41,7 +41,7 @@ def decoder() -> Iterator[Decoder]:
 
 
 def prepared(decoder: Decoder, payload: bytes | np.ndarray, preprocess: Preprocess = PLAIN, row: int = 0) -> np.ndarray:
-    return asyncio.run(decoder.prepare(preprocess, Payload(row, payload)))
+    return asyncio.run(decoder.prepare(preprocess, RowImage(row, payload)))
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
@@ -268,7 +268,7 @@ def test_decoding_happens_in_its_own_threads_and_no_more_than_asked_for(
     monkeypatch.setattr(images, "read_image", seen)
 
     async def all_of_them() -> None:
-        await asyncio.gather(*(decoder.prepare(PLAIN, Payload(row, b"")) for row in range(6)))
+        await asyncio.gather(*(decoder.prepare(PLAIN, RowImage(row, b"")) for row in range(6)))
 
     asyncio.run(all_of_them())
     assert len(names) == 6
@@ -289,9 +289,9 @@ def test_a_cancelled_caller_leaves_the_queue(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(images, "read_image", held)
 
     async def story() -> None:
-        first = asyncio.create_task(decoder.prepare(PLAIN, Payload(0, b"")))
+        first = asyncio.create_task(decoder.prepare(PLAIN, RowImage(0, b"")))
         await asyncio.to_thread(begun.wait, 30)
-        second = asyncio.create_task(decoder.prepare(PLAIN, Payload(1, b"")))
+        second = asyncio.create_task(decoder.prepare(PLAIN, RowImage(1, b"")))
         await asyncio.sleep(0)
         second.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -27,7 +27,7 @@ from prompttune.serve.messages import (
     bytes_array,
 )
 from prompttune.serve.service.outputs import OUTPUTS, PADDING
-from prompttune.serve.service.tensors import Payload, Rows, read_rows, write_outputs
+from prompttune.serve.service.tensors import RowImage, Rows, read_rows, write_outputs
 from tests.engines import exported, noise
 
 SIZE = 8
@@ -236,7 +236,7 @@ SIGNS = Task(("+", "-"), "ba9876543210")
 
 
 def rows_of(tasks: Sequence[str], *outputs: RequestedOutput, top_k: int = 5) -> Rows:
-    payloads = [Payload(row, b"") for row in range(len(tasks))]
+    payloads = [RowImage(row, b"") for row in range(len(tasks))]
     return Rows(payloads, tasks, top_k, 0, None, outputs or [RequestedOutput(name) for name in OUTPUTS])
 
 
@@ -295,7 +295,7 @@ def test_logits_that_are_not_finite_are_no_answer(value: float) -> None:
     with pytest.raises(ServeError, match="the task 'letters' gave logits that are not finite") as caught:
         written(rows, logits, [LETTERS] * 2)
     assert caught.value.http_status == 500
-    sent = [Payload(row, np.zeros((3, SIZE, SIZE), dtype=np.float32)) for row in range(2)]
+    sent = [RowImage(row, np.zeros((3, SIZE, SIZE), dtype=np.float32)) for row in range(2)]
     with pytest.raises(BadRequestError, match="image of row 1 is out of range"):
         written(dataclasses.replace(rows, payloads=sent), logits, [LETTERS] * 2)
 

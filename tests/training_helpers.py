@@ -30,7 +30,7 @@ def one_thread() -> Iterator[None]:
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than training here."""
     monkeypatch.setattr("prompttune.training.plots.plot_curves", lambda *_: None)
-    monkeypatch.setattr("prompttune.training.keep.save_png", lambda *_: None)
+    monkeypatch.setattr("prompttune.training.run_writer.save_png", lambda *_: None)
 
 
 def write_folder(root: Path, train: int = 16, val: int = 6) -> Path:

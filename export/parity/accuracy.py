@@ -14,7 +14,7 @@ import numpy as np
 
 from prompttune.errors import DataError
 from prompttune.evaluation.result import Evaluation
-from prompttune.export.folder import Task
+from prompttune.export.folder import EngineTask
 from prompttune.export.parity.compare import Reference, Runner
 from prompttune.export.parity.figures import Array
 from prompttune.export.parity.samples import Labelled, read_images
@@ -103,7 +103,7 @@ def both_sides(
     runner: Runner,
     reference: Reference,
     name: str,
-    task: Task,
+    task: EngineTask,
     spec: str,
     source: Labelled,
     size: int,
@@ -137,7 +137,7 @@ def both_sides(
         raise DataError(f"none of the images chosen from {spec} can be read")
 
 
-def read_ahead(source: Labelled, task: Task, indices: Sequence[int]) -> Generator[tuple[int, Array | None, Any]]:
+def read_ahead(source: Labelled, task: EngineTask, indices: Sequence[int]) -> Generator[tuple[int, Array | None, Any]]:
     """Images of a data set through a task's transform, in order, read ahead in threads.
 
     At most :data:`AHEAD` pieces of :data:`PIECE` images are in memory. Close the iterator to end the threads early.

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from prompttune.errors import EngineError, UsageError, first_line
-from prompttune.export.folder import ONNX_FILE, Manifest, Task
+from prompttune.export.folder import ONNX_FILE, EngineTask, Manifest
 from prompttune.export.layout import IMAGE, TASK_INDEX, bank_dtype, bank_input, stack_states
 from prompttune.export.parity.figures import Array
 from prompttune.export.runtimes import RuntimeOptions
@@ -94,7 +94,7 @@ def bisect(
     manifest: Manifest,
     model: PromptModel,
     name: str,
-    task: Task,
+    task: EngineTask,
     images: Array,
     tolerance: float,
     options: RuntimeOptions | None = None,
@@ -131,7 +131,7 @@ def _compare(name: str, expected: Array, found: Array) -> Probe:
     return Probe(name, float(np.abs(difference).max(initial=0.0)), relative, cosine)
 
 
-def _torch_results(model: PromptModel, task: Task, images: Array) -> dict[str, Array]:
+def _torch_results(model: PromptModel, task: EngineTask, images: Array) -> dict[str, Array]:
     """Intermediate results of the eager forward; each row has its own state, as in the graph."""
     state = {
         key: torch.from_numpy(np.array(value)).expand(len(images), *value.shape[1:])
@@ -143,7 +143,7 @@ def _torch_results(model: PromptModel, task: Task, images: Array) -> dict[str, A
 
 
 def _onnx_results(
-    folder: Path, manifest: Manifest, name: str, task: Task, images: Array, options: RuntimeOptions
+    folder: Path, manifest: Manifest, name: str, task: EngineTask, images: Array, options: RuntimeOptions
 ) -> dict[str, Array]:
     """The intermediate results that the engine's file still holds, as float32."""
     from prompttune.export.runtimes.onnxruntime import open_session
@@ -172,7 +172,7 @@ def _add_outputs(model: onnx.ModelProto, probes: Mapping[str, str]) -> list[str]
     return present
 
 
-def _feeds(manifest: Manifest, name: str, task: Task, images: Array) -> dict[str, ort.OrtValue]:
+def _feeds(manifest: Manifest, name: str, task: EngineTask, images: Array) -> dict[str, ort.OrtValue]:
     """Inputs of one call of the task ``name``: a bank with only this task, or its row in a baked-in bank."""
     row = 0 if manifest.baked is None else manifest.baked.index(name)
     feeds = {IMAGE: _value(images), TASK_INDEX: _value(np.full(len(images), row, dtype=np.int64))}

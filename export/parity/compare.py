@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from prompttune.export.folder import Task
-from prompttune.export.parity.figures import Array, Comparison, Tally
+from prompttune.export.folder import EngineTask
+from prompttune.export.parity.figures import Array, Comparison, DifferenceTally
 from prompttune.export.parity.map_figures import MapTally, is_map
 from prompttune.model import PromptModel
 
@@ -37,7 +37,7 @@ class Reference(Protocol):
         """Logits [B, classes of the task (, h, w)] of images [B, 3, S, S]."""
 
 
-def state_reference(model: PromptModel, tasks: Mapping[str, Task]) -> Reference:
+def state_reference(model: PromptModel, tasks: Mapping[str, EngineTask]) -> Reference:
     """PyTorch on the stored states: ``model.forward_state``, one task at a time, without padding.
 
     It runs in float32, even if a state is a view of a bank of another precision.
@@ -66,7 +66,7 @@ def checkpoint_reference(models: Mapping[str, PromptModel]) -> Reference:
     return logits
 
 
-def runner_reference(runner: Runner, tasks: Mapping[str, Task], batch_size: int) -> Reference:
+def runner_reference(runner: Runner, tasks: Mapping[str, EngineTask], batch_size: int) -> Reference:
     """Another engine, with ``batch_size`` images per call."""
 
     def logits(images: Array, task: str) -> Array:
@@ -77,9 +77,9 @@ def runner_reference(runner: Runner, tasks: Mapping[str, Task], batch_size: int)
     return logits
 
 
-def tally_for(logits: Array, noise: float) -> Tally | MapTally:
+def tally_for(logits: Array, noise: float) -> DifferenceTally | MapTally:
     """A tally that fits logits of this form: [B, C], or maps [B, C, h, w]."""
-    return MapTally(noise) if is_map(logits) else Tally(noise)
+    return MapTally(noise) if is_map(logits) else DifferenceTally(noise)
 
 
 def batches(rows: int, size: int) -> Iterator[slice]:

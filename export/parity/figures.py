@@ -50,7 +50,7 @@ class Comparison:
     """Share of images for which both sides name the same class; a row that is not finite agrees with no class."""
     disagreements: int
     ties: int
-    """Number of disagreements whose row has all logits within the gate's ``noise``, see :class:`Tally`."""
+    """Number of disagreements whose row has all logits within the gate's ``noise``, see :class:`DifferenceTally`."""
     unexplained: int
     """Number of images with a logit beyond the gate's ``noise``, agreeing or not; 0 without noise."""
     top5_agreement: float | None
@@ -107,7 +107,7 @@ def differences(expected: Figures, found: Figures) -> tuple[Figures, Figures]:
     return absolute, np.where(absolute == 0, 0.0, relative)  # rows of zeros on both sides are equal
 
 
-class Tally:
+class DifferenceTally:
     """Figures of a comparison, batch by batch.
 
     Args:

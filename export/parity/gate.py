@@ -57,7 +57,7 @@ class Gate(GateOptions):
     min_agreement: float = setting(1.0, low=0, high=1)
     """Smallest allowed share of images on which both sides name the same class, without ties."""
     noise: float = 0.0
-    """Largest difference of a tie's logits, relative to their scale, see :class:`Tally`; 0 for no ties."""
+    """Largest difference of a tie's logits, relative to their scale, see :class:`DifferenceTally`; 0 for no ties."""
     max_neighbours: float = NEIGHBOURS["fp32"]
     """Largest allowed influence of an image's neighbours on its logits, see :class:`Neighbours`."""
     precision: str = "fp32"

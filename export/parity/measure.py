@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from prompttune.export.folder import Task
+from prompttune.export.folder import EngineTask
 from prompttune.export.parity.accuracy import OTHER_CLASSES, Accuracy, NotFinite, Sides, both_sides
 from prompttune.export.parity.compare import Reference, Runner, tally_for
 from prompttune.export.parity.figures import Comparison
@@ -20,7 +20,7 @@ def measure_accuracy(
     runner: Runner,
     reference: Reference,
     name: str,
-    tasks: Mapping[str, Task],
+    tasks: Mapping[str, EngineTask],
     samples: Samples,
     gate: Gate,
     limit: int | None,

@@ -9,7 +9,7 @@ from typing import Any
 
 from prompttune.backbones import Backbone
 from prompttune.errors import ParityError
-from prompttune.export.folder import Manifest, Task
+from prompttune.export.folder import EngineTask, Manifest
 from prompttune.export.layout import TASKS
 from prompttune.export.options import OnStage
 from prompttune.export.parity.accuracy import Accuracy
@@ -36,7 +36,7 @@ MIXED_WITH = 7
 
 
 def open_runner(
-    folder: Path, manifest: Manifest, tasks: Mapping[str, Task], options: RuntimeOptions | None = None
+    folder: Path, manifest: Manifest, tasks: Mapping[str, EngineTask], options: RuntimeOptions | None = None
 ) -> StateRunner:
     """Open an engine folder's model with some tasks."""
     states = {name: task.state for name, task in tasks.items()}
@@ -46,7 +46,7 @@ def open_runner(
 def compare_engine(
     runner: Runner,
     references: Mapping[str, Reference],
-    tasks: Mapping[str, Task],
+    tasks: Mapping[str, EngineTask],
     samples: Samples,
     gate: Gate,
     *,
@@ -104,7 +104,7 @@ def compare_engine(
 def prove(
     runner: Runner,
     folded: Mapping[str, Folded],
-    others: Mapping[str, Task],
+    others: Mapping[str, EngineTask],
     manifest: Manifest,
     samples: Samples,
     gate: Gate,
@@ -149,11 +149,11 @@ def fold_proven(
     name: str,
     checkpoint: str | Path,
     backbone: Backbone,
-    others: Mapping[str, Task],
-    runner_of: Callable[[Mapping[str, Task]], Runner],
+    others: Mapping[str, EngineTask],
+    runner_of: Callable[[Mapping[str, EngineTask]], Runner],
     samples: Samples,
     gate: Gate | None,
-) -> Task:
+) -> EngineTask:
     """Fold a checkpoint and prove it, alone and mixed with tasks that the engine already has.
 
     Args:

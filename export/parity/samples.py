@@ -11,7 +11,7 @@ import numpy as np
 from prompttune.data.base import DataObject
 from prompttune.errors import DataError, choose
 from prompttune.evaluation.scored import Chosen, Matched, choose_split, match_classes
-from prompttune.export.folder import Task
+from prompttune.export.folder import EngineTask
 from prompttune.export.parity.figures import Array
 from prompttune.task_types import ClassificationConfig, TaskType
 
@@ -91,7 +91,7 @@ class Samples:
     _chosen: dict[str, Chosen] = field(default_factory=dict, repr=False)
     _objects: dict[str, str | DataObject] = field(default_factory=dict, repr=False)
 
-    def check(self, tasks: Mapping[str, Task]) -> None:
+    def check(self, tasks: Mapping[str, EngineTask]) -> None:
         """Refuse data that cannot be scored, before any other work.
 
         Raises:
@@ -119,7 +119,7 @@ class Samples:
             self._objects[key] = settled(given)
         return self._objects[key]
 
-    def images(self, name: str, task: Task) -> Labelled | None:
+    def images(self, name: str, task: EngineTask) -> Labelled | None:
         """The images of a task; None without data."""
         found = self._settled(name)
         if found is None:
@@ -129,7 +129,7 @@ class Samples:
             self._chosen[spec] = choose_split(parts.named, parts.name, self.split)
         return Labelled(self._chosen[spec], self.task_type, task.labels, isinstance(self.data, Mapping), self.strict)
 
-    def draw(self, name: str, task: Task, count: int) -> tuple[Array, str]:
+    def draw(self, name: str, task: EngineTask, count: int) -> tuple[Array, str]:
         """Up to ``count`` normalised images [N, 3, S, S] for a task, and their description.
 
         Raises:
@@ -148,7 +148,7 @@ class Samples:
         return np.stack(images), f"{len(images)} images of {self.spec(name)}"
 
 
-def read_images(source: Labelled, task: Task, indices: Sequence[int]) -> list[tuple[Array | None, Any]]:
+def read_images(source: Labelled, task: EngineTask, indices: Sequence[int]) -> list[tuple[Array | None, Any]]:
     """Images of a data set through a task's transform: [3, S, S] and class index or mask; None if unreadable."""
     transform = source.task_type.pair(task.preprocess)
     read: list[tuple[Array | None, Any]] = []

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Unpack
 
 from prompttune.errors import EngineError, UsageError, choose, some_names
-from prompttune.export.folder import EngineFolder, Task
+from prompttune.export.folder import EngineFolder, EngineTask
 from prompttune.export.layout import TASKS
 from prompttune.export.options import OnStage, Thresholds
 from prompttune.export.parity.bisection import bisect, check_probes
@@ -129,7 +129,7 @@ def validate_engine(
 
 def _tasks(
     folder: EngineFolder, other: EngineFolder | None, wanted: Sequence[str] | None
-) -> tuple[dict[str, Task], list[str]]:
+) -> tuple[dict[str, EngineTask], list[str]]:
     """The tasks to compare, read from ``folder``, with remarks; ``other`` must have comparable ones."""
     present = folder.tasks()
     if not present:
@@ -170,13 +170,17 @@ class _Side:
     """The model, if the reference is PyTorch."""
 
 
-def _torch_side(folder: EngineFolder, tasks: Mapping[str, Task], weights: str | Path | None) -> _Side:
+def _torch_side(folder: EngineFolder, tasks: Mapping[str, EngineTask], weights: str | Path | None) -> _Side:
     model = engine_model(folder.manifest, engine_backbone(folder.manifest, weights))
     return _Side(STATE, state_reference(model, tasks), torch_description(), model=model)
 
 
 def _engine_side(
-    folder: EngineFolder, other: EngineFolder, tasks: Mapping[str, Task], gate: Gate, options: RuntimeOptions | None
+    folder: EngineFolder,
+    other: EngineFolder,
+    tasks: Mapping[str, EngineTask],
+    gate: Gate,
+    options: RuntimeOptions | None,
 ) -> _Side:
     theirs = {name: other.read_task(name) for name in tasks}
     for name, task in tasks.items():
@@ -199,7 +203,7 @@ def _engine_side(
     return _Side(ENGINE, answer, words, tuple(notes))
 
 
-def _furthest(report: ParityReport, tasks: Mapping[str, Task]) -> str:
+def _furthest(report: ParityReport, tasks: Mapping[str, EngineTask]) -> str:
     """The task with the largest difference from the reference; one that is not finite comes first."""
     own = [one for one in report.comparisons if one.task in tasks]
     return max(own, key=lambda one: one.max_rel if math.isfinite(one.max_rel) else math.inf).task

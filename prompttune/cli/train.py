@@ -17,7 +17,7 @@ from prompttune.cli.options import given_settings, training_options
 from prompttune.cli.sections import SectionedCommand
 from prompttune.errors import PrompttuneError, UsageError
 from prompttune.training.config import TrainConfig, read_yaml
-from prompttune.training.multi import Task, TaskOutcome, load_tasks, train_tasks
+from prompttune.training.multi import TaskOutcome, TrainTask, load_tasks, train_tasks
 from prompttune.training.progress import Display, OnProgress, Progress
 from prompttune.training.state import RunFolder
 
@@ -113,7 +113,7 @@ def _train_one(ctx: click.Context, config: TrainConfig, flags: dict[str, Any], c
 
 
 def _train_several(
-    ctx: click.Context, tasks: list[Task], flags: dict[str, Any], console: Console, as_json: bool
+    ctx: click.Context, tasks: list[TrainTask], flags: dict[str, Any], console: Console, as_json: bool
 ) -> None:
     try:
         with Display(console) as display:
@@ -133,7 +133,7 @@ def _train_several(
 
 
 def _announcer(display: OnProgress, count: int) -> Any:
-    def announce(index: int, task: Task) -> None:
+    def announce(index: int, task: TrainTask) -> None:
         if _is_first_process():
             display(Progress("note", text=f"\n[{index + 1}/{count}] {task.name}"))
 

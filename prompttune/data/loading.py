@@ -154,7 +154,7 @@ class CorruptImages:
                             "raise --max-corrupt or remove them")  # fmt: skip
 
 
-class Samples(Dataset[Sample]):
+class TransformedSamples(Dataset[Sample]):
     """A source's images, transformed; random draws depend only on ``seed``, epoch and index."""
 
     def __init__(self, source: Any, transform: Any, seed: int) -> None:
@@ -255,7 +255,7 @@ class _EpochBatches(Sampler[list[Key]]):
 class EpochLoader:
     """Batches of one epoch after another; call :meth:`set_epoch` before each iteration."""
 
-    def __init__(self, samples: Samples, batches: _EpochBatches, workers: int, pin_memory: bool) -> None:
+    def __init__(self, samples: TransformedSamples, batches: _EpochBatches, workers: int, pin_memory: bool) -> None:
         self._batches = batches
         self._loader: DataLoader[Sample] = DataLoader(
             samples,
@@ -323,4 +323,4 @@ def make_loader(
     batches = _EpochBatches(
         len(source), batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size
     )
-    return EpochLoader(Samples(source, transform, seed), batches, workers, pin_memory)
+    return EpochLoader(TransformedSamples(source, transform, seed), batches, workers, pin_memory)

@@ -16,7 +16,7 @@ WHAT = "the table"
 
 
 @dataclass(frozen=True)
-class _Image:
+class _TableImage:
     path: Path
     label: str
     split: str
@@ -52,8 +52,8 @@ def read_table(file: Path) -> Parts:
     )
 
 
-def _images(rows: Sequence[LabelledRow], file: Path) -> list[_Image]:
-    images: list[_Image] = []
+def _images(rows: Sequence[LabelledRow], file: Path) -> list[_TableImage]:
+    images: list[_TableImage] = []
     seen: dict[Path, int] = {}
     lost: list[str] = []
     windows = 0
@@ -72,13 +72,13 @@ def _images(rows: Sequence[LabelledRow], file: Path) -> list[_Image]:
         if (first := seen.setdefault(path, row.line)) != row.line:
             # an image listed twice could train and validate
             raise DataError(f"{where}: {row.path} is already on line {first}; list each image once")
-        images.append(_Image(path, row.label, split, row.line))
+        images.append(_TableImage(path, row.label, split, row.line))
     if lost and len(lost) == windows:
         raise DataError(lost[0])
     return images
 
 
-def _source(images: Sequence[_Image], folder: Path) -> FileSource:
+def _source(images: Sequence[_TableImage], folder: Path) -> FileSource:
     classes = sorted({image.label for image in images})
     index = {name: number for number, name in enumerate(classes)}
     return FileSource([image.path for image in images], [index[image.label] for image in images], classes, folder)

@@ -90,7 +90,7 @@ def learn_prompt(
         torch.manual_seed(derive_seed("meta", settings.seed))
         backbone = backbone.to(device)
         config = (config or DAMVPConfig()).resolved(backbone)
-        tasks = [_Task(backbone, config, name, settings, torch.device(device)) for name in data]
+        tasks = [_MetaTask(backbone, config, name, settings, torch.device(device)) for name in data]
         prompt = tasks[0].method.prompts.detach()[0].clone()  # [3, P]
         losses: list[float] = []
         for step in range(settings.steps):
@@ -109,7 +109,7 @@ def learn_prompt(
         return losses
 
 
-class _Task:
+class _MetaTask:
     """A data set with its clusters, and its head, which is kept through all steps."""
 
     def __init__(

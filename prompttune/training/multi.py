@@ -22,7 +22,7 @@ _TOP_LEVEL = ("defaults", "tasks")
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainTask:
     """One entry of a tasks file."""
 
     name: str
@@ -33,7 +33,7 @@ class Task:
 class TaskOutcome:
     """Outcome of a task: a result, or one line about the error."""
 
-    task: Task
+    task: TrainTask
     result: TrainResult | None = None
     error: str | None = None
 
@@ -49,7 +49,7 @@ class TaskOutcome:
         }
 
 
-def load_tasks(path: Path, overrides: Mapping[str, Any] | None = None) -> list[Task]:
+def load_tasks(path: Path, overrides: Mapping[str, Any] | None = None) -> list[TrainTask]:
     """Read a tasks file: ``defaults``, a mapping of settings, and ``tasks``, a list of mappings with a ``name``.
 
     A task's own settings replace the defaults, and ``overrides`` replace both. A method's setting among the defaults or
@@ -82,7 +82,9 @@ def _key(name: Any) -> str:
     return str(name).replace("-", "_")
 
 
-def _read_task(path: Path, entry: Mapping[str, Any], defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> Task:
+def _read_task(
+    path: Path, entry: Mapping[str, Any], defaults: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> TrainTask:
     own = {_key(key): value for key, value in entry.items()}
     name = own.pop("name", None)
     if not isinstance(name, str) or not name or Path(name).name != name:
@@ -93,7 +95,7 @@ def _read_task(path: Path, entry: Mapping[str, Any], defaults: Mapping[str, Any]
     try:
         method = choose("method", wanted, METHODS)
         settings = {**suiting(defaults, method), **own, **suiting(overrides, method), "output": output}
-        return Task(name, TrainConfig.from_flat(settings))
+        return TrainTask(name, TrainConfig.from_flat(settings))
     except UsageError as problem:
         raise UsageError(f"task {name}: {problem}") from None
 
@@ -104,7 +106,7 @@ def suiting(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in fields or method in fields[name]}
 
 
-def _check_overrides(tasks: list[Task], overrides: Mapping[str, Any]) -> None:
+def _check_overrides(tasks: list[TrainTask], overrides: Mapping[str, Any]) -> None:
     """Raise an error for a method's setting on the command line that does not apply to any task."""
     fields, methods = method_fields(), {task.config.method for task in tasks}
     for name in overrides:
@@ -113,12 +115,12 @@ def _check_overrides(tasks: list[Task], overrides: Mapping[str, Any]) -> None:
 
 
 def train_tasks(
-    tasks: list[Task],
+    tasks: list[TrainTask],
     *,
     resume: bool = False,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
-    on_task: Callable[[int, Task], None] | None = None,
+    on_task: Callable[[int, TrainTask], None] | None = None,
 ) -> list[TaskOutcome]:
     """Train tasks one after the other; a failed task does not stop the others.
 

@@ -19,7 +19,6 @@ from prompttune.errors import DataError, DivergedError, UsageError
 from prompttune.model import PromptModel
 from prompttune.training.held_out import HeldOut
 from prompttune.training.initial import read_start, take_parameters
-from prompttune.training.keep import Keeper
 from prompttune.training.launch import fetched, gather_lines, loader_workers, on_rank_zero, sum_over
 from prompttune.training.optim import (
     Objective,
@@ -29,6 +28,7 @@ from prompttune.training.optim import (
     set_learning_rate,
 )
 from prompttune.training.progress import Clock, OnProgress, Phase, Progress
+from prompttune.training.run_writer import RunWriter
 from prompttune.training.scoring import score
 from prompttune.training.state import HELD_OUT_FILE, Progression, Saved
 
@@ -78,7 +78,7 @@ class Run:
         else:
             self._begin_training()
         optimizer = make_optimizer(config, self.model.trained_parameters())
-        self.keeper = Keeper(config, fabric, self.model, optimizer, self._identity())
+        self.keeper = RunWriter(config, fabric, self.model, optimizer, self._identity())
         self._set_up(optimizer)
         self.corrupt = CorruptImages(config.max_corrupt)
         self._unsettled: list[str] = []

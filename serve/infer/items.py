@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -111,32 +110,3 @@ class Item:
     def file(self) -> Path | None:
         """File that contains the image; None for a stream."""
         return self.payload.path if isinstance(self.payload, FilePayload) else self.container
-
-
-class Source(Protocol):
-    """A sequence of inputs.
-
-    ``items`` is called once. A bounded source gives the same items in the same order each time it is opened; resuming
-    and sharding rely on that. Making an item is cheap; the work is left to its payload.
-    """
-
-    @property
-    def bounded(self) -> bool:
-        """Whether it ends by itself and can be read again; False for a stream, a watched folder and standard input."""
-
-    @property
-    def total(self) -> int | None:
-        """Number of items; None if it is known only at the end."""
-
-    def items(self) -> Iterator[Item]:
-        """The inputs, in order.
-
-        Raises:
-            DataError: the source cannot be read any further.
-        """
-
-    def counts(self) -> Mapping[str, int]:
-        """Counts so far of inputs without an item, such as ``skipped``, ``dropped`` and ``reconnects``."""
-
-    def close(self) -> None:
-        """Stop, also from another thread; ``items`` ends soon afterwards."""

@@ -11,12 +11,12 @@ from typing import Any
 from prompttune.errors import DataError, PrompttuneError
 from prompttune.evaluation import RowScores, TaskEvaluation
 from prompttune.serve.infer.executors import Executor
-from prompttune.serve.infer.items import Source
 from prompttune.serve.infer.latency import LiveLatency
 from prompttune.serve.infer.plan import ChunkPlan
 from prompttune.serve.infer.row_log import RowLog, RunProgress
 from prompttune.serve.infer.rows import InputAnswer
 from prompttune.serve.infer.sinks.base import Sink
+from prompttune.serve.infer.sources.base import Source
 
 COMMIT_S = 2.0
 """Longest time in seconds that answers wait for a commit."""

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
-from prompttune.serve.infer.sources.waiting import Waiting
+from prompttune.serve.infer.sources.waiting import BoundedQueue
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ class Prefetch(Generic[T]):
     def __init__(self, inner: Iterator[T], depth: int, name: str, upstream: Prefetch[Any] | None = None) -> None:
         self._inner = inner
         self._upstream = upstream
-        self._results: Waiting[T] = Waiting(depth, "none")
+        self._results: BoundedQueue[T] = BoundedQueue(depth, "none")
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 

@@ -14,7 +14,7 @@ from prompttune.images.preprocess import Preprocess
 from prompttune.serve.decode_threads import single_threaded_pool
 from prompttune.serve.limits import Limits
 from prompttune.serve.messages import BadRequestError, TooLargeError
-from prompttune.serve.service.tensors import Payload
+from prompttune.serve.service.tensors import RowImage
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 """Formats that are decoded, by Pillow's names: each further decoder is one more that strangers can reach."""
@@ -40,7 +40,7 @@ class Decoder:
         warnings.filterwarnings("ignore", module=r"PIL\.")
         self._pool = single_threaded_pool(workers)
 
-    async def prepare(self, preprocess: Preprocess, payload: Payload) -> Array:
+    async def prepare(self, preprocess: Preprocess, payload: RowImage) -> Array:
         """Decode and transform one image. Cancelling the caller removes its image from the queue.
 
         Args:
@@ -62,7 +62,7 @@ class Decoder:
         """Drop the waiting images and end each thread after its current one."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _prepare(self, preprocess: Preprocess, payload: Payload) -> Array:
+    def _prepare(self, preprocess: Preprocess, payload: RowImage) -> Array:
         row, data = payload.row, payload.data
         try:
             image = read_image(data, formats=FORMATS, max_pixels=self._limits.pixels)  # type: ignore[arg-type]

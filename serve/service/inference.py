@@ -33,7 +33,7 @@ from prompttune.serve.service.images import Decoder
 from prompttune.serve.service.metrics import Metrics
 from prompttune.serve.service.models import Model
 from prompttune.serve.service.repository import Repository
-from prompttune.serve.service.tensors import Payload, Rows, read_rows, write_outputs
+from prompttune.serve.service.tensors import RowImage, Rows, read_rows, write_outputs
 from prompttune.serve.tracing import span
 from prompttune.serve.workers import Key, VersionGoneError, WorkerDiedError
 from prompttune.serve.workers.waiting import gathered
@@ -157,7 +157,7 @@ class Inference:
         parameters = {"task_version": one.record.version}
         return InferResponse(request.model, str(one.number), request.id, outputs, parameters)
 
-    async def _answer_task(self, name: str, version: str, payloads: Sequence[Payload], priority: int) -> _Answered:
+    async def _answer_task(self, name: str, version: str, payloads: Sequence[RowImage], priority: int) -> _Answered:
         """Answer the rows of one task, all of them with one version."""
         for _ in range(ATTEMPTS):
             model = self.repository.model(name)
@@ -179,7 +179,7 @@ class Inference:
                 return _Answered(record, number, outcome, decode_s)
         raise UnavailableError(f"the task {name!r} is changing, or its worker does not stay up: try again")
 
-    async def _prepare(self, preprocess: Preprocess, payloads: Sequence[Payload]) -> Sequence[Array]:
+    async def _prepare(self, preprocess: Preprocess, payloads: Sequence[RowImage]) -> Sequence[Array]:
         if all(payload.normalised for payload in payloads):  # the fast path: no asyncio task per row
             return [cast(Array, payload.data) for payload in payloads]
         return await gathered(self.decoder.prepare(preprocess, payload) for payload in payloads)

@@ -36,7 +36,7 @@ LONGEST_NAME = 255
 
 
 @dataclass(frozen=True)
-class Payload:
+class RowImage:
     """The image of one row, as sent in the request."""
 
     row: int
@@ -54,7 +54,7 @@ class Payload:
 class Rows:
     """A checked request, row by row."""
 
-    payloads: Sequence[Payload]
+    payloads: Sequence[RowImage]
     """Images of the rows: views of the request's memory."""
     tasks: Sequence[str]
     """Task name of each row; the task may not exist."""
@@ -133,7 +133,7 @@ def _inputs(request: InferRequest) -> Mapping[str, InputTensor]:
     return found
 
 
-def _payloads(tensor: InputTensor, limits: Limits, image_size: int) -> list[Payload]:
+def _payloads(tensor: InputTensor, limits: Limits, image_size: int) -> list[RowImage]:
     if tensor.datatype not in _FORMS:
         raise BadRequestError(f"image must be {', '.join(_FORMS)}, not {shown(tensor.datatype)}")
     shape, read = _FORMS[tensor.datatype]
@@ -142,7 +142,7 @@ def _payloads(tensor: InputTensor, limits: Limits, image_size: int) -> list[Payl
         raise BadRequestError("the request has no images")
     if len(tensor.data) > limits.rows:
         raise TooLargeError(f"{len(tensor.data)} images in one request, the limit is {limits.rows}")
-    return [Payload(row, data) for row, data in enumerate(read(tensor, limits))]
+    return [RowImage(row, data) for row, data in enumerate(read(tensor, limits))]
 
 
 def _normalised(tensor: InputTensor) -> Sequence[Array]:

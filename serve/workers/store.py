@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from prompttune.errors import EngineError
-from prompttune.export.folder import TASK_RECORD, EngineFolder, Task, load_version, read_record
+from prompttune.export.folder import TASK_RECORD, EngineFolder, EngineTask, load_version, read_record
 from prompttune.export.layout import bank_dtype
 from prompttune.export.runtimes import Array, open_runtime
 from prompttune.serve.bank import BakedBank, Bank, baked_entries
@@ -117,11 +117,11 @@ class HostCache:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self.tasks: OrderedDict[Key, Task] = OrderedDict()
+        self.tasks: OrderedDict[Key, EngineTask] = OrderedDict()
         self.nbytes = 0
         """Bytes of the kept states."""
 
-    def keep(self, key: Key, task: Task) -> None:
+    def keep(self, key: Key, task: EngineTask) -> None:
         """Copy a task's state and make room for it; a state larger than the whole cache is not kept."""
         self.take(key)
         size = _size(task)
@@ -132,18 +132,18 @@ class HostCache:
         self.tasks[key] = replace(task, state={name: np.array(value, order="C") for name, value in task.state.items()})
         self.nbytes += size
 
-    def take(self, key: Key) -> Task | None:
+    def take(self, key: Key) -> EngineTask | None:
         """Remove a task from the cache and return it; None if it is not cached."""
         task = self.tasks.pop(key, None)
         self.nbytes -= 0 if task is None else _size(task)
         return task
 
 
-def _size(task: Task) -> int:
+def _size(task: EngineTask) -> int:
     return sum(value.nbytes for value in task.state.values())
 
 
-def _read_version(key: Key, folder: Path) -> Task:
+def _read_version(key: Key, folder: Path) -> EngineTask:
     """Read a state, without the parts that a worker does not need.
 
     The version is computed from what was read, so a folder that is replaced in the meantime cannot give a mixture.

@@ -22,7 +22,7 @@ from torch import Tensor
 from prompttune.backbones import Backbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.checkpoints.importing.layout import Foreign, Layout, Names, names_after, need_class_token
-from prompttune.checkpoints.importing.source import Source
+from prompttune.checkpoints.importing.source import FileTensors
 from prompttune.checkpoints.importing.vpt import DEEP, ENCODER, SHALLOW, VPTLayout, refuse_deep_head
 from prompttune.errors import CheckpointError, UsageError
 
@@ -42,11 +42,11 @@ class GaPTLayout(Layout):
     settings = ("pool", "dropout")
     head = VPTLayout.head
 
-    def backbone_names(self, source: Source) -> Names | None:
+    def backbone_names(self, source: FileTensors) -> Names | None:
         """See :meth:`Layout.backbone_names`."""
         return names_after(ENCODER) if source.names(f"{ENCODER}patch_embed.") else None
 
-    def take_task(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
+    def take_task(self, source: FileTensors, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
         """See :meth:`Layout.take_task`."""
         if f"{ENCODER}{DEEP}" in source:
             raise CheckpointError(f"{source.where} holds deep prompts, which have no gates: import it as vpt")
@@ -66,7 +66,7 @@ class GaPTLayout(Layout):
         return found
 
 
-def _gates(source: Source, backbone: VitBackbone, pool: str, notes: list[str]) -> Tensor:
+def _gates(source: FileTensors, backbone: VitBackbone, pool: str, notes: list[str]) -> Tensor:
     """Logits [L - 1]."""
     wanted, shape = backbone.depth - 1, source.shape(GATES)
     gates = torch.full((wanted,), OPEN)
@@ -90,7 +90,7 @@ def _gates(source: Source, backbone: VitBackbone, pool: str, notes: list[str]) -
     return gates
 
 
-def _temperatures(source: Source, backbone: VitBackbone, notes: list[str]) -> Tensor:
+def _temperatures(source: FileTensors, backbone: VitBackbone, notes: list[str]) -> Tensor:
     """Temperatures [L]; the released code ignores those beyond the last block."""
     shape = source.shape(TEMPERATURES)
     if shape is None:

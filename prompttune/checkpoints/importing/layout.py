@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prompttune.backbones import Backbone
 from prompttune.backbones.vit import VitBackbone
-from prompttune.checkpoints.importing.source import Source, read_file
+from prompttune.checkpoints.importing.source import FileTensors, read_file
 from prompttune.errors import CheckpointError, UsageError
 
 SAME_WEIGHTS = 1e-6
@@ -65,19 +65,19 @@ class Layout(ABC):
     head: ClassVar[str]
     """Name of the linear head in the file."""
 
-    def open(self, path: Path) -> Source:
+    def open(self, path: Path) -> FileTensors:
         """Read ``path``."""
-        return Source(read_file(path), str(path))
+        return FileTensors(read_file(path), str(path))
 
     @abstractmethod
-    def backbone_names(self, source: Source) -> Names | None:
+    def backbone_names(self, source: FileTensors) -> Names | None:
         """The file's names of the backbone's tensors; None if it does not hold any."""
 
     @abstractmethod
-    def take_task(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
+    def take_task(self, source: FileTensors, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
         """Take the task's tensors, without the head, out of ``source``; ``given`` are the user's settings."""
 
-    def convert(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
+    def convert(self, source: FileTensors, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
         """Take the whole task out of ``source``, with every tensor of the file accounted for.
 
         Raises:
@@ -99,7 +99,7 @@ class Layout(ABC):
             found.backbone = same_weights(weights, backbone, source.where)
         return found
 
-    def image_size(self, source: Source) -> int | None:
+    def image_size(self, source: FileTensors) -> int | None:
         """Side in pixels of the images that the file was trained at, if its shapes imply it."""
         names = self.backbone_names(source)
         if names is None:
@@ -107,7 +107,7 @@ class Layout(ABC):
         return image_side(source, names("pos_embed")[0], names("patch_embed.proj.weight")[0], prefix_tokens=1)
 
 
-def image_side(source: Source, places: str, patches: str, *, prefix_tokens: int) -> int | None:
+def image_side(source: FileTensors, places: str, patches: str, *, prefix_tokens: int) -> int | None:
     """Side in pixels of the training images; None if the shapes do not imply it.
 
     Args:
@@ -153,7 +153,7 @@ def names_after(prefix: str, table: Mapping[str, tuple[str, ...]] | None = None)
     return names
 
 
-def take_backbone(source: Source, names: Names, backbone: Backbone) -> dict[str, Tensor]:
+def take_backbone(source: FileTensors, names: Names, backbone: Backbone) -> dict[str, Tensor]:
     """The backbone's tensors in the file, by timm's names; shapes are those of ``backbone``."""
     taken = {}
     for name, parameter in backbone.model.named_parameters():
@@ -185,7 +185,7 @@ def same_weights(found: Mapping[str, Tensor], backbone: Backbone, where: str) ->
     return f"{len(found)} tensors in the file, equal to {backbone.name} from {backbone.weights_source}"
 
 
-def take_head(source: Source, stem: str, backbone: Backbone) -> dict[str, Tensor] | None:
+def take_head(source: FileTensors, stem: str, backbone: Backbone) -> dict[str, Tensor] | None:
     """The linear head called ``stem``; None if it does not exist."""
     if f"{stem}.weight" not in source:
         return None

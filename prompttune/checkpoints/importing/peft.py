@@ -25,7 +25,7 @@ from torch import Tensor
 from prompttune.backbones import Backbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.checkpoints.importing.layout import Foreign, Layout, Names
-from prompttune.checkpoints.importing.source import Source, read_file
+from prompttune.checkpoints.importing.source import FileTensors, read_file
 from prompttune.errors import CheckpointError, UsageError, shortened
 from prompttune.files import read_json
 from prompttune.methods.lora import TARGETS
@@ -66,7 +66,7 @@ class PeftLayout(Layout):
     settings = ("targets", "dropout")
     head = "head"
 
-    def open(self, path: Path) -> Source:
+    def open(self, path: Path) -> FileTensors:
         """See :meth:`Layout.open`; ``path`` is the adapter's folder."""
         if not path.is_dir():
             raise CheckpointError(f"no PEFT folder at {path}: give the folder that holds {CONFIG}")
@@ -76,13 +76,13 @@ class PeftLayout(Layout):
         if file is None:
             raise CheckpointError(f"no {' or '.join(MODELS)} in {path}")
         tensors = {_plain_name(name): value for name, value in read_file(file).items()}
-        return Source(tensors, str(path), config)
+        return FileTensors(tensors, str(path), config)
 
-    def backbone_names(self, source: Source) -> Names | None:  # noqa: ARG002
+    def backbone_names(self, source: FileTensors) -> Names | None:  # noqa: ARG002
         """See :meth:`Layout.backbone_names`; an adapter does not hold any."""
         return None
 
-    def take_task(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
+    def take_task(self, source: FileTensors, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
         """See :meth:`Layout.take_task`."""
         if not isinstance(backbone, VitBackbone):
             raise CheckpointError(f"LoRA needs a ViT; {backbone.name} is not a ViT")
@@ -186,7 +186,7 @@ def _weight(config: Mapping[str, Any], alpha: float, rank: int) -> float:
     return alpha / (rank**0.5 if config.get(RSLORA) else rank)
 
 
-def _rank(source: Source, index: int) -> int:
+def _rank(source: FileTensors, index: int) -> int:
     """The rank of one block's product, on which its tensors and the config must agree."""
     name = f"{_stem(index)}.lora_A.weight"
     own, wanted = source.size(name, 0, 2), _of_block(source.config, RANKS, index, source.config["r"])

@@ -18,7 +18,7 @@ from prompttune.checkpoints.importing.gapt import GaPTLayout
 from prompttune.checkpoints.importing.layout import Foreign, Layout, Names, take_backbone
 from prompttune.checkpoints.importing.peft import PeftLayout
 from prompttune.checkpoints.importing.sa2vp import SA2VPLayout
-from prompttune.checkpoints.importing.source import Source
+from prompttune.checkpoints.importing.source import FileTensors
 from prompttune.checkpoints.importing.vpt import VPTLayout
 from prompttune.errors import UsageError
 from prompttune.files import locked, replacing, replacing_folder, visible
@@ -207,7 +207,9 @@ def _check_places(folder: Path, file: Path, backbone: str | Backbone, chosen: Im
 
 
 @contextlib.contextmanager
-def _backbone(kind: Layout, source: Source, backbone: str | Backbone, chosen: ImportSettings) -> Iterator[Backbone]:
+def _backbone(
+    kind: Layout, source: FileTensors, backbone: str | Backbone, chosen: ImportSettings
+) -> Iterator[Backbone]:
     """The backbone of the task; ``save_backbone`` holds it when the block ends without an error."""
     if isinstance(backbone, Backbone):
         yield backbone
@@ -232,7 +234,7 @@ def _backbone(kind: Layout, source: Source, backbone: str | Backbone, chosen: Im
             draft.replace(temporary)
 
 
-def _own_backbone(source: Source, names: Names, backbone: str, size: int | None) -> dict[str, Tensor]:
+def _own_backbone(source: FileTensors, names: Names, backbone: str, size: int | None) -> dict[str, Tensor]:
     """The backbone in the file, by timm's names; its tensors stay in ``source``."""
     look = source.fork()
     skeleton = load_backbone(backbone, size, "random")

@@ -39,7 +39,7 @@ from prompttune.checkpoints.importing.layout import (
     names_after,
     need_class_token,
 )
-from prompttune.checkpoints.importing.source import Source
+from prompttune.checkpoints.importing.source import FileTensors
 from prompttune.errors import CheckpointError, UsageError
 from prompttune.methods import SA2VPConfig
 from prompttune.methods.sa2vp.config import SWIN_STAGE
@@ -70,17 +70,17 @@ class SA2VPLayout(Layout):
     settings = ("gamma", "window", "prompt_layers", "activation", "base_weight", "dropout")
     head = "class_head"
 
-    def backbone_names(self, source: Source) -> Names:
+    def backbone_names(self, source: FileTensors) -> Names:
         """See :meth:`Layout.backbone_names`; the whole network is always stored."""
         return names_after(SWIN, SWIN_NAMES) if source.names(f"{SWIN}patch_embed.") else names_after(VIT, JAX_VIT_NAMES)
 
-    def image_size(self, source: Source) -> int | None:
+    def image_size(self, source: FileTensors) -> int | None:
         """See :meth:`Layout.image_size`; on a Swin the map has a token for each patch."""
         if SWIN_MAP not in source:
             return super().image_size(source)
         return image_side(source, SWIN_MAP, f"{SWIN}patch_embed.proj.weight", prefix_tokens=0)
 
-    def take_task(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
+    def take_task(self, source: FileTensors, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
         """See :meth:`Layout.take_task`."""
         if SWIN_MAP in source:
             return self._swin(source, backbone, given)
@@ -88,7 +88,7 @@ class SA2VPLayout(Layout):
             raise CheckpointError(f"{source.where} holds neither {VIT_MAP} nor {SWIN_MAP}: not an SA²VP checkpoint")
         return self._vit(source, need_class_token(backbone, "SA²VP's ViT"), given)
 
-    def _vit(self, source: Source, backbone: VitBackbone, given: Mapping[str, Any]) -> Foreign:
+    def _vit(self, source: FileTensors, backbone: VitBackbone, given: Mapping[str, Any]) -> Foreign:
         tokens, width = backbone.num_tokens, backbone.width
         found = _found(source.size(VIT_MAP, 2, 3), _prompt_layers(source, given, backbone), VIT_GAMMA)
         rank, later, tensors = found.settings["rank"], found.settings["prompt_layers"][1:], found.tensors
@@ -105,7 +105,7 @@ class SA2VPLayout(Layout):
             _take_cross(source, f"{VIT}encoder.cross_attn.{index}", found, index, f"blocks.{index}", width, VIT_COPIES)
         return found
 
-    def _swin(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
+    def _swin(self, source: FileTensors, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
         if not isinstance(backbone, SwinBackbone):
             raise CheckpointError(f"{source.where} was trained over a Swin; {backbone.name} is not a Swin")
         embedded, stage = backbone.stages[0], backbone.stages[SWIN_STAGE]
@@ -132,7 +132,7 @@ def _resolved_layers(given: Mapping[str, Any], backbone: Backbone) -> tuple[int,
     return layers
 
 
-def _prompt_layers(source: Source, given: Mapping[str, Any], backbone: Backbone) -> tuple[int, ...]:
+def _prompt_layers(source: FileTensors, given: Mapping[str, Any], backbone: Backbone) -> tuple[int, ...]:
     """The prompt layers; the file must hold one map for each."""
     stored = source.shape(f"{VIT}encoder.deep_ppt")
     maps, layers = 1 + (stored[0] if stored else 0), _resolved_layers(given, backbone)
@@ -144,13 +144,15 @@ def _prompt_layers(source: Source, given: Mapping[str, Any], backbone: Backbone)
     return layers
 
 
-def _take_linear(source: Source, there: str, tensors: dict[str, Tensor], here: str, rows: int, columns: int) -> None:
+def _take_linear(
+    source: FileTensors, there: str, tensors: dict[str, Tensor], here: str, rows: int, columns: int
+) -> None:
     tensors[f"{here}.weight"] = source.take(f"{there}.weight", (rows, columns))
     tensors[f"{here}.bias"] = source.take(f"{there}.bias", (rows,))
 
 
 def _take_cross(
-    source: Source,
+    source: FileTensors,
     there: str,
     found: Foreign,
     index: int,

@@ -38,7 +38,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-class Source:
+class FileTensors:
     """Tensors that are taken one by one; missing, misshapen and remaining ones are reported at the end.
 
     Args:
@@ -107,9 +107,9 @@ class Source:
             del self._left[name]
             self.ignored.append(name)
 
-    def fork(self) -> Source:
+    def fork(self) -> FileTensors:
         """A copy from which tensors can be taken without taking them from here."""
-        return Source(self._left, self.where)
+        return FileTensors(self._left, self.where)
 
     def check(self, fits: str, *, all_taken: bool = True) -> None:
         """Report everything that was not as expected.

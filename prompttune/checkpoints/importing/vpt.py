@@ -23,7 +23,7 @@ from torch import Tensor
 from prompttune.backbones import Backbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.checkpoints.importing.layout import JAX_VIT_NAMES, Foreign, Layout, Names, names_after, need_class_token
-from prompttune.checkpoints.importing.source import Source
+from prompttune.checkpoints.importing.source import FileTensors
 from prompttune.errors import CheckpointError
 
 ENCODER = "enc."
@@ -44,13 +44,13 @@ class VPTLayout(Layout):
     settings = ("dropout",)
     head = "head.last_layer"
 
-    def backbone_names(self, source: Source) -> Names | None:
+    def backbone_names(self, source: FileTensors) -> Names | None:
         """See :meth:`Layout.backbone_names`."""
         if source.names(f"{JAX}embeddings."):
             return names_after(JAX, JAX_VIT_NAMES)
         return names_after(ENCODER) if source.names(f"{ENCODER}patch_embed.") else None
 
-    def take_task(self, source: Source, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:  # noqa: ARG002
+    def take_task(self, source: FileTensors, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:  # noqa: ARG002
         """See :meth:`Layout.take_task`."""
         self._refuse_others(source)
         vit = need_class_token(backbone, "VPT's ViT")
@@ -63,7 +63,7 @@ class VPTLayout(Layout):
         tensors = {"prompts": _projected(prompts, source, projection, vit)}
         return Foreign("vpt-deep" if is_deep else "vpt-shallow", {"num_prompts": count}, tensors=tensors)
 
-    def _refuse_others(self, source: Source) -> None:
+    def _refuse_others(self, source: FileTensors) -> None:
         if source.names(f"{ENCODER}layers."):
             raise CheckpointError(
                 f"{source.where} is VPT over a Swin: the released code pools prompts beside patches and pairs windows "
@@ -77,13 +77,13 @@ class VPTLayout(Layout):
         refuse_deep_head(source)
 
 
-def refuse_deep_head(source: Source) -> None:
+def refuse_deep_head(source: FileTensors) -> None:
     """Raise :class:`CheckpointError` for a head of several layers."""
     if source.names("head.projection."):
         raise CheckpointError(f"{source.where} has a head of several layers; a task's head is one linear layer")
 
 
-def _prompt_names(source: Source) -> tuple[str, str, str]:
+def _prompt_names(source: FileTensors) -> tuple[str, str, str]:
     """Names of the prompts of block 0, the prompts of the other blocks, and their projection."""
     if ALONE[0] in source:
         return (*ALONE, "")
@@ -91,7 +91,7 @@ def _prompt_names(source: Source) -> tuple[str, str, str]:
     return f"{prefix}{SHALLOW}", f"{prefix}{DEEP}", f"{prefix}{PROJECTION}"
 
 
-def _projected(prompts: Tensor, source: Source, projection: str, backbone: VitBackbone) -> Tensor:
+def _projected(prompts: Tensor, source: FileTensors, projection: str, backbone: VitBackbone) -> Tensor:
     """Prompts [1 or L, P, d] at the backbone's width, [1 or L, P, D]."""
     narrow = prompts.shape[-1]
     if projection and f"{projection}.weight" in source:

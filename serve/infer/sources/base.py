@@ -31,9 +31,11 @@ class SourceContext:
 
 
 class Source(ABC):
-    """A sequence of inputs, see :class:`prompttune.serve.infer.items.Source`; registered in ``SOURCES``.
+    """A sequence of inputs, registered in ``SOURCES``.
 
-    ``close`` can be called from another thread; ``items`` ends soon afterwards.
+    ``items`` is called once. A bounded source gives the same items in the same order each time it is opened; resuming
+    and sharding rely on that. Making an item is cheap; the work is left to its payload. ``close`` can be called from
+    another thread; ``items`` ends soon afterwards.
     """
 
     suffixes: ClassVar[tuple[str, ...]] = ()

@@ -18,7 +18,7 @@ from prompttune.serve.infer.sources.base import Source
 T = TypeVar("T")
 
 
-class Waiting(Generic[T]):
+class BoundedQueue(Generic[T]):
     """A queue of at most ``size`` items between one reader and one consumer.
 
     At any time ``received`` = taken items + waiting items + ``dropped``.
@@ -127,7 +127,7 @@ class Unbounded(Source):
 
     Args:
         buffer: largest number of waiting inputs.
-        drop: see :class:`Waiting`.
+        drop: see :class:`BoundedQueue`.
         limit: largest number of inputs, without dropped and skipped ones; None for no limit.
     """
 
@@ -136,7 +136,7 @@ class Unbounded(Source):
     def __init__(self, buffer: int, drop: Drop, limit: int | None = None) -> None:
         if limit is not None and limit < 1:
             raise UsageError("the limit must be at least 1")
-        self._waiting: Waiting[Item] = Waiting(buffer, drop)
+        self._waiting: BoundedQueue[Item] = BoundedQueue(buffer, drop)
         self._limit = limit
         self._stopping = threading.Event()
 

@@ -33,7 +33,7 @@ class Signature(NamedTuple):
 
 
 @dataclass
-class _Held:
+class _SeenFile:
     signature: Signature
     since: float
 
@@ -53,7 +53,7 @@ class Arrivals:
         self._settle_s = settle_s
         self._clock = clock
         self._given: dict[Path, Signature] = {}
-        self._held: dict[Path, _Held] = {}
+        self._held: dict[Path, _SeenFile] = {}
 
     def note(self, path: Path, age_s: float = 0.0) -> None:
         """Record an event for a file, or a found file that has not changed for ``age_s`` seconds."""
@@ -63,7 +63,7 @@ class Arrivals:
             return
         held = self._held.get(path)
         if held is None or held.signature != signature:
-            self._held[path] = _Held(signature, self._clock() - min(self._settle_s, age_s))
+            self._held[path] = _SeenFile(signature, self._clock() - min(self._settle_s, age_s))
 
     def pass_over(self, path: Path) -> None:
         """Mark a file's current content as given."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from prompttune.training.config import TrainConfig
 
 
-class Keeper:
+class RunWriter:
     """Holds a run's progress and its best parameters, and writes the run folder; only the first process writes."""
 
     def __init__(
