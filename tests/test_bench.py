@@ -293,9 +293,9 @@ def test_plain_backbones_options_follow_the_format():
 
 def test_exporting_the_plain_backbone_leaves_it_as_it_was(tmp_path):
     manifest, frozen = EngineFolder(exported("linear")).manifest, backbone()
-    before = [frozen.attention(index).fused_attn for index in range(frozen.depth)]
+    before = [block.timm.attn.fused_attn for block in frozen.blocks]
     export_plain(manifest, frozen, ExportSettings(precision="fp16", attention="explicit"), tmp_path)
-    assert [frozen.attention(index).fused_attn for index in range(frozen.depth)] == before
+    assert [block.timm.attn.fused_attn for block in frozen.blocks] == before
     assert {str(one.dtype) for one in frozen.parameters()} == {"torch.float32"}
 
 
