@@ -208,7 +208,7 @@ def test_a_data_set_is_trained_on_resumed_and_scored(tmp_path: Path, capsys: pyt
 
 def test_a_segmentation_takes_no_object(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="segmentation: data must be a folder or a built-in, not an object"):
-        config(tmp_path, Colours(), task="segmentation", method="lspt")
+        config(tmp_path, Colours(), task_type="segmentation", method="lspt")
 
 
 def test_features_of_a_data_set(tmp_path: Path) -> None:

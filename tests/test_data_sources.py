@@ -446,9 +446,3 @@ def test_only_one_file_looks_for_images_in_folders() -> None:
     assert found - own == {"prompttune/data/files.py"}
     for name in found & own:
         assert "is_image" not in (root / name).read_text(encoding="utf-8")
-
-
-def test_scripts_find_the_readers_under_their_former_name() -> None:
-    from prompttune.training import data as former
-
-    assert former.load_data is load_data

@@ -154,7 +154,7 @@ def test_the_halves_of_a_block_are_timms_own(backbone, images):
 
 
 def test_ssf_refuses_a_gated_mlp(vit, monkeypatch):
-    gated = SimpleNamespace(mlp=torch.nn.Identity())
-    monkeypatch.setattr(vit, "block", lambda index: gated)
+    gated = SimpleNamespace(timm=SimpleNamespace(mlp=torch.nn.Identity()))
+    monkeypatch.setattr(vit, "blocks", (gated,))
     with pytest.raises(BackboneError, match=re.escape("ssf needs blocks with a plain MLP; test_vit has Identity")):
         pt.SSFConfig().build(vit)

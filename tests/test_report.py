@@ -12,7 +12,7 @@ from rich.console import Console
 
 from prompttune.cli.engine_options import parity_tables
 from prompttune.cli.main import cli
-from prompttune.evaluation import DifferenceTally as ScoreTally
+from prompttune.evaluation import Tally as ScoreTally
 from prompttune.export import Gate, ParityReport
 from prompttune.export.parity.accuracy import Accuracy, Sides
 from prompttune.export.parity.bisection import Bisection, Probe

@@ -179,7 +179,7 @@ def test_a_segmentation_starts_from_another_one(tmp_path: Path, bars: Path, sour
     second = train(config(data, tmp_path / "second", init_from=str(first), **shared)).path
     theirs, ours = PromptModel.load(first).head.bias, PromptModel.load(second).head.bias
     assert torch.allclose(ours[[0, 2]], theirs[[2, 0]], atol=1e-6)  # type: ignore[index]
-    with pytest.raises(CheckpointError, match="task is segmentation there, classification here"):
+    with pytest.raises(CheckpointError, match="task type is segmentation there, classification here"):
         train(config(bars, tmp_path / "third", method="linear", init_from=str(first)))
 
 

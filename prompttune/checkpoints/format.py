@@ -74,10 +74,10 @@ def _wrong_parts(config: dict[str, Any], version: int) -> list[str]:
     wrong = [name for name, kind in _REQUIRED.items() if type(_part(config, name)) is not kind]
     if "labels" not in wrong and not all(isinstance(label, str) for label in config["labels"]):
         wrong.append("labels")
-    types = [config[key] for key in entry_keys() if key in config]
-    if (version > 1 and not types) or not all(isinstance(entry, dict) for entry in types):
+    types = [key for key in entry_keys() if key in config]
+    if version > 1 and not types:
         wrong.append("task_type")
-    return wrong
+    return wrong + [key for key in types if not isinstance(config[key], dict)]
 
 
 def _part(config: Any, name: str) -> Any:
