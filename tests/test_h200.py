@@ -101,7 +101,8 @@ def test_a_check_beyond_its_limit_and_a_missing_package_cost_their_own_rows(tmp_
     assert process.returncode == 1, output
     found = ledger(tmp_path, "torch")
     assert [said for key, said in found.items() if key[0] == "forward"] == ["timed out the limit is 0.001 s"] * 3
-    assert found["training", "bf16"] == found["eager", "batch 1"] == "skipped no module matplotlib"
+    assert found["training", "bf16"] == "skipped no module matplotlib"
+    assert found["eager", "batch 1"] == "passed"
     assert found["machine", "device"] == "passed"
 
     process = started("torch", tmp_path, "--deadline", "600", *chosen)

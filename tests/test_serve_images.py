@@ -21,9 +21,9 @@ from skimage.data import data_dir
 
 from prompttune.images import read_image
 from prompttune.images.preprocess import CROP_MODES, INTERPOLATIONS, Preprocess
-from prompttune.serve import images
 from prompttune.serve.limits import Limits
 from prompttune.serve.messages import BadRequestError, ServeError, TooLargeError
+from prompttune.serve.service import images
 from prompttune.serve.service.images import Decoder
 from prompttune.serve.service.tensors import RowImage
 
