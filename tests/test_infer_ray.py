@@ -1,18 +1,16 @@
 """A job on a Ray cluster: the rows of a local run, in order, whatever node is lost."""
 
-import asyncio
 import importlib
 import io
 import logging
+import os
 import secrets
 import shutil
 import socket
 import tempfile
-import threading
 import time
 from dataclasses import replace
 from itertools import islice
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -34,13 +32,12 @@ from tests.inferring import pictures as folder_of_pictures
 from tests.inferring import run
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'prompttune[ray]'")
-pytest.importorskip("pandas", reason="Ray Data is not installed: pip install 'prompttune[ray]'")
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from prompttune.serve.infer.cluster import connection, stages, watch  # noqa: E402
-from prompttune.serve.infer.cluster.feed import ATTEMPTS, BrokenOffError, Feed  # noqa: E402
+from prompttune.serve.infer.cluster import connection  # noqa: E402
+from prompttune.serve.infer.cluster import job as ray_job  # noqa: E402
 from prompttune.serve.infer.cluster.job import on_workers  # noqa: E402
-from prompttune.serve.infer.cluster.stages import Answering, unwrapped, wrapped  # noqa: E402
+from prompttune.serve.infer.cluster.workers import EngineActor  # noqa: E402
 
 SMALL = RaySettings(parcel=8, window=2, actors=(1, 1))
 """Little on its way, so that a job is in its midst when its first answers come."""
@@ -167,122 +164,11 @@ def test_a_cluster_that_does_not_let_us_join(alone, monkeypatch, work):
             next(run_on_ray([pictures(1)], work, RaySettings(address)))
 
 
-class FeedOfNothing:
-    """Stands in for a feed: knows only whether it was broken off."""
-
-    def __init__(self):
-        self.broken = threading.Event()
-
-    @property
-    def begin(self):
-        return self
-
-    def remote(self, execution):
-        assert execution == 4
-        self.broken.set()
-
-
-@pytest.fixture
-def nodes(monkeypatch):
-    """The nodes of a cluster that is none, which a test may take away."""
-    nodes = {"one": {"CPU": 2.0}, "two": {"CPU": 2.0}}
-    monkeypatch.setattr(watch, "alive_nodes", lambda: dict(nodes))
-    monkeypatch.setattr(watch, "LOOK_S", 0.01)
-    monkeypatch.setattr(watch, "STALLED_S", 0.0)
-    return nodes
-
-
-def test_a_lost_node_that_stalls_the_job_breaks_it_off(nodes):
-    feed = FeedOfNothing()
-    watching = watch.Watch(feed, 3, Booking(1, 0, 1), lambda: 7)
-    try:
-        del nodes["one"]
-        assert feed.broken.wait(MINUTE_S)
-    finally:
-        watching.end()
-    assert watching.broken_off
-
-
-def test_the_loss_of_the_last_room_is_waited_out(nodes, caplog):
-    looked, told = threading.Event(), threading.Event()
-    feed = FeedOfNothing()
-
-    class Told(logging.Handler):
-        def emit(self, _):
-            told.set()
-
-    handler = Told()
-    watch.log.addHandler(handler)
-    watching = watch.Watch(feed, 3, Booking(2, 0, 2), lambda: looked.set() or 7)
-    try:
-        del nodes["one"]
-        assert told.wait(MINUTE_S)
-        assert not feed.broken.is_set()
-        nodes["three"] = {"CPU": 2.0}
-        assert feed.broken.wait(MINUTE_S)
-    finally:
-        watching.end()
-        watch.log.removeHandler(handler)
-    assert len(caplog.records) == 1
-
-
-def test_a_feed_takes_parcels_in_any_order():
-    async def out_of_order():
-        one = Feed()
-        await one.put(1, b"one")
-        waiting = asyncio.create_task(one.expect(0, 0))
-        await asyncio.sleep(0)
-        assert not waiting.done()
-        await one.put(0, b"zero")
-        await waiting
-        await one.expect(1, 0)
-        assert (await one.take(0), await one.take(1)) == (b"zero", b"one")
-        await one.answered(0)
-        await one.expect(0, 0)  # a task that comes again, for a parcel that is needed no more
-        assert await one.take(0) is None
-
-    asyncio.run(out_of_order())
-
-
-def test_an_execution_that_another_follows_gets_nothing_more():
-    async def followed():
-        one = Feed()
-        await one.put(0, b"zero")
-        await one.join(0)
-        waiting = [asyncio.create_task(one.expect(1, 0)), asyncio.create_task(one.leave(0))]
-        await asyncio.sleep(0)
-        assert not any(task.done() for task in waiting)
-        await one.begin(1)
-        with pytest.raises(BrokenOffError):
-            await waiting[0]
-        await waiting[1]
-        with pytest.raises(BrokenOffError):
-            await one.join(0)
-        await one.join(1)
-        await one.expect(0, 1)
-
-    asyncio.run(followed())
-
-
-def test_another_engine_under_the_same_path_is_refused(work, monkeypatch):
-    monkeypatch.setattr(stages, "_leave_with", lambda *_: None)
+def test_another_engine_under_the_same_path_is_refused(work):
     facts = {name: replace(one, version="0") for name, one in work.known.items()}
-    monkeypatch.setattr(stages, "ray", MagicMock())
-    engine = Answering(MagicMock(), 0, replace(work, known=facts))
-    [(number, failure)] = unwrapped(engine(wrapped(5, [])))
-    assert number == 5
-    assert failure.message.endswith("differs from the one on the machine that started the job")
-
-
-def test_a_parcel_is_given_up_after_some_attempts():
-    async def attempts():
-        one = Feed()
-        tried = [await one.attempt("decoding", 3) for _ in range(ATTEMPTS + 1)]
-        assert tried == [True] * ATTEMPTS + [False]
-        assert await one.attempt("answering", 3)
-        assert await one.attempt("decoding", 4)
-
-    asyncio.run(attempts())
+    engine = EngineActor(replace(work, known=facts))
+    assert engine.opened().endswith("differs from the one on the machine that started the job")
+    assert engine.answer([]).message == engine.opened()
 
 
 # ---------------------------------------------------------------------------------------------------- a real cluster
@@ -401,9 +287,9 @@ def test_inputs_are_listed_as_answers_arrive_and_closing_ends_it(joined, work):
         assert first.rows[0].row == number * work.chunk_inputs
     # Ten chunks of four are five parcels of eight; two more may be on their way.
     assert listed <= 8 * (5 + 2)
-    assert living("MapWorker")
+    assert living("EngineActor")
     answers.close()
-    wait_until(lambda: not living("MapWorker") and not living("Feed"), "actors stay behind")
+    wait_until(lambda: not living("EngineActor"), "actors stay behind")
     assert ray.is_initialized()
 
 
@@ -453,14 +339,29 @@ def test_a_whole_job_begun_here_and_ended_there(joined, tmp_path):
 @pytest.mark.parametrize("engines", [1, 2], ids=["restarted elsewhere", "no place elsewhere"])
 def test_a_lost_node_loses_no_row(joined, work, engines, monkeypatch):
     if engines == 2:
-        monkeypatch.setattr(watch, "STALLED_S", 3.0)
+        monkeypatch.setattr(ray_job, "STALLED_S", 3.0)
     joined.add_node(num_cpus=2, **NODE)
     wait_until(lambda: len(connection.alive_nodes()) == 3, "the node does not come")
     chunks = in_chunks(pictures(120), work)
     answers = run_on_ray(iter(chunks), work, replace(SMALL, actors=(engines, engines), window=6))
     got = [next(answers) for _ in range(4)]
-    holder = next(iter(living("MapWorker").values()))
+    holder = next(iter(living("EngineActor").values()))
     joined.remove_node(next(one for one in joined.worker_nodes if one.node_id == holder), allow_graceful=False)
     got += answers
     assert got == locally(chunks, work)
     assert len(connection.alive_nodes()) == 2
+
+
+class Poison(ArrayPayload):
+    def open(self):
+        os._exit(1)
+
+
+@pytest.mark.slow
+def test_an_input_that_ends_every_process_is_one_line(joined, work, monkeypatch):
+    monkeypatch.setattr(ray_job, "ATTEMPTS", 2)
+    items = [*pictures(8), Item("poison.png", Poison(pixels(1)[0]))]
+    answers = run_on_ray(in_chunks(items, work), work, SMALL)
+    assert len([next(answers), next(answers)]) == 2
+    with pytest.raises(DataError, match=r"2 processes or nodes were lost trying to answer poison\.png and the inputs"):
+        next(answers)

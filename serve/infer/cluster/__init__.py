@@ -20,20 +20,19 @@ def run_on_ray(
 ) -> Iterator[list[InputAnswer]]:
     """Answer every chunk, in the order of the chunks; each input is answered once, even if nodes are lost.
 
-    The caller's thread lists chunks, at most ``settings.window`` parcels ahead of the answers. Ray Data decodes them in
+    The caller's thread lists chunks, at most ``settings.window`` parcels ahead of the answers. Ray decodes them in
     tasks and answers them in actors with one engine each. Workers open payloads and the engine's folder under the same
     paths as this process: both must be on storage that every node can read. Closing the iterator ends the job and its
     actors. Ray is shut down at the end if it was not already running in this process.
 
     Raises:
-        MissingExtraError: Ray Data is not installed.
+        MissingExtraError: Ray is not installed.
         UsageError: the cluster cannot be reached or does not have enough room.
         EngineError: the engine cannot be opened on a node, or fails.
         DataError: the job cannot continue for another reason.
     """
-    for library in ("ray", "pyarrow", "pandas"):
-        if importlib.util.find_spec(library) is None:
-            raise MissingExtraError(library, "ray", "without it prompttune infer runs on one machine")
+    if importlib.util.find_spec("ray") is None:
+        raise MissingExtraError("ray", "ray", "without it prompttune infer runs on one machine")
     job = importlib.import_module("prompttune.serve.infer.cluster.job")
     answers: Iterator[list[InputAnswer]] = job.run(chunks, work, settings or RaySettings())
     return answers

@@ -7,7 +7,6 @@ import logging
 import os
 import socket
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from prompttune.errors import UsageError, first_line
 
 CONNECT_S = 5.0
 """Seconds to wait for the first answer of a cluster's address."""
-SILENT = logging.CRITICAL + 1
 
 
 @contextlib.contextmanager
@@ -91,22 +89,6 @@ def _check_reachable(address: str) -> None:
     except OSError as problem:
         reason = problem.strerror or first_line(problem)
         raise UsageError(f"cannot reach Ray at {address}: {reason}; `ray start --head` prints its address") from None
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hide Ray Data's console lines; its log files keep them."""
-    consoles = [one for one in logging.getLogger("ray.data").handlers if one.name == "console"]
-    levels = [one.level for one in consoles]
-    for one in consoles:
-        one.setLevel(SILENT)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"ray\.")
-        try:
-            yield
-        finally:
-            for one, level in zip(consoles, levels, strict=True):
-                one.setLevel(level)
 
 
 def alive_nodes() -> dict[str, dict[str, float]]:

@@ -1,44 +1,50 @@
-"""The job as the driver runs it: chunks go out ahead of the answers, which arrive in order."""
+"""The job as the driver runs it: parcels of chunks go out ahead of the answers, which are taken in order."""
 
 from __future__ import annotations
 
 import logging
 import math
-import pickle
+import time
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset, read_datasource
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from prompttune.errors import DataError, EngineError, UsageError, first_line
-from prompttune.serve.infer.cluster.connection import alive_nodes, connected, quiet
-from prompttune.serve.infer.cluster.feed import FeedHandle, start_feed, this_node
+from prompttune.serve.infer.cluster.connection import alive_nodes, connected
 from prompttune.serve.infer.cluster.settings import Booking, RaySettings
-from prompttune.serve.infer.cluster.stages import Answering, Failure, Numbers, decode_parcels, unwrapped
-from prompttune.serve.infer.cluster.watch import Watch
+from prompttune.serve.infer.cluster.workers import EngineActor, EngineFailure, decode_parcel
 from prompttune.serve.infer.items import Item
 from prompttune.serve.infer.rows import InputAnswer
 from prompttune.serve.infer.work import Work
 
 log = logging.getLogger(__name__)
 
+ATTEMPTS = 10
+"""Largest number of attempts at a parcel: each retry follows the loss of a process or a node."""
 PARCELS_OF_ENGINE = 4
 """Parcels in progress per engine: one is being answered, one waits at the engine, two are being decoded."""
 MOST_PARCELS = 512
-BLOCK_BYTES = 1
-"""Size in bytes above which a block of a Dataset is passed on: here each row, which is a parcel, at once."""
+LOOK_S = 1.0
+"""Seconds between two checks of the nodes."""
+STALLED_S = 30.0
+"""Seconds without an answer after a node was lost; work that takes longer counts as stuck."""
 
 
 def run(chunks: Iterable[Sequence[Item]], work: Work, settings: RaySettings) -> Iterator[list[InputAnswer]]:
     """See :func:`~prompttune.serve.infer.cluster.run_on_ray`."""
     booking = Booking.of(settings, on_gpu=work.options.cuda_index is not None)
-    with connected(settings.address), quiet():
-        yield from _Job(iter(chunks), on_workers(work, settings), settings, booking).answers()
+    with connected(settings.address):
+        job = _RayJob(iter(chunks), on_workers(work, settings), settings, booking)
+        try:
+            yield from job.answers()
+        finally:
+            job.close()
 
 
 def on_workers(work: Work, settings: RaySettings) -> Work:
@@ -49,137 +55,157 @@ def on_workers(work: Work, settings: RaySettings) -> Work:
     return replace(work, engine=work.engine.absolute(), options=options)
 
 
-class _Job:
+@dataclass(eq=False)
+class _Engine:
+    actor: Any
+    opened: Any
+    """Reference to the reason why it cannot be opened, or None."""
+    is_open: bool = False
+    parcels: int = 0
+    """Number of its unanswered parcels."""
+
+
+@dataclass(eq=False)
+class _Parcel:
+    """Several chunks that are sent together."""
+
+    chunks: Sequence[Sequence[Item]]
+    engine: _Engine | None = None
+    answers: Any = None
+    """Reference to the answers; None until it is sent."""
+
+
+class _RayJob:
     """One job on the cluster.
 
-    A Dataset never moves the work of a lost engine to another engine: it waits until the lost one is running again. If
-    that cannot happen, the execution is ended and a new one starts at the first unanswered chunk.
+    Ray restarts lost engines on other nodes and repeats lost work. If it cannot place an engine again, all engines are
+    started anew on the nodes that are left, from the first unanswered parcel.
     """
 
     def __init__(self, chunks: Iterator[Sequence[Item]], work: Work, settings: RaySettings, booking: Booking) -> None:
         self._chunks = chunks
-        self._work = work
+        self._in_parcel = max(1, settings.parcel // work.chunk_inputs)
         self._settings = settings
         self._booking = booking
-        self._feed: FeedHandle = start_feed()
-        self._listed = self._answered = 0  # parcels
-        self._execution = 0
-        self._exhausted = False
+        self._work = work
+        self._shared_work = ray.put(work)
+        # decoded images are lost with their node: Ray repeats the task that made them
+        self._decode = ray.remote(decode_parcel).options(num_cpus=booking.decoder_cpus, max_retries=ATTEMPTS - 1)
+        self._engines: list[_Engine] = []
+        self._waiting: deque[_Parcel] = deque()
         self._problem: Exception | None = None
+        self._answered_at = time.monotonic()
+        self._has_warned = False
 
     def answers(self) -> Generator[list[InputAnswer], None, None]:
-        """The answers of every chunk."""
-        try:
-            while not self._finished():
-                dataset = self._prepare()
-                watch = Watch(self._feed, self._execution, self._booking, lambda: self._answered)
-                try:
-                    yield from self._execute(dataset)
-                except RayError as problem:
-                    if not watch.broken_off:
-                        raise DataError(f"the job on Ray has failed: {_cause(problem)}") from problem
-                    log.warning("a node was lost and its work cannot be placed elsewhere: its inputs are retried")
-                finally:
-                    watch.end()
-                self._execution += 1
-        finally:
-            ray.kill(self._feed)
+        """The answers of every chunk. An error of the inputs comes after the answers of the chunks before it."""
+        self._start_engines(self._settings.actors[0])
+        cpus = math.floor(sum(node.get("CPU", 0.0) for node in self._nodes.values()))
+        window = self._settings.window or min(MOST_PARCELS, PARCELS_OF_ENGINE * len(self._engines) + cpus)
+        while True:
+            while len(self._waiting) < window and (parcel := self._next_parcel()):
+                self._waiting.append(_Parcel(parcel))
+            if not self._waiting:
+                break
+            yield from self._take()
         if self._problem is not None:
             raise self._problem
 
-    def _finished(self) -> bool:
-        return self._exhausted and self._answered == self._listed
-
-    def _execute(self, dataset: Dataset) -> Generator[list[InputAnswer], None, None]:
-        if self._finished():
-            return
-        # A prefetched block is held back until the next one arrives, which never happens at the end of the inputs.
-        batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-        with closing(iter(batches)) as tables:
-            for table in tables:
-                for number, content in unwrapped(table):
-                    if isinstance(content, Failure):
-                        raise EngineError(content.message)
-                    if number != self._answered:
-                        raise DataError(f"Ray returned parcel {number} in place of parcel {self._answered}")
-                    self._answered += 1
-                    self._feed.answered.remote(number)
-                    self._list()
-                    yield from content
-                if self._finished():
-                    return
-
-    def _list(self) -> None:
-        """Take the next parcel from the source; an error is raised after the answers of the parcels before it."""
-        parcel: list[list[Item]] = []
-        try:
-            for chunk in islice(self._chunks, max(1, self._settings.parcel // self._work.chunk_inputs)):
-                parcel.append(list(chunk))  # chunks before an error count
-        except Exception as problem:
-            self._problem = problem
-            self._chunks = iter(())
-        if parcel:
-            self._feed.put.remote(self._listed, pickle.dumps(parcel, pickle.HIGHEST_PROTOCOL))
-            self._listed += 1
-        else:
-            self._exhausted = True
-
-    def _prepare(self) -> Dataset:
-        """List enough parcels to keep the cluster busy and plan a new execution."""
-        nodes = alive_nodes().values()
-        least, most = self._engines(self._booking.room(nodes))
-        cpus = math.floor(sum(node.get("CPU", 0.0) for node in nodes))
-        window = self._settings.window or min(MOST_PARCELS, PARCELS_OF_ENGINE * most + cpus)
-        while self._listed - self._answered < window and not self._exhausted:
-            self._list()
-        context = DataContext.get_current().copy()
-        context.execution_options.preserve_order = True
-        context.target_max_block_size = BLOCK_BYTES
-        context.enable_progress_bars = False
-        with DataContext.current(context):
-            return self._plan(ActorPoolStrategy(min_size=least, max_size=most))
-
-    def _engines(self, room: int) -> tuple[int, int]:
-        """Smallest and largest number of engines."""
-        booking, (least, most) = self._booking, self._settings.actors
+    def _start_engines(self, least: int) -> None:
+        self._nodes, booking = alive_nodes(), self._booking
+        room = booking.room(self._nodes.values())
         if not room:
             gpus = f" and {booking.gpus:g} GPUs" if booking.gpus else ""
             raise UsageError(
                 f"the Ray cluster has no room for an engine ({booking.cpus:g} CPUs{gpus} on a node) and a decoder "
                 f"({booking.decoder_cpus:g} CPUs): let them book less, or add nodes"
             )
-        if self._execution:  # the cluster may be smaller than when the job began
-            least = min(least, room)
         if least > room:
             # Additional engines would take the CPUs of the decoders and wait for them for ever.
             raise UsageError(f"the Ray cluster has room for {room} engines with their decoders, not for {least}")
-        return least, room if most is None else min(most, room)
-
-    def _plan(self, engines: ActorPoolStrategy) -> Dataset:
-        numbers = read_datasource(
-            Numbers(self._feed, self._answered, self._execution),
-            override_num_blocks=1,
-            num_cpus=0,
-            label_selector=this_node(),
+        kind = ray.remote(EngineActor).options(
+            num_cpus=booking.cpus, num_gpus=booking.gpus, max_restarts=-1, max_task_retries=ATTEMPTS - 1
         )
-        decoded = numbers.map_batches(
-            decode_parcels,
-            batch_format="pyarrow",
-            fn_kwargs={"feed": self._feed, "work": self._work, "folder": Path.cwd()},
-            num_cpus=self._booking.decoder_cpus,
-            max_calls=0,  # unlimited; different options keep Ray from fusing this stage with the next
-        )
-        return decoded.map_batches(
-            Answering,
-            batch_format="pyarrow",
-            fn_constructor_args=(self._feed, self._execution, self._work),
-            compute=engines,
-            num_cpus=self._booking.cpus,
-            num_gpus=self._booking.gpus or None,
-        )
+        for _ in range(min(room, self._settings.actors[1] or room)):
+            actor = kind.remote(self._work)
+            self._engines.append(_Engine(actor, actor.opened.remote()))
+
+    def close(self) -> None:
+        """End all engines."""
+        for engine in self._engines:
+            ray.kill(engine.actor)
+        self._engines = []
+
+    def _next_parcel(self) -> list[list[Item]]:
+        parcel: list[list[Item]] = []
+        try:
+            for chunk in islice(self._chunks, self._in_parcel):
+                parcel.append(list(chunk))  # chunks before an error count
+        except Exception as problem:
+            self._problem = problem
+            self._chunks = iter(())
+        return parcel
+
+    def _take(self) -> list[list[InputAnswer]]:
+        """Wait for the first parcel's answers."""
+        first = self._waiting[0]
+        try:
+            while True:
+                self._send()
+                awaited = [one.opened for one in self._engines] if first.answers is None else [first.answers]
+                done, _ = ray.wait(awaited, timeout=LOOK_S)
+                if done and first.engine is not None:
+                    break
+                self._check_nodes()
+            found = ray.get(first.answers)
+        except RayError as problem:
+            raise _failure(problem, first) from problem
+        if isinstance(found, EngineFailure):
+            raise EngineError(found.message)
+        first.engine.parcels -= 1
+        self._waiting.popleft()
+        self._answered_at = time.monotonic()
+        answers: list[list[InputAnswer]] = found
+        return answers
+
+    def _send(self) -> None:
+        """Send waiting parcels to the engines that are open."""
+        opening = [one for one in self._engines if not one.is_open]
+        done = ray.wait([one.opened for one in opening], num_returns=len(opening), timeout=0)[0] if opening else []
+        for engine in opening:
+            if engine.opened in done:
+                if (problem := ray.get(engine.opened)) is not None:
+                    raise EngineError(problem)
+                engine.is_open = True
+        ready = [one for one in self._engines if one.is_open]
+        for parcel in self._waiting if ready else ():
+            if parcel.answers is None:
+                parcel.engine = min(ready, key=lambda one: one.parcels)
+                parcel.engine.parcels += 1
+                decoded = self._decode.remote(parcel.chunks, self._shared_work, Path.cwd())
+                parcel.answers = parcel.engine.actor.answer.remote(decoded)
+
+    def _check_nodes(self) -> None:
+        """Start all engines anew if a lost node has stopped the job and other nodes have room."""
+        nodes = alive_nodes()
+        if self._nodes.keys() <= nodes.keys() or time.monotonic() - self._answered_at < STALLED_S:
+            return
+        if self._booking.room(nodes.values()):
+            log.warning("a node was lost and its work cannot be placed elsewhere: its inputs are retried")
+            self.close()
+            self._start_engines(1)  # the cluster may be smaller than when the job began
+            for parcel in self._waiting:
+                parcel.engine = parcel.answers = None
+            self._answered_at = time.monotonic()
+        elif not self._has_warned:
+            log.warning("a node was lost, and no other node has room for an engine: waiting for a node")
+            self._has_warned = True
 
 
-def _cause(problem: BaseException) -> str:
-    """The error in a worker that Ray's errors wrap, in one line."""
-    inner = getattr(problem, "cause", None) or problem.__cause__
-    return _cause(inner) if isinstance(inner, BaseException) else f"{type(problem).__name__}: {first_line(problem)}"
+def _failure(problem: RayError, parcel: _Parcel) -> DataError:
+    """The error of a worker that Ray's errors wrap, in one line."""
+    inner = problem.cause if isinstance(problem, RayTaskError) else problem
+    if isinstance(inner, RayError) and not isinstance(inner, RayTaskError):
+        source = parcel.chunks[0][0].source
+        return DataError(f"{ATTEMPTS} processes or nodes were lost trying to answer {source} and the inputs after it")
+    return DataError(f"the job on Ray has failed: {type(inner).__name__}: {first_line(inner)}")
