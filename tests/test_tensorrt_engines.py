@@ -20,8 +20,9 @@ from prompttune.export.formats.torch_tensorrt import bounded, compile_program, c
 from prompttune.export.graph import trace
 from prompttune.export.layout import TensorSpec, axis_ranges
 from prompttune.export.runtimes import tensorrt_plan as execution
+from prompttune.export.runtimes.tensorrt_layers import summarise
 from prompttune.export.runtimes.tensorrt_library import ErrorLog
-from prompttune.export.runtimes.tensorrt_plan import TensorRTPlan, summarise
+from prompttune.export.runtimes.tensorrt_plan import TensorRTPlan
 from prompttune.export.runtimes.tensors import CAPTURE_LOCK, as_torch, place_rows, update_row
 from prompttune.export.runtimes.torch_tensorrt import TorchTensorRTRuntime, check_versions
 from tests.engines import checkpoint, model_of

@@ -5,10 +5,8 @@ TensorRT reports failures by a return value and in its log, so every one is chec
 
 from __future__ import annotations
 
-import json
-import re
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from prompttune.errors import EngineError, first_line
 from prompttune.export.layout import IMAGE, LOGITS, TASK_INDEX, TensorSpec
+from prompttune.export.runtimes.tensorrt_layers import summarise
 from prompttune.export.runtimes.tensorrt_library import TensorRT, error_log
 from prompttune.export.runtimes.tensors import CAPTURE_LOCK
 
@@ -30,8 +29,6 @@ STREAMS = 2
 _GRAPHS = 8
 """CUDA graphs that a stream keeps, each with an execution context and its memory; the longest unused one goes first."""
 _PROFILE = 0
-_FUSED = re.compile("mha|flash", re.IGNORECASE)
-"""In the names of TensorRT's fused attention kernels."""
 
 
 class TensorRTPlan:
@@ -84,7 +81,7 @@ class TensorRTPlan:
                 raise EngineError(f"{path}: {name} is {dtype}, declared was {self.dtypes[name]}: export it again")
 
     def layers(self) -> dict[str, Any]:
-        """Figures of its layers: see :func:`summarise`."""
+        """Figures of its layers: see :func:`~prompttune.export.runtimes.tensorrt_layers.summarise`."""
         form = self._trt.LayerInformationFormat.JSON
         return summarise(self._engine.create_engine_inspector().get_engine_information(form))
 
@@ -206,25 +203,3 @@ class PlanStream:
                 found = CapturedSession(self._plan, self._stream, inputs)
         self._graphs[rows] = found
         return found
-
-
-def summarise(information: str) -> dict[str, Any]:
-    """The layers of a plan, ready for JSON: how many, of which types, with outputs of which types, and how many of them
-    are fused attention.
-
-    Args:
-        information: JSON of TensorRT's engine inspector, with a list ``Layers``. Its items are records where the plan
-            keeps details, else names.
-    """
-    layers = json.loads(information).get("Layers", [])
-    records = [one for one in layers if isinstance(one, dict)]
-    # TensorRT 11 has split the name of the two in one.
-    outputs = (
-        output.get("Datatype") or output["Format/Datatype"] for one in records for output in one.get("Outputs", ())
-    )
-    return {
-        "count": len(layers),
-        "types": dict(Counter(one["LayerType"] for one in records)),
-        "precisions": dict(Counter(outputs)),
-        "fused_attention": sum(bool(_FUSED.search(json.dumps(one))) for one in layers),
-    }
