@@ -458,6 +458,9 @@ def test_more_labels_than_a_path_is_long(tmp_path, vit):
                "--weights", vit.weights, "--output", tmp_path / "task", "--labels", ",".join(labels))  # fmt: skip
     assert made.exit_code == 0, made.output
     assert read_config(tmp_path / "task")["labels"] == labels
+    missing = run("import-checkpoint", "--from", "vpt", file, "--output", tmp_path / "x", "--labels", "absent.txt")
+    assert (missing.exit_code, missing.output.count("\n")) == (2, 1)
+    assert "cannot read the labels absent.txt" in missing.output
 
 
 @pytest.mark.parametrize("layout", ["sa2vp", "vpt", "gapt", "lora"])

@@ -81,12 +81,12 @@ def _labels(text: str | None) -> list[str] | None:
     """Class names from the command line or from a file."""
     if text is None:
         return None
-    try:
-        lines = Path(text).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as problem:
-        raise UsageError(f"cannot read the labels {text}: {problem}") from None
-    except OSError:  # the names themselves
-        lines = text.split(",")
+    lines = text.split(",")
+    if len(lines) == 1:
+        try:
+            lines = Path(text).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as problem:
+            raise UsageError(f"cannot read the labels {text}: {problem}; give a text file or names as in a,b") from None
     return [line.strip() for line in lines if line.strip()]
 
 
