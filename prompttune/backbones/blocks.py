@@ -52,6 +52,9 @@ class AttentionBlock(FrozenBlock):
         super().__init__(timm, index)
         self.num_heads = int(timm.attn.num_heads)
         self.head_dim = int(timm.attn.qkv.out_features) // (3 * self.num_heads)
+        first = next(layer for layer in timm.mlp.modules() if isinstance(layer, nn.Linear))
+        self.hidden_width = first.out_features
+        """Channels after the MLP's first linear layer."""
 
     def norm1(self, tokens: Tensor) -> Tensor:
         """The norm before the attention."""

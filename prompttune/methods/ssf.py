@@ -88,14 +88,13 @@ class SSF(MethodOver[VitBackbone]):
 def places(backbone: VitBackbone) -> dict[str, tuple[int, ...]]:
     """The places that are scaled and shifted, with the shape of each scale: L blocks, D channels, M hidden channels."""
     depth, width, heads = backbone.depth, backbone.width, backbone.num_heads * backbone.head_dim
-    hidden = int(backbone.blocks[0].timm.mlp.fc1.out_features)
     return {
         "patches": (width,),
         "norm1": (depth, width),
         "qkv": (depth, 3, heads),
         "proj": (depth, width),
         "norm2": (depth, width),
-        "fc1": (depth, hidden),
+        "fc1": (depth, backbone.blocks[0].hidden_width),
         "fc2": (depth, width),
         "norm": (width,),
     }

@@ -234,8 +234,7 @@ class AttentionPathways(Pathways[Kind]):
 
 def feed_forward_both(block: AttentionBlock, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """The second half of a block for both pathways, [2, B, N, D] to twice [B, N, D]."""
-    hidden = max(layer.out_features for layer in block.timm.mlp.modules() if isinstance(layer, nn.Linear))
-    if not one_batch(tokens, hidden):
+    if not one_batch(tokens, block.hidden_width):
         return block.feed_forward(tokens[0]), block.feed_forward(tokens[1])
     first, second = block.feed_forward(tokens).unbind(0)
     return first, second
