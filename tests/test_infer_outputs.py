@@ -2,6 +2,7 @@
 
 import io
 import os
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -154,6 +155,37 @@ def test_what_others_wrote_is_never_replaced(here, output, foreign, data, overwr
     assert contents(here) == {foreign: data}
 
 
+def test_a_row_log_alone_is_kept_unless_it_may_be_replaced(here):
+    """Parquet files come at the end, so a run that was killed has nothing but its row log."""
+    job = settings(pictures(here / "in", 6), outputs=("rows/",))
+    (here / "rows").mkdir()
+    (here / "rows.rowlog").write_text("rows of hours")
+    with pytest.raises(UsageError, match=r"^rows\.rowlog exists: choose another output, or give --overwrite or --resu"):
+        infer(job)
+    assert (here / "rows.rowlog").read_text() == "rows of hours"
+    infer(replace(job, overwrite=True))
+
+
+@pytest.mark.parametrize("given", ["resume", "overwrite"])
+def test_parquet_files_that_a_crash_has_cut_are_replaced(here, given):
+    written("rows/", inputs=2)
+    cut = here / "rows/.unfinished/task=birds/part-0.parquet"
+    cut.parent.mkdir(parents=True)
+    cut.write_bytes(b"PAR1")
+    written("rows/", **{given: True})
+    assert list(contents(here)) == ["rows/task=birds/part-0.parquet"]
+
+
+def test_clearing_a_folder_of_parquet_files_takes_its_own_alone(here):
+    written("rows/", tasks=("birds", "digits"))
+    for name in ("rows/task=birds/mine.csv", "rows/.unfinished/mine", "rows/task=digits/part-1.parquet"):
+        (here / name).parent.mkdir(exist_ok=True)
+        (here / name).write_text("")
+    ParquetFolder.clear(here / "rows")
+    assert list(contents(here)) == ["rows/.unfinished/mine", "rows/task=birds/mine.csv"]
+    assert not (here / "rows/task=digits").exists()
+
+
 def test_neither_is_a_video_that_can_be_played(here):
     import av
 
@@ -184,6 +216,13 @@ def test_a_place_where_nothing_can_be_written_is_one_line(here):
     (here / "file").write_text("")
     with pytest.raises(UsageError, match=r"^cannot write file/rows\.csv: Not a directory|File exists$"):
         opened("file/rows.csv")
+
+
+@pytest.mark.parametrize("output", ["./", ".", "..", "new/../", "/"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_without_a_name_of_its_own_is_one_line(output, resume):
+    with pytest.raises(UsageError, match=r"has no name of its own: name a file or a new folder$"):
+        settings("in", outputs=(output,), resume=resume)
 
 
 def test_a_video_is_not_resumed(here):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import io
 import random
 import re
 import resource
@@ -17,6 +20,7 @@ from prompttune.errors import DataError, EngineError, UsageError
 from prompttune.files import locked
 from prompttune.serve.infer import job as jobs
 from prompttune.serve.infer.running import prepared
+from prompttune.serve.infer.sinks.text import CsvRows
 from tests.inferring import TELLING, command, pictures, rows_of, run, settings
 
 COUNT = 60
@@ -102,11 +106,47 @@ def test_an_engine_that_fails_in_the_middle(images, whole, tmp_path, monkeypatch
     assert contents(tmp_path) == contents(whole)
 
 
-def finish(job):
-    import dataclasses
-
-    with prepared(dataclasses.replace(job, resume=True), stdin=None, stdout=None) as ready:
+def finish(job, stdout=None):
+    with prepared(dataclasses.replace(job, resume=True), stdin=None, stdout=stdout) as ready:
         return ready.job.run()
+
+
+def test_a_sink_that_fails_in_the_middle(images, tmp_path, monkeypatch):
+    """Log, files and standard output of both runs together have every row once."""
+    job = settings(images, outputs=(str(tmp_path / "rows.jsonl"), str(tmp_path / "rows.csv"), "-"))
+    write, stdout = CsvRows.write, io.StringIO()
+
+    def failing(self, answer):
+        if answer.rows[0].source.endswith("0026.png"):  # the third input of the seventh chunk
+            raise OSError(errno.EIO, "Input/output error")
+        write(self, answer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CsvRows, "write", failing)
+        with prepared(job, stdin=None, stdout=stdout) as ready, pytest.raises(DataError, match="of 24 inputs are safe"):
+            ready.job.run()
+    assert stdout.getvalue().count("\n") == 24
+    finish(job, stdout)
+    rows = rows_of(tmp_path / "rows.jsonl")
+    assert [Path(row.source).name for row in rows] == [f"{number:04}.png" for number in range(COUNT)]
+    assert stdout.getvalue() == (tmp_path / "rows.jsonl").read_text()
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_resuming_is_advised_where_it_is_possible(images, tmp_path, monkeypatch, resumable):
+    outputs = [str(tmp_path / name) for name in (["rows.jsonl"] if resumable else ["rows.jsonl", "out.mp4"])]
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.InferJob, "_check_errors", fail_after(patch, 4))
+        with prepared(settings(images, outputs=outputs), stdin=None, stdout=None) as ready:
+            assert ready.resumable == resumable
+            with pytest.raises(EngineError) as caught:
+                ready.job.run()
+    advice = "; the rows of 4 inputs are safe: run again with --resume"
+    assert str(caught.value) == "enough" + advice * resumable
+    with prepared(
+        settings("-", outputs=(str(tmp_path / "list.jsonl"),)), stdin=lambda: io.BytesIO(), stdout=None
+    ) as ready:
+        assert not ready.resumable
 
 
 def test_stopped_and_gone_on_with(images, whole, tmp_path):

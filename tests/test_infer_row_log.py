@@ -1,6 +1,7 @@
 """The row log: what counts after a crash, and whose run may be resumed."""
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -96,6 +97,20 @@ def test_a_changed_byte_ends_what_counts(path):
     data = path.read_bytes()
     path.write_bytes(data.replace(b"2.png", b"3.png", 1))
     assert RowLog(path).read(SETTINGS).inputs == 2
+
+
+def test_a_commit_is_on_the_disk_before_it_counts(path, monkeypatch):
+    log, synced = begun(path), []
+
+    def fsync(descriptor):
+        synced.append((os.fstat(descriptor).st_ino, path.read_bytes().count(b"\n"), log.progress.inputs))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    log.append(ANSWERS[:2])
+    log.commit(RunProgress(2))
+    # the file with its header, two inputs and the commit, while the commit before still counts
+    assert synced == [(path.stat().st_ino, 4, 0)]
+    assert log.progress.inputs == 2
 
 
 def test_a_full_disk_leaves_the_commit_before(path):

@@ -410,7 +410,7 @@ def test_a_killed_replica_loses_no_request(address, engine, deployment):
         killed = min(before, key=lambda process: before[process] != ray.get_runtime_context().get_node_id())
         os.kill(killed, signal.SIGKILL)
         load.wait_for(20)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 40
         while len(after := replicas(deployment)) < 2 or killed in after:
             assert time.monotonic() < deadline, "the replica does not come back"
             assert not load.problems

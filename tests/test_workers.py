@@ -30,7 +30,7 @@ from prompttune.serve.workers.store import HostCache, Store
 from tests.conftest import THREADS
 from tests.engines import SIZE, checkpoint, copied, noise
 
-WAIT_S = 240
+WAIT_S = 60
 MAX_BATCH = 6
 KINDS = pytest.mark.parametrize("process", [False, True], ids=["in-process", "process"])
 

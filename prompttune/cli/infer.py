@@ -159,6 +159,6 @@ def _report(
     if as_json:
         click.echo(json.dumps(summary.to_dict(), ensure_ascii=False), err=rows_on_stdout)
         return
-    click.echo(in_words(summary, ready.before.inputs, ready.tasks, settings.outputs), err=True)
+    click.echo(in_words(summary, ready, settings.outputs), err=True)
     if summary.evaluation:
         evaluation_table(summary.evaluation)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from prompttune.evaluation import TaskEvaluation
     from prompttune.serve.infer.job import InferSummary
     from prompttune.serve.infer.row_log import RunProgress
+    from prompttune.serve.infer.running import Prepared
 
 LINE_S = 30.0
 """Seconds between two lines if standard error is not a terminal with a bar."""
@@ -79,8 +80,9 @@ class InferDisplay:
             )
 
 
-def in_words(summary: InferSummary, before: int, tasks: Sequence[str], outputs: Sequence[str]) -> str:
-    """One line about a finished job."""
+def in_words(summary: InferSummary, ready: Prepared, outputs: Sequence[str]) -> str:
+    """One line about a job that has run."""
+    before, tasks = ready.before.inputs, ready.tasks
     new = summary.inputs - before
     parts = [f"{summary.inputs} images" if not before else f"{summary.inputs} images, {new} of them in this run"]
     if tasks:
@@ -94,7 +96,7 @@ def in_words(summary: InferSummary, before: int, tasks: Sequence[str], outputs: 
     line = ", ".join(parts) + (f"; wrote {', '.join(files)}" if files else "")
     if summary.finished:
         return line
-    return f"{line}; interrupted, run again with --resume" if files else f"{line}; interrupted"
+    return f"{line}; interrupted, run again with --resume" if ready.resumable else f"{line}; interrupted"
 
 
 def evaluation_table(evaluations: Mapping[str, TaskEvaluation]) -> None:

@@ -41,7 +41,7 @@ class Executor(ABC):
         return self._results.wait(seconds)
 
     def state(self) -> Mapping[str, Any]:
-        """Plain values that a resumed job needs besides its position, after the answers taken so far."""
+        """Values that a resumed job needs besides its position, after the answers taken so far."""
         return {}
 
     def close(self) -> None:

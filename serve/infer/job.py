@@ -70,6 +70,7 @@ class InferJob:
         executor: answers the chunks.
         sinks: destinations of the rows; each gets every row.
         log: row log, from which a later run resumes; None keeps no log.
+        resumable: whether an error may advise to resume.
         scores: metrics of rows with true labels, already including those of earlier runs.
         max_errors: number of inputs with errors to tolerate; None for any number.
         on_progress: called after every chunk.
@@ -83,6 +84,7 @@ class InferJob:
         sinks: Sequence[Sink],
         *,
         log: RowLog | None = None,
+        resumable: bool = True,
         scores: RowScores | None = None,
         max_errors: int | None = None,
         on_progress: Callable[[RunProgress], None] = lambda _: None,
@@ -92,6 +94,7 @@ class InferJob:
         self._executor = executor
         self._sinks = sinks
         self._log = log
+        self._resumable = resumable
         self._before = self._progress = RunProgress() if log is None else log.progress
         self._scores = scores
         self._max_errors = max_errors
@@ -150,6 +153,12 @@ class InferJob:
             self._check_errors()
 
     def _write(self, answers: Sequence[InputAnswer]) -> None:
+        for sink in self._sinks:  # one after the other: standard output, the last, has what the files have
+            for answer in answers:
+                sink.write(answer)
+        # Only now: a resumed run repeats what a sink has refused.
+        if self._log is not None:
+            self._log.append(answers)
         before = self._progress
         self._progress = replace(
             before,
@@ -159,13 +168,9 @@ class InferJob:
             smoothing=self._executor.state(),
             finished=False,
         )
-        if self._log is not None:
-            self._log.append(answers)
         self._uncommitted = True
-        for answer in answers:
-            for sink in self._sinks:
-                sink.write(answer)
-            if self._scores is not None:
+        if self._scores is not None:
+            for answer in answers:
                 for row in answer.rows:
                     self._scores.add(row)
         self._latency.written(answers)
@@ -210,6 +215,6 @@ class InferJob:
         )
 
     def _hint(self) -> str:
-        if self._log is None:
+        if self._log is None or not self._resumable:
             return ""
         return f"; the rows of {self._log.progress.inputs} inputs are safe: run again with --resume"

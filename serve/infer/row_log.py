@@ -36,7 +36,7 @@ class RunProgress:
     counts: Mapping[str, int] = field(default_factory=dict)
     """Counts of inputs without a row."""
     smoothing: Any = None
-    """State of the smoothing over frames, as plain values."""
+    """State of the smoothing over frames, see :meth:`~prompttune.serve.infer.smoothing.Smoother.state`."""
     finished: bool = False
     """Whether every input was answered and every output written to its end."""
 
@@ -61,7 +61,7 @@ class RowLog:
         Args:
             settings: plain values that must be the same when the run is resumed.
         """
-        header = json_text({"format": FORMAT, "settings": settings}).encode("utf-8", "replace") + b"\n"
+        header = json_text({"format": FORMAT, "settings": settings}).encode() + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_bytes(b"")
         self._append(header)
@@ -163,7 +163,7 @@ def _check_header(path: Path, line: bytes, settings: Mapping[str, Any]) -> None:
             f"another version of prompttune wrote {path} (format {version}): finish the run with that version, or "
             "begin again with --overwrite"
         )
-    given = json.loads(json_text(settings).encode("utf-8", "replace"))
+    given = json.loads(json_text(settings))
     for name in dict.fromkeys((*recorded, *given)):
         before, now = recorded.get(name), given.get(name)
         if before != now:

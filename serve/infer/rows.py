@@ -99,13 +99,13 @@ class Row:
 
 
 def json_text(values: object) -> str:
-    """Values as JSON on one line.
+    """Values as JSON on one line; an array becomes a list.
 
     A file name that is not valid Unicode holds surrogates, which UTF-8 cannot hold. Its text is ASCII with escapes and
     still reads back exactly.
     """
-    text = json.dumps(values, ensure_ascii=False)
-    return text if escaped(text) == text else json.dumps(values)
+    text = json.dumps(values, ensure_ascii=False, default=np.ndarray.tolist)
+    return text if escaped(text) == text else json.dumps(values, default=np.ndarray.tolist)
 
 
 def escaped(text: str, encoding: str = "utf-8") -> str:

@@ -52,6 +52,8 @@ class Prepared:
     """Whether the inputs are endless, so that ending them is not an interruption."""
     tasks: tuple[str, ...] = ()
     """Tasks of every input."""
+    resumable: bool = False
+    """Whether ``resume`` can continue the job if it is interrupted."""
 
 
 @contextmanager
@@ -113,7 +115,8 @@ def prepared(
                 if before.finished and not plan.more() and all(file.exists() for file in files):
                     yield Prepared(None, before=before)
                     return
-            answered.update((trace.name, trace) for trace in log.traces() if settings.source.watch)
+            if settings.source.watch:
+                answered.update((trace.name, trace) for trace in log.traces())
         calls = 1
         if engine is None and settings.ray is None:
             calls, threads = calls_at_once(settings.options, folder)
@@ -136,6 +139,7 @@ def prepared(
             _write_again(log, sinks, scores)
         elif log is not None:
             log.begin(values)
+        resumable = log is not None and settings.inputs[0] != STANDARD_INPUT and all(one.resumable for one in sinks)
         sinks += printed
         work = replace(work, picture_side=_picture_side(sinks))
         job = InferJob(
@@ -145,10 +149,11 @@ def prepared(
             sinks,
             log=log,
             scores=scores,
+            resumable=resumable,
             max_errors=settings.max_errors,
             on_progress=on_progress,
         )
-        yield Prepared(job, plan.total, before, not opened.source.bounded, work.tasks)
+        yield Prepared(job, plan.total, before, not opened.source.bounded, work.tasks, resumable)
 
 
 def _write_again(log: RowLog, sinks: Sequence[Sink], scores: RowScores | None) -> None:

@@ -21,6 +21,7 @@ BATCH_SIZE = 32
 STDIN_FORMS = ("list", "jsonl")
 DECODERS = ("threads", "processes")
 Drop = Literal["oldest", "none"]
+"""What happens to a full queue: its oldest item leaves, or the reader waits."""
 STANDARD_OUTPUTS: Mapping[str, Literal["jsonl", "csv"]] = {"-": "jsonl", "jsonl:-": "jsonl", "csv:-": "csv"}
 """Form of each standard output, by name."""
 TASKS, INPUTS, FRAMES = "Tasks", "Inputs", "Video and streams"
@@ -233,6 +234,9 @@ class InferSettings:
 
     def __post_init__(self) -> None:
         settle(self)
+        for output in self.outputs:
+            if output not in STANDARD_OUTPUTS and Path(output).name in ("", ".."):
+                raise UsageError(f"the output {output!r} has no name of its own: name a file or a new folder")
         if self.resume and self.overwrite:
             raise UsageError("--resume and --overwrite contradict each other: give one")
         if self.resume and row_log_path(self.outputs) is None:

@@ -16,7 +16,8 @@ class Smoother:
     """An exponential moving average of class probabilities, per source and task.
 
     The weight of earlier frames halves every ``half_life`` seconds of the frames' own time, so strides and dropped
-    frames do not change the result. A frame without an answer leaves the average unchanged.
+    frames do not change the result. A frame without an answer leaves the average unchanged. The averages of a source
+    are dropped when another source begins.
 
     Args:
         half_life: half-life in seconds.
@@ -27,28 +28,25 @@ class Smoother:
         if not half_life > 0:
             raise UsageError(f"the half-life of smoothing must be above 0 seconds, not {half_life:g}")
         self._half_life = half_life
-        self._averages: dict[tuple[str, str], tuple[float, Probabilities]] = {
-            (one["source"], one["task"]): (one["timestamp"], np.array(one["probabilities"], np.float64))
-            for one in (state or {}).get("averages", ())
+        state = state or {"source": None, "averages": {}}
+        self._source: str | None = state["source"]
+        self._averages: dict[str, tuple[float, Probabilities]] = {
+            task: (timestamp, np.array(average, np.float64)) for task, (timestamp, average) in state["averages"].items()
         }
 
     def __call__(self, item: Item, task: str, new: Probabilities) -> Probabilities:
         """Smooth the probabilities [C] of the next answer of a task."""
         if item.timestamp is None:
             return new
-        key = item.source, task
-        if key in self._averages:
-            before, average = self._averages[key]
+        if item.source != self._source:
+            self._source, self._averages = item.source, {}
+        if task in self._averages:
+            before, average = self._averages[task]
             kept = 0.5 ** (max(0.0, item.timestamp - before) / self._half_life)
             new = kept * average + (1.0 - kept) * new
-        self._averages[key] = item.timestamp, new
+        self._averages[task] = item.timestamp, new
         return new
 
     def state(self) -> dict[str, Any]:
-        """Plain values from which another smoother continues with bit-identical results."""
-        return {
-            "averages": [
-                {"source": source, "task": task, "timestamp": timestamp, "probabilities": average.tolist()}
-                for (source, task), (timestamp, average) in self._averages.items()
-            ]
-        }
+        """Values, plain but for arrays [C], from which another smoother continues with bit-identical results."""
+        return {"source": self._source, "averages": dict(self._averages)}

@@ -9,10 +9,12 @@ from typing import TextIO
 
 from prompttune.errors import UsageError
 from prompttune.files import visible
-from prompttune.serve.infer.settings import STANDARD_OUTPUTS
+from prompttune.serve.infer.settings import STANDARD_OUTPUTS, row_log_path
 from prompttune.serve.infer.sinks import SINKS, Sink, SinkSettings
 from prompttune.serve.infer.sinks.base import FOLDER
 from prompttune.serve.infer.sinks.text import StandardOutput
+
+_TAKEN = "{} exists: choose another output, or give --overwrite or --resume"
 
 
 def _known(task_type: str) -> str:
@@ -69,10 +71,13 @@ def check_outputs(
         if not (any(visible(path)) if path.is_dir() else os.path.lexists(path)):
             continue
         if not overwrite and not resume:
-            raise UsageError(f"{output} exists: choose another output, or give --overwrite or --resume")
+            raise UsageError(_TAKEN.format(output))
         if (foreign := kind.foreign_file(path)) is not None:
             given = "--resume" if resume else "--overwrite"
             raise UsageError(f"{foreign} was not written by prompttune, so {given} leaves it: choose another output")
+    log = row_log_path(outputs)
+    if log is not None and log.exists() and not overwrite and not resume:
+        raise UsageError(_TAKEN.format(log))
 
 
 def _check_apart(outputs: Sequence[str]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-import shutil
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
@@ -32,7 +32,7 @@ MOST_PARTITIONS = 1000
 """Number of partitions beyond which tasks unknown to the engine do not get their own."""
 _LONGEST_NAME = 200
 _UNFINISHED = ".unfinished"
-_OURS = re.compile(r"(\.unfinished/)?task=[^/]*/part-\d+\.parquet")
+_OURS = re.compile(r"task=[^/]*/part-\d+\.parquet")
 
 pyarrow = partial(libraries.pyarrow, "or write a .jsonl or .csv file")
 """The module ``pyarrow``, with its Parquet part."""
@@ -75,7 +75,7 @@ class ParquetFolder(Sink):
         """Write the files and replace those of an earlier run."""
         arrow, dataset = pyarrow(), import_module("pyarrow.dataset")
         new = self._folder / _UNFINISHED
-        shutil.rmtree(new, ignore_errors=True)
+        _remove_parts(new)
         writing = dataset.ParquetFileFormat()
         task = arrow.schema([self._schema.field("task")])
         dataset.write_dataset(
@@ -92,12 +92,17 @@ class ParquetFolder(Sink):
             max_open_files=MOST_OPEN_FILES,
             max_partitions=2**30,
         )
-        for file in new.glob("*/*"):
+        files = list(_parts(new))
+        for file in files:
             sync_file(file)
-        self.clear(self._folder, new.name)
-        for folder in new.glob("*"):
-            folder.rename(self._folder / folder.name)
-        shutil.rmtree(new, ignore_errors=True)
+        _remove_parts(self._folder)
+        for file in files:
+            task_folder = self._folder / file.parent.name
+            task_folder.mkdir(exist_ok=True)
+            file.replace(task_folder / file.name)
+        for folder in {file.parent.name for file in files}:
+            sync_folder(self._folder / folder)
+        _remove_empty(*new.glob("*"), new)
         sync_folder(self._folder)
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
@@ -122,8 +127,11 @@ class ParquetFolder(Sink):
         """A file below a folder that prompttune did not write, by its name, its place and its columns."""
         arrow = pyarrow()
         for file in sorted(one for one in path.rglob("*") if not one.is_dir() and one.name != LOCK_FILE):
-            if not _OURS.fullmatch(file.relative_to(path).as_posix()):
+            place = file.relative_to(path).as_posix()
+            if _OURS.fullmatch(place.removeprefix(f"{_UNFINISHED}/")) is None:
                 return file
+            if place.startswith(_UNFINISHED):  # a crash may have cut it
+                continue
             try:
                 if "task_version" not in arrow.parquet.read_schema(file).names:
                     return file
@@ -132,8 +140,25 @@ class ParquetFolder(Sink):
         return None
 
     @classmethod
-    def clear(cls, path: Path, kept: str = "") -> None:
+    def clear(cls, path: Path) -> None:
         """Remove the files that prompttune wrote, and the subfolders that become empty."""
-        for folder in (*path.glob("task=*"), path / _UNFINISHED):
-            if folder.name != kept:
-                shutil.rmtree(folder, ignore_errors=True)
+        for folder in (path / _UNFINISHED, path):
+            _remove_parts(folder)
+        _remove_empty(path / _UNFINISHED)
+
+
+def _parts(folder: Path) -> Iterator[Path]:
+    return (file for file in folder.glob("*/*") if _OURS.fullmatch(file.relative_to(folder).as_posix()))
+
+
+def _remove_parts(folder: Path) -> None:
+    """Remove the parts of all tasks, and the task folders that become empty; other files stay."""
+    for file in list(_parts(folder)):
+        file.unlink()
+    _remove_empty(*folder.glob("task=*"))
+
+
+def _remove_empty(*folders: Path) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()

@@ -13,8 +13,6 @@ from prompttune.serve.infer.items import Item
 from prompttune.serve.infer.settings import Drop as Drop
 from prompttune.serve.infer.sources.base import Source
 
-"""What happens to a full queue: its oldest item leaves, or the reader waits."""
-
 T = TypeVar("T")
 
 
