@@ -5,8 +5,9 @@ from __future__ import annotations
 import pickle
 import sys
 import wave
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -118,6 +119,37 @@ def test_a_frame_that_cannot_be_decoded_is_a_row_with_an_error(codec: str, packe
     assert [(item.frame, item.error) for item in VideoSource(path).items()] == [
         (item.frame, item.error) for item in items
     ]
+
+
+@pytest.mark.parametrize("settings", [{"stride": 1000}, {"fps": 0.001}])
+def test_a_video_that_breaks_off_says_so_whatever_frames_are_kept(
+    settings: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.mp4"
+    render(path, range(FRAMES))
+    source = VideoSource(path, **settings)
+    opened = source._opened
+
+    class Breaking:
+        def __enter__(self) -> object:
+            self._container = opened()
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self._container.close()
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._container, name)
+
+        def demux(self, stream: object) -> Iterator[object]:
+            yield from islice(self._container.demux(stream), 12)
+            raise av.error.InvalidDataError(1, "Invalid data found")
+
+    monkeypatch.setattr(source, "_opened", Breaking)
+    first, last = source.items()
+    assert (first.frame, first.error) == (0, None)
+    assert last.error == "the rest of the video cannot be read: Invalid data found"
+    assert source.counts()["frames"] == source.counts()["skipped"] + 2
 
 
 def segment(path: Path, first: int, step: int, form: str, options: dict[str, str] | None = None) -> None:

@@ -83,7 +83,8 @@ class VideoSource(Bounded):
             self._damaged += error is not None
             if seconds is None and self.rate:
                 seconds = float(number / self.rate)
-            if not self._selection.takes(number, seconds):
+            rest = error not in (None, UNDECODABLE, DAMAGED)  # it stands for all that follows
+            if not self._selection.takes(number, seconds) and not rest:
                 self._skipped += 1
                 continue
             payload = None if error else FramePayload(frame)
