@@ -4,6 +4,7 @@ import importlib
 import io
 import logging
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -11,6 +12,7 @@ import tempfile
 import time
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +35,14 @@ from tests.inferring import run
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'prompttune[ray]'")
 from ray.cluster_utils import Cluster  # noqa: E402
+from ray.exceptions import (  # noqa: E402
+    ActorDiedError,
+    NodeDiedError,
+    ObjectStoreFullError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+    WorkerCrashedError,
+)
 
 from prompttune.serve.infer.cluster import connection  # noqa: E402
 from prompttune.serve.infer.cluster import job as ray_job  # noqa: E402
@@ -169,6 +179,164 @@ def test_another_engine_under_the_same_path_is_refused(work):
     engine = EngineActor(replace(work, known=facts))
     assert engine.opened().endswith("differs from the one on the machine that started the job")
     assert engine.answer([]).message == engine.opened()
+
+
+class Ref:
+    """A reference, done when a test says so."""
+
+    def __init__(self, value, done=False):
+        self.value, self.done = value, done
+
+
+class FakeRay:
+    """As much of Ray as a job asks for. Engines answer with the inputs themselves; ``looks`` runs at every pause."""
+
+    def __init__(self, looks, answering=True):
+        self._looks, self._answering = iter(looks(self)), answering
+        self.actors, self.decoding, self.cancelled = [], [], []
+
+    def put(self, value):
+        return value
+
+    def remote(self, kind):
+        made = SimpleNamespace(remote=self._actor if kind is EngineActor else self._decoded)
+        return SimpleNamespace(options=lambda **_: made)
+
+    def _actor(self, _work):
+        actor = SimpleNamespace(opening=Ref(None), parcels=[])
+        actor.opened = SimpleNamespace(remote=lambda: actor.opening)
+        actor.answer = SimpleNamespace(
+            remote=lambda decoded: actor.parcels.append(Ref(decoded.value, self._answering)) or actor.parcels[-1]
+        )
+        self.actors.append(actor)
+        return actor
+
+    def _decoded(self, chunks, *_):
+        self.decoding.append(Ref(chunks))
+        return self.decoding[-1]
+
+    def wait(self, refs, num_returns=1, timeout=0):
+        done = [one for one in refs if one.done]
+        if timeout and not done:
+            next(self._looks)
+        return done, [one for one in refs if not one.done]
+
+    def get(self, ref):
+        return ref.value
+
+    def cancel(self, ref):
+        self.cancelled.append(ref)
+
+    def kill(self, actor):
+        self.actors.remove(actor)
+
+
+@pytest.fixture
+def job_of(work, monkeypatch):
+    """Makes a job on a cluster that is none."""
+
+    def make(looks, chunks, nodes, booking=Booking(1, 0, 1), answering=True, **settings):
+        monkeypatch.setattr(ray_job, "ray", FakeRay(looks, answering))
+        monkeypatch.setattr(ray_job, "alive_nodes", lambda: dict(nodes))
+        return ray_job._RayJob(iter(chunks), work, RaySettings(**settings), booking)
+
+    return make
+
+
+def files(count):
+    return [Item(f"{number}.png", FilePayload(f"{number}.png")) for number in range(count)]
+
+
+def test_an_engine_that_opens_first_does_not_get_all(job_of, work):
+    def looks(fake):
+        fake.actors[1].opening.done = True
+        yield
+        # a window of 4 parcels an engine and one for each of the 6 CPUs
+        assert [len(one.parcels) for one in fake.actors] == [0, 6, 0]
+        fake.actors[0].opening.done = fake.actors[2].opening.done = True
+        yield
+        assert [len(one.parcels) for one in fake.actors] == [6, 6, 6]
+        fake._answering = True
+        for ref in (ref for one in fake.actors for ref in one.parcels):
+            ref.done = True
+        yield
+
+    chunks = in_chunks(files(200), work)
+    job = job_of(looks, chunks, {"one": {"CPU": 6.0}}, answering=False, parcel=work.chunk_inputs)
+    assert list(job.answers()) == chunks
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_pixels_on_their_way_are_few_and_closing_ends_their_decoding(job_of, work, closed):
+    def looks(fake):
+        for one in fake.actors:
+            one.opening.done = True
+        yield
+        assert [ref.value for ref in fake.decoding] == [[chunk] for chunk in chunks[:4]]
+        if closed:
+            raise DataError("enough")
+        fake._answering = True
+        for ref in (ref for one in fake.actors for ref in one.parcels):
+            ref.done = True
+        yield
+
+    chunks = in_chunks(pictures(80), work)
+    job = job_of(looks, chunks, {"one": {"CPU": 4.0}}, answering=False)
+    if closed:
+        with pytest.raises(DataError, match="enough"):
+            list(job.answers())
+        job.close()
+        assert ray_job.ray.cancelled == ray_job.ray.decoding
+        assert ray_job.ray.actors == []
+    else:
+        assert list(job.answers()) == chunks
+
+
+def test_the_loss_of_the_last_room_is_waited_out(job_of, work, monkeypatch, caplog):
+    nodes = {"one": {"CPU": 2.0}, "two": {"CPU": 2.0}}
+    monkeypatch.setattr(ray_job, "STALLED_S", 0.0)
+
+    def looks(fake):
+        lost = fake.actors[0]
+        lost.opening.done = True
+        yield
+        del nodes["one"]
+        yield
+        yield
+        assert fake.actors == [lost]
+        assert [one.message.partition(":")[0] for one in caplog.records] == [
+            "a node was lost, and no other node has room for an engine"
+        ]
+        nodes["three"] = {"CPU": 2.0}
+        fake._answering = True
+        yield
+        [new] = fake.actors
+        assert new is not lost
+        new.opening.done = True
+        yield
+
+    chunks = in_chunks(files(20), work)
+    job = job_of(looks, chunks, nodes, Booking(2, 0, 2), answering=False)
+    assert list(job.answers()) == chunks
+    assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize(
+    ("problem", "line"),
+    [
+        (WorkerCrashedError(), "10 processes or nodes were lost trying to answer 0.png and the inputs after it"),
+        (ActorDiedError(), "10 processes or nodes were lost trying to answer 0.png and the inputs after it"),
+        (
+            RayTaskError("f", "", NodeDiedError("gone")),
+            "10 processes or nodes were lost trying to answer 0.png and the",
+        ),
+        (ObjectStoreFullError("full\nmore"), "the job on Ray has failed: ObjectStoreFullError: full"),
+        (RuntimeEnvSetupError("no pip"), "the job on Ray has failed: RuntimeEnvSetupError: Failed"),
+        (RayTaskError("f", "", RayTaskError("g", "", ValueError("bad"))), "the job on Ray has failed: ValueError: bad"),
+    ],
+)
+def test_only_what_was_lost_counts_as_lost(problem, line):
+    assert re.match(line, str(ray_job._failure(problem, ray_job._Parcel([files(2)]))))
 
 
 # ---------------------------------------------------------------------------------------------------- a real cluster

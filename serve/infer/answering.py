@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,11 @@ from prompttune.serve.infer.smoothing import Smoother
 from prompttune.serve.infer.sources.labels import target_index
 from prompttune.serve.infer.work import NO_TASK, Work
 from prompttune.serve.masks import Mask, class_map
+
+
+def open_engine(work: Work) -> Engine:
+    """The engine of a job, with only its tasks; the caller has checked the digests of its folder."""
+    return Engine(work.engine, **asdict(work.options), verify=False, tasks=list(work.known))
 
 
 class Buffers:

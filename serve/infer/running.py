@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -19,6 +19,7 @@ from prompttune.export.runtimes import RuntimeOptions
 from prompttune.files import locked
 from prompttune.serve.decode_threads import usable_cores
 from prompttune.serve.engine import Engine
+from prompttune.serve.infer.answering import open_engine
 from prompttune.serve.infer.executors import Executor, LocalExecutor, RayExecutor
 from prompttune.serve.infer.job import InferJob, InferSummary
 from prompttune.serve.infer.plan import ChunkPlan
@@ -120,7 +121,7 @@ def prepared(
         calls = 1
         if engine is None and settings.ray is None:
             calls, threads = calls_at_once(settings.options, folder)
-            engine = open_engine(replace(settings.options, threads=threads), folder, work)
+            engine = open_engine(replace(work, options=replace(settings.options, threads=threads)))
         told = SinkSettings(
             labelled=work.labelled,
             rate=opened.rate,
@@ -205,12 +206,6 @@ def calls_at_once(options: RuntimeOptions, folder: EngineFolder) -> tuple[int, i
     threads = options.threads or usable_cores()
     calls = min(MOST_CALLS, threads)
     return calls, threads // calls
-
-
-def open_engine(options: RuntimeOptions, folder: EngineFolder, work: Work) -> Engine:
-    """The engine of a job, with only its tasks."""
-    # its digests were checked when the folder was opened
-    return Engine(folder.path, **asdict(options), verify=False, tasks=list(work.known))
 
 
 def _task_type(settings: InferSettings) -> str:

@@ -7,19 +7,26 @@ import math
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import (
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from prompttune.errors import DataError, EngineError, UsageError, first_line
 from prompttune.serve.infer.cluster.connection import alive_nodes, connected
 from prompttune.serve.infer.cluster.settings import Booking, RaySettings
 from prompttune.serve.infer.cluster.workers import EngineActor, EngineFailure, decode_parcel
-from prompttune.serve.infer.items import Item
+from prompttune.serve.infer.items import Encoded, Item
 from prompttune.serve.infer.rows import InputAnswer
 from prompttune.serve.infer.work import Work
 
@@ -30,6 +37,10 @@ ATTEMPTS = 10
 PARCELS_OF_ENGINE = 4
 """Parcels in progress per engine: one is being answered, one waits at the engine, two are being decoded."""
 MOST_PARCELS = 512
+PIXEL_PARCELS_OF_ENGINE = 2
+"""Parcels in progress per engine if they hold pixels, such as the frames of a video; each is one chunk."""
+_LOST = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, LocalRayletDiedError)
+"""Ray's errors for processes and nodes that are gone."""
 LOOK_S = 1.0
 """Seconds between two checks of the nodes."""
 STALLED_S = 30.0
@@ -69,10 +80,16 @@ class _Engine:
 class _Parcel:
     """Several chunks that are sent together."""
 
-    chunks: Sequence[Sequence[Item]]
+    chunks: list[Sequence[Item]] = field(default_factory=list)
     engine: _Engine | None = None
+    decoded: Any = None
     answers: Any = None
-    """Reference to the answers; None until it is sent."""
+    """References to the decoded images and to the answers; None until it is sent."""
+
+    @property
+    def has_pixels(self) -> bool:
+        """Whether its last chunk holds decoded images, which take far more memory than files or paths."""
+        return any(one.payload is not None and not isinstance(one.payload, Encoded) for one in self.chunks[-1])
 
 
 class _RayJob:
@@ -100,11 +117,9 @@ class _RayJob:
     def answers(self) -> Generator[list[InputAnswer], None, None]:
         """The answers of every chunk. An error of the inputs comes after the answers of the chunks before it."""
         self._start_engines(self._settings.actors[0])
-        cpus = math.floor(sum(node.get("CPU", 0.0) for node in self._nodes.values()))
-        window = self._settings.window or min(MOST_PARCELS, PARCELS_OF_ENGINE * len(self._engines) + cpus)
         while True:
-            while len(self._waiting) < window and (parcel := self._next_parcel()):
-                self._waiting.append(_Parcel(parcel))
+            while len(self._waiting) < self._window() and (parcel := self._next_parcel()).chunks:
+                self._waiting.append(parcel)
             if not self._waiting:
                 break
             yield from self._take()
@@ -131,16 +146,32 @@ class _RayJob:
             self._engines.append(_Engine(actor, actor.opened.remote()))
 
     def close(self) -> None:
-        """End all engines."""
+        """End all engines, and the decoding of parcels without answers."""
         for engine in self._engines:
             ray.kill(engine.actor)
         self._engines = []
+        for parcel in self._waiting:
+            if parcel.decoded is not None:
+                ray.cancel(parcel.decoded)
+            parcel.engine = parcel.decoded = parcel.answers = None
 
-    def _next_parcel(self) -> list[list[Item]]:
-        parcel: list[list[Item]] = []
+    def _window(self) -> int:
+        """Largest number of unanswered parcels."""
+        if self._settings.window is not None:
+            return self._settings.window
+        if self._waiting and self._waiting[-1].has_pixels:
+            return PIXEL_PARCELS_OF_ENGINE * len(self._engines)
+        cpus = math.floor(sum(node.get("CPU", 0.0) for node in self._nodes.values()))
+        return min(MOST_PARCELS, PARCELS_OF_ENGINE * len(self._engines) + cpus)
+
+    def _next_parcel(self) -> _Parcel:
+        """The next parcel; it is empty at the end."""
+        parcel = _Parcel()
         try:
-            for chunk in islice(self._chunks, self._in_parcel):
-                parcel.append(list(chunk))  # chunks before an error count
+            for chunk in self._chunks:
+                parcel.chunks.append(list(chunk))  # chunks before an error count
+                if len(parcel.chunks) == self._in_parcel or parcel.has_pixels:
+                    break
         except Exception as problem:
             self._problem = problem
             self._chunks = iter(())
@@ -178,12 +209,14 @@ class _RayJob:
                     raise EngineError(problem)
                 engine.is_open = True
         ready = [one for one in self._engines if one.is_open]
+        share = math.ceil(self._window() / len(self._engines))  # engines that open later get theirs
         for parcel in self._waiting if ready else ():
-            if parcel.answers is None:
-                parcel.engine = min(ready, key=lambda one: one.parcels)
-                parcel.engine.parcels += 1
-                decoded = self._decode.remote(parcel.chunks, self._shared_work, Path.cwd())
-                parcel.answers = parcel.engine.actor.answer.remote(decoded)
+            engine = min(ready, key=lambda one: one.parcels)
+            if parcel.answers is None and engine.parcels < share:
+                engine.parcels += 1
+                parcel.engine = engine
+                parcel.decoded = self._decode.remote(parcel.chunks, self._shared_work, Path.cwd())
+                parcel.answers = engine.actor.answer.remote(parcel.decoded)
 
     def _check_nodes(self) -> None:
         """Start all engines anew if a lost node has stopped the job and other nodes have room."""
@@ -194,8 +227,6 @@ class _RayJob:
             log.warning("a node was lost and its work cannot be placed elsewhere: its inputs are retried")
             self.close()
             self._start_engines(1)  # the cluster may be smaller than when the job began
-            for parcel in self._waiting:
-                parcel.engine = parcel.answers = None
             self._answered_at = time.monotonic()
         elif not self._has_warned:
             log.warning("a node was lost, and no other node has room for an engine: waiting for a node")
@@ -204,8 +235,10 @@ class _RayJob:
 
 def _failure(problem: RayError, parcel: _Parcel) -> DataError:
     """The error of a worker that Ray's errors wrap, in one line."""
-    inner = problem.cause if isinstance(problem, RayTaskError) else problem
-    if isinstance(inner, RayError) and not isinstance(inner, RayTaskError):
+    inner: BaseException = problem
+    while isinstance(inner, RayTaskError):
+        inner = inner.cause
+    if isinstance(inner, _LOST):
         source = parcel.chunks[0][0].source
         return DataError(f"{ATTEMPTS} processes or nodes were lost trying to answer {source} and the inputs after it")
     return DataError(f"the job on Ray has failed: {type(inner).__name__}: {first_line(inner)}")

@@ -6,14 +6,14 @@ import contextlib
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from prompttune.errors import EngineError, PrompttuneError, first_line
 from prompttune.export.folder import EngineFolder
 from prompttune.serve.decode_threads import hold_to_one_thread
 from prompttune.serve.engine import Engine
-from prompttune.serve.infer.answering import Buffers, answers_of, assemble, score
+from prompttune.serve.infer.answering import Buffers, answers_of, assemble, open_engine, score
 from prompttune.serve.infer.decoding import Decoded, decode
 from prompttune.serve.infer.items import Item
 from prompttune.serve.infer.rows import InputAnswer
@@ -53,7 +53,7 @@ class EngineActor:
         self._buffers = Buffers(work)
         self._engine: Engine | EngineFailure
         try:
-            self._engine = _open_engine(work)
+            self._engine = _checked_engine(work)
         except PrompttuneError as problem:
             self._engine = EngineFailure(f"node {socket.gethostname()}: {first_line(problem)}")
 
@@ -75,10 +75,10 @@ class EngineActor:
             return EngineFailure(first_line(problem))
 
 
-def _open_engine(work: Work) -> Engine:
+def _checked_engine(work: Work) -> Engine:
     if not work.engine.is_dir():
         raise EngineError(f"no engine at {work.engine}: its folder must be on storage that every node sees")
     found = {name: facts.version for name, facts in facts_of(EngineFolder(work.engine), list(work.known)).items()}
     if found != {name: facts.version for name, facts in work.known.items()}:
         raise EngineError(f"the engine at {work.engine} differs from the one on the machine that started the job")
-    return Engine(work.engine, **asdict(work.options), tasks=list(work.known))
+    return open_engine(work)
