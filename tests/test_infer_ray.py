@@ -191,8 +191,8 @@ class Ref:
 class FakeRay:
     """As much of Ray as a job asks for. Engines answer with the inputs themselves; ``looks`` runs at every pause."""
 
-    def __init__(self, looks, answering=True):
-        self._looks, self._answering = iter(looks(self)), answering
+    def __init__(self, looks):
+        self._looks, self._answering = iter(looks(self)), False
         self.actors, self.decoding, self.cancelled = [], [], []
 
     def put(self, value):
@@ -224,6 +224,12 @@ class FakeRay:
     def get(self, ref):
         return ref.value
 
+    def answer(self):
+        """Answer what was sent and what will be sent."""
+        self._answering = True
+        for ref in (ref for one in self.actors for ref in one.parcels):
+            ref.done = True
+
     def cancel(self, ref):
         self.cancelled.append(ref)
 
@@ -235,10 +241,10 @@ class FakeRay:
 def job_of(work, monkeypatch):
     """Makes a job on a cluster that is none."""
 
-    def make(looks, chunks, nodes, booking=Booking(1, 0, 1), answering=True, **settings):
-        monkeypatch.setattr(ray_job, "ray", FakeRay(looks, answering))
+    def make(looks, chunks, nodes, cpus=1, **settings):
+        monkeypatch.setattr(ray_job, "ray", FakeRay(looks))
         monkeypatch.setattr(ray_job, "alive_nodes", lambda: dict(nodes))
-        return ray_job._RayJob(iter(chunks), work, RaySettings(**settings), booking)
+        return ray_job._RayJob(iter(chunks), work, RaySettings(**settings), Booking(cpus, 0, cpus))
 
     return make
 
@@ -256,13 +262,11 @@ def test_an_engine_that_opens_first_does_not_get_all(job_of, work):
         fake.actors[0].opening.done = fake.actors[2].opening.done = True
         yield
         assert [len(one.parcels) for one in fake.actors] == [6, 6, 6]
-        fake._answering = True
-        for ref in (ref for one in fake.actors for ref in one.parcels):
-            ref.done = True
+        fake.answer()
         yield
 
     chunks = in_chunks(files(200), work)
-    job = job_of(looks, chunks, {"one": {"CPU": 6.0}}, answering=False, parcel=work.chunk_inputs)
+    job = job_of(looks, chunks, {"one": {"CPU": 6.0}}, parcel=work.chunk_inputs)
     assert list(job.answers()) == chunks
 
 
@@ -275,13 +279,11 @@ def test_pixels_on_their_way_are_few_and_closing_ends_their_decoding(job_of, wor
         assert [ref.value for ref in fake.decoding] == [[chunk] for chunk in chunks[:4]]
         if closed:
             raise DataError("enough")
-        fake._answering = True
-        for ref in (ref for one in fake.actors for ref in one.parcels):
-            ref.done = True
+        fake.answer()
         yield
 
     chunks = in_chunks(pictures(80), work)
-    job = job_of(looks, chunks, {"one": {"CPU": 4.0}}, answering=False)
+    job = job_of(looks, chunks, {"one": {"CPU": 4.0}})
     if closed:
         with pytest.raises(DataError, match="enough"):
             list(job.answers())
@@ -308,7 +310,7 @@ def test_the_loss_of_the_last_room_is_waited_out(job_of, work, monkeypatch, capl
             "a node was lost, and no other node has room for an engine"
         ]
         nodes["three"] = {"CPU": 2.0}
-        fake._answering = True
+        fake.answer()
         yield
         [new] = fake.actors
         assert new is not lost
@@ -316,7 +318,7 @@ def test_the_loss_of_the_last_room_is_waited_out(job_of, work, monkeypatch, capl
         yield
 
     chunks = in_chunks(files(20), work)
-    job = job_of(looks, chunks, nodes, Booking(2, 0, 2), answering=False)
+    job = job_of(looks, chunks, nodes, cpus=2)
     assert list(job.answers()) == chunks
     assert len(caplog.records) == 2
 
