@@ -205,7 +205,7 @@ def _write_model(
         baked=tuple(folded) if settings.baked else None,
         opset=built.opset,
         details=built.details,
-        task_type=model.task_type,
+        type_config=model.task_type.to_config(),
     )
 
 

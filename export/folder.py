@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors
@@ -36,7 +36,9 @@ from prompttune.export.layout import Layout, Sizes, TensorSpec, bind_axes
 from prompttune.export.versions import count_version
 from prompttune.files import locked, read_json, replacing_folder, sha256_file, sync_file, visible, write_json
 from prompttune.images.preprocess import Preprocess
-from prompttune.task_types import ClassificationConfig, TaskType, read_task_type
+
+if TYPE_CHECKING:
+    from prompttune.task_types import TaskType
 
 FORMAT_VERSION = 1
 LATEST_VERSION = 2
@@ -294,8 +296,22 @@ class Manifest:
     details: dict[str, Any] = field(default_factory=dict)
     """Details for the format's runtime."""
     parity: dict[str, Any] | None = None
-    task_type: TaskType = field(default_factory=ClassificationConfig)
-    """Type of the tasks, with the settings of the head of the traced model."""
+    type_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """Holds the entry of the type of the tasks, see :meth:`prompttune.task_types.TaskType.to_config`."""
+
+    @functools.cached_property
+    def task_type(self) -> TaskType:
+        """Type of the tasks, with the settings of the head of the traced model; read late, because it imports PyTorch.
+
+        Raises:
+            UsageError, EngineError: this version does not know the type or one of its settings.
+        """
+        from prompttune.task_types import read_task_type
+
+        try:
+            return read_task_type(self.type_config)
+        except (KeyError, TypeError) as problem:
+            raise EngineError(f"the engine's task type cannot be read: {problem}; upgrade prompttune") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -321,7 +337,7 @@ class Manifest:
             inputs=tuple(TensorSpec.from_dict(one) for one in values["inputs"]),
             outputs=tuple(TensorSpec.from_dict(one) for one in values["outputs"]),
             files={name: FileRecord(one["size"], one["sha256"]) for name, one in values["files"].items()},
-            task_type=read_task_type(values),
+            type_config=values,
         )
 
     @property

@@ -514,6 +514,17 @@ def test_the_process_takes_neither_signals_nor_sockets_and_a_slot_stays_in_use_u
         in_a_loop(serve)
 
 
+def test_the_process_of_an_onnx_engine_does_not_import_pytorch(settings, engine):
+    async def serve():
+        async with started(settings, engine) as (worker, key, _):
+            await worker.run(0, [key])
+            mapped = Path(f"/proc/{pid_of(worker)}/maps").read_text()
+        assert "onnxruntime" in mapped
+        assert "/torch/" not in mapped
+
+    in_a_loop(serve)
+
+
 def test_a_start_that_is_given_up_leaves_no_process(settings):
     async def serve():
         worker = Worker(settings)
