@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 
+from prompttune.errors import EngineError
 from prompttune.serve.batching.batcher import Batcher
 from prompttune.serve.messages import UnavailableError
 from prompttune.serve.workers import Key, WorkerDiedError
@@ -13,11 +14,11 @@ from tests.fake_worker import SETTINGS, FakeWorker, image
 A, B, C = (Key(name, version) for name, version in (("a", "1"), ("b", "2"), ("c", "3")))
 
 
-def scenario(test):
+def scenario(test, kind=FakeWorker):
     """Run ``test(worker, batcher)`` on an event loop, bounded in time."""
 
     async def run():
-        worker = FakeWorker()
+        worker = kind()
         worker.rows = {A, B, C}
         batcher = Batcher(worker)
         try:
@@ -96,6 +97,20 @@ def test_a_busy_task_leaves_the_others_their_share():
     scenario(test)
 
 
+def test_a_task_keeps_its_turn_when_one_of_its_requests_is_given_up():
+    async def test(worker, batcher):
+        first = await busy(worker, batcher)
+        gone, *stay = [asyncio.create_task(batcher.answer(key, [image(1)])) for key in (A, A, B)]
+        await queued(batcher, 3)
+        gone.cancel()
+        await queued(batcher, 2)
+        worker.may_run.set()
+        await asyncio.gather(first, *stay)
+        assert worker.batches[1] == [A, B]
+
+    scenario(test)
+
+
 def test_the_most_urgent_priority_goes_first():
     async def test(worker, batcher):
         first = await busy(worker, batcher)
@@ -156,14 +171,35 @@ def test_who_gives_up_while_waiting_is_not_run():
 def test_who_gives_up_while_running_waits_until_nobody_reads_the_row():
     async def test(worker, batcher):
         first = await busy(worker, batcher)
-        first.cancel()
-        done, _ = await asyncio.wait([first], timeout=0.05)
-        assert not done
+        for _ in range(3):  # a deadline, then the client, then the server's end
+            first.cancel()
+            done, _ = await asyncio.wait([first], timeout=0.02)
+            assert not done
         worker.may_run.set()
         with pytest.raises(asyncio.CancelledError):
             await first
 
     scenario(test)
+
+
+def test_a_request_whose_batch_fails_waits_for_its_other_batch():
+    class FirstFails(FakeWorker):
+        async def run(self, slot, keys):
+            if slot == 0:
+                raise EngineError("the first batch fails")
+            return await super().run(slot, keys)
+
+    async def test(worker, batcher):
+        worker.may_run.clear()
+        spread = asyncio.create_task(batcher.answer(A, [image(1)] * 8))
+        await worker.running.wait()
+        done, _ = await asyncio.wait([spread], timeout=0.05)
+        assert not done
+        worker.may_run.set()
+        with pytest.raises(EngineError, match="the first batch fails"):
+            await spread
+
+    scenario(test, FirstFails)
 
 
 def test_an_engine_that_fails_fails_the_requests_of_that_batch_alone():

@@ -28,7 +28,7 @@ def scenario(test, **behaviour):
             workers.append(worker)
             return worker
 
-        replica = DeviceReplica(SETTINGS, make, 2, 0.0, lambda *_: None)
+        replica = DeviceReplica(SETTINGS, make, behaviour.get("capacity", 2), 0.0, lambda *_: None)
         await replica.start()
         try:
             async with asyncio.timeout(10):
@@ -62,6 +62,24 @@ def test_what_the_worker_had_fails_and_what_waited_may_be_asked_again():
         assert (len(workers), replica.restarts, replica.ready) == (2, 1, True)
 
     scenario(test)
+
+
+def test_a_row_is_not_given_away_while_a_batch_of_a_cancelled_request_reads_it():
+    async def test(replica, workers):
+        workers[0].may_run.clear()
+        gone = asyncio.create_task(replica.answer(A, FOLDER, [image(1)], 0))
+        await workers[0].running.wait()
+        waits = asyncio.create_task(replica.answer(B, FOLDER, [image(2)], 0))
+        for _ in range(2):
+            gone.cancel()
+            await asyncio.wait([gone], timeout=0.02)
+            assert workers[0].rows == {A}
+        workers[0].may_run.set()
+        assert list((await waits).logits[0]) == [2, 2]
+        assert workers[0].rows == {B}
+        assert gone.cancelled()
+
+    scenario(test, capacity=1)
 
 
 def test_requests_that_come_while_it_starts_wait_for_it():

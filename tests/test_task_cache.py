@@ -15,9 +15,9 @@ FOLDER = Path("tasks/x")
 A, B, C, D = (Key(name, "1") for name in "abcd")
 
 
-def scenario(test, capacity=2):
+def scenario(test, capacity=2, kind=FakeWorker):
     async def run():
-        worker, counts = FakeWorker(), CacheCounts()
+        worker, counts = kind(), CacheCounts()
         async with asyncio.timeout(10):
             await test(worker, TaskCache(worker, capacity, counts), counts)
 
@@ -152,6 +152,31 @@ def test_a_dropped_state_frees_its_row():
             assert C in worker.rows
 
     scenario(test)
+
+
+def test_a_drop_that_is_cancelled_frees_its_row_once_the_worker_has():
+    class Slow(FakeWorker):
+        async def evict(self, key, keep=True):
+            await self.may_run.wait()
+            await super().evict(key, keep)
+
+    async def test(worker, cache, counts):
+        await use(cache, A, B)
+        worker.may_run.clear()
+        drop = asyncio.create_task(cache.drop(A))
+        await settle()
+        drop.cancel()
+        async with cache.using(B, FOLDER):
+            load = asyncio.create_task(use(cache, C))
+            await settle()
+            assert worker.loads == [A, B]
+            worker.may_run.set()
+            with pytest.raises(asyncio.CancelledError):
+                await drop
+            await load
+        assert worker.rows == {B, C}
+
+    scenario(test, kind=Slow)
 
 
 def test_the_end_of_the_worker_reaches_all_who_wait():

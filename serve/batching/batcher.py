@@ -7,12 +7,13 @@ import contextlib
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from prompttune.export.runtimes import Array
 from prompttune.serve.messages import UnavailableError
 from prompttune.serve.workers import BatchResult, Key, Worker, WorkerDiedError
+from prompttune.serve.workers.waiting import to_the_end
 
 LOG = logging.getLogger("prompttune.serve")
 
@@ -45,8 +46,8 @@ class _RowsJob:
     future: asyncio.Future[None]
     arrived: float
     logits: dict[int, Array] = field(default_factory=dict)
-    running: int = 0
-    """Rows in batches that have not ended."""
+    running: set[asyncio.Task[None]] = field(default_factory=set)
+    """Batches with rows of the job that have not ended."""
     begun: float | None = None
     batches: list[tuple[int, float]] = field(default_factory=list)
 
@@ -87,17 +88,18 @@ class _Queues:
         return taken
 
     def drop(self, job: _RowsJob) -> None:
-        """Drop the waiting rows of a job."""
+        """Drop the waiting rows of a job; its task keeps its turn."""
         level = self._levels.get(job.priority, OrderedDict())
-        queue = level.pop(job.key, deque())
+        queue = level.get(job.key, deque())
         if kept := deque(one for one in queue if one[0] is not job):
             level[job.key] = kept
+        else:
+            level.pop(job.key, None)
         self.rows -= len(queue) - len(kept)
 
-    def jobs(self) -> list[_RowsJob]:
-        """Jobs with waiting rows."""
-        rows = (one for level in self._levels.values() for queue in level.values() for one in queue)
-        return list(dict.fromkeys(job for job, _ in rows))
+    def jobs(self) -> Iterator[_RowsJob]:
+        """The job of each waiting row."""
+        return (job for level in self._levels.values() for queue in level.values() for job, _ in queue)
 
 
 class Batcher:
@@ -156,9 +158,10 @@ class Batcher:
             await future
         except asyncio.CancelledError:
             self._queues.drop(job)
-            while job.running:  # the caller releases the row next, so no batch may read it
-                await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
             raise
+        finally:
+            if job.running:  # the caller releases the row next, so no batch may read it
+                await to_the_end(asyncio.gather(*job.running))
         begun = job.begun if job.begun is not None else job.arrived
         rows = [job.logits[row] for row in range(len(images))]
         return JobResult(rows, begun - job.arrived, sum(seconds for _, seconds in job.batches), job.batches)
@@ -168,10 +171,10 @@ class Batcher:
             await self._batch_is_due()
             rows = self._queues.take(self._worker.settings.max_batch)
             if rows:
-                for job, _ in rows:
-                    job.running += 1
                 task = asyncio.create_task(self._run(self._slots.popleft(), rows))
                 self._running.add(task)
+                for job, _ in rows:
+                    job.running.add(task)
                 task.add_done_callback(self._finished)
 
     def _finished(self, task: asyncio.Task[None]) -> None:
@@ -193,7 +196,7 @@ class Batcher:
                 await asyncio.wait_for(self._changed.wait(), wait)
 
     async def _run(self, slot: int, rows: Sequence[_Row]) -> None:
-        began = time.monotonic()
+        task, began = asyncio.current_task(), time.monotonic()
         self.running_rows += len(rows)
         for job, _ in rows:
             job.begun = job.begun or began
@@ -203,17 +206,17 @@ class Batcher:
             result = await self._worker.run(slot, [job.key for job, _ in rows])
         except WorkerDiedError:
             problem = UnavailableError("the engine's worker ended while it had the request; it starts again: try again")
-            self._fail([job for job, _ in rows], problem)
+            self._fail((job for job, _ in rows), problem)
             self._end()
         except Exception as problem:
-            self._fail([job for job, _ in rows], problem)
+            self._fail((job for job, _ in rows), problem)
         else:
             self._deliver(rows, result)
         finally:
             watch.cancel()
             self.running_rows -= len(rows)
             for job, _ in rows:
-                job.running -= 1
+                job.running.discard(task)
             self._slots.append(slot)
 
     def _stalled(self) -> None:
@@ -243,7 +246,7 @@ class Batcher:
             self._on_batch(len(rows), result.seconds)
 
     def _fail(self, jobs: Iterable[_RowsJob], problem: Exception) -> None:
-        for job in jobs:
+        for job in dict.fromkeys(jobs):
             self._queues.drop(job)
             if not job.future.done():
                 job.future.set_exception(problem)
@@ -252,7 +255,8 @@ class Batcher:
         """Stop forming batches; another worker may answer the waiting rows."""
         self._ended = WorkerDiedError("the engine's worker ended")
         self._loop.cancel()
-        self._fail(self._queues.jobs(), self._ended)
+        queues, self._queues = self._queues, _Queues()
+        self._fail(queues.jobs(), self._ended)
 
     async def close(self) -> None:
         """Fail the waiting jobs. Call it after the last answer, or when the worker has ended."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from prompttune.serve.workers import Key, Worker, WorkerDiedError
+from prompttune.serve.workers.waiting import to_the_end
 
 
 @dataclass
@@ -155,8 +156,10 @@ class TaskCache:
             return
         del self._held[key]
         self._counts.evictions += 1
-        await self._worker.evict(key, keep=False)
-        self._pass_on(None)
+        try:
+            await to_the_end(asyncio.ensure_future(self._worker.evict(key, keep=False)))
+        finally:
+            self._pass_on(None)
 
     def close(self) -> None:
         """Fail the waiting loads: the worker ended, and its rows with it."""
