@@ -11,8 +11,9 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,9 @@ from prompttune.errors import EngineError, MissingExtraError, PrompttuneError, U
 from prompttune.export import EngineFolder
 from prompttune.export.folder import load_version
 from prompttune.export.formats import ExportSettings
-from prompttune.export.runtimes import RuntimeOptions
-from prompttune.serve.workers import Key, VersionGoneError, Worker, WorkerDiedError, WorkerSettings
+from prompttune.export.runtimes import Runtime, RuntimeOptions
+from prompttune.serve.workers import Key, VersionGoneError, Worker, WorkerDiedError, WorkerSettings, main
+from prompttune.serve.workers import worker as worker_module
 from prompttune.serve.workers.main import portable
 from prompttune.serve.workers.store import HostCache, Store
 from tests.conftest import THREADS
@@ -587,9 +589,9 @@ def test_errors_survive_the_way():
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
-def test_as_many_batches_overlap_as_the_runtime_takes(at_once, settings, engine):
+def test_as_many_batches_overlap_as_the_runtime_takes(at_once, monkeypatch, settings, engine):
+    monkeypatch.setattr(Runtime, "calls_at_once", at_once)
     store = Store(settings, np.zeros((2, MAX_BATCH, 3, SIZE, SIZE), np.float32))
-    store._turns = threading.BoundedSemaphore(at_once)
     key = Key("task0", engine.version("task0"))
     store.load(key, engine.folder.path / "tasks" / "task0")
     both, answer = threading.Barrier(2), store._runtime.logits
@@ -605,3 +607,101 @@ def test_as_many_batches_overlap_as_the_runtime_takes(at_once, settings, engine)
             assert all(call.result().logits.shape[0] == 1 for call in calls)
         else:
             assert all(isinstance(call.exception(), threading.BrokenBarrierError) for call in calls)
+
+
+class Overlapping:
+    """A store whose batches wait for each other."""
+
+    description = "overlapping"
+
+    def __init__(self, settings, slots):
+        assert len(slots) == 2
+        self.both = threading.Barrier(2, timeout=10)
+
+    def run(self, slot, keys):
+        self.both.wait()
+        return slot
+
+
+@KINDS
+def test_a_worker_runs_the_batches_of_its_two_slots_at_once(process, monkeypatch, settings):
+    """The program of the process runs in threads of this one, so that the test's store is in it."""
+    threads = []
+
+    async def spawn(self, memory):
+        pipes = [Pipe() for _ in self._turns]
+        self._channels += [here for here, _ in pipes]
+        monkeypatch.setattr(
+            sys, "argv", ["", *(str(os.dup(one)) for one in (memory, *(pipe[1].fileno() for pipe in pipes)))]
+        )
+        main._in_thread(main.main)
+
+    def in_thread(target, *arguments):
+        def run():
+            with suppress(SystemExit):
+                target(*arguments)
+
+        threads.append(threading.Thread(target=run))
+        threads[-1].start()
+
+    for where, name, value in (
+        (Worker, "_spawn", spawn),
+        (main, "_in_thread", in_thread),
+        (main, "_leave_with", lambda server: None),
+        (main, "Store", Overlapping),
+        (worker_module, "Store", Overlapping),
+        (os, "_exit", sys.exit),
+    ):
+        monkeypatch.setattr(where, name, value)
+
+    async def serve():
+        worker = Worker(settings, process)
+        assert await worker.start() == "overlapping"
+        assert await asyncio.gather(worker.run(0, []), worker.run(1, [])) == [0, 1]
+        await worker.close()
+
+    in_a_loop(serve)
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+# ------------------------------------------------------------------------------------------------- the event loop
+
+
+def test_a_reply_that_arrives_in_pieces_leaves_the_loop_free(settings):
+    async def serve():
+        worker = Worker(settings)
+        here, there = Pipe()
+        worker._channels = [here] * 3
+        reply = pickle.dumps("the statistics")
+        rescue = threading.Timer(5, there.close)  # ends the test where the loop is not free
+        rescue.start()
+        asked = asyncio.create_task(worker.stats())
+        await asyncio.to_thread(there.recv)
+        os.write(there.fileno(), len(reply).to_bytes(4, "big") + reply[:5])
+        await asyncio.sleep(0.05)
+        os.write(there.fileno(), reply[5:])
+        assert await asked == "the statistics"
+        rescue.cancel()
+        await worker.close()
+
+    in_a_loop(serve)
+
+
+def test_a_close_that_is_cancelled_leaves_the_watch_over_the_process(settings):
+    async def serve():
+        worker = Worker(settings)
+        ended = asyncio.Event()
+        worker._watching = asyncio.create_task(ended.wait())
+        close = asyncio.create_task(worker.close())
+        await asyncio.sleep(0)
+        close.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await close
+        assert not worker._watching.done()
+        ended.set()
+        for _ in range(2):  # then it has ended
+            await worker.close()
+
+    in_a_loop(serve)

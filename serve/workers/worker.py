@@ -66,7 +66,7 @@ class Worker:
         self._turns = [asyncio.Lock() for _ in range(settings.slots + 1)]
         """One for each channel: a call has its reply before the next one is sent."""
         self._threads = ThreadPoolExecutor(settings.slots + 1, "worker")
-        """They run the calls of an engine in this process."""
+        """They wait for the process's replies, or run the calls of an engine in this process."""
         self._running: set[asyncio.Future[Any]] = set()
         self._slots: Array | None = None
         self._started = self._closed = False
@@ -123,6 +123,11 @@ class Worker:
         if self._started and not self._closed and self.on_death is not None:
             self.on_death()
 
+    async def _gone(self) -> None:
+        """Wait until the process, if there is one, has ended. Cancelling a caller does not end the watch."""
+        if self._watching is not None:
+            await asyncio.wait([self._watching])
+
     def images(self, slot: int) -> Array:
         """float32 [max_batch, 3, S, S]; write a batch's images to its first rows before :meth:`run`."""
         assert self._slots is not None, "the worker has not started"
@@ -170,19 +175,17 @@ class Worker:
         return asked
 
     async def _replied(self, channel: int, message: tuple[Any, ...]) -> Any:
+        in_thread = partial(asyncio.get_running_loop().run_in_executor, self._threads)
         async with self._turns[channel]:
             if self._store is not None:
                 name, arguments = message
-                call = partial(getattr(self._store, name), *arguments)
-                return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+                return await in_thread(getattr(self._store, name), *arguments)
             try:
                 self._channels[channel].send(message)
-                await _readable(self._channels[channel])
-                reply = self._channels[channel].recv()
+                reply = await in_thread(self._channels[channel].recv)  # a large one arrives in pieces
             except (EOFError, OSError):
                 self.abort()
-                if self._watching is not None:
-                    await self._watching  # the death is known before a caller tries again
+                await self._gone()  # the death is known before a caller tries again
                 raise WorkerDiedError(
                     "the engine worker ended before it answered: it crashed, was killed or ran out of memory"
                 ) from None
@@ -207,18 +210,7 @@ class Worker:
             if late:
                 _LOG.warning("the engine worker's batch takes longer than %d s: it is ended now", CLOSE_S)
         self.abort()
-        if self._watching is not None:
-            await self._watching
+        await self._gone()
         await to_the_end(asyncio.get_running_loop().run_in_executor(None, self._threads.shutdown))
         for channel in self._channels:
             channel.close()
-
-
-async def _readable(channel: Connection[Any, Any]) -> None:
-    """Wait until a reply begins, or until the other side is gone."""
-    loop, ready = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(channel.fileno(), ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(channel.fileno())
