@@ -120,8 +120,8 @@ class Bank:
         return sum(rows[0].nbytes for rows in self._rows.values())
 
     @contextlib.contextmanager
-    def lease(self, names: Collection[str] | None = None, load: Load | None = None) -> Iterator[Snapshot]:
-        """A snapshot whose rows do not change until the block ends: those of ``names``, or all.
+    def lease(self, names: Collection[str], load: Load | None = None) -> Iterator[Snapshot]:
+        """A snapshot in which the rows of ``names`` do not change until the block ends.
 
         Args:
             names: at most as many tasks as the bank may hold.
@@ -131,7 +131,7 @@ class Bank:
             PrompttuneError: an error of ``load``.
         """
         snapshot, rows = self._hold(names)
-        if names is not None and load is not None and not snapshot.entries.keys() >= set(names):
+        if load is not None and not snapshot.entries.keys() >= set(names):
             self._let_go(rows)
             with self._writing:  # keeps a just loaded task from being evicted
                 for name in dict.fromkeys(names):
@@ -144,10 +144,10 @@ class Bank:
         finally:
             self._let_go(rows)
 
-    def _hold(self, names: Collection[str] | None) -> tuple[Snapshot, list[int]]:
+    def _hold(self, names: Collection[str]) -> tuple[Snapshot, list[int]]:
         with self._lock:
             snapshot = self._snapshot
-            present = [name for name in (snapshot.entries if names is None else names) if name in snapshot.entries]
+            present = [name for name in names if name in snapshot.entries]
             rows = [snapshot.entries[name].row for name in present]
             self._readers.update(rows)
             for name in present:
@@ -284,13 +284,21 @@ class BakedBank(Bank):
         self._snapshot = Snapshot(entries, {})
 
     @contextlib.contextmanager
-    def lease(self, names: Collection[str] | None = None, load: Load | None = None) -> Iterator[Snapshot]:
+    def lease(self, names: Collection[str], load: Load | None = None) -> Iterator[Snapshot]:
         """See :meth:`Bank.lease`; ``load`` raises an error for a task that the model does not hold."""
-        for name in names or ():
+        for name in names:
             if name not in self.entries and load is not None:
                 load(name)
                 raise EngineError(f"the task {name!r} was damaged when the engine was opened: open it again")
         yield self._snapshot
+
+    def put(self, name: str, *_: Any, **__: Any) -> None:
+        """Raise :class:`UsageError`: the tasks are fixed."""
+        raise UsageError(f"the task {name!r} cannot be added: the tasks of this engine are baked into its model")
+
+    def remove(self, name: str) -> None:
+        """Raise :class:`UsageError`, as :meth:`put` does."""
+        raise UsageError(f"the task {name!r} cannot be removed: the tasks of this engine are baked into its model")
 
 
 def baked_entries(order: Sequence[str], records: Mapping[str, TaskRecord]) -> dict[str, Entry]:

@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from prompttune.errors import EngineError
+from prompttune.errors import EngineError, UsageError
 from prompttune.export.layout import HEAD_BIAS, Sizes, bank_dtype, empty_bank
 from prompttune.export.runtimes import Runtime
 from prompttune.export.tasks import fold_checkpoint
-from prompttune.serve.bank import Bank
+from prompttune.serve.bank import BakedBank, Bank
 from prompttune.serve.memory import resident_bytes
 from tests.engines import backbone, checkpoint, model_of
 
@@ -55,7 +55,7 @@ def test_bank_writes_a_row_and_not_the_rest():
     bank.put("c", tasks["task0"])  # one of the rows that growing left free
     assert runtime.placed == 2 * len(layout)
     assert set(runtime.updated) == {bank.entries["c"].row}
-    with bank.lease() as snapshot:
+    with bank.lease(bank.entries) as snapshot:
         for name in "bc":
             row = snapshot.entries[name].row
             assert np.isneginf(snapshot.placed["head.bias"][row, 2:]).all()
@@ -68,7 +68,7 @@ def test_bank_keeps_a_row_while_a_call_may_read_it():
     layout, tasks = folded("linear")
     bank = Bank(Recorder(), layout, {"a": tasks["task1"]})
     bank.put("b", tasks["task0"])
-    with bank.lease() as snapshot:
+    with bank.lease(bank.entries) as snapshot:
         row = snapshot.entries["b"].row
         held = snapshot.placed["head.weight"][row].copy()
         for _ in range(20):
@@ -117,7 +117,7 @@ def test_calls_do_not_wait_for_whoever_writes(capacity, placed):
             assert runtime.reached.wait(WAIT_S)
 
             def read():
-                with bank.lease() as whole, bank.lease(["a"]) as named:
+                with bank.lease(bank.entries) as whole, bank.lease(["a"]) as named:
                     assert whole is named
                     return set(whole.entries)
 
@@ -128,6 +128,15 @@ def test_calls_do_not_wait_for_whoever_writes(capacity, placed):
         put.result(WAIT_S)
     assert runtime.placed == placed * len(layout)
     assert set(bank.entries) == {"a", "b"}
+
+
+def test_tasks_in_the_model_can_neither_be_added_nor_removed():
+    _, tasks = folded("linear")
+    bank = BakedBank({})
+    with pytest.raises(UsageError, match="'a' cannot be added: the tasks of this engine are baked into its model"):
+        bank.put("a", tasks["task0"], replace=True)
+    with pytest.raises(UsageError, match="'a' cannot be removed: the tasks of this engine are baked into its model"):
+        bank.remove("a")
 
 
 def test_a_bank_of_fixed_size_fills_up_and_keeps_its_memory():
@@ -151,10 +160,10 @@ def test_a_task_that_is_larger_than_the_bank_makes_it_grow():
     layout, tasks = folded("sa2vp")
     bank = Bank(Recorder(), layout, {}, capacity=2, axes={"rank": 2, "classes": 2})
     bank.put("a", tasks["task0"])
-    with bank.lease() as before:
+    with bank.lease(bank.entries) as before:
         bank.put("b", tasks["task1"])
         assert before.placed[HEAD_BIAS].shape == (2, 2)
-    with bank.lease() as after:
+    with bank.lease(bank.entries) as after:
         assert after.placed[HEAD_BIAS].shape == (2, 3)
         for name, task in (("a", "task0"), ("b", "task1")):
             for key, value in tasks[task].state.items():
@@ -234,7 +243,7 @@ def test_a_bank_grows_to_the_most_that_the_engine_takes_and_not_beyond():
         bank.put("t64", tasks["task0"])
     assert len(bank.entries) == 64
     bank.put("t7", tasks["task0"], replace=True)  # no row is to spare for the new one
-    with bank.lease() as snapshot:
+    with bank.lease(bank.entries) as snapshot:
         assert len({entry.row for entry in snapshot.entries.values()}) == 64
         for name, entry in snapshot.entries.items():
             expected = tasks["task0" if name == "t7" else f"task{int(name[1:]) % 2}"].state[HEAD_BIAS][0]
@@ -260,7 +269,7 @@ def test_a_bank_is_never_smaller_than_the_engine_takes():
     for capacity, limit in ((1, None), (None, 1), (None, None)):
         bank = Bank(Bounded((4, 4, 8), (5, 5, 8)), layout, {}, capacity=capacity, axes={"classes": 1}, limit=limit)
         bank.put("a", tasks["task1"])
-        with bank.lease() as snapshot:
+        with bank.lease(bank.entries) as snapshot:
             assert snapshot.placed[HEAD_BIAS].shape == (4, 5)
             assert np.isneginf(snapshot.placed[HEAD_BIAS][snapshot.entries["a"].row, 3:]).all()
 
