@@ -24,6 +24,7 @@ from prompttune.serve.protocol.security import Guard, Tokens
 from prompttune.serve.protocol.settings import TransportSettings
 from prompttune.serve.service.images import Decoder
 from prompttune.serve.service.tensors import read_rows, write_outputs
+from prompttune.task_types import ClassificationConfig
 from tests.fake_service import FakeService, serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -79,7 +80,7 @@ class PageService(FakeService):
             raise NotFoundError(f"no task {request.model!r}")
         rows = read_rows(request, Limits(), PREPROCESS.image_size)
         image = await self.decoder.prepare(PREPROCESS, rows.payloads[0])
-        outputs = write_outputs(rows, [image.mean(axis=(1, 2))], [Task()])
+        outputs = write_outputs(rows, [image.mean(axis=(1, 2))], [Task()], ClassificationConfig())
         return InferResponse(request.model, Task.version, request.id, outputs)
 
 

@@ -28,6 +28,7 @@ from prompttune.serve.messages import (
 )
 from prompttune.serve.service.outputs import OUTPUTS, PADDING
 from prompttune.serve.service.tensors import RowImage, Rows, read_rows, write_outputs
+from prompttune.task_types import ClassificationConfig
 from tests.engines import exported, noise
 
 SIZE = 8
@@ -241,7 +242,7 @@ def rows_of(tasks: Sequence[str], *outputs: RequestedOutput, top_k: int = 5) -> 
 
 
 def written(rows: Rows, logits: Sequence[Sequence[float]], records: Sequence[Task]) -> dict[str, np.ndarray]:
-    tensors = write_outputs(rows, [np.array(row, dtype=np.float32) for row in logits], records)
+    tensors = write_outputs(rows, [np.array(row, dtype=np.float32) for row in logits], records, ClassificationConfig())
     assert all(one.data.dtype == np.float32 for one in tensors if one.datatype != "BYTES")
     assert all(isinstance(text, bytes) for one in tensors if one.datatype == "BYTES" for text in one.data.flat)
     return {one.name: one.data for one in tensors}
@@ -306,7 +307,8 @@ def test_outputs_equal_the_engines_own_predictions() -> None:
     images = noise(5, seed=3)
     records = [Task(engine.labels(task), engine.version(task)) for task in tasks]
     logits = [row[: len(record.labels)] for row, record in zip(engine.logits(images, tasks), records, strict=True)]
-    answer = {one.name: one.data for one in write_outputs(rows_of(tasks, top_k=2), logits, records)}
+    found = write_outputs(rows_of(tasks, top_k=2), logits, records, engine.folder.manifest.task_type)
+    answer = {one.name: one.data for one in found}
     for row, expected in enumerate(engine.predict(images, tasks, top_k=2)):
         assert [text.decode() for text in answer["label"][row]] == [score.label for score in expected.top_k]
         assert answer["score"][row].tolist() == [np.float32(score.probability) for score in expected.top_k]

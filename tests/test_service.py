@@ -20,6 +20,7 @@ from prompttune.serve.messages import (
     RequestedOutput,
     UnavailableError,
 )
+from prompttune.serve.service.metrics import percentiles_ms
 from prompttune.serve.service.service import ServiceSettings
 from tests.engines import copied, exported
 from tests.serving import noise, outputs, request, running, within
@@ -243,6 +244,11 @@ def test_draining_answers_what_is_inside_and_nothing_else():
             await inside
 
     within(60, test())
+
+
+def test_percentiles_are_nearest_ranks():
+    assert percentiles_ms([4, 1, 3, 2], (50, 75, 76)) == {"p50_ms": 2000, "p75_ms": 3000, "p76_ms": 4000}
+    assert percentiles_ms([]) == {"p50_ms": None, "p95_ms": None}
 
 
 def test_statistics_and_metrics_count(engine):

@@ -37,7 +37,7 @@ from prompttune.serve.service.tensors import RowImage, Rows, read_rows, write_ou
 from prompttune.serve.tracing import span
 from prompttune.serve.workers import Key, VersionGoneError, WorkerDiedError
 from prompttune.serve.workers.waiting import gathered
-from prompttune.task_types import ClassificationConfig, TaskType
+from prompttune.task_types import TaskType
 
 LEAST_URGENT = sys.maxsize
 """Internal priority of a request with the default priority 0."""
@@ -69,7 +69,7 @@ class Inference:
     image_size: int
     """Side of the engine's square input, in pixels."""
     metrics: Metrics
-    task_type: TaskType = field(default_factory=ClassificationConfig)
+    task_type: TaskType
     mixed: Model = field(default_factory=lambda: Model(MIXED, number=1))
     """Statistics of the requests that name a task for each row."""
 

@@ -5,13 +5,13 @@ Names of metrics follow https://prometheus.io/docs/practices/naming/.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -26,10 +26,9 @@ SECONDS_KEPT = 300
 
 def percentiles_ms(seconds: Sequence[float], shares: Sequence[int] = (50, 95)) -> dict[str, float | None]:
     """``p50_ms`` and so on, by nearest rank; None without traffic."""
-    found = np.percentile(seconds, shares, method="inverted_cdf") * 1000 if seconds else [None] * len(shares)
-    return {
-        f"p{share}_ms": value if value is None else float(value) for share, value in zip(shares, found, strict=True)
-    }
+    ordered = sorted(seconds)
+    ranks = {share: math.ceil(share * len(ordered) / 100) for share in shares}
+    return {f"p{share}_ms": ordered[rank - 1] * 1000 if ordered else None for share, rank in ranks.items()}
 
 
 @dataclass

@@ -122,6 +122,6 @@ class Model:
             "num_classes": len(labels),
             "requests": stages.success.count + stages.fail.count,
             "errors": stages.fail.count,
-            **percentiles_ms(list(self.latencies)),
+            **percentiles_ms(self.latencies),
             "last_used": self.statistics.last_inference / 1000 or None,
         }

@@ -26,7 +26,7 @@ from prompttune.serve.messages import (
     shown,
 )
 from prompttune.serve.service.outputs import OUTPUTS, RANKED, Answers, Record
-from prompttune.task_types import ClassificationConfig, TaskType
+from prompttune.task_types import TaskType
 
 IMAGE, TASK = "image", "task"
 LARGEST_NUMBER = 2**63 - 1
@@ -94,7 +94,7 @@ def read_rows(request: InferRequest, limits: Limits, image_size: int) -> Rows:
 
 
 def write_outputs(
-    rows: Rows, logits: Sequence[Array], records: Sequence[Record], task_type: TaskType | None = None
+    rows: Rows, logits: Sequence[Array], records: Sequence[Record], task_type: TaskType
 ) -> list[OutputTensor]:
     """Turn logits into the requested outputs.
 
@@ -113,7 +113,7 @@ def write_outputs(
             if payload.normalised:
                 raise BadRequestError(f"image of row {payload.row} is out of range: it needs a normalised image")
             raise ServeError(f"the task {rows.tasks[payload.row]!r} gave logits that are not finite")
-    answers = Answers(logits, rows.tasks, records, rows.top_k, task_type or ClassificationConfig())
+    answers = Answers(logits, rows.tasks, records, rows.top_k, task_type)
     return [answers.tensor(output) for output in rows.outputs]
 
 
