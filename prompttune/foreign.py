@@ -107,17 +107,24 @@ def read_foreign(path: Path, error: type[PrompttuneError]) -> Any:
 
 
 def read_state_dict(path: Path, wrappers: Iterable[str], error: type[PrompttuneError]) -> dict[str, Tensor]:
+    """The tensors of a foreign file; see :func:`read_foreign` and :func:`state_dict_of`."""
+    return state_dict_of(read_foreign(path, error), path, wrappers, error)
+
+
+def state_dict_of(
+    loaded: object, path: Path, wrappers: Iterable[str], error: type[PrompttuneError]
+) -> dict[str, Tensor]:
     """The tensors of a foreign state dict.
 
     Args:
+        loaded: content of the file.
         path: the file.
         wrappers: keys under which training code stores the state dict.
         error: type of the errors.
 
     Raises:
-        error: the file cannot be read, or does not hold a state dict of plain tensors.
+        error: the content is not a state dict of plain tensors.
     """
-    loaded = read_foreign(path, error)
     state = plain_dict(loaded)
     if state is None:
         raise error(f"{path} holds no state dict but a {type(loaded).__name__}")

@@ -152,8 +152,14 @@ class Architecture:
     """Further arguments of ``timm.create_model``."""
 
 
-def set_patch_input(model: Any, name: str, image_size: int | None) -> None:
+def set_patch_input(model: Any, name: str, image_size: int | None, **settings: Any) -> None:
     """Resize a model with a patch embedding to an image size; None keeps its own.
+
+    Args:
+        model: the timm model.
+        name: its name, for errors.
+        image_size: side of the square input in pixels.
+        settings: further arguments of timm's ``set_input_size``.
 
     Raises:
         UsageError: the size is not a multiple of the patch size.
@@ -166,4 +172,4 @@ def set_patch_input(model: Any, name: str, image_size: int | None) -> None:
         raise UsageError(
             f"image size {image_size} is not a multiple of {name}'s patch size {patch}; nearest: {nearest}"
         )
-    model.set_input_size((image_size, image_size))
+    model.set_input_size((image_size, image_size), **settings)

@@ -1,26 +1,33 @@
 """Backbone weights from a file: safetensors, PyTorch (tensors only, never pickled code), Google's npz.
 
-Checkpoints of self-supervised ViTs come with their own wrapping and names; they are mapped onto timm's here:
-MAE (https://github.com/facebookresearch/mae), MoCo v3 (https://github.com/facebookresearch/moco-v3) and DINO
-(https://github.com/facebookresearch/dino).
+A model is built for the image side that the file's positions belong to and takes every tensor as it is stored; what the
+file says about its model (arguments, mean and standard deviation) comes with the tensors. Checkpoints of
+self-supervised ViTs have their own wrapping and names: MAE (https://github.com/facebookresearch/mae), MoCo v3
+(https://github.com/facebookresearch/moco-v3), DINO (https://github.com/facebookresearch/dino).
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
+import numpy as np
+import timm
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from prompttune.errors import BackboneError, shortened
-from prompttune.foreign import read_state_dict
+from prompttune.foreign import plain_dict, read_foreign, state_dict_of
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 SUFFIXES = (".safetensors", *PICKLED, ".npz")
-_WRAPPERS = ("state_dict", "model", "teacher", "target_encoder", "model_state")
-_PREFIXES = ("module.", "base_encoder.", "backbone.", "encoder.", "_orig_mod.")
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "target_encoder", "model_state")
+_PREFIXES = re.compile(r"(?:(?:module|base_encoder|backbone|encoder|_orig_mod|visual\.trunk)\.)+")
 _NOT_BACKBONE = (
     "decoder",
     "mask_token",
@@ -30,51 +37,208 @@ _NOT_BACKBONE = (
     "projector",
     "pre_logits",
     "fc.",
+    "dino_head",
+    "ibot_head",
+    "visual.head",
+    "text",
+    "logit_",
 )
-"""Prefixes of names, after unwrapping, that belong to pre-training or to a classifier and are skipped."""
+"""Prefixes of names, after unwrapping, that belong to pre-training, to a text tower or to a classifier: skipped."""
 
 
-def load_file_into(model: nn.Module, path: Path, rename: Callable[[dict[str, Tensor], Any], dict[str, Tensor]]) -> None:
-    """Copy weights into a model; timm's ``rename`` resamples position embeddings and biases of another size.
+class _Known(NamedTuple):
+    """A kind of file whose backbone was trained with images of a known normalisation."""
+
+    title: str
+    sign: str
+    """Pattern of a line: the file's name, a key, or a tensor's name in the file."""
+    normalisation: str
+
+
+_KNOWN = (
+    _Known("MoCo v3", r"(module\.)?base_encoder\.blocks\.", "imagenet"),
+    _Known("MAE", r"decoder_embed\.|file mae_(pretrain|finetune)", "imagenet"),
+    _Known("DINO", r"teacher$|.*head\.last_layer|file dino_(deit|vit)", "imagenet"),
+    _Known("SigLIP", r"(module\.)?logit_bias$", "inception"),
+    _Known("CLIP", r"(module\.)?(visual\.(class_embedding|trunk\.)|logit_scale$)", "clip"),
+)
+
+
+@dataclass
+class Weights:
+    """Tensors of a file by the names in it, without their wrapping, and what the file says about its model."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    kind: str = ""
+    """Training that the file comes from, if it shows."""
+    normalisation: str = ""
+    """One of ``preprocess.NORMALISATIONS``; empty if the file does not say."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the timm model that no shape shows, such as the number of heads."""
+    patch: int | None = None
+    """Side of a patch in pixels."""
+    image_size: int | None = None
+    """Side in pixels of the images that the position embeddings belong to."""
+    arch: str = ""
+    """timm's name of the model in the file."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Number of blocks and of heads in an npz file."""
+
+
+def read_weights(path: Path) -> Weights:
+    """Read a weights file.
 
     Raises:
-        BackboneError: the file is missing, damaged, of an unknown kind or for another architecture.
+        BackboneError: the file is missing, damaged or of an unknown kind, or holds no weights.
     """
     if not path.is_file():
         raise BackboneError(f"no weights file at {path}")
     if path.suffix not in SUFFIXES:
         raise BackboneError(f"{path.name}: unknown kind of weights file; known: {', '.join(SUFFIXES)}")
     if path.suffix == ".npz":
-        if not isinstance(model, VisionTransformer):
-            raise BackboneError(f"{path.name}: Google's npz files hold ViTs, this backbone is a {type(model).__name__}")
-        _load_npz(model, path)
+        return _read_npz(path)
+    loaded = read_foreign(path, BackboneError)
+    stored = state_dict_of(loaded, path, _WRAPPERS, BackboneError)
+    found = Weights(path, {})
+    for name, value in stored.items():
+        short = _PREFIXES.sub("", name, count=1) if _PREFIXES.match(name) else name
+        if short in found.tensors:
+            raise BackboneError(f"{path} holds more than one backbone: {name} comes twice; save one state dict alone")
+        found.tensors[short] = value
+    top = plain_dict(loaded) or {}
+    lines = "\n".join((f"file {path.name}", *map(str, top), *stored))
+    for kind in _KNOWN:
+        if re.search(f"^{kind.sign}", lines, re.MULTILINE):
+            found.kind, found.normalisation = kind.title, kind.normalisation
+            break
+    arch = str(top.get("arch"))
+    if found.kind == "MoCo v3" and arch.endswith("_small"):
+        found.args["num_heads"] = 12  # timm's small ViTs have 6
+    if "input_resolution" in stored:  # OpenAI's own CLIP
+        found.args["act_layer"] = "quick_gelu"
+    found.arch = arch if timm.is_model(arch) else ""
+    _measure(found)
+    return found
+
+
+_POSITIONS = ("pos_embed", "visual.positional_embedding", "preprocessor.pos_embed")
+_MOST_PREFIX_TOKENS = 16
+
+
+def _measure(found: Weights) -> None:
+    """Find the patch size and the image side from the shapes of the patch and position embeddings."""
+    patches = [value for value in found.tensors.values() if value.ndim == 4 and value.shape[1] == 3]
+    if len(patches) == 1:
+        found.patch = int(patches[0].shape[-1])
+    for name, value in found.tensors.items():
+        if name.endswith("patch_generator.embedder.weight"):  # RADIO's, as a matrix
+            found.patch = math.isqrt(value.shape[1] // 3)
+    positions = [value for name, value in found.tensors.items() if name in _POSITIONS or name.endswith(".pos_embed")]
+    if found.patch and positions and positions[0].ndim > 1:
+        found.image_size = _side(positions[0].shape[-2], found.patch)
+
+
+def _side(positions: int, patch: int) -> int | None:
+    """Side in pixels of a square grid with some prefix tokens; None if the grid is not square."""
+    sides = (math.isqrt(positions - prefix) for prefix in range(min(_MOST_PREFIX_TOKENS, positions)))
+    found = (side for prefix, side in enumerate(sides) if side * side == positions - prefix)
+    return next((side * patch for side in found), None)
+
+
+def _read_npz(path: Path) -> Weights:
+    found, positions = Weights(path, {}), 0
+    try:
+        with np.load(path) as arrays:
+            for name in arrays.files:
+                if name.endswith("embedding/kernel") and arrays[name].ndim == 4:
+                    found.patch = int(arrays[name].shape[0])
+                elif name.endswith("pos_embedding"):
+                    positions = int(arrays[name].shape[1])
+                elif name.endswith("query/kernel") and "/encoderblock" in name:
+                    *layers, _, heads, _ = arrays[name].shape  # some files stack all layers in one array
+                    depth = found.counts.get("blocks", 0) + (layers[0] if layers else 1)
+                    found.counts = {"blocks": int(depth), "heads": int(heads)}
+            found.image_size = _side(positions, found.patch or 0)
+    except Exception as problem:  # errors of zipfile and NumPy, and an unknown layout
+        raise BackboneError(f"{path} is not a Google ViT checkpoint: {_told(problem)}") from None
+    return found
+
+
+def load_into(
+    model: nn.Module, found: Weights, name: str, rename: Callable[[dict[str, Tensor], Any], dict[str, Tensor]]
+) -> None:
+    """Copy a file's weights into a model, which is resized to the file's image side; every tensor must fit.
+
+    Args:
+        model: the model.
+        found: the file.
+        name: the model's name, for errors.
+        rename: timm's function from an author's tensors to its own.
+
+    Raises:
+        BackboneError: the file is for another architecture, or lacks a tensor.
+    """
+    embed = getattr(model, "patch_embed", None)
+    own_patch = embed.patch_size[0] if embed is not None else None
+    if found.patch and own_patch and found.patch != own_patch:
+        raise _misfit(found, name, f"its patches have {found.patch} pixels, the model's {own_patch}")
+    if found.image_size and getattr(model, "pos_embed", None) is not None:
+        embed_side = (found.image_size, found.image_size)
+        cast(Any, model).set_input_size(embed_side)  # of initial values, so that the file's come in unchanged
+    if found.path.suffix == ".npz":
+        _load_npz(model, found, name)
         return
-    tensors = _own_tensors(path, model)
+    own = model.state_dict()
+    tensors = {
+        name: value
+        for name, value in found.tensors.items()
+        # A ConvNeXt's head ends in a norm of the backbone; timm knows DINOv2 by its mask token.
+        if name in own or name == "mask_token" or not name.startswith(_NOT_BACKBONE)
+    }
+    if not tensors:
+        raise BackboneError(f"{found.path} holds no backbone weights")
+    # timm resamples what has another size; here the positions have the model's size, and nothing else may differ.
+    wrong = [n for n, value in tensors.items() if n in own and n != "pos_embed" and value.numel() != own[n].numel()]
+    if wrong:
+        raise _misfit(found, name, _wrong(wrong, tensors, own))
     try:
         renamed = rename(tensors, model)
     except Exception as problem:  # timm does not check the shapes that it unpacks
-        told = _misshapen(tensors, model) or _told(problem)
-        raise BackboneError(f"{path} does not fit the backbone: {told}") from None
-    try:
-        result = model.load_state_dict(renamed, strict=False)
-    except RuntimeError as problem:
-        raise BackboneError(f"{path} does not fit the backbone: {_told(problem)}") from None
-    unknown = [name for name in result.unexpected_keys if not name.startswith(_NOT_BACKBONE)]
-    if result.missing_keys or unknown:
-        raise BackboneError(
-            f"{path} does not fit the backbone: {_some('missing', result.missing_keys)}"
-            f"{' and ' if result.missing_keys and unknown else ''}{_some('unknown', unknown)}"
-        )
+        wrong = [n for n, value in tensors.items() if n in own and value.shape != own[n].shape]
+        raise _misfit(found, name, _wrong(wrong, tensors, own) or _told(problem)) from None
+    counts = "num_batches_tracked"  # files of old versions of torch lack them, and nothing reads them
+    missing = [n for n in own if n not in renamed and not n.endswith(counts)]
+    unknown = [n for n in renamed if n not in own and not n.startswith(_NOT_BACKBONE)]
+    wrong = [n for n, value in own.items() if n in renamed and renamed[n].shape != value.shape]
+    told = [_some("missing", missing), _some("unknown", unknown), _wrong(wrong, renamed, own)]
+    if any(told):
+        raise _misfit(found, name, " and ".join(filter(None, told)))
+    model.load_state_dict(renamed, strict=False)
 
 
-def _misshapen(tensors: Mapping[str, Tensor], model: nn.Module) -> str:
-    own = model.state_dict()
-    wrong = [
-        f"{name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}"
-        for name, value in tensors.items()
-        if name in own and value.shape != own[name].shape
-    ]
-    return _some("wrong shape:", wrong)
+def _misfit(found: Weights, name: str, problem: str) -> BackboneError:
+    """The error of a file that does not fit, with what it holds and names that would fit."""
+    numbers = [re.match(r"blocks\.(\d+)\.", name) for name in found.tensors]
+    depth = 1 + max((int(number[1]) for number in numbers if number), default=-1)
+    first = found.tensors.get("blocks.0.norm1.weight")
+    if not depth or not found.patch or first is None:
+        return BackboneError(f"{found.path} does not fit the backbone {name}: {problem}")
+    width = len(first)
+    size = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}.get(width, "*")
+    like = [found.arch] if found.arch else timm.list_models(f"vit_{size}_patch{found.patch}_*")
+    fitting = f"; such as {shortened(like, 3)}" if like and size != "*" and name.split(".")[0] not in like else ""
+    return BackboneError(
+        f"{found.path} does not fit the backbone {name}: {problem}; the file holds a ViT of {depth} blocks of width "
+        f"{width} with patches of {found.patch} pixels{fitting}"
+    )
+
+
+def _wrong(names: list[str], tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    return _some(
+        "wrong shape:",
+        [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}" for name in names],
+    )
 
 
 def _told(problem: Exception) -> str:
@@ -87,25 +251,21 @@ def _some(kind: str, names: list[str]) -> str:
     return f"{kind} {shortened(names, 3)}" if names else ""
 
 
-def _load_npz(model: VisionTransformer, path: Path) -> None:
+def _load_npz(model: nn.Module, found: Weights, name: str) -> None:
+    if not isinstance(model, VisionTransformer):
+        raise BackboneError(f"{found.path.name}: Google's npz files hold ViTs, {name} is a {type(model).__name__}")
+    counts = {"blocks": len(model.blocks), "heads": model.blocks[0].attn.num_heads}
+    if found.counts != counts:
+        raise _misfit(found, name, f"it holds {found.counts}, the model {counts}")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.nan)
     try:
-        model.load_pretrained(str(path))
+        model.load_pretrained(str(found.path))
     except Exception as problem:  # errors of zipfile and NumPy, and timm's for arrays of other shapes
-        raise BackboneError(f"{path} is not a Google ViT checkpoint of this architecture: {_told(problem)}") from None
-
-
-def _own_tensors(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """The backbone's tensors in a file, without the prefixes of their authors' code."""
-    own = model.state_dict().keys()  # a ConvNeXt's head ends in a norm of the backbone
-    tensors: dict[str, Tensor] = {}
-    for name, value in read_state_dict(path, _WRAPPERS, BackboneError).items():
-        short = name
-        while short.startswith(_PREFIXES):
-            short = short.split(".", 1)[1]
-        if (
-            not short.startswith(_NOT_BACKBONE) or short == "mask_token" or short in own
-        ):  # timm knows DINOv2 by its mask token
-            tensors[short] = value
-    if not tensors:
-        raise BackboneError(f"{path} holds no backbone weights")
-    return tensors
+        raise BackboneError(
+            f"{found.path} is not a Google ViT checkpoint of this architecture: {_told(problem)}"
+        ) from None
+    absent = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
+    if absent:
+        raise _misfit(found, name, _some("missing", absent))

@@ -14,7 +14,7 @@ from torch import nn
 
 from prompttune.backbones.base import Architecture, Backbone, fingerprint_of
 from prompttune.backbones.conv import CONV
-from prompttune.backbones.files import load_file_into
+from prompttune.backbones.files import Weights, load_into, read_weights
 from prompttune.backbones.swin import SWIN
 from prompttune.backbones.vit import VIT
 from prompttune.backbones.wheel import MODEL as WHEEL_MODEL
@@ -87,15 +87,45 @@ def load_backbone(name: str, image_size: int | None = None, weights: str | Path 
     elif is_random(spec):
         model, spec, source = _random(name, spec)
     else:
-        model = _build(name)
-        path = Path(spec).expanduser()
-        load_file_into(model, path, _architecture(model, name).rename)
-        spec = str(path.absolute())
-        source = f"file {path.name}"
+        return _from_file(name, image_size, Path(spec).expanduser().absolute())
     backbone = _wrap(model, name, image_size)
     backbone.weights, backbone.weights_source = spec, source
     logger.info("backbone %s: weights from %s", name, source)
     return backbone
+
+
+def _from_file(name: str, image_size: int | None, path: Path) -> Backbone:
+    stored = read_weights(path)
+    model: Any = _build(name, **stored.args)
+    if image_size is None and hasattr(model, "patch_embed"):
+        image_size = int(model.patch_embed.img_size[0])
+    load_into(model, stored, name, _architecture(model, name).rename)
+    backbone = _wrap(model, name, image_size)
+    backbone.weights, backbone.weights_source = str(path), f"file {path.name}"
+    logger.info("backbone %s: weights from %s", name, backbone.weights_source)
+    _say_what_differs(backbone, stored)
+    return backbone
+
+
+def _say_what_differs(backbone: Backbone, stored: Weights) -> None:
+    """Let the file's normalisation take the place of the name's, and report where the two contradict each other."""
+    name, bare, file = backbone.name, backbone.name.split(".")[0], stored.path.name
+    if stored.normalisation:
+        own = backbone.default_preprocess()
+        theirs = own.normalised(stored.normalisation)
+        if theirs != own:
+            backbone.mean, backbone.std = theirs.mean, theirs.std
+            logger.warning(
+                "%s comes from %s: images are normalised with mean %s and std %s, where %s has %s and %s",
+                *(file, stored.kind, theirs.mean, theirs.std, name, own.mean, own.std),
+            )
+    if stored.args:
+        logger.warning("%s comes from %s: %s differs from %s", file, stored.kind, stored.args, name)
+    quick = bare.replace("_clip_", "_clip_quickgelu_")
+    if stored.kind == "CLIP" and "act_layer" not in stored.args and quick != bare and timm.is_model(quick):
+        logger.warning("%s does not say whether its MLPs use QuickGELU, as OpenAI's do: if so, name %s", file, quick)
+    if stored.arch and stored.arch != bare:
+        logger.warning("%s says that its model is %s, not %s", file, stored.arch, bare)
 
 
 def _check_name(name: str) -> None:

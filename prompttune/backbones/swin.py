@@ -166,7 +166,8 @@ class SwinBackbone(Backbone):
 
 
 def _wrap(model: SwinTransformer, name: str, image_size: int | None) -> SwinBackbone:
-    set_patch_input(model, name, image_size)
+    # The model's own windows, as timm.create_model(img_size=...) has: set_input_size alone would scale them.
+    set_patch_input(model, name, image_size, window_size=model._ref_window_sizes)
     return SwinBackbone(model)
 
 

@@ -10,15 +10,23 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, resample_abs_pos_embed
 from timm.layers.patch_embed import PatchEmbed
-from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import (
+    _RADIO_ALIGN_CORNERS,
+    Block,
+    VisionTransformer,
+    checkpoint_filter_fn,
+)
 from torch import Tensor, nn
 
 from prompttune.backbones.base import Architecture, Backbone, set_patch_input
 from prompttune.backbones.blocks import AttentionBlock, merge_heads
 from prompttune.layers.attention import attend
 from prompttune.layers.probe import probe
+
+BILINEAR = ("flexi", "radio")
+"""Parts of timm names whose position embeddings timm resamples bilinearly and without antialiasing."""
 
 
 def _problem(model: VisionTransformer) -> str:
@@ -180,7 +188,19 @@ class VitBackbone(Backbone):
 
 
 def _wrap(model: VisionTransformer, name: str, image_size: int | None) -> VitBackbone:
+    stored, grid, variant = model.pos_embed, model.patch_embed.grid_size, model.pretrained_cfg.get("architecture", "")
     set_patch_input(model, name, image_size)
+    if stored is not None and grid != model.patch_embed.grid_size and any(one in variant for one in BILINEAR):
+        # timm's own filter of these names, which set_input_size does not know
+        model.pos_embed.data = resample_abs_pos_embed(
+            stored.data,
+            list(model.patch_embed.grid_size),
+            list(grid),
+            num_prefix_tokens=0 if model.no_embed_class else model.num_prefix_tokens,
+            interpolation="bilinear",
+            antialias=False,
+            align_corners=any(one in variant for one in _RADIO_ALIGN_CORNERS),
+        )
     return VitBackbone(model)
 
 

@@ -30,8 +30,8 @@ class Preprocess(TransformSettings):
             return self
         from timm.data import constants
 
-        name = {"imagenet": "DEFAULT", "inception": "INCEPTION"}[normalisation]
-        mean, std = (getattr(constants, f"IMAGENET_{name}_{part}") for part in ("MEAN", "STD"))
+        name = {"imagenet": "IMAGENET_DEFAULT", "inception": "IMAGENET_INCEPTION", "clip": "OPENAI_CLIP"}[normalisation]
+        mean, std = (getattr(constants, f"{name}_{part}") for part in ("MEAN", "STD"))
         return dataclasses.replace(self, mean=tuple(mean), std=tuple(std))
 
     def transform(self) -> Callable[[Image.Image], torch.Tensor]:

@@ -10,8 +10,8 @@ from prompttune.errors import DataError, UsageError, choose
 
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
 CROP_MODES = ("squash", "center", "border")
-NORMALISATIONS = ("backbone", "imagenet", "inception")
-"""Sources of the mean and the standard deviation: the backbone's weights, ImageNet's images, or 0.5 for both."""
+NORMALISATIONS = ("backbone", "imagenet", "inception", "clip")
+"""Sources of the mean and the standard deviation: the backbone's weights, ImageNet, 0.5 for both, or CLIP."""
 LONGEST_SIDE = 2**13
 """Largest side in pixels that images are resized to."""
 LEAST_STD, GREATEST = 1e-6, 1e6

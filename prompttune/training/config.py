@@ -119,7 +119,7 @@ class TrainConfig:
     )
 
     normalisation: str = setting(
-        "backbone", "mean and deviation of the pixels: the backbone's own, ImageNet's, or 0.5 (inception)",
+        "backbone", "mean and deviation of the pixels: the backbone's own, ImageNet's, CLIP's, or 0.5 (inception)",
         choices=NORMALISATIONS, section=TRANSFORM)  # fmt: skip
 
     precision: str = setting("fp32", "arithmetic of the forward pass", choices=tuple(PRECISIONS), section=DEVICES)
