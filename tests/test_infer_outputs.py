@@ -16,6 +16,7 @@ from prompttune.serve.infer.sinks.opening import check_outputs, open_sinks
 from prompttune.serve.infer.sinks.parquet import ParquetFolder
 from prompttune.serve.infer.sinks.text import CsvRows, JsonLines, StandardOutput
 from prompttune.serve.infer.sinks.video import AnnotatedVideo
+from prompttune.task_types import ClassificationConfig
 from tests.inferring import picture, pictures, settings
 from tests.sink_helpers import answer, contents
 
@@ -45,8 +46,8 @@ def here(tmp_path, monkeypatch):
 def opened(outputs, *, overwrite=False, resume=False, labelled=False, stdout=None):
     names = [outputs] if isinstance(outputs, str) else outputs
     settings = SinkSettings(labelled, rows=lambda: (row for number in range(4) for row in answer(number).rows))
-    check_outputs(names, overwrite=overwrite, resume=resume)
-    files, printed = open_sinks(names, settings, stdout=stdout or io.StringIO(), resume=resume)
+    check_outputs(names, ClassificationConfig(), overwrite=overwrite, resume=resume)
+    files, printed = open_sinks(names, ClassificationConfig(), settings, stdout=stdout or io.StringIO(), resume=resume)
     return files + printed
 
 
@@ -234,10 +235,10 @@ def test_a_video_is_not_resumed(here):
 
 
 def test_checking_touches_nothing(here):
-    check_outputs(["new/rows.csv", "more/", "-"])
+    check_outputs(["new/rows.csv", "more/", "-"], ClassificationConfig())
     assert contents(here) == {}
     assert not list(here.iterdir())
-    check_outputs([])
+    check_outputs([], ClassificationConfig())
 
 
 def test_a_failure_closes_what_was_open(monkeypatch):

@@ -131,7 +131,7 @@ def test_validation_measures_iou_on_both_sides(engine):
     assert accuracy.metric == "mIoU"
     assert accuracy.images == 8
     assert accuracy.engine == pytest.approx(accuracy.reference, abs=1e-3)
-    assert accuracy.to_dict()["pixels"]["engine"]["pixels"] == 8 * 64 * 64
+    assert accuracy.to_dict()["evaluation"]["engine"]["pixels"] == 8 * 64 * 64
 
 
 def test_validation_scores_classes_that_differ(tmp_path):
@@ -142,9 +142,10 @@ def test_validation_scores_classes_that_differ(tmp_path):
     )
     (one,) = report.accuracy
     assert one.images == 3
-    assert one.pixels is not None
-    assert one.pixels["engine"]["iou"]["grey"] == 0
-    assert one.pixels["engine"]["unseen"]["grey"] > 0
+    assert one.evaluation is not None
+    found = one.evaluation.engine.to_dict()
+    assert found["iou"]["grey"] == 0
+    assert found["unseen"]["grey"] > 0
     assert any("pixels of class grey" in note for note in one.notes)
     assert any("no pixels of " in note for note in one.notes)
 

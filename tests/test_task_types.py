@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,14 +13,25 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
 import prompttune as pt
+from prompttune.cli.main import cli
 from prompttune.errors import UsageError
 from prompttune.evaluation.result import Table
-from prompttune.task_types import TASK_TYPES, Head, Measures, Scores, SegmentationConfig, TaskType, register
+from prompttune.task_types import (
+    TASK_TYPES,
+    Head,
+    Measures,
+    Scores,
+    SegmentationConfig,
+    TaskType,
+    read_task_type,
+    register,
+)
 from prompttune.task_types.classification import ClassHead
 from prompttune.training import TrainConfig, evaluate, train
 from prompttune.training.state import load, save
@@ -38,7 +50,7 @@ class Hits:
     hit_rate: float
     loss: float
     n: int
-    corrupt: tuple[str, ...] = ()
+    corrupt: tuple[str, ...] | None = None
     chosen: Any = None
     notes: tuple[str, ...] = ()
 
@@ -61,9 +73,9 @@ class HitScores(Scores):
     def arrays(self) -> dict[str, NDArray[Any]]:
         return self.sums
 
-    def result(self, labels: Sequence[str], corrupt: Sequence[str] = (), with_loss: bool = True) -> Hits:
+    def result(self, labels: Sequence[str], corrupt: Sequence[str] | None = None) -> Hits:
         hits, loss, images = (float(self.sums[name]) for name in ("hits", "loss", "images"))
-        return Hits(hits / images, loss / images, int(images), tuple(corrupt))
+        return Hits(hits / images, loss / images, int(images), None if corrupt is None else tuple(corrupt))
 
 
 @dataclass(frozen=True)
@@ -114,7 +126,15 @@ def settings(data: Path, output: Path, **own: Any) -> TrainConfig:
     return TrainConfig.from_flat({**values, **shared, **own})
 
 
-def test_a_new_type_goes_through_every_door(toy: type[OneVersusRest], tmp_path: Path) -> None:
+def invoke(*args: object) -> str:
+    result = CliRunner().invoke(cli, [str(arg) for arg in args])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_a_new_type_goes_through_every_door(
+    toy: type[OneVersusRest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, run = write_folder(tmp_path / "data", 4, 2), tmp_path / "run"
     result = train(settings(data, run, task_type=toy.name))
     assert result.score_title == "hit rate"
@@ -134,6 +154,35 @@ def test_a_new_type_goes_through_every_door(toy: type[OneVersusRest], tmp_path: 
         assert answer.label == model.labels[int(wanted[row].argmax())]
     with pytest.raises(UsageError, match=r"call predict\(\)"):
         engine.segment(images.numpy(), "run")
+    page = tmp_path / "parity.html"
+    told = invoke("validate", engine.folder.path, "--data", data, "--batch-sizes", "1,2", "--images", 2, "--html", page)
+    assert "engine hit rate" in told
+    assert "ECE" not in told
+    assert "<th>hit rate</th>" in page.read_text()
+    rows = tmp_path / "rows.csv"
+    invoke("infer", engine.folder.path, data, "-o", rows)
+    assert all(0.5 < float(row["probability"]) < 1 for row in csv.DictReader(rows.open()))
+    invoke("explain", run, next(data.rglob("*.png")), "--show", "grad-cam", "--output", tmp_path / "explained")
+    refused = CliRunner().invoke(cli, ["evaluate", str(run), "--report", str(tmp_path / "report")])
+    assert refused.output == "Error: one-versus-rest: --report is for classifications; use --output for the figures\n"
+    monkeypatch.setattr(OneVersusRest, "refused", {**TaskType.refused, "predict": "nobody asks it"})
+    refused = CliRunner().invoke(cli, ["infer", str(engine.folder.path), str(data), "-o", str(tmp_path / "a.csv")])
+    assert refused.output.splitlines()[-1] == "Error: one-versus-rest: nobody asks it"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"task_type": {"name": "one-versus-rest", "size": 3}},
+        {"task_type": {"size": 3}},
+        {"task_type": "one-versus-rest"},
+        {"segmentation": {"heads": 1}},
+        {"segmentation": None},
+    ],
+)
+def test_an_entry_of_another_version_is_one_line(toy: type[OneVersusRest], config: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"is damaged or of another version of prompttune: .*; use the version"):
+        read_task_type(config)
 
 
 def test_a_name_is_taken_once() -> None:

@@ -36,7 +36,8 @@ def test_own_settings_go_before_defaults_and_overrides_before_both(bars: Path, t
         {"name": "a", "method": "sa2vp", "lr": 0.5},
         {"name": "b", "method": "linear", "lr": 0.25, "batch-size": 4, "output": str(tmp_path / "elsewhere")},
     ]
-    file = write_tasks(tmp_path, tasks, {**shared(bars, tmp_path / "runs"), "seed": 3})
+    former = {"task": "classification"}  # the name of task_type in earlier releases
+    file = write_tasks(tmp_path, tasks, {**shared(bars, tmp_path / "runs"), **former, "seed": 3})
     first, second = (task.config for task in load_tasks(file, {"lr": "0.125", "num_prompts": 2, "method": "vpt-deep"}))
     assert (first.lr, second.lr, first.seed, second.batch_size) == (0.125, 0.125, 3, 4)
     assert (first.method, first.method_config().to_dict()["num_prompts"]) == ("vpt-deep", 2)

@@ -142,10 +142,15 @@ def test_evaluation_refuses_data_with_no_class_in_common_and_unknown_splits(fold
         evaluate(make_model(CLASSES), device="cpu")
 
 
-def test_evaluation_leaves_the_model_in_its_mode(folder: Path) -> None:
+def test_evaluation_leaves_the_model_in_its_mode_and_folds_its_state_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model(CLASSES).train()
-    evaluate(model, str(folder), device="cpu")
+    fold, folded = model.task_state, []
+    monkeypatch.setattr(model, "task_state", lambda: folded.append(model.training) or fold())
+    evaluate(model, str(folder), batch_size=4, device="cpu")
     assert model.training
+    assert folded == [False]
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "nothing"])

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from prompttune.errors import DataError
-from prompttune.evaluation.result import Evaluation
 from prompttune.export.folder import EngineTask
 from prompttune.export.parity.compare import Reference, Runner
 from prompttune.export.parity.figures import Array
 from prompttune.export.parity.samples import Labelled, read_images
+from prompttune.task_types import Result
 
 OTHER_CLASSES = "the classes of the data are not the task's labels; name the task, as TASK=DATA, to score it"
 """Reason why data for all tasks are not scored for one of them."""
@@ -35,8 +35,8 @@ AHEAD = 2 * DECODERS
 class Sides:
     """Evaluations of both sides on the same images."""
 
-    engine: Evaluation
-    reference: Evaluation
+    engine: Result
+    reference: Result
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -45,7 +45,7 @@ class Sides:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Top-1 of both sides on the same labelled images; None, with the reason, if the labels do not match."""
+    """The score of both sides on the same labelled images; None, with the reason, if the labels do not match."""
 
     task: str
     data: str
@@ -61,8 +61,6 @@ class Accuracy:
     """All figures of both sides, if requested."""
     metric: str = "top-1"
     """Name of the metric in ``engine`` and ``reference``: top-1, or the mean IoU of a segmentation."""
-    pixels: dict[str, dict[str, Any]] | None = field(default=None, compare=False)
-    """All figures of both sides of a segmentation."""
     notes: tuple[str, ...] = ()
     """Remarks about the scored images and about classes that only the task or only the data have."""
 
@@ -77,7 +75,6 @@ class Accuracy:
             "reference": self.reference,
             "skipped": self.skipped,
             "metric": self.metric,
-            "pixels": self.pixels,
             "notes": list(self.notes),
             "not_finite": self.not_finite,
             "not_finite_images": list(self.not_finite_images),

@@ -90,9 +90,8 @@ class Gate(GateOptions):
         return dataclasses.replace(default, **chosen)
 
     def suiting(self, task_type: TaskType) -> Gate:
-        """The same gate for a type of task: among the many places of a map, some lie on a border between two classes,
-        so that rounding makes ties in fp32 too."""
-        return dataclasses.replace(self, noise=self.noise or NOISE[self.precision]) if task_type.by_place else self
+        """The same gate for a type of task, see :attr:`TaskType.rounding_ties`."""
+        return dataclasses.replace(self, noise=self.noise or NOISE[self.precision]) if task_type.rounding_ties else self
 
 
 def engine_gate(manifest: Manifest, **given: Unpack[Thresholds]) -> Gate:

@@ -13,7 +13,7 @@ import numpy as np
 
 from prompttune.evaluation.page import Cell, page, table
 from prompttune.evaluation.report import FIGURES, draw, figure_cells, section
-from prompttune.evaluation.result import percent
+from prompttune.evaluation.result import Evaluation, percent
 from prompttune.export.parity.accuracy import Accuracy
 from prompttune.export.parity.figures import Comparison
 from prompttune.export.parity.plots import divergence, histogram, scatter
@@ -138,7 +138,7 @@ def _cards(report: ParityReport) -> str:
 
 
 def _accuracy(report: ParityReport) -> Iterator[str]:
-    """Top-1 of both sides, then all figures of both sides of each task, with pictures and classes of the engine."""
+    """The score of both sides, then all figures of both sides of each task, with pictures and classes of the engine."""
 
     def share(value: float | None) -> str:
         return "" if value is None else f"{value:.2%}"
@@ -151,19 +151,28 @@ def _accuracy(report: ParityReport) -> Iterator[str]:
     for one in report.accuracy:
         both = one.evaluation
         figures = [share(one.engine), share(one.reference), change(one)]
-        figures += ["", ""] if both is None else [percent(side.ece) for side in (both.engine, both.reference)]
+        sides = (None, None) if both is None else (both.engine, both.reference)
+        figures += [percent(getattr(side, "ece", None)) for side in sides]
         rows.append([(one.task, "text"), (one.data, "text"), (str(one.images), ""), *((text, "") for text in figures)])
     if rows:
-        titles = ("task", "data", "images", "engine top-1", "reference top-1", "change", "engine ECE", "reference ECE")
+        engine, reference = (f"{side} {report.accuracy[0].metric}" for side in ("engine", "reference"))
+        titles = ("task", "data", "images", engine, reference, "change", "engine ECE", "reference ECE")
         yield "<h2>Accuracy</h2>" + table(titles, rows, 2)
     yield from (f"<p>{escape(one.task)}: {escape(note)}</p>" for one in report.accuracy for note in one.notes)
     evaluated = [(one, one.evaluation) for one in report.accuracy if one.evaluation is not None]
-    for number, (one, sides) in enumerate(evaluated):
-        pairs = (("engine", sides.engine), ("reference", sides.reference))
-        rows = [[(name, "text"), *figure_cells(evaluation)] for name, evaluation in pairs]
-        pictures = draw(sides.engine) if number < PLOTTED else {}
-        yield f"<h2>{escape(one.task)} on {escape(one.data)}</h2>" + table(("", *FIGURES), rows, 1)
-        yield '<p class="dim">Of the engine:</p>' + section(one.task, sides.engine, pictures)
+    for number, (one, found) in enumerate(evaluated):
+        yield f"<h2>{escape(one.task)} on {escape(one.data)}</h2>"
+        pairs = (("engine", found.engine), ("reference", found.reference))
+        if isinstance(found.engine, Evaluation):
+            rows = [[(name, "text"), *figure_cells(side)] for name, side in pairs if isinstance(side, Evaluation)]
+            pictures = draw(found.engine) if number < PLOTTED else {}
+            yield table(("", *FIGURES), rows, 1) + '<p class="dim">Of the engine:</p>'
+            yield section(one.task, found.engine, pictures)
+            continue
+        for name, side in pairs:
+            yield f'<p class="dim">Of the {name}:</p>'
+            for plain in side.tables():
+                yield table(plain.titles, [[(text, "") for text in row] for row in plain.rows], 0)
 
 
 def _bisection(report: ParityReport) -> Iterator[str]:

@@ -71,13 +71,11 @@ def measure_accuracy(
     )
     if matched is None:
         return [dataclasses.replace(accuracy, skipped=OTHER_CLASSES)], [comparison]
-    ours, theirs = (side.result(matched.labels, with_loss=not kind.by_place) for side in sides)
+    ours, theirs = (side.result(matched.labels) for side in sides)
     accuracy = dataclasses.replace(
         accuracy, engine=getattr(ours, metric.score), reference=getattr(theirs, metric.score)
     )
-    if evaluate or kind.by_place:
+    if evaluate:
         notes = (f"{count} images are scored: {source.what}", *ours.notes)
-        accuracy = dataclasses.replace(accuracy, notes=notes)
-    if kind.by_place:
-        return [dataclasses.replace(accuracy, pixels=Sides(ours, theirs).to_dict())], [comparison]
-    return [dataclasses.replace(accuracy, evaluation=Sides(ours, theirs) if evaluate else None)], [comparison]
+        accuracy = dataclasses.replace(accuracy, evaluation=Sides(ours, theirs), notes=notes)
+    return [accuracy], [comparison]

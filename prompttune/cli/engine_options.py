@@ -162,10 +162,10 @@ def _worst(parts: Iterable[Mapping[str, Any]], figure: str, worst: Callable[...,
 
 
 def _accuracy_table(rows: Sequence[Mapping[str, Any]], reference: str) -> Table:
-    """Top-1 of both sides, and the calibration error if the sides were evaluated."""
+    """The score of both sides, and the calibration error if the sides were evaluated and have one."""
     names = {"engine": "engine", "reference": "PyTorch" if reference.startswith("PyTorch") else "reference"}
-    calibrated = names if any(one["evaluation"] for one in rows) else {}
-    titles = [f"{names[side]} top-1" for side in names] + [f"{names[side]} ECE" for side in calibrated]
+    calibrated = names if any("ece" in (one["evaluation"] or {}).get("engine", ()) for one in rows) else {}
+    titles = [f"{names[side]} {rows[0]['metric']}" for side in names] + [f"{names[side]} ECE" for side in calibrated]
     table = make_table(("task", "data"), ("images", *titles))
     for one in rows:
         figures = [_number(one[side], ".2%") for side in names]

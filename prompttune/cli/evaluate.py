@@ -98,7 +98,7 @@ def evaluate(
     else:
         _show(result)
     click.echo(f"scored {result.n} images: {result.chosen.what}", err=True)
-    for line in (*result.notes, *(f"unreadable image: {line}" for line in result.corrupt)):
+    for line in (*result.notes, *(f"unreadable image: {line}" for line in result.corrupt or ())):
         click.echo(line, err=True)
 
 

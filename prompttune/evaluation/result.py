@@ -194,7 +194,7 @@ class Evaluation:
         """The figures for a terminal; of many classes, the worst."""
         shares = (self.top1, self.top5, self.balanced_accuracy)
         loss = "-" if self.loss is None else f"{self.loss:.4f}"
-        whole = [*map(percent, shares), loss, percent(self.ece), str(self.n), str(len(self.corrupt or ()))]
+        whole = [*map(percent, shares), loss, percent(self.ece), str(self.n), unreadable(self.corrupt)]
         known = [(label, one) for label, one in self.report.items() if one.recall is not None]
         worst = len(known) > SHOWN_CLASSES
         if worst:
@@ -214,6 +214,11 @@ def unseen_counts(labels: Sequence[str], unseen: int, support: Counts) -> dict[s
     """Number of images of each class that only the data have."""
     known = len(labels) - unseen
     return dict(zip(labels[known:], support[known:].tolist(), strict=True))
+
+
+def unreadable(corrupt: Sequence[str] | None) -> str:
+    """Number of images that could not be read, or a dash if it is unknown."""
+    return "-" if corrupt is None else str(len(corrupt))
 
 
 def row_shares(confusion: Counts, support: Counts) -> NDArray[np.float64]:

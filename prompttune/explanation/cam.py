@@ -38,7 +38,7 @@ def last_layer(backbone: Backbone) -> tuple[nn.Module, tuple[int, int]]:
 
 def check_explicable(model: PromptModel) -> None:
     """Raise :class:`UsageError` unless Grad-CAM can explain the answers of ``model``."""
-    if model.task_type.by_place:
+    if not model.task_type.takes("predict"):
         raise UsageError(f"a {model.task_type.name} does not predict a class for the whole image")
     last_layer(model.method.driven)
 

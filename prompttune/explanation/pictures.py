@@ -58,7 +58,7 @@ class PictureExplainer:
         self.layers = {id(one): settings.layers_of(one.backbone.depth) for one in subjects}
         self.attending = self._that_can("attention", lambda one: check_readable(one.driven), subjects)
         self.weighed = self._that_can("grad-cam", lambda one: check_explicable(one.run()[0]), self.runs)
-        self.answering = [run for run in self.runs if not run.run()[0].task_type.by_place]
+        self.answering = [run for run in self.runs if run.run()[0].task_type.takes("predict")]
         self._check_heads()
         self._check_target()
         self._shares: dict[str, dict[int, list[float]]] = {}

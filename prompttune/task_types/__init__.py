@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from prompttune.errors import UsageError
+from prompttune.errors import UsageError, describe_failure
 from prompttune.registry import Registry
 from prompttune.task_types.base import Head, Measures, Result, Scores, TaskType
 from prompttune.task_types.classification import ClassificationConfig
@@ -59,12 +59,15 @@ def read_task_type(config: Mapping[str, Any]) -> TaskType:
     """The type that a checkpoint's config or an engine's manifest names; a classification if it names none.
 
     Raises:
-        UsageError, TypeError: a type or settings that this version does not know.
+        UsageError: a type or settings that this version does not know.
     """
-    for kind in TASK_TYPES.registered().values():
-        if kind.entry in config:
-            return kind.from_config(config)
+    former = next((kind for kind in TASK_TYPES.registered().values() if kind.entry in config), None)
     entry = config.get("task_type")
-    if entry is None:
+    if former is None and entry is None:
         return ClassificationConfig()
-    return TASK_TYPES[entry["name"]].from_config(config)
+    try:
+        return (former or TASK_TYPES[entry["name"]]).from_config(config)  # type: ignore[index]
+    except (TypeError, KeyError, AttributeError) as problem:
+        name = former.entry if former else "task_type"
+        reason = f"the entry {name!r} is damaged or of another version of prompttune: {describe_failure(problem)}"
+        raise UsageError(f"{reason}; use the version that wrote it") from None

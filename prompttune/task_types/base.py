@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from prompttune.backbones.base import Backbone
-    from prompttune.data import DataSplits, Parts
     from prompttune.evaluation.scored import Chosen, Matched
-    from prompttune.images.augment import Augment
 
 PREFIX = "head."
 """Prefix of the state keys of a head."""
@@ -95,8 +93,8 @@ class Result(Protocol):
         """Mean loss; None if it is unknown."""
 
     @property
-    def corrupt(self) -> tuple[str, ...]:
-        """One line for each image that could not be read."""
+    def corrupt(self) -> tuple[str, ...] | None:
+        """One line for each image that could not be read; None if this is not known."""
 
     @property
     def chosen(self) -> Chosen | None:
@@ -125,13 +123,12 @@ class Scores(ABC):
         """The sums by name; names and shapes depend only on the number of classes. They are changed in place."""
 
     @abstractmethod
-    def result(self, labels: Sequence[str], corrupt: Sequence[str] = (), with_loss: bool = True) -> Any:
+    def result(self, labels: Sequence[str], corrupt: Sequence[str] | None = None) -> Any:
         """The figures, a :class:`Result`.
 
         Args:
             labels: the model's classes, then those that only the data have.
-            corrupt: one line for each image that could not be read.
-            with_loss: whether the loss is among the figures.
+            corrupt: one line for each image that could not be read; None if this is not known.
 
         Raises:
             DataError: there was nothing to score.
@@ -160,12 +157,17 @@ class TaskType(ABC):
     """What the data give for each image, see :func:`prompttune.data.load_data`."""
     target_axes: ClassVar[tuple[str, ...]] = ()
     """Names of the axes of a target after the batch."""
-    by_place: ClassVar[bool] = False
-    """Whether parity holds for each place of a map of logits instead of each image."""
+    rounding_ties: ClassVar[bool] = False
+    """Whether rounding makes ties in fp32 too: among the many places of a map, some lie on a border of two classes."""
     label_weights: ClassVar[bool] = False
     """Whether an image has one class, by whose frequency the loss can be weighted."""
-    refused: ClassVar[Mapping[str, str]] = {"segment": "Engine.segment gives a class to each pixel; call predict()"}
-    """What cannot take such tasks (``server``, ``predict``, ``report``, ...), with one line that says what to do."""
+    refused: ClassVar[Mapping[str, str]] = {
+        "segment": "Engine.segment gives a class to each pixel; call predict()",
+        "report": "--report is for classifications; use --output for the figures",
+    }
+    """What cannot take such tasks, with one line that says what to do: ``predict`` (a class for an image) and
+    ``segment`` (a class for each pixel), of which ``infer`` needs one; ``server``, ``triton`` and ``bench``; ``report``
+    of ``evaluate``; ``labels``, ``smooth`` and ``ray`` of ``infer``."""
     formats: ClassVar[tuple[str, ...] | None] = None
     """Formats of engines whose parity is proven; None for all."""
     entry: ClassVar[str] = ""
@@ -201,9 +203,13 @@ class TaskType(ABC):
         """The inverse of :meth:`to_config`."""
         return cls(**{name: value for name, value in config["task_type"].items() if name != "name"})
 
+    def takes(self, what: str) -> bool:
+        """Whether ``what`` takes such tasks, see :attr:`refused`."""
+        return what not in self.refused
+
     def refuse(self, what: str, error: type[PrompttuneError] = UsageError) -> None:
-        """Raise ``error`` if ``what`` is among :attr:`refused`."""
-        if what in self.refused:
+        """Raise ``error`` unless ``what`` takes such tasks."""
+        if not self.takes(what):
             raise error(f"{self.name}: {self.refused[what]}")
 
     # data

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -51,7 +51,7 @@ class ClassScores(Scores):
         """See :class:`Scores`."""
         return self.tally.arrays()
 
-    def result(self, labels: Sequence[str], corrupt: Sequence[str] = (), with_loss: bool = True) -> Evaluation:  # noqa: ARG002
+    def result(self, labels: Sequence[str], corrupt: Sequence[str] | None = None) -> Evaluation:
         """See :class:`Scores`."""
         return self.tally.result(labels, corrupt)
 
@@ -65,6 +65,7 @@ class ClassificationConfig(TaskType):
     measures: ClassVar[Measures] = Measures("top1", "top-1", "top5", "top1", "top-1")
     format_version: ClassVar[int] = 1
     label_weights: ClassVar[bool] = True
+    refused: ClassVar[Mapping[str, str]] = {"segment": TaskType.refused["segment"]}
 
     def to_config(self) -> dict[str, Any]:
         """Nothing: a config without an entry is a classification."""

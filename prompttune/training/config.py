@@ -102,7 +102,7 @@ class TrainConfig:
     label_smoothing: float = setting(0.0, "label smoothing", low=0, below=1)
     class_weights: str = setting("none", "weights of classes; balanced: 1/frequency", choices=("none", "balanced"))
     grad_clip: float | None = setting(None, "largest norm of the gradient", above=0)
-    patience: int | None = setting(None, "validations without a better top-1 that end the run", low=1, grows=True)
+    patience: int | None = setting(None, "validations without a better score that end the run", low=1, grows=True)
     eval_every: int = setting(1, "number of epochs between two validations", low=1)
     seed: int = setting(0, "seed of the split, the order, the augmentation and the initialisation", low=0)
 

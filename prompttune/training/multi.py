@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from prompttune.errors import UsageError, choose, describe_failure
 from prompttune.methods import METHODS
 from prompttune.methods.registry import method_fields
-from prompttune.training.config import TrainConfig, check_belongs, known_names, read_yaml
+from prompttune.training.config import FORMER, TrainConfig, check_belongs, known_names, read_yaml
 from prompttune.training.loop import TrainResult, train
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ def load_tasks(path: Path, overrides: Mapping[str, Any] | None = None) -> list[T
 
 
 def _key(name: Any) -> str:
-    return str(name).replace("-", "_")
+    key = str(name).replace("-", "_")
+    return FORMER.get(key, key)
 
 
 def _read_task(

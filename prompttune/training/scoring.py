@@ -48,11 +48,13 @@ def score(
         on_batch: called after each batch.
     """
     model.eval()
+    with autocast():
+        state = model.task_state()
     for batch in batches:
         if len(batch.targets):
             targets = batch.targets if columns is None else columns[batch.targets]
             with autocast():
-                logits = model(batch.images.to(device, non_blocking=True)).logits
+                logits = model.forward_state(batch.images.to(device, non_blocking=True), state).logits
             scores.add(logits, targets.to(device))
         if on_batch is not None:
             on_batch(batch)

@@ -122,7 +122,8 @@ def _row(decoded: Decoded, task: str, logits: Iterator[TaskLogits], work: Work, 
         "task_version": None if facts is None else facts.version,
         "target": item.target if facts is None or index is None else facts.labels[index],
     }
-    shares: tuple[Share, ...] | None = () if work.task_type.by_place else None
+    by_pixel = work.task_type.takes("segment")
+    shares: tuple[Share, ...] | None = () if by_pixel else None
     if decoded.error is not None:
         return Row(**place, error=decoded.error, pixel_shares=shares)
     if facts is None:
@@ -131,7 +132,7 @@ def _row(decoded: Decoded, task: str, logits: Iterator[TaskLogits], work: Work, 
     values = next(logits).logits
     if not np.isfinite(values).all():
         return Row(**place, error="the engine's logits are not finite", pixel_shares=shares)
-    if work.task_type.by_place:
+    if by_pixel:
         mask = class_map(values, work.image_size)
         shares = pixel_shares(mask, facts.labels)
         return Row(**place, label=shares[0].label, pixel_shares=shares, mask=mask)

@@ -34,6 +34,7 @@ from prompttune.serve.infer.sources.stdin import standard_input
 from prompttune.serve.infer.traces import Trace, check
 from prompttune.serve.infer.work import Work, facts_of
 from prompttune.settings import resume_values
+from prompttune.task_types import ClassificationConfig, TaskType
 
 MOST_CALLS = 4
 """Largest number of concurrent calls: each has its own activations, some hundred MiB for a large backbone."""
@@ -82,7 +83,7 @@ def prepared(
         PrompttuneError: the engine cannot be opened, the inputs cannot be read.
     """
     task_type = _task_type(settings)
-    check_outputs(settings.outputs, overwrite=settings.overwrite, resume=settings.resume, task_type=task_type)
+    check_outputs(settings.outputs, task_type, overwrite=settings.overwrite, resume=settings.resume)
     answered: dict[str, Trace] = {}
     opened = open_source(
         settings.inputs,
@@ -129,9 +130,7 @@ def prepared(
             csv_bom=settings.csv_bom,
             rows=(lambda: iter(())) if log is None else log.rows,
         )
-        sinks, printed = open_sinks(
-            settings.outputs, told, stdout=stdout, resume=settings.resume, task_type=task_type
-        )  # fmt: skip
+        sinks, printed = open_sinks(settings.outputs, task_type, told, stdout=stdout, resume=settings.resume)
         for sink in sinks:
             stack.callback(sink.close)
         scores = RowScores({name: facts.labels for name, facts in work.known.items()}) if work.labelled else None
@@ -208,26 +207,22 @@ def calls_at_once(options: RuntimeOptions, folder: EngineFolder) -> tuple[int, i
     return calls, threads // calls
 
 
-def _task_type(settings: InferSettings) -> str:
+def _task_type(settings: InferSettings) -> TaskType:
     """Type of the engine's tasks. A damaged engine is refused later, when it is opened.
 
     Raises:
-        UsageError: a setting only applies to classifications.
+        UsageError: the type has no answers for images, or does not take a setting.
     """
     try:
-        by_place = EngineFolder(settings.engine, verify=False).manifest.task_type.by_place
+        kind = EngineFolder(settings.engine, verify=False).manifest.task_type
     except EngineError:
-        by_place = False
-    if not by_place:
-        return "classification"
-    for given, option in (
-        (settings.source.labels, "--labels"),
-        (settings.smooth, "--smooth"),
-        (settings.ray, "--executor ray"),
-    ):
+        return ClassificationConfig()
+    if not kind.takes("segment"):
+        kind.refuse("predict")
+    for given, what in ((settings.source.labels, "labels"), (settings.smooth, "smooth"), (settings.ray, "ray")):
         if given is not None:
-            raise UsageError(f"{option} is for classifications: the engine's tasks are segmentations")
-    return "segmentation"
+            kind.refuse(what)
+    return kind
 
 
 def _check_source(settings: InferSettings, opened: Opened) -> None:

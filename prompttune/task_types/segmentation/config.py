@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from prompttune.evaluation.scored import Matched
-    from prompttune.images.augment import Augment
-    from prompttune.images.preprocess import Preprocess
 
 HEADS = ("linear", "pyramid")
 STRIDE = 4
@@ -53,7 +51,7 @@ class SegmentationConfig(TaskType):
     heads: ClassVar[tuple[str, ...]] = HEADS
     target: ClassVar[Literal["class", "mask"]] = "mask"
     target_axes: ClassVar[tuple[str, ...]] = ("height", "width")
-    by_place: ClassVar[bool] = True
+    rounding_ties: ClassVar[bool] = True
     formats: ClassVar[tuple[str, ...] | None] = ("onnx",)
     entry: ClassVar[str] = "segmentation"
     refused: ClassVar[Mapping[str, str]] = {
@@ -62,6 +60,9 @@ class SegmentationConfig(TaskType):
         "bench": "prompttune bench does not time such tasks; prompttune infer reports their speed",
         "triton": "a Triton repository answers classifications; export an engine instead",
         "report": "--report is for classifications; use --output for the figures of a segmentation",
+        "labels": "--labels is for classifications; leave it out",
+        "smooth": "--smooth is for classifications; leave it out",
+        "ray": "--executor ray is for classifications; leave it out",
     }
 
     head: str = "linear"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prompttune.errors import DataError
-from prompttune.evaluation.result import Counts, Table, percent, unseen_counts
+from prompttune.evaluation.result import Counts, Table, percent, unreadable, unseen_counts
 from prompttune.evaluation.scored import Chosen, class_notes
 from prompttune.images.masks import IGNORE_INDEX
 from prompttune.task_types.base import Scores
@@ -30,8 +30,8 @@ class SegmentationEvaluation:
     """Number of scored images."""
     loss: float | None = None
     """Mean cross entropy per pixel, in nats."""
-    corrupt: tuple[str, ...] = ()
-    """One line for each image that could not be read."""
+    corrupt: tuple[str, ...] | None = None
+    """One line for each image that could not be read; None if this is not known."""
     unseen: int = 0
     """Number of classes that only the data have, the last of ``labels``; their pixels count as wrong."""
     chosen: Chosen | None = None
@@ -80,7 +80,7 @@ class SegmentationEvaluation:
             "unseen": unseen_counts(self.labels, self.unseen, self.confusion.sum(axis=1)),
             "class_pixels": dict(zip(self.labels, self.confusion.sum(axis=1).tolist(), strict=True)),
             "confusion": self.confusion.tolist(),
-            "corrupt": list(self.corrupt),
+            **({} if self.corrupt is None else {"corrupt": list(self.corrupt)}),
         }
 
     def tables(self) -> list[Table]:
@@ -89,7 +89,7 @@ class SegmentationEvaluation:
         pixels = self.confusion.sum(axis=1).tolist()
         rows = [[label, percent(iou), str(count)] for (label, iou), count in zip(self.iou.items(), pixels, strict=True)]
         titles = ("mIoU", "pixel accuracy", "loss", "images", "unreadable")
-        whole = Table(titles, [[*shares, str(self.n), str(len(self.corrupt))]])
+        whole = Table(titles, [[*shares, str(self.n), unreadable(self.corrupt)]])
         return [whole, Table(("class", "IoU", "pixels"), rows)]
 
 
@@ -135,15 +135,14 @@ class PixelScores(Scores):
         self.sums["images"] += len(targets)
         self.sums["loss"] += loss
 
-    def result(
-        self, labels: Sequence[str], corrupt: Sequence[str] = (), with_loss: bool = True
-    ) -> SegmentationEvaluation:
+    def result(self, labels: Sequence[str], corrupt: Sequence[str] | None = None) -> SegmentationEvaluation:
         """See :class:`Scores`."""
         confusion: Counts = self.sums["confusion"]
         pixels = int(confusion.sum())
         if not pixels:
             raise DataError("no pixel could be scored: every image is unreadable or has no class in its mask")
         learnt = int(confusion[: self.classes].sum())
-        loss = (float(self.sums["loss"]) / learnt if learnt else math.nan) if with_loss else None
+        loss = float(self.sums["loss"]) / learnt if learnt else math.nan
+        unread = None if corrupt is None else tuple(corrupt)
         unseen = self.rows - self.classes
-        return SegmentationEvaluation(tuple(labels), confusion, int(self.sums["images"]), loss, tuple(corrupt), unseen)
+        return SegmentationEvaluation(tuple(labels), confusion, int(self.sums["images"]), loss, unread, unseen)

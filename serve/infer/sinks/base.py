@@ -51,8 +51,8 @@ class Sink:
     """What it writes, for messages."""
     suffixes: ClassVar[tuple[str, ...]]
     """Suffixes of its outputs, in lower case; :data:`FOLDER` for a folder."""
-    task_types: ClassVar[tuple[str, ...]] = ("classification",)
-    """Types of the tasks whose answers it can write."""
+    writes: ClassVar[tuple[str, ...]] = ("predict",)
+    """Answers that it can write: ``predict``, classes of an image; ``segment``, a class for each pixel."""
     resumable: ClassVar[bool] = True
     """Whether it can write an answer without its picture."""
     picture_side: int | None = None

@@ -13,40 +13,44 @@ from prompttune.serve.infer.settings import STANDARD_OUTPUTS, row_log_path
 from prompttune.serve.infer.sinks import SINKS, Sink, SinkSettings
 from prompttune.serve.infer.sinks.base import FOLDER
 from prompttune.serve.infer.sinks.text import StandardOutput
+from prompttune.task_types import TaskType
 
 _TAKEN = "{} exists: choose another output, or give --overwrite or --resume"
 
 
-def _known(task_type: str) -> str:
+def _writes(sink: type[Sink], task_type: TaskType) -> bool:
+    return any(map(task_type.takes, sink.writes))
+
+
+def _known(task_type: TaskType) -> str:
     """List of outputs for messages."""
-    csv = ", csv:- (standard output, CSV)" if task_type == "classification" else ""
-    kinds = (f"{' '.join(one.suffixes)} ({one.content})" for one in SINKS.values() if task_type in one.task_types)
+    csv = ", csv:- (standard output, CSV)" if task_type.takes("predict") else ""
+    kinds = (f"{' '.join(one.suffixes)} ({one.content})" for one in SINKS.values() if _writes(one, task_type))
     return f"- (standard output, JSON lines){csv}, {', '.join(kinds)}"
 
 
-def _kind(output: str, task_type: str) -> type[Sink]:
+def _kind(output: str, task_type: TaskType) -> type[Sink]:
     """The kind of a file output."""
     suffix = FOLDER if output.endswith((FOLDER, os.sep)) else Path(output).suffix.lower()
     kinds = [sink for sink in SINKS.values() if suffix in sink.suffixes]
     for sink in reversed(kinds):
-        if task_type in sink.task_types:
+        if _writes(sink, task_type):
             return sink
     if kinds:
-        raise UsageError(f"a {task_type} cannot be written to {output!r}; known: {_known(task_type)}")
+        raise UsageError(f"a {task_type.name} cannot be written to {output!r}; known: {_known(task_type)}")
     hint = " (for one object a line write .jsonl)" if suffix == ".json" else ""
     raise UsageError(f"cannot tell what to write to {output!r}{hint}; known: {_known(task_type)}")
 
 
 def check_outputs(
-    outputs: Sequence[str], *, overwrite: bool = False, resume: bool = False, task_type: str = "classification"
+    outputs: Sequence[str], task_type: TaskType, *, overwrite: bool = False, resume: bool = False
 ) -> None:
     """Refuse outputs that cannot be written; no file is changed.
 
     Args:
-        outputs: see :func:`open_sinks`.
+        outputs, task_type: see :func:`open_sinks`.
         overwrite: whether files of an earlier run may be replaced.
         resume: whether a run is resumed, whose outputs may exist.
-        task_type: type of the engine's tasks.
 
     Raises:
         UsageError: an output is of an unknown kind, is given twice, lies in another one, exists already, was not
@@ -55,8 +59,8 @@ def check_outputs(
     """
     if sum(output in STANDARD_OUTPUTS for output in outputs) > 1:
         raise UsageError("standard output is given twice: leave one out")
-    if task_type != "classification" and "csv:-" in outputs:
-        raise UsageError(f"a {task_type} cannot be written to 'csv:-'; known: {_known(task_type)}")
+    if not task_type.takes("predict") and "csv:-" in outputs:
+        raise UsageError(f"a {task_type.name} cannot be written to 'csv:-'; known: {_known(task_type)}")
     files = [output for output in outputs if output not in STANDARD_OUTPUTS]
     kinds = [_kind(output, task_type) for output in files]
     _check_apart(files)
@@ -94,16 +98,16 @@ def _check_apart(outputs: Sequence[str]) -> None:
 
 
 def open_sinks(
-    outputs: Sequence[str], settings: SinkSettings, *, stdout: TextIO, resume: bool, task_type: str = "classification"
+    outputs: Sequence[str], task_type: TaskType, settings: SinkSettings, *, stdout: TextIO, resume: bool
 ) -> tuple[list[Sink], list[Sink]]:
     """Open a sink for each output that :func:`check_outputs` accepts.
 
     Args:
         outputs: names of the outputs.
+        task_type: type of the engine's tasks.
         settings: settings of the sinks.
         stdout: the standard output.
         resume: whether the answers of earlier runs follow, so that their files stay.
-        task_type: type of the engine's tasks.
 
     Returns:
         The sinks of files and folders, and that of standard output.

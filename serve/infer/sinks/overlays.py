@@ -87,7 +87,7 @@ class OverlayFolder(Sink):
 
     content = "overlays and masks"
     suffixes = (FOLDER,)
-    task_types: ClassVar = ("segmentation",)
+    writes: ClassVar = ("segment",)
     picture_side = 0
 
     def __init__(self, path: Path, settings: SinkSettings) -> None:

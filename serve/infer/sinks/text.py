@@ -90,7 +90,7 @@ class JsonLines(_TextFile):
 
     content = "JSON lines"
     suffixes = (".jsonl", ".ndjson")
-    task_types: ClassVar = ("classification", "segmentation")
+    writes: ClassVar = ("predict", "segment")
 
     def _text(self, rows: Sequence[Row]) -> str:
         return json_lines(rows, self._labelled)
