@@ -106,13 +106,15 @@ def read_foreign(path: Path, error: type[PrompttuneError]) -> Any:
         ) from None
 
 
-def read_state_dict(path: Path, wrappers: Iterable[str], error: type[PrompttuneError]) -> dict[str, Tensor]:
+def read_state_dict(
+    path: Path, wrappers: Iterable[str], error: type[PrompttuneError], *, arrays: bool = False
+) -> dict[str, Tensor]:
     """The tensors of a foreign file; see :func:`read_foreign` and :func:`state_dict_of`."""
-    return state_dict_of(read_foreign(path, error), path, wrappers, error)
+    return state_dict_of(read_foreign(path, error), path, wrappers, error, arrays=arrays)
 
 
 def state_dict_of(
-    loaded: object, path: Path, wrappers: Iterable[str], error: type[PrompttuneError]
+    loaded: object, path: Path, wrappers: Iterable[str], error: type[PrompttuneError], *, arrays: bool = False
 ) -> dict[str, Tensor]:
     """The tensors of a foreign state dict.
 
@@ -121,6 +123,7 @@ def state_dict_of(
         path: the file.
         wrappers: keys under which training code stores the state dict.
         error: type of the errors.
+        arrays: whether NumPy arrays count as tensors; otherwise they are left out, as other values are.
 
     Raises:
         error: the content is not a state dict of plain tensors.
@@ -130,7 +133,8 @@ def state_dict_of(
         raise error(f"{path} holds no state dict but a {type(loaded).__name__}")
     for wrapper in wrappers:
         state = plain_dict(state.get(wrapper)) or state
-    found = {name: value for name, value in state.items() if isinstance(value, Tensor | PickledArray)}
+    kinds = (Tensor, PickledArray) if arrays else Tensor
+    found = {name: value for name, value in state.items() if isinstance(value, kinds)}
     return plain_tensors(found, path, error)
 
 

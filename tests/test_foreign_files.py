@@ -122,6 +122,12 @@ def test_arrays_are_read_without_numpy(change, vit, tmp_path):
     assert np.array_equal(made.model.method.prompts.detach().numpy(), prompts)
 
 
+def test_arrays_beside_a_backbones_weights_are_left_out(tmp_path):
+    state = pt.load_backbone("test_vit", SIZE, "random").model.state_dict()
+    torch.save({**state, "epochs": np.arange(3)}, tmp_path / "file.pth")
+    assert pt.load_backbone("test_vit", SIZE, tmp_path / "file.pth").width == 64
+
+
 @pytest.mark.parametrize(
     ("name", "shape"), [("pos_embed", ()), ("pos_embed", (1, 0, 64)), ("patch_embed.proj.weight", ())], ids=str
 )

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 import prompttune as pt
 from prompttune.checkpoints import read_config
 from prompttune.checkpoints.importing import LAYOUTS
+from prompttune.cli.import_checkpoint import _labels
 from prompttune.cli.main import cli
-from prompttune.errors import CheckpointError, PrompttuneError, UsageError
+from prompttune.errors import CheckpointError, DataError, PrompttuneError, UsageError
 from prompttune.methods import METHODS
 from tests import equations, released
 from tests.drawing import drawn_backbone, drawn_model
@@ -461,6 +462,30 @@ def test_more_labels_than_a_path_is_long(tmp_path, vit):
     missing = run("import-checkpoint", "--from", "vpt", file, "--output", tmp_path / "x", "--labels", "absent.txt")
     assert (missing.exit_code, missing.output.count("\n")) == (2, 1)
     assert "cannot read the labels absent.txt" in missing.output
+
+
+def test_a_file_of_labels_may_have_a_comma_and_a_byte_order_mark(tmp_path):
+    named = tmp_path / "birds, 2026.txt"
+    named.write_text("ant\n bee \n\n", encoding="utf-8-sig")
+    assert _labels(str(named)) == ["ant", "bee"]
+    named.write_text("ant", encoding="utf-16")
+    with pytest.raises(DataError, match="is in UTF-16"):
+        _labels(str(named))
+
+
+def test_the_output_is_checked_again_under_its_lock(vit, tmp_path, monkeypatch):
+    """Another process may have written while the file was read."""
+    file, task = save(released.vpt(vit), tmp_path / "file.pth"), tmp_path / "task"
+    read = LAYOUTS["vpt"].open
+
+    def slow(path):
+        pt.PromptModel(vit, "linear", 2).save(task)
+        return read(path)
+
+    monkeypatch.setattr(LAYOUTS["vpt"], "open", slow)
+    with pytest.raises(UsageError, match="is not empty; give --overwrite"):
+        pt.import_checkpoint("vpt", file, task, backbone=vit)
+    assert read_config(task)["method"] == "linear"
 
 
 @pytest.mark.parametrize("layout", ["sa2vp", "vpt", "gapt", "lora"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from prompttune.checkpoints.importing import LAYOUTS, Imported, ImportSettings
 from prompttune.checkpoints.importing import import_checkpoint as run
 from prompttune.cli.options import SettingOption, given_settings, options_of
 from prompttune.cli.sections import SectionedCommand
+from prompttune.data.text import text_lines
 from prompttune.errors import UsageError, shortened
 from prompttune.methods.registry import method_fields
 from prompttune.settings import all_settings
@@ -82,11 +84,12 @@ def _labels(text: str | None) -> list[str] | None:
     if text is None:
         return None
     lines = text.split(",")
-    if len(lines) == 1:
+    if len(lines) == 1 or os.path.isfile(text):  # noqa: PTH113  # Path.is_file raises for a list longer than a path
         try:
-            lines = Path(text).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as problem:
-            raise UsageError(f"cannot read the labels {text}: {problem}; give a text file or names as in a,b") from None
+            lines = list(text_lines(Path(text), "the labels"))
+        except FileNotFoundError:
+            missing = f"cannot read the labels {text}: the file does not exist"
+            raise UsageError(f"{missing}; give a text file or names as in a,b") from None
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -1,4 +1,4 @@
-"""The methods by name, those of other packages included, and what a method from outside must keep to."""
+"""The methods by name, those of other packages included, and what every method must keep to."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RESERVED = frozenset(_OPTIONS.split())
 
 
 def register(config: Config) -> Config:
-    """Add a method of another package or a notebook, where its class is defined anew; also a class decorator.
+    """Add a method; also a class decorator. A class that a notebook defines anew replaces the old one.
 
     An entry point of the group ``prompttune.methods`` whose value is the config's class does the same.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from prompttune.backbones import Backbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.checkpoints.importing.source import FileTensors, read_file
-from prompttune.errors import CheckpointError, UsageError
+from prompttune.errors import CheckpointError
 
 SAME_WEIGHTS = 1e-6
 """Largest difference between weights that count as equal."""
@@ -89,9 +89,6 @@ class Layout(ABC):
         weights = None if names is None else take_backbone(source, names, backbone)
         found.head = take_head(source, self.head, backbone)
         source.check(f"{found.method} over {backbone.name} at {backbone.image_size} pixels")
-        for name, value in found.settings.items():
-            if name not in self.settings and given.get(name, value) != value:
-                raise UsageError(f"{name} is {value} in the file, not {given[name]}")
         if weights is not None:
             for name, copied in found.copies.items():
                 if not torch.equal(copied, weights[name]):

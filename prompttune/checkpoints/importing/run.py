@@ -134,7 +134,7 @@ def import_checkpoint(
         output: the checkpoint folder to write.
         backbone: timm's name of the backbone that the task was trained over, or a loaded backbone.
         labels: class names in the order of the logits; by default ``"0" .. "C-1"``. A file without a head needs them.
-        settings: settings of the method that the file does not hold; others must agree with the file.
+        settings: settings of the method that the file does not hold; others are refused.
         options: fields of :class:`ImportSettings`.
 
     Raises:
@@ -157,6 +157,7 @@ def import_checkpoint(
     _check_places(folder, path, backbone, chosen)
     source = kind.open(path)
     with locked(folder), _backbone(kind, source, backbone, chosen) as frozen:
+        _check_places(folder, path, backbone, chosen)  # again: another process may have written meanwhile
         found = kind.convert(source, frozen, given)
         preprocess = frozen.default_preprocess().normalised(chosen.normalisation or kind.normalisation)
         preprocess = replace(

@@ -29,7 +29,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise CheckpointError(f"no checkpoint file at {path}")
-    tensors = read_state_dict(path, WRAPPERS, CheckpointError)
+    tensors = read_state_dict(path, WRAPPERS, CheckpointError, arrays=True)
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors")
     for prefix in PREFIXES * 2:
