@@ -37,7 +37,7 @@ def drawn_weights(name: str, folder: Path, seed: int = 0) -> Path:
             if key.rpartition(".")[0] in unnamed:
                 tensors[key] = _of_norm(key, value, seed)
                 continue
-            tensor = torch.from_numpy(draw(key, tuple(value.shape), seed))
+            tensor = torch.as_tensor(draw(key, tuple(value.shape), seed))
             # draw() knows norms; LayerScale is 1 and matrices keep the size of their input.
             if key.endswith("gamma"):
                 tensor = 1 + tensor
@@ -60,7 +60,7 @@ def _of_norm(key: str, value: Tensor, seed: int) -> Tensor:
     """Weights and variances around 1, biases and means around 0; a count of batches as it is."""
     if not value.is_floating_point():
         return value
-    tensor = torch.from_numpy(draw(key, tuple(value.shape), seed)) * 2.5  # 0.1 z, as draw() has it for norms
+    tensor = torch.as_tensor(draw(key, tuple(value.shape), seed)) * 2.5  # 0.1 z, as draw() has it for norms
     if key.endswith("var"):
         return 1 + tensor.abs()
     return 1 + tensor if key.endswith("weight") else tensor

@@ -136,8 +136,6 @@ def test_a_convnext_as_its_authors_publish_it(tmp_path):
         ("test_convnext4", 16, UsageError, "image size 16 is too small"),
         ("test_resnet3", 0, UsageError, "above 0, not 0"),
         ("resnet19", 64, UsageError, "did you mean resnet18"),
-        ("efficientnet_b0", 64, BackboneError, "not supported; supported: .* timm ResNet and ConvNeXt models"),
-        ("skresnet18", 64, BackboneError, "skresnet18 is not supported"),
     ],
 )
 def test_what_is_not_supported_is_refused(name, size, error, message):

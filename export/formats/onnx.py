@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prompttune.backbones import ConvBackbone
+from torch import nn
+
+from prompttune.backbones import SwinBackbone, VitBackbone
 from prompttune.errors import EngineError, UsageError
 from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE
 from prompttune.export.formats.base import BuildRequest, Built, ExportSettings, Format
@@ -48,9 +50,11 @@ def write_onnx(request: BuildRequest, folder: Path, symmetric: bool = False) -> 
     Raises:
         EngineError: the graph cannot be exported, or not in this precision.
     """
-    if request.settings.precision == "bf16" and isinstance(request.model.backbone, ConvBackbone):
+    backbone = request.model.backbone
+    in_blocks = not isinstance(backbone, SwinBackbone | VitBackbone)  # the patch embedding of these stays in float32
+    if request.settings.precision == "bf16" and in_blocks and any(isinstance(m, nn.Conv2d) for m in backbone.modules()):
         raise EngineError(
-            f"ONNX has no bfloat16 convolution at this operator set and {request.model.backbone.name} is made of them: "
+            f"ONNX has no bfloat16 convolution at this operator set and {backbone.name} is made of them: "
             "choose fp16, or the format aoti"
         )
     if request.settings.precision == "int8":

@@ -12,7 +12,7 @@ import torch
 from timm.layers import LayerNorm2d, LayerNorm2dFp32, LayerNormFp32
 from torch import nn
 
-from prompttune.backbones import ConvBackbone
+from prompttune.backbones import SwinBackbone, VitBackbone
 from prompttune.model import PromptModel
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -35,7 +35,7 @@ def typed_model(model: PromptModel, precision: str) -> PromptModel:
         if isinstance(module, nn.BatchNorm2d):
             _reduce(module)
     backbone.to(dtype)
-    if dtype == torch.bfloat16 and not isinstance(typed.backbone, ConvBackbone):
+    if dtype == torch.bfloat16 and isinstance(typed.backbone, SwinBackbone | VitBackbone):
         typed.backbone.model.patch_embed.float()  # before operator set 22, ONNX lacks bfloat16 convolutions
     for name, module in norms.items():
         backbone.set_submodule(name, _float32(module, model.backbone.model.get_submodule(name)))

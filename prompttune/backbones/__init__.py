@@ -3,7 +3,16 @@
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.conv import ConvBackbone
 from prompttune.backbones.loading import load_backbone, register_backbone
+from prompttune.backbones.plain import PlainBackbone
 from prompttune.backbones.swin import SwinBackbone
 from prompttune.backbones.vit import VitBackbone
 
-__all__ = ["Backbone", "ConvBackbone", "SwinBackbone", "VitBackbone", "load_backbone", "register_backbone"]
+__all__ = [
+    "Backbone",
+    "ConvBackbone",
+    "PlainBackbone",
+    "SwinBackbone",
+    "VitBackbone",
+    "load_backbone",
+    "register_backbone",
+]

@@ -59,6 +59,8 @@ class Backbone(nn.Module):
     """Description of the weights' source, for people."""
     fingerprint: str
     """See :func:`fingerprint_of`."""
+    limits: str = ""
+    """Reason why the model runs only as a whole; empty if it runs in pieces."""
     is_tuned: bool = False
     """Whether these are the weights of one task, made by a method that trains the backbone itself."""
 

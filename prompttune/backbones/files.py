@@ -180,10 +180,10 @@ def load_into(
         BackboneError: the file is for another architecture, or lacks a tensor.
     """
     embed = getattr(model, "patch_embed", None)
-    own_patch = embed.patch_size[0] if embed is not None else None
+    own_patch = embed.patch_size[0] if hasattr(embed, "patch_size") else None
     if found.patch and own_patch and found.patch != own_patch:
         raise _misfit(found, name, f"its patches have {found.patch} pixels, the model's {own_patch}")
-    if found.image_size and getattr(model, "pos_embed", None) is not None:
+    if found.image_size and getattr(model, "pos_embed", None) is not None and hasattr(model, "set_input_size"):
         embed_side = (found.image_size, found.image_size)
         cast(Any, model).set_input_size(embed_side)  # of initial values, so that the file's come in unchanged
     if found.path.suffix == ".npz":

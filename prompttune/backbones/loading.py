@@ -15,6 +15,7 @@ from torch import nn
 from prompttune.backbones.base import Architecture, Backbone, fingerprint_of
 from prompttune.backbones.conv import CONV
 from prompttune.backbones.files import Weights, load_into, read_weights
+from prompttune.backbones.plain import PLAIN
 from prompttune.backbones.swin import SWIN
 from prompttune.backbones.vit import VIT
 from prompttune.backbones.wheel import MODEL as WHEEL_MODEL
@@ -24,9 +25,8 @@ from prompttune.errors import BackboneError, PrompttuneError, UsageError, choose
 from prompttune.hub import hub_answers
 from prompttune.registry import Registry
 
-ARCHITECTURES: tuple[Architecture, ...] = (VIT, SWIN, CONV)
-SUPPORTED = "; ".join(one.supported for one in ARCHITECTURES)
-_MODULES = [module for one in ARCHITECTURES for module in one.modules]
+ARCHITECTURES: tuple[Architecture, ...] = (VIT, SWIN, CONV, PLAIN)
+"""The kinds of models in pieces, then any model as a whole."""
 
 logger = logging.getLogger("prompttune")
 
@@ -97,8 +97,8 @@ def load_backbone(name: str, image_size: int | None = None, weights: str | Path 
 def _from_file(name: str, image_size: int | None, path: Path) -> Backbone:
     stored = read_weights(path)
     model: Any = _build(name, **stored.args)
-    if image_size is None and hasattr(model, "patch_embed"):
-        image_size = int(model.patch_embed.img_size[0])
+    own = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    image_size = image_size or (int(own[0]) if own else None)
     load_into(model, stored, name, _architecture(model, name).rename)
     backbone = _wrap(model, name, image_size)
     backbone.weights, backbone.weights_source = str(path), f"file {path.name}"
@@ -131,9 +131,7 @@ def _say_what_differs(backbone: Backbone, stored: Weights) -> None:
 def _check_name(name: str) -> None:
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
-        choose("backbone", architecture, [*BACKBONES, *timm.list_models(module=_MODULES)])
-    if not timm.models.is_model_in_modules(architecture, _MODULES):
-        raise BackboneError(f"{name} is not supported; supported: {SUPPORTED}")
+        choose("backbone", architecture, [*BACKBONES, *timm.list_models()])
 
 
 def _build(name: str, **settings: Any) -> nn.Module:
@@ -142,20 +140,18 @@ def _build(name: str, **settings: Any) -> nn.Module:
     fixed = next((one.settings for one in ARCHITECTURES if timm.models.is_model_in_modules(bare, one.modules)), {})
     try:
         model: nn.Module = timm.create_model(name, num_classes=0, **fixed, **settings)
-    except TypeError as problem:
-        raise BackboneError(f"{name} is not supported ({problem}); supported: {SUPPORTED}") from None
-    except (RuntimeError, ValueError) as problem:
+    except (RuntimeError, TypeError, ValueError, AssertionError) as problem:
         raise BackboneError(f"timm cannot build {name}: {problem}") from None
     _architecture(model, name)
     return model
 
 
 def _architecture(model: nn.Module, name: str) -> Architecture:
-    """The architecture of a model; raises :class:`BackboneError`, with the reason, for one that is not supported."""
-    found = next((one for one in ARCHITECTURES if isinstance(model, one.models)), VIT)
-    if problem := found.problem(model):
-        raise BackboneError(f"{name} is not supported: {problem}; supported: {found.supported}")
-    return found
+    """The first architecture that can drive a model; raises :class:`BackboneError` if none can."""
+    for one in ARCHITECTURES:
+        if isinstance(model, one.models) and not (problem := one.problem(model)):
+            return one
+    raise BackboneError(f"{name} is not supported: {problem}")
 
 
 def _wrap(model: nn.Module, name: str, image_size: int | None) -> Backbone:
@@ -163,6 +159,8 @@ def _wrap(model: nn.Module, name: str, image_size: int | None) -> Backbone:
     fingerprint, config = fingerprint_of(model.state_dict()), cast(Any, model).pretrained_cfg
     backbone = _architecture(model, name).wrap(model, name, image_size)
     backbone.name, backbone.fingerprint = name, fingerprint
+    if reason := next((p for one in ARCHITECTURES if isinstance(model, one.models) and (p := one.problem(model))), ""):
+        backbone.limits += f" ({reason})"
     backbone.mean, backbone.std = tuple(config["mean"]), tuple(config["std"])
     backbone.interpolation = config.get("interpolation", "bicubic")
     return backbone

@@ -89,7 +89,8 @@ class MethodConfig:
             if isinstance(backbone, module.backbones):
                 return module(self.resolved(backbone), backbone)
         known = ", ".join(kind.__name__ for module in self.modules for kind in module.backbones)
-        raise BackboneError(f"{self.method} runs on {known}, not on {type(backbone).__name__}")
+        limits = f": {backbone.limits}" if backbone.limits else ""
+        raise BackboneError(f"{self.method} runs on {known}, not on {type(backbone).__name__}{limits}")
 
     @property
     def base_loss_weight(self) -> float:
