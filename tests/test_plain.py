@@ -57,7 +57,7 @@ def test_engines_of_low_precision_agree(precision, name, tmp_path):
 
 
 def test_bfloat16_has_no_convolution_in_onnx(tmp_path):
-    with pytest.raises(EngineError, match="no bfloat16 convolution .* test_efficientnet .* choose fp16"):
+    with pytest.raises(EngineError, match=r"no bfloat16 convolution .* test_efficientnet .* choose fp16"):
         write_onnx(build_request("linear", ExportSettings("onnx", "bf16"), "test_efficientnet"), tmp_path)
 
 

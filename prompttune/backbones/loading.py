@@ -98,7 +98,8 @@ def _from_file(name: str, image_size: int | None, path: Path) -> Backbone:
     stored = read_weights(path)
     model: Any = _build(name, **stored.args)
     own = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    image_size = image_size or (int(own[0]) if own else None)
+    if image_size is None and own:
+        image_size = int(own[0])
     load_into(model, stored, name, _architecture(model, name).rename)
     backbone = _wrap(model, name, image_size)
     backbone.weights, backbone.weights_source = str(path), f"file {path.name}"
