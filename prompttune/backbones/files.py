@@ -180,7 +180,7 @@ def load_into(
         BackboneError: the file is for another architecture, or lacks a tensor.
     """
     embed = getattr(model, "patch_embed", None)
-    own_patch = embed.patch_size[0] if hasattr(embed, "patch_size") else None
+    own_patch = getattr(embed, "patch_size", (None,))[0]
     if found.patch and own_patch and found.patch != own_patch:
         raise _misfit(found, name, f"its patches have {found.patch} pixels, the model's {own_patch}")
     if found.image_size and getattr(model, "pos_embed", None) is not None and hasattr(model, "set_input_size"):
