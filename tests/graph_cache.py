@@ -113,6 +113,7 @@ def _key(request: BuildRequest) -> str | None:
     if plugin or sum(value.nbytes for value in fixed.values()) > LARGEST:
         return None
     digest = hashlib.sha256()
+    traced_in = "fp32" if settings.precision == "int8" else settings.precision  # and quantised afterwards
     for part in (
         model.backbone,
         model.backbone.image_size,
@@ -122,7 +123,7 @@ def _key(request: BuildRequest) -> str | None:
         sorted(model.config.to_dict().items()),
         model.state_layout(),
         model.levels,
-        (settings.precision, settings.bank_precision, settings.attention, settings.baked),
+        (traced_in, settings.bank_precision, settings.attention, settings.baked),
     ):
         digest.update(f"{part!r};".encode())
     for name, value in fixed.items():
