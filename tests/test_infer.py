@@ -19,9 +19,9 @@ from prompttune.cli.main import cli
 from prompttune.errors import DataError, UsageError
 from prompttune.serve.infer import decoding
 from prompttune.serve.infer.items import FilePayload, Item
-from prompttune.serve.infer.local import Decoding, run_locally
-from prompttune.serve.infer.plan import Shard
+from prompttune.serve.infer.local import run_locally
 from prompttune.serve.infer.rows import COLUMNS, LABELLED_COLUMNS
+from prompttune.serve.infer.settings import Decoding, Shard
 from prompttune.serve.infer.work import Work, facts_of
 from tests.engines import exported
 from tests.inferring import command, encoded, picture, pictures, rows_of, run

@@ -1,6 +1,6 @@
 """Annotated videos: a frame for each input at its time, and playable whatever interrupts them."""
 
-import builtins
+import sys
 from fractions import Fraction
 
 import av
@@ -149,14 +149,7 @@ def test_a_full_disk_is_the_systems_error(tmp_path, suffix):
 
 
 def test_without_pyav_one_line_says_what_to_install(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "av":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'prompttune\[stream\]'"):
         AnnotatedVideo(tmp_path / "out.mp4", SinkSettings())
     assert not (tmp_path / "out.mp4").exists()

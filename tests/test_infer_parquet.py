@@ -1,7 +1,7 @@
 """Rows as Parquet files: what other readers find."""
 
-import builtins
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -123,13 +123,6 @@ def test_a_file_name_that_is_no_unicode_costs_no_row(tmp_path):
 
 
 def test_without_pyarrow_one_line_says_what_to_install(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.startswith("pyarrow"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'prompttune\[tables\]'; or write a \.jsonl or \.csv"):
         sink(tmp_path)

@@ -22,12 +22,12 @@ from prompttune.errors import DataError, EngineError, MissingExtraError, UsageEr
 from prompttune.export.folder import EngineFolder
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.serve.engine import Engine
-from prompttune.serve.infer.answering import answers_of
 from prompttune.serve.infer.cluster import RaySettings, run_on_ray
 from prompttune.serve.infer.cluster.settings import Booking
 from prompttune.serve.infer.items import ArrayPayload, BytesPayload, FilePayload, Item
 from prompttune.serve.infer.job import InferJob
-from prompttune.serve.infer.local import Decoding, run_locally
+from prompttune.serve.infer.local import run_locally
+from prompttune.serve.infer.settings import Decoding
 from prompttune.serve.infer.work import Work, facts_of
 from tests.engines import exported
 from tests.inferring import pictures as folder_of_pictures
@@ -73,8 +73,7 @@ def in_chunks(items, work):
 
 
 def locally(chunks, work):
-    run = run_locally(chunks, Engine(work.engine, threads=work.options.threads), work, Decoding(1))
-    return [answers_of(scored, work) for scored in run]
+    return list(run_locally(chunks, Engine(work.engine, threads=work.options.threads), work, Decoding(1)))
 
 
 def pixels(count):

@@ -265,7 +265,7 @@ def test_two_runs_do_not_share_an_output(images, tmp_path):
 
 
 def test_a_shard_goes_on_as_itself(images, tmp_path, monkeypatch):
-    from prompttune.serve.infer.plan import Shard
+    from prompttune.serve.infer.settings import Shard
 
     _, whole_part = run(images, output=tmp_path / "whole.jsonl", shard=Shard(1, 3))
     monkeypatch.setattr(jobs.InferJob, "_check_errors", fail_after(monkeypatch, 8))

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from prompttune.errors import DataError, UsageError
 from prompttune.serve.infer.items import Item
 from prompttune.serve.infer.latency import LiveLatency
-from prompttune.serve.infer.plan import ChunkPlan, Shard
+from prompttune.serve.infer.plan import ChunkPlan
 from prompttune.serve.infer.prefetch import Prefetch
 from prompttune.serve.infer.rows import InputAnswer, json_text
+from prompttune.serve.infer.settings import Shard
 from prompttune.serve.infer.smoothing import Smoother
 from prompttune.serve.infer.sources.base import Bounded
 from prompttune.serve.infer.sources.waiting import Unbounded

@@ -1,11 +1,11 @@
 """Images of tables: what their rows become, in each format, and what is said about those that are damaged."""
 
 import base64
-import builtins
 import io
 import json
 import pickle
 import random
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -336,14 +336,7 @@ def test_an_empty_table_has_no_items(tmp_path):
 
 def test_without_pyarrow(tmp_path, monkeypatch):
     path = write(tmp_path, "t.parquet", pa.table({"path": ["a.png"]}))
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.split(".")[0] == "pyarrow":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(MissingExtraError, match=r"pyarrow is not installed: pip install 'prompttune\[tables\]'; or"):
         TableSource(path)
     (tmp_path / "t.csv").write_text("path\na.png\n")

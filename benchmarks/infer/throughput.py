@@ -22,7 +22,7 @@ from benchmarks.infer.common import DINO, RESULTS, make_engine, render, write
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.serve.bench.subjects import noise
 from prompttune.serve.infer import InferSettings, infer
-from prompttune.serve.infer.local import Decoding
+from prompttune.serve.infer.settings import Decoding
 
 KINDS = {"rendered": 0.0, "grainy": 0.12}
 """Pictures and their share of noise; with it, files are as large as a camera's and take longer to decode."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from prompttune.export.runtimes import Array
 from prompttune.serve.answers import likeliest
 from prompttune.serve.engine import Engine, TaskLogits
 from prompttune.serve.infer.decoding import Decoded
+from prompttune.serve.infer.items import Item
 from prompttune.serve.infer.rows import InputAnswer, Row, Share
 from prompttune.serve.infer.smoothing import Smoother
 from prompttune.serve.infer.sources.labels import target_index
@@ -56,60 +57,57 @@ class Buffers:
             self._free.append(batch)
 
 
-@dataclass(slots=True)
-class Chunk:
-    """Decoded inputs that are answered together."""
-
-    inputs: Sequence[Decoded]
-    calls: list[tuple[Array, list[str]]] = field(default_factory=list)
-    """Engine calls: float32 [batch size, 3, S, S] and a task for each of its first rows; the rest is not in use."""
-    logits: list[TaskLogits] = field(default_factory=list)
-    """Output of the calls, row after row."""
+Calls = list[tuple[Array, list[str]]]
+"""Engine calls: float32 [batch size, 3, S, S] and a task for each of its first rows; the rest is not in use."""
 
 
-def assemble(inputs: Sequence[Decoded], work: Work, buffers: Buffers) -> Chunk:
+def assemble(inputs: Sequence[Decoded], work: Work, buffers: Buffers) -> Calls:
     """Pack the readable rows of a chunk into calls: first input, first task; first input, second task; and so on."""
-    chunk = Chunk(inputs)
+    calls: Calls = []
     for one in inputs:
         for task in work.tasks_of(one.item.task):
-            if one.error is not None or task not in work.known:
+            if one.item.error is not None or task not in work.known:
                 continue
-            if not chunk.calls or len(chunk.calls[-1][1]) == work.batch_size:
-                chunk.calls.append((buffers.take(), []))
-            batch, tasks = chunk.calls[-1]
+            if not calls or len(calls[-1][1]) == work.batch_size:
+                calls.append((buffers.take(), []))
+            batch, tasks = calls[-1]
             batch[len(tasks)] = one.arrays[work.known[task].preprocess]
             tasks.append(task)
-    return chunk
+    return calls
 
 
-def score(engine: Engine, chunk: Chunk, buffers: Buffers) -> Chunk:
-    """Run the engine calls of a chunk.
+def score(engine: Engine, calls: Calls, buffers: Buffers) -> list[TaskLogits]:
+    """Run the engine calls of a chunk: the logits of row after row.
 
     Raises:
         EngineError: the runtime fails.
     """
-    for batch, tasks in chunk.calls:
-        chunk.logits += engine.answer(batch[: len(tasks)], tasks)
+    logits: list[TaskLogits] = []
+    for batch, tasks in calls:
+        logits += engine.answer(batch[: len(tasks)], tasks)
         buffers.give_back(batch)
-    return chunk
+    return logits
 
 
-def answers_of(chunk: Chunk, work: Work, smoother: Smoother | None = None) -> list[InputAnswer]:
+def answers_of(
+    inputs: Sequence[Decoded], logits: Sequence[TaskLogits], work: Work, smoother: Smoother | None = None
+) -> list[InputAnswer]:
     """The answers of a chunk's inputs."""
-    logits = iter(chunk.logits)
+    left = iter(logits)
     return [
         InputAnswer(
-            tuple(_row(one, task, logits, work, smoother) for task in work.tasks_of(one.item.task)),
+            tuple(_row(one.item, task, left, work, smoother) for task in work.tasks_of(one.item.task)),
             one.picture,
             one.item.arrived,
             None if one.item.arrived is not None else one.trace,  # a live frame cannot be requested again
+            None if smoother is None else smoother.state(),
         )
-        for one in chunk.inputs
+        for one in inputs
     ]
 
 
-def _row(decoded: Decoded, task: str, logits: Iterator[TaskLogits], work: Work, smoother: Smoother | None) -> Row:
-    item, facts = decoded.item, work.known.get(task)
+def _row(item: Item, task: str, logits: Iterator[TaskLogits], work: Work, smoother: Smoother | None) -> Row:
+    facts = work.known.get(task)
     index = None
     if facts is not None and item.target is not None:
         index = target_index(item.target, facts.labels, work.label_is_index)
@@ -124,8 +122,8 @@ def _row(decoded: Decoded, task: str, logits: Iterator[TaskLogits], work: Work, 
     }
     by_pixel = work.task_type.takes("segment")
     shares: tuple[Share, ...] | None = () if by_pixel else None
-    if decoded.error is not None:
-        return Row(**place, error=decoded.error, pixel_shares=shares)
+    if item.error is not None:
+        return Row(**place, error=item.error, pixel_shares=shares)
     if facts is None:
         error = "no task" if task == NO_TASK else f"the engine has no task {task!r}"
         return Row(**place, error=error, pixel_shares=shares)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -28,22 +27,21 @@ _transform: Callable[[Preprocess], Callable[[Image.Image], Tensor]] = lru_cache(
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """An input after each transform that its tasks use, or the reason why it cannot be read."""
+    """An input after each transform that its tasks use."""
 
     item: Item
-    """The input without its payload."""
+    """The input without its payload; ``error`` is the reason if it cannot be read."""
     arrays: Mapping[Preprocess, Array] = field(default_factory=dict)
     """Normalised float32 [3, S, S]."""
     picture: Image.Image | None = None
-    error: str | None = None
     trace: Trace | None = None
 
 
 def decode(item: Item, work: Work) -> Decoded:
     """Open one input and transform it for its tasks. An unreadable input becomes an error row; nothing is raised."""
-    bare, trace = dataclasses.replace(item, payload=None), Trace.of(item)
+    bare, trace = replace(item, payload=None), Trace.of(item)
     if item.payload is None:
-        return Decoded(bare, error=item.error or "no image", trace=trace)
+        return Decoded(replace(bare, error=item.error or "no image"), trace=trace)
     wanted = {work.known[task].preprocess: None for task in work.tasks_of(item.task) if task in work.known}
     if not wanted:
         return Decoded(bare, trace=trace)  # each of its rows reports an unknown task
@@ -51,7 +49,8 @@ def decode(item: Item, work: Work) -> Decoded:
         image, trace = _read(item.payload, trace)
         arrays = {preprocess: _prepared(image, preprocess) for preprocess in wanted}
     except (OSError, ValueError) as problem:  # ValueError: sides that differ too much to be resized
-        return Decoded(bare, error=" ".join(str(problem).split()) or type(problem).__name__, trace=trace)
+        error = " ".join(str(problem).split()) or type(problem).__name__
+        return Decoded(replace(bare, error=error), trace=trace)
     return Decoded(bare, arrays, _picture(image, work.picture_side), trace=trace)
 
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prompttune.errors import DataError, PrompttuneError
 from prompttune.evaluation import RowScores, TaskEvaluation
-from prompttune.serve.infer.executors import Executor
+from prompttune.serve.infer.items import Item
 from prompttune.serve.infer.latency import LiveLatency
 from prompttune.serve.infer.plan import ChunkPlan
+from prompttune.serve.infer.prefetch import Prefetch
 from prompttune.serve.infer.row_log import RowLog, RunProgress
 from prompttune.serve.infer.rows import InputAnswer
 from prompttune.serve.infer.sinks.base import Sink
 from prompttune.serve.infer.sources.base import Source
 
+Answering = Callable[[Iterator[Sequence[Item]]], Prefetch[list[InputAnswer]]]
+"""Begins to answer chunks, here or on a cluster, and gives the answers of one chunk after the other."""
 COMMIT_S = 2.0
 """Longest time in seconds that answers wait for a commit."""
 LIVE_COMMIT_S = 0.5
@@ -67,7 +70,7 @@ class InferJob:
     Args:
         source: source of the inputs.
         plan: chunks of ``source``.
-        executor: answers the chunks.
+        answering: begins to answer the chunks.
         sinks: destinations of the rows; each gets every row.
         log: row log, from which a later run resumes; None keeps no log.
         resumable: whether an error may advise to resume.
@@ -80,7 +83,7 @@ class InferJob:
         self,
         source: Source,
         plan: ChunkPlan,
-        executor: Executor,
+        answering: Answering,
         sinks: Sequence[Sink],
         *,
         log: RowLog | None = None,
@@ -91,7 +94,7 @@ class InferJob:
     ) -> None:
         self._source = source
         self._plan = plan
-        self._executor = executor
+        self._answering = answering
         self._sinks = sinks
         self._log = log
         self._resumable = resumable
@@ -117,9 +120,9 @@ class InferJob:
             BrokenPipeError: the reader of standard output has closed it.
         """
         started = time.perf_counter()
-        self._executor.start(self._plan.chunks())
+        results = self._answering(self._plan.chunks())
         try:
-            self._answer_all()
+            self._answer_all(results)
             return self._end(started)
         except BrokenPipeError:
             raise
@@ -131,18 +134,18 @@ class InferJob:
             problem.args = (f"{problem}{self._hint()}",)
             raise
         finally:
-            self._source.close()  # first: a thread of the executor may be waiting for the source
-            self._executor.close()
+            self._source.close()  # first: a thread of the results may be waiting for the source
+            results.close()
             for sink in self._sinks:
                 with suppress(OSError):
                     sink.close()
 
-    def _answer_all(self) -> None:
+    def _answer_all(self, results: Prefetch[list[InputAnswer]]) -> None:
         interval = 0.0 if self._log is None else COMMIT_S if self._source.bounded else LIVE_COMMIT_S
         committed = time.monotonic()
         while True:
-            if self._executor.wait(interval or COMMIT_S):
-                answers = self._executor.take()
+            if results.wait(interval or COMMIT_S):
+                answers = next(results, None)
                 if answers is None:
                     return
                 self._write(answers)
@@ -165,7 +168,7 @@ class InferJob:
             inputs=before.inputs + len(answers),
             rows=before.rows + sum(len(answer.rows) for answer in answers),
             errors=before.errors + sum(any(row.error for row in answer.rows) for answer in answers),
-            smoothing=self._executor.state(),
+            smoothing=answers[-1].smoothing if answers else before.smoothing,
             finished=False,
         )
         self._uncommitted = True

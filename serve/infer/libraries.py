@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from typing import Any
 
 from prompttune.errors import MissingExtraError
 
 
-def pyav(instead: str) -> Any:
-    """The module ``av``.
+def library(module: str, extra: str, instead: str) -> Any:
+    """The package of a module that an extra installs, with this module loaded.
 
     Raises:
-        MissingExtraError: PyAV is not installed.
+        MissingExtraError: it is not installed.
     """
+    package = module.partition(".")[0]
     try:
-        import av
+        importlib.import_module(module)
     except ImportError:
-        raise MissingExtraError("av", "stream", instead) from None
-    return av
-
-
-def pyarrow(instead: str) -> Any:
-    """The module ``pyarrow``, with its Parquet part.
-
-    Raises:
-        MissingExtraError: pyarrow is not installed.
-    """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingExtraError("pyarrow", "tables", instead) from None
-    return pyarrow
-
-
-def watchfiles(instead: str) -> Any:
-    """The module ``watchfiles``.
-
-    Raises:
-        MissingExtraError: watchfiles is not installed.
-    """
-    try:
-        import watchfiles
-    except ImportError:
-        raise MissingExtraError("watchfiles", "stream", instead) from None
-    return watchfiles
+        raise MissingExtraError(package, extra, instead) from None
+    return sys.modules[package]

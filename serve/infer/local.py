@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 from prompttune.errors import DataError
 from prompttune.serve.decode_threads import hold_to_one_thread, single_threaded_pool
-from prompttune.serve.engine import Engine
-from prompttune.serve.infer.answering import Buffers, Chunk, assemble, score
+from prompttune.serve.engine import Engine, TaskLogits
+from prompttune.serve.infer.answering import Buffers, Calls, answers_of, assemble, score
 from prompttune.serve.infer.decoding import Decoded, decode
 from prompttune.serve.infer.items import Item
 from prompttune.serve.infer.prefetch import Prefetch
-from prompttune.serve.infer.settings import Decoding as Decoding
+from prompttune.serve.infer.rows import InputAnswer
+from prompttune.serve.infer.settings import Decoding
+from prompttune.serve.infer.smoothing import Smoother
 from prompttune.serve.infer.work import Work
 
 PER_PROCESS = 4
@@ -27,11 +29,13 @@ Chunks = Iterable[Sequence[Item]]
 Futures = list[Future[list[Decoded]]]
 
 
-def run_locally(chunks: Chunks, engine: Engine, work: Work, decoding: Decoding, calls: int = 1) -> Prefetch[Chunk]:
+def run_locally(
+    chunks: Chunks, engine: Engine, work: Work, decoding: Decoding, calls: int = 1, smoother: Smoother | None = None
+) -> Prefetch[list[InputAnswer]]:
     """Answer the chunks in order.
 
-    Four steps overlap: a pool decodes images, a thread fills batches, threads run the engine, the caller writes. Each
-    step runs at most a few chunks ahead of the next, so memory use does not depend on the number of inputs. Iterating
+    Steps overlap: a pool decodes images, a thread fills batches, threads run the engine, a thread makes rows. Each step
+    runs at most a few chunks ahead of the next, so memory use does not depend on the number of inputs. Iterating
     raises the errors of ``chunks`` and of the engine.
 
     Args:
@@ -41,13 +45,15 @@ def run_locally(chunks: Chunks, engine: Engine, work: Work, decoding: Decoding, 
         decoding: settings of the decoders.
         calls: number of concurrent engine calls. On a CPU, two single-threaded calls waste less time than one call with
             two threads, which wait for each other after every operator, all the more if decoders occupy a core.
+        smoother: smooths frames over time; None for no smoothing.
     """
     buffers = Buffers(work)
     depth = max(CHUNKS_AHEAD, -(-2 * decoding.count // work.chunk_inputs))
     submitted = Prefetch(_submit(chunks, work, decoding), depth, "infer-source")
     assembled = Prefetch(_assemble(submitted, work, buffers), 1, "infer-batches", submitted)
     called = Prefetch(_call(assembled, engine, buffers, calls), max(1, calls - 1), "infer-engine", assembled)
-    return Prefetch((one.result() for one in called), 1, "infer-answers", called)
+    answered = (answers_of(inputs, logits.result(), work, smoother) for inputs, logits in called)
+    return Prefetch(answered, 1, "infer-answers", called)
 
 
 def _submit(chunks: Chunks, work: Work, decoding: Decoding) -> Generator[Futures, None, None]:
@@ -64,21 +70,24 @@ def _submit(chunks: Chunks, work: Work, decoding: Decoding) -> Generator[Futures
         pool.shutdown(wait=False)  # submitted images are still decoded
 
 
-def _assemble(submitted: Iterable[Futures], work: Work, buffers: Buffers) -> Generator[Chunk, None, None]:
+def _assemble(
+    submitted: Iterable[Futures], work: Work, buffers: Buffers
+) -> Generator[tuple[list[Decoded], Calls], None, None]:
     try:
         for futures in submitted:
-            yield assemble([one for future in futures for one in future.result()], work, buffers)
+            inputs = [one for future in futures for one in future.result()]
+            yield inputs, assemble(inputs, work, buffers)
     except BrokenProcessPool:
         raise DataError("a decoding process was killed; was the memory full? Try fewer of them (--workers)") from None
 
 
 def _call(
-    assembled: Iterable[Chunk], engine: Engine, buffers: Buffers, calls: int
-) -> Generator[Future[Chunk], None, None]:
-    pool = ThreadPoolExecutor(calls, thread_name_prefix="infer-call")
+    assembled: Iterable[tuple[list[Decoded], Calls]], engine: Engine, buffers: Buffers, at_once: int
+) -> Generator[tuple[list[Decoded], Future[list[TaskLogits]]], None, None]:
+    pool = ThreadPoolExecutor(at_once, thread_name_prefix="infer-call")
     try:
-        for one in assembled:
-            yield pool.submit(score, engine, one, buffers)
+        for inputs, calls in assembled:
+            yield inputs, pool.submit(score, engine, calls, buffers)
     finally:
         pool.shutdown(wait=False)
 

@@ -8,7 +8,7 @@ from itertools import chain, islice
 from typing import cast
 
 from prompttune.serve.infer.items import Item
-from prompttune.serve.infer.settings import Shard as Shard
+from prompttune.serve.infer.settings import Shard
 from prompttune.serve.infer.sources.base import Source
 from prompttune.serve.infer.sources.waiting import Unbounded
 

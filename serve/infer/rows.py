@@ -124,3 +124,5 @@ class InputAnswer:
     """Arrival time, see :class:`~prompttune.serve.infer.items.Item`."""
     trace: Trace | None = field(default=None, compare=False, repr=False)
     """State of the input when it was answered."""
+    smoothing: Any = field(default=None, compare=False, repr=False)
+    """State of the smoothing after this input, see :meth:`~prompttune.serve.infer.smoothing.Smoother.state`."""

@@ -20,9 +20,11 @@ from prompttune.files import locked
 from prompttune.serve.decode_threads import usable_cores
 from prompttune.serve.engine import Engine
 from prompttune.serve.infer.answering import open_engine
-from prompttune.serve.infer.executors import Executor, LocalExecutor, RayExecutor
-from prompttune.serve.infer.job import InferJob, InferSummary
+from prompttune.serve.infer.cluster import run_on_ray
+from prompttune.serve.infer.job import Answering, InferJob, InferSummary
+from prompttune.serve.infer.local import run_locally
 from prompttune.serve.infer.plan import ChunkPlan
+from prompttune.serve.infer.prefetch import Prefetch
 from prompttune.serve.infer.row_log import RowLog, RunProgress
 from prompttune.serve.infer.settings import STANDARD_OUTPUTS, InferSettings, row_log_path
 from prompttune.serve.infer.sinks import Sink, SinkSettings
@@ -145,7 +147,7 @@ def prepared(
         job = InferJob(
             opened.source,
             plan,
-            _executor(settings, work, engine, calls, before),
+            _answering(settings, work, engine, calls, before),
             sinks,
             log=log,
             scores=scores,
@@ -228,7 +230,7 @@ def _task_type(settings: InferSettings) -> TaskType:
 def _check_source(settings: InferSettings, opened: Opened) -> None:
     bounded = opened.source.bounded
     name = settings.inputs[0]
-    if settings.smooth is not None and not opened.frames:
+    if settings.smooth is not None and not opened.source.frames:
         raise UsageError("--smooth needs frames: a video or a stream")
     if not bounded and settings.shard.count > 1:
         raise UsageError(f"--shards cannot divide {name}: it can only be read once")
@@ -285,13 +287,13 @@ def _digest(values: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def _executor(settings: InferSettings, work: Work, engine: Engine | None, calls: int, before: RunProgress) -> Executor:
-    if settings.ray is not None:
-        return RayExecutor(work, settings.ray)
+def _answering(
+    settings: InferSettings, work: Work, engine: Engine | None, calls: int, before: RunProgress
+) -> Answering:
     if engine is None:
-        raise RuntimeError("an engine must be opened first")
+        return lambda chunks: Prefetch(run_on_ray(chunks, work, settings.ray), 1, "infer-cluster")
     smoother = None if settings.smooth is None else Smoother(settings.smooth, before.smoothing)
-    return LocalExecutor(engine, work, settings.decoding, smoother, calls)
+    return lambda chunks: run_locally(chunks, engine, work, settings.decoding, calls, smoother)
 
 
 def _picture_side(sinks: Sequence[Sink]) -> int | None:

@@ -47,20 +47,13 @@ class Trace(NamedTuple):
             return False
         if now.stamp == self.stamp and (now.place == self.place or self.content == UNKNOWN):
             return True
+        if not isinstance(item.payload, Encoded):
+            return False
         try:
-            return isinstance(item.payload, Encoded) and content_of(item.payload) == self.content
+            with item.payload.stream() as stream:
+                return content_digest(stream) == self.content
         except OSError:
             return False
-
-
-def content_of(payload: Encoded) -> str:
-    """A digest of an encoded image.
-
-    Raises:
-        OSError: the image cannot be read.
-    """
-    with payload.stream() as stream:
-        return content_digest(stream)
 
 
 def content_digest(stream: BinaryIO) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 
 from prompttune.errors import MissingExtraError
-from prompttune.serve.infer.cluster.settings import RaySettings
 from prompttune.serve.infer.items import Item
 from prompttune.serve.infer.rows import InputAnswer
+from prompttune.serve.infer.settings import RaySettings
 from prompttune.serve.infer.work import Work
 
 __all__ = ["RaySettings", "run_on_ray"]
@@ -33,6 +32,6 @@ def run_on_ray(
     """
     if importlib.util.find_spec("ray") is None:
         raise MissingExtraError("ray", "ray", "without it prompttune infer runs on one machine")
-    job = importlib.import_module("prompttune.serve.infer.cluster.job")
-    answers: Iterator[list[InputAnswer]] = job.run(chunks, work, settings or RaySettings())
-    return answers
+    from prompttune.serve.infer.cluster.job import run
+
+    return run(chunks, work, settings or RaySettings())

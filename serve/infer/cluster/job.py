@@ -24,10 +24,11 @@ from ray.exceptions import (
 
 from prompttune.errors import DataError, EngineError, UsageError, first_line
 from prompttune.serve.infer.cluster.connection import alive_nodes, connected
-from prompttune.serve.infer.cluster.settings import Booking, RaySettings
+from prompttune.serve.infer.cluster.settings import Booking
 from prompttune.serve.infer.cluster.workers import EngineActor, EngineFailure, decode_parcel
 from prompttune.serve.infer.items import Encoded, Item
 from prompttune.serve.infer.rows import InputAnswer
+from prompttune.serve.infer.settings import RaySettings
 from prompttune.serve.infer.work import Work
 
 log = logging.getLogger(__name__)

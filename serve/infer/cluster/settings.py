@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from prompttune.errors import UsageError
-from prompttune.serve.infer.settings import RaySettings as RaySettings
+from prompttune.serve.infer.settings import RaySettings
 
 
 @dataclass(frozen=True)

@@ -67,12 +67,13 @@ class EngineActor:
         if isinstance(engine, EngineFailure):
             return engine
         try:
-            return [
-                answers_of(score(engine, assemble(chunk, self._work, self._buffers), self._buffers), self._work)
-                for chunk in parcel
-            ]
+            return [self._answers(engine, chunk) for chunk in parcel]
         except PrompttuneError as problem:
             return EngineFailure(first_line(problem))
+
+    def _answers(self, engine: Engine, chunk: Sequence[Decoded]) -> list[InputAnswer]:
+        logits = score(engine, assemble(chunk, self._work, self._buffers), self._buffers)
+        return answers_of(chunk, logits, self._work)
 
 
 def _checked_engine(work: Work) -> Engine:

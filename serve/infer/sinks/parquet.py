@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from prompttune.files import LOCK_FILE, sync_file, sync_folder
-from prompttune.serve.infer import libraries
+from prompttune.serve.infer.libraries import library
 from prompttune.serve.infer.rows import COLUMNS, LABELLED_COLUMNS, InputAnswer, Row, escaped
 from prompttune.serve.infer.sinks.base import FOLDER, Sink, SinkSettings
 
@@ -34,7 +34,7 @@ _LONGEST_NAME = 200
 _UNFINISHED = ".unfinished"
 _OURS = re.compile(r"task=[^/]*/part-\d+\.parquet")
 
-pyarrow = partial(libraries.pyarrow, "or write a .jsonl or .csv file")
+pyarrow = partial(library, "pyarrow.parquet", "tables", "or write a .jsonl or .csv file")
 """The module ``pyarrow``, with its Parquet part."""
 
 

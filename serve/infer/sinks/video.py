@@ -13,12 +13,12 @@ from typing import Any
 from PIL import Image
 
 from prompttune.errors import DataError
-from prompttune.serve.infer import libraries
+from prompttune.serve.infer.libraries import library
 from prompttune.serve.infer.rows import InputAnswer, Row
 from prompttune.serve.infer.sinks.base import Sink, SinkSettings
 from prompttune.serve.infer.sinks.drawing import annotate, centred, contained
 
-_pyav = partial(libraries.pyav, "or write rows alone")
+_pyav = partial(library, "av", "stream", "or write rows alone")
 
 RATE = Fraction(25)
 """Frames per second for inputs without a time."""

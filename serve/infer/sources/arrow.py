@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prompttune.errors import DataError, first_line
-from prompttune.serve.infer import libraries
+from prompttune.serve.infer.libraries import library
 
 ARROW_SUFFIXES = frozenset({".parquet", ".arrow", ".feather"})
 LIGHT_ROWS = 1024
@@ -49,7 +49,7 @@ def open_table(path: Path) -> ArrowTable:
         DataError: the table is damaged, or its format is not the one of its suffix.
         MissingExtraError: pyarrow is not installed.
     """
-    libraries.pyarrow("or write the table as CSV")
+    library("pyarrow.parquet", "tables", "or write the table as CSV")
     with reading(path):
         if path.suffix.lower() == ".parquet":
             return _Parquet(path)

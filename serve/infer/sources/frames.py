@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prompttune.errors import UsageError, first_line
-from prompttune.serve.infer import libraries
 from prompttune.serve.infer.items import ArrayPayload
+from prompttune.serve.infer.libraries import library
 
 ROUNDING = 1e-6
 """Tolerance as a fraction of a tick: times are sums of floats, and a frame at 0.3 s belongs to the tick at 0.3 s."""
 
 
-pyav = partial(libraries.pyav, "or write the frames to image files first")
+pyav = partial(library, "av", "stream", "or write the frames to image files first")
 """The module ``av``."""
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from prompttune.errors import DataError, UsageError
 from prompttune.serve.infer.items import Item
-from prompttune.serve.infer.settings import SourceSettings
+from prompttune.serve.infer.settings import Drop, SourceSettings
 from prompttune.serve.infer.sources.base import SourceContext
 from prompttune.serve.infer.sources.frames import FramePayload, Selection, pyav, reason, seconds_of, video_stream
-from prompttune.serve.infer.sources.waiting import Drop, Unbounded
+from prompttune.serve.infer.sources.waiting import Unbounded
 
 logger = logging.getLogger("prompttune.infer")
 

@@ -29,8 +29,6 @@ class Opened:
     """A source and its properties."""
 
     source: Source
-    frames: bool = False
-    """Whether its inputs are frames of a video or a stream."""
     rate: Fraction | None = None
     """Selected frames per second of video, if known."""
     label_is_index: bool = False
@@ -98,7 +96,6 @@ def open_source(
     source = sources[0] if len(sources) == 1 else Chain(sources)
     return Opened(
         source,
-        frames=source.frames,
         rate=_taken(source.rate, settings) if any(one.frames for one in sources) else None,
         label_is_index=settings.label_column == CLASS_INDEX and any(is_shard(name) for _, name in kinds),
     )

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from prompttune.errors import UsageError
 from prompttune.serve.infer.items import Item
-from prompttune.serve.infer.settings import Drop as Drop
+from prompttune.serve.infer.settings import Drop
 from prompttune.serve.infer.sources.base import Source
 
 T = TypeVar("T")

@@ -14,8 +14,8 @@ from typing import NamedTuple
 from prompttune.data.files import Walk, is_hidden
 from prompttune.errors import DataError, first_line
 from prompttune.images import is_image
-from prompttune.serve.infer import libraries
 from prompttune.serve.infer.items import FilePayload, Item
+from prompttune.serve.infer.libraries import library
 from prompttune.serve.infer.settings import SourceSettings
 from prompttune.serve.infer.sources.base import SourceContext, printable
 from prompttune.serve.infer.sources.waiting import Unbounded
@@ -114,7 +114,7 @@ class WatchedFolder(Unbounded):
         settle_s: float = SETTLE_S,
     ) -> None:
         super().__init__(buffer, "none", limit)
-        self._watch = libraries.watchfiles("or give the folder without watching it").watch
+        self._watch = library("watchfiles", "stream", "or give the folder without watching it").watch
         self._folder = Path(folder)
         self._root = Path(os.path.realpath(folder))
         if not self._root.is_dir():
