@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import prompttune as pt
+from prompttune.backbones.blocks import KEY, QUERY, VALUE
 from prompttune.errors import BackboneError, UsageError
 from prompttune.export.precision.smooth import smoothed
 from prompttune.methods import METHODS, config_from_dict, register
@@ -240,6 +241,14 @@ def test_zero_init_starts_from_the_plain_backbone(vit, images):
     torch.testing.assert_close(fresh(images).features, vit(images), atol=2e-5, rtol=1e-4)
     released = pt.PromptModel(vit, pt.SA2VPConfig(init="released"), num_classes=3).eval()
     assert (released(images).features - vit(images)).abs().max() > 1e-3
+
+
+def test_the_first_block_is_folded_with_one_projection_each(vit, monkeypatch):
+    model, parts = drawn_model(vit, pt.SA2VPConfig(rank=4, prompt_layers=(0,))), []
+    project = vit.blocks[0].linear_qkv
+    monkeypatch.setattr(vit.blocks[0], "linear_qkv", lambda normed, part: parts.append(part) or project(normed, part))
+    model.task_state()
+    assert parts == [QUERY, KEY, VALUE]
 
 
 def test_supervision_of_the_prompt_pathway_is_a_switch(vit, images):

@@ -6,6 +6,7 @@ It is the core of the adapters of SA²VP, AdaptFormer and Houlsby et al.; SA²VP
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +23,9 @@ class Bottleneck(nn.Module):
     The caller initialises them.
     """
 
-    norm: nn.LayerNorm
-
     def __init__(self, width: int, rank: int, norm: bool = False) -> None:
         super().__init__()
-        self.has_norm = norm
-        if norm:
-            self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS) if norm else None
         self.down = nn.Linear(width, rank)
         self.up = nn.Linear(rank, width)
 
@@ -36,9 +33,14 @@ class Bottleneck(nn.Module):
         """The equivalent tensors without the norm's affine part, the output scaled: see :data:`PARTS`."""
         weight: Tensor = self.down.weight
         bias: Tensor = self.down.bias
-        if self.has_norm:
+        if self.norm is not None:
             weight, bias = weight * self.norm.weight, weight @ self.norm.bias + bias
         return weight.T, bias, scale * self.up.weight.T, scale * self.up.bias
+
+
+def plain_norm(tokens: Tensor) -> Tensor:
+    """A layer norm without parameters over the channels of [..., D], in float32: squares overflow in float16."""
+    return F.layer_norm(tokens.float(), tokens.shape[-1:], eps=NORM_EPS).to(tokens.dtype)
 
 
 def stacked(name: str, blocks: Iterable[nn.Module], scale: float = 1.0) -> dict[str, Tensor]:
@@ -48,7 +50,7 @@ def stacked(name: str, blocks: Iterable[nn.Module], scale: float = 1.0) -> dict[
         ``{name}.down`` [1, L, D, r], ``{name}.down_bias`` [1, L, r], ``{name}.up`` [1, L, r, D], ``{name}.up_bias``
         [1, L, D].
     """
-    folded = [block.folded(scale) for block in blocks if isinstance(block, Bottleneck)]
+    folded = [cast(Bottleneck, block).folded(scale) for block in blocks]
     parts = zip(PARTS, zip(*folded, strict=True), strict=True)
     return {f"{name}.{part}": torch.stack(tensors).unsqueeze(0) for part, tensors in parts}
 

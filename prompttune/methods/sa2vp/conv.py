@@ -18,12 +18,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.blocks import FrozenBlock, Stage, merge_heads
 from prompttune.backbones.conv import ConvBackbone
+from prompttune.layers.bottleneck import plain_norm
 from prompttune.layers.probe import probe
 from prompttune.methods.base import Features, Layout, Levels, State, implements
 from prompttune.methods.sa2vp.config import CONV_STAGE, SA2VPConfig
@@ -31,7 +31,6 @@ from prompttune.methods.sa2vp.parts import Pathways, PromptMap, probe_pathways
 
 LARGEST_HEAD = 64
 """Largest number of channels of a head, which is the largest divisor of the width up to this."""
-NORM_EPS = 1e-6
 
 
 @implements(SA2VPConfig)
@@ -106,12 +105,8 @@ class ConvSA2VP(Pathways[ConvBackbone]):
 
     def _heads(self, tokens: Tensor) -> Tensor:
         """Tokens [B, N, D], normalised over the channels, as [B, H, N, d]."""
-        heads: Tensor = self.normalised(tokens).unflatten(-1, (-1, self.head_dim))  # [B, N, H, d]
+        heads: Tensor = plain_norm(tokens).unflatten(-1, (-1, self.head_dim))  # [B, N, H, d]
         return heads.transpose(-3, -2)
-
-    def normalised(self, tokens: Tensor) -> Tensor:
-        """The attention's input from tokens [B, N, D]: a layer norm without parameters."""
-        return F.layer_norm(tokens.float(), tokens.shape[-1:], eps=NORM_EPS).to(tokens.dtype)
 
     def _map(self, tokens: Tensor) -> Tensor:
         """[B, N, D] to [B, D, R, C']."""

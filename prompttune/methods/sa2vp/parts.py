@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.blocks import AttentionBlock, merge_heads
 from prompttune.layers.aligned_attention import AlignedAttention
-from prompttune.layers.bottleneck import NORM_EPS, Bottleneck, bottleneck, of_block, stacked, stacked_layout
+from prompttune.layers.bottleneck import Bottleneck, bottleneck, of_block, plain_norm, stacked, stacked_layout
 from prompttune.layers.probe import probe
 from prompttune.methods.base import RANK, Kind, Layout, MethodOver, State
 from prompttune.methods.sa2vp.config import SA2VPConfig
@@ -148,10 +148,8 @@ class Pathways(MethodOver[Kind]):
         """γ adapter(z), [B, N, D]; γ is in the state."""
         if not self.config.adapter:
             return state["gamma"].unsqueeze(-1) * z
-        # In float32, whatever the type of z: squares overflow in float16.
-        normed = F.layer_norm(z.float(), z.shape[-1:], eps=NORM_EPS).to(z.dtype)
         own, config = of_block(state, "adapters", index), self.config
-        return self.drop(bottleneck(normed, own, config.activation, config.dropout, self.training))
+        return self.drop(bottleneck(plain_norm(z), own, config.activation, config.dropout, self.training))
 
     def drop(self, attended: Tensor) -> Tensor:
         """Apply dropout to the output of a cross attention or an adapter, in training."""
@@ -189,11 +187,9 @@ class AttentionPathways(Pathways[Kind]):
         ``prompt.input`` [1, N, D]; ``prompt.query`` [1, H, N, d], its queries; ``prompt.output`` [1, N, D].
         """
         block = self.meeting[0]
-        return {
-            "prompt.input": start,
-            "prompt.query": block.query(block.norm1(start)),
-            "prompt.output": block.run(start),
-        }
+        q, k, v = block.qkv(block.norm1(start))
+        output = block.feed_forward(start + block.project(block.attend(q, k, v)))
+        return {"prompt.input": start, "prompt.query": q, "prompt.output": output}
 
     def start_layout(self) -> Layout:
         """Layout of :meth:`start_state`."""
