@@ -29,7 +29,6 @@ TEXT_BYTES = 2**24
 MOST_NAMES = 10**6
 """Largest number of names from braces."""
 JSON_PREFIX = "json:"
-_BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 
 _DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
@@ -46,40 +45,50 @@ def is_shard(name: str) -> bool:
 
 
 def expand_braces(text: str) -> list[str]:
-    """Expand a pattern with braces into names: ``shard-{000..009}.tar``, ``{train,val}.tar``.
+    """Expand a pattern with braces into names, in a shell's order: ``shard-{000..009}.tar``, ``{train,val}.tar``.
 
-    A range counts up or down and keeps the width of numbers with leading zeros. Braces without a comma or a range, and
-    unclosed ones, are ordinary characters.
+    A range counts up or down and keeps the width of numbers with leading zeros. Braces may be nested; braces without a
+    comma or a range, and unclosed ones, are ordinary characters.
 
     Raises:
         UsageError: the pattern stands for more than a million names.
     """
-    names, before = [text], [""]
-    while names != before:
-        before, names = names, []
-        for name in before:
-            names += _expanded_once(name)
-            if len(names) > MOST_NAMES:
-                raise UsageError(f"{text} stands for more than {MOST_NAMES} names")
-    return list(dict.fromkeys(names))
+    opened: list[list[list[str]]] = [[[""]]]  # for the text and each open brace, the names of every alternative
 
+    def append(ends: list[str]) -> None:
+        if len(names := opened[-1][-1]) * len(ends) > MOST_NAMES:
+            raise UsageError(f"{text} stands for more than {MOST_NAMES} names")
+        opened[-1][-1] = [f"{name}{end}" for name in names for end in ends]
 
-def _expanded_once(text: str) -> list[str]:
-    """The names after the first pair of braces is expanded."""
-    for found in _BRACES.finditer(text):
-        if counted := _RANGE.fullmatch(found[1]):
-            first, last = (int(number) for number in counted.groups())
-            if abs(last - first) >= MOST_NAMES:
-                raise UsageError(f"{found[0]} stands for more than {MOST_NAMES} names")
-            width = max(map(len, counted.groups())) if re.search(r"\b0\d", found[1]) else 0
-            step = 1 if first <= last else -1
-            parts = [f"{number:0{width}d}" for number in range(first, last + step, step)]
-        elif "," in found[1]:
-            parts = found[1].split(",")
+    for token in re.split("([{},])", text):
+        if token == "{":
+            opened.append([[""]])
+        elif token == "," and len(opened) > 1:
+            opened[-1].append([""])
+        elif token == "}" and len(opened) > 1:
+            append(_alternatives(opened.pop()))
         else:
-            continue
-        return [f"{text[: found.start()]}{part}{text[found.end() :]}" for part in parts]
-    return [text]
+            append([token])
+    while len(opened) > 1:
+        for number, names in enumerate(opened.pop()):
+            append(["," if number else "{"])
+            append(names)
+    return opened[0][0]
+
+
+def _alternatives(inside: list[list[str]]) -> list[str]:
+    """The names that a closed pair of braces stands for."""
+    if len(inside) > 1:
+        return [name for names in inside for name in names]
+    found = _RANGE.fullmatch(inside[0][0]) if len(inside[0]) == 1 else None
+    if found is None:
+        return [f"{{{name}}}" for name in inside[0]]
+    first, last = map(int, found.groups())
+    if abs(last - first) >= MOST_NAMES:
+        raise UsageError(f"{{{found[0]}}} stands for more than {MOST_NAMES} names")
+    width = max(map(len, found.groups())) if re.search(r"\b0\d", found[0]) else 0
+    step = 1 if first <= last else -1
+    return [f"{number:0{width}d}" for number in range(first, last + step, step)]
 
 
 @dataclass(frozen=True, slots=True)
