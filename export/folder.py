@@ -373,6 +373,8 @@ class EngineFolder:
             self.manifest = Manifest.from_dict(values)
         except (KeyError, TypeError, AttributeError) as problem:
             raise EngineError(f"the engine manifest {self.path / MANIFEST} lacks a part: {problem}") from None
+        except UsageError as problem:  # a task type of another package or release
+            raise EngineError(f"{self.path / MANIFEST} does not fit this prompttune: {problem}") from None
         if self.manifest.format == "onnx-adapter":
             raise EngineError(f"{self.path} has the removed format onnx-adapter: export it again with --format onnx")
         if verify:

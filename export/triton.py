@@ -51,7 +51,7 @@ _BACKBONE = ("name", "image_size", "fingerprint", "mean", "std", "interpolation"
 
 @dataclass(frozen=True)
 class TritonSettings:
-    """ExportSettings of the model in Triton."""
+    """Settings of the model in Triton."""
 
     name: str = setting(
         "prompttune", "Triton: name of the model, and of its folder in the repository.", option="model_name",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from errno import ENOSPC
 
@@ -109,6 +110,7 @@ def choose(kind: str, name: object, known: Iterable[str]) -> str:
     options = list(known)
     if isinstance(name, str) and name in options:
         return name
-    near = difflib.get_close_matches(str(name), options, n=3)
+    # A number beside others is no misspelling.
+    near = difflib.get_close_matches(str(name), options, n=3) if re.search("[a-z]", str(name), re.IGNORECASE) else []
     hint = f"did you mean {', '.join(near)}?" if near else f"known: {some_names(options)}"
     raise UsageError(f"unknown {kind} {name!r}; {hint}")

@@ -38,11 +38,18 @@ class Registry(Mapping[str, Part], Generic[Part]):
         kind: description of the parts in errors, such as ``format``.
         group: group of the entry points, such as ``prompttune.formats``.
         check: raises :class:`UsageError` for a name or an object that cannot be registered.
+        base: class of which every part is a subclass.
     """
 
-    def __init__(self, kind: str, group: str, check: Callable[[str, Any], object] | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        group: str,
+        check: Callable[[str, Any], object] = lambda _name, _part: None,
+        base: type[Any] | None = None,
+    ) -> None:
         self.kind, self.group = kind, group
-        self._check = check
+        self._check, self._base = check, base
         self._parts: dict[str, Part | str] = {}
         self._lock = threading.RLock()
         self._loaded = False
@@ -53,10 +60,10 @@ class Registry(Mapping[str, Part], Generic[Part]):
         A part that was redefined under the same module and name, as in a notebook, replaces the old one.
 
         Raises:
-            UsageError: the name is taken by another part, or the check refuses the part.
+            UsageError: the name is taken by another part, or the part is not one of this kind.
         """
-        if self._check is not None and not isinstance(part, str):
-            self._check(name, part)
+        if not isinstance(part, str):
+            self._checked(name, part)
         known = self._parts.get(name)
         if known is not None and _origin(known) != _origin(part):
             taken = f"a {self.kind} named {name!r} is registered already, by {_origin(known)}"
@@ -71,8 +78,15 @@ class Registry(Mapping[str, Part], Generic[Part]):
         part = self._parts[name]
         if isinstance(part, str):
             module, _, attribute = part.partition(":")
-            self._parts[name] = part = cast(Part, getattr(importlib.import_module(module), attribute))
+            made = getattr(importlib.import_module(module), attribute)
+            self._checked(name, made)
+            self._parts[name] = part = cast(Part, made)
         return part
+
+    def _checked(self, name: str, part: Any) -> None:
+        if self._base is not None and not (isinstance(part, type) and issubclass(part, self._base)):
+            raise UsageError(f"the {self.kind} {name!r} must be a subclass of {self._base.__name__}, not {part!r}")
+        self._check(name, part)
 
     def _all(self) -> dict[str, Part | str]:
         with self._lock:

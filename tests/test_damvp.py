@@ -310,7 +310,7 @@ def test_the_command_learns_a_start(bars, tmp_path):
     assert len(json.loads(found.stdout)["losses"]) == 2
     bad = CliRunner().invoke(cli, [*given, "--lr", "-1"])
     assert bad.exit_code == 2
-    assert bad.stderr.strip().endswith("lr must be above 0, not -1.0")
+    assert bad.stderr.splitlines()[-1] == "Error: Invalid value for '--lr': lr must be above 0, not -1.0"
 
 
 def test_sizes_agree():

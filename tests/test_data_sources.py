@@ -6,15 +6,29 @@ import re
 import unicodedata
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from prompttune.data import ImageSource, Subset, file_at, load_data, load_parts
+from prompttune.data.base import LabelledSource, with_classes
 from prompttune.data.files import Walk, find_images
 from prompttune.data.splitting import split_indices
 from prompttune.errors import DataError, UsageError
 from tests.data_helpers import descriptions, picture, write_classes
+
+
+class Masks(LabelledSource):
+    def load(self, index: int) -> tuple[Image.Image, Any]:
+        return Image.new("RGB", (3, 1)), np.array([[0, 1, 255]], np.uint8)
+
+
+def test_masks_of_a_split_with_some_of_the_classes_are_renumbered() -> None:
+    found = with_classes(Masks([0], ["sky", "road"]), ["road", "car", "sky"], "x")
+    assert found.load(0)[1].tolist() == [[2, 0, 255]]
+    assert found.load(0)[1].dtype == np.uint8
 
 
 def counts(source: ImageSource) -> Counter[str]:

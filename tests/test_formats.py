@@ -230,6 +230,12 @@ def test_baked_rows_follow_the_order_of_the_export(tmp_path):
         (ExportSettings("onnx", calibration_images=0), "calibration_images must be at least 1, not 0"),
         (ExportSettings("onnx", axes={"batch": (1, 4, 8)}), "the format onnx needs no sizes of axes"),
         (ExportSettings("onnx", axes={"batch": (4, 1, 8)}), "sizes of the axis batch must rise from 1"),
+        (ExportSettings("onnx", axes={"batch": 8}), "sizes of the axis batch must be a list such as 1, 8, 64, not 8"),
+        (
+            ExportSettings("onnx", axes={"batch": ("1", "4", "8")}),
+            "must be a list such as 1, 8, 64, not",
+        ),
+        (ExportSettings("onnx", axes=8), "axes must be sizes by axis, such as batch=1:8:64, not 8"),
         (ExportSettings("onnx", options={"workspace": 1}), "has no options of its own"),
         (ExportSettings("aoti", axes={"batch": (1, 4, 8)}), "the format aoti needs no sizes of axes"),
         (ExportSettings("aoti", options={"workspace": 1}), "has no options of its own"),
@@ -252,9 +258,11 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, settings, message):
         (["--precision", "fp8"], "'fp8' is not one of"),
         (["--quantization", "static"], "quantization needs the precision int8"),
         (["--axis", "batch=1:8:64"], "the format onnx needs no sizes of axes"),
-        (["--axis", "batch=1:8"], "sizes of the axis batch must rise from 1"),
-        (["--axis", "batch=1:x:8"], "sizes of the axis batch must rise from 1"),
-        (["--axis", "rows=1:2:8"], "unknown axis 'rows'; known: batch, tasks, rank, classes"),
+        (["--axis", "batch=1:8"], "'batch=1:8' is not like batch=1:8:64"),
+        (["--axis", "batch=1:x:8"], "'batch=1:x:8' is not like batch=1:8:64"),
+        (["--axis", "batch=1:²:8"], "'batch=1:²:8' is not like batch=1:8:64"),
+        (["--axis", "batch=4:1:8"], "sizes of the axis batch must rise from 1"),
+        (["--axis", "rows=1:2:8"], "axes: batch, tasks, rank, classes"),
         (["--workspace", "5"], "has no options of its own"),
         (["--precision", "bf16"], "runs bf16 on CUDA alone"),
         (["--device", "cuda:x"], "unknown device 'cuda:x'"),
@@ -331,7 +339,7 @@ def test_aoti_packages_open_where_they_were_made_for(tmp_path, monkeypatch, deta
 
 @pytest.mark.parametrize("option", [{"cuda_graph": True}, {"provider": "tensorrt"}, {"cache": "x"}])
 def test_runtime_options_without_a_meaning_are_refused(tmp_path, option):
-    with pytest.raises(UsageError, match="the format aoti does not support"):
+    with pytest.raises(UsageError, match=f"the format aoti does not support {next(iter(option))}: leave it out"):
         pt.Engine(claimed(tmp_path, details={"device": "cpu", "cpu": "DEFAULT"}), **option)
     with pytest.raises(UsageError, match="belong to a GPU: give the device cuda"):
         pt.Engine(exported("linear"), **option)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from prompttune.checkpoints.importing.run import LAYOUTS
 from prompttune.data import load_data
 from prompttune.data.base import Parts
 from prompttune.data.builtin import ArraySource
 from prompttune.data.registry import DATA_SETS
+from prompttune.errors import UsageError
+from prompttune.export import FORMATS, RUNTIMES
+from prompttune.registry import Registry
 from prompttune.serve.infer.items import ArrayPayload, Item
+from prompttune.serve.infer.sinks import SINKS
 from prompttune.serve.infer.sources.base import Bounded, SourceContext
 from prompttune.serve.infer.sources.registry import SOURCES
 from tests.inferring import run
@@ -42,6 +48,26 @@ def load_greys(name: str, root: str | None) -> Parts:
     levels = np.linspace(0, 255, int(name)).astype(np.uint8)
     images = np.broadcast_to(levels[:, None, None, None], (len(levels), 8, 8, 3))
     return Parts({"all": ArraySource(images, [int(level > 127) for level in levels], ["dark", "light"], "greys")}, name)
+
+
+@pytest.mark.parametrize(
+    ("registry", "name", "part", "message"),
+    [
+        (FORMATS, "odd", GreySource, "the format 'odd' must be a subclass of Format, not <class .*GreySource'>"),
+        (RUNTIMES, "odd", FORMATS["onnx"], "the runtime 'odd' must be a subclass of Runtime"),
+        (RUNTIMES, "odd", "tests.test_infer_extension:load_greys", "the runtime 'odd' must be a subclass of Runtime"),
+        (SOURCES, "odd", load_greys, "the input format 'odd' must be a subclass of Source"),
+        (SINKS, "odd", GreySource, "the sink 'odd' must be a subclass of Sink"),
+        (LAYOUTS, "odd", GreySource, "the layout 'odd' must be an instance of a subclass of Layout"),
+        (DATA_SETS, "Odd", load_greys, "registered by a name in lower case and a function, not by 'Odd'"),
+    ],
+)
+def test_what_is_not_of_the_kind_is_refused(
+    registry: Registry[Any], name: str, part: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_parts", dict(registry._parts))
+    with pytest.raises(UsageError, match=message):
+        registry[registry.add(name, part) or name]
 
 
 @pytest.fixture

@@ -239,7 +239,7 @@ def test_what_is_no_config_is_refused(as_before: None) -> None:
 
     shared: dict[str, Any] = {"bases": (MethodConfig,), "frozen": True}
     for wrong, message in (
-        (3, "a subclass of MethodConfig, not by 3"),
+        (3, "the method '' must be a subclass of MethodConfig, not 3"),
         (Undecorated, "put @dataclass"),
         (dataclasses.make_dataclass("Odd", [], **shared), "has no name"),
         (dataclasses.make_dataclass("Odd", [("a", int)], namespace={"method": "odd"}, **shared), "a needs a default"),

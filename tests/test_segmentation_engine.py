@@ -14,11 +14,14 @@ from PIL import Image
 import prompttune as pt
 from prompttune.cli.main import cli
 from prompttune.data import load_data
-from prompttune.errors import EngineError, UsageError
+from prompttune.data.builtin import ArraySource
+from prompttune.errors import DataError, EngineError, UsageError
+from prompttune.evaluation.scored import Chosen
 from prompttune.export import EngineFolder
 from prompttune.export.parity.figures import DifferenceTally
 from prompttune.export.parity.gate import Gate
 from prompttune.export.parity.map_figures import MapTally
+from prompttune.export.parity.samples import Labelled
 from prompttune.export.tasks import Fit, engine_model
 from prompttune.images.preprocess import Preprocess
 from prompttune.serve.infer import InferSettings, infer
@@ -29,6 +32,7 @@ from prompttune.task_types import ClassificationConfig
 from tests.engines import exported, noise
 from tests.segmenting import LABELS, engine_of, saved, tiny, write_blocks
 from tests.tensorrt_rtx import MAGIC, build_engine
+from tests.test_export_folder import reseal
 
 ENGINES = [("sa2vp", "linear"), ("lspt", "pyramid")]
 
@@ -295,6 +299,24 @@ def test_a_place_that_is_not_finite_agrees_with_nothing():
     assert np.isnan(result.max_abs)
     assert result.disagreements == 1
     assert result.ties == 0
+
+
+def test_more_classes_than_a_mask_tells_apart_are_not_scored():
+    source = ArraySource(np.zeros((2, 8, 8, 3), np.uint8), [0, 1], ["more", "a0"], "greys")
+    labels = [f"a{number}" for number in range(255)]
+    chosen = Chosen([source], "val", "greys")
+    made = Labelled(chosen, pt.SegmentationConfig(), labels, own=True, strict=False)
+    assert made.matched is None
+    assert made.load(0)[1] == 0
+    with pytest.raises(DataError, match="256 classes together, masks tell 255 apart"):
+        Labelled(chosen, pt.SegmentationConfig(), labels, own=True, strict=True)
+
+
+def test_an_unknown_task_type_is_one_line(tmp_path):
+    folder = shutil.copytree(exported("linear"), tmp_path / "engine")
+    reseal(folder / "engine.json", lambda values: values.update(task_type={"name": "depth"}))
+    with pytest.raises(EngineError, match=r"engine\.json does not fit this prompttune: unknown task type 'depth'"):
+        EngineFolder(folder)
 
 
 def test_borders_between_classes_are_ties():

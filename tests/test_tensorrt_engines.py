@@ -23,7 +23,7 @@ from prompttune.export.runtimes import tensorrt_plan as execution
 from prompttune.export.runtimes.tensorrt_layers import summarise
 from prompttune.export.runtimes.tensorrt_library import ErrorLog
 from prompttune.export.runtimes.tensorrt_plan import TensorRTPlan
-from prompttune.export.runtimes.tensors import CAPTURE_LOCK, as_torch, place_rows, update_row
+from prompttune.export.runtimes.tensors import CAPTURE_LOCK, as_torch, check_tensors, place_rows, update_row
 from prompttune.export.runtimes.torch_tensorrt import TorchTensorRTRuntime, check_versions
 from tests.engines import checkpoint, model_of
 from tests.fake_tensorrt import (
@@ -159,6 +159,18 @@ def test_loads_wait_for_a_capture_and_fail_in_one_line(monkeypatch):
             load()
 
 
+def test_tensors_that_tensorrt_would_misread_are_refused():
+    whole = torch.zeros(256, 2)[:, 0]
+    with pytest.raises(EngineError, match="must be contiguous"):
+        check_tensors({"image": whole}, {"image": torch.float32})
+    room = torch.zeros(300)
+    shifted = room[1:] if room.data_ptr() % 256 == 0 else room
+    with pytest.raises(EngineError, match="multiple of 256 bytes"):
+        check_tensors({"image": shifted}, {"image": torch.float32})
+    with pytest.raises(EngineError, match=r"task_index is torch\.int32, the engine takes torch\.int64"):
+        check_tensors({"task_index": torch.zeros(1, dtype=torch.int32)}, {"task_index": torch.int64})
+
+
 LAYERS = {
     "json": json.dumps(
         {
@@ -223,6 +235,7 @@ def test_every_refusal_is_noticed(monkeypatch, tmp_path, refuses, message):
     context = Context((2, 7), refuses)
     fake, plan = opened(tmp_path, FakeEngine(context), version_compatible=True)
     assert fake.runtime.engine_host_code_allowed
+    monkeypatch.setattr(execution, "check_tensors", lambda *_: None)  # host memory is aligned to less
     inputs = {"image": torch.zeros(2, 3, 8, 8), "task_index": torch.zeros(2, dtype=torch.int64)}
     with contextlib.nullcontext() if message is None else pytest.raises(EngineError, match=message):
         session = execution.Session(plan, STREAM)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from prompttune.export.folder import Manifest
-from prompttune.export.formats import BuildRequest, Built, ExportSettings, Format
+from prompttune.export.formats import BuildRequest, Built, Format
 from prompttune.export.runtimes import Array, RuntimeOptions
 from prompttune.export.runtimes.tensors import TensorRuntime, as_torch
 from prompttune.settings import setting
@@ -34,9 +34,6 @@ class ProgramFormat(Format):
     precisions = ("fp32",)
     default_attention = "fused"
     options = ProgramOptions
-
-    def check(self, settings: ExportSettings) -> None:
-        ProgramOptions(**settings.options)
 
     def build(self, request: BuildRequest, folder: Path) -> Built:
         traced = request.trace()

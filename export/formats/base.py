@@ -18,7 +18,7 @@ from prompttune.export.layout import BATCH, DTYPES, TASKS, Array, Range, State, 
 from prompttune.export.options import OnStage, RuntimeOptions
 from prompttune.model import PromptModel
 from prompttune.registry import Registry
-from prompttune.settings import setting, settle
+from prompttune.settings import coerce_all, setting, settings_of, settle
 
 BANK_PRECISIONS = tuple(DTYPES)
 PRECISIONS = (*BANK_PRECISIONS, "int8")
@@ -26,7 +26,56 @@ ATTENTIONS = ("explicit", "fused")
 QUANTIZATIONS = ("dynamic", "static")
 AXES = (BATCH, TASKS, RANK, CLASSES, CLUSTERS)
 
-FORMATS: Registry[type[Format]] = Registry("format", "prompttune.formats")
+
+class Format(ABC):
+    """One format of model files."""
+
+    name: ClassVar[str]
+    """Name in :data:`FORMATS`."""
+    title: ClassVar[str]
+    """Description in the help of the command line."""
+    precisions: ClassVar[tuple[str, ...]] = PRECISIONS
+    default_attention: ClassVar[str] = "explicit"
+    default_quantization: ClassVar[str] = "dynamic"
+    default_device: ClassVar[str] = "cpu"
+    options: ClassVar[type[Any] | None] = None
+    """Settings dataclass of the format's own options, which become options of the command line."""
+
+    def check(self, settings: ExportSettings) -> None:
+        """Raise an error at once, before anything is loaded, if this format cannot be built here.
+
+        Most formats accept every size; those that need sizes check them, and their options, themselves.
+
+        Raises:
+            MissingExtraError: a library is missing; the message names the extra and an alternative.
+            UsageError: the format does not support a setting.
+        """
+        if settings.axes:
+            raise UsageError(f"the format {self.name} needs no sizes of axes")
+        if self.options is None and settings.options:
+            first = next(iter(settings.options))
+            raise UsageError(f"the format {self.name} has no options of its own: leave out {first}")
+        if self.options is not None:
+            known = settings_of(self.options)
+            self.options(**coerce_all(settings.options, known, f"option of the format {self.name}"))
+
+    def check_proof(self, settings: ExportSettings) -> None:  # noqa: B027  # most formats have nothing to refuse
+        """Raise an error at once if the result could not be compared with PyTorch on ``settings.device``.
+
+        Raises:
+            UsageError: the comparison is not possible; the message says what to do instead.
+        """
+
+    @abstractmethod
+    def build(self, request: BuildRequest, folder: Path) -> Built:
+        """Write the model into ``folder``.
+
+        Raises:
+            EngineError: the model cannot be built.
+        """
+
+
+FORMATS: Registry[type[Format]] = Registry("format", "prompttune.formats", base=Format)
 """Class of each format; the runtime of the same name opens its files."""
 FORMATS.add("onnx", "prompttune.export.formats.onnx:OnnxFormat")
 FORMATS.add("aoti", "prompttune.export.formats.aoti:AotiFormat")
@@ -39,15 +88,22 @@ def read_axes(value: str | Mapping[str, Any] | Iterable[Any]) -> dict[str, Range
     """Ranges of axes, from a mapping, from text such as ``batch=1:8:64``, or from several of these.
 
     Raises:
-        UsageError: an axis is unknown, or its sizes do not rise from 1.
+        UsageError: an axis is unknown, or its sizes are not three whole numbers that rise from 1.
     """
     if isinstance(value, str):
-        name, _, text = value.partition("=")
-        value = {name: [int(one) if one.isdigit() else 0 for one in text.split(":")]}
-    elif not isinstance(value, Mapping):
-        value = {axis: sizes for one in value for axis, sizes in read_axes(one).items()}
+        axis, _, text = value.partition("=")
+        parts = text.split(":")
+        if axis not in AXES or len(parts) != 3 or not all(map(str.isdecimal, parts)):
+            raise UsageError(f"{value!r} is not like batch=1:8:64; axes: {', '.join(AXES)}")
+        value = {axis: [int(part) for part in parts]}
+    if not isinstance(value, Mapping):
+        if not isinstance(value, Iterable):
+            raise UsageError(f"axes must be sizes by axis, such as batch=1:8:64, not {value!r}")
+        return {axis: sizes for one in value for axis, sizes in read_axes(one).items()}
     for axis, sizes in value.items():
         choose("axis", axis, AXES)
+        if not isinstance(sizes, list | tuple) or not all(type(size) is int for size in sizes):
+            raise UsageError(f"sizes of the axis {axis} must be a list such as 1, 8, 64, not {sizes!r}")
         if len(sizes) != 3 or not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
             raise UsageError(f"sizes of the axis {axis} must rise from 1: smallest, likeliest, largest, as in 1:8:64")
     return {axis: (low, likely, high) for axis, (low, likely, high) in value.items()}
@@ -169,45 +225,3 @@ class Built:
     """ONNX operator set; None for other formats."""
     details: dict[str, Any] = field(default_factory=dict)
     """Details that the runtime needs to open or refuse the file, for the manifest."""
-
-
-class Format(ABC):
-    """One format of model files."""
-
-    name: ClassVar[str]
-    """Name in :data:`FORMATS`."""
-    title: ClassVar[str]
-    """Description in the help of the command line."""
-    precisions: ClassVar[tuple[str, ...]] = PRECISIONS
-    default_attention: ClassVar[str] = "explicit"
-    default_quantization: ClassVar[str] = "dynamic"
-    default_device: ClassVar[str] = "cpu"
-    options: ClassVar[type[Any] | None] = None
-    """Settings dataclass of the format's own options, which become options of the command line."""
-
-    def check(self, settings: ExportSettings) -> None:
-        """Raise an error at once, before anything is loaded, if this format cannot be built here.
-
-        Most formats accept every size and have no options; others check their own.
-
-        Raises:
-            MissingExtraError: a library is missing; the message names the extra and an alternative.
-            UsageError: the format does not support a setting.
-        """
-        if settings.axes or settings.options:
-            raise UsageError(f"the format {self.name} needs no sizes of axes and has no options of its own")
-
-    def check_proof(self, settings: ExportSettings) -> None:  # noqa: B027  # most formats have nothing to refuse
-        """Raise an error at once if the result could not be compared with PyTorch on ``settings.device``.
-
-        Raises:
-            UsageError: the comparison is not possible; the message says what to do instead.
-        """
-
-    @abstractmethod
-    def build(self, request: BuildRequest, folder: Path) -> Built:
-        """Write the model into ``folder``.
-
-        Raises:
-            EngineError: the model cannot be built.
-        """

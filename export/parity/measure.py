@@ -50,7 +50,7 @@ def measure_accuracy(
     source = samples.images(name, task)
     if spec is None or source is None:
         return [], []
-    kind, matched = samples.task_type, source.matched
+    kind, matched = samples.task_type, source.matched and source.matched[0]
     size, bad, tally, count = max(gate.batch_sizes), NotFinite(), None, 0
     unseen = 0 if matched is None else matched.unseen
     sides = (kind.scores(task.num_classes, unseen), kind.scores(task.num_classes, unseen))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prompttune.data.base import DataObject
 from prompttune.errors import DataError, choose
@@ -40,12 +41,12 @@ class Labelled:
         self.sources, self.task_type = chosen.sources, task_type
         self.starts = np.cumsum([0, *map(len, chosen.sources)])
         self.what = chosen.what
-        self.matched: Matched | None = None
-        """Matched classes; None for images of other classes, which are compared but not scored."""
+        self.matched: tuple[Matched, list[NDArray[np.int64]]] | None = None
+        """Matched classes, with :meth:`TaskType.columns`; None for images of other classes, which are not scored."""
         if own or all(set(source.classes) <= set(labels) for source in chosen.sources):
             try:
-                self.matched = match_classes(chosen.sources, labels)
-                self.columns = task_type.columns(self.matched)
+                matched = match_classes(chosen.sources, labels)
+                self.matched = matched, task_type.columns(matched)
             except DataError:
                 if own and strict:
                     raise
@@ -57,9 +58,7 @@ class Labelled:
         """Image, and class index or mask in the classes of ``matched``."""
         part, place = self._find(index)
         image, target = self.sources[part].load(place)
-        if self.matched is None:
-            return image, target
-        return image, self.columns[part][target]
+        return image, target if self.matched is None else self.matched[1][part][target]
 
     def describe(self, index: int) -> str:
         """Where the image comes from."""

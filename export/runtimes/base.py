@@ -72,7 +72,7 @@ class Runtime(ABC):
 
 
 OpenRuntime: TypeAlias = Callable[[Path, Manifest, RuntimeOptions], Runtime]
-RUNTIMES: Registry[OpenRuntime] = Registry("runtime", "prompttune.runtimes")
+RUNTIMES: Registry[OpenRuntime] = Registry("runtime", "prompttune.runtimes", base=Runtime)
 """Runtime of each format, by the format's name."""
 RUNTIMES.add("onnx", "prompttune.export.runtimes.onnxruntime:OnnxRuntime")
 RUNTIMES.add("aoti", "prompttune.export.runtimes.aoti:AotiRuntime")

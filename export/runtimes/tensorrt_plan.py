@@ -18,7 +18,7 @@ from prompttune.errors import EngineError, first_line
 from prompttune.export.layout import IMAGE, LOGITS, TASK_INDEX, TensorSpec
 from prompttune.export.runtimes.tensorrt_layers import summarise
 from prompttune.export.runtimes.tensorrt_library import TensorRT, error_log
-from prompttune.export.runtimes.tensors import CAPTURE_LOCK
+from prompttune.export.runtimes.tensors import CAPTURE_LOCK, check_tensors
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -108,6 +108,7 @@ class Session:
 
         The caller keeps all of them alive until the stream is synchronised.
         """
+        check_tensors(inputs, self._plan.dtypes)
         for name, tensor in inputs.items():
             if not self._context.set_input_shape(name, tuple(tensor.shape)):
                 raise self._plan.log.failure(f"TensorRT refuses the shape {list(tensor.shape)} of {name}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -19,6 +19,8 @@ from prompttune.export.runtimes.base import BankArray, Runtime
 CAPTURE_LOCK = threading.RLock()
 """Hold it to capture a CUDA graph, and to allocate on a device while another thread may capture one: an allocation
 fails then, or makes the capture fail."""
+ALIGNMENT = 256
+"""Alignment in bytes of addresses for TensorRT. torch aligns allocations to 512, slices to less."""
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -33,6 +35,19 @@ def as_torch(array: NDArray[Any]) -> Tensor:
     if whole.dtype == _BFLOAT16:
         return torch.from_numpy(whole.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(whole)
+
+
+def check_tensors(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
+    """Refuse tensors whose bytes TensorRT would read wrongly: it does not check the data at an address.
+
+    Raises:
+        EngineError: a dtype differs, a tensor has gaps, or its address is not aligned.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtypes[name]:
+            raise EngineError(f"the input {name} is {tensor.dtype}, the engine takes {dtypes[name]}")
+        if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
+            raise EngineError(f"the input {name} must be contiguous and start at a multiple of {ALIGNMENT} bytes")
 
 
 def place_rows(rows: NDArray[Any], device: torch.device) -> Tensor:

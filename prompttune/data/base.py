@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 from PIL import Image
 
 from prompttune.errors import DataError, shortened
 from prompttune.images import read_image
+from prompttune.images.masks import IGNORE_INDEX
 
 Target = Literal["class", "mask"]
 """What a data set knows of each image: its class, or the class of each pixel."""
@@ -189,8 +191,12 @@ class Renumbered(ImageSource):
 
     def load(self, index: int) -> tuple[Image.Image, Any]:
         """See :class:`ImageSource`."""
-        image, label = self.source.load(index)
-        return image, self._index[label]
+        image, target = self.source.load(index)
+        if not isinstance(target, np.ndarray):
+            return image, self._index[target]
+        table = np.full(IGNORE_INDEX + 1, IGNORE_INDEX, dtype=np.uint8)  # class by value of a mask
+        table[: len(self._index)] = self._index
+        return image, table[target]
 
     def describe(self, index: int) -> str:
         """The source's description of the image."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from prompttune.data.base import Parts
+from prompttune.errors import UsageError
 from prompttune.registry import Registry
 
 ReadParts = Callable[[str, str | None], Parts]
@@ -13,7 +15,13 @@ ReadParts = Callable[[str, str | None], Parts]
 It raises :class:`~prompttune.errors.DataError` for data that it cannot read.
 """
 
-DATA_SETS: Registry[ReadParts] = Registry("data set", "prompttune.data_sets")
+
+def _check(name: str, read: Any) -> None:
+    if name != name.lower() or not callable(read):  # a prefix is looked up in lower case
+        raise UsageError(f"a data set is registered by a name in lower case and a function, not by {name!r}, {read!r}")
+
+
+DATA_SETS: Registry[ReadParts] = Registry("data set", "prompttune.data_sets", _check)
 DATA_SETS.add("demo", "prompttune.data.builtin:load_builtin")
 DATA_SETS.add("torch", "prompttune.data.timm_factory:load_torch")
 DATA_SETS.add("hfds", "prompttune.data.timm_factory:load_hfds")

@@ -48,9 +48,7 @@ def method_fields(methods: Mapping[str, type[MethodConfig]] | None = None) -> di
 
 
 def _check(name: str, config: Any) -> None:
-    """Raise :class:`UsageError` for what is not a method's config, or has a setting that cannot become an option."""
-    if not (isinstance(config, type) and issubclass(config, MethodConfig)):
-        raise UsageError(f"a method is registered by its config, a subclass of MethodConfig, not by {config!r}")
+    """Raise :class:`UsageError` for a config without a name, or with a setting that cannot become an option."""
     where = f"{config.__module__}.{config.__qualname__}"
     if not isinstance(getattr(config, "method", None), str) or not config.method:
         raise UsageError(f"{where} has no name: give it method = '...'")
@@ -75,4 +73,4 @@ def _check(name: str, config: Any) -> None:
                 )
 
 
-METHODS: Registry[type[MethodConfig]] = Registry("method", "prompttune.methods", _check)
+METHODS: Registry[type[MethodConfig]] = Registry("method", "prompttune.methods", _check, MethodConfig)

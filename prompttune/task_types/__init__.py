@@ -29,11 +29,11 @@ __all__ = [
 
 
 def _check(name: str, kind: Any) -> None:
-    if not (isinstance(kind, type) and issubclass(kind, TaskType) and kind.name == name):
-        raise UsageError(f"a task type is registered by its name and its subclass of TaskType, not by {kind!r}")
+    if kind.name != name:
+        raise UsageError(f"{kind!r} is the task type {kind.name!r}, not {name!r}: register it under its own name")
 
 
-TASK_TYPES: Registry[type[TaskType]] = Registry("task type", "prompttune.task_types", _check)
+TASK_TYPES: Registry[type[TaskType]] = Registry("task type", "prompttune.task_types", _check, TaskType)
 
 
 def register(kind: Kind) -> Kind:

@@ -28,7 +28,13 @@ from prompttune.model import PromptModel, take_tensors
 from prompttune.registry import Registry
 from prompttune.settings import setting, settle
 
-LAYOUTS: Registry[Layout] = Registry("layout", "prompttune.layouts")
+
+def _check(name: str, layout: Any) -> None:
+    if not isinstance(layout, Layout):
+        raise UsageError(f"the layout {name!r} must be an instance of a subclass of Layout, not {layout!r}")
+
+
+LAYOUTS: Registry[Layout] = Registry("layout", "prompttune.layouts", _check)
 for _layout in (SA2VPLayout(), VPTLayout(), GaPTLayout(), PeftLayout()):
     LAYOUTS.add(_layout.name, _layout)
 """Layouts by the name for ``--from``."""

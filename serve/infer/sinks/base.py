@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from prompttune.errors import UsageError
 from prompttune.registry import Registry
 from prompttune.serve.infer.rows import InputAnswer, Row
 from prompttune.serve.infer.work import TaskFacts
@@ -88,10 +87,5 @@ class Sink:
         """Remove files of an earlier run that a new run would not replace."""
 
 
-def _check(name: str, sink: Any) -> None:
-    if not (isinstance(sink, type) and issubclass(sink, Sink)):
-        raise UsageError(f"a sink is registered by its class, a subclass of Sink, not by {sink!r}, as {name}")
-
-
-SINKS: Registry[type[Sink]] = Registry("sink", "prompttune.sinks", _check)
+SINKS: Registry[type[Sink]] = Registry("sink", "prompttune.sinks", base=Sink)
 """The sinks by name. Where two have the same suffix and type of tasks, the one that was registered last counts."""

@@ -7,7 +7,7 @@ from prompttune.serve.infer.sources.base import Source
 
 _HERE = "prompttune.serve.infer.sources"
 
-SOURCES: Registry[type[Source]] = Registry("input format", "prompttune.sources")
+SOURCES: Registry[type[Source]] = Registry("input format", "prompttune.sources", base=Source)
 SOURCES.add("images", f"{_HERE}.files:ImageFiles")
 SOURCES.add("list", f"{_HERE}.files:ImageList")
 SOURCES.add("table", f"{_HERE}.tables:TableSource")
