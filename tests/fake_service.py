@@ -35,7 +35,7 @@ from prompttune.serve.protocol.settings import TransportSettings
 
 VERSION = "0123456789ab"
 LABELS = ("cat", "dog", "bird")
-WAIT_S = 10.0
+WAIT_S = 60.0
 T = TypeVar("T")
 
 

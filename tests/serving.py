@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
+import time
+from pathlib import Path
 
 import numpy as np
 
@@ -33,6 +37,13 @@ def within(seconds, test):
             await test
 
     asyncio.run(run())
+
+
+def pause(pid):
+    """Stop a process as SIGSTOP does, and return when none of its threads runs any more."""
+    os.kill(pid, signal.SIGSTOP)
+    while any(") T" not in one.read_text() for one in Path(f"/proc/{pid}/task").glob("*/stat")):
+        time.sleep(0.001)
 
 
 def noise(rows, seed=0):

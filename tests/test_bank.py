@@ -14,7 +14,7 @@ from prompttune.serve.bank import BakedBank, Bank
 from prompttune.serve.memory import resident_bytes
 from tests.engines import backbone, checkpoint, model_of
 
-WAIT_S = 30
+WAIT_S = 60
 
 
 class Recorder(Runtime):

@@ -263,12 +263,12 @@ def test_health_check_asks_a_ready_server() -> None:
         command = [sys.executable, *(word.replace(":8000", f":{port}") for word in rest)]
 
         def run() -> int:
-            return subprocess.run(command, capture_output=True, check=False, timeout=30).returncode
+            return subprocess.run(command, capture_output=True, check=False, timeout=60).returncode
 
         for code in (0, 1):
             thread = threading.Thread(target=server.handle_request)
             thread.start()
             assert run() == code
-            thread.join(timeout=30)
+            thread.join(timeout=60)
     assert run() == 1
     assert asked == ["/v2/health/ready"] * 2

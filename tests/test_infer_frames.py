@@ -94,7 +94,7 @@ def test_a_stream_that_breaks_three_times(tmp_path):
                 seen += int(line.split()[1]) if line.startswith("wrote") else 0
             process.send_signal(signal.SIGINT)
             summary = json.loads(process.stdout.read())
-            assert process.wait(60) == 0
+            assert process.wait(120) == 0
     rows = rows_of(output)
     assert [row.frame for row in rows] == list(range(40))
     assert all(row.source == address for row in rows)
@@ -124,7 +124,7 @@ def test_a_watched_folder_is_answered_once_over_two_runs(tmp_path):
                 (folder / ".new.png").rename(folder / "0003.png")
                 assert process.stderr.readline().startswith("wrote 1")
             process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0, process.stderr.read()
+            assert process.wait(120) == 0, process.stderr.read()
 
     watch(expected=3)
     (folder / "0004.png").write_bytes(encoded(4))

@@ -180,7 +180,7 @@ def test_a_signal_ends_the_command_cleanly(tmp_path, number, code):
         assert process.stderr.readline().startswith("wrote")
         process.send_signal(number)
         rest = process.stderr.read()
-        assert process.wait(60) == code, rest
+        assert process.wait(120) == code, rest
     assert "run again with --resume" in rest
     assert "Traceback" not in rest
     assert 1 <= len(rows_of(output)) < 40

@@ -37,7 +37,7 @@ def test_a_stage_is_no_further_ahead_than_it_may():
 
     stage = Prefetch(numbers(), 2, "test")
     assert next(stage) == 0
-    assert blocked.wait(10)  # 1 and 2 wait, 3 is made and finds no place
+    assert blocked.wait(60)  # 1 and 2 wait, 3 is made and finds no place
     assert not stage._results.closed
     time.sleep(0.05)
     assert made == [0, 1, 2, 3]
@@ -80,8 +80,8 @@ def test_closing_ends_every_thread_behind():
     last = Prefetch(doubled(), 1, "last", first)
     assert next(last) == 0
     last.close()
-    assert closed.wait(10)
-    assert given_up.wait(10)
+    assert closed.wait(60)
+    assert given_up.wait(60)
     with pytest.raises(StopIteration):
         next(last)
 
@@ -96,7 +96,7 @@ def test_waiting_for_a_result_gives_up():
     stage = Prefetch(held(), 1, "test")
     assert not stage.wait(0.01)
     go.set()
-    assert stage.wait(10)
+    assert stage.wait(60)
     assert next(stage) == 1
 
 

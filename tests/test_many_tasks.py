@@ -16,7 +16,7 @@ from prompttune.serve import engine as engines
 from tests.engines import checkpoint, copied, noise
 
 TASKS = [f"t{number}" for number in range(6)]
-WAIT_S = 30
+WAIT_S = 60
 
 
 @pytest.fixture(scope="module")

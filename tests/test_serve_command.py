@@ -178,8 +178,8 @@ def test_sigterm_answers_what_is_inside_and_leaves_with_zero(engine):
         _until(lambda: running.status()["load"]["queued_rows"] == 1)
         workers = running.worker_pids()
         running.process.send_signal(signal.SIGTERM)
-        inside.join(30)
-        assert running.process.wait(30) == 0
+        inside.join(120)
+        assert running.process.wait(120) == 0
     np.testing.assert_allclose(found[0], engine.logits(images, "task0")[:, :2], atol=1e-5)
     assert not any(_alive(pid) for pid in workers)
 
@@ -204,14 +204,14 @@ def test_not_ready_while_it_drains():
         _until(lambda: running.status()["load"]["queued_rows"] == 1)
         running.process.send_signal(signal.SIGTERM)
         _until(lambda: not _ready(running))
-        inside.join(30)
+        inside.join(120)
         assert found[0].shape == (1, 2)
-        assert running.process.wait(30) == 0
+        assert running.process.wait(120) == 0
 
 
 def _ready(running):
     with contextlib.suppress(OSError):
-        urllib.request.urlopen(running.http + "/v2/health/ready", timeout=5).close()
+        urllib.request.urlopen(running.http + "/v2/health/ready", timeout=60).close()
         return True
     return False
 

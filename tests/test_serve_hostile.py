@@ -35,7 +35,7 @@ def server():
 
 def ask(server, method, path, body=b"", headers=None):
     host, port = server.http.removeprefix("http://").split(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=30)
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
     with contextlib.closing(connection):
         connection.request(method, path, body, headers or {})
         answer = connection.getresponse()
@@ -113,7 +113,7 @@ def test_no_name_reaches_a_path(server, name):
 def test_bodies_beyond_the_limit_are_refused(server):
     declared = {"Content-Length": str(10**12)}
     host, port = server.http.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as raw:
+    with socket.create_connection((host, int(port)), timeout=60) as raw:
         head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {declared['Content-Length']}\r\n\r\n"
         raw.sendall(head.encode())
         assert b" 413 " in raw.recv(200)

@@ -262,7 +262,7 @@ def test_decoding_happens_in_its_own_threads_and_no_more_than_asked_for(
 
     def seen(*args: object, **options: object) -> Image.Image:
         names.append(threading.current_thread().name)
-        together.wait(timeout=30)  # two at a time, or it breaks
+        together.wait(timeout=60)  # two at a time, or it breaks
         return picture()
 
     monkeypatch.setattr(images, "read_image", seen)
@@ -283,7 +283,7 @@ def test_a_cancelled_caller_leaves_the_queue(monkeypatch: pytest.MonkeyPatch) ->
     def held(*args: object, **options: object) -> Image.Image:
         count.append(1)
         begun.set()
-        assert go.wait(timeout=30)
+        assert go.wait(timeout=60)
         return picture()
 
     monkeypatch.setattr(images, "read_image", held)
@@ -316,7 +316,7 @@ def test_operators_of_torch_stay_in_the_decoding_thread() -> None:
 
     decoder = Decoder(2, LIMITS)
     try:
-        decoder._pool.submit(note, "decoding").result(timeout=30)
+        decoder._pool.submit(note, "decoding").result(timeout=60)
         later = threading.Thread(target=note, args=("later",))
         later.start()
         later.join()

@@ -172,7 +172,7 @@ def test_a_watched_task_counts_too(folder, tmp_path):
             while not service.model_ready("more", "2"):
                 await asyncio.sleep(0.01)
 
-    within(30, test())
+    within(60, test())
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 1)])
@@ -210,4 +210,4 @@ def test_mixed_is_a_model_as_tools_know_them(shape):
             with pytest.raises(Exception, match="task"):
                 await service.infer(InferRequest("mixed", [inputs[0], wrong]))
 
-    within(30, test())
+    within(60, test())

