@@ -15,6 +15,7 @@ it also serves as the ``choices`` of a setting. Other packages add parts through
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import threading
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from typing import Any, Generic, TypeVar, cast
 
-from prompttune.errors import UsageError, choose, describe_failure
+from prompttune.errors import PrompttuneError, UsageError, choose, describe_failure
 
 Part = TypeVar("Part")
 logger = logging.getLogger("prompttune")
@@ -72,13 +73,19 @@ class Registry(Mapping[str, Part], Generic[Part]):
 
     def registered(self) -> dict[str, Part]:
         """The parts so far, without those of entry points that are not loaded yet."""
-        return {name: self._imported(name) for name in self._parts}
+        return {name: self._imported(name) for name in list(self._parts)}  # an import may register more of them
 
     def _imported(self, name: str) -> Part:
         part = self._parts[name]
         if isinstance(part, str):
             module, _, attribute = part.partition(":")
-            made = getattr(importlib.import_module(module), attribute)
+            try:
+                made: Any = getattr(importlib.import_module(module), attribute)
+            except PrompttuneError:
+                raise
+            except (Exception, SystemExit) as problem:  # any error of another package
+                where = f"the {self.kind} {name} cannot be imported from {part}"
+                raise UsageError(f"{where}: {describe_failure(problem)}") from problem
             self._checked(name, made)
             self._parts[name] = part = cast(Part, made)
         return part
@@ -105,7 +112,7 @@ class Registry(Mapping[str, Part], Generic[Part]):
             logger.warning("the %s %s of the package %s (%s) is left out: %s", *found)
 
     def __getitem__(self, name: str) -> Part:
-        """The part of this name; raises :class:`UsageError` for an unknown one."""
+        """The part of this name; raises :class:`UsageError` for one that is unknown or cannot be imported."""
         return self._imported(choose(self.kind, name, self._all()))
 
     def __contains__(self, name: object) -> bool:
@@ -119,8 +126,11 @@ class Registry(Mapping[str, Part], Generic[Part]):
 
 
 def _origin(part: object) -> str:
-    """Module and name of a part."""
+    """Module and name of a part: those of its class for an instance, with the arguments for a partial function."""
     if isinstance(part, str):
         return part.replace(":", ".")
-    name = getattr(part, "__qualname__", None)
-    return repr(part) if name is None else f"{getattr(part, '__module__', '?')}.{name}"
+    if isinstance(part, functools.partial):
+        given = [*map(repr, part.args), *(f"{name}={value!r}" for name, value in part.keywords.items())]
+        return f"{_origin(part.func)}({', '.join(given)})"
+    named: Any = part if hasattr(part, "__qualname__") else type(part)
+    return f"{named.__module__}.{named.__qualname__}"

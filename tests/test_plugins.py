@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from prompttune.errors import BackboneError, UsageError
 from prompttune.methods import METHODS
 from prompttune.methods.base import MethodConfig, setting
 from prompttune.methods.registry import RESERVED
+from prompttune.registry import Registry
 from prompttune.training.config import TrainConfig, augment_fields
 from tests.training_helpers import write_folder
 
@@ -230,6 +232,64 @@ def test_settings_that_cannot_be_options_are_refused(as_before: None, fields: di
     with pytest.raises(UsageError, match=message):
         pt.register_method(config(**fields))
     assert "odd" not in METHODS
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (
+            "raise RuntimeError('two\\nlines')",
+            "from late_part:Part: RuntimeError: two lines",
+        ),
+        ("import sys; sys.exit(3)", "from late_part:Part: SystemExit: 3"),
+        ("", "from late_part:Part: AttributeError: .* no attribute 'Part'"),
+        ("Part = 3", "not a class"),
+    ],
+)
+def test_a_part_whose_import_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, message: str
+) -> None:
+    def check(_name: str, part: Any) -> None:
+        if not isinstance(part, type):
+            raise UsageError("not a class")
+
+    toys: Registry[Any] = Registry("toy", "prompttune.toys", check)
+    toys.add("late", "late_part:Part")
+    (tmp_path / "late_part.py").write_text(module)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "late_part", raising=False)
+    for ask in (lambda: toys["late"], toys.registered):
+        with pytest.raises(UsageError, match=message) as told:
+            ask()
+        assert "\n" not in str(told.value)
+        assert str(told.value).startswith(("the toy late cannot be imported", "not a class"))
+
+
+def test_a_part_may_register_others_when_it_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toys: Registry[Any] = Registry("toy", "prompttune.toys")
+    monkeypatch.setattr(sys.modules[__name__], "TOYS", toys, raising=False)
+    toys.add("late", "late_part:Part")
+    (tmp_path / "late_part.py").write_text(f"from {__name__} import TOYS\nPart = 3\nTOYS.add('later', 4)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "late_part", raising=False)
+    assert toys.registered() == {"late": 3}
+    assert dict(toys) == {"late": 3, "later": 4}
+
+
+def test_a_name_is_taken_by_another_instance_or_partial_alone() -> None:
+    class Part:
+        pass
+
+    toys: Registry[Any] = Registry("toy", "prompttune.toys")
+    toys.add("instance", Part())
+    toys.add("instance", again := Part())  # as a notebook's cell that is run again
+    assert toys["instance"] is again
+    toys.add("partial", functools.partial(max, 1, key=abs))
+    toys.add("partial", functools.partial(max, 1, key=abs))
+    for name, other in (("instance", Registry("a", "b")), ("partial", functools.partial(max, 2)), ("partial", max)):
+        with pytest.raises(UsageError, match=f"a toy named '{name}' is registered already, by .*: give") as told:
+            toys.add(name, other)
+        assert " at 0x" not in str(told.value)
 
 
 def test_what_is_no_config_is_refused(as_before: None) -> None:
