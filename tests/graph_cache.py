@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import os
 import pickle
 import platform
 import shutil
@@ -68,6 +69,7 @@ def install(patch: pytest.MonkeyPatch, cache: Path) -> None:
         if not isinstance(traced, Pending):
             return export(traced, target, opset)
         place = folder / f"{traced.key}-{opset}"
+        os.utime(folder)
         with _locked(place.with_suffix(".lock")):
             if not place.is_dir():
                 made = Path(tempfile.mkdtemp(dir=folder))
@@ -96,9 +98,9 @@ def _sources() -> str:
     digest = hashlib.sha256(platform.python_version().encode())
     for name in LIBRARIES:
         digest.update(f"{name} {metadata.version(name)};".encode())
-    for top in ("prompttune", "export"):
-        for path in sorted((ROOT / top).rglob("*.py")):
-            digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    models = [ROOT / "tests" / "convs.py", ROOT / "tests" / "swins.py"]
+    for path in (*sorted((ROOT / "prompttune").rglob("*.py")), *sorted((ROOT / "export").rglob("*.py")), *models):
+        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -107,16 +109,15 @@ def _key(request: BuildRequest) -> str | None:
     model, settings = request.model, request.settings
     fixed = model.state_dict(keep_vars=True) | dict(model.named_buffers())
     fixed = {name: value for name, value in fixed.items() if name not in model.task_parameters()}
-    plugin = any(
-        not type(one).__module__.startswith("prompttune.") for one in (model.method, model.head, model.backbone)
-    )
+    parts = (*model.modules(), model.task_type, model.config)
+    plugin = any(type(one).__module__.partition(".")[0] not in ("prompttune", "timm", "torch") for one in parts)
     if plugin or sum(value.nbytes for value in fixed.values()) > LARGEST:
         return None
     digest = hashlib.sha256()
     traced_in = "fp32" if settings.precision == "int8" else settings.precision  # and quantised afterwards
     for part in (
         model.backbone,
-        model.backbone.image_size,
+        model.backbone.name,
         type(model.method),
         type(model.head),
         model.task_type,
@@ -126,6 +127,9 @@ def _key(request: BuildRequest) -> str | None:
         (traced_in, settings.bank_precision, settings.attention, settings.baked),
     ):
         digest.update(f"{part!r};".encode())
+    for name, module in model.named_modules():  # such as the number of heads, which no printed module shows
+        plain = sorted((key, value) for key, value in vars(module).items() if isinstance(value, int | float))
+        digest.update(f"{name} {plain};".encode())
     for name, value in fixed.items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
         digest.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)

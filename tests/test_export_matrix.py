@@ -21,13 +21,14 @@ TASKS = 5
 # test_vit2 has register tokens and LayerScale, no class token, and pools the mean.
 # test_swin2 has windows that do not divide its maps, so that shift, padding and mask meet.
 CASES = [(method, "test_vit") for method in SHARING] + [("sa2vp", "test_vit2")]
-# Elsewhere the covering set: vpt-shallow and linear are parts of vpt-deep and sa2vp, whose graphs hold all their nodes,
+# Elsewhere the covering set: linear is a part of sa2vp, whose graph holds all of its nodes,
 # and dam-vp runs twice what sa2vp runs over Swin and ConvNeXt. test_methods.py runs every method on every backbone.
-CASES += [(method, "test_swin2") for method in ("sa2vp", "vpt-deep")]
+CASES += [(method, "test_swin2") for method in ("sa2vp", "vpt-shallow", "vpt-deep")]
 CASES += [("sa2vp", "test_resnet3"), ("dam-vp", "test_resnet3"), ("sa2vp", "test_convnext4")]
-IN_INT8 = [("sa2vp", "test_vit"), ("lspt", "test_vit"), ("lora", "test_vit")]
+IN_INT8 = [(method, "test_vit") for method in ("sa2vp", "lspt", "lora", "e2vpt", "ssf")]
 IN_INT8 += [("sa2vp", "test_swin2"), ("sa2vp", "test_convnext4")]
-"""Two pathways, a recurrence, task matrices that read what frozen ones read, windows, convolutions."""
+"""Two pathways, a recurrence, task matrices that read what frozen ones read, prompts among the keys, scales of every
+layer, windows, convolutions."""
 # Of TensorRT's published support table, what a graph of ours may need. No IsNaN, Where, Loop, If, Scatter, NonZero.
 # A convolution that runs twice, as under dam-vp, keeps its BatchNormalization beside it.
 SUPPORTED = """

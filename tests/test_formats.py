@@ -15,9 +15,10 @@ from prompttune.cli.main import cli
 from prompttune.errors import EngineError, UsageError
 from prompttune.export import FORMATS, EngineFolder, add_task
 from prompttune.export.folder import MANIFEST, ONNX_FILE, write_manifest
-from prompttune.export.formats import ExportSettings, aoti
+from prompttune.export.formats import ExportSettings
 from prompttune.export.parity.gate import NOISE
-from tests.engines import checkpoint, copied, exported, model_of, noise, workshop
+from tests import graph_cache
+from tests.engines import build_request, checkpoint, copied, exported, model_of, noise, workshop
 from tests.tensorrt_rtx import MAGIC, build_engine
 
 KINDS = {
@@ -295,7 +296,7 @@ def test_aoti_without_a_compiler_or_a_gpu(tmp_path, monkeypatch):
     def find_none():
         raise RuntimeError("a page\nof advice")
 
-    monkeypatch.setattr(aoti, "get_cpp_compiler", find_none)
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", find_none)
     one_line(
         run("export", checkpoint("linear", 0), "-o", tmp_path / "engine", "--format", "aoti"),
         1,
@@ -350,7 +351,7 @@ def test_a_failed_compilation_is_one_line(tmp_path, monkeypatch):
         print("a compiler's log")
         raise RuntimeError("C++ compile error\nand two pages")
 
-    monkeypatch.setattr(aoti, "aoti_compile_and_package", fail)
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fail)
     one_line(
         run("export", checkpoint("linear", 0), "-o", tmp_path / "engine", "--format", "aoti"),
         1,
@@ -375,7 +376,6 @@ def test_a_graph_that_cannot_be_quantised_is_one_line(tmp_path, monkeypatch):
 def test_calibration_shows_every_task_its_own_images():
     """Static scales come from each task's images under that task, in batches, as many as were asked for in all."""
     from prompttune.export.formats import onnx_int8 as quantise
-    from tests.engines import build_request
 
     asked = []
     settings = ExportSettings("onnx", "int8", quantization="static", calibration_images=20)
@@ -397,6 +397,16 @@ def test_an_unknown_format_in_the_folder_is_named(tmp_path):
     write_manifest(folder, manifest)
     with pytest.raises(EngineError, match=r"has the format 'tflite'; known: onnx, aoti"):
         pt.Engine(folder)
+
+
+def test_graphs_are_kept_by_all_that_is_traced(monkeypatch):
+    request = build_request("linear", ExportSettings("onnx"))
+    key = graph_cache._key(request)
+    assert graph_cache._key(build_request("linear", ExportSettings("onnx"))) == key
+    monkeypatch.setattr(request.model.backbone.blocks[0].timm.attn, "num_heads", 1)
+    assert graph_cache._key(request) not in (None, key)
+    monkeypatch.setattr(type(request.model.task_type), "__module__", "elsewhere")
+    assert graph_cache._key(request) is None
 
 
 def test_an_engine_of_a_removed_format_says_what_to_do(tmp_path):

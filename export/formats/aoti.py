@@ -15,8 +15,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch._inductor import aoti_compile_and_package
-from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions, get_cpp_compiler
 
 from prompttune.errors import EngineError, first_line
 from prompttune.export.formats.base import BuildRequest, Built, ExportSettings, Format
@@ -49,8 +47,10 @@ class AotiFormat(Format):
         for_cuda = RuntimeOptions(settings.target).cuda_index is not None
         if for_cuda:
             require_cuda(settings.target, f"compiling for {settings.target}")
+        from torch._inductor import cpp_builder  # takes seconds to import
+
         try:
-            get_cpp_compiler()
+            cpp_builder.get_cpp_compiler()
         except Exception:  # Inductor's error spans a page
             raise EngineError(
                 "AOTInductor needs a C++ compiler and finds none: install g++, or export with --format onnx"
@@ -61,13 +61,15 @@ class AotiFormat(Format):
 
     def build(self, request: BuildRequest, folder: Path) -> Built:
         """See :meth:`Format.build`."""
+        from torch import _inductor
+
         device = request.settings.target
         request.on_stage("tracing the graph")
         traced = request.trace(device=device)
         request.on_stage(f"compiling for {device}")
         try:
             with quiet("torch._inductor", stderr=True), compiling_for(device):
-                aoti_compile_and_package(traced.program, package_path=str(folder / MODEL_FILE))
+                _inductor.aoti_compile_and_package(traced.program, package_path=str(folder / MODEL_FILE))
         except Exception as problem:  # Inductor's errors share no base class below Exception
             raise EngineError(f"AOTInductor failed: {first_line(problem)}") from problem
         return Built(traced.inputs, traced.outputs, [MODEL_FILE], details=_made_for(device))
@@ -107,6 +109,8 @@ def _check_toolkit() -> None:
     Raises:
         EngineError: names what to install.
     """
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions
+
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "check.cpp"
         source.write_text(_INCLUDES)

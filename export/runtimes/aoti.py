@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch._inductor import aoti_load_package
 
 from prompttune.errors import EngineError, first_line
 from prompttune.export.folder import Manifest
@@ -42,6 +41,8 @@ class AotiRuntime(TensorRuntime):
         self._exact = index is not None and manifest.precision == "fp32"
         if options.threads is not None:
             torch.set_num_threads(options.threads)  # the package's kernels share PyTorch's threads
+        from torch._inductor import aoti_load_package  # takes seconds to import
+
         path = folder / MODEL_FILE
         try:
             self._program = aoti_load_package(str(path), device_index=-1 if index is None else index)
