@@ -58,9 +58,6 @@ class Scale(Method):
     def task_state(self):
         return {"scale": self.scale[None]}
 
-    def state_layout(self):
-        return {"scale": (self.scale.numel(),)}
-
     def forward(self, images, state, aux=False, levels=()):
         return Features(self.driven(images) * state["scale"])
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from prompttune.axes import CLASSES as CLASSES
@@ -146,9 +147,10 @@ class Method(nn.Module):
         """Everything that does not depend on the image; differentiable; leading dimension 1."""
         raise NotImplementedError
 
+    @torch.no_grad()
     def state_layout(self) -> Layout:
-        """Shape of each tensor of :meth:`task_state`, see :data:`Layout`."""
-        raise NotImplementedError
+        """Shape of each tensor of :meth:`task_state`, see :data:`Layout`; by default no axis may differ by task."""
+        return {name: tuple(tensor.shape[1:]) for name, tensor in self.task_state().items()}
 
     @property
     def driven(self) -> Backbone:

@@ -29,7 +29,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.errors import BackboneError, TrainingError
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, Levels, MethodConfig, State, implements, setting
+from prompttune.methods.base import Features, Levels, MethodConfig, State, implements, setting
 from prompttune.methods.over_vit import PromptTokens
 
 ROUNDING = 1e-9
@@ -138,13 +138,6 @@ class E2VPT(PromptTokens):
         if self.value is not None:
             state["values"] = self.value.unsqueeze(0)
         return state
-
-    def state_layout(self) -> Layout:
-        """See :meth:`Method.state_layout`."""
-        layout: Layout = {"prompts": tuple(self.prompts.shape), "keys": tuple(self.key.shape)}
-        if self.value is not None:
-            layout["values"] = tuple(self.value.shape)
-        return layout
 
     def parameters_left(self) -> int:
         """See :meth:`Method.parameters_left`; pruned channels do not count."""

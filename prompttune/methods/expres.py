@@ -26,7 +26,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.blocks import KEY, QUERY, VALUE
 from prompttune.backbones.vit import VitBlock
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, Levels, MethodConfig, State, implements, setting
+from prompttune.methods.base import Features, Levels, MethodConfig, State, implements, setting
 from prompttune.methods.over_vit import PromptTokens
 
 
@@ -74,15 +74,6 @@ class EXPRES(PromptTokens):
         if self.proj is not None:
             proj = torch.stack([block.timm.ls1(self.proj[block.index]) for block in backbone.blocks])
         return {"prompts": self.prompts.unsqueeze(0), "qkv": qkv.unsqueeze(0), "proj": proj.unsqueeze(0)}
-
-    def state_layout(self) -> Layout:
-        """See :meth:`Method.state_layout`."""
-        backbone, count = self.backbone, self.count
-        return {
-            "prompts": (count, backbone.width),
-            "qkv": (backbone.depth, 3, count, backbone.num_heads * backbone.head_dim),
-            "proj": (backbone.depth, count, backbone.width),
-        }
 
     def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from prompttune.backbones.base import Backbone, fingerprint_of
-from prompttune.methods.base import Features, Layout, Levels, Method, MethodConfig, State, implements
+from prompttune.methods.base import Features, Levels, Method, MethodConfig, State, implements
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,6 @@ class Full(Method):
 
     def task_state(self) -> State:
         """Empty: the graph holds the weights."""
-        return {}
-
-    def state_layout(self) -> Layout:
-        """Empty."""
         return {}
 
     def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002

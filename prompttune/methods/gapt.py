@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBlock
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, Levels, MethodConfig, State, implements, setting
+from prompttune.methods.base import Features, Levels, MethodConfig, State, implements, setting
 from prompttune.methods.over_vit import PromptTokens
 
 COLDEST, HOTTEST = 0.01, 10.0
@@ -73,11 +73,6 @@ class GaPT(PromptTokens):
             "gates": self.gates.sigmoid().unsqueeze(0),
             "sharpness": temperatures.reciprocal().unsqueeze(0),
         }
-
-    def state_layout(self) -> Layout:
-        """See :meth:`Method.state_layout`."""
-        depth = self.backbone.depth
-        return {"prompts": tuple(self.prompts.shape), "gates": (depth - 1,), "sharpness": (depth,)}
 
     def values_by_block(self) -> dict[str, Tensor]:
         """``gate`` [L - 1], g; and ``temperature`` [L], t within its bounds."""

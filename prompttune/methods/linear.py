@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone
-from prompttune.methods.base import Features, Layout, Levels, Method, MethodConfig, State, implements
+from prompttune.methods.base import Features, Levels, Method, MethodConfig, State, implements
 from prompttune.methods.over_vit import MapReader
 
 
@@ -28,10 +28,6 @@ class Linear(Method):
     gives_maps_on = (VitBackbone,)
 
     def task_state(self) -> State:
-        """Empty."""
-        return {}
-
-    def state_layout(self) -> Layout:
         """Empty."""
         return {}
 

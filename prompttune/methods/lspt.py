@@ -21,7 +21,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.layers.probe import probe
 from prompttune.layers.prompt_lstm import PromptLSTMCell, lstm_step
-from prompttune.methods.base import Features, Layout, Levels, MethodConfig, State, implements, setting
+from prompttune.methods.base import Features, Levels, MethodConfig, State, implements, setting
 from prompttune.methods.over_vit import MapReader, PromptTokens
 
 
@@ -65,10 +65,6 @@ class LSPT(PromptTokens):
             state["gates"] = self.cell.input_gates(self.prompts[1:]).unsqueeze(0)
             state |= {f"hidden.{name}": value.unsqueeze(0) for name, value in self.cell.hidden_weights().items()}
         return state
-
-    def state_layout(self) -> Layout:
-        """See :meth:`Method.state_layout`."""
-        return {name: tuple(tensor.shape[1:]) for name, tensor in self.task_state().items()}
 
     def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""

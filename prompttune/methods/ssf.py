@@ -22,7 +22,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone, VitBlock
 from prompttune.errors import BackboneError
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, Levels, MethodConfig, MethodOver, State, implements
+from prompttune.methods.base import Features, Levels, MethodConfig, MethodOver, State, implements
 
 INIT_STD = 0.02
 
@@ -68,11 +68,6 @@ class SSF(MethodOver[VitBackbone]):
             shifts["fc2"].append(block.timm.ls2(self.shift["fc2"][block.index]))
         state |= {f"shift.{place}": torch.stack(rows).unsqueeze(0) for place, rows in shifts.items()}
         return state
-
-    def state_layout(self) -> Layout:
-        """See :meth:`Method.state_layout`."""
-        backbone = self.backbone
-        return {f"{kind}.{place}": shape for kind in ("scale", "shift") for place, shape in places(backbone).items()}
 
     def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""

@@ -25,7 +25,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.swin import SwinBackbone, SwinBlock
 from prompttune.backbones.vit import VitBackbone
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Layout, Levels, MethodConfig, MethodOver, State, implements, setting
+from prompttune.methods.base import Features, Levels, MethodConfig, MethodOver, State, implements, setting
 from prompttune.methods.over_vit import MapReader, PromptTokens, prompt_bound
 
 
@@ -67,10 +67,6 @@ class VPT(PromptTokens):
     def task_state(self) -> State:
         """The prompts themselves."""
         return {"prompts": self.prompts.unsqueeze(0)}
-
-    def state_layout(self) -> Layout:
-        """See :meth:`Method.state_layout`."""
-        return {"prompts": tuple(self.prompts.shape)}
 
     def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
@@ -118,18 +114,6 @@ class SwinVPT(MethodOver[SwinBackbone]):
             state[f"keys.{number}"] = torch.stack([key for key, _ in pairs]).unsqueeze(0)
             state[f"values.{number}"] = torch.stack([value for _, value in pairs]).unsqueeze(0)
         return state
-
-    def state_layout(self) -> Layout:
-        """See :meth:`Method.state_layout`."""
-        count = self.config.num_prompts
-        if not self.config.deep:
-            return {"prompts": (count, self.backbone.stages[0].width)}
-        layout: Layout = {}
-        for number, stage in enumerate(self.backbone.stages):
-            heads = stage.blocks[0]
-            for part in ("keys", "values"):
-                layout[f"{part}.{number}"] = (len(stage.blocks), heads.num_heads, count, heads.head_dim)
-        return layout
 
     def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
