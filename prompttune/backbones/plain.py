@@ -78,5 +78,6 @@ PLAIN = Architecture(
     supported="any timm model with pooled features",
     problem=_problem,
     wrap=_wrap,
+    kind=PlainBackbone,
     rename=_rename,
 )

@@ -177,5 +177,6 @@ SWIN = Architecture(
     supported="timm SwinTransformer models (Swin v1)",
     problem=_problem,
     wrap=_wrap,
+    kind=SwinBackbone,
     rename=checkpoint_filter_fn,
 )

@@ -210,6 +210,7 @@ VIT = Architecture(
     supported="timm VisionTransformer models with pre-norm blocks and absolute (or no) position embeddings",
     problem=_problem,
     wrap=_wrap,
+    kind=VitBackbone,
     rename=checkpoint_filter_fn,
     settings={"dynamic_img_size": False},
 )
