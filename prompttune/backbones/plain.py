@@ -25,7 +25,6 @@ class PlainBackbone(Backbone):
 
     def __init__(self, model: Any, image_size: int) -> None:
         super().__init__(model)
-        self.limits = f"{type(model).__name__} runs only as a whole"
         self.image_size, self.depth, self.grid = image_size, 0, (0, 0)
         self.width = int(model.head_hidden_size)
 

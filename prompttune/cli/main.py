@@ -29,6 +29,7 @@ COMMANDS = {
     "bench": ("prompttune.cli.bench", "Time an engine against its plain backbone, PyTorch or other engines."),
     "benchmark": ("prompttune.cli.benchmark", "Train methods by a protocol and tabulate their accuracy."),
     "demo": ("prompttune.cli.demo", "Run the main workflow end to end on real images."),
+    "backbones": ("prompttune.cli.backbones", "List the backbones, or describe one."),
     "doctor": ("prompttune.cli.doctor", "Show versions, devices, providers and weights."),
 }
 

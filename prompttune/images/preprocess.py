@@ -12,6 +12,7 @@ from prompttune.images.transform_settings import CROP_MODES as CROP_MODES
 from prompttune.images.transform_settings import INTERPOLATIONS as INTERPOLATIONS
 from prompttune.images.transform_settings import LONGEST_SIDE as LONGEST_SIDE
 from prompttune.images.transform_settings import NORMALISATIONS as NORMALISATIONS
+from prompttune.images.transform_settings import OWN_CROP as OWN_CROP
 from prompttune.images.transform_settings import TransformSettings
 from prompttune.images.transform_settings import UnresizableError as UnresizableError
 

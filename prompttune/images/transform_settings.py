@@ -10,6 +10,8 @@ from prompttune.errors import DataError, UsageError, choose
 
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
 CROP_MODES = ("squash", "center", "border")
+OWN_CROP = "backbone"
+"""Choice of the crop that the backbone's publishers evaluate with."""
 NORMALISATIONS = ("backbone", "imagenet", "inception", "clip")
 """Sources of the mean and the standard deviation: the backbone's weights, ImageNet, 0.5 for both, or CLIP."""
 LONGEST_SIDE = 2**13

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from prompttune.data import Augment
 from prompttune.data.objects import Data, settled
 from prompttune.errors import UsageError, choose
-from prompttune.images.preprocess import CROP_MODES, INTERPOLATIONS, NORMALISATIONS, Preprocess
+from prompttune.images.preprocess import CROP_MODES, INTERPOLATIONS, NORMALISATIONS, OWN_CROP, Preprocess
 from prompttune.methods import METHODS, MethodConfig, config_from_dict
 from prompttune.methods.registry import method_fields
 from prompttune.settings import Setting, coerce_all, setting, settings_of, settle
@@ -113,7 +113,12 @@ class TrainConfig:
     crop_pct: float = setting(
         1.0, "share of the resized image to keep in evaluation", above=0, high=1, section=TRANSFORM
     )
-    crop_mode: str = setting("squash", "way to make images square in evaluation", choices=CROP_MODES, section=TRANSFORM)
+    crop_mode: str = setting(
+        "squash",
+        "way to make images square in evaluation; backbone: as its publishers do",
+        choices=(*CROP_MODES, OWN_CROP),
+        section=TRANSFORM,
+    )
     interpolation: str | None = setting(
         None, "resizing filter; by default the backbone's own", choices=INTERPOLATIONS, section=TRANSFORM
     )
@@ -183,13 +188,7 @@ class TrainConfig:
 
     def preprocess(self, backbone: Backbone) -> Preprocess:
         """The evaluation transform of this run on ``backbone``."""
-        own = backbone.default_preprocess().normalised(self.normalisation)
-        return dataclasses.replace(
-            own,
-            crop_pct=self.crop_pct,
-            crop_mode=self.crop_mode,
-            interpolation=self.interpolation or own.interpolation,
-        )
+        return backbone.default_preprocess(self.normalisation, self.crop_mode, self.crop_pct, self.interpolation)
 
     def to_flat(self) -> dict[str, Any]:
         """Every setting by its flat name, as plain values for YAML.

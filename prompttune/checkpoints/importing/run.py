@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from prompttune.checkpoints.importing.source import FileTensors
 from prompttune.checkpoints.importing.vpt import VPTLayout
 from prompttune.errors import UsageError
 from prompttune.files import locked, replacing, replacing_folder, visible
-from prompttune.images.preprocess import CROP_MODES, INTERPOLATIONS, NORMALISATIONS, Preprocess
+from prompttune.images.preprocess import CROP_MODES, INTERPOLATIONS, NORMALISATIONS, OWN_CROP, Preprocess
 from prompttune.methods import config_from_dict
 from prompttune.model import PromptModel, take_tensors
 from prompttune.registry import Registry
@@ -110,7 +110,9 @@ class ImportSettings:
         shown="the released code's",
         section="Evaluation transform",
     )
-    crop_mode: str = setting("squash", "Way to make an image square", CROP_MODES, section="Evaluation transform")
+    crop_mode: str = setting(
+        "squash", "Way to make an image square", (*CROP_MODES, OWN_CROP), section="Evaluation transform"
+    )
     crop_pct: float = setting(
         1.0, "Share of the resized image to keep", above=0, high=1, section="Evaluation transform"
     )
@@ -165,12 +167,11 @@ def import_checkpoint(
     with locked(folder), _backbone(kind, source, backbone, chosen) as frozen:
         _check_places(folder, path, backbone, chosen)  # again: another process may have written meanwhile
         found = kind.convert(source, frozen, given)
-        preprocess = frozen.default_preprocess().normalised(chosen.normalisation or kind.normalisation)
-        preprocess = replace(
-            preprocess,
-            crop_pct=chosen.crop_pct,
-            crop_mode=chosen.crop_mode,
-            interpolation=chosen.interpolation or kind.interpolation or preprocess.interpolation,
+        preprocess = frozen.default_preprocess(
+            chosen.normalisation or kind.normalisation,
+            chosen.crop_mode,
+            chosen.crop_pct,
+            chosen.interpolation or kind.interpolation,
         )
         model = _model(found, frozen, given, list(labels) if labels is not None else None, preprocess, source.where)
         model.metrics = {"imported": {"from": layout, "code": kind.code, "file": path.name}}
