@@ -38,7 +38,7 @@ class Pretrained:
 
     tag: str
     licence: str
-    """As the publisher states it; empty if timm does not know it."""
+    """Name of the licence that the publisher states; empty if timm does not know it."""
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
