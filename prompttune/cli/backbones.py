@@ -65,8 +65,10 @@ def _families(as_json: bool) -> None:
     from prompttune.backbones.catalogue import families
     from prompttune.backbones.loading import BACKBONES
 
-    rows = [(one.name, len(one.models), len(_methods(one.kind)), one.models[0]) for one in families()]
-    rows += [(f"registered: {name}", 1, "", name) for name in BACKBONES]
+    rows: list[tuple[Any, ...]] = [
+        (one.name, len(one.models), len(_methods(one.kind)), one.models[0]) for one in families()
+    ]
+    rows += [("registered", 1, "", name) for name in BACKBONES]
     if as_json:
         keys = ("family", "models", "methods", "example")
         click.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
