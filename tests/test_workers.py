@@ -13,7 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
-from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -628,11 +628,9 @@ def test_a_worker_runs_the_batches_of_its_two_slots_at_once(process, monkeypatch
     threads = []
 
     async def spawn(self, memory):
-        pipes = [Pipe() for _ in self._turns]
-        self._channels += [here for here, _ in pipes]
-        monkeypatch.setattr(
-            sys, "argv", ["", *(str(os.dup(one)) for one in (memory, *(pipe[1].fileno() for pipe in pipes)))]
-        )
+        pairs = [socket.socketpair() for _ in self._turns]
+        self._channels += [await asyncio.open_unix_connection(sock=here) for here, _ in pairs]
+        monkeypatch.setattr(sys, "argv", ["", *map(str, (os.dup(memory), *(there.detach() for _, there in pairs)))])
         main._in_thread(main.main)
 
     def in_thread(target, *arguments):
@@ -671,8 +669,9 @@ def test_a_worker_runs_the_batches_of_its_two_slots_at_once(process, monkeypatch
 def test_a_reply_that_arrives_in_pieces_leaves_the_loop_free(settings):
     async def serve():
         worker = Worker(settings)
-        here, there = Pipe()
-        worker._channels = [here] * 3
+        here, other = socket.socketpair()
+        there = Connection(other.detach())
+        worker._channels = [await asyncio.open_unix_connection(sock=here)] * 3
         reply = pickle.dumps("the statistics")
         rescue = threading.Timer(WAIT_S / 2, there.close)  # ends the test where the loop is not free
         rescue.start()

@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import logging
 import os
+import pickle
 import signal
+import socket
+import struct
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from prompttune.serve.workers.waiting import or_leave, to_the_end
 
 CLOSE_S = 5.0
 """Seconds that running calls may still take when the worker is closed."""
+_SIZE = struct.Struct("!i")
+"""What :class:`multiprocessing.connection.Connection`, at the other end, sends before a pickled message: its bytes."""
 _LOADS = -1
 """The channel of loads; a batch has that of its slot."""
 _LOG = logging.getLogger(__name__)
@@ -62,11 +65,11 @@ class Worker:
         self._store: Store | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._watching: asyncio.Task[None] | None = None
-        self._channels: list[Connection[Any, Any]] = []
+        self._channels: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self._turns = [asyncio.Lock() for _ in range(settings.slots + 1)]
         """One for each channel: a call has its reply before the next one is sent."""
         self._threads = ThreadPoolExecutor(settings.slots + 1, "worker")
-        """They wait for the process's replies, or run the calls of an engine in this process."""
+        """They run the calls of an engine in this process."""
         self._running: set[asyncio.Future[Any]] = set()
         self._slots: Array | None = None
         self._started = self._closed = False
@@ -106,8 +109,8 @@ class Worker:
         with contextlib.ExitStack() as theirs:
             descriptors = [memory]
             for _ in self._turns:
-                here, there = Pipe()
-                self._channels.append(here)
+                here, there = socket.socketpair()
+                self._channels.append(await asyncio.open_unix_connection(sock=here))
                 descriptors.append(theirs.enter_context(there).fileno())
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-c", _PROGRAM, *map(str, descriptors)),
@@ -175,14 +178,17 @@ class Worker:
         return asked
 
     async def _replied(self, channel: int, message: tuple[Any, ...]) -> Any:
-        in_thread = partial(asyncio.get_running_loop().run_in_executor, self._threads)
         async with self._turns[channel]:
             if self._store is not None:
                 name, arguments = message
-                return await in_thread(getattr(self._store, name), *arguments)
+                call = partial(getattr(self._store, name), *arguments)
+                return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+            reader, writer = self._channels[channel]
             try:
-                self._channels[channel].send(message)
-                reply = await in_thread(self._channels[channel].recv)  # a large one arrives in pieces
+                sent = pickle.dumps(message)
+                writer.write(_SIZE.pack(len(sent)) + sent)
+                (size,) = _SIZE.unpack(await reader.readexactly(_SIZE.size))
+                reply = pickle.loads(await reader.readexactly(size))
             except (EOFError, OSError):
                 self.abort()
                 await self._gone()  # the death is known before a caller tries again
@@ -212,5 +218,5 @@ class Worker:
         self.abort()
         await self._gone()
         await to_the_end(asyncio.get_running_loop().run_in_executor(None, self._threads.shutdown))
-        for channel in self._channels:
-            channel.close()
+        for _, writer in self._channels:
+            writer.close()
