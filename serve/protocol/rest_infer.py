@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
+from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
@@ -15,7 +16,7 @@ from prompttune.serve.protocol import body as bodies
 from prompttune.serve.protocol import codec, schemas
 from prompttune.serve.protocol.calls import SharedState
 from prompttune.serve.protocol.codec import OutputForm, Target
-from prompttune.serve.protocol.rest_shared import errors, record_of, require, sent_id
+from prompttune.serve.protocol.rest_shared import allow, errors, record_of, require, sent_id
 from prompttune.serve.protocol.security import Access
 from prompttune.serve.protocol.settings import TransportSettings
 from prompttune.serve.service.service import Service
@@ -45,9 +46,22 @@ _DOCUMENTED: dict[str, Any] = {
 }
 
 
+class _DirectRoute(APIRoute):
+    """Calls its function with the path's parameters: FastAPI documents it, but solves no dependencies per request."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The function that answers a request; it has to check the access itself."""
+
+        async def answer(request: Request) -> Response:
+            response: Response = await self.endpoint(request=request, **request.path_params)
+            return response
+
+        return answer
+
+
 def inference_routes(service: Service, settings: TransportSettings, state: SharedState) -> APIRouter:
     """The two paths of inference: with and without a version."""
-    router = APIRouter(dependencies=require(Access.INFERENCE, settings))
+    router = APIRouter(route_class=_DirectRoute, dependencies=require(Access.INFERENCE, settings))
     limits, regions = settings.limits, state.regions
 
     def decode(
@@ -59,6 +73,7 @@ def inference_routes(service: Service, settings: TransportSettings, state: Share
     @router.post("/v2/models/{model}/infer", summary="Classify images", **_DOCUMENTED)
     @router.post("/v2/models/{model}/versions/{version}/infer", summary="Classify with one version", **_DOCUMENTED)
     async def infer(model: str, request: Request, version: str = "") -> Response:
+        allow(request, Access.INFERENCE, settings)
         record = record_of(request)
         record.model, record.version = model, version
         body = await bodies.read_body(request, limits, settings.body_seconds)

@@ -68,16 +68,21 @@ def record_of(request: Request) -> RequestRecord:
     return record
 
 
-def require(access: Access, settings: TransportSettings) -> list[Any]:
-    """Dependencies that allow a request or raise the errors of :meth:`Guard.check`.
+def allow(request: Request, access: Access, settings: TransportSettings) -> None:
+    """Allow a request or raise the errors of :meth:`Guard.check`.
 
     Requests from pages of other sites are refused too: without tokens nothing else would stop them.
     """
+    if request.method not in SAFE_METHODS and request.headers.get("sec-fetch-site") == "cross-site":
+        raise ForbiddenError("pages of other sites may not call this server")
+    settings.guard.check(access, request.headers.get("authorization", ""))
+
+
+def require(access: Access, settings: TransportSettings) -> list[Any]:
+    """Dependencies that call :func:`allow`."""
 
     async def check(request: Request) -> None:
-        if request.method not in SAFE_METHODS and request.headers.get("sec-fetch-site") == "cross-site":
-            raise ForbiddenError("pages of other sites may not call this server")
-        settings.guard.check(access, request.headers.get("authorization", ""))
+        allow(request, access, settings)
 
     # The second is a scheme that only makes OpenAPI show where a token goes; it refuses nothing.
     return [Security(check), Security(_bearer)]
