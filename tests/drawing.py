@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import prompttune as pt
 from prompttune.methods import METHODS, MethodConfig
-from tests import convs, swins  # noqa: F401  # load_backbone then knows their models
+from tests import convs, evas, swins  # noqa: F401  # load_backbone then knows their models
 from tests.reference.draw import draw
 
-VITS = ("test_vit", "test_vit2", "test_vit3", "test_vit4")
-"""Class token; register, average pooling and LayerScale; attention pooling; RMS norms."""
+VITS = ("test_vit", "test_vit2", "test_vit3", "test_vit4", "test_eva")
+"""Class token; register, average pooling and LayerScale; attention pooling; RMS norms; rotary embedding."""
 
 FACTORS = ("method.scale.", "method.temperatures")
 """Parameters that multiply what the backbone computes: they are drawn around 1."""
@@ -39,7 +39,7 @@ def drawn_weights(name: str, folder: Path, seed: int = 0) -> Path:
                 continue
             tensor = torch.as_tensor(draw(key, tuple(value.shape), seed))
             # draw() knows norms; LayerScale is 1 and matrices keep the size of their input.
-            if key.endswith("gamma"):
+            if key.endswith(("gamma", "gamma_1", "gamma_2")):
                 tensor = 1 + tensor
             elif tensor.ndim >= 2 and "embed" not in key and "token" not in key:
                 tensor = tensor / 0.04 * tensor[0].numel() ** -0.5

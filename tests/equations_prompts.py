@@ -23,6 +23,7 @@ CASES = [
     ("expres", {"num_prompts": 3, "norm_residual": False}),
     ("expres", {"num_prompts": 3, "qkv_residual": False}),
     ("expres", {"num_prompts": 3, "proj_residual": False}),
+    ("expres", {"num_prompts": 20}),  # more than the image has tokens
 ]
 """Methods and settings that these equations are compared with."""
 

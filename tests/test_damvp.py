@@ -60,7 +60,7 @@ def bordered(image, border, width):
     return image
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_vit2", "test_swin2"])
+@pytest.mark.parametrize("name", ["test_vit", "test_vit2", "test_eva2", "test_swin2"])
 def test_it_equals_its_equations(name):
     frozen, images = backbone(name), torch.from_numpy(noise(6))
     model = drawn_model(frozen, pt.DAMVPConfig(clusters=4, prompt_size=5))

@@ -31,6 +31,7 @@ from prompttune.images.preprocess import Preprocess
 from prompttune.layers.probe import recording
 from prompttune.methods import METHODS, GaPTConfig, LSPTConfig, SA2VPConfig
 from tests.drawing import default_configs, drawn_backbone, drawn_model
+from tests.evas import as_vit
 from tests.test_report import Page
 from tests.training_helpers import write_folder
 
@@ -79,7 +80,7 @@ def timm_weights(backbone: pt.Backbone, layer: int, tokens: Tensor) -> Tensor:
 # ------------------------------------------------------------------ attention
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_vit2"])
+@pytest.mark.parametrize("name", ["test_vit", "test_vit2", "test_eva"])
 def test_the_plain_backbones_attention_is_timms(name: str, folder: Path, images: Tensor) -> None:
     backbone = drawn_backbone(name, folder, SIDE)
     plain = ExplainedModel("plain", backbone, backbone.default_preprocess())
@@ -87,13 +88,13 @@ def test_the_plain_backbones_attention_is_timms(name: str, folder: Path, images:
     found = block_attention(plain, images, list(range(backbone.depth)))
     tokens = backbone.embed(images)
     for layer in range(backbone.depth):
-        weights = timm_weights(backbone, layer, tokens)
+        weights = timm_weights(as_vit(backbone), layer, tokens)
         pooled = weights[:, :, 0] if backbone.pools_class_token else weights[:, :, backbone.num_prefix_tokens :].mean(2)
         assert torch.allclose(found[layer].weights, pooled, atol=1e-5)
         assert torch.allclose(found[layer].weights.sum(-1), torch.ones(()), atol=1e-5)
         assert torch.equal(found[layer].maps.flatten(2), found[layer].weights[..., backbone.num_prefix_tokens :])
         with torch.no_grad():
-            tokens = backbone.blocks[layer].timm(tokens)
+            tokens = backbone.blocks[layer].run_timm(tokens)
 
 
 @pytest.mark.parametrize("method", SPATIAL)
@@ -159,7 +160,14 @@ def test_a_temperature_sharpens_gapts_attention(vit: pt.Backbone, images: Tensor
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [("test_vit", "lspt"), ("test_vit", "sa2vp"), ("test_vit2", "vpt-deep"), ("test_swin", "sa2vp")]
+    ("name", "method"),
+    [
+        ("test_vit", "lspt"),
+        ("test_vit", "sa2vp"),
+        ("test_vit2", "vpt-deep"),
+        ("test_eva", "sa2vp"),
+        ("test_swin", "sa2vp"),
+    ],
 )
 def test_grad_cam_is_the_hand_written_one(name: str, method: str, folder: Path, images: Tensor) -> None:
     model = drawn_model(drawn_backbone(name, folder, SIDE), CONFIGS[method])

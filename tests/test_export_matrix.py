@@ -21,20 +21,22 @@ TASKS = 5
 # test_vit2 has register tokens and LayerScale, no class token, and pools the mean.
 # test_swin2 has windows that do not divide its maps, so that shift, padding and mask meet.
 CASES = [(method, "test_vit") for method in SHARING] + [("sa2vp", "test_vit2")]
+# Rotary embedding: of both pathways, beside keys that are not rotated, around shifts, and with scales of the block's.
+CASES += [(method, "test_eva") for method in ("sa2vp", "e2vpt", "expres", "ssf")]
 # Elsewhere the covering set: linear is a part of sa2vp, whose graph holds all of its nodes,
 # and dam-vp runs twice what sa2vp runs over Swin and ConvNeXt. test_methods.py runs every method on every backbone.
 CASES += [(method, "test_swin2") for method in ("sa2vp", "vpt-shallow", "vpt-deep")]
 CASES += [("sa2vp", "test_resnet3"), ("dam-vp", "test_resnet3"), ("sa2vp", "test_convnext4")]
 IN_INT8 = [(method, "test_vit") for method in ("sa2vp", "lspt", "lora", "e2vpt", "ssf")]
-IN_INT8 += [("sa2vp", "test_swin2"), ("sa2vp", "test_convnext4")]
+IN_INT8 += [("sa2vp", "test_eva"), ("sa2vp", "test_swin2"), ("sa2vp", "test_convnext4")]
 """Two pathways, a recurrence, task matrices that read what frozen ones read, prompts among the keys, scales of every
-layer, windows, convolutions."""
+layer, rotation, windows, convolutions."""
 # Of TensorRT's published support table, what a graph of ours may need. No IsNaN, Where, Loop, If, Scatter, NonZero.
 # A convolution that runs twice, as under dam-vp, keeps its BatchNormalization beside it.
 SUPPORTED = """
     Add ArgMax AveragePool BatchNormalization Concat Constant Conv Div Einsum Expand Gather Gelu Gemm
-    LayerNormalization MatMul MaxPool Mul Range ReduceMean ReduceSum Relu Reshape Shape Sigmoid Slice Softmax Split
-    Sqrt Squeeze Sub Tanh Transpose Unsqueeze
+    LayerNormalization MatMul MaxPool Mul Neg Pad Range ReduceMean ReduceSum Relu Reshape Shape Sigmoid Slice Softmax
+    Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze
 """
 
 every_case = pytest.mark.parametrize(("method", "backbone"), CASES, ids=lambda value: value)

@@ -17,6 +17,7 @@ from tests import engines, equations, equations_prompts, equations_weights
 from tests.convs import CONVS, ON_CONV
 from tests.drawing import VITS, default_configs, drawn_model
 from tests.engines import config_of, noise
+from tests.evas import as_vit
 from tests.swins import ON_SWIN, SWINS
 
 MATRIX = [
@@ -115,7 +116,7 @@ def test_a_mixed_batch_equals_single_runs(backbone, config, images):
 )
 def test_features_equal_the_equations(backbone, features, method, settings, images):
     model = drawn_model(backbone, METHODS[method](**settings))
-    wanted = features(model, images)
+    wanted = features(drawn_model(as_vit(backbone), model.config), images)
     with torch.no_grad():
         found, plain = model(images).features, backbone(images)
     assert (found - wanted).abs().max() <= 2e-5 * max(1, wanted.abs().max().item())
@@ -133,9 +134,10 @@ def test_dropout_acts_in_training_alone(vit, images, method):
     assert not torch.equal(model(images).logits, model(images).logits)
 
 
+@pytest.mark.parametrize("name", ["test_vit", "test_eva2"])
 @pytest.mark.parametrize("method", ["e2vpt", "expres", "adaptformer", "adapter", "lora", "ssf", "gapt"])
-def test_balancing_channels_for_int8_changes_no_answer(vit, images, method):
-    model = drawn_model(vit, config_of(method))
+def test_balancing_channels_for_int8_changes_no_answer(name, images, method):
+    model = drawn_model(engines.backbone(name), config_of(method))
     with torch.no_grad():
         balanced = smoothed(model, [(images.numpy(), model.task_state())])
         torch.testing.assert_close(balanced(images).logits, model(images).logits, atol=1e-4, rtol=1e-4)
@@ -190,7 +192,7 @@ SA2VP_VARIANTS = [
 @pytest.mark.parametrize("settings", SA2VP_VARIANTS, ids=str)
 def test_sa2vp_equals_its_equations(backbone, settings, images):
     model = drawn_model(backbone, pt.SA2VPConfig(rank=4, **settings))
-    base, prompt = equations.features(model, images)
+    base, prompt = equations.features(drawn_model(as_vit(backbone), model.config), images)
     with torch.no_grad():
         both, alone = model(images, aux=True), model(images)
     scale = base.abs().max().item()
@@ -217,7 +219,7 @@ def test_every_switch_changes_the_answer(vit, images, method):
 def test_lspt_equals_its_equations(backbone, settings, images):
     model = drawn_model(backbone, pt.LSPTConfig(num_prompts=3, **settings))
     with torch.no_grad():
-        expected = equations.lspt_features(model, images)
+        expected = equations.lspt_features(drawn_model(as_vit(backbone), model.config), images)
         torch.testing.assert_close(model(images).features, expected, atol=3e-5, rtol=1e-4)
 
 
@@ -236,7 +238,9 @@ def test_vpt_deep_replaces_its_prompts(vit, images):
     assert not torch.equal(before, deep(images).logits)
 
 
-def test_zero_init_starts_from_the_plain_backbone(vit, images):
+@pytest.mark.parametrize("name", ["test_vit", "test_eva2"])
+def test_zero_init_starts_from_the_plain_backbone(name, images):
+    vit = engines.backbone(name)
     fresh = pt.PromptModel(vit, pt.SA2VPConfig(), num_classes=3).eval()
     torch.testing.assert_close(fresh(images).features, vit(images), atol=2e-5, rtol=1e-4)
     released = pt.PromptModel(vit, pt.SA2VPConfig(init="released"), num_classes=3).eval()

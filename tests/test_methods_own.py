@@ -365,7 +365,7 @@ def test_the_halves_of_a_block_are_timms_own(backbone, images):
     with torch.no_grad():
         block = backbone.blocks[1]
         ours = tokens + block.self_attention(tokens, whole=True)
-        torch.testing.assert_close(ours + block.mlp(ours), block.timm(tokens), atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(ours + block.mlp(ours), block.run_timm(tokens), atol=2e-5, rtol=1e-4)
 
 
 def test_ssf_refuses_a_gated_mlp(vit, monkeypatch):

@@ -23,7 +23,7 @@ from prompttune.export.precision.smooth import smoothed
 from prompttune.layers.attention import attend, explicit_attention
 from tests.engines import SHARING, backbone, build_request, model_of, noise
 
-BACKBONES = ("test_vit", "test_vit2")
+BACKBONES = ("test_vit", "test_vit2", "test_eva")
 lower = pytest.mark.parametrize("precision", ["fp16", "bf16"])
 
 
@@ -118,7 +118,12 @@ def graph_logits(method, name, precision, images, explicit):
 @pytest.mark.parametrize("explicit", [False, True], ids=["fused", "explicit"])
 @lower
 @pytest.mark.parametrize(
-    ("method", "name"), [*((method, "test_vit") for method in SHARING), ("sa2vp", "test_vit2")], ids=str
+    ("method", "name"),
+    [
+        *((method, "test_vit") for method in SHARING),
+        *(("sa2vp", name) for name in ("test_vit2", "test_eva", "test_eva2")),
+    ],
+    ids=str,
 )
 def test_eager_logits_are_within_rounding(method, name, precision, explicit):
     images = noise(4)
@@ -271,7 +276,7 @@ def test_heads_are_merged_in_order():
 
 
 @pytest.mark.parametrize("explicit", [False, True], ids=["fused", "explicit"])
-@pytest.mark.parametrize("name", ["test_vit", "test_vit2", "test_vit3"])
+@pytest.mark.parametrize("name", ["test_vit", "test_vit2", "test_vit3", "test_eva2"])
 def test_forward_is_timms(name, explicit):
     frozen, images = backbone(name), torch.from_numpy(noise(3))
     with torch.no_grad(), explicit_attention(explicit):
@@ -285,7 +290,7 @@ def test_blocks_are_timms(name):
     with torch.no_grad():
         tokens = frozen.embed(images)
         for block in frozen.blocks:
-            wanted = block.timm(tokens)
+            wanted = block.run_timm(tokens)
             torch.testing.assert_close(block.run(tokens), wanted, atol=1e-5, rtol=1e-5)
             tokens = wanted
 

@@ -20,8 +20,9 @@ from tests.swins import ON_SWIN, SWINS
 
 HEADS = ("linear", "pyramid")
 CASES = [(method, "test_vit", head) for method, head in itertools.product(GIVES_MAPS, HEADS)]
-# A register, average pooling and LayerScale; RMS norms.
+# A register, average pooling and LayerScale; RMS norms; rotary embedding.
 CASES += [(method, name, "linear") for method in ("sa2vp", "lspt", "linear") for name in ("test_vit2", "test_vit4")]
+CASES += [(method, "test_eva", "linear") for method in ("sa2vp", "vpt-deep")]
 CASES += [("sa2vp", "test_vit2", "pyramid")]
 
 

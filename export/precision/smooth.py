@@ -21,8 +21,8 @@ from prompttune.model import PromptModel
 STRENGTH = 0.7
 """Share of the imbalance to move, from 0 to 1; the best of 0.3 to 0.8 on a DINOv2 ViT-S with two tasks."""
 _SMALLEST = 1e-5
-_READERS = ("fc1", "fc1_g", "fc1_x")
-"""timm's names for the first layer of an MLP of any kind."""
+_READERS = {"norm1": ("attn", "qkv", "q_proj", "k_proj", "v_proj"), "norm2": ("mlp", "fc1", "fc1_g", "fc1_x")}
+"""timm's names, by norm, for the module after it and the layers that read it there, whatever its kind."""
 
 
 def smoothed(model: PromptModel, calls: Iterable[tuple[Array, State]]) -> PromptModel:
@@ -53,9 +53,9 @@ def smoothed(model: PromptModel, calls: Iterable[tuple[Array, State]]) -> Prompt
 def _pairs(backbone: VitBackbone, index: int, own: Sequence[str]) -> Iterator[tuple[nn.LayerNorm, list[nn.Linear]]]:
     """Each norm of a block, without a method's own, with all matrices that read it, if no other module does."""
     block = backbone.blocks[index].timm
-    behind = {"norm1": [block.attn.qkv], "norm2": [getattr(block.mlp, name, None) for name in _READERS]}
-    for name, readers in behind.items():
-        norm, linear = getattr(block, name), [reader for reader in readers if isinstance(reader, nn.Linear)]
+    for name, (part, *readers) in _READERS.items():
+        norm, layers = getattr(block, name), (getattr(getattr(block, part), reader, None) for reader in readers)
+        linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
         if name not in own and isinstance(norm, nn.LayerNorm) and norm.elementwise_affine and linear:
             yield norm, linear
 

@@ -2,6 +2,7 @@
 
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.conv import ConvBackbone
+from prompttune.backbones.eva import EvaBackbone
 from prompttune.backbones.loading import load_backbone, register_backbone
 from prompttune.backbones.plain import PlainBackbone
 from prompttune.backbones.swin import SwinBackbone
@@ -10,6 +11,7 @@ from prompttune.backbones.vit import VitBackbone
 __all__ = [
     "Backbone",
     "ConvBackbone",
+    "EvaBackbone",
     "PlainBackbone",
     "SwinBackbone",
     "VitBackbone",

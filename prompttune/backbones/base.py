@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from prompttune.backbones.blocks import FrozenBlock
+from prompttune.backbones.blocks import Constant, FrozenBlock, Stage
 from prompttune.errors import UsageError
 from prompttune.images.preprocess import OWN_CROP, Preprocess
+from prompttune.layers.probe import probe
+
+Staged = TypeVar("Staged", bound=FrozenBlock)
 
 
 def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
@@ -119,6 +122,14 @@ class Backbone(nn.Module):
         """Stay in evaluation mode: dropout and similar layers belong to the methods."""
         return super().train(False)
 
+    def requires_grad_(self, requires_grad: bool = True) -> Backbone:
+        """Let the weights train, or freeze them with every :class:`Constant` at its current value."""
+        super().requires_grad_(requires_grad)
+        for part in self.modules():
+            if isinstance(part, Constant):
+                part.freeze(not requires_grad)
+        return self
+
     def default_preprocess(
         self,
         normalisation: str = "backbone",
@@ -157,6 +168,66 @@ class Backbone(nn.Module):
         Raises:
             UsageError: images of another shape, see :meth:`check_images`.
         """
+        raise NotImplementedError
+
+
+class PatchBackbone(Backbone):
+    """A backbone whose model cuts the image into patches with timm's ``PatchEmbed``."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        embedding = model.patch_embed
+        self.image_size = int(embedding.img_size[0])
+        self.grid = (int(embedding.grid_size[0]), int(embedding.grid_size[1]))
+        self.patch_size = int(embedding.patch_size[0])
+
+    def embed_patches(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] to patch tokens [B, R C, D], without prefix tokens and position embedding."""
+        embedding: Any = self.model.patch_embed
+        # The patch convolution may have a higher precision than the blocks.
+        patches = embedding(images.to(embedding.proj.weight.dtype)).flatten(1, -2)
+        return cast(Tensor, patches.to(self.token_dtype or self.blocks[0].timm.attn.proj.weight.dtype))
+
+
+class StagedBackbone(Backbone):
+    """A backbone in stages, each with its own grid and width; blocks are numbered over all stages.
+
+    ``depth`` counts all blocks, ``grid`` is the map that enters the first stage and ``width`` the channels of the
+    pooled features. ``x`` is a map or its tokens.
+    """
+
+    stages: tuple[Stage[Any], ...]
+
+    def set_stages(self, stages: Iterable[Stage[Staged]]) -> None:
+        """Take the stages of the model, and their blocks."""
+        self.stages = tuple(stages)
+        self.blocks = tuple(block for stage in self.stages for block in stage.blocks)
+        self.depth = len(self.blocks)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See :meth:`Backbone.forward`."""
+        self.check_images(images)
+        return self.pool(self.run_stages(self.embed(images), range(len(self.stages))))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] to what enters stage 0."""
+        raise NotImplementedError
+
+    def enter(self, number: int, x: Tensor) -> Tensor:
+        """The layers between two stages, before stage ``number``; stage 0 may have none."""
+        raise NotImplementedError
+
+    def run_stages(self, x: Tensor, numbers: range) -> Tensor:
+        """Whole stages with the layers before them."""
+        for number in numbers:
+            x = self.enter(number, x)
+            for block in self.stages[number].blocks:
+                x = block.run(x)
+                probe(f"block{block.index}", x)
+        return x
+
+    def pool(self, x: Tensor) -> Tensor:
+        """The model's own pooling with its norms, to [B, D]."""
         raise NotImplementedError
 
 

@@ -5,12 +5,11 @@ Tokens are [..., N, D] with any leading axes, so that two pathways can run as on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch.nn.functional as F
-from timm.models.swin_transformer import SwinTransformerBlock
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 QUERY, KEY, VALUE = range(3)
@@ -22,6 +21,31 @@ def merge_heads(attended: Tensor) -> Tensor:
     return attended.transpose(-3, -2).flatten(-2)
 
 
+class Constant(nn.Module):
+    """A tensor that follows from frozen weights: computed once, or in every call while the weights train.
+
+    Args:
+        compute: a bound method, so that a copy of its object computes from the copy's weights.
+    """
+
+    value: Tensor
+
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self._compute, self.frozen = compute, True
+        self.register_buffer("value", compute().detach(), persistent=False)
+
+    def freeze(self, frozen: bool) -> None:
+        """Treat the current value as a constant, or compute it in every call from weights that train."""
+        self.frozen = frozen
+        if frozen:
+            self.value = self._compute().detach()
+
+    def forward(self) -> Tensor:
+        """The tensor."""
+        return self.value if self.frozen else self._compute()
+
+
 class FrozenBlock:
     """One block of a backbone.
 
@@ -30,9 +54,7 @@ class FrozenBlock:
         index: number of the block, counted over the whole model.
     """
 
-    timm: nn.Module
-
-    def __init__(self, timm: nn.Module, index: int) -> None:
+    def __init__(self, timm: Any, index: int) -> None:
         self.timm, self.index = timm, index
 
     def run(self, x: Tensor) -> Tensor:
@@ -46,12 +68,10 @@ class AttentionBlock(FrozenBlock):
     Architectures differ in :meth:`attend`, in what follows the projections, and in the norms of queries and keys.
     """
 
-    timm: Block | SwinTransformerBlock
-
-    def __init__(self, timm: Block | SwinTransformerBlock, index: int) -> None:
+    def __init__(self, timm: Any, index: int) -> None:
         super().__init__(timm, index)
         self.num_heads = int(timm.attn.num_heads)
-        self.head_dim = int(timm.attn.qkv.out_features) // (3 * self.num_heads)
+        self.head_dim = int(timm.attn.proj.in_features) // self.num_heads
         first = next(layer for layer in timm.mlp.modules() if isinstance(layer, nn.Linear))
         self.hidden_width = first.out_features
         """Channels after the MLP's first linear layer."""
@@ -74,13 +94,22 @@ class AttentionBlock(FrozenBlock):
         return self.key_heads(key), self.heads(value)
 
     def linear_qkv(self, normed: Tensor, part: int) -> Tensor:
-        """Queries, keys or values from normed tokens: [..., N, D] to [..., N, H d].
+        """Queries, keys or values from normed tokens: [..., N, D] to [..., N, H d]."""
+        return F.linear(normed, *self.projection(part))
 
-        Each part uses its own rows of the weight: splitting one large product would copy it.
+    def projection(self, part: int) -> tuple[Tensor, Tensor | None]:
+        """Weight [H d, D] and bias [H d], if there is one, of the queries, keys or values.
+
+        Each part uses its own rows of a joint weight: splitting one large product would copy it.
         """
-        joint, width = self.timm.attn.qkv, self.num_heads * self.head_dim
+        attention, width = self.timm.attn, self.num_heads * self.head_dim
+        if attention.qkv is None:
+            own = (attention.q_proj, attention.k_proj, attention.v_proj)[part]
+            return own.weight, own.bias
         rows = slice(part * width, (part + 1) * width)
-        return F.linear(normed, joint.weight[rows], None if joint.bias is None else joint.bias[rows])
+        if getattr(attention, "q_bias", None) is not None:
+            return attention.qkv.weight[rows], (attention.q_bias, None, attention.v_bias)[part]
+        return attention.qkv.weight[rows], None if attention.qkv.bias is None else attention.qkv.bias[rows]
 
     def heads(self, projected: Tensor) -> Tensor:
         """[..., N, H d] to [..., H, N, d]."""

@@ -8,6 +8,7 @@ as convolutions take them; B images, C channels, R rows and C' columns.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TypeAlias, cast
 
@@ -16,7 +17,7 @@ from timm.models.convnext import ConvNeXt, ConvNeXtBlock, checkpoint_filter_fn
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from prompttune.backbones.base import Architecture, Backbone
+from prompttune.backbones.base import Architecture, StagedBackbone
 from prompttune.backbones.blocks import FrozenBlock, Stage
 from prompttune.errors import UsageError
 from prompttune.layers.probe import probe
@@ -70,11 +71,10 @@ def _map_shapes(model: ConvModel, image_size: int) -> Iterator[tuple[int, int, i
         yield int(x.shape[1]), int(x.shape[2]), int(x.shape[3])
 
 
-class ConvBackbone(Backbone):
+class ConvBackbone(StagedBackbone):
     """A frozen timm ResNet or ConvNeXt of any depth, width and image size; batch norms keep their running statistics.
 
-    Blocks are numbered over all stages; ``depth`` counts them all, ``grid`` is the map that leaves the stem and
-    ``width`` the channels of the pooled features.
+    ``x`` is a map [B, C, R, C'].
 
     Args:
         model: the timm model.
@@ -97,20 +97,12 @@ class ConvBackbone(Backbone):
             ) from None
         self.stem_width, rows, columns = shapes[0]
         self.grid = (rows, columns)
-        stages: list[Stage[FrozenBlock]] = []
-        self.depth = 0
-        for stage, (width, *grid) in zip(_stages(self.model), shapes[1:], strict=True):
-            blocks = tuple(FrozenBlock(timm, index) for index, timm in enumerate(_blocks(stage), self.depth))
-            stages.append(Stage(blocks, (grid[0], grid[1]), width))
-            self.depth += len(blocks)
-        self.stages = tuple(stages)
-        self.blocks = tuple(block for stage in stages for block in stage.blocks)
+        numbers = itertools.count()
+        self.set_stages(
+            Stage(tuple(FrozenBlock(timm, next(numbers)) for timm in _blocks(stage)), (grid[0], grid[1]), width)
+            for stage, (width, *grid) in zip(_stages(self.model), shapes[1:], strict=True)
+        )
         self.width = int(self.model.head_hidden_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """See :meth:`Backbone.forward`."""
-        self.check_images(images)
-        return self.pool(self.run_stages(self.embed(images), range(len(self.stages))))
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S] to the stem's output, [B, C, R, C']."""
@@ -129,15 +121,6 @@ class ConvBackbone(Backbone):
         if isinstance(self.model, ResNet):
             return x
         return cast(Tensor, self.model.stages[number].downsample(x))
-
-    def run_stages(self, x: Tensor, numbers: range) -> Tensor:
-        """Run whole stages: from [B, C, R, C'] to the map of the last one."""
-        for number in numbers:
-            x = self.enter(number, x)
-            for block in self.stages[number].blocks:
-                x = block.run(x)
-                probe(f"block{block.index}", x)
-        return x
 
     def pool(self, x: Tensor) -> Tensor:
         """The model's own pooling with its norms: [B, C, R, C'] to [B, D]."""

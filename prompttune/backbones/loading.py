@@ -14,6 +14,7 @@ from torch import nn
 
 from prompttune.backbones.base import Architecture, Backbone, fingerprint_of
 from prompttune.backbones.conv import CONV
+from prompttune.backbones.eva import EVA
 from prompttune.backbones.files import Weights, load_into, read_weights
 from prompttune.backbones.plain import PLAIN
 from prompttune.backbones.swin import SWIN
@@ -25,7 +26,7 @@ from prompttune.errors import BackboneError, PrompttuneError, UsageError, choose
 from prompttune.hub import hub_answers
 from prompttune.registry import Registry
 
-ARCHITECTURES: tuple[Architecture, ...] = (VIT, SWIN, CONV, PLAIN)
+ARCHITECTURES: tuple[Architecture, ...] = (VIT, EVA, SWIN, CONV, PLAIN)
 """The kinds of models in pieces, then any model as a whole."""
 
 logger = logging.getLogger("prompttune")

@@ -8,7 +8,7 @@ grid, no prefix tokens; H heads of d channels.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from timm.layers.patch_embed import PatchEmbed
@@ -22,8 +22,8 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor, nn
 
-from prompttune.backbones.base import Architecture, Backbone, set_patch_input
-from prompttune.backbones.blocks import AttentionBlock, Stage
+from prompttune.backbones.base import Architecture, PatchBackbone, StagedBackbone, set_patch_input
+from prompttune.backbones.blocks import KEY, QUERY, VALUE, AttentionBlock, Stage
 from prompttune.backbones.windows import Windows, merging_order
 from prompttune.layers.probe import probe
 
@@ -58,79 +58,58 @@ class SwinBlock(AttentionBlock):
     Args:
         timm: the frozen timm block.
         index: number of the block.
-        windows: the windows of its attention.
+        grid: rows and columns of the map.
     """
 
-    timm: SwinTransformerBlock
-
-    def __init__(self, timm: SwinTransformerBlock, index: int, windows: Windows) -> None:
+    def __init__(self, timm: Any, index: int, grid: tuple[int, int]) -> None:
         super().__init__(timm, index)
-        self.windows = windows
+        self.windows = Windows(timm, grid, self.position_bias)
+
+    def position_bias(self) -> Tensor:
+        """The relative position bias of a window's A places, float32 [H, A, A]."""
+        bias: Tensor = self.timm.attn._get_rel_pos_bias()[0].float().contiguous()
+        return bias
 
     @property
     def padding(self) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of a padded place, [H, 1, d] each: timm pads after the norm, so these are biases."""
-        joint = self.timm.attn.qkv
-        bias = joint.weight.new_zeros(joint.out_features) if joint.bias is None else joint.bias
-        query, key, value = bias.unflatten(0, (3, self.num_heads, 1, -1)).unbind(0)
-        return query, key, value
+        query, key, value = (
+            weight.new_zeros(1, len(weight)) if bias is None else bias.unsqueeze(0)  # [1, H d]
+            for weight, bias in map(self.projection, (QUERY, KEY, VALUE))
+        )
+        return self.query_heads(query), self.key_heads(key), self.heads(value)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See :meth:`AttentionBlock.attend`; shift, position bias and mask of the windows included."""
         return cast(Tensor, self.windows(q, k, v, self.padding))
 
 
-class SwinBackbone(Backbone):
-    """A frozen timm SwinTransformer of any size, window and image size.
+class SwinBackbone(PatchBackbone, StagedBackbone):
+    """A frozen timm SwinTransformer of any size, window and image size; ``x`` are tokens [..., N, D]."""
 
-    Blocks are numbered over all stages; ``depth`` counts them all, ``grid`` is the map of the patch embedding and
-    ``width`` the channels of the last stage.
-    """
-
-    model: SwinTransformer
+    model: Any
     blocks: tuple[SwinBlock, ...]
+    stages: tuple[Stage[SwinBlock], ...]
+    kind: type[SwinBlock] = SwinBlock
 
-    def __init__(self, model: SwinTransformer) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self.image_size = int(model.patch_embed.img_size[0])
-        rows, columns = model.patch_embed.grid_size
-        self.grid = (int(rows), int(columns))
-        self.patch_size = int(model.patch_embed.patch_size[0])
         self.width = int(model.num_features)
         stages: list[Stage[SwinBlock]] = []
-        self.windows = nn.ModuleList()
-        grid = self.grid
-        for number, layer in enumerate(_stages(model)):
-            if isinstance(layer.downsample, PatchMerging):
+        grid, index = self.grid, 0
+        for number, layer in enumerate(model.layers):
+            if not isinstance(layer.downsample, nn.Identity):
                 order, grid = merging_order(grid)
                 self.register_buffer(f"merging{number}", order, persistent=False)
-            blocks = []
-            for timm in _blocks(layer):
-                windows = Windows(timm, grid)
-                blocks.append(SwinBlock(timm, len(self.windows), windows))
-                self.windows.append(windows)
-            stages.append(Stage(tuple(blocks), grid, int(blocks[0].timm.dim)))
-        self.stages = tuple(stages)
-        self.blocks = tuple(block for stage in stages for block in stage.blocks)
-        self.depth = len(self.blocks)
-
-    def requires_grad_(self, requires_grad: bool = True) -> SwinBackbone:
-        """Let the weights train, or freeze them with the windows' position bias at its current value."""
-        super().requires_grad_(requires_grad)
-        for windows in self.windows:
-            cast(Windows, windows).freeze(not requires_grad)
-        return self
-
-    def forward(self, images: Tensor) -> Tensor:
-        """See :meth:`Backbone.forward`."""
-        self.check_images(images)
-        return self.pool(self.run_stages(self.embed(images), range(len(self.stages))))
+            blocks = tuple(self.kind(timm, index + place, grid) for place, timm in enumerate(layer.blocks))
+            index += len(blocks)
+            stages.append(Stage(blocks, grid, int(blocks[0].timm.dim)))
+        self.set_stages(stages)
+        self.windows = nn.ModuleList(block.windows for block in self.blocks)
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S] to the tokens [B, N, D] that enter stage 0."""
-        # The patch convolution may have a higher precision than the blocks.
-        patches = self.model.patch_embed(images.to(self.model.patch_embed.proj.weight.dtype))  # [B, R, C, D]
-        tokens = cast(Tensor, patches.flatten(1, 2).to(self.token_dtype or self.blocks[0].timm.attn.proj.weight.dtype))
+        tokens = self.embed_patches(images)
         probe("embed", tokens)
         return tokens
 
@@ -138,30 +117,23 @@ class SwinBackbone(Backbone):
         """Apply the image tokens' patch norm to prompt tokens [1, N, D]; positions are embedded in the blocks."""
         return cast(Tensor, self.model.patch_embed.norm(tokens))
 
-    def merge(self, number: int, tokens: Tensor) -> Tensor:
+    def enter(self, number: int, x: Tensor) -> Tensor:
         """Patch merging before stage ``number``, [..., N, D] to [..., N', D']; stage 0 has none."""
-        merging = _stages(self.model)[number].downsample
-        if not isinstance(merging, PatchMerging):
-            return tokens
+        if isinstance(self.model.layers[number].downsample, nn.Identity):
+            return x
         order = self.get_buffer(f"merging{number}")
-        if order.numel() > tokens.shape[-2]:  # an odd map is padded with zeros
-            blank = tokens.new_zeros(1, 1).expand(*tokens.shape[:-2], 1, tokens.shape[-1])
-            tokens = torch.cat((tokens, blank), dim=-2)
-        four = tokens.index_select(-2, order).unflatten(-2, (-1, 4)).flatten(-2)  # [..., N', 4 D]
+        if order.numel() > x.shape[-2]:  # an odd map is padded with zeros
+            x = torch.cat((x, x.new_zeros(1, 1).expand(*x.shape[:-2], 1, x.shape[-1])), dim=-2)
+        return self.reduce(number, x.index_select(-2, order).unflatten(-2, (-1, 4)).flatten(-2))
+
+    def reduce(self, number: int, four: Tensor) -> Tensor:
+        """The projection of four neighbours, side by side, before stage ``number``: [..., N', 4 D] to [..., N', D']."""
+        merging = self.model.layers[number].downsample
         return cast(Tensor, merging.reduction(merging.norm(four)))
 
-    def run_stages(self, tokens: Tensor, numbers: range) -> Tensor:
-        """Whole stages with their patch merging, [..., N, D] to [..., N', D']."""
-        for number in numbers:
-            tokens = self.merge(number, tokens)
-            for block in self.stages[number].blocks:
-                tokens = block.run(tokens)
-                probe(f"block{block.index}", tokens)
-        return tokens
-
-    def pool(self, tokens: Tensor) -> Tensor:
+    def pool(self, x: Tensor) -> Tensor:
         """Final norm and the model's own pooling: [B, N, D] to [B, D]."""
-        normed = self.model.norm(tokens).unflatten(1, self.stages[-1].grid)  # [B, R, C, D]
+        normed = self.model.norm(x).unflatten(1, self.stages[-1].grid)  # [B, R, C, D]
         return cast(Tensor, self.model.forward_head(normed, pre_logits=True))
 
 

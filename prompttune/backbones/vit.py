@@ -7,7 +7,7 @@ The tensors and the arithmetic are timm's (https://github.com/huggingface/pytorc
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from timm.layers import Attention, resample_abs_pos_embed
@@ -20,7 +20,7 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
-from prompttune.backbones.base import Architecture, Backbone, set_patch_input
+from prompttune.backbones.base import Architecture, PatchBackbone, set_patch_input
 from prompttune.backbones.blocks import AttentionBlock, merge_heads
 from prompttune.layers.attention import attend
 from prompttune.layers.probe import probe
@@ -29,18 +29,24 @@ BILINEAR = ("flexi", "radio")
 """Parts of timm names whose position embeddings timm resamples bilinearly and without antialiasing."""
 
 
-def _problem(model: VisionTransformer) -> str:
-    if type(model) is not VisionTransformer:
+def vit_problem(model: Any, kind: type[nn.Module], block: type[nn.Module], *attentions: type[nn.Module]) -> str:
+    """The reason why a model cannot be driven as a ``kind`` with such blocks; empty if it can."""
+    if type(model) is not kind:
         return f"it is a {type(model).__name__}"
     if type(model.patch_embed) is not PatchEmbed:
         return f"its patch embedding is a {type(model.patch_embed).__name__}"
     if model.global_pool == "":
         return "it has no pooling"
-    for block in cast(nn.Sequential, model.blocks):
-        if type(block) is not Block or type(block.attn) is not Attention:
-            return f"its blocks are {type(block).__name__} with {type(block.attn).__name__}"
-        if getattr(block.attn, "gate", None) is not None:
+    for one in cast(nn.Sequential, model.blocks):
+        attention = getattr(one, "attn", None)
+        if type(one) is not block:
+            return f"its blocks are {type(one).__name__}"
+        if type(attention) not in attentions:
+            return f"its attention is a {type(attention).__name__}"
+        if getattr(attention, "gate", None) is not None:
             return "its attention is gated"
+        if getattr(attention, "num_kv_groups", 1) != 1:
+            return "its heads share keys and values"
     return ""
 
 
@@ -53,9 +59,7 @@ class VitBlock(AttentionBlock):
         pooled_alone: whether only token 0 of its output is needed: the last block of a model that pools this token.
     """
 
-    timm: Block
-
-    def __init__(self, timm: Block, index: int, pooled_alone: bool) -> None:
+    def __init__(self, timm: Any, index: int, pooled_alone: bool) -> None:
         super().__init__(timm, index)
         self.pooled_alone = pooled_alone
 
@@ -74,11 +78,23 @@ class VitBlock(AttentionBlock):
     def project(self, attended: Tensor) -> Tensor:
         """See :meth:`AttentionBlock.project`; with LayerScale."""
         attention = self.timm.attn
-        return cast(Tensor, self.timm.ls1(attention.proj(attention.norm(attended))))
+        return self.scale_attention(attention.proj(attention.norm(attended)))
 
     def mlp(self, tokens: Tensor) -> Tensor:
         """See :meth:`AttentionBlock.mlp`; with LayerScale."""
-        return cast(Tensor, self.timm.ls2(self.timm.mlp(self.timm.norm2(tokens))))
+        return self.scale_mlp(self.timm.mlp(self.timm.norm2(tokens)))
+
+    def scale_attention(self, projected: Tensor) -> Tensor:
+        """The LayerScale of the attention, [..., D]."""
+        return cast(Tensor, self.timm.ls1(projected))
+
+    def scale_mlp(self, projected: Tensor) -> Tensor:
+        """The LayerScale of the MLP, [..., D]."""
+        return cast(Tensor, self.timm.ls2(projected))
+
+    def run_timm(self, tokens: Tensor) -> Tensor:
+        """The block as timm computes it, [B, N, D]."""
+        return cast(Tensor, self.timm(tokens))
 
     def read(self, tokens: Tensor, whole: bool = False) -> Tensor:
         """The tokens of [B, N, D] whose output is needed: all, or token 0 with ``pooled_alone``, unless ``whole``."""
@@ -99,29 +115,29 @@ class VitBlock(AttentionBlock):
         return self.feed_forward(self.read(tokens, whole) + self.self_attention(tokens, whole))
 
 
-class VitBackbone(Backbone):
+class VitBackbone(PatchBackbone):
     """A frozen timm VisionTransformer of any depth, width, patch size, prefix tokens and pooling."""
 
-    model: VisionTransformer
+    model: Any
     blocks: tuple[VitBlock, ...]
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self.image_size = int(model.patch_embed.img_size[0])
-        rows, columns = model.patch_embed.grid_size
-        self.grid = (int(rows), int(columns))
         self.width = int(model.embed_dim)
         self.depth = len(model.blocks)
-        self.patch_size = int(model.patch_embed.patch_size[0])
         self.num_prefix_tokens = int(model.num_prefix_tokens)
-        self.num_tokens = self.num_prefix_tokens + rows * columns
+        self.num_tokens = self.num_prefix_tokens + self.grid[0] * self.grid[1]
         self.pools_class_token = model.attn_pool is None and model.global_pool == "token"
         """Whether the features depend only on token 0, so that the last block can skip the other tokens."""
         self.blocks = tuple(
-            VitBlock(cast(Block, block), index, self.pools_class_token and index == self.depth - 1)
-            for index, block in enumerate(cast(nn.Sequential, model.blocks))
+            self.open_block(block, index, self.pools_class_token and index == self.depth - 1)
+            for index, block in enumerate(model.blocks)
         )
         self.num_heads, self.head_dim = self.blocks[0].num_heads, self.blocks[0].head_dim
+
+    def open_block(self, timm: nn.Module, index: int, pooled_alone: bool) -> VitBlock:
+        """One block in pieces, see :class:`VitBlock`."""
+        return VitBlock(timm, index, pooled_alone)
 
     def forward(self, images: Tensor) -> Tensor:
         """See :meth:`Backbone.forward`."""
@@ -135,20 +151,16 @@ class VitBackbone(Backbone):
         """Images [B, 3, S, S] to the tokens [B, N, D] that enter block 0."""
         return self.place(self.embed_patches(images))
 
-    def embed_patches(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S] to patch tokens [B, R C, D], without prefix tokens and position embedding."""
-        # The patch convolution may have a higher precision than the blocks.
-        patches: Tensor = self.model.patch_embed(images.to(self.model.patch_embed.proj.weight.dtype))
-        return patches.to(self.token_dtype or self.blocks[0].timm.attn.proj.weight.dtype)
-
     def place(self, patches: Tensor) -> Tensor:
         """Patch tokens [B, R C, D] to the tokens [B, N, D] that enter block 0."""
-        tokens = cast(Tensor, self.model.norm_pre(self.model._pos_embed(patches)))
+        own = (self.model.cls_token, self.model.reg_token)
+        prefix = [tokens.expand(patches.shape[0], -1, -1) for tokens in own if tokens is not None]
+        tokens = self.position(torch.cat((*prefix, patches), dim=1))
         probe("embed", tokens)
         return tokens
 
     def position(self, tokens: Tensor) -> Tensor:
-        """Add the image tokens' position embedding (and pre-norm) to prompt tokens [1, N, D]."""
+        """Add the position embedding (and pre-norm) to tokens [B, N, D] of an image or of prompts."""
         embedding = self.model.pos_embed
         if embedding is None:
             placed = tokens
@@ -208,7 +220,7 @@ VIT = Architecture(
     models=(VisionTransformer,),
     modules=("vision_transformer", "deit"),
     supported="timm VisionTransformer models with pre-norm blocks and absolute (or no) position embeddings",
-    problem=_problem,
+    problem=lambda model: vit_problem(model, VisionTransformer, Block, Attention),
     wrap=_wrap,
     kind=VitBackbone,
     rename=checkpoint_filter_fn,

@@ -7,10 +7,14 @@ the windows. N = R C tokens of the map; W windows of A tokens; H heads of d chan
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from timm.models.swin_transformer import SwinTransformerBlock, window_partition
+from timm.models.swin_transformer import window_partition
 from torch import Tensor, nn
 
+from prompttune.backbones.blocks import Constant
 from prompttune.layers.attention import attend
 
 
@@ -54,16 +58,16 @@ class Windows(nn.Module):
     """The attention of a frozen block between its projections, for one size of the map.
 
     Args:
-        block: the frozen block; its relative position bias and shift mask are taken as constants, see :meth:`freeze`.
+        block: the frozen block.
         grid: rows and columns of the map.
+        position_bias: a bound method that gives the block's relative position bias, float32 [H, A, A].
     """
 
     order: Tensor
     places: Tensor
-    bias: Tensor
     shift_mask: Tensor | None
 
-    def __init__(self, block: SwinTransformerBlock, grid: tuple[int, int]) -> None:
+    def __init__(self, block: Any, grid: tuple[int, int], position_bias: Callable[[], Tensor]) -> None:
         super().__init__()
         order, places = window_order(grid, block.window_size, block.shift_size)
         self.count = order.numel() // block.window_area
@@ -71,21 +75,9 @@ class Windows(nn.Module):
         self.moves = self.padded or not torch.equal(order, torch.arange(order.numel()))
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("places", places, persistent=False)
-        self._attention = (block.attn,)  # a tuple hides it: the block is the backbone's
-        self.register_buffer("bias", self._compute_bias().detach(), persistent=False)
-        self.frozen = True
+        self.bias = Constant(position_bias)
         shift_mask = None if block.attn_mask is None else block.attn_mask.float().clone()  # [W, A, A]
         self.register_buffer("shift_mask", shift_mask, persistent=False)
-
-    def freeze(self, frozen: bool) -> None:
-        """Treat the current position bias as a constant, or compute it in every call from a table that trains."""
-        self.frozen = frozen
-        if frozen:
-            self.bias = self._compute_bias().detach()
-
-    def _compute_bias(self) -> Tensor:
-        bias: Tensor = self._attention[0]._get_rel_pos_bias()[0].float().contiguous()  # [H, A, A]
-        return bias
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, padding: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Self attention in the windows.
@@ -131,10 +123,10 @@ class Windows(nn.Module):
 
     def mask(self) -> Tensor:
         """Relative position bias and shift mask, float32 [H W, A, A], added to the scores."""
-        bias = self.bias if self.frozen else self._compute_bias()
+        bias: Tensor = self.bias().unsqueeze(1)  # [H, 1, A, A]
         if self.shift_mask is None:
-            return bias.unsqueeze(1).expand(-1, self.count, -1, -1).flatten(0, 1)
-        return (bias.unsqueeze(1) + self.shift_mask).flatten(0, 1)
+            return bias.expand(-1, self.count, -1, -1).flatten(0, 1)
+        return (bias + self.shift_mask).flatten(0, 1)
 
     def partition(self, tokens: Tensor, padding: Tensor) -> Tensor:
         """[..., H, N, d] to [..., H W, A, d]; padded places take ``padding`` [H, 1, d]."""

@@ -72,7 +72,7 @@ class EXPRES(PromptTokens):
         if self.qkv is not None:
             qkv = qkv + self.qkv
         if self.proj is not None:
-            proj = torch.stack([block.timm.ls1(self.proj[block.index]) for block in backbone.blocks])
+            proj = torch.stack([block.scale_attention(self.proj[block.index]) for block in backbone.blocks])
         return {"prompts": self.prompts.unsqueeze(0), "qkv": qkv.unsqueeze(0), "proj": proj.unsqueeze(0)}
 
     def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
@@ -81,12 +81,13 @@ class EXPRES(PromptTokens):
         tokens = backbone.embed(images)  # [B, N, D]
         tokens = torch.cat((self.rows(state["prompts"], tokens), tokens), dim=1)  # [B, P + N, D]
         for block in backbone.blocks:
-            # after the last block only the output tokens are read
-            read = tokens[:, :count] if block.index == backbone.depth - 1 else tokens
+            # After the last block only the output tokens are read; as many as an image's would be taken for its tokens.
+            alone = block.index == backbone.depth - 1 and count < backbone.num_tokens
+            read = tokens[:, :count] if alone else tokens
             attended = self._attention(block, block.norm1(tokens), read.shape[1], state["qkv"][:, block.index])
             tokens = block.feed_forward(read + self._shifted(attended, state["proj"][:, block.index]))
             probe(f"block{block.index}", tokens)
-        return Features(cast(Tensor, backbone.model.fc_norm(backbone.model.norm(tokens).mean(dim=1))))
+        return Features(cast(Tensor, backbone.model.fc_norm(backbone.model.norm(tokens[:, :count]).mean(dim=1))))
 
     def _attention(self, block: VitBlock, normed: Tensor, asking: int, shift: Tensor) -> Tensor:
         """The attention's output for the first ``asking`` of normed tokens [B, P + N, D], without the residual.
@@ -107,8 +108,7 @@ class EXPRES(PromptTokens):
 
 def _weigh_qkv(block: VitBlock, difference: Tensor) -> Tensor:
     """Queries, keys and values of a difference [..., D] between normed tokens: [3, ..., H d], without the bias."""
-    weights = block.timm.attn.qkv.weight.unflatten(0, (3, -1)).unbind(0)  # 3 of [H d, D]
-    return torch.stack([F.linear(difference, weight) for weight in weights])
+    return torch.stack([F.linear(difference, block.projection(part)[0]) for part in (QUERY, KEY, VALUE)])
 
 
 def _zeros(*size: int) -> nn.Parameter:

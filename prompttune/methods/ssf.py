@@ -64,8 +64,8 @@ class SSF(MethodOver[VitBackbone]):
         state |= {f"shift.{place}": self.shift[place].unsqueeze(0) for place in shapes}
         shifts: dict[str, list[Tensor]] = {"proj": [], "fc2": []}
         for block in backbone.blocks:
-            shifts["proj"].append(block.timm.ls1(self.shift["proj"][block.index]))
-            shifts["fc2"].append(block.timm.ls2(self.shift["fc2"][block.index]))
+            shifts["proj"].append(block.scale_attention(self.shift["proj"][block.index]))
+            shifts["fc2"].append(block.scale_mlp(self.shift["fc2"][block.index]))
         state |= {f"shift.{place}": torch.stack(rows).unsqueeze(0) for place, rows in shifts.items()}
         return state
 
@@ -119,4 +119,4 @@ def _mlp(block: VitBlock, tokens: Tensor, state: State) -> Tensor:
     timm = block.timm
     normed = _adapt(timm.norm2(tokens), state, "norm2", block.index)
     hidden = _adapt(timm.mlp.fc1(normed), state, "fc1", block.index)
-    return _adapt(timm.ls2(timm.mlp.fc2(timm.mlp.norm(timm.mlp.act(hidden)))), state, "fc2", block.index)
+    return _adapt(block.scale_mlp(timm.mlp.fc2(timm.mlp.norm(timm.mlp.act(hidden)))), state, "fc2", block.index)

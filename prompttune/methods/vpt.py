@@ -14,11 +14,9 @@ patches, as the backbone does; dropout of deep prompts is drawn once per step, f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
-from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
@@ -125,7 +123,7 @@ class SwinVPT(MethodOver[SwinBackbone]):
         """All stages, with separate prompts for every block, [B, N, D] to [B, N', D']."""
         rows = tokens.shape[0]
         for number, stage in enumerate(self.backbone.stages):
-            tokens = self.backbone.merge(number, tokens)
+            tokens = self.backbone.enter(number, tokens)
             keys, values = (state[f"{part}.{number}"].expand(rows, -1, -1, -1, -1) for part in ("keys", "values"))
             for place, block in enumerate(stage.blocks):
                 prompts = (None, keys[:, place], values[:, place])
@@ -141,10 +139,9 @@ class SwinVPT(MethodOver[SwinBackbone]):
         prompts = state["prompts"].expand(tokens.shape[0], -1, -1)  # [B, P, D]
         prompts = F.dropout(prompts, self.config.dropout, self.training)
         for number, stage in enumerate(self.backbone.stages):
-            tokens = self.backbone.merge(number, tokens)
+            tokens = self.backbone.enter(number, tokens)
             if number > 0:  # as if four equal prompts were merged
-                merging = cast(PatchMerging, self.backbone.model.layers[number].downsample)
-                prompts = merging.reduction(merging.norm(torch.cat((prompts,) * 4, dim=-1)))
+                prompts = self.backbone.reduce(number, torch.cat((prompts,) * 4, dim=-1))
             both = torch.cat((prompts, tokens), dim=1)  # [B, P + N, D]
             for block in stage.blocks:
                 both = self._shallow_block(block, both)

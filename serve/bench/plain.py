@@ -41,8 +41,10 @@ class _PlainGraph(nn.Module):
         if not isinstance(self.backbone, VitBackbone):
             plain: Tensor = self.backbone(image).float()
             return plain
-        model = self.backbone.model
-        tokens = model.norm(model.blocks(self.backbone.embed(image)))  # whole blocks, as timm runs them
+        model, tokens = self.backbone.model, self.backbone.embed(image)
+        for block in self.backbone.blocks:
+            tokens = block.run_timm(tokens)
+        tokens = model.norm(tokens)
         features: Tensor = model.forward_head(tokens, pre_logits=True).float()  # [B, D]
         return features
 

@@ -71,7 +71,7 @@ class SwinSA2VP(AttentionPathways[SwinBackbone]):
 
     def _enter(self, tokens: Tensor) -> Tensor:
         """Run embedded tokens through the earlier stages, merged for the stage where the pathways meet, [B, N, D]."""
-        return self.backbone.merge(SWIN_STAGE, self.backbone.run_stages(tokens, range(SWIN_STAGE)))
+        return self.backbone.enter(SWIN_STAGE, self.backbone.run_stages(tokens, range(SWIN_STAGE)))
 
     def _last_reading_block(self, index: int, h: Tensor, p: Tensor, state: State) -> Tensor:
         """The last block in which the base reads the prompts, [B, N, D]; only their keys and values are computed."""
