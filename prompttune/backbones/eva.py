@@ -103,6 +103,7 @@ EVA = Architecture(
     supported="timm Eva models with pre-norm blocks (EVA-02, DINOv3, Perception Encoder, RoPE ViTs)",
     problem=_problem,
     wrap=_wrap,
+    kind=EvaBackbone,
     rename=eva.checkpoint_filter_fn,
     settings={"dynamic_img_size": False},
 )
