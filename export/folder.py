@@ -304,14 +304,14 @@ class Manifest:
         """Type of the tasks, with the settings of the head of the traced model; read late, because it imports PyTorch.
 
         Raises:
-            UsageError, EngineError: this version does not know the type or one of its settings.
+            EngineError: this version does not know the type or one of its settings.
         """
         from prompttune.task_types import read_task_type
 
         try:
             return read_task_type(self.type_config)
-        except (KeyError, TypeError) as problem:
-            raise EngineError(f"the engine's task type cannot be read: {problem}; upgrade prompttune") from None
+        except (UsageError, KeyError, TypeError) as problem:
+            raise EngineError(f"the engine's task type does not fit this prompttune: {problem}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -373,8 +373,6 @@ class EngineFolder:
             self.manifest = Manifest.from_dict(values)
         except (KeyError, TypeError, AttributeError) as problem:
             raise EngineError(f"the engine manifest {self.path / MANIFEST} lacks a part: {problem}") from None
-        except UsageError as problem:  # a task type of another package or release
-            raise EngineError(f"{self.path / MANIFEST} does not fit this prompttune: {problem}") from None
         if self.manifest.format == "onnx-adapter":
             raise EngineError(f"{self.path} has the removed format onnx-adapter: export it again with --format onnx")
         if verify:

@@ -86,9 +86,13 @@ class Registry(Mapping[str, Part], Generic[Part]):
             except (Exception, SystemExit) as problem:  # any error of another package
                 where = f"the {self.kind} {name} cannot be imported from {part}"
                 raise UsageError(f"{where}: {describe_failure(problem)}") from problem
-            self._checked(name, made)
-            self._parts[name] = part = cast(Part, made)
-        return part
+            self._parts[name] = made  # first, because the check may look at every part
+            try:
+                self._checked(name, made)
+            except UsageError:
+                self._parts[name] = part
+                raise
+        return cast(Part, self._parts[name])
 
     def _checked(self, name: str, part: Any) -> None:
         if self._base is not None and not (isinstance(part, type) and issubclass(part, self._base)):

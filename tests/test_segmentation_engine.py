@@ -315,8 +315,8 @@ def test_more_classes_than_a_mask_tells_apart_are_not_scored():
 def test_an_unknown_task_type_is_one_line(tmp_path):
     folder = shutil.copytree(exported("linear"), tmp_path / "engine")
     reseal(folder / "engine.json", lambda values: values.update(task_type={"name": "depth"}))
-    with pytest.raises(EngineError, match=r"engine\.json does not fit this prompttune: unknown task type 'depth'"):
-        EngineFolder(folder)
+    with pytest.raises(EngineError, match="task type does not fit this prompttune: unknown task type 'depth'"):
+        pt.validate_engine(folder)
 
 
 def test_borders_between_classes_are_ties():

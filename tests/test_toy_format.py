@@ -1,5 +1,6 @@
 """A format and a runtime of somebody else: one file, one registration each, and every command knows them."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,9 +8,15 @@ import pytest
 from click.testing import CliRunner
 
 import prompttune as pt
+from prompttune.cli.export import export
 from prompttune.cli.main import cli
+from prompttune.errors import UsageError
 from prompttune.export import FORMATS, RUNTIMES, validate_engine
+from prompttune.export.formats.base import _COMMAND
+from prompttune.export.formats.tensorrt_options import TensorRTOptions
+from prompttune.settings import setting
 from tests.engines import checkpoint, exported, noise
+from tests.toy_format import ProgramFormat
 
 
 @pytest.fixture
@@ -18,6 +25,22 @@ def registered(monkeypatch):
         monkeypatch.setattr(registry, "_parts", dict(registry._parts))
     FORMATS.add("program", "tests.toy_format:ProgramFormat")
     RUNTIMES.add("program", "tests.toy_format:ProgramRuntime")
+
+
+@pytest.mark.parametrize(
+    ("field", "where"), [("workspace", "trt"), ("images", "prompttune export"), ("overwrite", "prompttune export")]
+)
+def test_an_option_has_one_meaning(registered, field, where):
+    options = dataclasses.make_dataclass("Options", [(field, int, setting(1, "other thing"))], frozen=True)
+    kind = type("Other", (ProgramFormat,), {"options": options})
+    message = f"the format 'other': --{field} has another meaning in {where}: give it another name"
+    with pytest.raises(UsageError, match=message):
+        FORMATS.add("other", kind)
+    FORMATS.add("like", type("Like", (ProgramFormat,), {"options": TensorRTOptions}))
+
+
+def test_the_options_that_no_format_may_have_are_those_of_the_command():
+    assert {option.opts[0].removeprefix("--").replace("-", "_") for option in export.params[1:]} | {"help"} == _COMMAND
 
 
 def run(*arguments):

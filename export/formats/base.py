@@ -15,10 +15,10 @@ from prompttune.axes import CLASSES, CLUSTERS, RANK
 from prompttune.errors import UsageError, choose
 from prompttune.export.graph import Traced, trace
 from prompttune.export.layout import BATCH, DTYPES, TASKS, Array, Range, State, TensorSpec
-from prompttune.export.options import OnStage, RuntimeOptions
+from prompttune.export.options import GateOptions, OnStage, RuntimeOptions
 from prompttune.model import PromptModel
 from prompttune.registry import Registry
-from prompttune.settings import coerce_all, setting, settings_of, settle
+from prompttune.settings import all_settings, coerce_all, setting, settings_of, settle
 
 BANK_PRECISIONS = tuple(DTYPES)
 PRECISIONS = (*BANK_PRECISIONS, "int8")
@@ -75,7 +75,27 @@ class Format(ABC):
         """
 
 
-FORMATS: Registry[type[Format]] = Registry("format", "prompttune.formats", base=Format)
+_COMMAND = frozenset(("data", "help", "json", "no_parity", "output", "overwrite", "weights"))
+"""Options of ``prompttune export`` beside the settings."""
+
+
+def _check(name: str, kind: type[Format]) -> None:
+    """Raise :class:`UsageError` for an option that ``prompttune export`` or another format has with another meaning."""
+    if kind.options is None or kind.__module__.startswith("prompttune."):
+        return
+    from prompttune.export.triton import TritonSettings
+
+    taken = _COMMAND.union(*map(all_settings, (ExportSettings, GateOptions, TritonSettings)))
+    for key, known in all_settings(kind.options).items():
+        others = (other for other in FORMATS if other != name and (options := FORMATS[other].options) is not None
+                  and all_settings(options).get(key, known) != known)  # fmt: skip
+        if where := "prompttune export" if key in taken else next(others, None):
+            raise UsageError(
+                f"the format {name!r}: {known.option} has another meaning in {where}: give it another name"
+            )
+
+
+FORMATS: Registry[type[Format]] = Registry("format", "prompttune.formats", _check, Format)
 """Class of each format; the runtime of the same name opens its files."""
 FORMATS.add("onnx", "prompttune.export.formats.onnx:OnnxFormat")
 FORMATS.add("aoti", "prompttune.export.formats.aoti:AotiFormat")

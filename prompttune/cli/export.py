@@ -51,7 +51,8 @@ def _options() -> list[click.Parameter]:
     text += f"; {', '.join(REPOSITORIES)}: a Triton model repository with ONNX or a TensorRT plan.  [default: onnx]"
     choice = SettingOption(dataclasses.replace(known, choices=[*FORMATS, *REPOSITORIES]), "Options", text)
     _, *others = options_of(ExportSettings)
-    return [choice, *others, *options_of(*_format_settings(), TritonSettings, GateOptions)]
+    of_formats = {option.name: option for option in options_of(*_format_settings())}
+    return [choice, *others, *of_formats.values(), *options_of(TritonSettings, GateOptions)]
 
 
 @click.command(cls=SectionedCommand, settings=_options)
