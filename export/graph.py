@@ -45,7 +45,7 @@ class MultiTaskGraph(nn.Module):
     """Every row of a batch answers for the task that its ``task_index`` names.
 
     Args:
-        model: backbone and method; :func:`prompttune.export.precision.typed_model` gives it a lower precision.
+        model: backbone and method; :func:`prompttune.export.precision.casting.typed_model` gives it a lower precision.
         dtype: dtype of the model's activations.
         probes: called with the names of intermediate results, which are then returned after the logits.
     """

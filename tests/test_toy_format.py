@@ -14,7 +14,8 @@ from prompttune.errors import UsageError
 from prompttune.export import FORMATS, RUNTIMES, validate_engine
 from prompttune.export.formats.base import _COMMAND
 from prompttune.export.formats.tensorrt_options import TensorRTOptions
-from prompttune.settings import setting
+from prompttune.export.triton import TritonSettings
+from prompttune.settings import all_settings, setting
 from tests.engines import checkpoint, exported, noise
 from tests.toy_format import ProgramFormat
 
@@ -40,7 +41,8 @@ def test_an_option_has_one_meaning(registered, field, where):
 
 
 def test_the_options_that_no_format_may_have_are_those_of_the_command():
-    assert {option.opts[0].removeprefix("--").replace("-", "_") for option in export.params[1:]} | {"help"} == _COMMAND
+    own = {option.opts[0].removeprefix("--").replace("-", "_") for option in export.params[1:]}
+    assert own | {"help"} | all_settings(TritonSettings).keys() == _COMMAND
 
 
 def run(*arguments):

@@ -1,11 +1,11 @@
 """int8: the backbone's matrix products.
 
 Weights are int8 with one scale per channel. Activations get their scale in each call (``dynamic``, one scale per row:
-:mod:`.rowwise`) or from calibration images (``static``, by ONNX Runtime's own tools, as QuantizeLinear and
-DequantizeLinear pairs). In both cases the channels are first balanced on calibration images (:mod:`.smooth`). Norms,
-softmax, GELU, residual sums and all of a task's tensors stay in float. With static scales the last product of the first
-blocks' MLPs does as well: the values after GELU have the longest tails, and early
-errors pass through every later block.
+:mod:`.onnx_rowwise`) or from calibration images (``static``, by ONNX Runtime's own tools, as QuantizeLinear and
+DequantizeLinear pairs). In both cases the channels are first balanced on calibration images
+(:mod:`prompttune.export.precision.smooth`). Norms, softmax, GELU, residual sums and all of a task's tensors stay in
+float. With static scales the last product of the first blocks' MLPs does as well: the values after GELU have the
+longest tails, and early errors pass through every later block.
 """
 
 from __future__ import annotations
