@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -70,7 +69,6 @@ def rest_application(service: Service, settings: TransportSettings, state: Share
     add_pages(application, settings)
     application.add_exception_handler(ServeError, _serve_error)
     application.add_exception_handler(HTTPException, _http_error)
-    application.add_exception_handler(RequestValidationError, _invalid)
     application.add_middleware(ObserveRequests, id_length=settings.limits.id_length, calls=state.calls)
     return application
 
@@ -85,12 +83,6 @@ async def _http_error(request: Request, problem: Exception) -> Response:
     where = f"{request.method} {request.url.path}"
     message = {404: f"{where} does not exist", 405: f"{where} is not allowed"}.get(problem.status_code, problem.detail)
     return json_answer({"error": message}, problem.status_code, dict(problem.headers or {}))
-
-
-async def _invalid(_: Request, problem: Exception) -> Response:
-    assert isinstance(problem, RequestValidationError)
-    first = problem.errors()[0]
-    return json_answer({"error": f"{'.'.join(map(str, first['loc']))}: {first['msg']}"}, 422)
 
 
 class ObserveRequests:
