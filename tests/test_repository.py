@@ -10,8 +10,7 @@ from prompttune.export.folder import FileRecord, TaskRecord
 from prompttune.images.preprocess import Preprocess
 from prompttune.serve.batching.replica import DeviceReplica
 from prompttune.serve.messages import BadRequestError, NotFoundError, UnavailableError
-from prompttune.serve.service.catalogue import Scan
-from prompttune.serve.service.numbers import Numbers
+from prompttune.serve.service.catalogue import Numbers, Scan
 from prompttune.serve.service.repository import Repository
 from prompttune.serve.workers import Key
 from tests.fake_worker import SETTINGS, FakeWorker, image

@@ -14,8 +14,8 @@ from prompttune.errors import EngineError
 from prompttune.export.folder import EngineFolder
 from prompttune.export.versions import carry_over, read_number
 from prompttune.serve.messages import InferRequest, InputTensor, NotFoundError, bytes_array
+from prompttune.serve.service.catalogue import Numbers
 from prompttune.serve.service.models import READY
-from prompttune.serve.service.numbers import Numbers
 from prompttune.serve.service.service import ServiceSettings
 from tests.engines import copied, exported
 from tests.serving import noise, outputs, request, running, within
@@ -113,7 +113,7 @@ def test_a_read_only_engine_counts_in_memory(folder, monkeypatch):
     def refuse(*_):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("prompttune.serve.service.numbers.write_number", refuse)
+    monkeypatch.setattr("prompttune.serve.service.catalogue.write_number", refuse)
     new = copy(folder, "task1")
     assert numbers_of(folder, nothing, new) == [1, 2]
     assert numbers_of(folder, nothing) == [1]

@@ -1,7 +1,8 @@
-"""Task folders on disk: the engine's own and the watched ones, read without their states."""
+"""Task folders on disk: the engine's own and the watched ones, read without their states; numbers of their versions."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from prompttune.export.folder import (
     task_names,
 )
 from prompttune.export.layout import largest_axes
+from prompttune.export.versions import Numbered, read_number, write_number
 from prompttune.serve.messages import MIXED
 
+LOG = logging.getLogger("prompttune.serve")
 _Stamp = tuple[tuple[int, int, int], ...]
 
 
@@ -106,3 +109,44 @@ def _stamp(folder: Path) -> _Stamp:
         else:
             found.append((status.st_mtime_ns, status.st_size, status.st_ino))
     return tuple(found)
+
+
+class Numbers:
+    """Counts the versions of tasks. The methods block; different threads may call them for different tasks.
+
+    A task that was copied into the folder, or that lies in another folder, has not been counted by its writer.
+
+    Args:
+        engine: the engine folder; if it cannot be written, numbers are kept in memory only.
+    """
+
+    def __init__(self, engine: Path) -> None:
+        self._engine = engine
+        self._last: dict[str, Numbered] = {}
+
+    def number(self, task: str, digest: str) -> int:
+        """The number of a version that is about to answer. Numbers never decrease; a new digest gets a higher one."""
+        last = self._last.get(task, Numbered(0, ""))
+        counted = self._read(task)
+        number = last.number if last.digest == digest else last.number + 1
+        if counted.digest == digest:
+            number = max(number, counted.number)
+        elif last.digest != digest:
+            number = max(number, counted.number + 1)
+        self._last[task] = found = Numbered(number, digest)
+        if found != counted and number > 1:
+            self._write(task, found)
+        return number
+
+    def _read(self, task: str) -> Numbered:
+        try:
+            return read_number(self._engine, task)
+        except (PrompttuneError, OSError) as problem:
+            LOG.warning("a task's version is counted from 1: %s", problem, extra={"task": task})
+            return Numbered(0, "")
+
+    def _write(self, task: str, found: Numbered) -> None:
+        try:
+            write_number(self._engine, task, found)
+        except OSError as problem:  # a read-only mount
+            LOG.debug("a task's version number is kept in memory: %s", problem, extra={"task": task})

@@ -10,9 +10,8 @@ from prompttune.errors import PrompttuneError
 from prompttune.export.folder import TaskRecord
 from prompttune.serve.batching.replica import DeviceReplica
 from prompttune.serve.messages import BadRequestError, NotFoundError, UnavailableError
-from prompttune.serve.service.catalogue import Catalogue
+from prompttune.serve.service.catalogue import Catalogue, Numbers
 from prompttune.serve.service.models import LOADING, READY, Model
-from prompttune.serve.service.numbers import Numbers
 from prompttune.serve.workers import Key, VersionGoneError, WorkerDiedError
 
 LOG = logging.getLogger("prompttune.serve")
@@ -32,12 +31,8 @@ class Repository:
         self._numbers = numbers
         self._replicas = replicas
         self._reading = asyncio.Lock()
-        self._models: dict[str, Model] = {}
-
-    @property
-    def models(self) -> Mapping[str, Model]:
+        self.models: dict[str, Model] = {}
         """Every task that is or was known, by name."""
-        return self._models
 
     def model(self, name: str) -> Model:
         """Find a task by its name.
@@ -45,9 +40,9 @@ class Repository:
         Raises:
             NotFoundError: the task does not exist.
         """
-        if name not in self._models:
+        if name not in self.models:
             raise NotFoundError(f"the task {name!r} does not exist: the repository index lists the tasks")
-        return self._models[name]
+        return self.models[name]
 
     async def begin(self, records: Mapping[str, TaskRecord], problems: Mapping[str, str]) -> None:
         """Add what the first scan of the disk found; states are loaded on request."""
@@ -56,10 +51,10 @@ class Repository:
             return [self._numbers.number(name, record.version) for name, record in records.items()]
 
         for (name, record), number in zip(records.items(), await asyncio.to_thread(count), strict=True):
-            self._models.setdefault(name, Model(name)).replace(record, number)
+            self.models.setdefault(name, Model(name)).replace(record, number)
         for name, problem in problems.items():
             LOG.warning("a task cannot be served: %s", problem, extra={"task": name})
-            self._models.setdefault(name, Model(name)).retire(problem)
+            self.models.setdefault(name, Model(name)).retire(problem)
 
     # ------------------------------------------------------------------ control
 
@@ -71,13 +66,13 @@ class Repository:
             BadRequestError: the task is damaged or does not fit; an old version stays.
             UnavailableError: no worker can take it at the moment.
         """
-        model = self._models.get(name) or Model(name)
+        model = self.models.get(name) or Model(name)
         async with model.changing:
             try:
                 record = await self._find(name)
                 if record is None:
                     raise NotFoundError(f"the task {name!r} does not exist on disk")
-                self._models.setdefault(name, model)
+                self.models.setdefault(name, model)
                 await self._bring_in(model, record)
             except (WorkerDiedError, VersionGoneError):
                 raise UnavailableError(f"the task {name!r} could not be loaded just now: try again") from None
@@ -124,16 +119,16 @@ class Repository:
         async with self._reading:
             scan = await asyncio.to_thread(self._catalogue.scan)
         for name, record in scan.records.items():
-            model = self._models.setdefault(name, Model(name))
+            model = self.models.setdefault(name, Model(name))
             if record.version not in (model.version, model.refused) and not model.unloaded:
                 await self._follow_change(model, record)
         for name, problem in scan.problems.items():
-            model = self._models.setdefault(name, Model(name))
+            model = self.models.setdefault(name, Model(name))
             if model.reason != problem:
                 LOG.warning("a task on disk cannot be served: %s", problem, extra={"task": name})
                 model.reason = problem
-        for name in self._models.keys() - scan.records.keys() - scan.problems.keys():
-            model = self._models[name]
+        for name in self.models.keys() - scan.records.keys() - scan.problems.keys():
+            model = self.models[name]
             if model.state == READY:
                 async with model.changing:
                     await self._drop(model.retire("its folder is gone"))

@@ -23,13 +23,12 @@ from prompttune.serve.messages import (
     ServerMetadata,
     shown,
 )
-from prompttune.serve.service.catalogue import Catalogue
+from prompttune.serve.service.catalogue import Catalogue, Numbers
 from prompttune.serve.service.images import Decoder
 from prompttune.serve.service.inference import Inference
 from prompttune.serve.service.metadata import mixed_metadata, task_metadata
 from prompttune.serve.service.metrics import Metrics
 from prompttune.serve.service.models import READY, UNAVAILABLE, Model
-from prompttune.serve.service.numbers import Numbers
 from prompttune.serve.service.repository import Repository
 from prompttune.serve.service.settings import ServiceSettings
 from prompttune.serve.workers.waiting import gathered
