@@ -6,12 +6,14 @@ import itertools
 import json
 import signal
 import subprocess
+from dataclasses import replace
 
 import pytest
 
 from prompttune.errors import EngineError
 from prompttune.serve.infer import job as jobs
-from tests.inferring import TELLING, command, encoded, invoked, pictures, rows_of, run
+from prompttune.serve.infer.running import prepared
+from tests.inferring import TELLING, command, encoded, invoked, pictures, rows_of, run, settings
 from tests.videos import broken_stream, clip, render
 
 av = pytest.importorskip("av", reason="PyAV is not installed: pip install 'prompttune[stream]'")
@@ -94,7 +96,7 @@ def test_a_stream_that_breaks_three_times(tmp_path):
                 seen += int(line.split()[1]) if line.startswith("wrote") else 0
             process.send_signal(signal.SIGINT)
             summary = json.loads(process.stdout.read())
-            assert process.wait(120) == 0
+            assert process.wait(60) == 0
     rows = rows_of(output)
     assert [row.frame for row in rows] == list(range(40))
     assert all(row.source == address for row in rows)
@@ -108,29 +110,25 @@ def test_a_stream_that_breaks_three_times(tmp_path):
 def test_a_watched_folder_is_answered_once_over_two_runs(tmp_path):
     folder = pictures(tmp_path / "inbox", 3)
     output = tmp_path / "rows.jsonl"
+    job = settings(folder, outputs=(str(output),), watch=True)
 
-    def watch(*words, expected):
-        with subprocess.Popen(
-            command(folder, "--watch", "--task", "task0", "-o", output, *words, setup=TELLING),
-            stderr=subprocess.PIPE, text=True,
-        ) as process:  # fmt: skip
-            seen = 0
-            while seen < expected:
-                line = process.stderr.readline()
-                assert line.startswith("wrote"), line + process.stderr.read()
-                seen += int(line.split()[1])
-            if not words:  # one more arrives while the folder is watched
+    def watch(job, expected):
+        def progressed(progress):
+            if progress.inputs == 3:  # one more arrives while the folder is watched
                 (folder / ".new.png").write_bytes(encoded(3))
                 (folder / ".new.png").rename(folder / "0003.png")
-                assert process.stderr.readline().startswith("wrote 1")
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(120) == 0, process.stderr.read()
+            if progress.inputs == expected:
+                ready.job.stop()
 
-    watch(expected=3)
+        with prepared(job, stdin=None, stdout=None, on_progress=progressed) as ready:
+            assert ready.live
+            assert ready.job.run().finished
+
+    watch(job, 4)
     (folder / "0004.png").write_bytes(encoded(4))
     (folder / "0001.png").write_bytes(encoded(9))  # while nobody watches
     (folder / "0002.png").touch()
-    watch("--resume", expected=2)
+    watch(replace(job, resume=True), 6)
     names = [row.source.rsplit("/", 1)[1] for row in rows_of(output)]
     assert names[:4] == [f"{index:04}.png" for index in range(4)]
     assert sorted(names[4:]) == ["0001.png", "0004.png"]

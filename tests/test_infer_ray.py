@@ -340,6 +340,19 @@ def test_only_what_was_lost_counts_as_lost(problem, line):
     assert re.match(line, str(ray_job._failure(problem, ray_job._Parcel([files(2)]))))
 
 
+def test_an_engine_that_a_node_cannot_open_is_one_line(job_of, work, tmp_path):
+    actor = EngineActor(replace(work, engine=tmp_path / "engine"))
+
+    def looks(fake):
+        fake.actors[0].opening.value, fake.actors[0].opening.done = actor.opened(), True
+        yield
+
+    job = job_of(looks, in_chunks(files(8), work), {"one": {"CPU": 2.0}})
+    here = socket.gethostname()
+    with pytest.raises(EngineError, match=rf"^node {here}: no engine at {tmp_path}/engine: .*every node sees$"):
+        list(job.answers())
+
+
 # ---------------------------------------------------------------------------------------------------- a real cluster
 
 
@@ -439,37 +452,6 @@ def test_the_rows_of_a_local_run(cluster, work, tmp_path, monkeypatch, capfd):
     assert "".join(capfd.readouterr()) == ""
 
 
-@pytest.mark.slow
-def test_inputs_are_listed_as_answers_arrive_and_closing_ends_it(joined, work):
-    items = pictures(400)
-    listed = 0
-
-    def listing():
-        nonlocal listed
-        for chunk in in_chunks(items, work):
-            listed += len(chunk)
-            yield chunk
-
-    answers = run_on_ray(listing(), work, SMALL)
-    for number in range(10):
-        [first, *_] = next(answers)
-        assert first.rows[0].row == number * work.chunk_inputs
-    # Ten chunks of four are five parcels of eight; two more may be on their way.
-    assert listed <= 8 * (5 + 2)
-    assert living("EngineActor")
-    answers.close()
-    wait_until(lambda: not living("EngineActor"), "actors stay behind")
-    assert ray.is_initialized()
-
-
-@pytest.mark.slow
-def test_an_engine_that_a_node_cannot_open_is_one_line(joined, work, tmp_path):
-    here = socket.gethostname()
-    elsewhere = replace(work, engine=tmp_path / "engine")
-    with pytest.raises(EngineError, match=rf"^node {here}: no engine at {tmp_path}/engine: .*every node sees$"):
-        list(run_on_ray(in_chunks(pictures(20), work), elsewhere, SMALL))
-
-
 def test_a_cluster_without_room(joined, work):
     with pytest.raises(UsageError, match=r"no room for an engine \(2 CPUs on a node\) and a decoder \(1 CPUs\)"):
         next(run_on_ray([pictures(1)], work, RaySettings(cpus=2)))
@@ -512,13 +494,19 @@ def test_a_lost_node_loses_no_row(joined, work, engines, monkeypatch):
     joined.add_node(num_cpus=2, **NODE)
     wait_until(lambda: len(connection.alive_nodes()) == 3, "the node does not come")
     chunks = in_chunks(pictures(120), work)
-    answers = run_on_ray(iter(chunks), work, replace(SMALL, actors=(engines, engines), window=6))
+    listed = []
+    answers = run_on_ray(
+        (listed.append(chunk) or chunk for chunk in chunks), work, replace(SMALL, actors=(engines, engines), window=6)
+    )
     got = [next(answers) for _ in range(4)]
+    assert len(listed) <= 4 + 6  # as answers arrive
     holder = next(iter(living("EngineActor").values()))
     joined.remove_node(next(one for one in joined.worker_nodes if one.node_id == holder), allow_graceful=False)
     got += answers
     assert got == locally(chunks, work)
     assert len(connection.alive_nodes()) == 2
+    wait_until(lambda: not living("EngineActor"), "actors stay behind")
+    assert ray.is_initialized()
 
 
 class Poison(ArrayPayload):
