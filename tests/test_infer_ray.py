@@ -326,7 +326,7 @@ def test_the_loss_of_the_last_room_is_waited_out(job_of, work, monkeypatch, capl
     ("problem", "line"),
     [
         (WorkerCrashedError(), "10 processes or nodes were lost trying to answer 0.png and the inputs after it"),
-        (ActorDiedError(), "10 processes or nodes were lost trying to answer 0.png and the inputs after it"),
+        (ActorDiedError(), "an engine was lost in each of 40 attempts to answer 0.png and the inputs after it"),
         (
             RayTaskError("f", "", NodeDiedError("gone")),
             "10 processes or nodes were lost trying to answer 0.png and the",

@@ -34,13 +34,16 @@ from prompttune.serve.infer.work import Work
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 10
-"""Largest number of attempts at a parcel: each retry follows the loss of a process or a node."""
+"""Largest number of attempts to decode a parcel: each retry follows the loss of a process or a node."""
+CALLS = 40
+"""Largest number of calls of an engine for a parcel. Ray repeats a call every few seconds until it knows that a node is
+lost: with its default health checks, a single loss took 7 calls."""
 PARCELS_OF_ENGINE = 4
 """Parcels in progress per engine: one is being answered, one waits at the engine, two are being decoded."""
 MOST_PARCELS = 512
 PIXEL_PARCELS_OF_ENGINE = 2
 """Parcels in progress per engine if they hold pixels, such as the frames of a video; each is one chunk."""
-_LOST = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, LocalRayletDiedError)
+_LOST = (WorkerCrashedError, NodeDiedError, ObjectLostError, LocalRayletDiedError)
 """Ray's errors for processes and nodes that are gone."""
 LOOK_S = 1.0
 """Seconds between two checks of the nodes."""
@@ -140,7 +143,7 @@ class _RayJob:
             # Additional engines would take the CPUs of the decoders and wait for them for ever.
             raise UsageError(f"the Ray cluster has room for {room} engines with their decoders, not for {least}")
         kind = ray.remote(EngineActor).options(
-            num_cpus=booking.cpus, num_gpus=booking.gpus, max_restarts=-1, max_task_retries=ATTEMPTS - 1
+            num_cpus=booking.cpus, num_gpus=booking.gpus, max_restarts=-1, max_task_retries=CALLS - 1
         )
         for _ in range(min(room, self._settings.actors[1] or room)):
             actor = kind.remote(self._work)
@@ -239,7 +242,9 @@ def _failure(problem: RayError, parcel: _Parcel) -> DataError:
     inner: BaseException = problem
     while isinstance(inner, RayTaskError):
         inner = inner.cause
+    inputs = f"{parcel.chunks[0][0].source} and the inputs after it"
+    if isinstance(inner, RayActorError):
+        return DataError(f"an engine was lost in each of {CALLS} attempts to answer {inputs}")
     if isinstance(inner, _LOST):
-        source = parcel.chunks[0][0].source
-        return DataError(f"{ATTEMPTS} processes or nodes were lost trying to answer {source} and the inputs after it")
+        return DataError(f"{ATTEMPTS} processes or nodes were lost trying to answer {inputs}")
     return DataError(f"the job on Ray has failed: {type(inner).__name__}: {first_line(inner)}")
