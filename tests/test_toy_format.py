@@ -12,7 +12,7 @@ from prompttune.cli.export import export
 from prompttune.cli.main import cli
 from prompttune.errors import UsageError
 from prompttune.export import FORMATS, RUNTIMES, validate_engine
-from prompttune.export.formats.base import _COMMAND
+from prompttune.export.formats.base import _OPTIONS
 from prompttune.export.formats.tensorrt_options import TensorRTOptions
 from prompttune.export.triton import TritonSettings
 from prompttune.settings import all_settings, setting
@@ -42,7 +42,7 @@ def test_an_option_has_one_meaning(registered, field, where):
 
 def test_the_options_that_no_format_may_have_are_those_of_the_command():
     own = {option.opts[0].removeprefix("--").replace("-", "_") for option in export.params[1:]}
-    assert own | {"help"} | all_settings(TritonSettings).keys() == _COMMAND
+    assert own | {"help"} | all_settings(TritonSettings).keys() == set(_OPTIONS.split())
 
 
 def run(*arguments):

@@ -75,21 +75,9 @@ class Format(ABC):
         """
 
 
-_COMMAND = frozenset(
-    [
-        "bank_inputs",
-        "data",
-        "help",
-        "json",
-        "max_batch_size",
-        "max_delay_ms",
-        "model_name",
-        "no_parity",
-        "output",
-        "overwrite",
-        "weights",
-    ]
-)
+_OPTIONS = """
+bank_inputs data help json max_batch_size max_delay_ms model_name no_parity output overwrite weights
+"""
 """Options of ``prompttune export`` beside the settings of the model and of the comparison."""
 
 
@@ -97,7 +85,7 @@ def _check(name: str, kind: type[Format]) -> None:
     """Raise :class:`UsageError` for an option that ``prompttune export`` or another format has with another meaning."""
     if kind.options is None or kind.__module__.startswith("prompttune."):
         return
-    taken = _COMMAND.union(all_settings(ExportSettings), all_settings(GateOptions))
+    taken = {*_OPTIONS.split(), *all_settings(ExportSettings), *all_settings(GateOptions)}
     for key, known in all_settings(kind.options).items():
         others = (other for other in FORMATS if other != name and (options := FORMATS[other].options) is not None
                   and all_settings(options).get(key, known) != known)  # fmt: skip
