@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,7 +120,7 @@ def _guarded_health(service: Service, settings: TransportSettings, calls: Calls)
 
     def check(message: Any, context: Any) -> None:
         access = Access.OPEN if message.service in SERVER_NAMES else Access.INFERENCE
-        settings.guard.check(access, _metadata(context, "authorization"))
+        settings.guard.check(access, _metadata(context).get("authorization", ""))
 
     async def answer(message: Any, context: Any, _: RequestRecord) -> Any:
         check(message, context)
@@ -146,11 +146,12 @@ def access_of(call: str) -> Access:
 
 def _wrapped(name: str, call: Call, settings: TransportSettings, calls: Calls) -> Callable[[Any, Any], Awaitable[Any]]:
     async def answer(message: Any, context: Any) -> Any:
-        record = _record(name, context, settings)
+        sent = _metadata(context)
+        record = _record(name, sent, settings)
 
         async def work() -> Any:
-            settings.guard.check(access_of(name), _metadata(context, "authorization"))
-            with continued(_strings(context)), calls.inside():
+            settings.guard.check(access_of(name), sent.get("authorization", ""))
+            with continued(sent), calls.inside():
                 return await call(message, context, record)
 
         return await answered(record, work(), functools.partial(_abort, context))
@@ -160,9 +161,10 @@ def _wrapped(name: str, call: Call, settings: TransportSettings, calls: Calls) -
 
 def _wrapped_stream(name: str, call: StreamCall, settings: TransportSettings) -> StreamCall:
     async def answer(messages: AsyncIterator[Any], context: Any) -> AsyncGenerator[Any, None]:
-        record = _record(name, context, settings)
+        sent = _metadata(context)
+        record = _record(name, sent, settings)
         try:
-            settings.guard.check(access_of(name), _metadata(context, "authorization"))
+            settings.guard.check(access_of(name), sent.get("authorization", ""))
         except ServeError as problem:
             record.finish(problem.grpc_status)
             await _abort(context, problem)
@@ -173,16 +175,12 @@ def _wrapped_stream(name: str, call: StreamCall, settings: TransportSettings) ->
     return answer
 
 
-def _record(name: str, context: Any, settings: TransportSettings) -> RequestRecord:
-    sent = usable_id(_metadata(context, "x-request-id"), settings.limits.id_length)
-    return RequestRecord("grpc", name, request_id=sent or new_request_id(), routine=name in _OPEN_CALLS)
+def _record(name: str, sent: Mapping[str, str], settings: TransportSettings) -> RequestRecord:
+    named = usable_id(sent.get("x-request-id", ""), settings.limits.id_length)
+    return RequestRecord("grpc", name, request_id=named or new_request_id(), routine=name in _OPEN_CALLS)
 
 
-def _metadata(context: Any, key: str) -> str:
-    return _strings(context).get(key, "")
-
-
-def _strings(context: Any) -> dict[str, str]:
+def _metadata(context: Any) -> dict[str, str]:
     """The text metadata of a call; the first value wins if a key occurs twice."""
     pairs = [(name, value) for name, value in context.invocation_metadata() or () if isinstance(value, str)]
     return dict(reversed(pairs))
