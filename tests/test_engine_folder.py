@@ -109,6 +109,7 @@ def test_a_listing_reads_no_state_and_verifying_reads_all(tmp_path):
     assert "task1" in verified.stdout
 
 
+@pytest.mark.slow
 @root_alone
 def test_a_task_for_a_read_only_engine_is_refused_before_the_work(tmp_path):
     folder = copied("linear", tmp_path)

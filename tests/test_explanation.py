@@ -313,6 +313,7 @@ def run(*words: Any) -> Result:
     return CliRunner().invoke(cli, ["explain", *map(str, words), "--quiet", "--device", "cpu"])
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_page_that_holds_everything(workplace: Path) -> None:
     output = workplace / "report"
     words = (workplace / "runs/first", workplace / "runs/second", workplace / "pictures", "--output", output)

@@ -51,11 +51,11 @@ def invoke(*arguments):
     return CliRunner().invoke(cli, ["infer", str(exported("linear")), *map(str, arguments)])
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-@pytest.mark.parametrize("kind", ["threads", "processes"])
+@pytest.mark.parametrize(
+    ("kind", "batch_size"),
+    [*(("threads", size) for size in (1, 3, 64)), pytest.param("processes", 3, marks=pytest.mark.slow)],
+)
 def test_rows_come_in_order_and_errors_are_rows(engine, photos, tmp_path, batch_size, kind):
-    if kind == "processes" and batch_size != 3:
-        pytest.skip("one size is enough")
     summary, rows = run(
         photos, output=tmp_path / "rows.jsonl", tasks=("task1", "task0"), batch_size=batch_size,
         decoding=Decoding(2, kind),
@@ -156,6 +156,7 @@ def test_labels_are_evaluated(engine, tmp_path):
     assert (tmp_path / "report" / "confusion-task1.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_standard_input_as_json_lines(tmp_path):
     import base64
 
@@ -257,6 +258,7 @@ def test_wrong_usage_is_one_line(photos, arguments, code, message):
     assert result.stdout == ""
 
 
+@pytest.mark.slow
 def test_a_list_on_standard_input_and_a_reader_that_leaves(photos):
     """``cat list | prompttune infer engine - | head -2``: both ends are clean."""
     paths = "\n".join(str(path) for path in sorted(photos.rglob("*.PNG"))) + "\n"
@@ -304,6 +306,7 @@ def test_help_has_sections_and_examples():
         assert text in result.output
 
 
+@pytest.mark.slow
 def test_the_module_needs_no_extra(tmp_path):
     """Files and JSON lines work where neither PyAV nor pyarrow nor Ray is installed."""
     pictures(tmp_path / "images", 2)

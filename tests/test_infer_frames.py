@@ -78,6 +78,7 @@ def test_the_command_draws_a_video(video, tmp_path):
     assert "cannot be resumed" in again.stderr
 
 
+@pytest.mark.slow
 def test_a_stream_that_breaks_three_times(tmp_path):
     """Every frame that arrives is a row or counted; Ctrl-C is the normal end of a stream."""
     parts = [clip(range(start, start + 10)) for start in range(0, 40, 10)]
@@ -107,6 +108,7 @@ def test_a_stream_that_breaks_three_times(tmp_path):
     assert summary["latency"]["p99_ms"] >= summary["latency"]["p50_ms"] > 0
 
 
+@pytest.mark.slow
 def test_a_watched_folder_is_answered_once_over_two_runs(tmp_path):
     folder = pictures(tmp_path / "inbox", 3)
     output = tmp_path / "rows.jsonl"

@@ -96,6 +96,7 @@ def test_closing_does_not_wait_for_the_writer(pipe: tuple[BinaryIO, BinaryIO]) -
     assert pulled.rest() == []
 
 
+@pytest.mark.slow
 def test_a_process_ends_while_standard_input_is_still_open() -> None:
     code = (
         "from prompttune.serve.infer.sources.stdin import ListReader, standard_input\n"

@@ -107,6 +107,7 @@ def test_workers_bring_the_same_batches() -> None:
         there += 1  # as an augmentation on the batch may
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="mounting needs root and unshare")
 def test_workers_do_not_need_shared_memory() -> None:
     """With 64 kB of /dev/shm, as little as can be; torch's way would wait for ever."""
@@ -125,6 +126,7 @@ def test_workers_do_not_need_shared_memory() -> None:
     assert done.stdout.strip() == "8", done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_its_worker_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None, one_thread: None
 ) -> None:
@@ -224,6 +226,7 @@ def test_a_pipe_to_something_else_that_breaks_is_one_line(place: Path, monkeypat
     assert _line(_invoke("evaluate")) == "Error: Broken pipe"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="mounting needs root and unshare")
 def test_a_disk_that_is_full_when_tensors_are_saved_is_one_line(place: Path) -> None:
     """safetensors tells of it in an error of its own."""

@@ -132,6 +132,7 @@ def test_unknown_image_variant_is_refused() -> None:
     assert result.stderr.strip() == "unknown variant 'rocm'; known: cpu, cuda"
 
 
+@pytest.mark.slow
 def test_core_imports_neither_export_nor_serve() -> None:
     script = (
         "import sys, prompttune.backbones, prompttune.checkpoints, prompttune.methods, prompttune.model, "

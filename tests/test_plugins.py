@@ -147,6 +147,7 @@ def test_parts_of_another_package_work_in_every_command(
     assert all("of the package clinic_parts" in line and "\n" not in line for line in warned)
 
 
+@pytest.mark.slow
 def test_the_command_line_finds_them_in_a_process_of_its_own(tmp_path: Path) -> None:
     paths = os.pathsep.join((str(install(tmp_path, "clinic_parts")), os.environ.get("PYTHONPATH", "")))
     command = [sys.executable, "-m", "prompttune.cli.main", "train", "--method", "outside-scale", "--start", "0"]
