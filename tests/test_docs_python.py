@@ -12,6 +12,7 @@ from tests.training_helpers import no_pictures, one_thread  # noqa: F401
 PAGE = Path(__file__).parent.parent / "docs" / "python.md"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_before", "no_pictures", "one_thread")
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -488,6 +488,7 @@ def test_the_output_is_checked_again_under_its_lock(vit, tmp_path, monkeypatch):
     assert read_config(task)["method"] == "linear"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["sa2vp", "vpt", "gapt", "lora"])
 def test_an_imported_task_mixes_with_a_trained_one(layout, vit, tmp_path):
     settings = {"pool": "backbone"} if layout == "gapt" else {}

@@ -108,7 +108,6 @@ def test_a_stream_that_breaks_three_times(tmp_path):
     assert summary["latency"]["p99_ms"] >= summary["latency"]["p50_ms"] > 0
 
 
-@pytest.mark.slow
 def test_a_watched_folder_is_answered_once_over_two_runs(tmp_path):
     folder = pictures(tmp_path / "inbox", 3)
     output = tmp_path / "rows.jsonl"

@@ -126,6 +126,7 @@ def invoke(*args: object) -> str:
     return result.output
 
 
+@pytest.mark.slow
 def test_parts_of_another_package_work_in_every_command(
     installed: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

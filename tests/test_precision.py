@@ -136,6 +136,7 @@ def test_eager_logits_are_within_rounding(method, name, precision, explicit):
     assert 0 < apart <= NOISE[precision] * np.abs(exact[finite]).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sa2vp", "lspt"])
 def test_the_bf16_graph_computes_the_right_thing(method, tmp_path):
     """ONNX Runtime has no bf16 on a CPU; ONNX's own reference evaluator does."""

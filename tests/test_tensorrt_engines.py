@@ -270,6 +270,7 @@ def test_layers_become_a_few_figures(tmp_path):
 # ----------------------------------------------------------------------------------------------------- torch-trt
 
 
+@pytest.mark.slow
 def test_program_is_captured_with_bounds():
     model = model_of("sa2vp", 0)
     traced = trace(model)
