@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import timm
@@ -21,47 +21,34 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from prompttune.backbones.layouts import to_timm
 from prompttune.errors import BackboneError, shortened
 from prompttune.foreign import plain_dict, read_foreign, state_dict_of
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 SUFFIXES = (".safetensors", *PICKLED, ".npz")
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "target_encoder", "model_state")
-_PREFIXES = re.compile(r"(?:(?:module|base_encoder|backbone|encoder|_orig_mod|visual\.trunk)\.)+")
-_NOT_BACKBONE = (
-    "decoder",
-    "mask_token",
-    "head",
-    "predictor",
-    "momentum_encoder",
-    "projector",
-    "pre_logits",
-    "fc.",
-    "dino_head",
-    "ibot_head",
-    "visual.head",
-    "text",
-    "logit_",
+_PREFIXES = re.compile(
+    r"(?:(?:module|base_encoder|encoder_q|backbone|encoder|_orig_mod|visual\.trunk|model|timm_model|vision_model|vit|deit|"
+    r"dinov2|dinov2_with_registers|swin|resnet|convnext|convnextv2)\.)+"
+)
+_NOT_BACKBONE = re.compile(
+    r"decoder|mask_token|head|predictor|momentum_encoder|projector|pre_logits|fc\.|(dino|ibot)_head|visual\.head|text|"
+    r"logit_|encoder_k|queue|pooler|(cls_|distillation_)?classifier|visual_projection|embeddings\.position_ids"
 )
 """Prefixes of names, after unwrapping, that belong to pre-training, to a text tower or to a classifier: skipped."""
 
 
-class _Known(NamedTuple):
-    """A kind of file whose backbone was trained with images of a known normalisation."""
-
-    title: str
-    sign: str
-    """Pattern of a line: the file's name, a key, or a tensor's name in the file."""
-    normalisation: str
-
-
 _KNOWN = (
-    _Known("MoCo v3", r"(module\.)?base_encoder\.blocks\.", "imagenet"),
-    _Known("MAE", r"decoder_embed\.|file mae_(pretrain|finetune)", "imagenet"),
-    _Known("DINO", r"teacher$|.*head\.last_layer|file dino_(deit|vit)", "imagenet"),
-    _Known("SigLIP", r"(module\.)?logit_bias$", "inception"),
-    _Known("CLIP", r"(module\.)?(visual\.(class_embedding|trunk\.)|logit_scale$)", "clip"),
+    ("MoCo v3", r"(module\.)?base_encoder\.blocks\.", "imagenet"),
+    ("MAE", r"decoder_embed\.|file mae_(pretrain|finetune)", "imagenet"),
+    ("DINO", r"teacher$|.*head\.last_layer|file dino_(deit|vit)", "imagenet"),
+    ("MoCo v2", r"(module\.)?encoder_q\.", "imagenet"),
+    ("torchvision", r"conv_proj\.", "imagenet"),
+    ("SigLIP", r"(module\.)?(logit_bias$|(vision_model\.)?head\.probe)", "inception"),
+    ("CLIP", r"(module\.)?(visual\.(class_embedding|trunk)|logit_scale$|(vision_model\.)?pre_layrn)", "clip"),
 )
+"""Kinds of files: title, pattern of a line (file name, key or tensor name), normalisation in training."""
 
 
 @dataclass
@@ -106,17 +93,18 @@ def read_weights(path: Path) -> Weights:
         if short in found.tensors:
             raise BackboneError(f"{path} holds more than one backbone: {name} comes twice; save one state dict alone")
         found.tensors[short] = value
+    found.tensors = to_timm(found.tensors)
     top = plain_dict(loaded) or {}
     lines = "\n".join((f"file {path.name}", *map(str, top), *stored))
-    for kind in _KNOWN:
-        if re.search(f"^{kind.sign}", lines, re.MULTILINE):
-            found.kind, found.normalisation = kind.title, kind.normalisation
-            break
+    known = (one for one in _KNOWN if re.search(f"^(?:{one[1]})", lines, re.MULTILINE))
+    found.kind, _, found.normalisation = next(known, ("", "", ""))
     arch = str(top.get("arch"))
     if found.kind == "MoCo v3" and arch.endswith("_small"):
         found.args["num_heads"] = 12  # timm's small ViTs have 6
     if "input_resolution" in stored:  # OpenAI's own CLIP
         found.args["act_layer"] = "quick_gelu"
+    if "fc_norm.weight" in found.tensors and "norm.weight" not in found.tensors:  # MAE's fine-tuning
+        found.args["global_pool"] = "avg"
     found.arch = arch if timm.is_model(arch) else ""
     _measure(found)
     return found
@@ -179,6 +167,8 @@ def load_into(
     Raises:
         BackboneError: the file is for another architecture, or lacks a tensor.
     """
+    if found.counts and not isinstance(model, VisionTransformer):
+        raise BackboneError(f"{found.path.name}: Google's npz files hold ViTs, {name} is a {type(model).__name__}")
     embed = getattr(model, "patch_embed", None)
     own_patch = getattr(embed, "patch_size", (None,))[0]
     if found.patch and own_patch and found.patch != own_patch:
@@ -194,12 +184,13 @@ def load_into(
         name: value
         for name, value in found.tensors.items()
         # A ConvNeXt's head ends in a norm of the backbone; timm knows DINOv2 by its mask token.
-        if name in own or name == "mask_token" or not name.startswith(_NOT_BACKBONE)
+        if name in own or name == "mask_token" or not _NOT_BACKBONE.match(name)
     }
     if not tensors:
         raise BackboneError(f"{found.path} holds no backbone weights")
-    # timm resamples what has another size; here the positions have the model's size, and nothing else may differ.
-    wrong = [n for n, value in tensors.items() if n in own and n != "pos_embed" and value.numel() != own[n].numel()]
+    # timm would resample the biases of other windows; the patches and positions have the model's size by now.
+    tables = [n for n in tensors if n.endswith("relative_position_bias_table") and n in own]
+    wrong = [n for n in tables if tensors[n].shape != own[n].shape]
     if wrong:
         raise _misfit(found, name, _wrong(wrong, tensors, own))
     try:
@@ -209,12 +200,29 @@ def load_into(
         raise _misfit(found, name, _wrong(wrong, tensors, own) or _told(problem)) from None
     counts = "num_batches_tracked"  # files of old versions of torch lack them, and nothing reads them
     missing = [n for n in own if n not in renamed and not n.endswith(counts)]
-    unknown = [n for n in renamed if n not in own and not n.startswith(_NOT_BACKBONE)]
+    unknown = [n for n in renamed if n not in own and not _NOT_BACKBONE.match(n)]
     wrong = [n for n, value in own.items() if n in renamed and renamed[n].shape != value.shape]
+    # timm's filter leaves the biases of DINOv3 out where the model has none
+    unknown += [n for n in tensors if n.endswith("attn.qkv.bias") and n not in renamed and _lost(n, tensors, renamed)]
     told = [_some("missing", missing), _some("unknown", unknown), _wrong(wrong, renamed, own)]
     if any(told):
-        raise _misfit(found, name, " and ".join(filter(None, told)))
+        hints = [hint for sign, hint in _HINTS if any(n.endswith(sign) for n in unknown)]
+        advice = f"; try {' '.join(f'--backbone-arg {hint}' for hint in hints)}" if hints else ""
+        raise _misfit(found, name, " and ".join(filter(None, told)) + advice)
     model.load_state_dict(renamed, strict=False)
+
+
+_HINTS = (
+    ("ls1.gamma", "init_values=1e-5"),
+    ("reg_token", "reg_tokens=NUMBER"),
+    ("norm_pre.weight", "pre_norm=true"),
+    ("q_norm.weight", "qk_norm=true"),
+)
+"""Ends of unknown names, and the argument of timm's model that has them."""
+
+
+def _lost(name: str, tensors: Mapping[str, Tensor], renamed: Mapping[str, Tensor]) -> bool:
+    return name.replace("qkv.bias", "q_bias") not in renamed and bool(tensors[name].any())
 
 
 def _misfit(found: Weights, name: str, problem: str) -> BackboneError:
@@ -251,9 +259,7 @@ def _some(kind: str, names: list[str]) -> str:
     return f"{kind} {shortened(names, 3)}" if names else ""
 
 
-def _load_npz(model: nn.Module, found: Weights, name: str) -> None:
-    if not isinstance(model, VisionTransformer):
-        raise BackboneError(f"{found.path.name}: Google's npz files hold ViTs, {name} is a {type(model).__name__}")
+def _load_npz(model: Any, found: Weights, name: str) -> None:
     counts = {"blocks": len(model.blocks), "heads": model.blocks[0].attn.num_heads}
     if found.counts != counts:
         raise _misfit(found, name, f"it holds {found.counts}, the model {counts}")

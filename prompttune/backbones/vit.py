@@ -7,6 +7,7 @@ The tensors and the arithmetic are timm's (https://github.com/huggingface/pytorc
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -223,6 +224,6 @@ VIT = Architecture(
     problem=lambda model: vit_problem(model, VisionTransformer, Block, Attention),
     wrap=_wrap,
     kind=VitBackbone,
-    rename=checkpoint_filter_fn,
+    rename=partial(checkpoint_filter_fn, adapt_layer_scale=True),
     settings={"dynamic_img_size": False},
 )

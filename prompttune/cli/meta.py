@@ -14,7 +14,7 @@ from prompttune.cli.options import given_settings, options_of
 from prompttune.cli.sections import SectionedCommand
 from prompttune.settings import make
 
-SHARED = ("backbone", "image_size", "weights", "device")
+SHARED = ("backbone", "backbone_arg", "image_size", "weights", "device")
 """Settings of ``train`` that mean the same here."""
 
 
@@ -49,18 +49,19 @@ def meta(
     prompttune train --method dam-vp --meta-init meta.safetensors --data photos/ --output runs/photos
     """
     from prompttune.backbones import load_backbone
+    from prompttune.backbones.names import join_args
     from prompttune.methods.damvp.config import DAMVPConfig
     from prompttune.training.config import TrainConfig
     from prompttune.training.meta_learning import MetaSettings, learn_prompt
     from prompttune.training.scoring import resolve_device
 
     given = given_settings(ctx)
-    *backbone, device = (given.get(name, getattr(TrainConfig, name)) for name in SHARED)
+    name, arguments, *source, device = (given.get(key, getattr(TrainConfig, key)) for key in SHARED)
     chosen, place = make(MetaSettings, given), resolve_device(device)
     with Progress(console=Console(stderr=True, quiet=quiet), transient=True) as bar:
         task = bar.add_task("steps", total=chosen.steps)
         losses = learn_prompt(
-            load_backbone(*backbone),
+            load_backbone(join_args(name, arguments), *source),
             data,
             output,
             config=make(DAMVPConfig, given),

