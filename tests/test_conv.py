@@ -227,7 +227,7 @@ def test_shapes_over_full_size_models(name, prompt_layers, head_dim, parameters)
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("test_resnet3", {"fusion": "paper"}, "no effect on convolutions"),
+        ("test_resnet3", {"fusion": "paper"}, "no effect on test_resnet3: new prompt maps"),
         ("test_resnet3", {"prompt_layers": (0, 3)}, "do not fit 3"),
         ("test_resnet", {}, "test_resnet has one block in stage 2"),
     ],

@@ -195,7 +195,7 @@ def test_sa2vp_starts_from_the_plain_backbone(swin):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"fusion": "paper"}, "no effect on a Swin"), ({"prompt_layers": (0, 3)}, "do not fit 3")],
+    [({"fusion": "paper"}, "no effect on .*: new prompt maps"), ({"prompt_layers": (0, 3)}, "do not fit 3")],
 )
 def test_settings_that_do_not_fit_a_swin(swin, settings, message):
     with pytest.raises(UsageError, match=message):

@@ -104,7 +104,7 @@ def test_a_new_folder_is_made_and_a_full_one_refused(tmp_path: Path) -> None:
 def test_overwriting_removes_a_run_and_nothing_else(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     save(folder.last, sample())
-    folder.write_metrics({})
+    folder.metrics.write_text("{}")
     folder.tensorboard.mkdir()
     (tmp_path / ".metrics.json.abc").touch()
     (tmp_path / "notes.txt").write_text("mine")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from prompttune.errors import UsageError
 from prompttune.evaluation.plots import save_png
+from prompttune.files import write_json
 from prompttune.training import state as states
 from prompttune.training.optim import optimizer_tensors, restore_optimizer
 from prompttune.training.report import TensorBoard, metrics_document
@@ -67,7 +68,7 @@ class RunWriter:
             return
         if saved is None:
             self.folder.clear()
-            self._save_last(self.snapshot())  # save first, so that the run can always be resumed
+            states.save(self.folder.last, self.snapshot())  # save first, so that the run can always be resumed
         self.folder.write_settings(self.settings)
         if self.config.tensorboard:
             self._tensorboard = TensorBoard(self.folder.tensorboard, self.progression.epoch, self.measures)
@@ -78,12 +79,16 @@ class RunWriter:
         progression.epoch += 1
         progression.seconds += record["seconds"]
         progression.history.append(record)
-        is_best = result is not None and progression.judge(*self._figures(result))
+        is_best = result is not None and progression.judge(
+            getattr(result, self.measures.score),
+            getattr(result, self.measures.second),
+            math.nan if result.loss is None else result.loss,
+        )
         if is_best:
             self.best = self._copy()
             self._save_best()
         if self.fabric.is_global_zero:
-            self._save_last(self.snapshot())
+            states.save(self.folder.last, self.snapshot())
             self._write_metrics()
         if self._tensorboard is not None:
             self._tensorboard.add(record)
@@ -94,11 +99,6 @@ class RunWriter:
         self.optimizer.state.clear()
         self.progression.rewind()
         self.best = {}
-
-    def _figures(self, result: Result) -> tuple[float, float, float]:
-        """Score, second figure and loss of a result."""
-        score, second = getattr(result, self.measures.score), getattr(result, self.measures.second)
-        return score, second, math.nan if result.loss is None else result.loss
 
     def load_best(self) -> None:
         """Load the best parameters into the model."""
@@ -129,7 +129,7 @@ class RunWriter:
             plot_curves(self.folder.curves, self.progression.history, self.measures)
             save_png(self.model.task_type.figure(result), self.folder.confusion)
             self._write_metrics(result.to_dict())
-            self._save_last(last)
+            states.save(self.folder.last, last)
         self.close()
 
     def close(self) -> None:
@@ -143,18 +143,11 @@ class RunWriter:
         if self.fabric.is_global_zero:
             self.model.save(self.folder.path, self.progression.best_metrics(self.measures))
 
-    def _save_last(self, saved: Saved) -> None:
-        states.save(self.folder.last, saved)
-
     def _write_metrics(self, final: dict[str, Any] | None = None) -> None:
-        run = self.identity | {"parameters_left": self._parameters_left()}
-        document = metrics_document(self.progression, self.settings, run, self.measures, self.fabric.device, final)
-        self.folder.write_metrics(document)
-
-    def _parameters_left(self) -> int:
-        """The ``task_parameters`` of the identity that remain after pruning."""
         head = sum(parameter.numel() for parameter in self.model.head.parameters())
-        return head + self.model.method.parameters_left()
+        run = self.identity | {"parameters_left": head + self.model.method.parameters_left()}
+        document = metrics_document(self.progression, self.settings, run, self.measures, self.fabric.device, final)
+        write_json(self.folder.metrics, document)
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prompttune.checkpoints.format import CARD_FILE, CONFIG_FILE, MODEL_FILE
 from prompttune.errors import CheckpointError, UsageError
-from prompttune.files import replacing, visible, write_json, write_text
+from prompttune.files import replacing, visible, write_text
 from prompttune.task_types import ClassificationConfig, Measures
 
 FORMAT_VERSION = 1
@@ -234,7 +234,3 @@ class RunFolder:
 
         head = "# settings of this run; train with them again: prompttune train --config train_config.yaml\n"
         write_text(self.settings, head + yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
-
-    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Write ``metrics.json``."""
-        write_json(self.metrics, metrics)

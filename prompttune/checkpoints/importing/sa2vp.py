@@ -42,7 +42,7 @@ from prompttune.checkpoints.importing.layout import (
 from prompttune.checkpoints.importing.source import FileTensors
 from prompttune.errors import CheckpointError, UsageError
 from prompttune.methods import SA2VPConfig
-from prompttune.methods.sa2vp.config import SWIN_STAGE
+from prompttune.methods.sa2vp.config import MEETING_STAGE
 
 VIT_GAMMA, SWIN_GAMMA, WINDOW = 0.1, 0.5, 3
 """The released code's constants."""
@@ -108,9 +108,9 @@ class SA2VPLayout(Layout):
     def _swin(self, source: FileTensors, backbone: Backbone, given: Mapping[str, Any]) -> Foreign:
         if not isinstance(backbone, SwinBackbone):
             raise CheckpointError(f"{source.where} was trained over a Swin; {backbone.name} is not a Swin")
-        embedded, stage = backbone.stages[0], backbone.stages[SWIN_STAGE]
+        embedded, stage = backbone.stages[0], backbone.stages[MEETING_STAGE]
         found = _found(source.size(SWIN_MAP, 2, 3), _resolved_layers(given, backbone), SWIN_GAMMA)
-        rank, own = found.settings["rank"], f"layers.{SWIN_STAGE}"
+        rank, own = found.settings["rank"], f"layers.{MEETING_STAGE}"
         source.ignore([name for name in source.names() if name.endswith(BUFFERS)])
         found.tensors["prompts.0.tokens"] = source.take(SWIN_MAP, (1, embedded.num_tokens, rank))
         _take_linear(source, f"{SWIN}patch_embed.proj_ppt", found.tensors, "prompts.0.proj", embedded.width, rank)

@@ -15,10 +15,9 @@ from prompttune.methods.base import MethodConfig, setting
 
 PROMPT_LAYER_STRIDE = 4
 """The paper's prompt layers of a 12-block ViT are 0, 4 and 8."""
-SWIN_STAGE, SWIN_PROMPT_LAYER_STRIDE = 2, 6
-"""Stage of a Swin in which the pathways meet; of its 18 blocks 0, 6 and 12 are prompt layers."""
-CONV_STAGE, CONV_PROMPT_LAYER_STRIDE = 2, 6
-"""The same for convolutions: the stage with most of the blocks."""
+MEETING_STAGE, STAGE_PROMPT_LAYER_STRIDE = 2, 6
+"""Stage of a Swin or of convolutions in which the pathways meet, the one with most of the blocks; of a Swin's 18 blocks
+there 0, 6 and 12 are prompt layers."""
 
 
 @dataclass(frozen=True)
@@ -79,20 +78,14 @@ class SA2VPConfig(MethodConfig):
 
     def _meeting_blocks(self, backbone: Backbone) -> tuple[int, int]:
         """Number of blocks in which the pathways meet, and the distance between prompt layers."""
-        if isinstance(backbone, SwinBackbone):
-            self.require(len(backbone.stages) > SWIN_STAGE, f"{backbone.name} has no stage {SWIN_STAGE}")
-            self.require(self.fusion == "released", "fusion has no effect on a Swin: new prompt maps do not join there")
-            return len(backbone.stages[SWIN_STAGE].blocks), SWIN_PROMPT_LAYER_STRIDE
-        if isinstance(backbone, ConvBackbone):
-            self.require(
-                self.fusion == "released", "fusion has no effect on convolutions: new prompt maps do not join there"
-            )
-            depth = len(backbone.stages[CONV_STAGE].blocks)
-            self.require(
-                depth > 1, f"{backbone.name} has one block in stage {CONV_STAGE}; the pathways need two to meet"
-            )
-            return depth, CONV_PROMPT_LAYER_STRIDE
-        return backbone.depth, PROMPT_LAYER_STRIDE
+        if not isinstance(backbone, SwinBackbone | ConvBackbone):
+            return backbone.depth, PROMPT_LAYER_STRIDE
+        stages, name = backbone.stages, backbone.name
+        self.require(len(stages) > MEETING_STAGE, f"{name} has no stage {MEETING_STAGE}")
+        self.require(self.fusion == "released", f"fusion has no effect on {name}: new prompt maps do not join there")
+        depth = len(stages[MEETING_STAGE].blocks)
+        self.require(depth > 1, f"{name} has one block in stage {MEETING_STAGE}; the pathways need two to meet")
+        return depth, STAGE_PROMPT_LAYER_STRIDE
 
     @property
     def base_loss_weight(self) -> float:

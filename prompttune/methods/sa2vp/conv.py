@@ -15,8 +15,6 @@ in which the base reads the prompts, the prompt pathway is computed only for its
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -26,7 +24,7 @@ from prompttune.backbones.conv import ConvBackbone
 from prompttune.layers.bottleneck import plain_norm
 from prompttune.layers.probe import probe
 from prompttune.methods.base import Features, Layout, Levels, State, implements
-from prompttune.methods.sa2vp.config import CONV_STAGE, SA2VPConfig
+from prompttune.methods.sa2vp.config import MEETING_STAGE, SA2VPConfig
 from prompttune.methods.sa2vp.parts import Pathways, PromptMap, probe_pathways
 
 LARGEST_HEAD = 64
@@ -38,12 +36,10 @@ class ConvSA2VP(Pathways[ConvBackbone]):
     """One task of SA²VP over convolutions: ``prompts.0``, and ``adapters.{i}`` for every block of the stage."""
 
     backbones = (ConvBackbone,)
-    meeting_stage: ClassVar[int] = CONV_STAGE
-    """The stage in which the pathways meet."""
 
     def __init__(self, config: SA2VPConfig, backbone: Backbone) -> None:
         assert isinstance(backbone, ConvBackbone)
-        stage = backbone.stages[self.meeting_stage]
+        stage = backbone.stages[MEETING_STAGE]
         super().__init__(
             config, backbone, depth=len(stage.blocks), width=stage.width, grid=stage.grid, num_prefix_tokens=0
         )
@@ -53,7 +49,7 @@ class ConvSA2VP(Pathways[ConvBackbone]):
     @property
     def stage(self) -> Stage[FrozenBlock]:
         """The stage where the pathways meet."""
-        return self.backbone.stages[self.meeting_stage]
+        return self.backbone.stages[MEETING_STAGE]
 
     def task_state(self) -> State:
         """Folded tensors of the task; N and D are those of the stage where the pathways meet.
@@ -86,14 +82,14 @@ class ConvSA2VP(Pathways[ConvBackbone]):
             else:
                 h = h + self._given(index, h, p, state)
             probe_pathways(block.index, h, p)
-        behind = range(self.meeting_stage + 1, len(backbone.stages))
+        behind = range(MEETING_STAGE + 1, len(backbone.stages))
         features = backbone.pool(backbone.run_stages(h, behind))
         return Features(features, backbone.pool(backbone.run_stages(p, behind)) if aux else None)
 
     def _enter(self, x: Tensor) -> Tensor:
         """Run a stem's output through the stages before the meeting stage, and through that stage's first block."""
         backbone = self.backbone
-        x = backbone.enter(self.meeting_stage, backbone.run_stages(x, range(self.meeting_stage)))
+        x = backbone.enter(MEETING_STAGE, backbone.run_stages(x, range(MEETING_STAGE)))
         return self.stage.blocks[0].run(x)
 
     def _given(self, index: int, asking: Tensor, seen: Tensor, state: State) -> Tensor:

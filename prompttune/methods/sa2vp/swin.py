@@ -20,7 +20,7 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.swin import SwinBackbone, SwinBlock
 from prompttune.layers.probe import probe
 from prompttune.methods.base import Features, Layout, Levels, State, implements
-from prompttune.methods.sa2vp.config import SWIN_STAGE, SA2VPConfig
+from prompttune.methods.sa2vp.config import MEETING_STAGE, SA2VPConfig
 from prompttune.methods.sa2vp.parts import AttentionPathways, PromptMap, probe_pathways
 
 
@@ -32,7 +32,7 @@ class SwinSA2VP(AttentionPathways[SwinBackbone]):
 
     def __init__(self, config: SA2VPConfig, backbone: Backbone) -> None:
         assert isinstance(backbone, SwinBackbone)
-        stage = backbone.stages[SWIN_STAGE]
+        stage = backbone.stages[MEETING_STAGE]
         super().__init__(
             config, backbone, depth=len(stage.blocks), width=stage.width, grid=stage.grid, num_prefix_tokens=0
         )
@@ -42,7 +42,7 @@ class SwinSA2VP(AttentionPathways[SwinBackbone]):
     @property
     def meeting(self) -> tuple[SwinBlock, ...]:
         """The blocks of the stage where the pathways meet."""
-        return self.backbone.stages[SWIN_STAGE].blocks
+        return self.backbone.stages[MEETING_STAGE].blocks
 
     def task_state(self) -> State:
         """:meth:`start_state` of the map that enters the stage where the pathways meet, and :meth:`given_state`."""
@@ -54,7 +54,7 @@ class SwinSA2VP(AttentionPathways[SwinBackbone]):
 
     def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`. Without ``aux``, the prompt pathway is computed only for the base."""
-        backbone, behind = self.backbone, range(SWIN_STAGE + 1, len(self.backbone.stages))
+        backbone, behind = self.backbone, range(MEETING_STAGE + 1, len(self.backbone.stages))
         h, p = self.first_block(self._enter(backbone.embed(images)), state)
         probe_pathways(self.meeting[0].index, h, p)
         for index, block in enumerate(self.meeting[1:], 1):
@@ -71,7 +71,7 @@ class SwinSA2VP(AttentionPathways[SwinBackbone]):
 
     def _enter(self, tokens: Tensor) -> Tensor:
         """Run embedded tokens through the earlier stages, merged for the stage where the pathways meet, [B, N, D]."""
-        return self.backbone.enter(SWIN_STAGE, self.backbone.run_stages(tokens, range(SWIN_STAGE)))
+        return self.backbone.enter(MEETING_STAGE, self.backbone.run_stages(tokens, range(MEETING_STAGE)))
 
     def _last_reading_block(self, index: int, h: Tensor, p: Tensor, state: State) -> Tensor:
         """The last block in which the base reads the prompts, [B, N, D]; only their keys and values are computed."""
