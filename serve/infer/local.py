@@ -7,7 +7,7 @@ import signal
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from functools import partial
 
 from prompttune.errors import DataError
 from prompttune.serve.decode_threads import hold_to_one_thread, single_threaded_pool
@@ -58,7 +58,7 @@ def run_locally(
 
 def _submit(chunks: Chunks, work: Work, decoding: Decoding) -> Generator[Futures, None, None]:
     pool, at_once = _pool(decoding, work)
-    decoded = _decode_in_process if decoding.kind == "processes" else _Decode(work)
+    decoded = _decode_in_process if decoding.kind == "processes" else partial(_decode, work=work)
     try:
         for chunk in chunks:
             parts = [chunk[start : start + at_once] for start in range(0, len(chunk), at_once)]
@@ -100,23 +100,19 @@ def _pool(decoding: Decoding, work: Work) -> tuple[Executor, int]:
     return ProcessPoolExecutor(decoding.count, context, _begin_process, (work,)), PER_PROCESS
 
 
-@dataclass(frozen=True)
-class _Decode:
-    work: Work
-
-    def __call__(self, items: Sequence[Item]) -> list[Decoded]:
-        return [decode(item, self.work) for item in items]
+def _decode(items: Sequence[Item], work: Work) -> list[Decoded]:
+    return [decode(item, work) for item in items]
 
 
-_in_this_process: list[_Decode] = []
+_in_this_process: list[Work] = []
 """Set when a decoding process starts, so that the tasks' settings are not sent with every image."""
 
 
 def _begin_process(work: Work) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the process
     hold_to_one_thread()
-    _in_this_process.append(_Decode(work))
+    _in_this_process.append(work)
 
 
 def _decode_in_process(items: Sequence[Item]) -> list[Decoded]:
-    return _in_this_process[0](items)
+    return _decode(items, _in_this_process[0])

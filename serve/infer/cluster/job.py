@@ -25,7 +25,7 @@ from ray.exceptions import (
 from prompttune.errors import DataError, EngineError, UsageError, first_line
 from prompttune.serve.infer.cluster.connection import alive_nodes, connected
 from prompttune.serve.infer.cluster.settings import Booking
-from prompttune.serve.infer.cluster.workers import EngineActor, EngineFailure, decode_parcel
+from prompttune.serve.infer.cluster.workers import EngineActor, decode_parcel
 from prompttune.serve.infer.items import Encoded, Item
 from prompttune.serve.infer.rows import InputAnswer
 from prompttune.serve.infer.settings import RaySettings
@@ -195,8 +195,8 @@ class _RayJob:
             found = ray.get(first.answers)
         except RayError as problem:
             raise _failure(problem, first) from problem
-        if isinstance(found, EngineFailure):
-            raise EngineError(found.message)
+        if isinstance(found, str):
+            raise EngineError(found)
         first.engine.parcels -= 1
         self._waiting.popleft()
         self._answered_at = time.monotonic()

@@ -6,7 +6,6 @@ import contextlib
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from prompttune.errors import EngineError, PrompttuneError, first_line
@@ -18,13 +17,6 @@ from prompttune.serve.infer.decoding import Decoded, decode
 from prompttune.serve.infer.items import Item
 from prompttune.serve.infer.rows import InputAnswer
 from prompttune.serve.infer.work import Work, facts_of
-
-
-@dataclass(frozen=True)
-class EngineFailure:
-    """The error of an engine, so that the driver can report it without Ray's traceback."""
-
-    message: str
 
 
 def decode_parcel(parcel: Sequence[Sequence[Item]], work: Work, folder: Path) -> list[list[Decoded]]:
@@ -51,25 +43,25 @@ class EngineActor:
     def __init__(self, work: Work) -> None:
         self._work = work
         self._buffers = Buffers(work)
-        self._engine: Engine | EngineFailure
+        self._engine: Engine | str  # the engine, or why it cannot be opened
         try:
             self._engine = _checked_engine(work)
         except PrompttuneError as problem:
-            self._engine = EngineFailure(f"node {socket.gethostname()}: {first_line(problem)}")
+            self._engine = f"node {socket.gethostname()}: {first_line(problem)}"
 
     def opened(self) -> str | None:
         """The reason why the engine cannot be opened; None if it is open."""
-        return self._engine.message if isinstance(self._engine, EngineFailure) else None
+        return self._engine if isinstance(self._engine, str) else None
 
-    def answer(self, parcel: Sequence[Sequence[Decoded]]) -> list[list[InputAnswer]] | EngineFailure:
-        """The answers of each chunk."""
+    def answer(self, parcel: Sequence[Sequence[Decoded]]) -> list[list[InputAnswer]] | str:
+        """The answers of each chunk; or the error of the engine, which the driver reports without Ray's traceback."""
         engine = self._engine
-        if isinstance(engine, EngineFailure):
+        if isinstance(engine, str):
             return engine
         try:
             return [self._answers(engine, chunk) for chunk in parcel]
         except PrompttuneError as problem:
-            return EngineFailure(first_line(problem))
+            return first_line(problem)
 
     def _answers(self, engine: Engine, chunk: Sequence[Decoded]) -> list[InputAnswer]:
         logits = score(engine, assemble(chunk, self._work, self._buffers), self._buffers)
