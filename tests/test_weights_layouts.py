@@ -39,6 +39,9 @@ MODELS = {
     "dinov2": (hf.Dinov2Model, hf.Dinov2Config(**SIZES), pooled),
     "dinov2 giant": (hf.Dinov2Model, hf.Dinov2Config(**SIZES, use_swiglu_ffn=True), pooled),
     "dinov2 with registers": (hf.Dinov2WithRegistersModel, hf.Dinov2WithRegistersConfig(**SIZES), pooled),
+    "dinov3": (hf.DINOv3ViTModel, hf.DINOv3ViTConfig(**TALL, num_register_tokens=4), pooled),
+    "dinov3 of a gated MLP": (hf.DINOv3ViTModel, hf.DINOv3ViTConfig(
+        **TALL, use_gated_mlp=True, hidden_act="silu"), pooled),
     "clip's tower": (hf.CLIPVisionModel, hf.CLIPVisionConfig(**TALL), pooled),
     "clip": (hf.CLIPModel, hf.CLIPConfig(**PAIR), pooled),
     "siglip's tower": (hf.SiglipVisionModel, hf.SiglipVisionConfig(**TALL), pooled),
@@ -209,6 +212,15 @@ def test_a_tensor_too_many_names_the_argument(tmp_path):
     path = stored(timm.create_model("test_vit", num_classes=0, init_values=1.0), tmp_path / "uni.bin")
     with pytest.raises(BackboneError, match=r"unknown blocks\.0\.ls1\.gamma.*try --backbone-arg init_values=1e-5"):
         pt.load_backbone("test_vit", weights=path)
+    meta = timm.create_model("vit_small_patch16_dinov3", num_classes=0, depth=1, qkv_bias=True)
+    tensors = {re.sub(r"gamma_(\d)", r"ls\1.gamma", key): value for key, value in meta.state_dict().items()}
+    tensors["blocks.0.attn.qkv.bias"] = torch.cat([torch.full((384,), fill) for fill in (1.0, 0.0, 1.0)])
+    tensors = {key: value for key, value in tensors.items() if not key.endswith(("q_bias", "v_bias"))}
+    torch.save(tensors | {"storage_tokens": tensors.pop("reg_token")}, tmp_path / "dinov3.pth")
+    with pytest.raises(BackboneError, match=r"unknown blocks\.0\.attn\.qkv\.bias; try --backbone-arg qkv_bias=true"):
+        pt.load_backbone("vit_small_patch16_dinov3?depth=1", 32, tmp_path / "dinov3.pth")
+    backbone = pt.load_backbone("vit_small_patch16_dinov3?depth=1&qkv_bias=true", 32, tmp_path / "dinov3.pth")
+    assert backbone.model.blocks[0].attn.v_bias[0] == 1
     assert split_args(join_args("a", {"b": 1e-5, "c": [1, 2], "d": "e"})) == ("a", {"b": 1e-5, "c": [1, 2], "d": "e"})
 
 

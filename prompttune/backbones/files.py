@@ -8,6 +8,7 @@ self-supervised ViTs have their own wrapping and names: MAE (https://github.com/
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -33,7 +34,7 @@ _PREFIXES = re.compile(
     r"dinov2|dinov2_with_registers|swin|resnet|convnext|convnextv2)\.)+"
 )
 _NOT_BACKBONE = re.compile(
-    r"decoder|mask_token|head|predictor|momentum_encoder|projector|pre_logits|fc\.|(dino|ibot)_head|visual\.head|text|"
+    r"decoder|mask_token|head|predictor|momentum_encoder|projector|pre_logits|attn_pool|fc\.|(dino|ibot)_head|visual\.head|text|"
     r"logit_|encoder_k|queue|pooler|(cls_|distillation_)?classifier|visual_projection|embeddings\.position_ids"
 )
 """Prefixes of names, after unwrapping, that belong to pre-training, to a text tower or to a classifier: skipped."""
@@ -194,7 +195,8 @@ def load_into(
     if wrong:
         raise _misfit(found, name, _wrong(wrong, tensors, own))
     try:
-        renamed = rename(tensors, model)
+        with contextlib.redirect_stdout(None):  # timm prints
+            renamed = rename(tensors, model)
     except Exception as problem:  # timm does not check the shapes that it unpacks
         wrong = [n for n, value in tensors.items() if n in own and value.shape != own[n].shape]
         raise _misfit(found, name, _wrong(wrong, tensors, own) or _told(problem)) from None
@@ -217,12 +219,14 @@ _HINTS = (
     ("reg_token", "reg_tokens=NUMBER"),
     ("norm_pre.weight", "pre_norm=true"),
     ("q_norm.weight", "qk_norm=true"),
+    ("attn.qkv.bias", "qkv_bias=true"),
 )
 """Ends of unknown names, and the argument of timm's model that has them."""
 
 
 def _lost(name: str, tensors: Mapping[str, Tensor], renamed: Mapping[str, Tensor]) -> bool:
-    return name.replace("qkv.bias", "q_bias") not in renamed and bool(tensors[name].any())
+    query, _, value = tensors[name].chunk(3)
+    return name.replace("qkv.bias", "q_bias") not in renamed and bool(query.any() or value.any())
 
 
 def _misfit(found: Weights, name: str, problem: str) -> BackboneError:

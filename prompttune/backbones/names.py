@@ -241,9 +241,10 @@ def _of_transformers(config: Mapping[str, Any], where: str) -> Model:
         args |= {"mlp_layer": "SwiGLUPacked", "act_layer": "silu", "mlp_ratio": _ratio(2 * hidden, args["embed_dim"])}
     if values.get("vision_use_head") is False:
         args |= {"global_pool": "avg", "fc_norm": False}
-    if kind == "dinov3_vit":
+    if kind == "dinov3_vit":  # timm's Eva has no choice of activation
+        del args["act_layer"]
         args |= {"num_reg_tokens": args.pop("reg_tokens"), "global_pool": "token"}
-        args |= {"swiglu_mlp": True} if values.get("use_gated_mlp") else {}
+        args |= {"swiglu_mlp": True, "swiglu_align_to": 1} if values.get("use_gated_mlp") else {}
     if kind == "resnet":
         name = "resnet18" if values.get("layer_type") == "basic" else name
         args = {"layers": args["depths"]}
