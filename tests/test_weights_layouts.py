@@ -41,7 +41,7 @@ MODELS = {
     "dinov2 with registers": (hf.Dinov2WithRegistersModel, hf.Dinov2WithRegistersConfig(**SIZES), pooled),
     "dinov3": (hf.DINOv3ViTModel, hf.DINOv3ViTConfig(**TALL, num_register_tokens=4), pooled),
     "dinov3 of a gated MLP": (hf.DINOv3ViTModel, hf.DINOv3ViTConfig(
-        **TALL, use_gated_mlp=True, hidden_act="silu"), pooled),
+        **TALL, num_register_tokens=4, use_gated_mlp=True, hidden_act="silu"), pooled),
     "clip's tower": (hf.CLIPVisionModel, hf.CLIPVisionConfig(**TALL), pooled),
     "clip": (hf.CLIPModel, hf.CLIPConfig(**PAIR), pooled),
     "siglip's tower": (hf.SiglipVisionModel, hf.SiglipVisionConfig(**TALL), pooled),

@@ -109,7 +109,7 @@ def to_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             (pattern, target.replace("mlp.w2", "mlp.fc1").replace("mlp.w3", "mlp.fc2")) for pattern, target in pairs
         ]
     found: dict[str, Tensor] = {}
-    for name, value in ((name, value) for name, value in tensors.items() if value.numel()):  # registers may be none
+    for name, value in tensors.items():
         for pattern, target in pairs:
             name = pattern.sub(target, name)
         if name in ("cls_token", "pos_embed"):
