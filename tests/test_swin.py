@@ -143,7 +143,6 @@ def test_weights_of_a_vit_are_refused(file, message, tmp_path):
     [
         ("test_swin", 66, UsageError, "nearest: 64"),
         ("swin_tiny_patch4_window7_225", None, UsageError, "did you mean swin_tiny_patch4_window7_224"),
-        ("swinv2_tiny_window8_256", None, BackboneError, "SwinTransformer models"),
     ],
 )
 def test_what_is_not_supported_is_refused(name, size, error, message):
