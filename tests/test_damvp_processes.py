@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
+
 import prompttune as pt
 from tests.test_training_resume import PATIENCE_S, start
 from tests.training_helpers import settings, write_folder
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_clusters_of_the_first(tmp_path: Path) -> None:
     data = write_folder(tmp_path / "data", train=6, val=2)
     method = {"method": "dam-vp", "cluster_distance": 1e-3, "max_clusters": 3}
