@@ -208,6 +208,22 @@ def test_names_that_stand_for_nothing(name, error, message, monkeypatch, tmp_pat
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "vit", "hidden_size": 0, "intermediate_size": 8}, "is damaged: ZeroDivisionError"),
+        ({"architecture": "test_vit", "mean": [1]}, "is damaged: ValueError"),
+        ({"architecture": "test_vit"}, "no weights found for .*the folder holds none of model.safetensors"),
+    ],
+)
+def test_folders_that_do_not_load(config, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BackboneError, match=message):
+        pt.load_backbone(str(tmp_path))
+    weights = stored(timm.create_model("test_vit", num_classes=0), tmp_path / "any.pth")
+    assert pt.load_backbone("test_vit", weights=weights).width == 64  # what lies beside a file may be of something else
+
+
 def test_a_tensor_too_many_names_the_argument(tmp_path):
     path = stored(timm.create_model("test_vit", num_classes=0, init_values=1.0), tmp_path / "uni.bin")
     with pytest.raises(BackboneError, match=r"unknown blocks\.0\.ls1\.gamma.*try --backbone-arg init_values=1e-5"):

@@ -104,8 +104,9 @@ def load_backbone(name: str, image_size: int | None = None, weights: str | Path 
     elif is_random(spec):
         model, spec, source = _random(found, spec)
     else:
-        if found.repository:
-            raise BackboneError(f"no weights found for {name}: {_NOT_HERE}; give a file with --weights")
+        if found.described:
+            where = _NOT_HERE if found.repository else f"the folder holds none of {', '.join(WEIGHTS)}"
+            raise BackboneError(f"no weights found for {bare}: {where}; give a file with --weights")
         model, spec, source = _auto(found)
     backbone = _wrap(model, name, found.image_size if image_size is None else image_size)
     backbone.mean, backbone.std = found.mean or backbone.mean, found.std or backbone.std

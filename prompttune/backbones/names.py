@@ -19,7 +19,7 @@ from typing import Any
 import timm
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-from prompttune.errors import BackboneError, UsageError, first_line
+from prompttune.errors import BackboneError, UsageError, describe_failure, first_line
 from prompttune.hub import hub_answers
 
 WEIGHTS = (
@@ -52,6 +52,8 @@ class Model:
     interpolation: str | None = None
     weights: Path | None = None
     """Its weights file; None for timm's own weights, or none at all."""
+    described: bool = False
+    """Whether a configuration describes the model, and not timm's name alone."""
     repository: str = ""
 
 
@@ -133,7 +135,7 @@ def resolve(name: str) -> Model | None:
     if short.startswith("local-dir:") or folder.is_dir():
         if not folder.is_dir():
             raise BackboneError(f"no folder at {folder}")
-        return _described(folder.__str__(), lambda file: found if (found := folder / file).is_file() else None)
+        return _in_folder(folder)
     if re.fullmatch(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?", short):
         repository, _, revision = short.partition("@")
         found = _described(short, lambda file: _of_hub(repository, revision or None, file))
@@ -143,16 +145,15 @@ def resolve(name: str) -> Model | None:
 
 
 def beside(path: Path) -> Model | None:
-    """The model that the configuration in the folder of a weights file describes; None without one."""
-    folder = path if path.is_dir() else path.parent
-    configs = (folder / file for file in _CONFIGS[:2])
-    if not any(file.is_file() and _is_model(_json(file)) for file in configs):
+    """The model that the configuration in the folder of a weights file describes; None without a known one."""
+    try:
+        return _in_folder(path if path.is_dir() else path.parent)
+    except BackboneError:
         return None
+
+
+def _in_folder(folder: Path) -> Model:
     return _described(str(folder), lambda file: found if (found := folder / file).is_file() else None)
-
-
-def _is_model(config: Mapping[str, Any]) -> bool:
-    return bool(config.keys() & {"architecture", "model_type", "model_cfg"})
 
 
 def _of_hub(repository: str, revision: str | None, file: str) -> Path | None:
@@ -183,22 +184,24 @@ def _json(path: Path | None) -> dict[str, Any]:
 def _described(where: str, file: Callable[[str], Path | None]) -> Model:
     """The model in a folder or repository, whose files ``file`` finds."""
     config, clip, images = (_json(file(one)) for one in _CONFIGS)
-    if "architecture" in config:
-        found = _of_timm(config)
-    elif "model_type" in config:
-        found = _of_transformers(config, where)
-    elif "model_cfg" in clip:
-        found = _of_open_clip(clip)
-    else:
+    if not {"architecture", "model_type"} & config.keys() and "model_cfg" not in clip:
         raise BackboneError(
             f"{where} holds no configuration of a model ({', '.join(_CONFIGS[:2])}), or the hub is out of reach and "
             "its cache has none: give timm's name, or a folder with the configuration"
         )
+    try:
+        if "architecture" in config:
+            found = _of_timm(config)
+        else:
+            found = _of_transformers(config, where) if "model_type" in config else _of_open_clip(clip)
+        if "image_mean" in images and found.mean is None:
+            found.mean, found.std = _three(images["image_mean"]), _three(images["image_std"])
+            found.interpolation = _FILTERS.get(images.get("resample", 3), "bicubic")
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as problem:
+        raise BackboneError(f"the configuration in {where} is damaged: {describe_failure(problem)}") from None
     if not timm.is_model(found.name.split(".")[0]):
         raise BackboneError(f"{where} is a model {found.name!r}, which timm does not have")
-    if "image_mean" in images and found.mean is None:
-        found.mean, found.std = _three(images["image_mean"]), _three(images["image_std"])
-        found.interpolation = _FILTERS.get(images.get("resample", 3), "bicubic")
+    found.described = True
     found.weights = next((path for one in WEIGHTS if (path := file(one)) is not None), None)
     return found
 
