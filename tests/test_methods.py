@@ -143,14 +143,15 @@ def test_balancing_channels_for_int8_changes_no_answer(name, images, method):
         torch.testing.assert_close(balanced(images).logits, model(images).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "name", "tasks"),
     [
         ("ssf", "test_vit2", [{}] * 3),
         ("gapt", "test_vit", [{"pool": "mean"}] * 3),
         ("lora", "test_vit2", [{"targets": "qkv", "rank": rank} for rank in (2, 3, 4)]),
-        ("e2vpt", "test_vit", [{"prune_tokens": 0, "prune_segments": 0}, {}, {"segments": 8, "prune_at": 0.3}]),
-        ("expres", "test_vit2", [{}, {"norm_residual": False}, {"qkv_residual": False, "proj_residual": False}]),
+        ("e2vpt", "test_vit", [{}, {"prune_tokens": 0, "prune_segments": 0}, {"segments": 8, "prune_at": 0.3}]),
+        ("expres", "test_vit", [{}, {"norm_residual": False}, {"qkv_residual": False, "proj_residual": False}]),
     ],
     ids=["ssf", "gapt", "lora", "e2vpt", "expres"],
 )

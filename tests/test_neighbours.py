@@ -33,6 +33,7 @@ def batched(engine, images, order, size):
     return np.concatenate(found)[np.argsort(order)]
 
 
+@pytest.mark.slow
 def test_dynamic_int8_answers_bit_for_bit_whatever_shares_the_batch(int8):
     images = np.concatenate([noise(15), 20 * noise(1, seed=1)])  # the last one would set the scale of a whole batch
     alone = batched(int8, images, np.arange(16), 1)
