@@ -1,0 +1,193 @@
+"""Every name that timm knows through ``load_backbone``: what loads, whether its features are timm's, which methods run.
+
+Models are built small, with few blocks where timm has an argument for it, at a small image size where the model takes one.
+Weights are drawn far from their initial values and loaded from a file, once by ``load_backbone`` and once by timm. What runs
+as a whole keeps its initial weights and is compared with timm's own forward.
+
+    python -m benchmarks.backbones --part 0/2
+"""
+
+from __future__ import annotations
+
+import csv
+import gc
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import timm
+import torch
+from safetensors.torch import save_file
+
+import prompttune as pt
+from benchmarks.common import RESULTS
+from prompttune.errors import PrompttuneError, describe_failure
+from prompttune.methods import METHODS
+
+SHORT: tuple[dict[str, Any], ...] = (
+    {"depth": 2},
+    {"depths": (1, 1, 2, 1)},
+    {"layers": (1, 1, 2, 1)},
+)
+"""Arguments that make a model small; the first that timm takes is used."""
+IN_BLOCKS = ("vision_transformer", "deit", "eva", "swin_transformer", "swin_transformer_v2", "convnext", "resnet")
+"""Modules of timm whose models are shortened: those of a kind that runs in blocks."""
+LARGEST = 150e6
+"""Parameters of the largest model that is filled; a larger one is only built without memory."""
+COLUMNS = ("name", "module", "kind", "width", "methods", "linear_difference", "problem", "seconds")
+
+
+@contextmanager
+def shortened(module: str) -> Iterator[None]:
+    """Let ``timm.create_model`` build models of few blocks."""
+    real: Callable[..., Any] = timm.create_model
+
+    def short(name: str, **settings: Any) -> Any:
+        for fewer in SHORT if module in IN_BLOCKS else ():
+            try:
+                return real(name, **{**fewer, **settings})
+            except TypeError:
+                continue
+        return real(name, **settings)
+
+    timm.create_model = short
+    try:
+        yield
+    finally:
+        timm.create_model = real
+
+
+def rough(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors like those of ``state``, far from initial values, so that no part of a model hides."""
+    drawn = torch.Generator().manual_seed(0)
+    made = {}
+    for name, tensor in state.items():
+        value = torch.randn(tensor.shape, generator=drawn) if tensor.is_floating_point() else tensor
+        leaf = name.rpartition(".")[2]
+        if not tensor.is_floating_point():
+            pass
+        elif leaf == "running_var":
+            value = value.abs() * 0.5 + 0.5
+        elif leaf in ("running_mean", "bias", "beta"):
+            value = value * 0.2
+        elif tensor.ndim == 1:
+            value = (0.5 if "gamma" in leaf else 1.0) + value * 0.2
+        elif "embed" in leaf or "token" in leaf or "table" in leaf:
+            value = value * 0.5
+        else:
+            value = value / max(1, tensor[0].numel()) ** 0.5 if tensor.ndim else tensor
+        made[name] = value.to(tensor.dtype).contiguous()
+    return made
+
+
+def small_size(model: Any, module: str) -> int | None:
+    """A small image size that the model takes; None for its own."""
+    if module in ("convnext", "resnet"):
+        return 64
+    if module in IN_BLOCKS:
+        patch, own = int(model.patch_embed.patch_size[0]), int(model.patch_embed.img_size[0])
+        return own // 2 if "swin" in module else 4 * patch
+    return None
+
+
+@torch.no_grad()
+def examine(name: str, folder: Path) -> dict[str, Any]:
+    """One row of the table."""
+    module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+    row: dict[str, Any] = {"name": name, "module": module, "problem": ""}
+    begun = time.perf_counter()
+    try:
+        with shortened(module):
+            row.update(_loaded(name, module, folder))
+    except PrompttuneError as problem:
+        row["problem"] = describe_failure(problem)
+    except Exception as problem:  # a table of faults must not end at one
+        row["problem"] = f"unexpected: {describe_failure(problem)}"
+    row["seconds"] = round(time.perf_counter() - begun, 1)
+    return row
+
+
+def _loaded(name: str, module: str, folder: Path) -> dict[str, Any]:
+    with torch.device("meta"):
+        count = sum(one.numel() for one in timm.create_model(name, num_classes=0).parameters())
+    if count > LARGEST:
+        from prompttune.backbones.catalogue import describe_backbone
+
+        found = describe_backbone(name)
+        return {"kind": found.kind.__name__, "width": found.width, "problem": f"{count / 1e6:.0f} M: built, not filled"}
+    weights, size = "random", None
+    if module in IN_BLOCKS:
+        donor = timm.create_model(name, num_classes=0)
+        weights, size = str(folder / "weights.safetensors"), small_size(donor, module)
+        save_file(rough(donor.state_dict()), weights)
+    backbone = pt.load_backbone(name, size, weights)
+    side = backbone.image_size
+    images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(1))
+    features = backbone(images)
+    theirs = _by_timm(backbone, module, name, size, weights)
+    expected = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
+    difference = float((features - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    runs = [method for method in METHODS if _runs(backbone, method, images)]
+    return {
+        "kind": type(backbone).__name__,
+        "width": backbone.width,
+        "methods": len(runs),
+        "linear_difference": f"{difference:.1e}",
+    }
+
+
+def _by_timm(backbone: pt.Backbone, module: str, name: str, size: int | None, weights: str) -> Any:
+    """The model as timm itself loads it at this size; the backbone's own model if it runs as a whole."""
+    if module not in IN_BLOCKS:
+        return backbone.model
+    sized = {} if module in ("convnext", "resnet") or size is None else {"img_size": size}
+    overlay = {"file": weights, "num_classes": 0}
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **sized).eval()
+
+
+def _runs(backbone: pt.Backbone, method: str, images: torch.Tensor) -> bool:
+    if not any(isinstance(backbone, one.backbones) for one in METHODS[method].modules):
+        return False
+    if method == "dam-vp" or not backbone.blocks:
+        return True
+    model = pt.PromptModel(backbone, METHODS[method](), num_classes=3).eval()
+    return bool(torch.isfinite(model(images).logits).all())
+
+
+@click.command()
+@click.option("--part", default="0/1", help="Part of the names, such as 0/2.")
+@click.option("--only", default="*", help="Pattern of names.")
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS, help="Folder of backbones_PART.csv.")
+def main(part: str, only: str, results: Path) -> None:
+    """Load every name, compare its features with timm's, and run every method on it."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    number, of = map(int, part.split("/"))
+    names = timm.list_models(only)[number::of]
+    file = results / ("backbones.csv" if of == 1 else f"backbones_{number}.csv")
+    done = {row["name"] for row in csv.DictReader(file.open())} if file.exists() else set()
+    with file.open("a", newline="") as out, tempfile.TemporaryDirectory() as folder:
+        table = csv.DictWriter(out, COLUMNS)
+        if not done:
+            table.writeheader()
+        for name in names:
+            if name not in done:
+                table.writerow(examine(name, Path(folder)))
+                out.flush()
+                gc.collect()
+    rows = list(csv.DictReader(file.open()))
+    loads = [row for row in rows if row["width"]]
+    many = sum(int(row["methods"] or 0) >= 10 for row in rows)
+    apart = max((float(row["linear_difference"]) for row in rows if row["linear_difference"]), default=0.0)
+    click.echo(f"{len(rows)} names: {len(loads)} load, {many} with 10 methods or more; farthest from timm {apart:.0e}")
+
+
+if __name__ == "__main__":
+    main()
