@@ -171,6 +171,7 @@ def main(part: str, only: str, results: Path) -> None:
     torch.set_num_threads(1)
     number, of = map(int, part.split("/"))
     names = timm.list_models(only)[number::of]
+    results.mkdir(parents=True, exist_ok=True)
     file = results / ("backbones.csv" if of == 1 else f"backbones_{number}.csv")
     done = {row["name"] for row in csv.DictReader(file.open())} if file.exists() else set()
     with file.open("a", newline="") as out, tempfile.TemporaryDirectory() as folder:
