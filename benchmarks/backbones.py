@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 import prompttune as pt
 from benchmarks.common import RESULTS
-from prompttune.errors import PrompttuneError, describe_failure
+from prompttune.errors import BackboneError, PrompttuneError, describe_failure
 from prompttune.methods import METHODS
 
 SHORT: tuple[dict[str, Any], ...] = (
@@ -38,7 +38,7 @@ SHORT: tuple[dict[str, Any], ...] = (
 """Arguments that make a model small; the first that timm takes is used."""
 IN_BLOCKS = ("vision_transformer", "deit", "eva", "swin_transformer", "swin_transformer_v2", "convnext", "resnet")
 """Modules of timm whose models are shortened: those of a kind that runs in blocks."""
-LARGEST = 150e6
+LARGEST = 60e6
 """Parameters of the largest model that is filled; a larger one is only built without memory."""
 COLUMNS = ("name", "module", "kind", "width", "methods", "linear_difference", "problem", "seconds")
 
@@ -156,7 +156,10 @@ def _runs(backbone: pt.Backbone, method: str, images: torch.Tensor) -> bool:
         return False
     if method == "dam-vp" or not backbone.blocks:
         return True
-    model = pt.PromptModel(backbone, METHODS[method](), num_classes=3).eval()
+    try:
+        model = pt.PromptModel(backbone, METHODS[method](), num_classes=3).eval()
+    except BackboneError:
+        return False
     return bool(torch.isfinite(model(images).logits).all())
 
 
