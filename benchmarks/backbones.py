@@ -1,8 +1,8 @@
 """Every name that timm knows through ``load_backbone``: what loads, whether its features are timm's, which methods run.
 
-Models that run in blocks are built with few of them and at a small image size; their weights are drawn far from initial
-values and loaded from a file, once by ``load_backbone`` and once by timm. A model that runs as a whole keeps its initial
-weights and is compared with timm's own forward.
+Models that run in blocks are built with few of them and at a small image size; their weights are drawn far from
+initial values and loaded from a file, once by ``load_backbone`` and once by timm. A model that runs as a whole keeps
+its initial weights and is compared with timm's own forward.
 
     python -m benchmarks.backbones --part 0/2
 """
