@@ -78,12 +78,12 @@ class PromptModel(nn.Module):
                 f"preprocessing makes images of {preprocess.image_size} pixels, "
                 f"the backbone takes {backbone.image_size}"
             )
-        self.config = config.resolved(backbone)
         self.labels = labels
         self.preprocess = preprocess or backbone.default_preprocess()
         self.metrics: dict[str, Any] = {}
         self.backbone = backbone
-        self.method: Method = self.config.build(backbone)
+        self.method: Method = config.build(backbone)
+        self.config = self.method.config
         self.task_type = task_type or ClassificationConfig()
         self.task_type.check_method(self.method, self.config.method, backbone)
         self.levels = self.task_type.levels(backbone.depth)
