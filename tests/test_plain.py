@@ -65,12 +65,12 @@ def test_bfloat16_has_no_convolution_in_onnx(tmp_path):
 def test_the_other_methods_refuse_and_say_why(method, tmp_path):
     backbone = drawn_backbone("test_vit_relpos", tmp_path, 64)
     if method in WHOLE:
-        METHODS[method]().build(backbone)
+        pt.PromptModel(backbone, METHODS[method](), num_classes=2)
         return
     with pytest.raises(
         BackboneError, match=f"^{method} runs on .*, not on PlainBackbone: VisionTransformerRelPos runs only as a whole"
     ):
-        METHODS[method]().build(backbone)
+        pt.PromptModel(backbone, METHODS[method](), num_classes=2)
 
 
 @pytest.mark.parametrize(
