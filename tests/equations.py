@@ -179,10 +179,10 @@ def swin_vpt_block(block: nn.Module, tokens: Tensor, prompts: Tensor) -> tuple[T
             q, k, v = attention.qkv(together).unflatten(-1, (3, attention.num_heads, -1)).permute(1, 2, 0, 3)
             scores = q @ k.transpose(-2, -1) * attention.scale
             scores[:, count:, count:] += mask
-            attended = attention.proj((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
+            attended = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
             heard.append(attended[:count])
-            out[image, r : r + height, c : c + width] = attended[count:].reshape(height, width, -1)
-        seen.append(torch.stack(heard).mean(0))
+            out[image, r : r + height, c : c + width] = attention.proj(attended[count:]).reshape(height, width, -1)
+        seen.append(attention.proj(torch.stack(heard).mean(0)))  # a norm of Swin v2 follows once
     tokens = tokens + out[:, :rows, :columns].roll(shift, dims=(1, 2))
     prompts = prompts + torch.stack(seen)
     return tokens + block.mlp(block.norm2(tokens)), prompts + block.mlp(block.norm2(prompts))

@@ -6,6 +6,7 @@ from prompttune.backbones.eva import EvaBackbone
 from prompttune.backbones.loading import load_backbone, register_backbone
 from prompttune.backbones.plain import PlainBackbone
 from prompttune.backbones.swin import SwinBackbone
+from prompttune.backbones.swinv2 import SwinV2Backbone
 from prompttune.backbones.vit import VitBackbone
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "EvaBackbone",
     "PlainBackbone",
     "SwinBackbone",
+    "SwinV2Backbone",
     "VitBackbone",
     "load_backbone",
     "register_backbone",

@@ -63,9 +63,10 @@ class FrozenBlock:
 
 
 class AttentionBlock(FrozenBlock):
-    """A block of self attention and MLP, norms first: ``run`` is ``feed_forward(x + project(attend(*qkv(norm1(x)))))``.
+    """A block of self attention and MLP: ``run`` is ``feed_forward(x + project(attend(*qkv(norm1(x)))))``.
 
-    Architectures differ in :meth:`attend`, in what follows the projections, and in the norms of queries and keys.
+    Architectures differ in :meth:`attend`, in what follows the projections, and in the norms of queries and keys. Where
+    norms come last, :meth:`norm1` changes nothing, and :meth:`project` and :meth:`mlp` end with them.
     """
 
     def __init__(self, timm: Any, index: int) -> None:
@@ -77,7 +78,7 @@ class AttentionBlock(FrozenBlock):
         """Channels after the MLP's first linear layer."""
 
     def norm1(self, tokens: Tensor) -> Tensor:
-        """The norm before the attention."""
+        """The norm before the attention, if there is one."""
         return cast(Tensor, self.timm.norm1(tokens))
 
     def qkv(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:

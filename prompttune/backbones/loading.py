@@ -22,6 +22,7 @@ from prompttune.backbones.files import Weights, load_into, read_weights
 from prompttune.backbones.names import WEIGHTS, Model, beside, join_args, resolve, split_args
 from prompttune.backbones.plain import PLAIN
 from prompttune.backbones.swin import SWIN
+from prompttune.backbones.swinv2 import SWINV2
 from prompttune.backbones.vit import VIT
 from prompttune.backbones.wheel import MODEL as WHEEL_MODEL
 from prompttune.backbones.wheel import PACKAGE as WHEEL_PACKAGE
@@ -31,7 +32,7 @@ from prompttune.hub import hub_answers
 from prompttune.images.preprocess import Preprocess
 from prompttune.registry import Registry
 
-ARCHITECTURES: tuple[Architecture, ...] = (VIT, EVA, SWIN, CONV, PLAIN)
+ARCHITECTURES: tuple[Architecture, ...] = (VIT, EVA, SWIN, SWINV2, CONV, PLAIN)
 """The kinds of models in pieces, then any model as a whole."""
 
 logger = logging.getLogger("prompttune")

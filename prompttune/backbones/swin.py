@@ -16,7 +16,6 @@ from timm.models.swin_transformer import (
     PatchMerging,
     SwinTransformer,
     SwinTransformerBlock,
-    SwinTransformerStage,
     WindowAttention,
     checkpoint_filter_fn,
 )
@@ -28,28 +27,23 @@ from prompttune.backbones.windows import Windows, merging_order
 from prompttune.layers.probe import probe
 
 
-def _problem(model: SwinTransformer) -> str:
-    if type(model) is not SwinTransformer:
+def swin_problem(
+    model: Any, kind: type[nn.Module], merging: type[nn.Module], block: type[nn.Module], attention: type[nn.Module]
+) -> str:
+    """The reason why a model cannot be driven as a ``kind`` with such parts; empty if it can."""
+    if type(model) is not kind:
         return f"it is a {type(model).__name__}"
     if type(model.patch_embed) is not PatchEmbed:
         return f"its patch embedding is a {type(model.patch_embed).__name__}"
     if model.global_pool == "":
         return "it has no pooling"
-    for stage in _stages(model):
-        if type(stage.downsample) not in (PatchMerging, nn.Identity):
+    for stage in model.layers:
+        if type(stage.downsample) not in (merging, nn.Identity):
             return f"it merges patches with {type(stage.downsample).__name__}"
-        for block in _blocks(stage):
-            if type(block) is not SwinTransformerBlock or type(block.attn) is not WindowAttention:
-                return f"its blocks are {type(block).__name__} with {type(block.attn).__name__}"
+        for one in stage.blocks:
+            if type(one) is not block or type(one.attn) is not attention:
+                return f"its blocks are {type(one).__name__} with {type(one.attn).__name__}"
     return ""
-
-
-def _stages(model: SwinTransformer) -> list[SwinTransformerStage]:
-    return list(model.layers)
-
-
-def _blocks(stage: SwinTransformerStage) -> list[SwinTransformerBlock]:
-    return list(stage.blocks)
 
 
 class SwinBlock(AttentionBlock):
@@ -90,7 +84,7 @@ class SwinBackbone(PatchBackbone, StagedBackbone):
     model: Any
     blocks: tuple[SwinBlock, ...]
     stages: tuple[Stage[SwinBlock], ...]
-    kind: type[SwinBlock] = SwinBlock
+    block_kind: type[SwinBlock] = SwinBlock
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -101,7 +95,7 @@ class SwinBackbone(PatchBackbone, StagedBackbone):
             if not isinstance(layer.downsample, nn.Identity):
                 order, grid = merging_order(grid)
                 self.register_buffer(f"merging{number}", order, persistent=False)
-            blocks = tuple(self.kind(timm, index + place, grid) for place, timm in enumerate(layer.blocks))
+            blocks = tuple(self.block_kind(timm, index + place, grid) for place, timm in enumerate(layer.blocks))
             index += len(blocks)
             stages.append(Stage(blocks, grid, int(blocks[0].timm.dim)))
         self.set_stages(stages)
@@ -137,18 +131,19 @@ class SwinBackbone(PatchBackbone, StagedBackbone):
         return cast(Tensor, self.model.forward_head(normed, pre_logits=True))
 
 
-def _wrap(model: SwinTransformer, name: str, image_size: int | None) -> SwinBackbone:
+def wrap_swin(kind: type[SwinBackbone], model: Any, name: str, image_size: int | None) -> SwinBackbone:
+    """The backbone over a model that is resized to ``image_size`` pixels, see :func:`set_patch_input`."""
     # The model's own windows, as timm.create_model(img_size=...) has: set_input_size alone would scale them.
     set_patch_input(model, name, image_size, window_size=model._ref_window_sizes)
-    return SwinBackbone(model)
+    return kind(model)
 
 
 SWIN = Architecture(
     models=(SwinTransformer,),
     modules=("swin_transformer",),
     supported="timm SwinTransformer models (Swin v1)",
-    problem=_problem,
-    wrap=_wrap,
+    problem=lambda model: swin_problem(model, SwinTransformer, PatchMerging, SwinTransformerBlock, WindowAttention),
+    wrap=lambda *of: wrap_swin(SwinBackbone, *of),
     kind=SwinBackbone,
     rename=checkpoint_filter_fn,
 )
