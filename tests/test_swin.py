@@ -222,3 +222,20 @@ def test_vpt_parameters(swin):
     assert {name: tuple(p.shape) for name, p in shallow.named_parameters()} == {"prompts.0": (1, 3, 16)}
     sizes = {f"prompts.{i}": (blocks, 3, 16 * 2**i) for i, blocks in enumerate((2, 1, 3, 1))}
     assert {name: tuple(p.shape) for name, p in deep.named_parameters()} == sizes
+
+
+def test_full_trains_what_swin_v2_computes_once(tmp_path):
+    """The MLP of the position bias and the scale of the scores."""
+    swin = drawn_backbone("test_swinv2", tmp_path, SIZE)
+    model = drawn_model(swin, pt.FullConfig()).train()
+    model(noise()).logits.square().mean().backward()
+    own = model.method.backbone.model
+    with torch.no_grad():
+        for name, parameter in own.named_parameters():
+            if "cpb_mlp" in name or "logit_scale" in name:
+                assert parameter.grad.abs().max() > 0, name
+                parameter.add_(0.1)
+        expected = own(noise())
+        for tuned in (model.method.backbone, model.method.own_backbone()):
+            torch.testing.assert_close(tuned(noise()), expected, atol=1e-5, rtol=1e-5)
+        assert (swin(noise()) - expected).abs().max() > 1e-3
