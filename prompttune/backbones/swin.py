@@ -37,10 +37,10 @@ def swin_problem(
         return f"its patch embedding is a {type(model.patch_embed).__name__}"
     if model.global_pool == "":
         return "it has no pooling"
-    for stage in model.layers:
+    for stage in cast(nn.Sequential, model.layers):
         if type(stage.downsample) not in (merging, nn.Identity):
             return f"it merges patches with {type(stage.downsample).__name__}"
-        for one in stage.blocks:
+        for one in cast(nn.Sequential, stage.blocks):
             if type(one) is not block or type(one.attn) is not attention:
                 return f"its blocks are {type(one).__name__} with {type(one.attn).__name__}"
     return ""

@@ -31,19 +31,20 @@ class SwinV2Block(SwinBlock):
 
     def __init__(self, timm: Any, index: int, grid: tuple[int, int]) -> None:
         super().__init__(timm, index, grid)
-        self.windows.scale = Constant(self.scale)  # the backbone holds the windows
+        self.factor = Constant(self.scale)
+        self.windows.add_module("factor", self.factor)  # the backbone holds the windows
 
     def position_bias(self) -> Tensor:
         """See :meth:`SwinBlock.position_bias`."""
         attention, area = self.timm.attn, self.timm.window_area
         table = attention.cpb_mlp(attention.relative_coords_table).view(-1, self.num_heads)
         bias: Tensor = table[attention.relative_position_index.view(-1)].view(area, area, -1).permute(2, 0, 1)
-        return (16 * bias.sigmoid()).float().contiguous()
+        return bias.sigmoid().mul(16).float().contiguous()
 
     def scale(self) -> Tensor:
         """The factor of each head's queries, float32 [H, 1, 1]: the scores are divided by the root of d later."""
         learned: Tensor = self.timm.attn.logit_scale.float().clamp(max=LARGEST_SCALE).exp()
-        return learned * self.head_dim**0.5
+        return learned.mul(self.head_dim**0.5)
 
     def norm1(self, tokens: Tensor) -> Tensor:
         """The tokens themselves."""
@@ -51,7 +52,8 @@ class SwinV2Block(SwinBlock):
 
     def query_heads(self, projected: Tensor) -> Tensor:
         """See :meth:`AttentionBlock.query_heads`; scaled to the length of the head's factor."""
-        return (F.normalize(self.heads(projected).float(), dim=-1) * self.windows.scale()).to(projected.dtype)
+        scaled: Tensor = F.normalize(self.heads(projected).float(), dim=-1) * self.factor()
+        return scaled.to(projected.dtype)
 
     def key_heads(self, projected: Tensor) -> Tensor:
         """See :meth:`AttentionBlock.key_heads`; scaled to the length 1."""
