@@ -36,7 +36,17 @@ SHORT: tuple[dict[str, Any], ...] = (
     {"layers": (1, 1, 2, 1)},
 )
 """Arguments that make a model small; the first that timm takes is used."""
-IN_BLOCKS = ("vision_transformer", "deit", "eva", "swin_transformer", "swin_transformer_v2", "convnext", "resnet")
+IN_BLOCKS = (
+    "vision_transformer",
+    "vision_transformer_hybrid",
+    "vitamin",
+    "deit",
+    "eva",
+    "swin_transformer",
+    "swin_transformer_v2",
+    "convnext",
+    "resnet",
+)
 """Modules of timm whose models are shortened: those of a kind that runs in blocks."""
 LARGEST = 60e6
 """Parameters of the largest model that is filled; a larger one is only built without memory."""
@@ -91,7 +101,7 @@ def small_size(model: Any, module: str) -> int | None:
     if module in ("convnext", "resnet"):
         return 64
     if module in IN_BLOCKS:
-        patch, own = int(model.patch_embed.patch_size[0]), int(model.patch_embed.img_size[0])
+        patch, own = int(model.patch_embed.feat_ratio()), int(model.patch_embed.img_size[0])
         return own // 2 if "swin" in module else 4 * patch
     return None
 

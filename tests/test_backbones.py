@@ -52,6 +52,18 @@ def test_variants(name, size, grid, prefix):
     assert model(images(backbone)).logits.shape == (2, 3)
 
 
+@pytest.mark.parametrize(("name", "grid"), [("vit_tiny_r_s16_p8_224", (2, 2)), ("vitamin_small_224", (4, 4))])
+@torch.no_grad()
+def test_patches_behind_convolutions(name, grid, tmp_path):
+    save_file(timm.create_model(name, num_classes=0).state_dict(), tmp_path / "hybrid.safetensors")
+    backbone = pt.load_backbone(name, 64, tmp_path / "hybrid.safetensors")
+    overlay = {"file": str(tmp_path / "hybrid.safetensors"), "num_classes": 0}
+    plain = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay, img_size=64).eval()
+    torch.testing.assert_close(backbone(images(backbone)), plain(images(backbone)), atol=1e-5, rtol=1e-5)
+    model = pt.PromptModel(backbone, pt.SA2VPConfig(rank=2), num_classes=3).eval()
+    assert (backbone.grid, model(images(backbone)).logits.shape) == (grid, (2, 3))
+
+
 def test_random_is_seeded_and_leaves_the_global_generator_alone():
     torch.manual_seed(5)
     expected = torch.rand(1)

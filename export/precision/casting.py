@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm2d, LayerNorm2dFp32, LayerNormFp32
-from torch import nn
+from timm.layers import LayerNorm, LayerNorm2d, LayerNorm2dFp32, LayerNormFp32
+from torch import Tensor, nn
 
 from prompttune.backbones import SwinBackbone, VitBackbone
 from prompttune.model import PromptModel
@@ -30,7 +30,8 @@ def typed_model(model: PromptModel, precision: str) -> PromptModel:
         return model
     typed = copy.deepcopy(model)
     backbone = typed.backbone.model
-    norms = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.LayerNorm)}
+    kinds = (nn.LayerNorm, nn.GroupNorm)
+    norms = {name: module for name, module in backbone.named_modules() if isinstance(module, kinds)}
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
             _reduce(module)
@@ -53,7 +54,22 @@ def _reduce(norm: nn.BatchNorm2d) -> None:
     norm.running_mean, norm.running_var, norm.eps = torch.zeros_like(scale), torch.ones_like(scale), 0.0
 
 
-def _float32(norm: nn.LayerNorm, original: nn.Module) -> nn.LayerNorm:
+class _Float32(nn.Module):
+    """A norm, with the activation that it may have, in float32 between tensors of another type."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.norm(x.float())
+        return normed.to(x.dtype)
+
+
+def _float32(norm: nn.LayerNorm | nn.GroupNorm, original: nn.Module) -> nn.Module:
+    if type(norm) not in (nn.LayerNorm, LayerNorm, LayerNorm2d):
+        return _Float32(copy.deepcopy(original))
+    assert isinstance(norm, nn.LayerNorm)
     kind = LayerNorm2dFp32 if isinstance(norm, LayerNorm2d) else LayerNormFp32
     made = kind(norm.normalized_shape, norm.eps, norm.elementwise_affine)
     made.load_state_dict(original.state_dict())

@@ -172,20 +172,20 @@ class Backbone(nn.Module):
 
 
 class PatchBackbone(Backbone):
-    """A backbone whose model cuts the image into patches with timm's ``PatchEmbed``."""
+    """A backbone whose model cuts the image into patches, with timm's ``PatchEmbed`` or behind convolutions."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         embedding = model.patch_embed
         self.image_size = int(embedding.img_size[0])
         self.grid = (int(embedding.grid_size[0]), int(embedding.grid_size[1]))
-        self.patch_size = int(embedding.patch_size[0])
+        self.patch_size = int(embedding.feat_ratio())
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S] to patch tokens [B, R C, D], without prefix tokens and position embedding."""
         embedding: Any = self.model.patch_embed
         # The patch convolution may have a higher precision than the blocks.
-        patches = embedding(images.to(embedding.proj.weight.dtype)).flatten(1, -2)
+        patches = embedding(images.to(next(embedding.parameters()).dtype)).flatten(1, -2)
         return cast(Tensor, patches.to(self.token_dtype or self.blocks[0].timm.attn.proj.weight.dtype))
 
 
@@ -264,7 +264,7 @@ def set_patch_input(model: Any, name: str, image_size: int | None, **settings: A
     Raises:
         UsageError: the size is not a multiple of the patch size.
     """
-    patch = model.patch_embed.patch_size[0]
+    patch = int(model.patch_embed.feat_ratio())
     if image_size is None:
         return
     if image_size <= 0 or image_size % patch:

@@ -19,6 +19,7 @@ from typing import Any, cast
 import numpy as np
 import timm
 import torch
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -66,8 +67,8 @@ class Weights:
     """Arguments of the timm model that no shape shows, such as the number of heads."""
     patch: int | None = None
     """Side of a patch in pixels."""
-    image_size: int | None = None
-    """Side in pixels of the images that the position embeddings belong to."""
+    grid: int | None = None
+    """Number of patches along a side of the images that the position embeddings belong to."""
     arch: str = ""
     """timm's name of the model in the file."""
     counts: dict[str, int] = field(default_factory=dict)
@@ -125,14 +126,14 @@ def _measure(found: Weights) -> None:
             found.patch = math.isqrt(value.shape[1] // 3)
     positions = [value for name, value in found.tensors.items() if name in _POSITIONS or name.endswith(".pos_embed")]
     if found.patch and positions and positions[0].ndim > 1:
-        found.image_size = _side(positions[0].shape[-2], found.patch)
+        found.grid = _side(positions[0].shape[-2])
 
 
-def _side(positions: int, patch: int) -> int | None:
-    """Side in pixels of a square grid with some prefix tokens; None if the grid is not square."""
+def _side(positions: int) -> int | None:
+    """Side of a square grid with some prefix tokens; None if the grid is not square."""
     sides = (math.isqrt(positions - prefix) for prefix in range(min(_MOST_PREFIX_TOKENS, positions)))
     found = (side for prefix, side in enumerate(sides) if side * side == positions - prefix)
-    return next((side * patch for side in found), None)
+    return next(found, None)
 
 
 def _read_npz(path: Path) -> Weights:
@@ -148,7 +149,7 @@ def _read_npz(path: Path) -> Weights:
                     *layers, _, heads, _ = arrays[name].shape  # some files stack all layers in one array
                     depth = found.counts.get("blocks", 0) + (layers[0] if layers else 1)
                     found.counts = {"blocks": int(depth), "heads": int(heads)}
-            found.image_size = _side(positions, found.patch or 0)
+            found.grid = _side(positions)
     except Exception as problem:  # errors of zipfile and NumPy, and an unknown layout
         raise BackboneError(f"{path} is not a Google ViT checkpoint: {_told(problem)}") from None
     return found
@@ -171,12 +172,12 @@ def load_into(
     if found.counts and not isinstance(model, VisionTransformer):
         raise BackboneError(f"{found.path.name}: Google's npz files hold ViTs, {name} is a {type(model).__name__}")
     embed = getattr(model, "patch_embed", None)
-    own_patch = getattr(embed, "patch_size", (None,))[0]
+    own_patch = embed.patch_size[0] if isinstance(embed, PatchEmbed) else None
     if found.patch and own_patch and found.patch != own_patch:
         raise _misfit(found, name, f"its patches have {found.patch} pixels, the model's {own_patch}")
-    if found.image_size and getattr(model, "pos_embed", None) is not None and hasattr(model, "set_input_size"):
-        embed_side = (found.image_size, found.image_size)
-        cast(Any, model).set_input_size(embed_side)  # of initial values, so that the file's come in unchanged
+    if found.grid and getattr(model, "pos_embed", None) is not None and hasattr(embed, "feat_ratio"):
+        side = found.grid * int(embed.feat_ratio())
+        cast(Any, model).set_input_size((side, side))  # of initial values, so that the file's come in unchanged
     if found.path.suffix == ".npz":
         _load_npz(model, found, name)
         return

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from timm.layers import Attention, resample_abs_pos_embed
+from timm.layers import Attention, HybridEmbed, resample_abs_pos_embed
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import (
     _RADIO_ALIGN_CORNERS,
@@ -34,7 +34,7 @@ def vit_problem(model: Any, kind: type[nn.Module], block: type[nn.Module], *atte
     """The reason why a model cannot be driven as a ``kind`` with such blocks; empty if it can."""
     if type(model) is not kind:
         return f"it is a {type(model).__name__}"
-    if type(model.patch_embed) is not PatchEmbed:
+    if type(model.patch_embed) not in (PatchEmbed, HybridEmbed):
         return f"its patch embedding is a {type(model.patch_embed).__name__}"
     if model.global_pool == "":
         return "it has no pooling"
@@ -219,7 +219,7 @@ def _wrap(model: VisionTransformer, name: str, image_size: int | None) -> VitBac
 
 VIT = Architecture(
     models=(VisionTransformer,),
-    modules=("vision_transformer", "deit"),
+    modules=("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin"),
     supported="timm VisionTransformer models with pre-norm blocks and absolute (or no) position embeddings",
     problem=lambda model: vit_problem(model, VisionTransformer, Block, Attention),
     wrap=_wrap,
