@@ -171,7 +171,7 @@ def load_into(
     """
     if found.counts and not isinstance(model, VisionTransformer):
         raise BackboneError(f"{found.path.name}: Google's npz files hold ViTs, {name} is a {type(model).__name__}")
-    embed = getattr(model, "patch_embed", None)
+    embed: Any = getattr(model, "patch_embed", None)
     own_patch = embed.patch_size[0] if isinstance(embed, PatchEmbed) else None
     if found.patch and own_patch and found.patch != own_patch:
         raise _misfit(found, name, f"its patches have {found.patch} pixels, the model's {own_patch}")
