@@ -240,10 +240,12 @@ def test_bad_values_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("precision", "quantization"), [("fp32", None), ("fp16", None), ("int8", "dynamic"), ("int8", "static")]
+    ("precision", "quantization", "name"),
+    [(*case, "test_vit") for case in (("fp32", None), ("fp16", None), ("int8", "dynamic"), ("int8", "static"))]
+    + [("fp16", None, "test_eva2")],
 )
-def test_plain_backbone_gives_the_pooled_features(precision, quantization, tmp_path):
-    manifest = EngineFolder(exported("linear")).manifest
+def test_plain_backbone_gives_the_pooled_features(precision, quantization, name, tmp_path):
+    manifest = EngineFolder(exported("linear", name)).manifest
     frozen = engine_backbone(manifest)
     quantised = dataclasses.replace(manifest, precision=precision, quantization=quantization)
     settings = plain_settings(quantised)

@@ -35,7 +35,7 @@ layer, rotation, windows, convolutions."""
 # A convolution that runs twice, as under dam-vp, keeps its BatchNormalization beside it.
 SUPPORTED = """
     Add ArgMax AveragePool BatchNormalization Clip Concat Constant ConstantOfShape Conv Div Einsum Expand Gather Gelu
-    Gemm LayerNormalization MatMul MaxPool Mul Neg Pad Range ReduceL2 ReduceMean ReduceSum Relu Reshape Shape Sigmoid
+    Gemm LayerNormalization MatMul MaxPool Mul Neg Range ReduceL2 ReduceMean ReduceSum Relu Reshape Shape Sigmoid
     Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze
 """
 

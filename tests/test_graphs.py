@@ -62,7 +62,7 @@ CONSTANT_AXES = {"ReduceMean", "ReduceSum", "Squeeze", "Unsqueeze"}
 # TensorRT takes some of these, with restrictions; a graph of ours needs none.
 AVOIDED = {"Where", "IsNaN", "Loop", "If", "Scan", "Scatter", "ScatterND", "ScatterElements", "NonZero", "GatherND"}
 
-CASES = [(method, "test_vit") for method in SHARING] + [("sa2vp", "test_vit2")]
+CASES = [(method, "test_vit") for method in SHARING] + [("sa2vp", "test_vit2"), ("sa2vp", "test_eva")]
 # Two pathways, a recurrence, task matrices that read what frozen ones read. Elsewhere the conversions to other types
 # meet nothing new, and exporting is what takes the time.
 CONVERTED = [(method, "test_vit") for method in ("sa2vp", "lspt", "lora")]

@@ -87,8 +87,9 @@ class EvaBackbone(VitBackbone):
         if table is None or heads.shape[-2] < self.num_tokens:
             return heads
         front = heads.shape[-2] - table.shape[-2]
-        sin, cos = table.chunk(2, dim=-1)  # [(H,) R C, d]
-        sin, cos = F.pad(sin, (0, 0, front, 0)), F.pad(cos, (0, 0, front, 0), value=1.0)  # what stands in front stays
+        width = heads.shape[-1]  # sliced, because export does not fold a split
+        sin = F.pad(table[..., :width], (0, 0, front, 0))  # [(H,) n, d]; what stands in front stays as it is
+        cos = F.pad(table[..., width:], (0, 0, front, 0), value=1.0)
         return cast(Tensor, apply_rot_embed(heads, sin, cos, half=bool(self.blocks[index].timm.attn.rotate_half)))
 
 
