@@ -238,8 +238,6 @@ class Architecture:
     models: tuple[type[nn.Module], ...]
     modules: tuple[str, ...]
     """timm modules with models that may be supported; each model is checked again after it is built."""
-    supported: str
-    """Description of the supported models."""
     problem: Callable[[Any], str]
     """Function of a model: the reason why it cannot be driven block by block; empty if it can."""
     wrap: Callable[[Any, str, int | None], Backbone]

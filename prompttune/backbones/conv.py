@@ -144,7 +144,6 @@ def _rename(tensors: dict[str, Tensor], model: ConvModel) -> dict[str, Tensor]:
 CONV = Architecture(
     models=(ResNet, ConvNeXt),
     modules=("resnet", "convnext"),
-    supported="timm ResNet and ConvNeXt models",
     problem=_problem,
     wrap=_wrap,
     kind=ConvBackbone,

@@ -101,7 +101,6 @@ def _wrap(model: eva.Eva, name: str, image_size: int | None) -> EvaBackbone:
 EVA = Architecture(
     models=(eva.Eva,),
     modules=("eva",),
-    supported="timm Eva models with pre-norm blocks (EVA-02, DINOv3, Perception Encoder, RoPE ViTs)",
     problem=_problem,
     wrap=_wrap,
     kind=EvaBackbone,

@@ -74,7 +74,6 @@ def _rename(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 PLAIN = Architecture(
     models=(nn.Module,),
     modules=(),
-    supported="any timm model with pooled features",
     problem=_problem,
     wrap=_wrap,
     kind=PlainBackbone,

@@ -141,7 +141,6 @@ def wrap_swin(kind: type[SwinBackbone], model: Any, name: str, image_size: int |
 SWIN = Architecture(
     models=(SwinTransformer,),
     modules=("swin_transformer",),
-    supported="timm SwinTransformer models (Swin v1)",
     problem=lambda model: swin_problem(model, SwinTransformer, PatchMerging, SwinTransformerBlock, WindowAttention),
     wrap=lambda *of: wrap_swin(SwinBackbone, *of),
     kind=SwinBackbone,

@@ -82,7 +82,6 @@ class SwinV2Backbone(SwinBackbone):
 SWINV2 = Architecture(
     models=(v2.SwinTransformerV2,),
     modules=("swin_transformer_v2",),
-    supported="timm SwinTransformerV2 models",
     problem=lambda model: swin_problem(
         model, v2.SwinTransformerV2, v2.PatchMerging, v2.SwinTransformerV2Block, v2.WindowAttention
     ),

@@ -220,7 +220,6 @@ def _wrap(model: VisionTransformer, name: str, image_size: int | None) -> VitBac
 VIT = Architecture(
     models=(VisionTransformer,),
     modules=("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin"),
-    supported="timm VisionTransformer models with pre-norm blocks and absolute (or no) position embeddings",
     problem=lambda model: vit_problem(model, VisionTransformer, Block, Attention),
     wrap=_wrap,
     kind=VitBackbone,
