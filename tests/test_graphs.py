@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -361,10 +362,15 @@ def test_symmetric_int8_has_no_zero_points(method, backbone):
 
 
 def test_static_int8_for_onnx_runtime_is_unsigned(tmp_path):
-    write_onnx(build_request("linear", ExportSettings("onnx", "int8", quantization="static")), tmp_path)
+    # DAM-VP runs the backbone twice: two products share each matrix.
+    write_onnx(build_request("dam-vp", ExportSettings("onnx", "int8", quantization="static")), tmp_path)
     graph = onnx.load(str(tmp_path / ONNX_FILE)).graph
-    points = {constants(graph)[node.input[2]].data_type for node in of_kind(graph, "QuantizeLinear")}
-    assert points == {TensorProto.UINT8}
+    points = [constants(graph)[node.input[2]] for node in of_kind(graph, "QuantizeLinear", "DequantizeLinear")]
+    assert {point.data_type for point in points} == {TensorProto.UINT8}
+    assert {128} == {int(value) for point in points if point.dims for value in numpy_helper.to_array(point)}
+    settings = ort.SessionOptions()
+    settings.add_session_config_entry("session.x64quantprecision", "1")
+    ort.InferenceSession(tmp_path / ONNX_FILE, settings, providers=["CPUExecutionProvider"])
     assert [file.name for file in sorted(tmp_path.iterdir())] == [ONNX_FILE, f"{ONNX_FILE}.data"]
 
 

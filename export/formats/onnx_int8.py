@@ -67,10 +67,12 @@ def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> No
                     nodes_to_quantize=products,
                     per_channel=True,
                     activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
-                    weight_type=QuantType.QInt8,
+                    # ONNX Runtime makes them unsigned when it opens a file, and fails where two products share one.
+                    weight_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
                     use_external_data_format=True,
                     extra_options={
                         "ActivationSymmetric": symmetric,
+                        "WeightSymmetric": True,
                         "OpTypesToExcludeOutputQuantization": ["MatMul"],
                     },
                 )

@@ -74,7 +74,7 @@ def check_readable(backbone: Backbone) -> None:
     if isinstance(backbone, SwinBackbone):
         raise UsageError(f"{backbone.name} attends within windows, which gives no map of the image")
     if not isinstance(backbone, VitBackbone):
-        raise UsageError(f"{backbone.name} has no attention that can be read")
+        raise UsageError(f"{backbone.name} has no attention{' that can be read' if backbone.limits else ''}")
 
 
 @torch.no_grad()
