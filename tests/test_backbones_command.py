@@ -44,6 +44,7 @@ def test_the_command_lists_and_describes():
     assert (one["tokens"], one["limits"]) == (1370, "")
     assert (one["pretrained"][0]["tag"], one["pretrained"][0]["licence"]) == ("lvd142m", "apache-2.0")
     assert "methods linear, full, dam-vp" in told("test_efficientnet")
+    assert "parameters 0.1 M" in told("timm/test_vit?depth=2")
 
 
 @pytest.mark.parametrize(("name", "message"), [("vit_smal", "unknown backbone 'vit_smal'"), ("qq*", "no model that")])

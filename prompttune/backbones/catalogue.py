@@ -17,6 +17,7 @@ from prompttune.backbones.loading import (
     check_name,
     limits_of,
 )
+from prompttune.backbones.names import Model, resolve, split_args
 from prompttune.backbones.wheel import MODEL as WHEEL_MODEL
 from prompttune.backbones.wheel import PACKAGE as WHEEL_PACKAGE
 from prompttune.backbones.wheel import find_wheel
@@ -84,14 +85,19 @@ def _of_module(module: str) -> Architecture:
 def describe_backbone(name: str) -> BackboneDescription:
     """Describe a timm model from its structure alone.
 
+    Args:
+        name: a name as for :func:`prompttune.load_backbone`, except that of a registered backbone.
+
     Raises:
-        UsageError: timm has no model of this name.
-        BackboneError: timm cannot build it.
+        UsageError: the name is unknown.
+        BackboneError: timm cannot build the model.
     """
-    check_name(name)
-    bare, _, tag = name.partition(".")
+    given, args = split_args(name)
+    found = resolve(given) or Model(given)
+    check_name(found.name)
+    bare, _, tag = found.name.partition(".")
     with torch.device("meta"):
-        model: Any = build_model(name)
+        model: Any = build_model(found.name, **{**found.args, **args})
     chosen = architecture_of(model, name)
     patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
     return BackboneDescription(

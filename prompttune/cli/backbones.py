@@ -37,7 +37,7 @@ def backbones(name: str | None, as_json: bool) -> None:
 
     if name is None:
         _families(as_json)
-    elif not set(name) & set("*?["):
+    elif "*" not in name:
         found = describe_backbone(name)
         click.echo(json.dumps(_plain(found), indent=2) if as_json else _described(found))
     else:
