@@ -320,7 +320,7 @@ def go(run: Run, checks: Sequence[Check], builds: Sequence[str], end: float) -> 
                     current = Child(run, ready)
                 else:
                     run.record(ready.name, "", SKIPPED, 0, f"needs {needs} s, {max(left, 0):.0f} s are left")
-            time.sleep(0.05)
+            time.sleep(0.02)
     finally:
         for child in [*building, *([current] if current else [])]:
             child.kill()
