@@ -5,6 +5,7 @@ initial values and loaded from a file, once by ``load_backbone`` and once by tim
 its initial weights and is compared with timm's own forward.
 
     python -m benchmarks.backbones --part 0/2
+    python -m benchmarks.backbones --engines     # an fp32 engine of the smallest model of each family
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from safetensors.torch import save_file
 
 import prompttune as pt
 from benchmarks.common import RESULTS
+from prompttune.backbones.catalogue import Family, describe_backbone, families
 from prompttune.errors import BackboneError, PrompttuneError, describe_failure
 from prompttune.methods import METHODS
 
@@ -127,8 +130,6 @@ def _loaded(name: str, module: str, folder: Path) -> dict[str, Any]:
     with torch.device("meta"):
         count = sum(one.numel() for one in timm.create_model(name, num_classes=0).parameters())
     if count > LARGEST:
-        from prompttune.backbones.catalogue import describe_backbone
-
         found = describe_backbone(name)
         return {"kind": found.kind.__name__, "width": found.width, "problem": f"{count / 1e6:.0f} M: built, not filled"}
     weights, size = "random", None
@@ -173,30 +174,73 @@ def _runs(backbone: pt.Backbone, method: str, images: torch.Tensor) -> bool:
     return bool(torch.isfinite(model(images).logits).all())
 
 
+ENGINE_COLUMNS = ("family", "name", "kind", "parameters", "image_size", "max_abs", "max_rel", "problem", "seconds")
+
+
+def engine_of(family: Family, folder: Path) -> dict[str, Any]:
+    """One row of the table of engines: ``linear`` over the family's smallest model, exported with its parity proof."""
+    row: dict[str, Any] = {"family": family.name, "problem": ""}
+    begun = time.perf_counter()
+    try:
+        smallest = min((describe_backbone(name) for name in family.models), key=lambda one: one.parameters)
+        row |= {"name": smallest.name, "kind": smallest.kind.__name__, "parameters": smallest.parameters}
+        row["image_size"] = smallest.image_size
+        run = folder / "run"
+        weights = folder / "weights.safetensors"
+        save_file(rough(timm.create_model(smallest.name, num_classes=0).state_dict()), weights)
+        backbone = pt.load_backbone(smallest.name, weights=weights)
+        model = pt.PromptModel(backbone, "linear", 3)
+        with torch.no_grad():
+            length = float(backbone(torch.randn(1, 3, backbone.image_size, backbone.image_size)).norm())
+        torch.nn.init.normal_(model.head.weight, std=1 / length)  # logits of about 1
+        model.save(run)
+        engine = pt.export_engine([run], folder / "engine", batch_sizes=(1, 2), images=2, overwrite=True)
+        assert engine.manifest.parity is not None
+        compared = engine.manifest.parity["comparisons"]
+        row |= {key: f"{max(one[key] for one in compared):.1e}" for key in ("max_abs", "max_rel")}
+    except PrompttuneError as problem:
+        row["problem"] = describe_failure(problem)
+    except Exception as problem:  # a table of faults must not end at one
+        row["problem"] = f"unexpected: {describe_failure(problem)}"
+    row["seconds"] = round(time.perf_counter() - begun, 1)
+    return row
+
+
+def fill(file: Path, columns: Sequence[str], todo: Mapping[str, Callable[[Path], dict[str, Any]]]) -> list[Any]:
+    """Append the rows that a CSV file lacks, each as soon as it is there; the key is the first column."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    done = {row[columns[0]] for row in csv.DictReader(file.open())} if file.exists() else set()
+    with file.open("a", newline="") as out, tempfile.TemporaryDirectory() as folder:
+        table = csv.DictWriter(out, columns)
+        if not done:
+            table.writeheader()
+        for key, make in todo.items():
+            if key not in done:
+                table.writerow(make(Path(folder)))
+                out.flush()
+                gc.collect()
+    return list(csv.DictReader(file.open()))
+
+
 @click.command()
+@click.option("--engines", is_flag=True, help="Export an engine a family instead.")
 @click.option("--part", default="0/1", help="Part of the names, such as 0/2.")
 @click.option("--only", default="*", help="Pattern of names.")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS, help="Folder of backbones_PART.csv.")
-def main(part: str, only: str, results: Path) -> None:
+def main(engines: bool, part: str, only: str, results: Path) -> None:
     """Load every name, compare its features with timm's, and run every method on it."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     number, of = map(int, part.split("/"))
+    ending = ".csv" if of == 1 else f"_{number}.csv"
+    if engines:
+        todo = {one.name: partial(engine_of, one) for one in families()[number::of]}
+        rows = fill(results / f"backbones_engines{ending}", ENGINE_COLUMNS, todo)
+        click.echo(f"{len(rows)} families: {sum(not row['problem'] for row in rows)} engines agree with PyTorch")
+        return
     names = timm.list_models(only)[number::of]
-    results.mkdir(parents=True, exist_ok=True)
-    file = results / ("backbones.csv" if of == 1 else f"backbones_{number}.csv")
-    done = {row["name"] for row in csv.DictReader(file.open())} if file.exists() else set()
-    with file.open("a", newline="") as out, tempfile.TemporaryDirectory() as folder:
-        table = csv.DictWriter(out, COLUMNS)
-        if not done:
-            table.writeheader()
-        for name in names:
-            if name not in done:
-                table.writerow(examine(name, Path(folder)))
-                out.flush()
-                gc.collect()
-    rows = list(csv.DictReader(file.open()))
+    rows = fill(results / f"backbones{ending}", COLUMNS, {name: partial(examine, name) for name in names})
     loads = [row for row in rows if row["width"]]
     many = sum(int(row["methods"] or 0) >= 10 for row in rows)
     apart = max((float(row["linear_difference"]) for row in rows if row["linear_difference"]), default=0.0)

@@ -56,6 +56,13 @@ def test_engines_of_low_precision_agree(precision, name, tmp_path):
     pt.export_engine(runs, tmp_path / "engine", format=settings, batch_sizes=(1, 2))
 
 
+def test_attention_over_windows_is_exported(tmp_path):
+    """Hiera's queries have five axes, which ONNX's fused attention does not take."""
+    backbone = pt.load_backbone("hiera_tiny_224?embed_dim=8&stages=[1,1,1,1]", weights="random")
+    pt.PromptModel(backbone, "linear", 3).save(tmp_path / "run")
+    pt.export_engine([tmp_path / "run"], tmp_path / "engine", batch_sizes=(1,), images=1)
+
+
 def test_bfloat16_has_no_convolution_in_onnx(tmp_path):
     with pytest.raises(EngineError, match=r"no bfloat16 convolution .* test_efficientnet .* choose fp16"):
         write_onnx(build_request("linear", ExportSettings("onnx", "bf16"), "test_efficientnet"), tmp_path)

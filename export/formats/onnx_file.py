@@ -58,7 +58,10 @@ def export_onnx(traced: Traced, folder: Path, opset: int = OPSET) -> dict[str, s
                 verbose=False,
             )
         except Exception as problem:
-            raise EngineError(f"the ONNX exporter failed: {first_line(problem)}") from problem
+            cause: BaseException = problem
+            while cause.__cause__ is not None:
+                cause = cause.__cause__  # the exporter's own errors say only how to report one
+            raise EngineError(f"the ONNX exporter failed: {first_line(cause)}") from problem
         assert exported is not None
         _forget_sources(exported.model)
         _fold_weights(exported.model)

@@ -20,6 +20,11 @@ from prompttune.layers.probe import probe_attention
 _explicit: ContextVar[bool | None] = ContextVar("explicit", default=None)
 
 
+def is_explicit() -> bool:
+    """Whether :func:`explicit_attention` asks for explicit products."""
+    return bool(_explicit.get())
+
+
 @contextlib.contextmanager
 def explicit_attention(explicit: bool = True) -> Iterator[None]:
     """Choose the form of every :func:`attend` in the block; outside of a block, each call uses the faster form."""
