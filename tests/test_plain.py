@@ -23,6 +23,7 @@ NAMES = (
     "test_vit_relpos",
     "test_coatnet",
     "test_maxvit",
+    "convit_tiny",
 )
 WHOLE = {"linear", "full", "dam-vp"}
 """Methods that need only the features of a backbone."""

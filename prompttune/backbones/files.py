@@ -175,7 +175,8 @@ def load_into(
     own_patch = embed.patch_size[0] if isinstance(embed, PatchEmbed) else None
     if found.patch and own_patch and found.patch != own_patch:
         raise _misfit(found, name, f"its patches have {found.patch} pixels, the model's {own_patch}")
-    if found.grid and getattr(model, "pos_embed", None) is not None and hasattr(embed, "feat_ratio"):
+    resizable = hasattr(model, "set_input_size") and hasattr(embed, "feat_ratio")
+    if found.grid and getattr(model, "pos_embed", None) is not None and resizable:
         side = found.grid * int(embed.feat_ratio())
         cast(Any, model).set_input_size((side, side))  # of initial values, so that the file's come in unchanged
     if found.path.suffix == ".npz":
