@@ -43,6 +43,16 @@ def test_features_are_timms(name, tmp_path):
     torch.testing.assert_close(backbone(images), expected, atol=1e-6, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_names_that_begin_with_encoder(tmp_path):
+    """The encoders of other authors' files lose this prefix, which some of timm's own models have."""
+    donor = timm.create_model("qwen3_vit_88m", num_classes=0, depth=1, embed_dim=32, num_heads=2).eval()
+    save_file(donor.state_dict(), tmp_path / "weights.safetensors")
+    name = "qwen3_vit_88m?depth=1&embed_dim=32&num_heads=2"
+    backbone = pt.load_backbone(name, weights=tmp_path / "weights.safetensors")
+    assert all(torch.equal(value, donor.state_dict()[key]) for key, value in backbone.model.state_dict().items())
+
+
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_vit_relpos"])
 def test_an_engine_agrees_with_pytorch(name):
     report = pt.Engine(exported("linear", name)).folder.manifest.parity

@@ -59,6 +59,8 @@ class Weights:
 
     path: Path
     tensors: dict[str, Tensor]
+    stored: Mapping[str, Tensor] = field(default_factory=dict)
+    """The tensors by their names in the file."""
     kind: str = ""
     """Training that the file comes from, if it shows."""
     normalisation: str = ""
@@ -89,7 +91,7 @@ def read_weights(path: Path) -> Weights:
         return _read_npz(path)
     loaded = read_foreign(path, BackboneError)
     stored = state_dict_of(loaded, path, _WRAPPERS, BackboneError)
-    found = Weights(path, {})
+    found = Weights(path, {}, stored)
     for name, value in stored.items():
         short = _PREFIXES.sub("", name, count=1) if _PREFIXES.match(name) else name
         if short in found.tensors:
@@ -183,9 +185,10 @@ def load_into(
         _load_npz(model, found, name)
         return
     own = model.state_dict()
+    as_stored = own.keys() <= found.stored.keys()  # timm's own names may begin with "encoder."
     tensors = {
         name: value
-        for name, value in found.tensors.items()
+        for name, value in (found.stored if as_stored else found.tensors).items()
         # A ConvNeXt's head ends in a norm of the backbone; timm knows DINOv2 by its mask token.
         if name in own or name == "mask_token" or not _NOT_BACKBONE.match(name)
     }

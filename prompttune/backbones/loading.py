@@ -176,9 +176,9 @@ def _from_file(found: Model, file: Path, typed: str) -> tuple[nn.Module, str, st
 
 def _unseen(model: Any) -> dict[str, Any]:
     """Arguments of a ViT that no tensor shows, as they are in the model."""
-    blocks = getattr(model, "blocks", None)
-    if not blocks or not hasattr(blocks[0], "attn") or not hasattr(blocks[0].attn, "num_heads"):
+    if architecture_of(model, "") not in (VIT, EVA):
         return {}
+    blocks = model.blocks
     norm = next((one for one in model.modules() if isinstance(one, nn.LayerNorm)), None)
     return {
         "num_heads": blocks[0].attn.num_heads,
