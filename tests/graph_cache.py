@@ -98,7 +98,7 @@ def _sources() -> str:
     digest = hashlib.sha256(platform.python_version().encode())
     for name in LIBRARIES:
         digest.update(f"{name} {metadata.version(name)};".encode())
-    models = [ROOT / "tests" / "convs.py", ROOT / "tests" / "swins.py"]
+    models = [ROOT / "tests" / f"{kind}.py" for kind in ("convs", "evas", "swins")]
     for path in (*sorted((ROOT / "prompttune").rglob("*.py")), *sorted((ROOT / "export").rglob("*.py")), *models):
         digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -14,10 +14,10 @@ CASES = [
     pytest.param(name, config, id=f"{config.method}-{name}")
     for config in default_configs()
     for name in (SMALL, BASE)
-    if config.method in (("sa2vp", "lspt") if name == SMALL else ("sa2vp",))
+    if config.method in (("sa2vp", "lspt", "lora", "dam-vp") if name == SMALL else ("sa2vp",))
 ]
-"""Two pathways, and a recurrence over all blocks. The other methods are proven on tiny models in
-tests/test_export_matrix.py; size and real weights add nothing that belongs to a method.
+"""One method of each kind of graph: two pathways, a recurrence, matrices beside the frozen ones, two passes. The others
+are proven on tiny models in tests/test_export_matrix.py; size and real weights add nothing that belongs to a method.
 """
 ATOL = 1e-4
 TASKS = 8

@@ -23,9 +23,10 @@ TASKS = 5
 CASES = [(method, "test_vit") for method in SHARING] + [("sa2vp", "test_vit2")]
 # Rotary embedding: of both pathways, beside keys that are not rotated, around shifts, and with scales of the block's.
 CASES += [(method, "test_eva") for method in ("sa2vp", "e2vpt", "expres", "ssf")]
-# Elsewhere the covering set: linear is a part of sa2vp, whose graph holds all of its nodes,
-# and dam-vp runs twice what sa2vp runs over Swin and ConvNeXt. test_methods.py runs every method on every backbone.
-CASES += [(method, "test_swin2") for method in ("sa2vp", "vpt-shallow", "vpt-deep")] + [("sa2vp", "test_swinv2")]
+# Elsewhere the covering set: linear is a part of sa2vp, whose graph holds all of its nodes, and dam-vp meets the layer
+# norms of ConvNeXt on the ViTs. test_methods.py runs every method on every backbone.
+CASES += [(method, "test_swin2") for method in ("sa2vp", "vpt-shallow", "vpt-deep", "dam-vp")]
+CASES += [("sa2vp", "test_swinv2")]
 CASES += [("sa2vp", "test_resnet3"), ("dam-vp", "test_resnet3"), ("sa2vp", "test_convnext4")]
 IN_INT8 = [(method, "test_vit") for method in ("sa2vp", "lspt", "lora", "e2vpt", "ssf")]
 IN_INT8 += [("sa2vp", "test_eva"), ("sa2vp", "test_swin2"), ("sa2vp", "test_convnext4")]

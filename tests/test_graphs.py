@@ -121,12 +121,12 @@ def test_nvidias_builder_takes_half_precision(method, backbone, kind, tmp_path):
 
 
 @pytest.mark.slow
-def test_nvidias_builder_takes_baked_tasks_in_half_precision(tmp_path):
-    """Of a recurrence; those of two pathways are built from fp32 in test_formats.py."""
+@pytest.mark.parametrize("method", [method for method, _ in CONVERTED])
+def test_nvidias_builder_takes_baked_tasks_in_half_precision(method, tmp_path):
     settings = ExportSettings(
         "trt-rtx", "fp16", baked=True, options={"compute_capability": "8.9", "optimization_level": 0}
     )
-    built = FORMATS["trt-rtx"]().build(build_request("lspt", settings), tmp_path)
+    built = FORMATS["trt-rtx"]().build(build_request(method, settings), tmp_path)
     assert [spec.name for spec in built.inputs] == ["image", "task_index"]
     assert (tmp_path / "model.plan").read_bytes().startswith(MAGIC)
 
@@ -374,11 +374,13 @@ def test_static_int8_for_onnx_runtime_is_unsigned(tmp_path):
     assert [file.name for file in sorted(tmp_path.iterdir())] == [ONNX_FILE, f"{ONNX_FILE}.data"]
 
 
-def test_operator_sets():
-    assert {one.domain: one.version for one in inferred("sa2vp", "test_vit", "fp32").opset_import}[""] == 20
-    model = inferred("sa2vp", "test_vit", "fused")
+@pytest.mark.parametrize("method", ["sa2vp", "lspt"])
+def test_operator_sets(method):
+    assert {one.domain: one.version for one in inferred(method, "test_vit", "fp32").opset_import}[""] == 20
+    model = inferred(method, "test_vit", "fused")
     assert {one.domain: one.version for one in model.opset_import}[""] == 23
-    assert len(of_kind(model.graph, "Attention")) == 2 * model_of("sa2vp", 0).backbone.depth  # in both pathways
+    depth = model_of(method, 0).backbone.depth
+    assert len(of_kind(model.graph, "Attention")) == depth * (2 if method == "sa2vp" else 1)
     assert not of_kind(model.graph, "Softmax")
     assert unsupported(model) == set()
     assert {node.op_type for node in model.graph.node}.isdisjoint(AVOIDED)

@@ -61,7 +61,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 @pytest.mark.slow
 def test_part_ort_is_killed_at_random_moments_and_ends_at_last(tmp_path):
     dice = random.Random(0)
-    for _ in range(2):
+    for _ in range(3):
         process = started("ort", tmp_path, "--deadline", "600")
         while not (tmp_path / "results/ort_checks.csv").exists() and process.poll() is None:
             time.sleep(0.1)

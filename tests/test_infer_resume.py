@@ -65,9 +65,9 @@ def arguments(images: Path, folder: Path) -> list[object]:
 
 @pytest.mark.slow
 def test_killed_at_random_moments(images, whole, tmp_path):
-    """SIGKILL three times, each after some more chunks; then an end."""
+    """SIGKILL five times, each after some more chunks; then an end."""
     draws = random.Random(0)
-    for attempt in range(3):
+    for attempt in range(5):
         setup = TELLING + OFTEN
         words = [*arguments(images, tmp_path), *(["--resume"] if attempt else [])]
         with subprocess.Popen(command(*words, setup=setup), stderr=subprocess.PIPE, text=True) as process:

@@ -155,9 +155,9 @@ def test_a_new_type_goes_through_every_door(
     with pytest.raises(UsageError, match=r"call predict\(\)"):
         engine.segment(images.numpy(), "run")
     page = tmp_path / "parity.html"
+    monkeypatch.setattr("prompttune.cli.engine_options.WIDTH", 400)  # the folder's name may be long
     told = invoke("validate", engine.folder.path, "--data", data, "--batch-sizes", "1,2", "--images", 2, "--html", page)
-    assert "hit" in told
-    assert "50.00%" in told
+    assert "engine hit rate" in told
     assert "ECE" not in told
     assert "<th>hit rate</th>" in page.read_text()
     rows = tmp_path / "rows.csv"

@@ -467,9 +467,11 @@ def test_a_killed_worker_fails_what_waits_at_once_and_has_a_successor(settings, 
             waiting = [asyncio.create_task(call) for call in calls]
             await asyncio.sleep(0)
             os.kill(pid_of(worker), signal.SIGKILL)
+            started_at = time.monotonic()
             for result in await asyncio.gather(*waiting, return_exceptions=True):
                 assert isinstance(result, WorkerDiedError)
                 assert "killed or ran out of memory" in str(result)
+            assert time.monotonic() - started_at < 5
             while not deaths:
                 await asyncio.sleep(0.001)
             with pytest.raises(WorkerDiedError):
