@@ -46,22 +46,25 @@ _DOCUMENTED: dict[str, Any] = {
 }
 
 
-class _DirectRoute(APIRoute):
-    """Calls its function with the path's parameters: FastAPI documents it, but solves no dependencies per request."""
+def _direct(settings: TransportSettings) -> type[APIRoute]:
+    """Routes that allow inference and call their function with the path's parameters: FastAPI documents them, but
+    solves no dependencies per request."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The function that answers a request; it has to check the access itself."""
+    class Direct(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            async def answer(request: Request) -> Response:
+                allow(request, Access.INFERENCE, settings)
+                response: Response = await self.endpoint(request=request, **request.path_params)
+                return response
 
-        async def answer(request: Request) -> Response:
-            response: Response = await self.endpoint(request=request, **request.path_params)
-            return response
+            return answer
 
-        return answer
+    return Direct
 
 
 def inference_routes(service: Service, settings: TransportSettings, state: SharedState) -> APIRouter:
     """The two paths of inference: with and without a version."""
-    router = APIRouter(route_class=_DirectRoute, dependencies=require(Access.INFERENCE, settings))
+    router = APIRouter(route_class=_direct(settings), dependencies=require(Access.INFERENCE, settings))
     limits, regions = settings.limits, state.regions
 
     def decode(
@@ -73,7 +76,6 @@ def inference_routes(service: Service, settings: TransportSettings, state: Share
     @router.post("/v2/models/{model}/infer", summary="Classify images", **_DOCUMENTED)
     @router.post("/v2/models/{model}/versions/{version}/infer", summary="Classify with one version", **_DOCUMENTED)
     async def infer(model: str, request: Request, version: str = "") -> Response:
-        allow(request, Access.INFERENCE, settings)
         record = record_of(request)
         record.model, record.version = model, version
         body = await bodies.read_body(request, limits, settings.body_seconds)
