@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 import prompttune as pt
 from benchmarks.common import RESULTS
-from prompttune.backbones.catalogue import Family, describe_backbone, families
+from prompttune.backbones.catalogue import describe_backbone, families
 from prompttune.errors import BackboneError, PrompttuneError, describe_failure
 from prompttune.methods import METHODS
 
@@ -110,20 +110,11 @@ def small_size(model: Any, module: str) -> int | None:
 
 
 @torch.no_grad()
-def examine(name: str, folder: Path) -> dict[str, Any]:
-    """One row of the table."""
-    module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
-    row: dict[str, Any] = {"name": name, "module": module, "problem": ""}
-    begun = time.perf_counter()
-    try:
-        with shortened(module):
-            row.update(_loaded(name, module, folder))
-    except PrompttuneError as problem:
-        row["problem"] = describe_failure(problem)
-    except Exception as problem:  # a table of faults must not end at one
-        row["problem"] = f"unexpected: {describe_failure(problem)}"
-    row["seconds"] = round(time.perf_counter() - begun, 1)
-    return row
+def examine(row: dict[str, Any], folder: Path) -> None:
+    """Fill one row of the table of names."""
+    row["module"] = timm.models.model_entrypoint(row["name"]).__module__.rpartition(".")[2]
+    with shortened(row["module"]):
+        row |= _loaded(row["name"], row["module"], folder)
 
 
 def _loaded(name: str, module: str, folder: Path) -> dict[str, Any]:
@@ -180,37 +171,31 @@ def _runs(backbone: pt.Backbone, method: str, images: torch.Tensor) -> bool:
 ENGINE_COLUMNS = ("family", "name", "kind", "parameters", "image_size", "max_abs", "max_rel", "problem", "seconds")
 
 
-def engine_of(family: Family, folder: Path) -> dict[str, Any]:
-    """One row of the table of engines: ``linear`` over the family's smallest model, exported with its parity proof."""
-    row: dict[str, Any] = {"family": family.name, "problem": ""}
-    begun = time.perf_counter()
-    try:
-        smallest = min((describe_backbone(name) for name in family.models), key=lambda one: one.parameters)
-        row |= {"name": smallest.name, "kind": smallest.kind.__name__, "parameters": smallest.parameters}
-        row["image_size"] = smallest.image_size
-        run = folder / "run"
-        weights = folder / "weights.safetensors"
-        save_file(rough(timm.create_model(smallest.name, num_classes=0).state_dict()), weights)
-        backbone = pt.load_backbone(smallest.name, weights=weights)
-        model = pt.PromptModel(backbone, "linear", 3)
-        with torch.no_grad():
-            length = float(backbone(torch.randn(1, 3, backbone.image_size, backbone.image_size)).norm())
-        torch.nn.init.normal_(model.head.weight, std=1 / length)  # logits of about 1
-        model.save(run)
-        engine = pt.export_engine([run], folder / "engine", batch_sizes=(1, 2), images=2, overwrite=True)
-        assert engine.manifest.parity is not None
-        compared = engine.manifest.parity["comparisons"]
-        row |= {key: f"{max(one[key] for one in compared):.1e}" for key in ("max_abs", "max_rel")}
-    except PrompttuneError as problem:
-        row["problem"] = describe_failure(problem)
-    except Exception as problem:  # a table of faults must not end at one
-        row["problem"] = f"unexpected: {describe_failure(problem)}"
-    row["seconds"] = round(time.perf_counter() - begun, 1)
-    return row
+def engine_of(row: dict[str, Any], folder: Path, names: Sequence[str]) -> None:
+    """Fill one row of the table of engines: ``linear`` over the smallest of ``names``, exported with its parity."""
+    smallest = min(map(describe_backbone, names), key=lambda one: one.parameters)
+    row |= {"name": smallest.name, "kind": smallest.kind.__name__, "parameters": smallest.parameters}
+    row["image_size"] = smallest.image_size
+    run = folder / "run"
+    weights = folder / "weights.safetensors"
+    save_file(rough(timm.create_model(smallest.name, num_classes=0).state_dict()), weights)
+    backbone = pt.load_backbone(smallest.name, weights=weights)
+    model = pt.PromptModel(backbone, "linear", 3)
+    with torch.no_grad():
+        length = float(backbone(torch.randn(1, 3, backbone.image_size, backbone.image_size)).norm())
+    torch.nn.init.normal_(model.head.weight, std=1 / length)  # logits of about 1
+    model.save(run)
+    engine = pt.export_engine([run], folder / "engine", batch_sizes=(1, 2), images=2, overwrite=True)
+    assert engine.manifest.parity is not None
+    compared = engine.manifest.parity["comparisons"]
+    row |= {key: f"{max(one[key] for one in compared):.1e}" for key in ("max_abs", "max_rel")}
 
 
-def fill(file: Path, columns: Sequence[str], todo: Mapping[str, Callable[[Path], dict[str, Any]]]) -> list[Any]:
-    """Append the rows that a CSV file lacks, each as soon as it is there; the key is the first column."""
+def fill(file: Path, columns: Sequence[str], todo: Mapping[str, Callable[[dict[str, Any], Path], None]]) -> list[Any]:
+    """Append the rows that a CSV file lacks, each as soon as it is there; the key is the first column.
+
+    What fails is a row with its problem.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     done = {row[columns[0]] for row in csv.DictReader(file.open())} if file.exists() else set()
     with file.open("a", newline="") as out, tempfile.TemporaryDirectory() as folder:
@@ -218,10 +203,18 @@ def fill(file: Path, columns: Sequence[str], todo: Mapping[str, Callable[[Path],
         if not done:
             table.writeheader()
         for key, make in todo.items():
-            if key not in done:
-                table.writerow(make(Path(folder)))
-                out.flush()
-                gc.collect()
+            if key in done:
+                continue
+            row, begun = {columns[0]: key, "problem": ""}, time.perf_counter()
+            try:
+                make(row, Path(folder))
+            except PrompttuneError as problem:
+                row["problem"] = describe_failure(problem)
+            except Exception as problem:  # a table of faults must not end at one
+                row["problem"] = f"unexpected: {describe_failure(problem)}"
+            table.writerow({**row, "seconds": round(time.perf_counter() - begun, 1)})
+            out.flush()
+            gc.collect()
     return list(csv.DictReader(file.open()))
 
 
@@ -238,12 +231,12 @@ def main(engines: bool, part: str, only: str, results: Path) -> None:
     number, of = map(int, part.split("/"))
     ending = ".csv" if of == 1 else f"_{number}.csv"
     if engines:
-        todo = {one.name: partial(engine_of, one) for one in families()[number::of]}
+        todo = {one.name: partial(engine_of, names=one.models) for one in families()[number::of]}
         rows = fill(results / f"backbones_engines{ending}", ENGINE_COLUMNS, todo)
         click.echo(f"{len(rows)} families: {sum(not row['problem'] for row in rows)} engines agree with PyTorch")
         return
     names = timm.list_models(only)[number::of]
-    rows = fill(results / f"backbones{ending}", COLUMNS, {name: partial(examine, name) for name in names})
+    rows = fill(results / f"backbones{ending}", COLUMNS, dict.fromkeys(names, examine))
     loads = [row for row in rows if row["width"]]
     many = sum(int(row["methods"] or 0) >= 10 for row in rows)
     apart = max((float(row["linear_difference"]) for row in rows if row["linear_difference"]), default=0.0)
