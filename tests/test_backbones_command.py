@@ -47,6 +47,13 @@ def test_the_command_lists_and_describes():
     assert "parameters 0.1 M" in told("timm/test_vit?depth=2")
 
 
+def test_a_folder_is_described_by_its_own_configuration(tmp_path):
+    config = {"architecture": "test_vit", "pretrained_cfg": {"input_size": [3, 96, 96]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = json.loads(told(str(tmp_path), "--json"))
+    assert (found["image_size"], found["pretrained"]) == (96, [])
+
+
 @pytest.mark.parametrize(("name", "message"), [("vit_smal", "unknown backbone 'vit_smal'"), ("qq*", "no model that")])
 def test_a_name_that_timm_does_not_know_is_one_line(name, message):
     result = CliRunner().invoke(cli, ["backbones", name])

@@ -43,6 +43,11 @@ def test_features_are_timms(name, tmp_path):
     torch.testing.assert_close(backbone(images), expected, atol=1e-6, rtol=1e-5)
 
 
+def test_a_size_without_a_patch_size():
+    """EfficientViT's patch embedding is a row of convolutions."""
+    assert pt.load_backbone("efficientvit_m0", 192, "random").image_size == 192
+
+
 @torch.no_grad()
 def test_names_that_begin_with_encoder(tmp_path):
     """The encoders of other authors' files lose this prefix, which some of timm's own models have."""

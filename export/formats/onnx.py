@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from prompttune.backbones import SwinBackbone, VitBackbone
+from prompttune.backbones.base import PatchBackbone
 from prompttune.errors import EngineError, UsageError
 from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE
 from prompttune.export.formats.base import BuildRequest, Built, ExportSettings, Format
@@ -51,8 +51,9 @@ def write_onnx(request: BuildRequest, folder: Path, symmetric: bool = False) -> 
         EngineError: the graph cannot be exported, or not in this precision.
     """
     backbone = request.model.backbone
-    in_blocks = not isinstance(backbone, SwinBackbone | VitBackbone)  # the patch embedding of these stays in float32
-    if request.settings.precision == "bf16" and in_blocks and any(isinstance(m, nn.Conv2d) for m in backbone.modules()):
+    # The patch embedding of a PatchBackbone stays in float32.
+    convolves = not isinstance(backbone, PatchBackbone) and any(isinstance(m, nn.Conv2d) for m in backbone.modules())
+    if request.settings.precision == "bf16" and convolves:
         raise EngineError(
             f"ONNX has no bfloat16 convolution at this operator set and {backbone.name} is made of them: "
             "choose fp16, or the format aoti"

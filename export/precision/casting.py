@@ -12,7 +12,7 @@ import torch
 from timm.layers import LayerNorm, LayerNorm2d, LayerNorm2dFp32, LayerNormFp32
 from torch import Tensor, nn
 
-from prompttune.backbones import SwinBackbone, VitBackbone
+from prompttune.backbones.base import PatchBackbone
 from prompttune.model import PromptModel
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -36,7 +36,7 @@ def typed_model(model: PromptModel, precision: str) -> PromptModel:
         if isinstance(module, nn.BatchNorm2d):
             _reduce(module)
     backbone.to(dtype)
-    if dtype == torch.bfloat16 and isinstance(typed.backbone, SwinBackbone | VitBackbone):
+    if dtype == torch.bfloat16 and isinstance(typed.backbone, PatchBackbone):
         typed.backbone.model.patch_embed.float()  # before operator set 22, ONNX lacks bfloat16 convolutions
     for name, module in norms.items():
         backbone.set_submodule(name, _float32(module, model.backbone.model.get_submodule(name)))

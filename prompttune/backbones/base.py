@@ -242,7 +242,7 @@ class Architecture:
     """Function of a model: the reason why it cannot be driven block by block; empty if it can."""
     wrap: Callable[[Any, str, int | None], Backbone]
     """Function of a model, its name and the image size or None: the backbone."""
-    kind: type[Backbone] = Backbone
+    kind: type[Backbone]
     """Class of what :attr:`wrap` returns."""
     rename: Callable[[dict[str, Tensor], Any], dict[str, Tensor]] = lambda tensors, _model: tensors
     """timm's function from an author's tensors and a model to tensors with timm's names and shapes."""
@@ -251,7 +251,7 @@ class Architecture:
 
 
 def set_patch_input(model: Any, name: str, image_size: int | None, **settings: Any) -> None:
-    """Resize a model with a patch embedding to an image size; None keeps its own.
+    """Resize a model that has a fixed image size to another; None keeps its own.
 
     Args:
         model: the timm model.
@@ -262,9 +262,10 @@ def set_patch_input(model: Any, name: str, image_size: int | None, **settings: A
     Raises:
         UsageError: the size is not a multiple of the patch size.
     """
-    patch = int(model.patch_embed.feat_ratio())
     if image_size is None:
         return
+    embedding: Any = getattr(model, "patch_embed", None)
+    patch = int(embedding.feat_ratio()) if hasattr(embedding, "feat_ratio") else 1
     if image_size <= 0 or image_size % patch:
         nearest = max(patch, round(image_size / patch) * patch)
         raise UsageError(

@@ -14,10 +14,9 @@ from prompttune.backbones.loading import (
     architecture_of,
     build_model,
     cached_weights,
-    check_name,
+    find_model,
     limits_of,
 )
-from prompttune.backbones.names import Model, resolve, split_args
 from prompttune.backbones.wheel import MODEL as WHEEL_MODEL
 from prompttune.backbones.wheel import PACKAGE as WHEEL_PACKAGE
 from prompttune.backbones.wheel import find_wheel
@@ -66,6 +65,7 @@ class BackboneDescription:
     image_size: int
     """Side of the input at the model's own size, in pixels."""
     pretrained: tuple[Pretrained, ...]
+    """timm's sets of weights for this name; empty for a folder or a repository."""
 
 
 def families() -> list[Family]:
@@ -92,12 +92,10 @@ def describe_backbone(name: str) -> BackboneDescription:
         UsageError: the name is unknown.
         BackboneError: timm cannot build the model.
     """
-    given, args = split_args(name)
-    found = resolve(given) or Model(given)
-    check_name(found.name)
+    _, found = find_model(name)
     bare, _, tag = found.name.partition(".")
     with torch.device("meta"):
-        model: Any = build_model(found.name, **{**found.args, **args})
+        model: Any = build_model(found.name, **found.args)
     chosen = architecture_of(model, name)
     patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
     return BackboneDescription(
@@ -107,8 +105,9 @@ def describe_backbone(name: str) -> BackboneDescription:
         width=int(model.head_hidden_size),
         tokens=None if patches is None else int(patches) + int(getattr(model, "num_prefix_tokens", 0)),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        image_size=int(model.pretrained_cfg["input_size"][-1]),
-        pretrained=tuple(_pretrained(bare, one) for one in _tags(bare) if tag in ("", one)),
+        image_size=found.image_size or int(model.pretrained_cfg["input_size"][-1]),
+        # A folder or repository has its own weights, not timm's.
+        pretrained=() if found.described else tuple(_pretrained(bare, one) for one in _tags(bare) if tag in ("", one)),
     )
 
 

@@ -92,10 +92,7 @@ def load_backbone(name: str, image_size: int | None = None, weights: str | Path 
         logger.info("backbone %s: weights from %s", name, backbone.weights_source)
         return backbone
     file = None if spec == "auto" or is_random(spec) else Path(spec).expanduser().absolute()
-    bare, args = split_args(name)
-    found = _found(bare, file)
-    check_name(found.name)
-    found.args |= args
+    bare, found = find_model(name, file)
     if bare != found.name and not found.repository:  # the folder may be gone when a checkpoint is opened
         name = join_args(found.name, found.args)
     file = file or (found.weights if spec == "auto" else None)
@@ -120,16 +117,31 @@ def load_backbone(name: str, image_size: int | None = None, weights: str | Path 
 _NOT_HERE = "the model hub is out of reach and its cache holds none"
 
 
-def _found(name: str, file: Path | None) -> Model:
-    """The model of a name; the configuration beside the weights file stands in for a hub that is out of reach."""
+def find_model(name: str, file: Path | None = None) -> tuple[str, Model]:
+    """The name without its arguments, and the model of timm that it stands for, with them.
+
+    Args:
+        name: see :func:`load_backbone`.
+        file: weights file, whose configuration stands in for a hub that is out of reach.
+
+    Raises:
+        UsageError: an unknown name or argument.
+        BackboneError: a folder or repository cannot be read, or holds no model that timm has.
+    """
+    bare, args = split_args(name)
     try:
-        found = resolve(name)
+        found = resolve(bare) or Model(bare)
     except BackboneError:
-        found = beside(file) if file is not None else None
-        if found is None:
+        beside_file = beside(file) if file is not None else None
+        if beside_file is None:
             raise
-        found.repository = name
-    return found or Model(name)
+        found = beside_file
+        found.repository = bare
+    architecture = found.name.split(".")[0]
+    if not timm.is_model(architecture):
+        choose("backbone", architecture, [*BACKBONES, *timm.list_models()])
+    found.args |= args
+    return bare, found
 
 
 def _weights_in(file: Path) -> Path:
@@ -205,13 +217,6 @@ def _take_normalisation(found: Model, stored: Weights, config: Mapping[str, Any]
         )
 
 
-def check_name(name: str) -> None:
-    """Raise :class:`UsageError`, with names like it, unless timm has a model of this name, with any tag."""
-    architecture = name.split(".")[0]
-    if not timm.is_model(architecture):
-        choose("backbone", architecture, [*BACKBONES, *timm.list_models()])
-
-
 def build_model(name: str, norm_eps: float | None = None, **settings: Any) -> nn.Module:
     """A timm model without a classifier; raises :class:`BackboneError` if timm cannot build it.
 
@@ -252,11 +257,10 @@ def architecture_of(model: nn.Module, name: str) -> Architecture:
 
 def limits_of(model: nn.Module) -> str:
     """The reason why a model runs only as a whole; empty if it runs in blocks."""
-    kinds = [one for one in ARCHITECTURES if isinstance(model, one.models)]
-    problems = [one.problem(model) for one in kinds]
-    if not all(problems[:-1]):
+    problems = [one.problem(model) for one in ARCHITECTURES if one is not PLAIN and isinstance(model, one.models)]
+    if not all(problems):
         return ""
-    return f"{type(model).__name__} runs only as a whole{f' ({problems[0]})' if problems[0] else ''}"
+    return f"{type(model).__name__} runs only as a whole" + "".join(f" ({problem})" for problem in problems)
 
 
 def _wrap(model: nn.Module, name: str, image_size: int | None) -> Backbone:

@@ -55,10 +55,8 @@ def _wrap(model: Any, name: str, image_size: int | None) -> PlainBackbone:
     if model.pretrained_cfg.get("fixed_input_size") and not hasattr(model, "set_input_size"):
         raise UsageError(f"{name} takes images of {own} pixels, not of {image_size}")
     try:
-        if hasattr(model, "patch_embed") and hasattr(model, "set_input_size"):
+        if hasattr(model, "set_input_size"):
             set_patch_input(model, name, image_size)
-        elif hasattr(model, "set_input_size"):
-            model.set_input_size((image_size, image_size))
         backbone = PlainBackbone(model, image_size)
         with torch.no_grad():
             backbone(torch.zeros(1, 3, image_size, image_size))

@@ -115,7 +115,7 @@ def _described(found: BackboneDescription) -> str:
         f"  width {found.width}" + (f", {found.tokens} tokens" if found.tokens else "") + f" at {found.image_size} px",
         f"  parameters {found.parameters / 1e6:.1f} M",
         f"  methods {', '.join(_methods(found.kind))}",
-        "  weights" if found.pretrained else "  no published weights: give a file with --weights",
+        "  weights" if found.pretrained else "  no published weights of timm",
     ]
     for one in found.pretrained:
         mean = "/".join(f"{value:.3g}" for value in one.mean)
