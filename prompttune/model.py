@@ -121,19 +121,30 @@ class PromptModel(nn.Module):
         """Shape of each state tensor without its leading dimension; ``"rank"`` and ``"classes"`` differ by task."""
         return self.method.state_layout() | self.head.state_layout()
 
-    def forward_state(self, images: Tensor, state: State, aux: bool = False) -> Output:
-        """The only forward: training, checkpoints, export and serving all run it.
-
-        Args:
-            images: normalised [B, 3, S, S].
-            state: tensors of :meth:`task_state`, with leading dimension 1, or B for one task per row.
-            aux: whether to compute the prompt pathway's output too, if the method has one.
+    def image_state(self, images: Tensor) -> State:
+        """Everything that can be computed without a task, leading dimension B: the frozen work on normalised images
+        [B, 3, S, S].
 
         Raises:
             UsageError: the images have another type or shape.
         """
         self.backbone.check_images(images)
-        found = self.method(images, state, aux, self.levels)
+        return self.method.image_state(images, self.levels)
+
+    def forward_state(self, images: Tensor, state: State, aux: bool = False) -> Output:
+        """:meth:`image_state`, then :meth:`answer`."""
+        return self.answer(self.image_state(images), state, aux)
+
+    def answer(self, image: State, state: State, aux: bool = False) -> Output:
+        """The only forward: training, checkpoints, export and serving all run it.
+
+        Args:
+            image: tensors of :meth:`image_state`, with leading dimension B.
+            state: tensors of :meth:`task_state`, with leading dimension 1, or B for one task per row; for a method that
+                only reads the image state also B K, for K tasks of each image in turn.
+            aux: whether to compute the prompt pathway's output too, if the method has one.
+        """
+        found = self.method(image, state, aux, self.levels)
         probe("features", found.features)
         logits, aux_logits = self.head(found.features, found.maps, state), None
         if found.aux_features is not None:

@@ -58,8 +58,11 @@ class Scale(Method):
     def task_state(self):
         return {"scale": self.scale[None]}
 
-    def forward(self, images, state, aux=False, levels=()):
-        return Features(self.driven(images) * state["scale"])
+    def image_state(self, images, levels=()):
+        return {"features": self.driven(images)}
+
+    def forward(self, image, state, aux=False, levels=()):
+        return Features(image["features"] * state["scale"])
 
 
 def clinic_vit(image_size, weights):

@@ -76,7 +76,8 @@ class TestSeam:
 
 def test_maps_are_the_plain_models_own(images):
     backbone = tiny()
-    found = drawn_segmentation(backbone, "linear", "pyramid").method(images, {}, False, (1, 5)).maps
+    method = drawn_segmentation(backbone, "linear", "pyramid").method
+    found = method(method.image_state(images, (1, 5)), {}, False, (1, 5)).maps
     _, wanted = backbone.model.forward_intermediates(images, indices=[1, 5], norm=True, output_fmt="NLC")
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
@@ -87,7 +88,9 @@ def test_asking_for_maps_leaves_the_features_alone(method, images):
     model = drawn_segmentation(tiny(), method, "linear")
     with torch.no_grad():
         state = {key: value for key, value in model.task_state().items() if not key.startswith("head.")}
-        plain, whole = model.method(images, state), model.method(images, state, False, (0, 5))
+        method = model.method
+        plain = method(method.image_state(images), state)
+        whole = method(method.image_state(images, (0, 5)), state, False, (0, 5))
     torch.testing.assert_close(plain.features, whole.features, atol=2e-5, rtol=1e-4)
     assert plain.maps == ()
     assert len(whole.maps) == 2

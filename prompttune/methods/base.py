@@ -1,8 +1,9 @@
-"""The interface of every method: image-independent state, then one forward that reads it.
+"""The interface of every method: what depends on the task alone, on the image alone, and on both.
 
 ``Method.task_state()`` computes everything that does not depend on the image, differentiably, with leading dimension 1.
-``Method.forward(images, state)`` reads a state whose tensors have leading dimension 1 (one task for the batch) or B
-(a task for each row). Training, checkpoints, export and serving use only these two.
+``Method.image_state(images)`` computes everything that does not depend on the task; nothing in it trains.
+``Method.forward(image, state)`` reads both: a task state has leading dimension 1 (one task for the batch) or a row for
+each pair of an image and a task. Training, checkpoints, export and serving use only these three.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Features(NamedTuple):
     """Result of a method's forward."""
 
     features: Tensor
-    """Pooled features of the base pathway, [B, D]."""
+    """Pooled features of the base pathway, [B, D]; [B K, D] if K tasks read an image."""
     aux_features: Tensor | None = None
     """Pooled features of the prompt pathway, [B, D], if it exists and was requested."""
     maps: tuple[Tensor, ...] = ()
@@ -126,6 +127,9 @@ class Method(nn.Module):
     """Backbone classes that the method can drive."""
     gives_maps_on: ClassVar[tuple[type[Backbone], ...]] = ()
     """Backbone classes on which :meth:`forward` gives the maps of its ``levels``, which segmentation needs."""
+    only_reads: ClassVar[bool] = False
+    """Whether the tasks only read the image state [B, ...], so that the K tasks of an image share it. Otherwise each
+    pair of an image and a task is a row of its own, and an image state is repeated K times."""
     own_norms: ClassVar[tuple[str, ...]] = ()
     """Norms of a block whose output the method itself reads or changes. Only the block's own matrices read the other
     norms, so export may shift the scale of channels between the two."""
@@ -169,12 +173,22 @@ class Method(nn.Module):
         """
         return {}
 
-    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:
-        """Features of images under a task's state.
+    def image_state(self, images: Tensor, levels: Levels = ()) -> State:  # noqa: ARG002
+        """Everything that does not depend on the task, leading dimension B; the frozen backbone's work on an image.
 
         Args:
             images: normalised [B, 3, S, S].
-            state: tensors of :meth:`task_state`, with leading dimension 1, or B for one task a row.
+            levels: blocks whose maps :meth:`forward` is to give.
+        """
+        return {"image": images}
+
+    def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:
+        """Features of images under a task's state.
+
+        Args:
+            image: tensors of :meth:`image_state`, with leading dimension B.
+            state: tensors of :meth:`task_state`, with leading dimension 1, or B for one task a row; with
+                :attr:`only_reads` also B K, for K tasks of each image in turn.
             aux: whether to compute the prompt pathway's features too, if the method has one.
             levels: blocks whose maps of patch tokens to give too, see :attr:`gives_maps_on`.
         """

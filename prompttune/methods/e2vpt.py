@@ -144,10 +144,10 @@ class E2VPT(PromptTokens):
         pruned = 0 if not self.config.prunes else int((self.mask() == 0).sum()) * len(self.prompts)
         return super().parameters_left() - pruned
 
-    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
+    def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
         backbone = self.backbone
-        tokens = backbone.embed(images)  # [B, N, D]
+        tokens = image["tokens"]  # [B, N, D]
         prompts, keys = self.rows(state["prompts"], tokens), self.rows(state["keys"], tokens)
         # dropout draws separate values for keys and values, as released
         values = self.rows(state["keys" if self.config.share_kv else "values"], tokens)

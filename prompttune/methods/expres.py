@@ -75,10 +75,10 @@ class EXPRES(PromptTokens):
             proj = torch.stack([block.scale_attention(self.proj[block.index]) for block in backbone.blocks])
         return {"prompts": self.prompts.unsqueeze(0), "qkv": qkv.unsqueeze(0), "proj": proj.unsqueeze(0)}
 
-    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
+    def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
         backbone, count = self.backbone, self.count
-        tokens = backbone.embed(images)  # [B, N, D]
+        tokens = image["tokens"]  # [B, N, D]
         tokens = torch.cat((self.rows(state["prompts"], tokens), tokens), dim=1)  # [B, P + N, D]
         for block in backbone.blocks:
             # After the last block only the output tokens are read; as many as an image's would be taken for its tokens.

@@ -44,9 +44,9 @@ class Full(Method):
         """Empty: the graph holds the weights."""
         return {}
 
-    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
+    def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """Pooled features of the tuned backbone, [B, D]."""
-        features: Tensor = self.driven(images)
+        features: Tensor = self.driven(image["image"])
         return Features(features)
 
     @property

@@ -81,10 +81,10 @@ class GaPT(PromptTokens):
             "temperature": self.temperatures.detach().clamp(COLDEST, HOTTEST),
         }
 
-    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
+    def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
         backbone, prefix = self.backbone, self.backbone.num_prefix_tokens
-        tokens = backbone.embed(images)  # [B, N, D]
+        tokens = image["tokens"]  # [B, N, D]
         prompts = self.rows(state["prompts"], tokens)  # [B, P, D]
         tokens = self.insert(tokens, prompts)  # [B, N + P, D]
         for block in backbone.blocks[:-1]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.methods.base import Features, Levels, Method, MethodConfig, State, implements
-from prompttune.methods.over_vit import MapReader
+from prompttune.methods.over_vit import map_key, run_blocks
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class LinearConfig(MethodConfig):
 class Linear(Method):
     """Linear probe; the only parameters are the head's."""
 
+    only_reads = True
+
     backbones = (Backbone,)
     gives_maps_on = (VitBackbone,)
 
@@ -31,15 +33,15 @@ class Linear(Method):
         """Empty."""
         return {}
 
-    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
-        """Pooled features of the plain backbone, [B, D], and its maps of patch tokens."""
+    def image_state(self, images: Tensor, levels: Levels = ()) -> State:
+        """``features`` [B, D], pooled, of the plain backbone, and its maps of patch tokens."""
         backbone = self.driven
         if not levels:
-            features: Tensor = backbone(images)
-            return Features(features)
+            return {"features": backbone(images)}
         assert isinstance(backbone, VitBackbone)
-        reader, tokens = MapReader(backbone, levels), backbone.embed(images)
-        for block in backbone.blocks:
-            tokens = block.run(tokens)
-            reader.read(block, tokens)
-        return Features(backbone.pool(tokens), maps=reader.maps)
+        found = run_blocks(backbone, images, backbone.depth, levels)
+        return {"features": backbone.pool(found.pop("tokens"))} | found
+
+    def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
+        """See :meth:`Method.forward`; the image state is all that the head reads."""
+        return Features(image["features"], maps=tuple(image[map_key(level)] for level in levels))

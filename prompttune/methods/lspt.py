@@ -66,12 +66,12 @@ class LSPT(PromptTokens):
             state |= {f"hidden.{name}": value.unsqueeze(0) for name, value in self.cell.hidden_weights().items()}
         return state
 
-    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
+    def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
         backbone, prefix = self.backbone, self.backbone.num_prefix_tokens
         patch = prefix + self.count  # the first one
-        reader = MapReader(backbone, levels, self.count)
-        tokens = backbone.embed(images)  # [B, N, D]
+        reader = MapReader(backbone, levels, self.count, image)
+        tokens = image["tokens"]  # [B, N, D]
         prompts = self.rows(state["prompts"], tokens)  # [B, P, D]
         cell = torch.zeros_like(prompts)
         tokens = self.insert(tokens, prompts)  # [B, N + P, D]

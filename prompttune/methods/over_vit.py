@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,11 +22,14 @@ class MapReader:
         backbone: backbone whose final norm is applied to every map, even those of earlier blocks.
         levels: blocks to read; empty for none.
         inserted: number of prompt tokens between the prefix tokens and the patches.
+        image: an image state with the maps of the blocks in front, see :attr:`state`.
     """
 
-    def __init__(self, backbone: VitBackbone, levels: Levels, inserted: int = 0) -> None:
+    def __init__(
+        self, backbone: VitBackbone, levels: Levels, inserted: int = 0, image: Mapping[str, Tensor] | None = None
+    ) -> None:
         self._backbone, self._levels, self._inserted = backbone, levels, inserted
-        self._found: list[Tensor] = []
+        self._found = {level: image[map_key(level)] for level in levels if image and map_key(level) in image}
 
     @property
     def whole(self) -> bool:
@@ -35,29 +39,68 @@ class MapReader:
     def read(self, block: VitBlock, tokens: Tensor) -> None:
         """Keep tokens [B, N, D] that leave a block if this level is requested."""
         if block.index in self._levels:
-            self._found.append(self._backbone.patch_map(tokens, self._inserted))
+            self._found[block.index] = self._backbone.patch_map(tokens, self._inserted)
 
     @property
     def maps(self) -> tuple[Tensor, ...]:
         """Normed patch tokens [B, R C, D] of each level."""
-        return tuple(self._found)
+        return tuple(self._found.values())
+
+    @property
+    def state(self) -> State:
+        """The maps as tensors of an image state."""
+        return {map_key(level): found for level, found in self._found.items()}
 
 
-class InsideBlocks(MethodOver[VitBackbone]):
-    """Base of methods that change the computation inside the blocks and keep the tokens: adapters, LoRA."""
+def map_key(level: int) -> str:
+    """Key of a level's map in an image state."""
+    return f"map.{level}"
+
+
+class OverVit(MethodOver[VitBackbone]):
+    """Base of methods that leave the first blocks of a ViT to the image state, all of them the backbone's own."""
 
     backbones = (VitBackbone,)
+
+    @property
+    def first_block(self) -> int:
+        """Number of blocks in front of the first one that the task changes."""
+        return int(getattr(self.config, "first_block", 0))
+
+    @property
+    def changed(self) -> tuple[VitBlock, ...]:
+        """The blocks from :attr:`first_block` on."""
+        return self.backbone.blocks[self.first_block :]
+
+    def image_state(self, images: Tensor, levels: Levels = ()) -> State:
+        """``tokens`` [B, N, D] that enter block :attr:`first_block`, and the maps of the levels in front of it."""
+        return run_blocks(self.backbone, images, self.first_block, levels)
+
+
+def run_blocks(backbone: VitBackbone, images: Tensor, count: int, levels: Levels = ()) -> State:
+    """The image state of the first ``count`` blocks: ``tokens`` [B, N, D] that leave them, and the maps of levels."""
+    reader, tokens = MapReader(backbone, levels), backbone.embed(images)
+    for block in backbone.blocks[:count]:
+        tokens = block.run_read(tokens, reader.whole)
+        reader.read(block, tokens)
+        probe(f"block{block.index}", tokens)
+    return {"tokens": tokens, **reader.state}
+
+
+class InsideBlocks(OverVit):
+    """Base of methods that change the computation inside the blocks and keep the tokens: adapters, LoRA."""
+
     gives_maps_on = (VitBackbone,)
 
     def run_block(self, block: VitBlock, tokens: Tensor, state: State, whole: bool) -> Tensor:
         """A block with the task's part in it, [B, N, D] to the tokens of ``block.read``."""
         raise NotImplementedError
 
-    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
+    def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
         backbone = self.backbone
-        reader, tokens = MapReader(backbone, levels), backbone.embed(images)  # [B, N, D]
-        for block in backbone.blocks:
+        reader, tokens = MapReader(backbone, levels, image=image), image["tokens"]  # [B, N, D]
+        for block in self.changed:
             tokens = self.run_block(block, tokens, state, reader.whole)
             reader.read(block, tokens)
             probe(f"block{block.index}", tokens)
@@ -69,15 +112,13 @@ def prompt_bound(patch_size: int, width: int) -> float:
     return float((6.0 / (3 * patch_size**2 + width)) ** 0.5)
 
 
-class PromptTokens(MethodOver[VitBackbone]):
+class PromptTokens(OverVit):
     """Base of methods with P prompt tokens between the prefix tokens and the patches.
 
     Args:
         config: settings with ``num_prompts`` and ``dropout``.
         backbone: a ViT.
     """
-
-    backbones = (VitBackbone,)
 
     def __init__(self, config: Any, backbone: Backbone) -> None:
         super().__init__(config, backbone)

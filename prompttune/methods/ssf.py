@@ -69,10 +69,14 @@ class SSF(MethodOver[VitBackbone]):
         state |= {f"shift.{place}": torch.stack(rows).unsqueeze(0) for place, rows in shifts.items()}
         return state
 
-    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
+    def image_state(self, images: Tensor, levels: Levels = ()) -> State:  # noqa: ARG002
+        """``patches`` [B, R C, D], embedded."""
+        return {"patches": self.backbone.embed_patches(images)}
+
+    def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
         backbone = self.backbone
-        tokens = backbone.place(_adapt(backbone.embed_patches(images), state, "patches"))  # [B, N, D]
+        tokens = backbone.place(_adapt(image["patches"], state, "patches"))  # [B, N, D]
         for block in backbone.blocks:
             tokens = block.read(tokens) + _attention(block, tokens, state)
             tokens = tokens + _mlp(block, tokens, state)

@@ -66,10 +66,10 @@ class VPT(PromptTokens):
         """The prompts themselves."""
         return {"prompts": self.prompts.unsqueeze(0)}
 
-    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
+    def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
-        backbone, reader = self.backbone, MapReader(self.backbone, levels, self.count)
-        tokens = backbone.embed(images)  # [B, N, D]
+        backbone, reader = self.backbone, MapReader(self.backbone, levels, self.count, image)
+        tokens = image["tokens"]  # [B, N, D]
         prompts = self.rows(state["prompts"], tokens)  # [B, L, P, D]
         tokens = self.insert(tokens, prompts[:, 0])  # [B, N + P, D]
         for block in backbone.blocks:
@@ -113,9 +113,13 @@ class SwinVPT(MethodOver[SwinBackbone]):
             state[f"values.{number}"] = torch.stack([value for _, value in pairs]).unsqueeze(0)
         return state
 
-    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
+    def image_state(self, images: Tensor, levels: Levels = ()) -> State:  # noqa: ARG002
+        """``tokens`` [B, N, D] that enter the first stage."""
+        return {"tokens": self.backbone.embed(images)}
+
+    def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
-        tokens = self.backbone.embed(images)  # [B, N, D]
+        tokens = image["tokens"]  # [B, N, D]
         tokens = self._deep(tokens, state) if self.config.deep else self._shallow(tokens, state)
         return Features(self.backbone.pool(tokens))
 

@@ -87,10 +87,14 @@ class DAMVP(Method):
             "prompts": (CLUSTERS, 3, self.pixels),
         }
 
-    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
+    def image_state(self, images: Tensor, levels: Levels = ()) -> State:  # noqa: ARG002
+        """``image`` [B, 3, S, S], and ``features`` [B, D] of the plain backbone, which choose the cluster."""
+        return {"image": images, "features": self._backbone[0](images)}
+
+    def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
-        backbone = self._backbone[0]
-        nearest = nearest_clusters(backbone(images), state["centres"], state["offsets"])  # [B]
+        backbone, images = self._backbone[0], image["image"]
+        nearest = nearest_clusters(image["features"], state["centres"], state["offsets"])  # [B]
         prompts = state["prompts"]  # [1 or B, K, 3, P]
         # Row b of prompts begins at b K, a single row at 0: one plain Gather for both, with a small gradient.
         begin = torch.arange(prompts.shape[0], device=prompts.device) * prompts.shape[1]  # [1 or B]

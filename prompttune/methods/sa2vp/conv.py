@@ -64,10 +64,14 @@ class ConvSA2VP(Pathways[ConvBackbone]):
         """See :meth:`Method.state_layout`."""
         return {"prompt.output": (self.stage.num_tokens, self.stage.width)} | self.given_layout()
 
-    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
+    def image_state(self, images: Tensor, levels: Levels = ()) -> State:  # noqa: ARG002
+        """``map`` [B, D, R, C'] after the first block of the stage where the pathways meet."""
+        return {"map": self._enter(self.backbone.embed(images))}
+
+    def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`. Without ``aux``, the prompt pathway is computed only for the base."""
         backbone, blocks = self.backbone, self.stage.blocks
-        h = self._enter(backbone.embed(images))
+        h = image["map"]
         p = self._map(state["prompt.output"])
         p = p + self._given(0, p, h, state)
         probe_pathways(blocks[0].index, h, p)

@@ -197,13 +197,17 @@ class AttentionPathways(Pathways[Kind]):
         query = (block.num_heads, self.num_tokens, block.head_dim)
         return {"prompt.input": tokens, "prompt.query": query, "prompt.output": tokens}
 
-    def first_block(self, h: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """The first block for both pathways; the prompt pathway's part is folded in the state."""
+    def met_state(self, h: Tensor) -> State:
+        """The base in the first block, where it only gives: ``tokens`` [B, N, D] after it, ``key`` and ``value``."""
         block = self.meeting[0]
         q, k, v = block.qkv(block.norm1(h))
         own = block.project(block.attend(q, k, v))
-        given = self.cross(0, state["prompt.input"], state["prompt.query"], k, v, state)
-        return block.feed_forward(h + own), state["prompt.output"] + given
+        return {"tokens": block.feed_forward(h + own), "key": k, "value": v}
+
+    def first_prompts(self, image: State, state: State) -> Tensor:
+        """The prompt pathway after the first block, [B, N, D]; its own part is folded in the state."""
+        asking, query = state["prompt.input"], state["prompt.query"]
+        return state["prompt.output"] + self.cross(0, asking, query, image["key"], image["value"], state)
 
     def block(self, index: int, h: Tensor, p: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """A later block for both pathways."""

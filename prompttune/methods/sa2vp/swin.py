@@ -52,10 +52,14 @@ class SwinSA2VP(AttentionPathways[SwinBackbone]):
         """See :meth:`Method.state_layout`."""
         return self.start_layout() | self.given_layout()
 
-    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
+    def image_state(self, images: Tensor, levels: Levels = ()) -> State:  # noqa: ARG002
+        """:meth:`met_state` of the stage where the pathways meet."""
+        return self.met_state(self._enter(self.backbone.embed(images)))
+
+    def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`. Without ``aux``, the prompt pathway is computed only for the base."""
         backbone, behind = self.backbone, range(MEETING_STAGE + 1, len(self.backbone.stages))
-        h, p = self.first_block(self._enter(backbone.embed(images)), state)
+        h, p = image["tokens"], self.first_prompts(image, state)
         probe_pathways(self.meeting[0].index, h, p)
         for index, block in enumerate(self.meeting[1:], 1):
             if aux or index < self.last_read:

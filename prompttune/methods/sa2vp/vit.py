@@ -64,12 +64,19 @@ class SA2VP(AttentionPathways[VitBackbone]):
             layout["deep"] = (len(self.prompt_layers) - 1, self.num_tokens, self.width)
         return layout | self.given_layout()
 
-    def forward(self, images: Tensor, state: State, aux: bool = False, levels: Levels = ()) -> Features:
+    def image_state(self, images: Tensor, levels: Levels = ()) -> State:
+        """:meth:`met_state` of the first block, which no task changes in the base; and its map."""
+        reader, first = MapReader(self.backbone, levels), self.meeting[0]
+        found = self.met_state(self.backbone.embed(images))
+        reader.read(first, found["tokens"])
+        return found | reader.state
+
+    def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:
         """See :meth:`Method.forward`. Without ``aux``, the prompt pathway is computed only for the base."""
         backbone, first, last = self.backbone, self.meeting[0], self.meeting[-1]
-        reader, aux_reader = MapReader(backbone, levels), MapReader(backbone, levels if aux else ())
-        h, p = self.first_block(backbone.embed(images), state)
-        reader.read(first, h)
+        reader = MapReader(backbone, levels, image=image)
+        aux_reader = MapReader(backbone, levels if aux else ())
+        h, p = image["tokens"], self.first_prompts(image, state)
         aux_reader.read(first, p)
         for block in self.meeting[1:-1]:
             probe_pathways(block.index - 1, h, p)
