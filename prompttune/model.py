@@ -88,7 +88,7 @@ class PromptModel(nn.Module):
         self.task_type.check_method(self.method, self.config.method, backbone)
         self.levels = self.task_type.levels(backbone.depth)
         """Blocks whose patch tokens the head reads; empty if it reads the pooled features."""
-        self.head = self.task_type.make_head(backbone, len(labels))
+        self.head = self.task_type.make_head(backbone, len(labels), self.method.width)
         self._fixed = self.task_parameters().keys() - self.trained_parameters().keys()
 
     def task_parameters(self) -> dict[str, nn.Parameter]:

@@ -89,8 +89,8 @@ class OneVersusRest(TaskType):
         columns: list[NDArray[np.int64]] = matched.columns
         return columns
 
-    def make_head(self, backbone: pt.Backbone, classes: int) -> Head:
-        return ClassHead(backbone.width, classes)
+    def make_head(self, backbone: pt.Backbone, classes: int, width: int) -> Head:
+        return ClassHead(width, classes)
 
     def loss(
         self,

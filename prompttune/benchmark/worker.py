@@ -47,7 +47,8 @@ def run_one(spec: RunSpec, output: Path, backbones: Backbones, on_progress: OnPr
     folder = RunFolder.of(config.output)
     try:
         metrics = train(config, backbone, resume=True, on_progress=on_progress).metrics
-        row = {**_identity(spec), **_figures(backbone, metrics)}
+        width = config.method_config().build(backbone).width
+        row = {**_identity(spec), **_figures(backbone, width, metrics)}
     except DivergedError as problem:
         if spec.candidate is None:
             advice = f"give a lower lr or grad_clip=1 with --set or a recipe and {train_again(folder.path)}"
@@ -81,9 +82,9 @@ def _identity(spec: RunSpec) -> dict[str, Any]:
     }
 
 
-def _figures(backbone: Backbone, metrics: dict[str, Any]) -> dict[str, Any]:
+def _figures(backbone: Backbone, width: int, metrics: dict[str, Any]) -> dict[str, Any]:
     classes = len(metrics["run"]["classes"])
-    head = classes * (backbone.width + 1)
+    head = classes * (width + 1)
     trained = metrics["run"]["task_parameters"]
     frozen = sum(parameter.numel() for parameter in backbone.model.parameters())
     versions = metrics["versions"]

@@ -36,7 +36,7 @@ class Features(NamedTuple):
     """Result of a method's forward."""
 
     features: Tensor
-    """Pooled features of the base pathway, [B, D]; [B K, D] if K tasks read an image."""
+    """Pooled features of the base pathway, [B, D] with D :attr:`Method.width`; [B K, D] if K tasks read an image."""
     aux_features: Tensor | None = None
     """Pooled features of the prompt pathway, [B, D], if it exists and was requested."""
     maps: tuple[Tensor, ...] = ()
@@ -160,6 +160,11 @@ class Method(nn.Module):
     def driven(self) -> Backbone:
         """The backbone that :meth:`forward` runs: the frozen one, unless the method trains its own copy."""
         return self._backbone[0]
+
+    @property
+    def width(self) -> int:
+        """Channels of the features that :meth:`forward` gives; the head has as many columns."""
+        return self.driven.width
 
     @property
     def leading_keys(self) -> int:

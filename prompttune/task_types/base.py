@@ -246,8 +246,8 @@ class TaskType(ABC):
         return ()
 
     @abstractmethod
-    def make_head(self, backbone: Backbone, classes: int) -> Head:
-        """The module of a new task's head."""
+    def make_head(self, backbone: Backbone, classes: int, width: int) -> Head:
+        """The module of a new task's head; ``width`` is the number of channels of the pooled features."""
 
     # training
 

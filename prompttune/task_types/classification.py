@@ -75,9 +75,9 @@ class ClassificationConfig(TaskType):
         """See :class:`TaskType`."""
         return matched.columns
 
-    def make_head(self, backbone: Backbone, classes: int) -> Head:
+    def make_head(self, backbone: Backbone, classes: int, width: int) -> Head:  # noqa: ARG002
         """See :class:`TaskType`."""
-        return ClassHead(backbone.width, classes)
+        return ClassHead(width, classes)
 
     def loss(
         self, logits: Tensor, targets: Tensor, class_weights: Tensor | None = None, label_smoothing: float = 0.0

@@ -121,7 +121,7 @@ class Pathways(MethodOver[Kind]):
         assert config.prompt_layers is not None
         self.prompt_layers = config.prompt_layers
         self.depth = depth
-        self.width = width
+        self.map_width = width
         self.num_tokens = num_prefix_tokens + grid[0] * grid[1]
         # The last block in which the base reads the prompts: after it, the prompt pathway affects only itself.
         self.last_read = max(index for index in range(depth) if index not in self.prompt_layers)
@@ -142,7 +142,7 @@ class Pathways(MethodOver[Kind]):
         """Layout of :meth:`given_state`."""
         if not self.config.adapter:
             return {"gamma": (1,)}
-        return stacked_layout("adapters", self.depth, self.width, RANK)
+        return stacked_layout("adapters", self.depth, self.map_width, RANK)
 
     def give(self, index: int, z: Tensor, state: State) -> Tensor:
         """γ adapter(z), [B, N, D]; γ is in the state."""
@@ -193,7 +193,7 @@ class AttentionPathways(Pathways[Kind]):
 
     def start_layout(self) -> Layout:
         """Layout of :meth:`start_state`."""
-        block, tokens = self.meeting[0], (self.num_tokens, self.width)
+        block, tokens = self.meeting[0], (self.num_tokens, self.map_width)
         query = (block.num_heads, self.num_tokens, block.head_dim)
         return {"prompt.input": tokens, "prompt.query": query, "prompt.output": tokens}
 

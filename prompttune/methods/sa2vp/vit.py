@@ -61,7 +61,7 @@ class SA2VP(AttentionPathways[VitBackbone]):
         """See :meth:`Method.state_layout`."""
         layout = self.start_layout()
         if len(self.prompt_layers) > 1:
-            layout["deep"] = (len(self.prompt_layers) - 1, self.num_tokens, self.width)
+            layout["deep"] = (len(self.prompt_layers) - 1, self.num_tokens, self.map_width)
         return layout | self.given_layout()
 
     def image_state(self, images: Tensor, levels: Levels = ()) -> State:

@@ -135,7 +135,7 @@ class SegmentationConfig(TaskType):
                 "docs/segmentation.md names those that do"
             )
 
-    def make_head(self, backbone: Backbone, classes: int) -> Head:
+    def make_head(self, backbone: Backbone, classes: int, width: int) -> Head:  # noqa: ARG002
         """See :class:`TaskType`.
 
         Raises:
