@@ -32,7 +32,8 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from prompttune.errors import EngineError, PrompttuneError, UsageError, choose
-from prompttune.export.layout import Layout, Sizes, TensorSpec, bind_axes
+from prompttune.export.banks import BankForm
+from prompttune.export.layout import CLASS_ROWS, TASK_INDEX, Layout, Sizes, TensorSpec
 from prompttune.export.versions import count_version
 from prompttune.files import locked, read_json, replacing_folder, sha256_file, sync_file, visible, write_json
 from prompttune.images.preprocess import Preprocess
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
     from prompttune.task_types import TaskType
 
 FORMAT_VERSION = 1
-LATEST_VERSION = 2
-"""Manifest version of engines whose task type earlier versions must refuse."""
+LATEST_VERSION = 3
+"""Version of manifests whose model answers several tasks for an image, which earlier releases must refuse."""
 MANIFEST, TASKS = "engine.json", "tasks"
 ONNX_FILE, ONNX_WEIGHTS_FILE = "model.onnx", "model.onnx.data"
 TASK_RECORD, STATE_FILE = "task.json", "state.safetensors"
@@ -316,7 +317,7 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return {
-            "format_version": self.task_type.format_version,
+            "format_version": LATEST_VERSION if self.asks_many else self.task_type.format_version,
             **self.task_type.to_config(),
             "kind": "prompttune-engine",
             **{name: getattr(self, name) for name in _PLAIN},
@@ -356,7 +357,18 @@ class Manifest:
         Raises:
             EngineError: the state does not fit the layout, or is larger than the model takes; ``what`` names the task.
         """
-        return self.sizes.holding(bind_axes(self.layout, shapes, what), what)
+        return self.form.checked(shapes, self.sizes, what)
+
+    @property
+    def form(self) -> BankForm:
+        """How the states of its tasks lie in a bank."""
+        return BankForm(self.layout, any(spec.name == CLASS_ROWS for spec in self.inputs))
+
+    @property
+    def asks_many(self) -> bool:
+        """Whether the model answers several tasks for an image, ``task_index`` [B, K]; models of format version 2 and
+        earlier answer one."""
+        return any(spec.name == TASK_INDEX and len(spec.shape) == 2 for spec in self.inputs)
 
 
 class EngineFolder:

@@ -15,19 +15,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from prompttune.errors import EngineError, first_line
+from prompttune.export.banks import BankForm, stack_states
 from prompttune.export.layout import (
+    ASKED,
     BATCH,
+    CLASS_INDEX,
+    CLASS_ROWS,
     HEAD,
-    HEAD_BIAS,
     IMAGE,
     TASK_INDEX,
-    TASKS,
-    Layout,
     State,
     TensorSpec,
+    bank_input,
     declare_inputs,
     declare_outputs,
-    stack_states,
+    dynamic_axes,
+    is_by_class,
 )
 from prompttune.export.precision.casting import TORCH_DTYPES, typed_model
 from prompttune.layers.attention import explicit_attention
@@ -35,14 +38,14 @@ from prompttune.layers.probe import recording
 from prompttune.model import PromptModel
 
 # Sizes to trace with: primes that occur nowhere else in a model, so that axes cannot be confused.
-_SAMPLE_BATCH, _SAMPLE_TASKS, _SAMPLE_AXES = 3, 5, (7, 11, 13, 17)
+_SAMPLE_BATCH, _SAMPLE_ASKED, _SAMPLE_AXES = 3, 2, (5, 7, 11, 13, 17, 19, 23, 29)
 
 
 OnProbes = Callable[[list[str]], None]
 
 
 class MultiTaskGraph(nn.Module):
-    """Every row of a batch answers for the task that its ``task_index`` names.
+    """Every image of a batch is answered for the K tasks that its ``task_index`` names.
 
     Args:
         model: backbone and method; :func:`prompttune.export.precision.casting.typed_model` gives it a lower precision.
@@ -55,24 +58,73 @@ class MultiTaskGraph(nn.Module):
         self.model = model
         self.dtype = dtype
         self.probes = probes
+        layout = model.state_layout()
+        self.by_class = {key for key, shape in layout.items() if is_by_class(shape)}
+        method = model.method
+        self.repeats = not method.only_reads or bool(model.head.size)
+        """Whether each pair of an image and a task is a row of its own."""
+        self.taskless = method.only_reads and not method.state_layout()
+        """Whether the features hold no task, so that there is a row for each image alone."""
 
-    def forward(self, image: Tensor, task_index: Tensor, bank: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
-        """Logits float32 [B, C] (for a segmentation [B, C, h, w]) of images [B, 3, S, S].
+    def forward(
+        self,
+        image: Tensor,
+        task_index: Tensor,
+        class_rows: Tensor,
+        class_index: Tensor,
+        bank: Mapping[str, Tensor],
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Logits float32 [B, K, C] (for a segmentation [B, K, C, h, w]) of images [B, 3, S, S].
 
         Args:
             image: normalised float32 images [B, 3, S, S].
-            task_index: int64 [B], the bank row of each image's task.
-            bank: tensors [T, ...] by key, the states of T tasks.
+            task_index: int64 [B, K], the bank row of each task that an image is asked about.
+            class_rows: int64 [R], the rows of the head that the call needs, row 0, which is padding, first.
+            class_index: int64 [B, K, C], the place of each class among them.
+            bank: the states of T tasks by key, see :mod:`prompttune.export.banks`.
         """
+        chosen = {key: one.index_select(0, class_rows) if key in self.by_class else one for key, one in bank.items()}
+        return self._answers(image, task_index, class_index, chosen)
+
+    def _answers(
+        self, image: Tensor, task_index: Tensor, class_index: Tensor, bank: Mapping[str, Tensor]
+    ) -> Tensor | tuple[Tensor, ...]:
+        """See :meth:`forward`; ``bank`` has the chosen rows of the head."""
+        asked, head = task_index.shape[1], self.model.head
         # index_select becomes a plain Gather; bank[task_index] would become a GatherND.
-        rows = {key: tensor.index_select(0, task_index) for key, tensor in bank.items()}
+        rows = {key: one.index_select(0, task_index.flatten()) for key, one in bank.items() if key not in self.by_class}
+        for key in self.by_class:
+            if head.size:  # maps are large: each row gets its own classes
+                every = bank[key].index_select(0, class_index.flatten())
+                rows[key] = every.unflatten(0, (task_index.numel(), class_index.shape[2]))
+            else:  # one task with all classes; each row's own are chosen behind the product
+                rows[key] = bank[key].unsqueeze(0)
         with recording() as recorded:
+            found = self.model.image_state(image)
+            if self.repeats:
+                found = {key: _repeated(one, asked) for key, one in found.items()}
             # Rows are converted after the gather, because the bank may hold thousands of tasks.
-            logits = self.model.forward_state(image, _typed_state(rows, self.dtype)).logits.float()
+            logits = self.model.answer(found, _typed_state(rows, self.dtype)).logits.float()
+        if head.size:
+            logits = logits.unflatten(0, (task_index.shape[0], asked))
+        else:
+            logits = self._chosen(logits, class_index)
         if self.probes is None:
             return logits
         self.probes(list(recorded))
         return (logits, *recorded.values())
+
+    def _chosen(self, logits: Tensor, class_index: Tensor) -> Tensor:
+        """The classes [B, K, C] that each row asks for, of logits [B K, R], or [B, R] of features without a task."""
+        count, width = logits.shape
+        first = torch.arange(count, device=logits.device) * width
+        first = first[:, None, None] if self.taskless else first.view(*class_index.shape[:2], 1)
+        return logits.flatten().index_select(0, (class_index + first).flatten()).view(class_index.shape)
+
+
+def _repeated(tensor: Tensor, asked: int) -> Tensor:
+    """Each image's row of [B, ...] once for each task that it is asked about, [B K, ...]."""
+    return tensor.unsqueeze(1).expand(-1, asked, *tensor.shape[1:]).flatten(0, 1)
 
 
 class BakedGraph(MultiTaskGraph):
@@ -82,18 +134,22 @@ class BakedGraph(MultiTaskGraph):
         self,
         model: PromptModel,
         bank: Mapping[str, Tensor],
+        classes: Tensor,
         dtype: torch.dtype = torch.float32,
         probes: OnProbes | None = None,
     ) -> None:
         super().__init__(model, dtype, probes)
         self.keys = list(bank)
+        self.register_buffer("classes", classes)  # [T, C], the class rows of each task
         for number, tensor in enumerate(bank.values()):
             self.register_buffer(f"bank_{number}", tensor)  # a key has dots, a buffer's name must not
 
     def forward(self, image: Tensor, task_index: Tensor) -> Tensor | tuple[Tensor, ...]:  # type: ignore[override]
-        """See :meth:`MultiTaskGraph.forward`."""
+        """See :meth:`MultiTaskGraph.forward`; all tasks have as many classes as the widest."""
         bank = {key: self.get_buffer(f"bank_{number}") for number, key in enumerate(self.keys)}
-        return super().forward(image, task_index, bank)
+        classes = self.get_buffer("classes")
+        index = classes.index_select(0, task_index.flatten()).unflatten(0, task_index.shape)
+        return self._answers(image, task_index, index, bank)
 
 
 def _typed_state(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -142,33 +198,32 @@ def trace(
     typed, dtype, bank_dtype = typed_model(model, precision), TORCH_DTYPES[precision], TORCH_DTYPES[bank_precision]
     # The caller's own stays what and where it is.
     typed = copy.deepcopy(typed).to(device) if device != "cpu" and typed is model else typed.to(device)
-    sample: list[Any] = [torch.zeros(_SAMPLE_BATCH, 3, size, size), torch.arange(_SAMPLE_BATCH)]
-    dynamic: dict[str, Any] = {IMAGE: {0: BATCH}, TASK_INDEX: {0: BATCH}}
+    asked = torch.zeros(_SAMPLE_BATCH, _SAMPLE_ASKED, dtype=torch.int64)
+    sample: list[Any] = [torch.zeros(_SAMPLE_BATCH, 3, size, size), asked]
+    dynamic: dict[str, Any] = {IMAGE: {0: BATCH}, TASK_INDEX: {0: BATCH, 1: ASKED}}
     names: dict[str, None] = {}  # the forward is traced more than once
     told = (lambda found: names.update(dict.fromkeys(found))) if probes else None
     graph: MultiTaskGraph
     if baked is None:
         graph = MultiTaskGraph(typed, dtype, told)
-        sample.append(_sample_bank(layout, bank_dtype))
-        dynamic["bank"] = {
-            key: {place: axis for place, axis in enumerate((TASKS, *shape)) if isinstance(axis, str)}
-            for key, shape in layout.items()
-        }
         inputs, outputs = declare_inputs(layout, size, bank_precision), declare_outputs(size=model.head.size)
+        sizes = dict(zip(dynamic_axes(inputs[2:]), _SAMPLE_AXES, strict=False)) | {BATCH: _SAMPLE_BATCH}
+        sizes[ASKED] = _SAMPLE_ASKED
+        shapes = {spec.name: [sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape] for spec in inputs}
+        axes = {spec.name: {at: axis for at, axis in enumerate(spec.shape) if isinstance(axis, str)} for spec in inputs}
+        for name in (CLASS_ROWS, CLASS_INDEX):
+            sample.append(torch.zeros(shapes[name], dtype=torch.int64))
+            dynamic[name] = axes[name]
+        sample.append({key: torch.zeros(shapes[bank_input(key)], dtype=bank_dtype) for key in layout})
+        dynamic["bank"] = {key: axes[bank_input(key)] for key in layout}
     else:
-        stacked = stack_states(layout, baked.values())
-        rows = {key: torch.from_numpy(value).to(bank_dtype) for key, value in stacked.items()}
-        graph = BakedGraph(typed, rows, dtype, told)
-        inputs, outputs = declare_inputs({}, size), declare_outputs(stacked[HEAD_BIAS].shape[1], model.head.size)
+        stacked = stack_states(BankForm(layout), baked.values())
+        rows = {key: torch.from_numpy(value).to(bank_dtype) for key, value in stacked.rows.items()}
+        classes = torch.from_numpy(stacked.table())
+        graph = BakedGraph(typed, rows, classes, dtype, told)
+        inputs, outputs = declare_inputs({}, size), declare_outputs(classes.shape[1], model.head.size)
     program = capture(graph, sample, dynamic, attention, device, model.config.method)
     return Traced(program, inputs, outputs, dynamic, list(names))
-
-
-def _sample_bank(layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
-    names = dict.fromkeys(axis for shape in layout.values() for axis in shape if isinstance(axis, str))
-    axes = dict(zip(names, _SAMPLE_AXES, strict=False))
-    shapes = {key: [axes[axis] if isinstance(axis, str) else axis for axis in shape] for key, shape in layout.items()}
-    return {key: torch.zeros(_SAMPLE_TASKS, *shape, dtype=dtype) for key, shape in shapes.items()}
 
 
 def unbounded_attention(device: str) -> AbstractContextManager[None]:

@@ -1,9 +1,9 @@
-"""Shapes of task states and of banks of them: checking, padding, stacking, sizes that a model was built for.
+"""Shapes of task states and of a model's inputs: checking, and sizes that a model was built for.
 
 A layout maps each state key to the shape of its tensor without the leading dimension. Integer entries are the same
-for every task of an engine. Named entries (``"rank"``, ``"classes"``, ``"clusters"``) differ between tasks and are
-padded in a bank to the largest resident task: with zeros, and with -inf for terms of the score of a class or cluster,
-so that padding never wins (:data:`prompttune.axes.CHOICES`).
+for every task of an engine. Named entries (``"rank"``, ``"classes"``, ``"clusters"``) differ between tasks. Rows of a
+bank (:mod:`prompttune.export.banks`) are padded to the largest resident task: with zeros, and with -inf for terms of
+the score of a class or cluster, so that padding never wins (:data:`prompttune.axes.CHOICES`).
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from prompttune.axes import CHOICES, CLUSTERS, RANK
 from prompttune.axes import CLASSES as CLASSES
+from prompttune.axes import CLUSTERS, RANK
 from prompttune.errors import EngineError, UsageError, choose
 
 Layout = Mapping[str, tuple[int | str, ...]]
 Array = NDArray[np.float32]
 State = Mapping[str, Array]
 
-BATCH, TASKS = "batch", "tasks"
+BATCH, TASKS, ASKED = "batch", "tasks", "asked"
+CHOSEN, WIDTH = "chosen", "width"
+"""Axes of a call: K tasks asked about each image, class rows that it needs, classes of its widest task."""
 IMAGE, TASK_INDEX, LOGITS = "image", "task_index", "logits"
-HEAD = "head."
-HEAD_BIAS = "head.bias"
+CLASS_ROWS, CLASS_INDEX = "class_rows", "class_index"
+HEAD, _BANK = "head.", "bank."
 
 DTYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 """numpy dtype by bank precision; NumPy itself does not have bfloat16."""
@@ -87,25 +89,50 @@ class Sizes:
                 )
         return {axis: max(size, self.ranges.get(axis, (size,))[0]) for axis, size in needed.items()}
 
+    def fitting(self, axis: str, needed: int, what: str) -> int:
+        """The power of two to allocate for ``needed``, within the range of the axis; see :meth:`holding`."""
+        rounded = self.most(axis, 1 << (needed - 1).bit_length())
+        return self.holding({axis: max(rounded, needed)}, what)[axis]
+
 
 def bank_input(key: str) -> str:
     """Name of the model input for the bank of one state key."""
-    return f"bank.{key}"
+    return f"{_BANK}{key}"
+
+
+def is_by_class(shape: tuple[int | str, ...]) -> bool:
+    """Whether a state tensor of this shape has a row for each class."""
+    return shape[:1] == (CLASSES,)
+
+
+def is_bank_input(name: str) -> bool:
+    """Whether a model input is the bank of a state key."""
+    return name.startswith(_BANK)
 
 
 def declare_inputs(layout: Layout, image_size: int, bank_precision: str = "fp32") -> list[TensorSpec]:
-    """Every input of a multi-task graph, in order: image, task_index, then the bank in the layout's order."""
+    """Every input of a multi-task graph, in order: image, task_index, the classes, then the bank in the layout's order.
+
+    A baked graph has an empty layout here.
+    """
     dtype = bank_dtype(bank_precision).name
-    return [
+    inputs = [
         TensorSpec(IMAGE, "float32", (BATCH, 3, image_size, image_size)),
-        TensorSpec(TASK_INDEX, "int64", (BATCH,)),
-        *(TensorSpec(bank_input(key), dtype, (TASKS, *shape)) for key, shape in layout.items()),
+        TensorSpec(TASK_INDEX, "int64", (BATCH, ASKED)),
     ]
+    if layout:
+        inputs += [
+            TensorSpec(CLASS_ROWS, "int64", (CHOSEN,)),
+            TensorSpec(CLASS_INDEX, "int64", (BATCH, ASKED, WIDTH)),
+        ]
+    for key, shape in layout.items():
+        inputs.append(TensorSpec(bank_input(key), dtype, shape if is_by_class(shape) else (TASKS, *shape)))
+    return inputs
 
 
-def declare_outputs(classes: int | str = CLASSES, size: tuple[int, ...] = ()) -> list[TensorSpec]:
+def declare_outputs(classes: int | str = WIDTH, size: tuple[int, ...] = ()) -> list[TensorSpec]:
     """Every output of a graph. A baked graph has a fixed number of classes, maps have the ``size``."""
-    return [TensorSpec(LOGITS, "float32", (BATCH, classes, *size))]
+    return [TensorSpec(LOGITS, "float32", (BATCH, ASKED, classes, *size))]
 
 
 def bind_axes(layout: Layout, shapes: Mapping[str, tuple[int, ...]], what: str) -> dict[str, int]:
@@ -141,66 +168,20 @@ def largest_axes(every: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return largest
 
 
-def empty_bank(
-    layout: Layout, rows: int, axes: Mapping[str, int], dtype: np.dtype[Any] = FLOAT32
-) -> dict[str, NDArray[Any]]:
-    """A bank of ``rows`` padding rows: tensors [rows, ...] by key.
-
-    The operating system provides zeros as pages that take no memory until they are written, so unused rows are free.
-    """
-    shapes = {key: (axes[axis] if isinstance(axis, str) else axis for axis in shape) for key, shape in layout.items()}
-    bank: dict[str, NDArray[Any]] = {key: np.zeros((rows, *shape), dtype=dtype) for key, shape in shapes.items()}
-    for key, values in bank.items():
-        if padding := _padding(layout[key]):
-            values.fill(padding)
-    return bank
-
-
-def _padding(shape: tuple[int | str, ...]) -> float:
-    return -np.inf if len(shape) == 1 and shape[0] in CHOICES else 0.0
-
-
-def write_row(layout: Layout, bank: Mapping[str, NDArray[Any]], row: int, state: State) -> None:
-    """Write one task's state, tensors [1, ...] by key, into a row of a bank; the rest of the row becomes padding."""
-    for key, rows in bank.items():
-        value = state[key][0]
-        rows[row] = _padding(layout[key])
-        rows[row][tuple(slice(size) for size in value.shape)] = value
-
-
-def stack_states(
-    layout: Layout, states: Iterable[State], dtype: np.dtype[Any] = FLOAT32, sizes: Sizes | None = None
-) -> dict[str, NDArray[Any]]:
-    """One bank that holds the given states, row i the i-th, padded to the largest and within ``sizes``."""
-    held = list(states)
-    axes = [bind_axes(layout, {key: value.shape for key, value in state.items()}, "a state") for state in held]
-    needed = (sizes or Sizes()).holding({TASKS: len(held), **largest_axes(axes)}, "the bank")
-    bank = empty_bank(layout, needed[TASKS], needed, dtype)
-    for row, state in enumerate(held):
-        write_row(layout, bank, row, state)
-    return bank
-
-
 Shape = tuple[int, ...]
 Shapes = tuple[Shape, Shape, Shape]
 """Smallest, likeliest and largest shape of an input."""
 
-_BATCH: Range = (1, 8, 32)
+_CALL: dict[str, Range] = {BATCH: (1, 8, 32), ASKED: (1, 1, 32)}
 _ROOM = 2
 """An axis without a range gets this many times what the exported tasks need, so that larger tasks fit later ..."""
-_LEAST = {TASKS: 64, RANK: 32, CLASSES: 256, CLUSTERS: 16}
+_LEAST = {TASKS: 64, RANK: 32, CLASSES: 4096, WIDTH: 256, CLUSTERS: 16}
 """... and at least room for this."""
 
 
 def dynamic_axes(inputs: Sequence[TensorSpec]) -> list[str]:
     """Names of the dynamic axes of some inputs, each once, in order."""
     return list(dict.fromkeys(axis for spec in inputs for axis in spec.shape if isinstance(axis, str)))
-
-
-def needed_sizes(layout: Layout, states: Mapping[str, State]) -> dict[str, int]:
-    """The sizes of the axis tasks and of the layout's named axes that hold all of the given tasks."""
-    bound = [bind_axes(layout, {key: v.shape for key, v in state.items()}, name) for name, state in states.items()]
-    return {TASKS: len(states), **largest_axes(bound)}
 
 
 def axis_ranges(
@@ -220,6 +201,9 @@ def axis_ranges(
     for axis in asked:
         choose("dynamic axis", axis, axes)
     ranges = {axis: asked.get(axis) or _default(axis, needed) for axis in axes}
+    if CHOSEN in ranges and CHOSEN not in asked:  # a call may ask for every task
+        low, likely, _ = ranges[CHOSEN]
+        ranges[CHOSEN] = low, likely, ranges[CLASSES][2]
     for axis, (low, _, high) in ranges.items():
         size = needed.get(axis, low)
         if size > high:
@@ -228,8 +212,8 @@ def axis_ranges(
 
 
 def _default(axis: str, needed: Mapping[str, int]) -> Range:
-    if axis == BATCH:
-        return _BATCH
+    if axis in _CALL:
+        return _CALL[axis]
     size = needed[axis]
     return 1, size, max(_ROOM * size, _LEAST.get(axis, 0))
 

@@ -14,15 +14,17 @@ import dataclasses
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from prompttune.axes import CLASSES
 from prompttune.errors import EngineError, UsageError, choose
+from prompttune.export.banks import BankForm, Index, Place
 from prompttune.export.folder import EngineTask, TaskRecord
-from prompttune.export.layout import FLOAT32, TASKS, Layout, bind_axes, empty_bank, largest_axes, write_row
+from prompttune.export.layout import FLOAT32, TASKS, Sizes, largest_axes
 from prompttune.export.runtimes import Runtime
 
 _CAPACITY = 4
@@ -32,12 +34,12 @@ Load = Callable[[str], tuple[EngineTask, str]]
 
 @dataclass(frozen=True)
 class Entry:
-    """A resident task, and the bank row that holds its state."""
+    """A resident task, and the place in the bank that holds its state."""
 
     task: EngineTask
     """The task; its state is a view of the bank, so it is not stored twice: read it under a lease."""
     version: str
-    row: int
+    place: Place
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,39 @@ class Snapshot:
 
     entries: Mapping[str, Entry]
     placed: Mapping[str, Any]
-    """Tensors [capacity, ...] by state key, placed by the runtime."""
+    """Tensors by state key, placed by the runtime."""
+    form: BankForm = field(default=BankForm({}, by_class=False), repr=False)
+
+    def index(self, names: Sequence[Sequence[str]], sizes: Sizes) -> Index:
+        """Inputs of a call that asks about K tasks for each of B images.
+
+        Places come from the snapshot, so all are in range: others are undefined behaviour on a GPU.
+        """
+        return self.form.index([[self.entries[name].place for name in row] for row in names], sizes)
+
+
+class _Spans:
+    """Free spans of an axis, each from its start to its end; the first that is large enough is used."""
+
+    def __init__(self, start: int, end: int) -> None:
+        self._free = {start: end} if start < end else {}
+
+    def take(self, count: int) -> int | None:
+        """Start of a span of ``count``; None if there is none."""
+        for start, end in sorted(self._free.items()):
+            if end - start >= count:
+                del self._free[start]
+                if start + count < end:
+                    self._free[start + count] = end
+                return start
+        return None
+
+    def give(self, start: int, count: int) -> None:
+        """Give a span back and join it with its neighbours."""
+        end = start + count
+        end = self._free.pop(end, end)
+        before = next((first for first, last in self._free.items() if last == start), start)
+        self._free[before] = end
 
 
 class Bank:
@@ -54,11 +88,11 @@ class Bank:
 
     Args:
         runtime: places the rows.
-        layout: layout of the engine.
+        form: how states lie in the engine's bank.
         tasks: initial tasks.
         dtype: dtype of the rows.
         capacity: fixed number of rows; None starts with those of ``tasks`` and grows.
-        axes: allocated sizes of the layout's named axes; a task that needs more makes the bank grow.
+        axes: sizes of the layout's named axes to begin with; a task that needs more makes the bank grow.
         limit: largest number of tasks in a bank without ``capacity``; one more replaces the least recently used one.
             An additional row, if the runtime supports it, can be written while all others are read.
         versions: known versions of ``tasks``.
@@ -67,7 +101,7 @@ class Bank:
     def __init__(
         self,
         runtime: Runtime,
-        layout: Layout,
+        form: BankForm,
         tasks: Mapping[str, EngineTask],
         dtype: np.dtype[Any] = FLOAT32,
         capacity: int | None = None,
@@ -77,7 +111,7 @@ class Bank:
     ) -> None:
         self.limit = None if limit is None else runtime.sizes.most(TASKS, limit)
         self._runtime = runtime
-        self._layout = layout
+        self._form = form
         self._dtype = dtype
         self._capacity = capacity
         self._writing = threading.RLock()
@@ -86,23 +120,33 @@ class Bank:
         """Lock for the snapshot, the leases and the lists of rows; notified when a lease ends."""
         self._readers: Counter[int] = Counter()
         """Number of calls that may read a row, by row."""
-        self._retired: list[int] = []
-        """Rows that are not named any more, but may still be read."""
+        self._retired: list[Place] = []
+        """Places that are not named any more, but may still be read."""
         self._rows: dict[str, NDArray[Any]] = {}
         self._axes: dict[str, int] = dict(axes or {})
         self._recent: OrderedDict[str, None] = OrderedDict()
         """The resident tasks, the least recently used first."""
         self._free: list[int] = []
-        self._snapshot = Snapshot({}, {})
+        self._rooms = 0
+        """Number of allocated rows."""
+        self._spans = _Spans(0, 0)
+        """Free classes, where heads lie by class."""
+        self._snapshot = Snapshot({}, {}, form)
         if tasks or capacity:
-            needed = largest_axes([axes or {}, *(self._axes_of(name, task) for name, task in tasks.items())])
+            sized = [self._axes_of(name, task) for name, task in tasks.items()]
+            needed = largest_axes([axes or {}, *sized])
+            if form.by_class:
+                needed[CLASSES] = self._room(sum(one[CLASSES] for one in sized) or needed[CLASSES])
             self._grow(capacity or len(tasks), needed)
         for name, task in tasks.items():
             self.put(name, task, version=(versions or {}).get(name))
 
     def _axes_of(self, name: str, task: EngineTask) -> dict[str, int]:
-        what = f"task {name!r}"
-        return self._runtime.sizes.holding(bind_axes(self._layout, task.shapes(), what), what)
+        return self._form.checked(task.shapes(), self._runtime.sizes, f"task {name!r}")
+
+    def _room(self, classes: int) -> int:
+        """Classes to allocate for so many: twice as many if the runtime takes them, and one for padding."""
+        return max(self._runtime.sizes.most(CLASSES, 2 * classes + 1), classes + 1)
 
     @property
     def entries(self) -> Mapping[str, Entry]:
@@ -116,8 +160,10 @@ class Bank:
 
     @property
     def row_bytes(self) -> int:
-        """Size of one row, in bytes."""
-        return sum(rows[0].nbytes for rows in self._rows.values())
+        """Size of one row, in bytes; classes that lie by themselves count as those of the widest resident task."""
+        widest = max((entry.place.classes for entry in self.entries.values()), default=0)
+        by_class = {key for key in self._rows if self._form.lies_by_class(key)}
+        return sum(rows[0].nbytes * (widest if key in by_class else 1) for key, rows in self._rows.items())
 
     @contextlib.contextmanager
     def lease(self, names: Collection[str], load: Load | None = None) -> Iterator[Snapshot]:
@@ -148,7 +194,7 @@ class Bank:
         with self._lock:
             snapshot = self._snapshot
             present = [name for name in names if name in snapshot.entries]
-            rows = [snapshot.entries[name].row for name in present]
+            rows = [snapshot.entries[name].place.row for name in present]
             self._readers.update(rows)
             for name in present:
                 self._recent.move_to_end(name)
@@ -162,8 +208,14 @@ class Bank:
             self._lock.notify_all()
 
     def _recycle(self) -> None:
-        self._free += [row for row in self._retired if row not in self._readers]
-        self._retired = [row for row in self._retired if row in self._readers]
+        for place in [one for one in self._retired if one.row not in self._readers]:
+            self._retired.remove(place)
+            self._free_place(place)
+
+    def _free_place(self, place: Place) -> None:
+        self._free.append(place.row)
+        if place.classes:
+            self._spans.give(place.first, place.classes)
 
     def put(
         self,
@@ -193,28 +245,35 @@ class Bank:
         with self._writing:
             if name in self.entries and not replace:
                 raise UsageError(f"the task {name!r} already exists: choose another name or replace it")
-            if (leaving := self._leaving(name, staying)) is not None:
+            while (leaving := self._leaving(name, axes, staying)) is not None:
                 self.remove(leaving)
-            row = self._row_for(largest_axes([self._axes, axes]))
+            place = self._place_for(axes)
             try:
-                entry = _write(self._layout, self._rows, row, task, version)
+                entry = _write(self._form, self._rows, place, task, version)
                 for key, placed in self._snapshot.placed.items():
-                    self._runtime.update(placed, self._rows[key], row)
+                    self._runtime.update(placed, self._rows[key], self._form.slice_of(key, place))
             except BaseException:
                 with self._lock:
-                    self._free.append(row)
+                    self._free_place(place)
                 raise
             self._publish(name, {**self.entries, name: entry}, self.entries.get(name))
 
-    def _leaving(self, name: str, staying: Collection[str]) -> str | None:
-        """The task that must leave before ``name`` gets a row, if one must."""
-        named = len(self.entries)
-        if name in self.entries:  # it keeps its row until the new one is written, unless the runtime takes no more rows
-            return name if self._runtime.sizes.most(TASKS, named + 1) == named else None
-        if self.limit is None or named < self.limit:
+    def _leaving(self, name: str, axes: Mapping[str, int], staying: Collection[str]) -> str | None:
+        """The next task that must leave before ``name``, of these sizes, gets a place; None if there is room."""
+        named, sizes = len(self.entries), self._runtime.sizes
+        classes = self._taken + axes[CLASSES] + 1 if self._form.by_class else 0
+        crowded = sizes.most(CLASSES, classes) < classes
+        if name in self.entries:  # it keeps its place until the new one is written, unless the runtime takes no more
+            return name if crowded or sizes.most(TASKS, named + 1) == named else None
+        if self.limit is None or not (crowded or named >= self.limit):
             return None
         with self._lock:
-            return next(one for one in self._recent if one not in staying)
+            return next((one for one in self._recent if one not in staying), None)
+
+    @property
+    def _taken(self) -> int:
+        """Number of classes of the resident tasks."""
+        return sum(entry.place.classes for entry in self.entries.values())
 
     def remove(self, name: str) -> None:
         """Remove a task; running calls still answer for it.
@@ -235,44 +294,53 @@ class Bank:
             if name in entries:
                 self._recent[name] = None
             if old is not None:
-                self._retired.append(old.row)
-            self._snapshot = Snapshot(entries, self._snapshot.placed)
+                self._retired.append(old.place)
+            self._snapshot = Snapshot(entries, self._snapshot.placed, self._form)
             self._recycle()
 
-    def _row_for(self, axes: dict[str, int]) -> int:
-        """A row that is not being read, in tensors of these sizes."""
-        named = len(self.entries)
+    def _place_for(self, axes: Mapping[str, int]) -> Place:
+        """A place that is not being read, for a task of these sizes."""
+        named, classes = len(self.entries), axes.get(CLASSES, 0) if self._form.by_class else 0
         if self._capacity is not None and named >= self._capacity:
             raise EngineError(f"no row is free: all {self._capacity} hold tasks; remove one first")
         wanted = max(2 * (named + 1), _CAPACITY)
         wanted = wanted if self.limit is None else min(wanted, self.limit + 1)
         wanted = max(self._runtime.sizes.most(TASKS, wanted), named + 1)  # one row too many is refused by growing
-        may_grow = self._capacity is None and (self.limit is None or wanted > self._allocated)
-        if axes != self._axes or (may_grow and not self._free):
-            self._grow(self._capacity or wanted, axes)
+        may_grow = self._capacity is None and (self.limit is None or wanted > self._rooms)
+        larger = largest_axes([self._axes, {**axes, CLASSES: 0} if classes else axes])
+        if larger != self._axes or (may_grow and not self._free):
+            self._grow(self._capacity or wanted, larger, classes)
         with self._lock:
             while not self._free:
                 self._lock.wait()
-            return self._free.pop(0)
+            row = self._free.pop(0)
+            first = self._spans.take(classes) if classes else 0
+        if first is None:  # the new tensors have no gaps
+            self._grow(self._rooms, self._axes, classes)
+            row, first = self._free.pop(0), self._spans.take(classes)
+            assert first is not None
+        return Place(row, first, classes)
 
-    @property
-    def _allocated(self) -> int:
-        return len(next(iter(self._rows.values()), ()))
-
-    def _grow(self, capacity: int, axes: dict[str, int]) -> None:
-        """Move to larger tensors; running calls keep the old ones."""
+    def _grow(self, capacity: int, axes: Mapping[str, int], classes: int = 0) -> None:
+        """Move to larger tensors, one task after the other, with room for ``classes`` more; running calls keep the old
+        ones."""
+        if classes:
+            room = self._taken + classes
+            axes = {**axes, CLASSES: max(self._room(room), axes.get(CLASSES, 0))}
         axes = self._runtime.sizes.holding({TASKS: capacity, **axes}, "the bank")
+        rows = self._form.empty(axes, self._dtype)
         capacity = axes.pop(TASKS)
-        rows = empty_bank(self._layout, capacity, axes, self._dtype)
-        entries = {
-            name: _write(self._layout, rows, row, entry.task, entry.version)
-            for row, (name, entry) in enumerate(self.entries.items())
-        }
+        entries, first = {}, 1
+        for row, (name, entry) in enumerate(self.entries.items()):
+            place = Place(row, first if entry.place.classes else 0, entry.place.classes)
+            first += place.classes
+            entries[name] = _write(self._form, rows, place, entry.task, entry.version)
         placed = {key: self._runtime.place(value) for key, value in rows.items()}
         with self._lock:
-            self._rows, self._axes = rows, axes
+            self._rows, self._axes, self._rooms = rows, axes, capacity
             self._free, self._retired = list(range(len(entries), capacity)), []
-            self._snapshot = Snapshot(entries, placed)
+            self._spans = _Spans(first, axes.get(CLASSES, 0) if self._form.by_class else 0)
+            self._snapshot = Snapshot(entries, placed, self._form)
 
 
 class BakedBank(Bank):
@@ -304,17 +372,12 @@ class BakedBank(Bank):
 def baked_entries(order: Sequence[str], records: Mapping[str, TaskRecord]) -> dict[str, Entry]:
     """The undamaged tasks of a model that holds them as constants; ``order`` names the task of each row."""
     return {
-        name: Entry(EngineTask(records[name].labels, records[name].preprocess, {}), records[name].version, row)
+        name: Entry(EngineTask(records[name].labels, records[name].preprocess, {}), records[name].version, Place(row))
         for row, name in enumerate(order)
         if name in records
     }
 
 
-def _write(layout: Layout, rows: Mapping[str, NDArray[Any]], row: int, task: EngineTask, version: str) -> Entry:
-    """Write a task's state into a row; the state of the returned entry is the written row."""
-    write_row(layout, rows, row, task.state)
-    state = {
-        key: rows[key][(slice(row, row + 1), *(slice(size) for size in value.shape[1:]))]
-        for key, value in task.state.items()
-    }
-    return Entry(dataclasses.replace(task, state=state), version, row)
+def _write(form: BankForm, rows: Mapping[str, NDArray[Any]], place: Place, task: EngineTask, version: str) -> Entry:
+    """Write a task's state into its place; the state of the returned entry is what was written."""
+    return Entry(dataclasses.replace(task, state=form.write(rows, place, task.state)), version, place)

@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,15 +87,11 @@ class Segmentation:
     """Class index of each pixel of the model's input, [S, S]."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """Result of one call of the runtime."""
-
-    rows: Sequence[int]
-    """Indices among all requested rows."""
-    entries: Sequence[Entry]
-    logits: Array
-    """float32 [B, C]."""
+Lists = Sequence[list[str] | tuple[str, ...]]
+Tasks = str | Sequence[str] | Lists
+"""A task for all images, a task for each, or several for each; one list of several is for all images."""
+_Pair = tuple[int, int]
+"""Number of an image, and of a task among those that it is asked about."""
 
 
 class Engine:
@@ -171,7 +168,7 @@ class Engine:
 
     def _open_bank(self, named: bool, resident_tasks: int | None) -> Bank:
         """The bank with its initial tasks; ``named`` tasks must all exist."""
-        layout = self.folder.manifest.layout
+        form = self.folder.manifest.form
         some = sorted(self._names) if named else self.folder.tasks(EAGER + 1)
         limit = self._runtime.sizes.most(TASKS_AXIS, resident_tasks or default_residents(self.folder, some))
         loaded: dict[str, tuple[EngineTask, str]] = {}
@@ -187,7 +184,7 @@ class Engine:
             axes = largest_axes(self.folder.manifest.axes_of(one.shapes, one.name) for one in records)
         tasks = {name: task for name, (task, _) in loaded.items()}
         versions = {name: version for name, (_, version) in loaded.items()}
-        return Bank(self._runtime, layout, tasks, self._dtype, axes=axes, limit=limit, versions=versions)
+        return Bank(self._runtime, form, tasks, self._dtype, axes=axes, limit=limit, versions=versions)
 
     def _load(self, name: str) -> tuple[EngineTask, str]:
         """Read a task that is not resident, with its version."""
@@ -249,52 +246,63 @@ class Engine:
 
     # --------------------------------------------------------------- answering
 
-    def logits(self, images: Tensor | NDArray[np.float32], tasks: str | Sequence[str]) -> Array:
+    def logits(self, images: Tensor | NDArray[np.float32], tasks: Tasks) -> Array:
         """Raw logits.
 
         Args:
             images: normalised float32 [B, 3, S, S].
-            tasks: a task name for each row, or one for all.
+            tasks: a task name for each image, or one for all; lists of K tasks for each image, or one list for all.
 
         Returns:
-            float32 [B, C], for a segmentation [B, C, h, w], with C at least the largest class count of ``tasks``;
-            values past a row's own classes are -inf.
+            float32 [B, C], for lists of tasks [B, K, C], for a segmentation [..., C, h, w], with C the largest class
+            count of ``tasks``; values past a row's own classes are -inf.
 
         Raises:
             UsageError: the shape, dtype, number of rows or task is wrong.
         """
         batch = self._batch(images)
-        calls = list(self._calls(_per_row(tasks, len(batch)), lambda rows, _: _some(batch, rows)))
-        if len(calls) == 1:
-            return calls[0].logits
-        widest = max(call.logits.shape[1] for call in calls)
-        whole = np.full((len(batch), widest, *calls[0].logits.shape[2:]), -np.inf, np.float32)
-        for call in calls:
-            whole[call.rows, : call.logits.shape[1]] = call.logits
-        return whole
+        asked = _asked(tasks, len(batch))
+        if len({len(row) for row in asked}) > 1:
+            raise UsageError("logits() takes as many tasks for each image as for the others; call answer() for lists")
+        answers = self._answered(asked, lambda rows, _: _some(batch, rows))
+        widest = max(len(one.logits) for one in answers.values())
+        whole = np.full((len(batch), len(asked[0]), widest, *answers[0, 0].logits.shape[1:]), -np.inf, np.float32)
+        for pair, one in answers.items():
+            whole[pair][: len(one.logits)] = one.logits
+        return whole if _several(tasks) else whole[:, 0]
 
     def answer(self, images: Tensor | NDArray[np.float32], tasks: Sequence[str]) -> list[TaskLogits]:
         """Each row's own logits, with the labels and the version of its task.
 
         Args:
             images: normalised float32 [B, 3, S, S].
-            tasks: a task name for each row.
+            tasks: a task name for each image.
 
         Raises:
             UsageError: the shape, dtype, number of rows or task is wrong.
         """
         batch = self._batch(images)
-        return _in_order(self._calls(_per_row(tasks, len(batch)), lambda rows, _: _some(batch, rows)))
+        answers = self._answered(_asked(tasks, len(batch)), lambda rows, _: _some(batch, rows))
+        return [answers[row, 0] for row in range(len(batch))]
 
-    def predict(self, images: Images, tasks: str | Sequence[str], top_k: int = TOP_K) -> list[Prediction]:
-        """Classify images, each for its own task, in one call.
+    @overload
+    def predict(self, images: Images, tasks: str | Sequence[str], top_k: int = TOP_K) -> list[Prediction]: ...
+
+    @overload
+    def predict(self, images: Images, tasks: Lists, top_k: int = TOP_K) -> list[list[Prediction]]: ...
+
+    def predict(self, images: Images, tasks: Tasks, top_k: int = TOP_K) -> list[Prediction] | list[list[Prediction]]:
+        """Classify images, each for its own tasks, in one call; the tasks of an image share its frozen work.
 
         Args:
             images: normalised float32 [B, 3, S, S]; or one image or a sequence of them, each a path, the bytes of an
                 image file, a PIL image or RGB pixels (uint8 [H, W, 3]), which go through
-                :func:`prompttune.read_image` and the evaluation transform of their row's task.
-            tasks: a task name for each row, or one for all.
+                :func:`prompttune.read_image` and the evaluation transform of their task.
+            tasks: a task name for each image, or one for all; lists of names, a list for each image or one for all.
             top_k: largest number of classes to return.
+
+        Returns:
+            A prediction for each image; for lists of tasks a list for each image, in the order of its tasks.
 
         Raises:
             UsageError: the shape, dtype, number of rows or task is wrong; or the tasks are segmentations.
@@ -304,18 +312,21 @@ class Engine:
             raise UsageError(f"top_k must be at least 1, not {top_k}")
         kind = self.folder.manifest.task_type
         kind.refuse("predict")
-        predictions = []
-        for name, one in self._answers(images, tasks):
-            scores = likeliest(kind.probabilities(one.logits), one.labels, top_k)
-            predictions.append(Prediction(name, one.task_version, scores[0].label, scores[0].probability, scores))
-        return predictions
+        predictions: list[list[Prediction]] = []
+        for row in self._answers(images, tasks):
+            predictions.append([])
+            for name, one in row:
+                scores = likeliest(kind.probabilities(one.logits), one.labels, top_k)
+                best = scores[0]
+                predictions[-1].append(Prediction(name, one.task_version, best.label, best.probability, scores))
+        return predictions if _several(tasks) else [one for (one,) in predictions]
 
-    def segment(self, images: Images, tasks: str | Sequence[str]) -> list[Segmentation]:
-        """Give each pixel of images a class, each image for its own task, in one call.
+    def segment(self, images: Images, tasks: Tasks) -> list[Segmentation] | list[list[Segmentation]]:
+        """Give each pixel of images a class, each image for its own tasks, in one call.
 
         Args:
             images: see :meth:`predict`.
-            tasks: a task name for each row, or one for all.
+            tasks: see :meth:`predict`.
 
         Raises:
             UsageError: the shape, dtype, number of rows or task is wrong; or the tasks are classifications.
@@ -323,20 +334,25 @@ class Engine:
             EngineError: logits are not finite.
         """
         self.folder.manifest.task_type.refuse("segment")
-        return [
-            Segmentation(name, one.task_version, one.labels, class_map(one.logits, self.image_size))
-            for name, one in self._answers(images, tasks)
+        maps = [
+            [
+                Segmentation(name, one.task_version, one.labels, class_map(one.logits, self.image_size))
+                for name, one in row
+            ]
+            for row in self._answers(images, tasks)
         ]
+        return maps if _several(tasks) else [one for (one,) in maps]
 
-    def _answers(self, images: Images, tasks: str | Sequence[str]) -> list[tuple[str, TaskLogits]]:
-        """The task of each row, and its finite answer."""
+    def _answers(self, images: Images, tasks: Tasks) -> list[list[tuple[str, TaskLogits]]]:
+        """The tasks of each image, and their finite answers."""
         pixels = isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim < 4
         single = pixels or isinstance(images, (str, os.PathLike, bytes, Image.Image)) or hasattr(images, "read")
         rows: Tensor | NDArray[np.float32] | Sequence[ImageLike] = [images] if single else images  # type: ignore[list-item,assignment]
-        names = _per_row(tasks, len(rows))
+        asked = _asked(tasks, len(rows))
 
         if isinstance(rows, Tensor) or (isinstance(rows, np.ndarray) and rows.dtype != np.uint8):
-            answers = self.answer(rows, names)
+            batch = self._batch(rows)
+            answers = self._answered(asked, lambda some, _: _some(batch, some))
         else:
             given: NDArray[np.float32] | Sequence[ImageLike] = rows
 
@@ -344,11 +360,11 @@ class Engine:
                 pairs = zip(some, entries, strict=True)
                 return np.stack([self._prepared(given[row], entry) for row, entry in pairs])
 
-            answers = _in_order(self._calls(names, prepare))
-        for name, one in zip(names, answers, strict=True):
+            answers = self._answered(asked, prepare, by_transform=True)
+        for (image, number), one in answers.items():
             if not np.isfinite(one.logits).all():
-                raise EngineError(f"task {name!r} gave logits that are not finite")
-        return list(zip(names, answers, strict=True))
+                raise EngineError(f"task {asked[image][number]!r} gave logits that are not finite")
+        return [[(name, answers[image, number]) for number, name in enumerate(row)] for image, row in enumerate(asked)]
 
     def transform(self, preprocess: Preprocess) -> Callable[[Image.Image], Tensor]:
         """The evaluation transform of ``preprocess``, made once: from an RGB PIL image to normalised [3, S, S]."""
@@ -373,23 +389,43 @@ class Engine:
             raise UsageError(f"images must be float32 and normalised, not {array.dtype}; {PIXELS}")
         return np.ascontiguousarray(array)
 
-    def _calls(
-        self, names: Sequence[str], images: Callable[[Sequence[int], Sequence[Entry]], Array]
-    ) -> Iterator[_Call]:
-        """Answer a row for each of ``names``: in one call, or in more if the tasks exceed the resident limit.
+    def _answered(
+        self,
+        asked: Sequence[Sequence[str]],
+        images: Callable[[Sequence[int], Sequence[Entry]], Array],
+        by_transform: bool = False,
+    ) -> dict[_Pair, TaskLogits]:
+        """The answer to every pair of an image and a task: in one call, or in more if the tasks exceed the resident
+        limit.
 
-        ``images`` returns the batch of some rows, whose entries do not change in the meantime.
+        Args:
+            asked: the tasks of each image.
+            images: gives the batch of some images, each for a task whose entry does not change in the meantime.
+            by_transform: whether the tasks of one row must share their evaluation transform.
         """
-        distinct = {name: place for place, name in enumerate(dict.fromkeys(names))}
-        most = self._bank.limit or len(distinct)
+        distinct = {name: place for place, name in enumerate(dict.fromkeys(name for row in asked for name in row))}
+        most, found = self._bank.limit or len(distinct), {}
         for first in range(0, len(distinct), most):
-            rows = [row for row, name in enumerate(names) if first <= distinct[name] < first + most]
-            with self._bank.lease([names[row] for row in rows], self._load) as snapshot:
-                entries = [snapshot.entries[names[row]] for row in rows]
-                # Row indices come from the snapshot, so all are in range: others are undefined behaviour on a GPU.
-                index = np.array([entry.row for entry in entries], dtype=np.int64)
-                logits = self._runtime.logits(images(rows, entries), index, snapshot.placed)
-            yield _Call(rows, entries, logits)
+            names = [name for name, place in distinct.items() if first <= place < first + most]
+            with self._bank.lease(names, self._load) as snapshot:
+                rows: dict[tuple[int, Preprocess | None], list[_Pair]] = {}
+                for image, row in enumerate(asked):
+                    for number, name in enumerate(row):
+                        if first <= distinct[name] < first + most:
+                            transform = snapshot.entries[name].task.preprocess if by_transform else None
+                            rows.setdefault((image, transform), []).append((image, number))
+                widest = max(map(len, rows.values()))
+                padded = [pairs + pairs[-1:] * (widest - len(pairs)) for pairs in rows.values()]
+                tasks = [[asked[image][number] for image, number in pairs] for pairs in padded]
+                entries = [snapshot.entries[row[0]] for row in tasks]
+                batch = images([image for image, _ in rows], entries)
+                logits = self._runtime.logits(batch, snapshot.index(tasks, self._runtime.sizes), snapshot.placed)
+                for own, pairs in zip(logits, rows.values(), strict=True):
+                    for scores, (image, number) in zip(own, pairs, strict=False):
+                        entry = snapshot.entries[asked[image][number]]
+                        kept = scores[: entry.task.num_classes]
+                        found[image, number] = TaskLogits(entry.task.labels, entry.version, kept)
+        return found
 
     # ------------------------------------------------------------------- tasks
 
@@ -485,26 +521,27 @@ class Engine:
             self._bank.remove(name)
 
 
-def _per_row(tasks: str | Sequence[str], rows: int) -> list[str]:
-    """A task name for each of ``rows`` rows."""
-    names = [tasks] * rows if isinstance(tasks, str) else list(tasks)
-    if len(names) != rows:
-        raise UsageError(f"{rows} images but {len(names)} tasks: give one task for each image, or one for all")
-    return names
+def _several(tasks: Tasks) -> bool:
+    """Whether tasks are given as lists of several for each image."""
+    return not isinstance(tasks, str) and any(not isinstance(one, str) for one in tasks)
+
+
+def _asked(tasks: Tasks, images: int) -> list[list[str]]:
+    """The task names of each image."""
+    rows = (
+        [[tasks]] * images if isinstance(tasks, str) else [[one] if isinstance(one, str) else [*one] for one in tasks]
+    )
+    if _several(tasks):
+        rows = rows * images if len(rows) == 1 else rows
+        if any(isinstance(one, str) for one in tasks) or not all(rows):
+            raise UsageError("give a list of at least one task for each image, or one list for all")
+    if len(rows) != images:
+        raise UsageError(f"{images} images but {len(rows)} tasks: give one task for each image, or one for all")
+    return rows
 
 
 def _some(batch: Array, rows: Sequence[int]) -> Array:
-    return batch if len(rows) == len(batch) else batch[rows]
-
-
-def _in_order(calls: Iterable[_Call]) -> list[TaskLogits]:
-    """Rows of logits [B, C] without the columns past each row's own classes, in the order of the rows."""
-    answers = {
-        row: TaskLogits(entry.task.labels, entry.version, own[: entry.task.num_classes])
-        for call in calls
-        for row, entry, own in zip(call.rows, call.entries, call.logits, strict=True)
-    }
-    return [answers[row] for row in range(len(answers))]
+    return batch if len(rows) == len(batch) else batch[list(rows)]
 
 
 def default_residents(folder: EngineFolder, names: Iterable[str]) -> int:

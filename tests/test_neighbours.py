@@ -45,7 +45,7 @@ def test_dynamic_int8_answers_bit_for_bit_whatever_shares_the_batch(int8):
 def test_an_export_looks_at_the_neighbours(int8):
     found = int8.folder.manifest.parity["neighbours"]
     tried = [(one["task"], one["among"], one["batch_size"]) for one in found]
-    ways = ("own images", "own images in reverse", "images of other tasks")
+    ways = ("own images", "own images in reverse", "images of other tasks", "other tasks of the same images")
     assert tried == [(task, among, 4) for task in ("task0", "task1") for among in ways]
     assert {(one["images"], one["changed"], one["max_rel"]) for one in found} == {(4, 0, 0.0)}
 

@@ -31,6 +31,8 @@ class Fake:
         self.change = change
 
     def logits(self, images, tasks):
+        if not isinstance(tasks[0], str):  # lists of tasks: each list is answered as a batch
+            return np.stack([self.logits(images, row) for row in zip(*tasks, strict=True)], axis=1)
         answers = np.array([[1.0, 2.0, -np.inf] if task == "a" else [3.0, 1.0, 2.0] for task in tasks], np.float32)
         return self.change(answers, tasks)
 

@@ -18,7 +18,15 @@ from prompttune.serve.workers import Key, WorkerSettings
 from prompttune.serve.workers.store import Store
 from tests.engines import checkpoint, copied, noise
 
-RANGES = {"batch": [2, 4, 6], "tasks": [2, 2, 4], "rank": [3, 3, 4], "classes": [4, 4, 5]}
+RANGES = {
+    "batch": [2, 4, 6],
+    "asked": [1, 1, 2],
+    "tasks": [2, 2, 4],
+    "rank": [3, 3, 4],
+    "classes": [8, 8, 16],
+    "chosen": [4, 4, 16],
+    "width": [4, 4, 8],
+}
 TASKS = [f"t{number}" for number in range(4)]
 
 
@@ -38,15 +46,15 @@ def calls(folder, monkeypatch):
     """Rows of each call; one that a plan would refuse is an error."""
     manifest, rows, run = EngineFolder(folder).manifest, [], OnnxRuntime.run
 
-    def bounded(self, images, task_index, bank):
+    def bounded(self, inputs, bank):
         shapes = {bank_input(key): tuple(value.shape()) for key, value in bank.items()}
-        shapes = {"image": images.shape, "task_index": task_index.shape, **shapes}
+        shapes |= {name: one.shape for name, one in inputs.items()}
         for spec in manifest.inputs:
             for size, axis in zip(shapes[spec.name], spec.shape, strict=True):
                 low, _, high = manifest.sizes.ranges[axis] if isinstance(axis, str) else (axis, axis, axis)
                 assert low <= size <= high, f"{spec.name} is {shapes[spec.name]}"
-        rows.append(len(images))
-        return run(self, images, task_index, bank)
+        rows.append(len(inputs["image"]))
+        return run(self, inputs, bank)
 
     monkeypatch.setattr(OnnxRuntime, "run", bounded)
     return rows
@@ -59,7 +67,9 @@ def test_any_number_of_images_is_answered_in_calls_that_the_engine_takes(folder,
     assert calls == expected
     for row in range(count):
         alone = pt.Engine(folder, tasks=[names[row]]).logits(np.repeat(images[row : row + 1], 2, 0), names[row])
-        assert np.allclose(found[row], alone[0], atol=1e-5)
+        own = alone.shape[1]
+        assert np.allclose(found[row, :own], alone[0], atol=1e-5)
+        assert np.isneginf(found[row, own:]).all()
 
 
 def test_tasks_take_turns_where_the_engine_takes_fewer(folder, calls):

@@ -25,13 +25,15 @@ from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
 from prompttune.backbones import Backbone
 from prompttune.errors import EngineError, first_line
+from prompttune.export.banks import BankForm, stack_states
 from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE
 from prompttune.export.formats.base import BuildRequest, Feeds
 from prompttune.export.formats.onnx_rowwise import quantise_rows
-from prompttune.export.layout import IMAGE, TASK_INDEX, bank_dtype, bank_input, stack_states
+from prompttune.export.layout import IMAGE, TASK_INDEX, bank_dtype, bank_input
 from prompttune.export.precision.smooth import smoothed
 from prompttune.export.quiet import quiet
 from prompttune.export.runtimes.base import Array
+from prompttune.task_types.classification import ClassHead
 
 _BATCH = 8
 _FLOAT_BLOCKS = 3
@@ -96,7 +98,10 @@ def calibrated(request: BuildRequest) -> BuildRequest:
         for name, state in request.states.items()
     }
     calls = ((images, states[task]) for task, images in _batches(request))
-    return dataclasses.replace(request, model=smoothed(request.model, calls))
+    model = smoothed(request.model, calls)
+    if isinstance(model.head, ClassHead):  # with a scale a row, answers depend on nothing beside it
+        model.head.apart = request.settings.quantization != "static"
+    return dataclasses.replace(request, model=model)
 
 
 def _products(path: Path, backbone: Backbone, in_float: int) -> list[str]:
@@ -132,13 +137,15 @@ def _block_names(backbone: Backbone) -> list[str]:
 
 def _feeds(request: BuildRequest) -> Iterator[Feeds]:
     settings, states = request.settings, request.states
-    bank: Feeds = {}
-    if not settings.baked:
-        stacked = stack_states(request.model.state_layout(), states.values(), bank_dtype(str(settings.bank_precision)))
-        bank = {bank_input(key): rows for key, rows in stacked.items()}
-    rows = {task: row for row, task in enumerate(states)}
+    form = BankForm(request.model.state_layout())
+    stacked = stack_states(form, states.values(), bank_dtype(str(settings.bank_precision)))
+    bank = {bank_input(key): rows for key, rows in stacked.rows.items()}
+    numbers = {task: number for number, task in enumerate(states)}
     for task, batch in _batches(request):
-        yield {IMAGE: batch, TASK_INDEX: np.full(len(batch), rows[task], dtype=np.int64), **bank}
+        if settings.baked:
+            yield {IMAGE: batch, TASK_INDEX: np.full((len(batch), 1), numbers[task], dtype=np.int64)}
+        else:
+            yield {IMAGE: batch, **stacked.index([[numbers[task]]] * len(batch)), **bank}
 
 
 def _batches(request: BuildRequest) -> Iterator[tuple[str, Array]]:

@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 
 from prompttune.errors import EngineError, UsageError
+from prompttune.export.banks import needed_sizes
 from prompttune.export.formats.base import BuildRequest, Built, ExportSettings, Format
 from prompttune.export.formats.onnx import write_onnx
 from prompttune.export.formats.tensorrt_builder import bar, build_plan
 from prompttune.export.formats.tensorrt_options import TensorRTOptions
-from prompttune.export.layout import axis_ranges, dynamic_axes, input_shapes, needed_sizes
+from prompttune.export.layout import axis_ranges, dynamic_axes, input_shapes
 from prompttune.export.runtimes.base import RuntimeOptions
 from prompttune.export.runtimes.tensorrt import PLAN_FILE
 from prompttune.export.runtimes.tensorrt_compatibility import gpu_record

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from prompttune.errors import EngineError, UsageError, first_line
+from prompttune.export.banks import needed_sizes
 from prompttune.export.formats.base import BuildRequest, Built, ExportSettings, Format
 from prompttune.export.formats.tensorrt_options import TensorRTOptions
 from prompttune.export.graph import unbounded_attention
-from prompttune.export.layout import Range, TensorSpec, axis_ranges, dynamic_axes, input_shapes, needed_sizes
+from prompttune.export.layout import Range, TensorSpec, axis_ranges, dynamic_axes, input_shapes, is_bank_input
 from prompttune.export.runtimes.tensorrt_compatibility import gpu_record
 from prompttune.export.runtimes.tensorrt_library import require_cuda, require_torch_tensorrt
 from prompttune.export.runtimes.torch_tensorrt import MODEL_FILE, versions
@@ -70,16 +71,16 @@ class TorchTensorRTFormat(Format):
 class _Positional(nn.Module):
     """A graph with every bank tensor as a positional input: Torch-TensorRT does not support nested inputs."""
 
-    def __init__(self, graph: nn.Module, keys: Sequence[str]) -> None:
+    def __init__(self, graph: nn.Module, inputs: Sequence[TensorSpec]) -> None:
         super().__init__()
         self.captured = graph  # not "graph": a traced module has an attribute of that name
-        self.keys = list(keys)
+        self.keys = [spec.name for spec in inputs if is_bank_input(spec.name)]
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Logits [B, C] of image, task_index and the bank's tensors, in the order of the declared inputs."""
-        image, task_index, *rows = inputs
-        bank = (dict(zip(self.keys, rows, strict=True)),) if self.keys else ()
-        logits: Tensor = self.captured(image, task_index, *bank)
+        """Logits [B, K, C] of the declared inputs in their order, the bank's tensors last."""
+        own = len(inputs) - len(self.keys)
+        bank = (dict(zip(self.keys, inputs[own:], strict=True)),) if self.keys else ()
+        logits: Tensor = self.captured(*inputs[:own], *bank)
         return logits
 
 
@@ -104,7 +105,7 @@ def bounded(
         {place: dims[axis] for place, axis in enumerate(spec.shape) if isinstance(axis, str) and axis in dims}
         for spec in inputs
     )
-    graph = _Positional(program.module(), [spec.name.removeprefix("bank.") for spec in inputs[2:]])
+    graph = _Positional(program.module(), inputs)
     try:
         with torch.no_grad():
             return torch.export.export(graph, sample, dynamic_shapes={"inputs": shapes})

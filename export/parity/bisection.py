@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from prompttune.errors import EngineError, UsageError, first_line
+from prompttune.export.banks import stack_states
 from prompttune.export.folder import ONNX_FILE, EngineTask, Manifest
-from prompttune.export.layout import IMAGE, TASK_INDEX, bank_dtype, bank_input, stack_states
+from prompttune.export.layout import IMAGE, TASK_INDEX, bank_dtype, bank_input
 from prompttune.export.parity.figures import Array
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.layers.probe import recording
@@ -174,12 +175,19 @@ def _add_outputs(model: onnx.ModelProto, probes: Mapping[str, str]) -> list[str]
 
 def _feeds(manifest: Manifest, name: str, task: EngineTask, images: Array) -> dict[str, ort.OrtValue]:
     """Inputs of one call of the task ``name``: a bank with only this task, or its row in a baked-in bank."""
-    row = 0 if manifest.baked is None else manifest.baked.index(name)
-    feeds = {IMAGE: _value(images), TASK_INDEX: _value(np.full(len(images), row, dtype=np.int64))}
-    if manifest.baked is None:
-        bank = stack_states(manifest.layout, [task.state], bank_dtype(manifest.bank_precision))
-        feeds |= {bank_input(key): _value(rows) for key, rows in bank.items()}
-    return feeds
+    if manifest.baked is not None:
+        row = np.full((len(images), 1), manifest.baked.index(name), dtype=np.int64)
+        return {IMAGE: _value(images), TASK_INDEX: _value(row if manifest.asks_many else row[:, 0])}
+    bank = stack_states(manifest.form, [task.state], bank_dtype(manifest.bank_precision))
+    index = bank.index([[0]] * len(images))
+    if not manifest.asks_many:
+        index = {TASK_INDEX: index[TASK_INDEX][:, 0]}
+    feeds: dict[str, NDArray[Any]] = {
+        IMAGE: images,
+        **index,
+        **{bank_input(key): rows for key, rows in bank.rows.items()},
+    }
+    return {key: _value(value) for key, value in feeds.items()}
 
 
 def _value(array: NDArray[Any]) -> ort.OrtValue:

@@ -26,8 +26,11 @@ class Runner(Protocol):
     def description(self) -> str:
         """Description of the engine."""
 
-    def logits(self, images: Array, tasks: Sequence[str]) -> Array:
-        """Logits [B, C (, h, w)] of images [B, 3, S, S], row i for ``tasks[i]``; padding follows a task's classes."""
+    def logits(self, images: Array, tasks: Sequence[str] | Sequence[list[str]]) -> Array:
+        """Logits [B, C (, h, w)] of images [B, 3, S, S], row i for ``tasks[i]``; padding follows a task's classes.
+
+        Lists of K tasks give [B, K, C (, h, w)].
+        """
 
 
 class Reference(Protocol):

@@ -80,7 +80,8 @@ class Neighbours:
 
     task: str
     among: str
-    """Content of the batch: other images of the task, the same in reverse, or images of other tasks."""
+    """What is answered in the same call: other images of the task, the same in reverse, images of other tasks, or other
+    tasks of the same images."""
     batch_size: int
     images: int
     changed: int
@@ -92,7 +93,8 @@ class Neighbours:
 def check_neighbours(
     runner: Runner, images: Mapping[str, Array], batch_sizes: Sequence[int], tasks: Sequence[str]
 ) -> list[Neighbours]:
-    """Compare each image alone and in batches: in order at every size, in reverse and among others at the largest.
+    """Compare each image alone and in batches: in order at every size, in reverse, among others and asked about several
+    tasks at the largest.
 
     Args:
         runner: the engine.
@@ -107,24 +109,25 @@ def check_neighbours(
     found = []
     for task, drawn in images.items() if sizes else ():
         batch = drawn[: max(sizes)]
-        rows, own = np.arange(len(batch)), [task] * len(batch)
+        rows, own = np.arange(len(batch)), [[task]] * len(batch)
         alone = _answers(runner, batch, own, rows, 1)
         tries = [("own images", own, rows, size) for size in sizes]
         tries.append(("own images in reverse", own, rows[::-1], max(sizes)))
         if others := [one for one in tasks if one != task][: len(batch)]:
-            mixed = own + [others[row % len(others)] for row in rows]
+            mixed = own + [[others[row % len(others)]] for row in rows]
             tries.append(("images of other tasks", mixed, np.arange(len(mixed)).reshape(2, -1).T.ravel(), max(sizes)))
+            tries.append(("other tasks of the same images", [[task, *others]] * len(batch), rows, max(sizes)))
         for among, owners, order, size in tries:
             again = _answers(runner, np.concatenate([batch, batch])[: len(owners)], owners, order, size)[: len(batch)]
             found.append(_compared(task, among, size, alone, again))
     return found
 
 
-def _answers(runner: Runner, batch: Array, tasks: Sequence[str], order: NDArray[np.int64], size: int) -> Array:
-    """Logits of each image, run in batches of ``size`` in the order ``order``."""
+def _answers(runner: Runner, batch: Array, tasks: Sequence[list[str]], order: NDArray[np.int64], size: int) -> Array:
+    """Logits of each image for the first of its tasks, run in batches of ``size`` in the order ``order``."""
     calls = [order[rows] for rows in batches(len(order), size)]
     # Copies, because a runtime may reuse its buffer.
-    made = [np.array(runner.logits(batch[rows], [tasks[row] for row in rows])) for rows in calls]
+    made = [np.array(runner.logits(batch[rows], [tasks[row] for row in rows])[:, 0]) for rows in calls]
     answers: Array = np.concatenate(made)[np.argsort(order)]
     return answers
 

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -69,13 +68,13 @@ class AotiRuntime(TensorRuntime):
         require_cuda(f"cuda:{index}", "an AOTInductor engine for cuda")
         check_capability(made, torch.cuda.get_device_capability(index))
 
-    def run(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
+    def run(self, inputs: Mapping[str, NDArray[Any]], bank: Mapping[str, Any]) -> Array:
         """See :meth:`Runtime.run`."""
         # The loader takes the stream of the current device, which need not be the program's.
         here = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
         try:
             with torch.no_grad(), here:
-                given = [as_torch(images).to(self._device), as_torch(task_index).to(self._device)]
+                given = [as_torch(one).to(self._device) for one in inputs.values()]
                 with exact_convolutions(self._exact):
                     # In the order of the captured argument: a dict of another order is refused.
                     answer = self._program(*given, *([dict(bank)] if bank else []))

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prompttune.errors import EngineError, UsageError
+from prompttune.export.banks import Index, StackedBank, stack_states
 from prompttune.export.folder import Manifest
-from prompttune.export.layout import BATCH, Sizes, State, bank_dtype, stack_states
+from prompttune.export.layout import ASKED, BATCH, CLASS_ROWS, IMAGE, TASK_INDEX, Sizes, State, bank_dtype
 from prompttune.export.layout import Array as Array
 from prompttune.export.options import RuntimeOptions as RuntimeOptions
 from prompttune.registry import Registry
@@ -26,6 +27,8 @@ class Runtime(ABC):
 
     sizes = Sizes()
     """What the model takes; :func:`open_runtime` takes it from the manifest unless the runtime has set it."""
+    asks_many = True
+    """Whether a call answers several tasks for an image, see :attr:`Manifest.asks_many`."""
     calls_at_once: ClassVar[int] = 1
     """Calls of :meth:`run` that are worth starting at once; others wait for them."""
 
@@ -39,35 +42,57 @@ class Runtime(ABC):
         """Place a bank tensor [T, ...] for :meth:`run`; ``rows`` stays the host's copy of it."""
 
     @abstractmethod
-    def update(self, placed: Any, rows: BankArray, row: int) -> None:
-        """Copy a changed row of the host's copy to the placed tensor, while other rows may be in use."""
+    def update(self, placed: Any, rows: BankArray, changed: slice) -> None:
+        """Copy changed rows of the host's copy to the placed tensor, while other rows may be in use."""
 
     def without_graphs(self) -> Runtime:
         """The same model for calls that are not worth their own CUDA graph."""
         return self
 
     @abstractmethod
-    def run(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
-        """Logits float32 [B, C].
+    def run(self, inputs: Mapping[str, NDArray[Any]], bank: Mapping[str, Any]) -> Array:
+        """Logits float32 [B, K, C], as the manifest declares them.
 
         Args:
-            images: contiguous float32, normalised [B, 3, S, S].
-            task_index: [B], each within the bank, as the caller has checked.
+            inputs: the declared inputs that are not the bank's, in their order: contiguous images, float32 and
+                normalised [B, 3, S, S], and the index, within the bank, as the caller has checked.
             bank: placed tensor of each state key; empty for an engine with its bank baked in.
         """
 
-    def logits(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
-        """See :meth:`run`, for any number of images: in as many calls as the model needs, the last one filled up."""
-        rows = len(images)
+    def logits(self, images: Array, index: Index, bank: Mapping[str, Any]) -> Array:
+        """Logits [B, K, C] of K tasks for each image, see :meth:`run`; in as many calls as the model needs.
+
+        Args:
+            images: contiguous float32, normalised [B, 3, S, S].
+            index: see :meth:`prompttune.export.banks.BankForm.index`.
+            bank: see :meth:`run`.
+        """
+        rows, asked = index[TASK_INDEX].shape
+        if not self.asks_many:  # one row for each pair of an image and a task
+            pairs = self._split({IMAGE: np.repeat(images, asked, 0), TASK_INDEX: index[TASK_INDEX].reshape(-1)}, bank)
+            return pairs.reshape(rows, asked, *pairs.shape[1:])
+        most = self.sizes.most(ASKED, asked)
+        parts = []
+        for start in range(0, asked, most):
+            held = self.sizes.holding({ASKED: min(most, asked - start)}, "a call")[ASKED]
+            some = np.minimum(np.arange(start, start + held), asked - 1)
+            part = {name: one if name == CLASS_ROWS or held == asked else one[:, some] for name, one in index.items()}
+            parts.append(self._split({IMAGE: images, **part}, bank)[:, : min(most, asked - start)])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def _split(self, inputs: Mapping[str, NDArray[Any]], bank: Mapping[str, Any]) -> Array:
+        """:meth:`run` for any number of images: in as many calls as the model needs, the last one filled up."""
+        rows = len(inputs[IMAGE])
         most = self.sizes.most(BATCH, rows)
         parts = []
         for start in range(0, rows, most):
             count = min(most, rows - start)
             held = self.sizes.holding({BATCH: count}, "a call")[BATCH]
             if held == rows:
-                return self.run(images, task_index, bank)
-            index = np.minimum(np.arange(start, start + held), rows - 1)
-            parts.append(np.array(self.run(images[index], task_index[index], bank)[:count]))  # a buffer may be reused
+                return self.run(inputs, bank)
+            some = np.minimum(np.arange(start, start + held), rows - 1)
+            part = {name: one if name == CLASS_ROWS else one[some] for name, one in inputs.items()}
+            parts.append(np.array(self.run(part, bank)[:count]))  # a buffer may be reused
         return np.concatenate(parts)
 
 
@@ -92,6 +117,7 @@ def open_runtime(folder: Path, manifest: Manifest, options: RuntimeOptions | Non
         raise EngineError(f"{folder} has the format {manifest.format!r}; known: {', '.join(RUNTIMES)}")
     opened = RUNTIMES[manifest.format](folder, manifest, options or RuntimeOptions())
     opened.sizes = opened.sizes if opened.sizes.ranges else manifest.sizes
+    opened.asks_many = manifest.asks_many
     return opened
 
 
@@ -107,15 +133,34 @@ class StateRunner:
 
     def __init__(self, runtime: Runtime, manifest: Manifest, states: Mapping[str, State]) -> None:
         self._runtime = runtime
-        self._row = {name: row for row, name in enumerate(states if manifest.baked is None else manifest.baked)}
+        names = states if manifest.baked is None else manifest.baked
+        self._number = {name: number for number, name in enumerate(names)}
         self._bank: dict[str, Any] = {}
+        self._stacked: StackedBank | None = None
         if manifest.baked is None:
             dtype = bank_dtype(manifest.bank_precision)
-            stacked = stack_states(manifest.layout, states.values(), dtype, runtime.sizes)
-            self._bank = {key: runtime.place(rows) for key, rows in stacked.items()}
+            self._stacked = stack_states(manifest.form, states.values(), dtype, runtime.sizes)
+            self._bank = {key: runtime.place(rows) for key, rows in self._stacked.rows.items()}
         self.description = runtime.description
 
-    def logits(self, images: Array, tasks: Sequence[str]) -> Array:
-        """Logits [B, C] of images [B, 3, S, S], row i for ``tasks[i]``; C is the largest class count."""
-        index = np.array([self._row[task] for task in tasks], dtype=np.int64)
-        return self._runtime.logits(np.ascontiguousarray(images), index, self._bank)
+    def logits(self, images: Array, tasks: Sequence[str] | Sequence[list[str]]) -> Array:
+        """Logits of images [B, 3, S, S]; C is the largest class count of all tasks.
+
+        Args:
+            images: normalised float32.
+            tasks: a task for each image gives [B, C], K tasks for each image give [B, K, C].
+        """
+        single = isinstance(tasks[0], str)
+        numbers = [[self._number[task] for task in ([row] if isinstance(row, str) else row)] for row in tasks]
+        if self._stacked is None:
+            index = {TASK_INDEX: np.array(numbers, dtype=np.int64)}
+        else:
+            index = self._stacked.index(numbers, self._runtime.sizes)
+        logits = self._runtime.logits(np.ascontiguousarray(images), index, self._bank)
+        if self._stacked is not None and self._stacked.form.by_class:
+            widest = max(place.classes for place in self._stacked.places)
+            own = min(widest, logits.shape[2])
+            whole = np.full((*logits.shape[:2], widest, *logits.shape[3:]), -np.inf, logits.dtype)
+            whole[:, :, :own] = logits[:, :, :own]
+            logits = whole
+        return logits[:, 0] if single else logits

@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from prompttune.errors import EngineError, MissingExtraError, UsageError, choose, first_line
 from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE, Manifest
-from prompttune.export.layout import IMAGE, LOGITS, TASK_INDEX, Sizes, bank_input
+from prompttune.export.layout import LOGITS, Sizes, bank_input
 from prompttune.export.options import PROVIDERS
 from prompttune.export.quiet import quiet
 from prompttune.export.runtimes.base import Array, BankArray, Runtime, RuntimeOptions
@@ -172,10 +171,10 @@ class OnnxRuntime(Runtime):
         """See :meth:`Runtime.place`."""
         return ort.OrtValue.ortvalue_from_numpy(rows) if self._cuda is None else self._cuda.place(rows)
 
-    def update(self, placed: Any, rows: BankArray, row: int) -> None:
+    def update(self, placed: Any, rows: BankArray, changed: slice) -> None:
         """See :meth:`Runtime.update`; on the CPU the placed tensor is the host's copy."""
         if self._cuda is not None:
-            self._cuda.update(placed, rows, row)
+            self._cuda.update(placed, rows, changed)
 
     def without_graphs(self) -> Runtime:
         """See :meth:`Runtime.without_graphs`."""
@@ -183,16 +182,12 @@ class OnnxRuntime(Runtime):
         plain._graphs = False
         return plain
 
-    def run(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
+    def run(self, inputs: Mapping[str, NDArray[Any]], bank: Mapping[str, Any]) -> Array:
         """See :meth:`Runtime.run`."""
         named = {bank_input(key): placed for key, placed in bank.items()}
         if self._cuda is not None:
-            return self._cuda.run(images, task_index, named, self._graphs)
-        feeds = {
-            IMAGE: ort.OrtValue.ortvalue_from_numpy(images),
-            TASK_INDEX: ort.OrtValue.ortvalue_from_numpy(task_index),
-            **named,
-        }
+            return self._cuda.run(inputs, named, self._graphs)
+        feeds = {name: ort.OrtValue.ortvalue_from_numpy(one) for name, one in inputs.items()} | named
         try:
             logits: Array = self._session.run_with_ort_values([LOGITS], feeds)[0].numpy()
         except Exception as problem:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from prompttune.errors import EngineError, first_line
 from prompttune.export.folder import Manifest
-from prompttune.export.layout import IMAGE, LOGITS, TASK_INDEX
+from prompttune.export.layout import LOGITS
 from prompttune.export.runtimes.base import Array, BankArray, RuntimeOptions
-from prompttune.export.runtimes.tensors import CAPTURE_LOCK, as_torch, place_rows, update_row
+from prompttune.export.runtimes.tensors import CAPTURE_LOCK, as_torch, place_rows, update_rows
 
 _ELEMENT = {
     torch.float32: onnx.TensorProto.FLOAT,
@@ -30,12 +29,17 @@ _GRAPHS = 32
 """Largest number of CUDA graphs per session; more calls run without. ONNX Runtime frees them with the session."""
 
 
+_Call = tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]
+"""Shapes of a call's inputs, and addresses of its bank."""
+
+
 class CudaCalls:
     """Calls whose inputs and outputs are torch tensors on the device.
 
-    With CUDA graphs a batch size keeps its buffers, because a captured graph reads and writes the very addresses that
-    it was captured with; a bank that has moved is captured anew. ONNX Runtime keeps graphs by thread, and their
-    intermediate results share memory with those of other calls, so all calls run on one thread of the session.
+    With CUDA graphs inputs of the same shapes keep their buffers, because a captured graph reads and writes the very
+    addresses that it was captured with; a bank that has moved is captured anew. ONNX Runtime keeps graphs by thread,
+    and their intermediate results share memory with those of other calls, so all calls run on one thread of the
+    session.
     """
 
     def __init__(self, session: Any, manifest: Manifest, options: RuntimeOptions) -> None:
@@ -44,32 +48,31 @@ class CudaCalls:
         self._inputs = manifest.inputs
         self._output = manifest.outputs[0]
         self._thread = ThreadPoolExecutor(1, "onnxruntime-cuda-graph") if options.cuda_graph else None
-        self._graphs: dict[tuple[int, ...], tuple[int, dict[str, Tensor]]] = {}
+        self._graphs: dict[_Call, tuple[int, dict[str, Tensor]]] = {}
         self._captured = 0
 
     def place(self, rows: BankArray) -> Tensor:
         """A bank tensor [T, ...] on the device."""
         return place_rows(rows, self.device)
 
-    def update(self, placed: Tensor, rows: BankArray, row: int) -> None:
-        """Copy one row of the host's bank to the device."""
-        update_row(placed, rows, row)
+    def update(self, placed: Tensor, rows: BankArray, changed: slice) -> None:
+        """Copy some rows of the host's bank to the device."""
+        update_rows(placed, rows, changed)
 
-    def run(
-        self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Tensor], graph: bool = True
-    ) -> Array:
+    def run(self, inputs: Mapping[str, NDArray[Any]], bank: Mapping[str, Tensor], graph: bool = True) -> Array:
         """Logits as the manifest declares them; ``bank`` by input name. Without ``graph`` none is captured.
 
         Raises:
             EngineError: ONNX Runtime or CUDA failed.
         """
-        given = {IMAGE: as_torch(images), TASK_INDEX: as_torch(task_index)}
+        given = {name: as_torch(one) for name, one in inputs.items()}
         if self._thread is None:
             return self._run(given, bank, graph=False)
         return self._thread.submit(self._run, given, bank, graph).result()
 
     def _run(self, given: Mapping[str, Tensor], bank: Mapping[str, Tensor], graph: bool) -> Array:
-        key = (len(given[IMAGE]), *(tensor.data_ptr() for tensor in bank.values()))
+        shapes = tuple(tuple(tensor.shape) for tensor in given.values())
+        key = (shapes, tuple(tensor.data_ptr() for tensor in bank.values()))
         try:
             if key in self._graphs and graph:
                 number, tensors = self._graphs[key]
@@ -96,9 +99,9 @@ class CudaCalls:
         shape = [sizes[axis] if isinstance(axis, str) else axis for axis in self._output.shape]
         return torch.empty(shape, dtype=getattr(torch, self._output.dtype), device=self.device)
 
-    def _capture(self, key: tuple[int, ...], tensors: dict[str, Tensor]) -> Array:
+    def _capture(self, key: _Call, tensors: dict[str, Tensor]) -> Array:
         """Run for the first time with a graph: ONNX Runtime captures it in this very call."""
-        self._graphs = {known: one for known, one in self._graphs.items() if known[1:] == key[1:]}
+        self._graphs = {known: one for known, one in self._graphs.items() if known[1] == key[1]}
         self._captured += 1  # a number is never used again, whatever became of it
         number = self._captured
         with CAPTURE_LOCK:

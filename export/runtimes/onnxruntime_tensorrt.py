@@ -15,6 +15,7 @@ import onnxruntime as ort
 from prompttune.errors import EngineError
 from prompttune.export.folder import EngineFolder, Manifest
 from prompttune.export.layout import (
+    ASKED,
     BATCH,
     TASKS,
     Range,
@@ -22,7 +23,6 @@ from prompttune.export.layout import (
     bind_axes,
     dynamic_axes,
     input_shapes,
-    largest_axes,
 )
 
 
@@ -37,8 +37,8 @@ def provider_ranges(folder: Path, manifest: Manifest) -> dict[str, Range]:
         for record in EngineFolder(folder, verify=False).scan().records.values():
             with contextlib.suppress(EngineError):  # a damaged task must not affect others
                 shapes.append(bind_axes(manifest.layout, record.shapes, record.name))
-    held = {TASKS: len(shapes), **largest_axes(shapes)}
-    needed = {axis: 1 << (max(held.get(axis, 1), 1) - 1).bit_length() for axis in axes if axis != BATCH}
+    held = manifest.form.needed_for_all(shapes)
+    needed = {axis: 1 << (max(held.get(axis, 1), 1) - 1).bit_length() for axis in axes if axis not in (BATCH, ASKED)}
     return axis_ranges(manifest.inputs, needed, {})
 
 

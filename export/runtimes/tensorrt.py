@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -52,7 +51,7 @@ class TensorRTRuntime(TensorRuntime):
         for _ in range(STREAMS):
             self._free.put(None)
 
-    def run(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
+    def run(self, inputs: Mapping[str, NDArray[Any]], bank: Mapping[str, Any]) -> Array:
         """See :meth:`Runtime.run`.
 
         Raises:
@@ -64,7 +63,7 @@ class TensorRTRuntime(TensorRuntime):
             if stream is None:
                 with CAPTURE_LOCK, torch.cuda.device(self._device):
                     stream = PlanStream(self._plan, self._device, self._cuda_graph)
-            logits: Array = stream.run(as_torch(images), as_torch(task_index), resident).numpy()
+            logits: Array = stream.run({name: as_torch(one) for name, one in inputs.items()}, resident).numpy()
         except RuntimeError as problem:  # CUDA's errors, lack of memory among them, and TensorRT's through pybind11
             raise self._plan.log.failure("the TensorRT engine failed", first_line(problem)) from None
         finally:

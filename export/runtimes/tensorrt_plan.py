@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prompttune.errors import EngineError, first_line
-from prompttune.export.layout import IMAGE, LOGITS, TASK_INDEX, TensorSpec
+from prompttune.export.layout import LOGITS, TensorSpec, is_bank_input
 from prompttune.export.runtimes.tensorrt_layers import summarise
 from prompttune.export.runtimes.tensorrt_library import TensorRT, error_log
 from prompttune.export.runtimes.tensors import CAPTURE_LOCK, check_tensors
@@ -142,7 +142,7 @@ class CapturedSession:
     def __init__(self, plan: TensorRTPlan, stream: torch.cuda.Stream, inputs: Mapping[str, Tensor]) -> None:
         self._session = Session(plan, stream)
         self._inputs = {
-            name: tensor.to(stream.device, copy=True) if name in (IMAGE, TASK_INDEX) else tensor
+            name: tensor if is_bank_input(name) else tensor.to(stream.device, copy=True)
             for name, tensor in inputs.items()
         }
         self._logits = self._session.bind(self._inputs)
@@ -157,13 +157,14 @@ class CapturedSession:
         return all(
             tensor.data_ptr() == inputs[name].data_ptr() and tensor.shape == inputs[name].shape
             for name, tensor in self._inputs.items()
-            if name not in (IMAGE, TASK_INDEX)
+            if is_bank_input(name)
         )
 
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Logits [B, C], overwritten by the next run."""
-        for name in (IMAGE, TASK_INDEX):
-            self._inputs[name].copy_(inputs[name])
+        for name, tensor in inputs.items():
+            if not is_bank_input(name):
+                self._inputs[name].copy_(tensor)
         self._graph.replay()
         return self._logits
 
@@ -176,13 +177,13 @@ class PlanStream:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._session = None if cuda_graph else Session(plan, self._stream)
-        self._graphs: OrderedDict[int, CapturedSession] = OrderedDict()
+        self._graphs: OrderedDict[tuple[tuple[int, ...], ...], CapturedSession] = OrderedDict()
 
-    def run(self, images: Tensor, task_index: Tensor, bank: Mapping[str, Tensor]) -> Tensor:
-        """Logits [B, C] on the host, of host tensors and a bank on the device, by input name."""
+    def run(self, given: Mapping[str, Tensor], bank: Mapping[str, Tensor]) -> Tensor:
+        """Logits [B, K, C] on the host, of host tensors and a bank on the device, by input name."""
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream), torch.inference_mode():
             try:
-                inputs: Mapping[str, Tensor] = {IMAGE: images, TASK_INDEX: task_index, **bank}
+                inputs: Mapping[str, Tensor] = {**given, **bank}
                 if self._session is None:  # a graph has its own tensors, so no memory is allocated for a call
                     logits = self._captured(inputs).run(inputs)
                 else:
@@ -194,13 +195,13 @@ class PlanStream:
                 self._stream.synchronize()  # before any tensor of this call is given back
 
     def _captured(self, inputs: Mapping[str, Tensor]) -> CapturedSession:
-        rows = len(inputs[IMAGE])
-        found = self._graphs.pop(rows, None)
+        shapes = tuple(tuple(tensor.shape) for name, tensor in inputs.items() if not is_bank_input(name))
+        found = self._graphs.pop(shapes, None)
         if found is None or not found.fits(inputs):
             with CAPTURE_LOCK:
-                self._graphs = OrderedDict((size, one) for size, one in self._graphs.items() if one.fits(inputs))
+                self._graphs = OrderedDict((key, one) for key, one in self._graphs.items() if one.fits(inputs))
                 if len(self._graphs) >= _GRAPHS:
                     self._graphs.popitem(last=False)
                 found = CapturedSession(self._plan, self._stream, inputs)
-        self._graphs[rows] = found
+        self._graphs[shapes] = found
         return found

@@ -62,14 +62,14 @@ def place_rows(rows: NDArray[Any], device: torch.device) -> Tensor:
     return placed
 
 
-def update_row(placed: Tensor, rows: NDArray[Any], row: int) -> None:
-    """Copy one row of the host's bank to a placed one; it is there when this returns. Other rows are not changed.
+def update_rows(placed: Tensor, rows: NDArray[Any], changed: slice) -> None:
+    """Copy some rows of the host's bank to a placed one; they are there when this returns. Others are not changed.
 
     Raises:
         EngineError: CUDA failed.
     """
     with _loading(placed.device), torch.cuda.device(placed.device):
-        placed[row : row + 1].copy_(as_torch(rows[row : row + 1]))
+        placed[changed].copy_(as_torch(rows[changed]))
         # The stream alone: waiting for the whole device is an error while another thread captures a CUDA graph.
         torch.cuda.current_stream().synchronize()
 
@@ -105,7 +105,7 @@ class TensorRuntime(Runtime):
         """See :meth:`Runtime.place`."""
         return as_torch(rows) if self._device.type == "cpu" else place_rows(rows, self._device)
 
-    def update(self, placed: Any, rows: BankArray, row: int) -> None:
+    def update(self, placed: Any, rows: BankArray, changed: slice) -> None:
         """See :meth:`Runtime.update`."""
         if self._device.type != "cpu":
-            update_row(placed, rows, row)
+            update_rows(placed, rows, changed)

@@ -10,13 +10,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from prompttune.errors import EngineError, first_line
 from prompttune.export.folder import Manifest
-from prompttune.export.layout import IMAGE, TASK_INDEX, bank_input
+from prompttune.export.layout import bank_input
 from prompttune.export.precision.casting import exact_convolutions
 from prompttune.export.runtimes.base import Array, RuntimeOptions, refuse_options
 from prompttune.export.runtimes.tensorrt_compatibility import check_capability
@@ -59,7 +58,7 @@ class TorchTensorRTRuntime(TensorRuntime):
         except Exception as problem:  # Torch-TensorRT's errors share no base class below Exception
             raise EngineError(f"Torch-TensorRT cannot open {path}: {first_line(problem)}") from None
 
-    def run(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
+    def run(self, inputs: Mapping[str, NDArray[Any]], bank: Mapping[str, Any]) -> Array:
         """See :meth:`Runtime.run`.
 
         Raises:
@@ -68,8 +67,7 @@ class TorchTensorRTRuntime(TensorRuntime):
         # An engine inside the program has one execution context, so calls take turns.
         with self._lock, torch.cuda.device(self._device), torch.cuda.stream(self._stream), torch.no_grad():
             try:
-                given = {IMAGE: as_torch(images), TASK_INDEX: as_torch(task_index)}
-                held = {name: tensor.to(self._device) for name, tensor in given.items()}
+                held = {name: as_torch(one).to(self._device) for name, one in inputs.items()}
                 held |= {bank_input(key): placed for key, placed in bank.items()}
                 with exact_convolutions(self._exact):  # of what TensorRT left to PyTorch
                     answer = self._module(*(held[spec.name] for spec in self._inputs))

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 class ClassHead(Head):
     """A linear layer on the pooled features."""
 
+    apart = False
+    """Whether each row is a product of its own, so that its rounding does not depend on the rows beside it."""
+
     def __init__(self, width: int, classes: int) -> None:
         nn.Linear(width, classes)  # draws what earlier releases drew, so that a seed still gives the same head
         super().__init__(width, classes)
@@ -34,7 +37,10 @@ class ClassHead(Head):
     def forward(self, features: Tensor, maps: tuple[Tensor, ...], state: State) -> Tensor:  # noqa: ARG002
         """See :class:`Head`: logits [B, C]."""
         weight, bias = state["head.weight"], state["head.bias"]  # [1 or B, C, D], [1 or B, C]
-        return torch.add((features.to(weight.dtype).unsqueeze(1) @ weight.transpose(1, 2)).squeeze(1), bias)
+        features = features.to(weight.dtype)
+        if self.apart:
+            return torch.add((weight @ features.unsqueeze(2)).squeeze(2), bias)
+        return torch.add((features.unsqueeze(1) @ weight.transpose(1, 2)).squeeze(1), bias)
 
 
 class ClassScores(Scores):

@@ -22,7 +22,7 @@ from prompttune.export.folder import FileRecord, Manifest
 from prompttune.export.formats import FORMATS, BuildRequest, ExportSettings
 from prompttune.export.formats.tensorrt_options import TensorRTOptions
 from prompttune.export.graph import Traced, capture
-from prompttune.export.layout import BATCH, IMAGE, LOGITS, TASK_INDEX, State, TensorSpec, declare_inputs
+from prompttune.export.layout import ASKED, BATCH, IMAGE, LOGITS, TASK_INDEX, State, TensorSpec, declare_inputs
 from prompttune.export.precision.casting import typed_model
 from prompttune.export.runtimes import Array
 from prompttune.export.tasks import engine_model
@@ -40,20 +40,20 @@ class _PlainGraph(nn.Module):
     def forward(self, image: Tensor, task_index: Tensor) -> Tensor:  # noqa: ARG002
         if not isinstance(self.backbone, VitBackbone):
             plain: Tensor = self.backbone(image).float()
-            return plain
+            return plain.unsqueeze(1)
         model, tokens = self.backbone.model, self.backbone.embed(image)
         for block in self.backbone.blocks:
             tokens = block.run_timm(tokens)
         tokens = model.norm(tokens)
         features: Tensor = model.forward_head(tokens, pre_logits=True).float()  # [B, D]
-        return features
+        return features.unsqueeze(1)
 
 
 class _PlainRequest(BuildRequest):
     """A request whose graph is the plain backbone; everything else of a format is unchanged."""
 
     def trace(self, probes: bool = False, device: str = "cpu") -> Traced:  # noqa: ARG002
-        """See :meth:`BuildRequest.trace`; the output holds features [B, D] under the name that runtimes read."""
+        """See :meth:`BuildRequest.trace`; the output holds features [B, 1, D] under the name that runtimes read."""
         precision = "fp32" if self.settings.precision == "int8" else self.settings.precision
         typed = typed_model(copy.deepcopy(self.model), precision).backbone
         for module in typed.modules():
@@ -61,10 +61,10 @@ class _PlainRequest(BuildRequest):
                 module.fused_attn = self.settings.attention == "fused"
         size = typed.image_size
         # Three rows, because sizes of one and two occur elsewhere in a model.
-        sample = [torch.zeros(3, 3, size, size), torch.zeros(3, dtype=torch.int64)]
-        dynamic = {IMAGE: {0: BATCH}, TASK_INDEX: {0: BATCH}}
+        sample = [torch.zeros(3, 3, size, size), torch.zeros(3, 5, dtype=torch.int64)]
+        dynamic = {IMAGE: {0: BATCH}, TASK_INDEX: {0: BATCH, 1: ASKED}}
         program = capture(_PlainGraph(typed), sample, dynamic, "fused", device, typed.name)
-        outputs = [TensorSpec(LOGITS, "float32", (BATCH, typed.width))]
+        outputs = [TensorSpec(LOGITS, "float32", (BATCH, 1, typed.width))]
         return Traced(program, declare_inputs({}, size), outputs, dynamic, [])
 
 

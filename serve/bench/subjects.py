@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from prompttune.errors import UsageError
+from prompttune.export.banks import BankForm, stack_states
 from prompttune.export.folder import EngineFolder, Manifest
-from prompttune.export.layout import stack_states
+from prompttune.export.layout import TASK_INDEX
 from prompttune.export.precision.casting import exact_convolutions
 from prompttune.export.runtimes import Array, RuntimeOptions, open_runtime
 from prompttune.export.tasks import engine_backbone, engine_model
@@ -112,7 +113,7 @@ def plain_subject(
             runtime = open_runtime(folder, exported, options)
             return OpenSubject(
                 f"plain {exported.format} {exported.precision}, {runtime.description}",
-                lambda images, _: runtime.logits(images, np.zeros(len(images), dtype=np.int64), {}),
+                lambda images, _: runtime.logits(images, {TASK_INDEX: np.zeros((len(images), 1), dtype=np.int64)}, {}),
             )
 
         return load
@@ -132,8 +133,9 @@ def torch_subject(
 
     def load() -> OpenSubject:
         model = engine_model(manifest, engine_backbone(manifest, weights)).to(device)
-        stacked = stack_states(manifest.layout, [folder.read_task(name).state for name in tasks])
-        bank = {key: torch.from_numpy(rows).to(device) for key, rows in stacked.items()}
+        form = BankForm(manifest.layout, by_class=False)
+        stacked = stack_states(form, [folder.read_task(name).state for name in tasks])
+        bank = {key: torch.from_numpy(rows).to(device) for key, rows in stacked.rows.items()}
 
         @torch.inference_mode()
         def answer(images: Array, names: list[str]) -> object:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from prompttune.errors import EngineError
+from prompttune.export.banks import Place
 from prompttune.export.folder import TASK_RECORD, EngineFolder, EngineTask, load_version, read_record
 from prompttune.export.layout import bank_dtype
 from prompttune.export.runtimes import Array, open_runtime
@@ -45,10 +46,11 @@ class Store:
             named = {axis for shape in manifest.layout.values() for axis in shape if isinstance(axis, str)}
             axes = dict.fromkeys(named, 1) | dict(settings.axes)  # without tasks the engine does not know the sizes
             dtype = bank_dtype(manifest.bank_precision)
-            self._bank = Bank(self._runtime, manifest.layout, {}, dtype, settings.rows, axes)
+            self._bank = Bank(self._runtime, manifest.form, {}, dtype, settings.rows, axes)
         for rows in sorted({1, settings.max_batch}):
             with self._bank.lease([]) as snapshot:
-                self._runtime.logits(slots[0, :rows], np.zeros(rows, np.int64), snapshot.placed)
+                index = snapshot.form.index([[Place(0, classes=1)]] * rows, self._runtime.sizes)
+                self._runtime.logits(slots[0, :rows], index, snapshot.placed)
 
     @property
     def description(self) -> str:
@@ -66,11 +68,10 @@ class Store:
             missing = [name for name in names if name not in snapshot.entries]
             if missing:
                 raise EngineError(f"{missing[0]} holds no row: load it first")
-            # Row indices come from the bank itself, so all are in range: on a GPU, others would be undefined behaviour.
-            index = np.array([snapshot.entries[name].row for name in names], dtype=np.int64)
+            index = snapshot.index([[name] for name in names], self._runtime.sizes)
             started = time.perf_counter()
             logits = self._runtime.logits(self._slots[slot, : len(keys)], index, snapshot.placed)
-            return BatchResult(logits, time.perf_counter() - started)
+            return BatchResult(logits[:, 0], time.perf_counter() - started)
 
     def load(self, key: Key, folder: Path) -> None:
         """See :meth:`prompttune.serve.workers.worker.Worker.load`; a state that holds a row is unchanged."""
