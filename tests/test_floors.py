@@ -16,7 +16,7 @@ FLOORS = (
     "model checkpoints",
     "training",
     "explanation benchmark",
-    "export.quiet export.layout export.versions export.options export.folder export.tasks",
+    "export.quiet export.layout export.banks export.versions export.options export.folder export.tasks",
     "export.precision",
     "export.graph",
     "export.runtimes",
