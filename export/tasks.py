@@ -45,8 +45,9 @@ class Fit:
 
     @classmethod
     def of_manifest(cls, manifest: Manifest) -> Fit:
-        """The fit of an engine."""
-        name, graph_settings = manifest.method["name"], manifest.method["graph_settings"]
+        """The fit of an engine; settings that its manifest is too old to have are at their defaults."""
+        name = manifest.method["name"]
+        graph_settings = config_from_dict(name, manifest.method["settings"]).graph_settings()
         return cls(manifest.backbone, name, graph_settings, _shares_backbone(manifest), manifest.task_type)
 
     def require(self, other: Fit, this: str, that: str) -> None:

@@ -82,7 +82,7 @@ def test_layout_names_the_tensor_that_does_not_fit():
 def test_manifest_says_what_the_engine_is():
     manifest = EngineFolder(exported("vpt-shallow")).manifest
     assert manifest.backbone["fingerprint"] == backbone().fingerprint
-    assert manifest.method["graph_settings"] == {"num_prompts": 3}
+    assert manifest.method["graph_settings"] == {"num_prompts": 3, "first_block": 0}
     assert [spec.name for spec in manifest.inputs] == [
         "image",
         "task_index",

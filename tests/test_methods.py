@@ -295,12 +295,13 @@ def test_supervision_of_the_prompt_pathway_is_a_switch(vit, images):
         ("lora", {"rank": 0}, "lora: rank must be above 0"),
         ("lora", {"alpha": 0}, "alpha must be above 0"),
         ("lora", {"rank": 2.5}, "rank must be a whole number"),
-        ("ssf", {"rank": 4}, "its settings: none"),
+        ("ssf", {"rank": 4}, "its settings: first_block"),
         ("gapt", {"num_prompts": 0}, "num_prompts must be above 0"),
         ("gapt", {"pool": "means"}, "did you mean mean"),
         ("gapt", {"dropout": -0.1}, "dropout must be"),
         ("gapt", {"gate_init": float("inf")}, "gate_init must be finite"),
         ("adaptformer", {"adapter_scale": float("nan")}, "adapter_scale must be finite"),
+        ("vpt-deep", {"first_block": -1}, "vpt-deep: first_block must be at least 0"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(method, settings, message):

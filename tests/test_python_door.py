@@ -122,7 +122,8 @@ def test_methods_and_their_settings_are_told() -> None:
     assert "sa2vp        Prompt map" in repr(pt.methods())
     told = pt.describe("sa2vp")
     assert told.paper == "https://arxiv.org/abs/2312.10376"
-    rank, dropout = told.to_dict()["settings"][0], told.to_dict()["settings"][-1]
+    settings = {one["name"]: one for one in told.to_dict()["settings"]}
+    rank, dropout = settings["rank"], settings["dropout"]
     assert (rank["name"], rank["type"], rank["default"], rank["bounds"]) == ("rank", "int", 16, "above 0")
     assert (dropout["default"], dropout["bounds"]) == (0.1, "at least 0 and below 1")
     assert "prompt_layers  tuple[int, ...] | None" in repr(told)

@@ -105,7 +105,7 @@ def block_attention(subject: ExplainedModel, images: Tensor, layers: list[int]) 
     def watch(q: Tensor, k: Tensor, mask: Tensor | None) -> None:
         nonlocal current
         if current in layers:
-            found[current] = _pooled(backbone, q, k, mask, subject.leading_keys)
+            found[current] = _pooled(backbone, q, k, mask, subject.leading_keys(current))
         current = None
 
     with _entering(backbone, enter), watching_attention(watch):

@@ -123,11 +123,12 @@ def _values(result: Explanation, subjects: Sequence[ExplainedModel], settings: E
     found: dict[str, dict[str, dict[int, float]]] = {}
     for subject in subjects:
         for quantity, blocks in ({} if subject.model is None else subject.model.method.values_by_block()).items():
-            found.setdefault(quantity, {})[subject.name] = dict(enumerate(blocks.float().tolist()))
+            found.setdefault(quantity, {})[subject.name] = blocks
     if found:
         result.draw("Learned values by block", ", ".join(found), "values", drawing.values_figure(found))
         result.values["values_by_block"] = {
-            quantity: {name: list(blocks.values()) for name, blocks in runs.items()} for quantity, runs in found.items()
+            quantity: {name: [blocks.get(index) for index in range(max(blocks) + 1)] for name, blocks in runs.items()}
+            for quantity, runs in found.items()
         }
     else:
         reason = "none of the runs' methods has learned values of one a block, such as GaPT's gates"

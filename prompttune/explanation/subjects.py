@@ -40,10 +40,9 @@ class ExplainedModel:
         """The backbone that runs: the tuned one for full fine-tuning."""
         return self.backbone if self.model is None else self.model.method.driven
 
-    @property
-    def leading_keys(self) -> int:
-        """Number of keys before those of the tokens, see :class:`prompttune.methods.base.Method`."""
-        return 0 if self.model is None else self.model.method.leading_keys
+    def leading_keys(self, index: int) -> int:
+        """Number of keys before those of the tokens in block ``index``, see :class:`prompttune.methods.base.Method`."""
+        return 0 if self.model is None else self.model.method.leading_keys(index)
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled features [B, D] of normalised images [B, 3, S, S]."""

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBlock
 from prompttune.layers.bottleneck import Bottleneck, bottleneck, of_block, stacked, stacked_layout
-from prompttune.methods.base import RANK, Layout, MethodConfig, State, implements, setting
-from prompttune.methods.over_vit import InsideBlocks
+from prompttune.methods.base import RANK, Layout, State, implements, setting
+from prompttune.methods.over_vit import BlocksConfig, InsideBlocks
 
 INIT_STD = 1e-3
 
 
 @dataclass(frozen=True)
-class AdapterConfig(MethodConfig):
+class AdapterConfig(BlocksConfig):
     """Settings of the serial adapters."""
 
     method = "adapter"
@@ -38,14 +38,14 @@ class AdapterConfig(MethodConfig):
 
 @implements(AdapterConfig)
 class SerialAdapter(InsideBlocks):
-    """``attention.{i}`` and ``mlp.{i}`` with ``down`` D to r and ``up`` r to D, for every block."""
+    """``attention.{i}`` and ``mlp.{i}`` with ``down`` D to r and ``up`` r to D, for every changed block."""
 
     config: AdapterConfig
 
     def __init__(self, config: AdapterConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        self.attention = nn.ModuleList(_adapter(backbone.width, config.rank) for _ in range(backbone.depth))
-        self.mlp = nn.ModuleList(_adapter(backbone.width, config.rank) for _ in range(backbone.depth))
+        self.attention = nn.ModuleList(_adapter(backbone.width, config.rank) for _ in self.changed)
+        self.mlp = nn.ModuleList(_adapter(backbone.width, config.rank) for _ in self.changed)
 
     def task_state(self) -> State:
         """``attention.*`` and ``mlp.*``, stacked over blocks."""
@@ -53,18 +53,18 @@ class SerialAdapter(InsideBlocks):
 
     def state_layout(self) -> Layout:
         """See :meth:`Method.state_layout`."""
-        depth, width = self.backbone.depth, self.backbone.width
+        depth, width = len(self.changed), self.backbone.width
         return stacked_layout("attention", depth, width, RANK) | stacked_layout("mlp", depth, width, RANK)
 
     def run_block(self, block: VitBlock, tokens: Tensor, state: State, whole: bool) -> Tensor:
         """See :meth:`InsideBlocks.run_block`."""
         attended = block.self_attention(tokens, whole)  # [B, 1 or N, D]
-        tokens = block.read(tokens, whole) + self._adapt("attention", block.index, attended, state)
-        return tokens + self._adapt("mlp", block.index, block.mlp(tokens), state)
+        tokens = block.read(tokens, whole) + self._adapt("attention", self.place(block), attended, state)
+        return tokens + self._adapt("mlp", self.place(block), block.mlp(tokens), state)
 
-    def _adapt(self, name: str, index: int, z: Tensor, state: State) -> Tensor:
+    def _adapt(self, name: str, place: int, z: Tensor, state: State) -> Tensor:
         """z + up(GELU(down(z))), [B, N, D]."""
-        return z + bottleneck(z, of_block(state, name, index), "gelu", self.config.dropout, self.training)
+        return z + bottleneck(z, of_block(state, name, place), "gelu", self.config.dropout, self.training)
 
 
 def _adapter(width: int, rank: int) -> Bottleneck:

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBlock
 from prompttune.layers.bottleneck import Bottleneck, bottleneck, of_block, stacked, stacked_layout
-from prompttune.methods.base import RANK, Layout, MethodConfig, State, implements, setting
-from prompttune.methods.over_vit import InsideBlocks
+from prompttune.methods.base import RANK, Layout, State, implements, setting
+from prompttune.methods.over_vit import BlocksConfig, InsideBlocks
 
 
 @dataclass(frozen=True)
-class AdaptFormerConfig(MethodConfig):
+class AdaptFormerConfig(BlocksConfig):
     """Settings of AdaptFormer; the defaults are the paper's."""
 
     method = "adaptformer"
@@ -38,13 +38,13 @@ class AdaptFormerConfig(MethodConfig):
 
 @implements(AdaptFormerConfig)
 class AdaptFormer(InsideBlocks):
-    """``adapters.{i}`` with ``down`` D to r and ``up`` r to D, for every block."""
+    """``adapters.{i}`` with ``down`` D to r and ``up`` r to D, for every changed block."""
 
     config: AdaptFormerConfig
 
     def __init__(self, config: AdaptFormerConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        self.adapters = nn.ModuleList(_adapter(backbone.width, config.rank) for _ in range(backbone.depth))
+        self.adapters = nn.ModuleList(_adapter(backbone.width, config.rank) for _ in self.changed)
 
     def task_state(self) -> State:
         """``adapters.*``, stacked over blocks, ``up`` and its bias scaled by s."""
@@ -52,13 +52,12 @@ class AdaptFormer(InsideBlocks):
 
     def state_layout(self) -> Layout:
         """See :meth:`Method.state_layout`."""
-        backbone = self.backbone
-        return stacked_layout("adapters", backbone.depth, backbone.width, RANK)
+        return stacked_layout("adapters", len(self.changed), self.backbone.width, RANK)
 
     def run_block(self, block: VitBlock, tokens: Tensor, state: State, whole: bool) -> Tensor:
         """See :meth:`InsideBlocks.run_block`."""
         tokens = block.read(tokens, whole) + block.self_attention(tokens, whole)  # [B, 1 or N, D]
-        own, dropout = of_block(state, "adapters", block.index), self.config.dropout
+        own, dropout = of_block(state, "adapters", self.place(block)), self.config.dropout
         adapted = bottleneck(tokens, own, "relu", dropout, self.training)
         return block.feed_forward(tokens) + adapted
 

@@ -166,13 +166,12 @@ class Method(nn.Module):
         """Channels of the features that :meth:`forward` gives; the head has as many columns."""
         return self.driven.width
 
-    @property
-    def leading_keys(self) -> int:
-        """Number of keys before those of the tokens in a block's attention."""
+    def leading_keys(self, index: int) -> int:  # noqa: ARG002
+        """Number of keys before those of the tokens in the attention of block ``index``."""
         return 0
 
-    def values_by_block(self) -> dict[str, Tensor]:
-        """Learned quantities with one meaningful value per block: name to [blocks]; usually empty.
+    def values_by_block(self) -> dict[str, dict[int, float]]:
+        """Learned quantities with one meaningful value per block, by name and number of the block; usually empty.
 
         ``prompttune explain`` draws them as bars.
         """

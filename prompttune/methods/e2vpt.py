@@ -29,15 +29,15 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.errors import BackboneError, TrainingError
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Levels, MethodConfig, State, implements, setting
-from prompttune.methods.over_vit import PromptTokens
+from prompttune.methods.base import Features, Levels, State, implements, setting
+from prompttune.methods.over_vit import BlocksConfig, PromptTokens
 
 ROUNDING = 1e-9
 """Tolerance that keeps a share such as 0.29 of 100 at 29."""
 
 
 @dataclass(frozen=True)
-class E2VPTConfig(MethodConfig):
+class E2VPTConfig(BlocksConfig):
     """Settings of E²VPT."""
 
     method = "e2vpt"
@@ -86,7 +86,7 @@ class E2VPTConfig(MethodConfig):
 
 @implements(E2VPTConfig)
 class E2VPT(PromptTokens):
-    """``prompts`` [L, P, D] (or [1, P, D]), ``key`` [L, H, n, d], ``value`` likewise unless shared.
+    """For L changed blocks ``prompts`` [L, P, D] (or [1, P, D]), ``key`` [L, H, n, d], ``value`` too unless shared.
 
     With pruning it also has tensors that gradients do not train: ``masks.token`` [P], ``masks.segment`` [P, R], and
     ``initial.*``, the initial values of the others.
@@ -96,9 +96,9 @@ class E2VPT(PromptTokens):
 
     def __init__(self, config: E2VPTConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        vit = self.backbone
-        self.prompts = self.drawn(vit.depth if config.deep else 1, config.num_prompts, vit.width)
-        size = (vit.depth, vit.num_heads, config.num_kv, vit.head_dim)
+        vit, layers = self.backbone, len(self.changed)
+        self.prompts = self.drawn(layers if config.deep else 1, config.num_prompts, vit.width)
+        size = (layers, vit.num_heads, config.num_kv, vit.head_dim)
         bound = math.sqrt(6 / (config.num_kv * vit.head_dim))
         self.key = nn.Parameter(torch.empty(size).uniform_(-bound, bound))
         self.value = None if config.share_kv else nn.Parameter(torch.empty(size).uniform_(-bound, bound))
@@ -120,10 +120,9 @@ class E2VPT(PromptTokens):
         # A hook on the parameter sees each step's gradient without changing the forward.
         self.prompts.register_hook(self._observe)
 
-    @property
-    def leading_keys(self) -> int:
+    def leading_keys(self, index: int) -> int:
         """Number of key prompts."""
-        return self.config.num_kv
+        return self.config.num_kv if index >= self.first_block else 0
 
     def mask(self) -> Tensor:
         """1 for each channel of a prompt that remains, 0 for a pruned one: [P, D]."""
@@ -146,22 +145,20 @@ class E2VPT(PromptTokens):
 
     def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
-        backbone = self.backbone
         tokens = image["tokens"]  # [B, N, D]
         prompts, keys = self.rows(state["prompts"], tokens), self.rows(state["keys"], tokens)
         # dropout draws separate values for keys and values, as released
         values = self.rows(state["keys" if self.config.share_kv else "values"], tokens)
         tokens = self.insert(tokens, prompts[:, 0])  # [B, N + P, D]
-        for block in backbone.blocks:
-            index = block.index
-            if index > 0 and self.config.deep:
-                tokens = self.replace(tokens, prompts[:, index])
+        for place, block in enumerate(self.changed):
+            if place > 0 and self.config.deep:
+                tokens = self.replace(tokens, prompts[:, place])
             normed = block.norm1(tokens)
             key, value = block.key_value(normed)  # [B, H, N + P, d]
-            key, value = torch.cat((keys[:, index], key), dim=2), torch.cat((values[:, index], value), dim=2)
+            key, value = torch.cat((keys[:, place], key), dim=2), torch.cat((values[:, place], value), dim=2)
             attended = block.project(block.attend(block.query(block.read(normed)), key, value))
             tokens = block.feed_forward(block.read(tokens) + attended)
-            probe(f"block{index}", tokens)
+            probe(f"block{block.index}", tokens)
         return Features(self.pool(tokens))
 
     def end_epoch(self, epoch: int, epochs: int) -> bool:

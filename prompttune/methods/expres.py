@@ -26,12 +26,12 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.blocks import KEY, QUERY, VALUE
 from prompttune.backbones.vit import VitBlock
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Levels, MethodConfig, State, implements, setting
-from prompttune.methods.over_vit import PromptTokens
+from prompttune.methods.base import Features, Levels, State, implements, setting
+from prompttune.methods.over_vit import BlocksConfig, PromptTokens
 
 
 @dataclass(frozen=True)
-class EXPRESConfig(MethodConfig):
+class EXPRESConfig(BlocksConfig):
     """Settings of EXPRES."""
 
     method = "expres"
@@ -48,14 +48,15 @@ class EXPRESConfig(MethodConfig):
 
 @implements(EXPRESConfig)
 class EXPRES(PromptTokens):
-    """``prompts`` [P, D]; ``norm`` [L, P, D], ``qkv`` [L, 3, P, H d] and ``proj`` [L, P, D], those switched on."""
+    """``prompts`` [P, D]; for L changed blocks ``norm`` [L, P, D], ``qkv`` [L, 3, P, H d] and ``proj`` [L, P, D], those
+    switched on."""
 
     own_norms = ("norm1",)
     config: EXPRESConfig
 
     def __init__(self, config: EXPRESConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        count, depth, width = config.num_prompts, backbone.depth, backbone.width
+        count, depth, width = config.num_prompts, len(self.changed), backbone.width
         heads = self.backbone.num_heads * self.backbone.head_dim
         self.prompts = self.drawn(count, width)
         self.norm = _zeros(depth, count, width) if config.norm_residual else None
@@ -64,15 +65,15 @@ class EXPRES(PromptTokens):
 
     def task_state(self) -> State:
         """``prompts`` [1, P, D]; ``qkv`` [1, L, 3, P, H d] and ``proj`` [1, L, P, D], shifts after the projections."""
-        backbone, count = self.backbone, self.count
-        qkv = self.prompts.new_zeros(backbone.depth, 3, count, backbone.num_heads * backbone.head_dim)
-        proj = self.prompts.new_zeros(backbone.depth, count, backbone.width)
+        backbone, blocks, count = self.backbone, self.changed, self.count
+        qkv = self.prompts.new_zeros(len(blocks), 3, count, backbone.num_heads * backbone.head_dim)
+        proj = self.prompts.new_zeros(len(blocks), count, backbone.width)
         if self.norm is not None:
-            qkv = torch.stack([_weigh_qkv(block, self.norm[block.index]) for block in backbone.blocks])
+            qkv = torch.stack([_weigh_qkv(*one) for one in zip(blocks, self.norm, strict=True)])
         if self.qkv is not None:
             qkv = qkv + self.qkv
         if self.proj is not None:
-            proj = torch.stack([block.scale_attention(self.proj[block.index]) for block in backbone.blocks])
+            proj = torch.stack([block.scale_attention(own) for block, own in zip(blocks, self.proj, strict=True)])
         return {"prompts": self.prompts.unsqueeze(0), "qkv": qkv.unsqueeze(0), "proj": proj.unsqueeze(0)}
 
     def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
@@ -80,12 +81,12 @@ class EXPRES(PromptTokens):
         backbone, count = self.backbone, self.count
         tokens = image["tokens"]  # [B, N, D]
         tokens = torch.cat((self.rows(state["prompts"], tokens), tokens), dim=1)  # [B, P + N, D]
-        for block in backbone.blocks:
+        for place, block in enumerate(self.changed):
             # After the last block only the output tokens are read; as many as an image's would be taken for its tokens.
             alone = block.index == backbone.depth - 1 and count < backbone.num_tokens
             read = tokens[:, :count] if alone else tokens
-            attended = self._attention(block, block.norm1(tokens), read.shape[1], state["qkv"][:, block.index])
-            tokens = block.feed_forward(read + self._shifted(attended, state["proj"][:, block.index]))
+            attended = self._attention(block, block.norm1(tokens), read.shape[1], state["qkv"][:, place])
+            tokens = block.feed_forward(read + self._shifted(attended, state["proj"][:, place]))
             probe(f"block{block.index}", tokens)
         return Features(cast(Tensor, backbone.model.fc_norm(backbone.model.norm(tokens[:, :count]).mean(dim=1))))
 

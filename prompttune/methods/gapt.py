@@ -22,21 +22,22 @@ from torch import Tensor, nn
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBlock
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Levels, MethodConfig, State, implements, setting
-from prompttune.methods.over_vit import PromptTokens
+from prompttune.methods.base import Features, Levels, State, implements, setting
+from prompttune.methods.over_vit import BlocksConfig, PromptTokens
 
 COLDEST, HOTTEST = 0.01, 10.0
 """Bounds of the temperatures."""
 
 
 @dataclass(frozen=True)
-class GaPTConfig(MethodConfig):
+class GaPTConfig(BlocksConfig):
     """Settings of GaPT."""
 
     method = "gapt"
     summary = "Gated prompts for self-supervised ViTs"
     paper = "https://arxiv.org/abs/2306.05067"
     shapes_graph = ("num_prompts", "pool")
+    fewest_blocks = 2
 
     num_prompts: int = setting(100, "prompt tokens", above=0)
     gate_init: float = setting(10.0, "initial gates: sigmoid(-gate_init)")
@@ -50,15 +51,15 @@ class GaPTConfig(MethodConfig):
 
 @implements(GaPTConfig)
 class GaPT(PromptTokens):
-    """``prompts`` [P, D], ``gates`` [L - 1] before their sigmoid, ``temperatures`` [L]."""
+    """``prompts`` [P, D]; for L changed blocks ``gates`` [L - 1] before their sigmoid, ``temperatures`` [L]."""
 
     config: GaPTConfig
 
     def __init__(self, config: GaPTConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         self.prompts = self.drawn(config.num_prompts, backbone.width)
-        self.gates = nn.Parameter(torch.full((backbone.depth - 1,), -config.gate_init))
-        self.temperatures = nn.Parameter(torch.ones(backbone.depth))
+        self.gates = nn.Parameter(torch.full((len(self.changed) - 1,), -config.gate_init))
+        self.temperatures = nn.Parameter(torch.ones(len(self.changed)))
 
     def task_state(self) -> State:
         """``prompts`` [1, P, D]; ``gates`` [1, L - 1], g; ``sharpness`` [1, L], 1 / t."""
@@ -74,12 +75,14 @@ class GaPT(PromptTokens):
             "sharpness": temperatures.reciprocal().unsqueeze(0),
         }
 
-    def values_by_block(self) -> dict[str, Tensor]:
-        """``gate`` [L - 1], g; and ``temperature`` [L], t within its bounds."""
-        return {
-            "gate": self.gates.detach().sigmoid(),
-            "temperature": self.temperatures.detach().clamp(COLDEST, HOTTEST),
-        }
+    def values_by_block(self) -> dict[str, dict[int, float]]:
+        """``gate``, g; and ``temperature``, t within its bounds."""
+        gates, temperatures = self.gates.sigmoid(), self.temperatures.clamp(COLDEST, HOTTEST)
+        return {"gate": self.by_block(gates), "temperature": self.by_block(temperatures)}
+
+    def by_block(self, values: Tensor) -> dict[int, float]:
+        """Values of the first of the changed blocks by the number of their block."""
+        return dict(enumerate(values.tolist(), self.first_block))
 
     def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
@@ -87,9 +90,9 @@ class GaPT(PromptTokens):
         tokens = image["tokens"]  # [B, N, D]
         prompts = self.rows(state["prompts"], tokens)  # [B, P, D]
         tokens = self.insert(tokens, prompts)  # [B, N + P, D]
-        for block in backbone.blocks[:-1]:
+        for block in self.changed[:-1]:
             tokens = self._run(block, tokens, state)
-            gate = state["gates"][:, block.index, None, None]  # [1 or B, 1, 1]
+            gate = state["gates"][:, self.place(block), None, None]  # [1 or B, 1, 1]
             prompts = prompts + gate * (tokens[:, prefix : prefix + self.count] - prompts)
             tokens = self.replace(tokens, prompts)
             probe(f"block{block.index}", tokens)
@@ -103,7 +106,7 @@ class GaPT(PromptTokens):
         """A block with its temperature, [B, N + P, D] to the tokens that are read."""
         whole = self.config.pool == "mean"
         normed = block.norm1(tokens)
-        sharpness = state["sharpness"][:, block.index, None, None, None]
+        sharpness = state["sharpness"][:, self.place(block), None, None, None]
         query = block.query(block.read(normed, whole)) * sharpness  # [B, H, 1 or N + P, d]
         attended = block.project(block.attend(query, *block.key_value(normed)))
         return block.feed_forward(block.read(tokens, whole) + attended)

@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.blocks import KEY, QUERY, VALUE
 from prompttune.backbones.vit import VitBlock
-from prompttune.methods.base import RANK, Layout, MethodConfig, State, implements, setting
-from prompttune.methods.over_vit import InsideBlocks
+from prompttune.methods.base import RANK, Layout, State, implements, setting
+from prompttune.methods.over_vit import BlocksConfig, InsideBlocks
 
 TARGETS = {"qv": ("query", "value"), "qkv": ("query", "key", "value")}
 """Projections that each choice of targets adapts."""
 
 
 @dataclass(frozen=True)
-class LoRAConfig(MethodConfig):
+class LoRAConfig(BlocksConfig):
     """Settings of LoRA."""
 
     method = "lora"
@@ -67,7 +67,7 @@ class LoRA(InsideBlocks):
         self.targets = TARGETS[config.targets]
         out = self.backbone.num_heads * self.backbone.head_dim
         for name in self.targets:
-            self.add_module(name, LowRank(backbone.depth, config.rank, backbone.width, out))
+            self.add_module(name, LowRank(len(self.changed), config.rank, backbone.width, out))
 
     def task_state(self) -> State:
         """``query.down`` [1, L, D, r], ``query.up`` [1, L, r, H d] times α / r, and the same for the other targets."""
@@ -82,8 +82,8 @@ class LoRA(InsideBlocks):
 
     def state_layout(self) -> Layout:
         """See :meth:`Method.state_layout`."""
-        backbone = self.backbone
-        depth, width, out = backbone.depth, backbone.width, backbone.num_heads * backbone.head_dim
+        backbone, depth = self.backbone, len(self.changed)
+        width, out = backbone.width, backbone.num_heads * backbone.head_dim
         layout: Layout = {}
         for name in self.targets:
             layout[f"{name}.down"] = (depth, width, RANK)
@@ -92,17 +92,17 @@ class LoRA(InsideBlocks):
 
     def run_block(self, block: VitBlock, tokens: Tensor, state: State, whole: bool) -> Tensor:
         """See :meth:`InsideBlocks.run_block`."""
-        normed = block.norm1(tokens)
+        place, normed = self.place(block), block.norm1(tokens)
         asking = block.read(normed, whole)
-        query = block.linear_qkv(asking, QUERY) + self._added("query", block.index, asking, state)
+        query = block.linear_qkv(asking, QUERY) + self._added("query", place, asking, state)
         key = block.linear_qkv(normed, KEY)
         if "key" in self.targets:
-            key = key + self._added("key", block.index, normed, state)
-        value = block.linear_qkv(normed, VALUE) + self._added("value", block.index, normed, state)
+            key = key + self._added("key", place, normed, state)
+        value = block.linear_qkv(normed, VALUE) + self._added("value", place, normed, state)
         attended = block.attend(block.query_heads(query), block.key_heads(key), block.heads(value))
         return block.feed_forward(block.read(tokens, whole) + block.project(attended))
 
-    def _added(self, name: str, index: int, normed: Tensor, state: State) -> Tensor:
+    def _added(self, name: str, place: int, normed: Tensor, state: State) -> Tensor:
         """The low-rank product for normed tokens, [B, N, D] to [B, N, H d]."""
         dropped = F.dropout(normed, self.config.dropout, self.training)
-        return dropped @ state[f"{name}.down"][:, index] @ state[f"{name}.up"][:, index]
+        return dropped @ state[f"{name}.down"][:, place] @ state[f"{name}.up"][:, place]

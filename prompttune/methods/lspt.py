@@ -21,24 +21,25 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.layers.probe import probe
 from prompttune.layers.prompt_lstm import PromptLSTMCell, lstm_step
-from prompttune.methods.base import Features, Levels, MethodConfig, State, implements, setting
-from prompttune.methods.over_vit import MapReader, PromptTokens
+from prompttune.methods.base import Features, Levels, State, implements, setting
+from prompttune.methods.over_vit import BlocksConfig, MapReader, PromptTokens
 
 
 @dataclass(frozen=True)
-class LSPTConfig(MethodConfig):
+class LSPTConfig(BlocksConfig):
     """Settings of LSPT."""
 
     method = "lspt"
     summary = "Long-term spatial prompts: an LSTM over the blocks"
     paper = "https://arxiv.org/abs/2402.17406"
     shapes_graph = ("num_prompts", "long_term", "spatial", "cell_rank")
+    fewest_blocks = 2
 
     num_prompts: int = setting(10, "prompt tokens", above=0)
     long_term: bool = setting(True, "use long-term prompt coding: an LSTM cell between blocks")
     spatial: bool = setting(True, "use global spatial prompt coding: add the mean of the patches to the prompts")
     cell_rank: int | None = setting(None, "rank of the LSTM cell's matrices; none for full matrices", above=0)
-    dropout: float = setting(0.0, "dropout on the prompts that enter block 0, while training", low=0, below=1)
+    dropout: float = setting(0.0, "dropout on the prompts that enter the first block, while training", low=0, below=1)
 
     def check(self) -> None:
         """See :meth:`MethodConfig.check`."""
@@ -47,14 +48,15 @@ class LSPTConfig(MethodConfig):
 
 @implements(LSPTConfig)
 class LSPT(PromptTokens):
-    """``prompts`` [L, P, D]: P^0 enters block 0; P^1 .. P^{L-1} are the LSTM's inputs after blocks 0 .. L-2."""
+    """``prompts`` [L, P, D]: of the L changed blocks, P^0 enters block 0; P^1 .. P^{L-1} are the LSTM's inputs after
+    blocks 0 .. L-2."""
 
     gives_maps_on = (VitBackbone,)
     config: LSPTConfig
 
     def __init__(self, config: LSPTConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        layers = backbone.depth if config.long_term else 1
+        layers = len(self.changed) if config.long_term else 1
         self.prompts = self.drawn(layers, config.num_prompts, backbone.width)
         self.cell = PromptLSTMCell(backbone.width, config.cell_rank) if config.long_term else None
 
@@ -75,18 +77,18 @@ class LSPT(PromptTokens):
         prompts = self.rows(state["prompts"], tokens)  # [B, P, D]
         cell = torch.zeros_like(prompts)
         tokens = self.insert(tokens, prompts)  # [B, N + P, D]
-        for block in backbone.blocks[:-1]:
+        for block in self.changed[:-1]:
             tokens = block.run(tokens)
             reader.read(block, tokens)
-            prompts, cell = self._code(block.index, tokens[:, prefix:patch], tokens[:, patch:], cell, state)
+            prompts, cell = self._code(self.place(block), tokens[:, prefix:patch], tokens[:, patch:], cell, state)
             tokens = self.replace(tokens, prompts)
             probe(f"block{block.index}", tokens)
         tokens = backbone.blocks[-1].run_read(tokens, reader.whole)
         reader.read(backbone.blocks[-1], tokens)
         return Features(self.pool(tokens), maps=reader.maps)
 
-    def _code(self, index: int, prompts: Tensor, patches: Tensor, cell: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """Prompts and cell [B, P, D] after block ``index``, coded for the next block."""
+    def _code(self, place: int, prompts: Tensor, patches: Tensor, cell: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """Prompts and cell [B, P, D] after changed block ``place``, coded for the next block."""
         if self.config.spatial:
             prompts = prompts + patches.mean(dim=1, keepdim=True)
         if not self.config.long_term:
@@ -95,4 +97,4 @@ class LSPT(PromptTokens):
             hidden = prompts @ state["hidden.weight"]  # [B, P, 4D]
         else:
             hidden = prompts @ state["hidden.down"] @ state["hidden.up"]
-        return lstm_step(state["gates"][:, index] + hidden, cell)
+        return lstm_step(state["gates"][:, place] + hidden, cell)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone, VitBlock
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Levels, MethodOver, State
+from prompttune.methods.base import Features, Levels, MethodConfig, MethodOver, State, setting
 
 
 class MapReader:
@@ -57,8 +58,36 @@ def map_key(level: int) -> str:
     return f"map.{level}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlocksConfig(MethodConfig):
+    """Base of the settings of methods that tune the blocks of a ViT."""
+
+    fewest_blocks: ClassVar[int] = 1
+    """Number of blocks that the method needs."""
+
+    first_block: int = setting(0, "first block that the task changes; those in front are shared by all tasks", low=0)
+
+    def resolved(self, backbone: Backbone) -> MethodConfig:
+        """The same settings, if :attr:`first_block` leaves enough blocks of a ViT."""
+        if first := self.first_block:
+            kind, depth, name = type(backbone).__name__, getattr(backbone, "depth", 0), backbone.name
+            self.require(isinstance(backbone, VitBackbone), f"first_block needs a ViT; {name} is a {kind}")
+            fits = depth - first >= self.fewest_blocks
+            self.require(
+                fits, f"first_block {first} does not leave {self.fewest_blocks} of the {depth} blocks of {name}"
+            )
+        return self
+
+    def graph_settings(self) -> dict[str, Any]:
+        """See :meth:`MethodConfig.graph_settings`."""
+        return super().graph_settings() | {"first_block": self.first_block}
+
+
 class OverVit(MethodOver[VitBackbone]):
-    """Base of methods that leave the first blocks of a ViT to the image state, all of them the backbone's own."""
+    """Base of methods that leave the blocks in front of ``first_block`` to the image state.
+
+    A method has parameters for the changed blocks alone: a tensor of blocks has one row for each, see :meth:`place`.
+    """
 
     backbones = (VitBackbone,)
 
@@ -71,6 +100,10 @@ class OverVit(MethodOver[VitBackbone]):
     def changed(self) -> tuple[VitBlock, ...]:
         """The blocks from :attr:`first_block` on."""
         return self.backbone.blocks[self.first_block :]
+
+    def place(self, block: VitBlock) -> int:
+        """Number of a block among the :attr:`changed` ones."""
+        return block.index - self.first_block
 
     def image_state(self, images: Tensor, levels: Levels = ()) -> State:
         """``tokens`` [B, N, D] that enter block :attr:`first_block`, and the maps of the levels in front of it."""

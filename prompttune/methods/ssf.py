@@ -7,7 +7,8 @@ ViT-B/16 these are 205,824 values.
 The paper merges them into the weights, which would make a task a copy of the backbone; here they stay per-row
 tensors, so tasks can be mixed in a batch. The released code scales ``proj`` and ``fc2`` before LayerScale, which is a
 factor per channel, so its effect on the shift folds into the state. Deviation: a backbone with a norm in its patch
-embedding has one place there, after the norm, while the released code has two.
+embedding has one place there, after the norm, while the released code has two. With ``first_block`` above 0 the patch
+embedding is shared and has none.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
-from prompttune.backbones.vit import VitBackbone, VitBlock
+from prompttune.backbones.vit import VitBlock
 from prompttune.errors import BackboneError
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Levels, MethodConfig, MethodOver, State, implements
+from prompttune.methods.base import Features, Levels, State, implements
+from prompttune.methods.over_vit import BlocksConfig, OverVit
 
 INIT_STD = 0.02
 
 
 @dataclass(frozen=True)
-class SSFConfig(MethodConfig):
-    """SSF has no settings of its own."""
+class SSFConfig(BlocksConfig):
+    """Settings of SSF."""
 
     method = "ssf"
     summary = "Scale and shift of the features after every layer"
@@ -37,10 +39,9 @@ class SSFConfig(MethodConfig):
 
 
 @implements(SSFConfig)
-class SSF(MethodOver[VitBackbone]):
-    """``scale.{place}`` and ``shift.{place}`` for the places of :func:`places`, blocks stacked."""
+class SSF(OverVit):
+    """``scale.{place}`` and ``shift.{place}`` for the places of :meth:`shapes`, changed blocks stacked."""
 
-    backbones = (VitBackbone,)
     own_norms = ("norm1", "norm2")
 
     def __init__(self, config: SSFConfig, backbone: Backbone) -> None:
@@ -49,54 +50,60 @@ class SSF(MethodOver[VitBackbone]):
             if type(block.timm.mlp) is not Mlp:
                 kind = type(block.timm.mlp).__name__
                 raise BackboneError(f"ssf needs blocks with a plain MLP; {backbone.name} has {kind}")
-        shapes = places(self.backbone)
+        shapes = self.shapes()
         self.scale = nn.ParameterDict({place: torch.empty(shape) for place, shape in shapes.items()})
         self.shift = nn.ParameterDict({place: torch.empty(shape) for place, shape in shapes.items()})
         for place in shapes:
             nn.init.normal_(self.scale[place], 1.0, INIT_STD)
             nn.init.normal_(self.shift[place], 0.0, INIT_STD)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The places that are scaled and shifted, with the shape of each scale: L changed blocks, D channels, M hidden
+        channels.
+        """
+        backbone, depth, width = self.backbone, len(self.changed), self.backbone.width
+        found: dict[str, tuple[int, ...]] = {
+            "patches": (width,),
+            "norm1": (depth, width),
+            "qkv": (depth, 3, backbone.num_heads * backbone.head_dim),
+            "proj": (depth, width),
+            "norm2": (depth, width),
+            "fc1": (depth, backbone.blocks[0].hidden_width),
+            "fc2": (depth, width),
+            "norm": (width,),
+        }
+        if self.first_block:
+            del found["patches"]
+        return found
+
     def task_state(self) -> State:
         """``scale.*`` and ``shift.*``; LayerScale is already applied to the shifts of ``proj`` and ``fc2``."""
-        backbone = self.backbone
-        shapes = places(backbone)
-        state = {f"scale.{place}": self.scale[place].unsqueeze(0) for place in shapes}
-        state |= {f"shift.{place}": self.shift[place].unsqueeze(0) for place in shapes}
+        state = {f"scale.{place}": scale.unsqueeze(0) for place, scale in self.scale.items()}
+        state |= {f"shift.{place}": shift.unsqueeze(0) for place, shift in self.shift.items()}
         shifts: dict[str, list[Tensor]] = {"proj": [], "fc2": []}
-        for block in backbone.blocks:
-            shifts["proj"].append(block.scale_attention(self.shift["proj"][block.index]))
-            shifts["fc2"].append(block.scale_mlp(self.shift["fc2"][block.index]))
+        for index, block in enumerate(self.changed):
+            shifts["proj"].append(block.scale_attention(self.shift["proj"][index]))
+            shifts["fc2"].append(block.scale_mlp(self.shift["fc2"][index]))
         state |= {f"shift.{place}": torch.stack(rows).unsqueeze(0) for place, rows in shifts.items()}
         return state
 
-    def image_state(self, images: Tensor, levels: Levels = ()) -> State:  # noqa: ARG002
-        """``patches`` [B, R C, D], embedded."""
-        return {"patches": self.backbone.embed_patches(images)}
+    def image_state(self, images: Tensor, levels: Levels = ()) -> State:
+        """``patches`` [B, R C, D], embedded; or the tokens of :meth:`OverVit.image_state` if blocks are in front."""
+        return (
+            super().image_state(images, levels)
+            if self.first_block
+            else {"patches": self.backbone.embed_patches(images)}
+        )
 
     def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
         backbone = self.backbone
-        tokens = backbone.place(_adapt(image["patches"], state, "patches"))  # [B, N, D]
-        for block in backbone.blocks:
-            tokens = block.read(tokens) + _attention(block, tokens, state)
-            tokens = tokens + _mlp(block, tokens, state)
+        tokens = image["tokens"] if self.first_block else backbone.place(_adapt(image["patches"], state, "patches"))
+        for index, block in enumerate(self.changed):
+            tokens = block.read(tokens) + _attention(block, index, tokens, state)  # [B, N, D]
+            tokens = tokens + _mlp(block, index, tokens, state)
             probe(f"block{block.index}", tokens)
         return Features(backbone.pool_normed(_adapt(backbone.final_norm(tokens), state, "norm")))
-
-
-def places(backbone: VitBackbone) -> dict[str, tuple[int, ...]]:
-    """The places that are scaled and shifted, with the shape of each scale: L blocks, D channels, M hidden channels."""
-    depth, width, heads = backbone.depth, backbone.width, backbone.num_heads * backbone.head_dim
-    return {
-        "patches": (width,),
-        "norm1": (depth, width),
-        "qkv": (depth, 3, heads),
-        "proj": (depth, width),
-        "norm2": (depth, width),
-        "fc1": (depth, backbone.blocks[0].hidden_width),
-        "fc2": (depth, width),
-        "norm": (width,),
-    }
 
 
 def _adapt(features: Tensor, state: State, place: str, *at: int) -> Tensor:
@@ -107,20 +114,20 @@ def _adapt(features: Tensor, state: State, place: str, *at: int) -> Tensor:
     return torch.add(features * scale.unsqueeze(1), shift.unsqueeze(1))
 
 
-def _attention(block: VitBlock, tokens: Tensor, state: State) -> Tensor:
-    """The attention of a block, without the residual, [B, N, D] to [B, 1 or N, D]."""
-    normed = _adapt(block.norm1(tokens), state, "norm1", block.index)
+def _attention(block: VitBlock, index: int, tokens: Tensor, state: State) -> Tensor:
+    """The attention of changed block ``index``, without the residual, [B, N, D] to [B, 1 or N, D]."""
+    normed = _adapt(block.norm1(tokens), state, "norm1", index)
     query, key, value = (
-        _adapt(block.linear_qkv(source, part), state, "qkv", block.index, part)
+        _adapt(block.linear_qkv(source, part), state, "qkv", index, part)
         for part, source in enumerate((block.read(normed), normed, normed))
     )
     attended = block.attend(block.query_heads(query), block.key_heads(key), block.heads(value))
-    return _adapt(block.project(attended), state, "proj", block.index)
+    return _adapt(block.project(attended), state, "proj", index)
 
 
-def _mlp(block: VitBlock, tokens: Tensor, state: State) -> Tensor:
-    """The MLP of a block, without the residual, [B, N, D]."""
+def _mlp(block: VitBlock, index: int, tokens: Tensor, state: State) -> Tensor:
+    """The MLP of changed block ``index``, without the residual, [B, N, D]."""
     timm = block.timm
-    normed = _adapt(timm.norm2(tokens), state, "norm2", block.index)
-    hidden = _adapt(timm.mlp.fc1(normed), state, "fc1", block.index)
-    return _adapt(block.scale_mlp(timm.mlp.fc2(timm.mlp.norm(timm.mlp.act(hidden)))), state, "fc2", block.index)
+    normed = _adapt(timm.norm2(tokens), state, "norm2", index)
+    hidden = _adapt(timm.mlp.fc1(normed), state, "fc1", index)
+    return _adapt(block.scale_mlp(timm.mlp.fc2(timm.mlp.norm(timm.mlp.act(hidden)))), state, "fc2", index)

@@ -1,7 +1,8 @@
 """Visual Prompt Tuning, shallow and deep: https://arxiv.org/abs/2203.12119 (ECCV 2022).
 
 P learnable prompts are placed between the prefix tokens and the patches. Shallow: they enter at block 0 and are carried
-through. Deep: every block gets new ones instead of those that left the block before it.
+through. Deep: every block gets new ones instead of those that left the block before it. With ``first_block``
+both begin in that block.
 
 On a Swin the prompts precede every window of a block and are ignored by patch merging: section 4.2 of the paper, whose
 released code defines the rest (``src/models/vit_prompt/swin_transformer.py`` of KMnP/vpt). Between a prompt and a token
@@ -23,12 +24,12 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.swin import SwinBackbone, SwinBlock
 from prompttune.backbones.vit import VitBackbone
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Levels, MethodConfig, MethodOver, State, implements, setting
-from prompttune.methods.over_vit import MapReader, PromptTokens, prompt_bound
+from prompttune.methods.base import Features, Levels, MethodOver, State, implements, setting
+from prompttune.methods.over_vit import BlocksConfig, MapReader, PromptTokens, prompt_bound
 
 
 @dataclass(frozen=True)
-class VPTShallowConfig(MethodConfig):
+class VPTShallowConfig(BlocksConfig):
     """Settings of VPT-shallow."""
 
     method = "vpt-shallow"
@@ -53,14 +54,14 @@ class VPTDeepConfig(VPTShallowConfig):
 
 @implements(VPTShallowConfig)
 class VPT(PromptTokens):
-    """Prompts [L, P, D]: L is the depth for deep prompts, 1 for shallow ones."""
+    """Prompts [L, P, D]: L is the number of changed blocks for deep prompts, 1 for shallow ones."""
 
     gives_maps_on = (VitBackbone,)
     config: VPTShallowConfig
 
     def __init__(self, config: VPTShallowConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        self.prompts = self.drawn(backbone.depth if config.deep else 1, config.num_prompts, backbone.width)
+        self.prompts = self.drawn(len(self.changed) if config.deep else 1, config.num_prompts, backbone.width)
 
     def task_state(self) -> State:
         """The prompts themselves."""
@@ -68,13 +69,13 @@ class VPT(PromptTokens):
 
     def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
-        backbone, reader = self.backbone, MapReader(self.backbone, levels, self.count, image)
+        reader = MapReader(self.backbone, levels, self.count, image)
         tokens = image["tokens"]  # [B, N, D]
         prompts = self.rows(state["prompts"], tokens)  # [B, L, P, D]
         tokens = self.insert(tokens, prompts[:, 0])  # [B, N + P, D]
-        for block in backbone.blocks:
-            if block.index > 0 and self.config.deep:
-                tokens = self.replace(tokens, prompts[:, block.index])
+        for place, block in enumerate(self.changed):
+            if place > 0 and self.config.deep:
+                tokens = self.replace(tokens, prompts[:, place])
             tokens = block.run_read(tokens, reader.whole)
             reader.read(block, tokens)
             probe(f"block{block.index}", tokens)

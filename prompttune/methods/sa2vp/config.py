@@ -11,7 +11,8 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.conv import ConvBackbone
 from prompttune.backbones.swin import SwinBackbone
 from prompttune.layers.bottleneck import ACTIVATIONS
-from prompttune.methods.base import MethodConfig, setting
+from prompttune.methods.base import setting
+from prompttune.methods.over_vit import BlocksConfig
 
 PROMPT_LAYER_STRIDE = 4
 """The paper's prompt layers of a 12-block ViT are 0, 4 and 8."""
@@ -21,19 +22,22 @@ there 0, 6 and 12 are prompt layers."""
 
 
 @dataclass(frozen=True)
-class SA2VPConfig(MethodConfig):
-    """Settings of SA²VP. ``prompt_layers=None`` takes every fourth block; ``(0,)`` is the shallow mode."""
+class SA2VPConfig(BlocksConfig):
+    """Settings of SA²VP. ``prompt_layers=None`` takes every fourth block but the last; ``(0,)`` is the shallow
+    mode. Prompt layers are counted from the first block in which the pathways meet."""
 
     method = "sa2vp"
     summary = "Prompt map aligned with the image tokens, in its own pathway"
     paper = "https://arxiv.org/abs/2312.10376"
     shapes_graph = ("window", "prompt_layers", "attention", "adapter", "activation")
+    fewest_blocks = 2
 
     rank: int = setting(16, "rank r of the prompt maps and adapters", above=0)
     gamma: float = setting(0.5, "γ, weight of one pathway's contribution to the other")
     window: int = setting(3, "odd side c of the aligned window, in patches")
     prompt_layers: tuple[int, ...] | None = setting(
-        None, "blocks with a prompt map, 0 first; only 0 is the shallow mode; by default every fourth block"
+        None,
+        "blocks with a prompt map, counted from first_block; only 0 is the shallow mode; by default every fourth block",
     )
     map_scale: float = setting(
         1.0, "ratio of the prompt maps' side to the token map's side, above 0 to 1", above=0, high=1
@@ -67,11 +71,12 @@ class SA2VPConfig(MethodConfig):
         return {name: value for name, value in super().graph_settings().items() if name not in idle}
 
     def resolved(self, backbone: Backbone) -> SA2VPConfig:
-        """Fill in the prompt layers for the blocks where the pathways meet: all of a ViT's, one stage's elsewhere."""
+        """Fill in the prompt layers for the blocks where the pathways meet: a ViT's changed ones or one stage's."""
+        super().resolved(backbone)
         depth, stride = self._meeting_blocks(backbone)
         layers = self.prompt_layers
         if layers is None:
-            layers = tuple(range(0, depth, stride))
+            layers = tuple(range(0, max(1, depth - 1), stride))
         fits = layers[-1] < depth and len(layers) < depth
         self.require(fits, f"prompt_layers {layers} do not fit {depth} blocks of {backbone.name}")
         return dataclasses.replace(self, prompt_layers=layers)
@@ -79,7 +84,7 @@ class SA2VPConfig(MethodConfig):
     def _meeting_blocks(self, backbone: Backbone) -> tuple[int, int]:
         """Number of blocks in which the pathways meet, and the distance between prompt layers."""
         if not isinstance(backbone, SwinBackbone | ConvBackbone):
-            return backbone.depth, PROMPT_LAYER_STRIDE
+            return backbone.depth - self.first_block, PROMPT_LAYER_STRIDE
         stages, name = backbone.stages, backbone.name
         self.require(len(stages) > MEETING_STAGE, f"{name} has no stage {MEETING_STAGE}")
         self.require(self.fusion == "released", f"fusion has no effect on {name}: new prompt maps do not join there")

@@ -9,14 +9,14 @@ from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone, VitBlock
 from prompttune.layers.attention import attend
 from prompttune.methods.base import Features, Layout, Levels, State, implements
-from prompttune.methods.over_vit import MapReader
+from prompttune.methods.over_vit import MapReader, OverVit
 from prompttune.methods.sa2vp.config import SA2VPConfig
 from prompttune.methods.sa2vp.parts import AttentionPathways, PromptMap, probe_pathways
 
 
 @implements(SA2VPConfig)
-class SA2VP(AttentionPathways[VitBackbone]):
-    """One task of SA²VP over a ViT: ``prompts.{i}`` for the prompt layers, ``adapters.{i}`` for every block."""
+class SA2VP(AttentionPathways[VitBackbone], OverVit):
+    """One task of SA²VP over a ViT: ``prompts.{i}`` for the prompt layers, ``adapters.{i}`` for every changed block."""
 
     backbones = (VitBackbone,)
     gives_maps_on = (VitBackbone,)
@@ -26,7 +26,7 @@ class SA2VP(AttentionPathways[VitBackbone]):
         super().__init__(
             config,
             backbone,
-            depth=backbone.depth,
+            depth=backbone.depth - config.first_block,
             width=backbone.width,
             grid=backbone.grid,
             num_prefix_tokens=backbone.num_prefix_tokens,
@@ -38,8 +38,8 @@ class SA2VP(AttentionPathways[VitBackbone]):
 
     @property
     def meeting(self) -> tuple[VitBlock, ...]:
-        """All blocks."""
-        return self.backbone.blocks
+        """The changed blocks."""
+        return self.changed
 
     def task_state(self) -> State:
         """:meth:`start_state` of the first map; ``deep`` [1, K, N, D], the scaled later maps; :meth:`given_state`."""
@@ -65,23 +65,23 @@ class SA2VP(AttentionPathways[VitBackbone]):
         return layout | self.given_layout()
 
     def image_state(self, images: Tensor, levels: Levels = ()) -> State:
-        """:meth:`met_state` of the first block, which no task changes in the base; and its map."""
-        reader, first = MapReader(self.backbone, levels), self.meeting[0]
-        found = self.met_state(self.backbone.embed(images))
-        reader.read(first, found["tokens"])
-        return found | reader.state
+        """:meth:`met_state` of the first changed block, in which the base only gives; and the maps up to it."""
+        front = super().image_state(images, levels)
+        reader, met = MapReader(self.backbone, levels, image=front), self.met_state(front["tokens"])
+        reader.read(self.meeting[0], met["tokens"])
+        return met | reader.state
 
     def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:
         """See :meth:`Method.forward`. Without ``aux``, the prompt pathway is computed only for the base."""
         backbone, first, last = self.backbone, self.meeting[0], self.meeting[-1]
         reader = MapReader(backbone, levels, image=image)
-        aux_reader = MapReader(backbone, levels if aux else ())
+        aux_reader = MapReader(backbone, levels if aux else (), image=image)  # in front the pathways are one
         h, p = image["tokens"], self.first_prompts(image, state)
         aux_reader.read(first, p)
-        for block in self.meeting[1:-1]:
+        for index, block in enumerate(self.meeting[1:-1], 1):
             probe_pathways(block.index - 1, h, p)
-            if aux or block.index <= self.last_read:
-                h, p = self.block(block.index, h, p, state)
+            if aux or index <= self.last_read:
+                h, p = self.block(index, h, p, state)
             else:
                 h = block.run(h)
             reader.read(block, h)
