@@ -156,7 +156,8 @@ def _write_engine(
     if gate is not None:
         on_stage("comparing with PyTorch")
         tasks = {name: one.task for name, one in folded.items()}
-        runner = open_runner(folder, manifest, tasks, RuntimeOptions(settings.target))
+        runtime = settings.options.get("runtime", "auto")
+        runner = open_runner(folder, manifest, tasks, RuntimeOptions(settings.target, runtime=runtime))
         report = prove(runner, folded, {}, manifest, samples, gate)
         require_passed(report, "the engine was not put in place")
         manifest = dataclasses.replace(manifest, parity=report.to_dict())

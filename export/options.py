@@ -13,6 +13,7 @@ from prompttune.settings import setting
 OnStage = Callable[[str], None]
 """Function that is called with a description of each stage."""
 PROVIDERS = ("tensorrt",)
+RUNTIMES = ("auto", "onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,15 @@ class RuntimeOptions:
         None, "Run an ONNX engine in ONNX Runtime's TensorRT provider.", PROVIDERS, shown="the device's own"
     )
     cache: Path | None = setting(
-        None, "Folder for the provider's compiled engines, kept between runs.", option="provider_cache", path="folder"
-    )
+        None, "Folder for the compiled engines of TensorRT and OpenVINO, kept between runs.", option="provider_cache",
+        path="folder", shown="none for TensorRT; .cache in the engine's folder for OpenVINO",
+    )  # fmt: skip
     spin: bool = True
     """Whether CPU threads that wait for the next operator spin: faster alone, wasteful next to other work."""
+    runtime: str = setting(
+        "auto", "Runtime of an ONNX engine. auto: the quickest that bench has found here, else that of the export.",
+        RUNTIMES,
+    )  # fmt: skip
 
     @property
     def cuda_index(self) -> int | None:

@@ -87,6 +87,11 @@ class TritonSettings:
             raise UsageError("Triton also sends single images: let the axis batch start at 1")
         if self.bank_inputs:
             self._check_bank_inputs(model)
+        bf16 = "bf16" in (model.precision, model.bank_precision)
+        if model.format == "onnx" and (bf16 or "runtime" in model.options) and model.target == "cpu":
+            raise UsageError(
+                "Triton opens ONNX files in ONNX Runtime, without bf16 on a CPU: leave out bf16 and --runtime"
+            )
         if importlib.util.find_spec("tritonclient") is None:
             raise MissingExtraError("tritonclient", "serve", "or export with --format onnx")
 

@@ -103,8 +103,9 @@ class Engine:
         threads: CPU threads of one operator; None for one per core.
         cuda_graph: whether to capture one CUDA graph for each batch size on a GPU and replay it.
         provider: ``tensorrt`` runs an ONNX engine in ONNX Runtime's TensorRT provider; None uses the device's own.
-        cache: folder for that provider's compiled engines, kept between runs.
+        cache: folder for the compiled engines of that provider and of OpenVINO, kept between runs.
         spin: whether CPU threads that wait for the next operator spin, see :class:`RuntimeOptions`.
+        runtime: ``onnxruntime`` or ``openvino`` for an ONNX engine; ``auto`` chooses, see :class:`RuntimeOptions`.
         verify: whether to check the model's digests first.
         tasks: tasks to answer for, with room for the largest of them from the start, so that an answer's last digits do
             not depend on which task was loaded first; None for all tasks of the folder.
@@ -134,6 +135,7 @@ class Engine:
         provider: str | None = None,
         cache: str | Path | None = None,
         spin: bool = True,
+        runtime: str = "auto",
         verify: bool = True,
         tasks: Sequence[str] | None = None,
         resident_tasks: int | None = None,
@@ -143,7 +145,8 @@ class Engine:
         self.folder = EngineFolder(path, verify=verify)
         self.device = device
         manifest = self.folder.manifest
-        options = RuntimeOptions(device, threads, cuda_graph, provider, None if cache is None else Path(cache), spin)
+        kept = None if cache is None else Path(cache)
+        options = RuntimeOptions(device, threads, cuda_graph, provider, kept, spin, runtime)
         self._runtime = open_runtime(self.folder.path, manifest, options)
         self._dtype = bank_dtype(manifest.bank_precision)
         self._unsaved: dict[str, tuple[EngineTask, str]] = {}

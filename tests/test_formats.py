@@ -237,12 +237,18 @@ def test_baked_rows_follow_the_order_of_the_export(tmp_path):
             "must be a list such as 1, 8, 64, not",
         ),
         (ExportSettings("onnx", axes=8), "axes must be sizes by axis, such as batch=1:8:64, not 8"),
-        (ExportSettings("onnx", options={"workspace": 1}), "has no options of its own"),
+        (ExportSettings("onnx", options={"workspace": 1}), "unknown option of the format onnx 'workspace'"),
         (ExportSettings("aoti", axes={"batch": (1, 4, 8)}), "the format aoti needs no sizes of axes"),
         (ExportSettings("aoti", options={"workspace": 1}), "has no options of its own"),
         (ExportSettings("onnx", device="tpu"), "unknown device 'tpu'"),
-        (ExportSettings("onnx", "bf16"), "ONNX Runtime runs bf16 on CUDA alone"),
-        (ExportSettings("onnx", bank_precision="bf16"), "ONNX Runtime runs bf16 on CUDA alone"),
+        (
+            ExportSettings("onnx", "bf16", options={"runtime": "onnxruntime"}),
+            "ONNX Runtime runs bf16 on CUDA alone",
+        ),
+        (
+            ExportSettings("onnx", bank_precision="bf16", options={"runtime": "onnxruntime"}),
+            "ONNX Runtime runs bf16 on CUDA alone",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path, settings, message):
@@ -264,8 +270,8 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, settings, message):
         (["--axis", "batch=1:²:8"], "'batch=1:²:8' is not like batch=1:8:64"),
         (["--axis", "batch=4:1:8"], "sizes of the axis batch must rise from 1"),
         (["--axis", "rows=1:2:8"], "axes: batch, tasks, rank, classes"),
-        (["--workspace", "5"], "has no options of its own"),
-        (["--precision", "bf16"], "runs bf16 on CUDA alone"),
+        (["--workspace", "5"], "unknown option of the format onnx 'workspace'"),
+        (["--precision", "bf16", "--runtime", "onnxruntime"], "runs bf16 on CUDA alone"),
         (["--device", "cuda:x"], "unknown device 'cuda:x'"),
     ],
 )
@@ -274,15 +280,15 @@ def test_the_command_refuses_with_exit_code_2(tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_bf16_is_exported_without_proof_and_not_opened_on_the_cpu(tmp_path):
+def test_bf16_is_exported_without_proof_and_not_opened_by_onnx_runtime_on_the_cpu(tmp_path):
     folder = tmp_path / "engine"
     made = run("export", checkpoint("linear", 0), "-o", folder, "--precision", "bf16", "--no-parity")
     assert made.exit_code == 0, made.output
     manifest = EngineFolder(folder).manifest
     assert (manifest.precision, manifest.bank_precision, manifest.parity) == ("bf16", "bf16", None)
-    with pytest.raises(EngineError, match="bf16 on CUDA alone: open the engine on cuda, or export it as fp16 or fp32"):
-        pt.Engine(folder)
-    one_line(run("validate", folder), 1, "bf16 on CUDA alone")
+    with pytest.raises(EngineError, match="bf16 on CUDA alone: open the engine on cuda, give the runtime openvino"):
+        pt.Engine(folder, runtime="onnxruntime")
+    one_line(run("validate", folder, "--runtime", "onnxruntime"), 1, "bf16 on CUDA alone")
 
 
 def test_aoti_without_a_compiler_or_a_gpu(tmp_path, monkeypatch):

@@ -2,37 +2,62 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from prompttune.backbones.base import PatchBackbone
-from prompttune.errors import EngineError, UsageError
+from prompttune.errors import EngineError, MissingExtraError, UsageError
 from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE
 from prompttune.export.formats.base import BuildRequest, Built, ExportSettings, Format
 from prompttune.export.formats.onnx_file import FUSED_OPSET, OPSET, export_onnx
 from prompttune.export.formats.onnx_int8 import calibrated, quantise
+from prompttune.export.options import RUNTIMES
+from prompttune.export.runtimes.choice import ONNXRUNTIME, OPENVINO, has_openvino
 from prompttune.export.runtimes.onnxruntime import CPU_INT8
+from prompttune.settings import setting
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """Options of the format."""
+
+    runtime: str = setting(
+        "auto", "Runtime of an ONNX engine that is compared with PyTorch. auto: OpenVINO for bf16 on a CPU, else ONNX "
+        "Runtime.", RUNTIMES,
+    )  # fmt: skip
 
 
 class OnnxFormat(Format):
     """``model.onnx`` with its weights beside it."""
 
-    name, title = "onnx", "ONNX Runtime"
+    name, title = "onnx", "ONNX Runtime or OpenVINO"
+    options = OnnxOptions
 
     def check(self, settings: ExportSettings) -> None:
         """See :meth:`Format.check`."""
         super().check(settings)
         if settings.precision == "int8" and settings.target != "cpu":
             raise UsageError(CPU_INT8)
+        if settings.options.get("runtime") == OPENVINO:
+            if settings.target != "cpu":
+                raise UsageError("the runtime openvino runs on the cpu alone: give the device cpu")
+            if settings.quantization == "dynamic":
+                raise UsageError("OpenVINO is slow with scales of each call: give --quantization static")
 
     def check_proof(self, settings: ExportSettings) -> None:
         """See :meth:`Format.check_proof`."""
-        if "bf16" in (settings.precision, settings.bank_precision) and settings.target == "cpu":
+        runtime, on_cpu = settings.options.get("runtime", "auto"), settings.target == "cpu"
+        bf16 = "bf16" in (settings.precision, settings.bank_precision) and on_cpu
+        if bf16 and (runtime == ONNXRUNTIME or not has_openvino()):
             raise UsageError(
-                "ONNX Runtime runs bf16 on CUDA alone, so it cannot be compared with PyTorch on the cpu: give the "
-                "device cuda, export without the comparison (--no-parity), or choose fp16"
+                "ONNX Runtime runs bf16 on CUDA alone, so it cannot be compared with PyTorch on the cpu: install "
+                "'prompttune[openvino]', give the device cuda, export without the comparison (--no-parity), or choose "
+                "fp16"
             )
+        if runtime == OPENVINO and not has_openvino():
+            raise MissingExtraError(OPENVINO, OPENVINO, "or give another runtime")
 
     def build(self, request: BuildRequest, folder: Path) -> Built:
         """See :meth:`Format.build`."""
@@ -67,4 +92,6 @@ def write_onnx(request: BuildRequest, folder: Path, symmetric: bool = False) -> 
     if request.settings.precision == "int8":
         quantise(request, folder, symmetric)
     files = [name for name in (ONNX_FILE, ONNX_WEIGHTS_FILE) if (folder / name).is_file()]
-    return Built(traced.inputs, traced.outputs, files, opset, {"probes": probes})
+    runtime = request.settings.options.get("runtime", "auto")
+    details = {"probes": probes} | ({} if runtime == "auto" else {"runtime": runtime})
+    return Built(traced.inputs, traced.outputs, files, opset, details)

@@ -16,6 +16,7 @@ from prompttune.export.folder import Manifest
 from prompttune.export.layout import ASKED, BATCH, CLASS_ROWS, IMAGE, TASK_INDEX, Sizes, State, bank_dtype
 from prompttune.export.layout import Array as Array
 from prompttune.export.options import RuntimeOptions as RuntimeOptions
+from prompttune.export.runtimes.choice import OPENVINO, runtime_of
 from prompttune.registry import Registry
 
 BankArray = NDArray[Any]
@@ -115,7 +116,11 @@ def open_runtime(folder: Path, manifest: Manifest, options: RuntimeOptions | Non
     """
     if manifest.format not in RUNTIMES:
         raise EngineError(f"{folder} has the format {manifest.format!r}; known: {', '.join(RUNTIMES)}")
-    opened = RUNTIMES[manifest.format](folder, manifest, options or RuntimeOptions())
+    options = options or RuntimeOptions()
+    open_file: OpenRuntime = RUNTIMES[manifest.format]
+    if runtime_of(folder, manifest, options) == OPENVINO:
+        from prompttune.export.runtimes.openvino import OpenVinoRuntime as open_file  # noqa: N813
+    opened = open_file(folder, manifest, options)
     opened.sizes = opened.sizes if opened.sizes.ranges else manifest.sizes
     opened.asks_many = manifest.asks_many
     return opened

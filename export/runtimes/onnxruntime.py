@@ -137,7 +137,8 @@ class OnnxRuntime(Runtime):
         wanted, on_cpu = providers(options), options.cuda_index is None
         if "bf16" in (manifest.precision, manifest.bank_precision) and on_cpu:
             raise EngineError(
-                "ONNX Runtime runs bf16 on CUDA alone: open the engine on cuda, or export it as fp16 or fp32"
+                "ONNX Runtime runs bf16 on CUDA alone: open the engine on cuda, give the runtime openvino, or export it"
+                " as fp16 or fp32"
             )
         if manifest.precision == "int8" and not on_cpu:
             raise EngineError(f"{CPU_INT8}; or open the engine on the cpu")

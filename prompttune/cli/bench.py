@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from prompttune.serve.bench import BenchReport
 
 
-RUNTIME = ("device", "threads", "cuda_graph", "provider", "provider_cache")
+RUNTIME = ("device", "threads", "cuda_graph", "provider", "provider_cache", "runtime")
 
 
 def _options() -> list[click.Parameter]:
@@ -45,7 +45,8 @@ def bench(
     """Measure ENGINE: latency, throughput, memory, adding and switching tasks.
 
     Everything runs in turn, round by round, in one process, so a disturbance affects all sides alike. A ratio is the
-    median of the rounds' ratios. The engine folder is not changed.
+    median of the rounds' ratios. The engine folder is not changed, but for the quickest runtime that --runtimes all
+    remembers in it.
 
     \b
     prompttune bench engine
@@ -108,7 +109,7 @@ def _print(console: Console, report: BenchReport) -> None:
             f"batch {mixing.batch_size}: rows of {mixing.tasks} tasks take {mixing.over_one.median:.3f} x as long as "
             "rows of one task",
         )
-    for line in _task_lines(report):
+    for line in (*_task_lines(report), *filter(None, [report.quickest])):
         _line(console, line)
 
 

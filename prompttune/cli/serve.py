@@ -35,8 +35,8 @@ WATCH_S = 2.0
 
 
 def _options() -> list[click.Parameter]:
-    threads = options_of(RuntimeOptions, only=("threads",))
-    return [*options_of(ServerSettings, EngineSettings), *threads, *options_of(AccessSettings)]
+    runtime = options_of(RuntimeOptions, only=("threads", "runtime", "provider_cache"))
+    return [*options_of(ServerSettings, EngineSettings), *runtime, *options_of(AccessSettings)]
 
 
 @click.command(cls=SectionedCommand, settings=_options)

@@ -108,6 +108,8 @@ class BenchReport:
     """None for a single task, or if it was not requested."""
     adding: Adding | None
     """None if the tasks are part of the model, or if it was not requested."""
+    quickest: str | None = None
+    """A line about the quickest runtime; None if runtimes were not compared."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

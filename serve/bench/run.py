@@ -17,6 +17,7 @@ from prompttune.export.runtimes import RuntimeOptions
 from prompttune.serve.bench.machine import hardware_name
 from prompttune.serve.bench.memory import memory_growth
 from prompttune.serve.bench.report import BenchReport, Measurement, Mixing, SubjectReport
+from prompttune.serve.bench.runtimes import remember_quickest, runtimes_of
 from prompttune.serve.bench.settings import ALL, ONE, BenchSettings
 from prompttune.serve.bench.subjects import (
     ENGINE,
@@ -37,7 +38,8 @@ def bench_engine(
     options: RuntimeOptions | None = None,
     on_progress: Callable[[str, float], None] = lambda _words, _share: None,
 ) -> BenchReport:
-    """Measure an engine and the sides it is compared with. The engine folder is not changed.
+    """Measure an engine and the sides it is compared with. The engine folder is not changed, but for the quickest
+    runtime if runtimes are compared.
 
     Args:
         engine: the engine folder.
@@ -57,7 +59,8 @@ def bench_engine(
     options = options.or_threads(threads)
     with ExitStack() as stack, _torch_threads(threads):
         subjects = [engine_subject(ENGINE, engine, options, settings.tasks)]
-        for one in settings.against:
+        runtimes = () if settings.runtimes is None else runtimes_of(manifest, options)
+        for one in (*settings.against, *(name for name in runtimes if name not in settings.against)):
             taken = [subject.name for subject in subjects]
             subjects.append(subject_of(one, folder, options, settings.weights, settings.tasks, stack, taken))
         steps, done = len(subjects) + len(settings.batch_sizes) + 2 * settings.task_costs, itertools.count()
@@ -87,6 +90,7 @@ def bench_engine(
             switching = measure_switching(opened, subjects[0].tasks, settings.rounds, settings.seed)
             step("adding tasks")
             adding = measure_adding(opened, settings.rounds, settings.checkpoint, settings.weights)
+        quickest = remember_quickest(folder, measurements, options, settings.weights) if runtimes else None
     on_progress("done", 1.0)
     return BenchReport(
         engine=str(engine),
@@ -111,6 +115,7 @@ def bench_engine(
         mixing=tuple(mixing),
         switching=switching,
         adding=adding,
+        quickest=quickest,
     )
 
 

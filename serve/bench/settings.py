@@ -24,9 +24,13 @@ class BenchSettings:
     """
 
     against: tuple[str, ...] = setting(
-        (), "Compare with the plain backbone in the engine's format, the same tasks in eager PyTorch, or another "
-        "engine. May be repeated.", repeat=True, metavar="backbone|torch|ENGINE",
+        (), "Compare with the plain backbone in the engine's format, the same tasks in eager PyTorch, another runtime "
+        "of an ONNX engine, or another engine. May be repeated.", repeat=True,
+        metavar="backbone|torch|onnxruntime|openvino|ENGINE",
     )  # fmt: skip
+    runtimes: str | None = setting(
+        None, "all: compare the runtimes of an ONNX engine, and remember the quickest in its folder.", ("all",)
+    )
     batch_sizes: tuple[int, ...] = setting((1, 8), "Images per call.", kind=str, read=read_sizes, metavar="N,N,...")
     mix: tuple[str, ...] = setting(
         MIXES, "one: all rows for the same task; all: rows alternate between the tasks.", MIXES, metavar="one,all"

@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from prompttune.export.folder import EngineFolder, Manifest
 from prompttune.export.layout import TASK_INDEX
 from prompttune.export.precision.casting import exact_convolutions
 from prompttune.export.runtimes import Array, RuntimeOptions, open_runtime
+from prompttune.export.runtimes.choice import ONNXRUNTIME, OPENVINO, runtime_of
 from prompttune.export.tasks import engine_backbone, engine_model
 from prompttune.serve.bench.plain import export_plain, plain_settings
 from prompttune.serve.bench.settings import ONE
@@ -159,7 +160,7 @@ def subject_of(
     stack: ExitStack,
     taken: Collection[str] = (),
 ) -> BenchSubject:
-    """The subject named by a word or a path: ``backbone``, ``torch`` or another engine's folder.
+    """The subject named by a word or a path: ``backbone``, ``torch``, a runtime or another engine's folder.
 
     Args:
         against: the word or the path.
@@ -175,7 +176,11 @@ def subject_of(
         EngineError: a path does not hold an engine.
     """
     if against == BACKBONE:
+        if folder.manifest.format == "onnx":
+            options = replace(options, runtime=runtime_of(folder.path, folder.manifest, options))
         return plain_subject(folder.manifest, options, weights, stack)
+    if against in (ONNXRUNTIME, OPENVINO):
+        return engine_subject(against, folder.path, replace(options, runtime=against), limit)
     if against == TORCH:
         return torch_subject(folder, options, weights, limit)
     if not Path(against).is_dir():

@@ -16,6 +16,7 @@ from prompttune.errors import EngineError, UsageError, some_names
 from prompttune.evaluation import RowScores
 from prompttune.export.folder import EngineFolder
 from prompttune.export.runtimes import RuntimeOptions
+from prompttune.export.runtimes.choice import ONNXRUNTIME, runtime_of
 from prompttune.files import locked
 from prompttune.serve.decode_threads import usable_cores
 from prompttune.serve.engine import Engine
@@ -202,7 +203,7 @@ def calls_at_once(options: RuntimeOptions, folder: EngineFolder) -> tuple[int, i
 
     Together they have the requested threads, or one per core.
     """
-    if options.cuda_index is not None or folder.manifest.format != "onnx":
+    if options.cuda_index is not None or runtime_of(folder.path, folder.manifest, options) != ONNXRUNTIME:
         return 1, options.threads
     threads = options.threads or usable_cores()
     calls = min(MOST_CALLS, threads)

@@ -52,7 +52,7 @@ class EngineSettings:
     @classmethod
     def of(cls, engine: Path, values: Mapping[str, Any], **others: Any) -> EngineSettings:
         """The settings of an engine out of options or arguments; a delay is in milliseconds there."""
-        made = {**values, **others, "engine": engine, "runtime": RuntimeOptions(threads=values.get("threads"))}
+        made = {**values, **others, "engine": engine, "runtime": make(RuntimeOptions, {**values, "device": "cpu"})}
         if "max_delay_ms" in made:
             made["max_delay_ms"] /= 1000
         return make(cls, made)

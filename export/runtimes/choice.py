@@ -1,0 +1,80 @@
+"""Which runtime opens an ONNX engine, and the quickest one of a machine, as ``prompttune bench`` has found it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from prompttune.errors import UsageError
+from prompttune.export.folder import Manifest
+from prompttune.export.options import RuntimeOptions
+from prompttune.files import write_json
+
+ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
+QUICKEST = Path(".cache", "quickest.json")
+"""File in an engine's folder with the quickest runtime of each machine."""
+_PROCESSORS = Path("/proc/cpuinfo")
+_KIND = ("model", "cpu family", "flags", "CPU part", "Features")
+"""Lines of a processor's kind there, on x86 and ARM."""
+
+
+def has_openvino() -> bool:
+    """Whether OpenVINO is installed."""
+    return importlib.util.find_spec(OPENVINO) is not None
+
+
+def runtime_of(folder: Path, manifest: Manifest, options: RuntimeOptions) -> str:
+    """The runtime of an ONNX engine: the requested one, else the quickest known one, else the one of its export.
+
+    Raises:
+        UsageError: a runtime is requested for another format.
+    """
+    if manifest.format != "onnx":
+        if options.runtime != "auto":
+            raise UsageError(
+                f"a runtime is chosen for ONNX engines alone, and {folder} has the format {manifest.format}"
+            )
+        return manifest.format
+    if options.runtime != "auto":
+        return options.runtime
+    if options.cuda_index is not None or options.provider is not None:
+        return ONNXRUNTIME
+    if "bf16" in (manifest.precision, manifest.bank_precision):
+        return OPENVINO
+    wanted = quickest(folder, manifest) or manifest.details.get("runtime", ONNXRUNTIME)
+    return OPENVINO if wanted == OPENVINO and has_openvino() else ONNXRUNTIME
+
+
+def quickest(folder: Path, manifest: Manifest) -> str | None:
+    """The quickest runtime of this engine on this machine, if it is known."""
+    found = _read(folder).get(_machine(manifest))
+    return found if found in (ONNXRUNTIME, OPENVINO) else None
+
+
+def remember(folder: Path, manifest: Manifest, runtime: str) -> bool:
+    """Remember the quickest runtime for this machine; returns whether the folder could be written to."""
+    with contextlib.suppress(OSError):
+        (folder / QUICKEST).parent.mkdir(exist_ok=True)
+        write_json(folder / QUICKEST, {**_read(folder), _machine(manifest): runtime})
+        return True
+    return False
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        values = json.loads((folder / QUICKEST).read_text())
+        return values if isinstance(values, dict) else {}
+    return {}
+
+
+def _machine(manifest: Manifest) -> str:
+    """The engine's model, the kind of processor and its instruction sets, as a key."""
+    facts = {platform.machine(), *(record.sha256 for record in manifest.files.values())}
+    with contextlib.suppress(OSError):
+        facts.update(line for line in _PROCESSORS.read_text().splitlines() if line.startswith(_KIND))
+    return hashlib.sha256("\n".join(sorted(facts)).encode()).hexdigest()[:16]

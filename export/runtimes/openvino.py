@@ -1,0 +1,130 @@
+"""OpenVINO, for ONNX engines on a CPU: bf16, which ONNX Runtime does not run there, and static int8."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import queue
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from prompttune.errors import EngineError, MissingExtraError, UsageError, first_line
+from prompttune.export.folder import MANIFEST, ONNX_FILE, Manifest
+from prompttune.export.layout import IMAGE, LOGITS, TASK_INDEX, bank_input
+from prompttune.export.runtimes.base import Array, BankArray, Runtime, RuntimeOptions, refuse_options
+
+try:
+    import openvino as ov
+except ImportError:  # the runtime says so when it is opened
+    ov = None
+
+CACHE = Path(".cache", "openvino")
+"""Folder in an engine's folder for its compiled models, unless the options name another one."""
+HINTS = {"fp32": "f32", "fp16": "f32", "bf16": "f32", "int8": "bf16"}
+"""Precision of values whose type is float32 in the file, by the engine's precision.
+
+The types in the file of a bf16 engine state what runs in bf16: norms, softmax and logits do not. An int8 engine is
+quantised from fp32, and what is left in float runs in bf16.
+"""
+_COMPUTED = {"fp16": "fp16 in fp32", "bf16": "bf16 in fp32, as this CPU has no bf16", "int8": "int8"}
+"""Words for what a CPU without the instructions of a precision computes in."""
+
+
+class OpenVinoRuntime(Runtime):
+    """An ONNX file in OpenVINO, whose tensors refer to the bank in host memory without a copy.
+
+    Calls that overlap have their own request each and share the threads.
+
+    Raises:
+        MissingExtraError: OpenVINO is not installed.
+        UsageError: an option belongs to a GPU.
+        EngineError: OpenVINO cannot open the file.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, options: RuntimeOptions) -> None:
+        if ov is None:
+            raise MissingExtraError("openvino", "openvino", "or give the runtime onnxruntime and another precision")
+        refuse_options(options, "OpenVINO", "cuda_graph", "provider")
+        if options.cuda_index is not None:
+            raise UsageError("the runtime openvino runs on the cpu alone: give the device cpu")
+        core, precision = ov.Core(), manifest.precision
+        has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        settings = {"INFERENCE_PRECISION_HINT": HINTS[precision], "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
+        if options.threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = options.threads
+        try:
+            self._model = _compiled(core, folder, settings, options.cache)
+        except Exception as problem:  # OpenVINO's errors share no base class below Exception
+            raise EngineError(f"OpenVINO cannot open {folder / ONNX_FILE}: {_reason(problem)}") from None
+        self._requests: queue.LifoQueue[Any] = queue.LifoQueue()
+        computed = _COMPUTED.get(precision, precision) if precision == "fp16" or not has_bf16 else precision
+        self._computed = "int8, the rest in bf16" if precision == "int8" and has_bf16 else computed
+        self._version = ov.__version__.partition("-")[0]
+
+    @property
+    def description(self) -> str:
+        """See :attr:`Runtime.description`."""
+        return f"OpenVINO {self._version}, CPU, {self._computed}"
+
+    def place(self, rows: BankArray) -> Any:
+        """See :meth:`Runtime.place`."""
+        if rows.dtype == ml_dtypes.bfloat16:  # a type that OpenVINO does not know in NumPy
+            return ov.Tensor(rows.view(np.uint16), ov.Shape(rows.shape), ov.Type.bf16)
+        return ov.Tensor(rows, shared_memory=True)
+
+    def update(self, placed: Any, rows: BankArray, row: int) -> None:
+        """See :meth:`Runtime.update`; the placed tensor is the host's copy."""
+
+    def run(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
+        """See :meth:`Runtime.run`."""
+        feeds = {IMAGE: self.place(images), TASK_INDEX: self.place(np.ascontiguousarray(task_index))}
+        try:
+            request = self._requests.get_nowait()
+        except queue.Empty:
+            request = self._model.create_infer_request()
+        try:
+            for name, tensor in {**feeds, **{bank_input(key): placed for key, placed in bank.items()}}.items():
+                request.set_tensor(name, tensor)
+            request.infer()
+            logits = np.array(request.get_tensor(LOGITS).data)
+        except Exception as problem:
+            raise EngineError(f"OpenVINO failed: {_reason(problem)}") from None
+        self._requests.put(request)
+        return logits
+
+
+def _compiled(core: Any, folder: Path, settings: dict[str, Any], cache: Path | None) -> Any:
+    """The model of a folder, from its cache if it has one; a model in a folder that is being written has none."""
+    path = str(folder / ONNX_FILE)
+    cache = cache or (folder / CACHE if (folder / MANIFEST).is_file() else None)
+    with _writing(cache) as place:
+        if place is not None:
+            with contextlib.suppress(RuntimeError):
+                return core.compile_model(path, "CPU", {**settings, "CACHE_DIR": str(place)})
+            shutil.rmtree(place, ignore_errors=True)  # damaged, or of another OpenVINO
+        return core.compile_model(path, "CPU", settings)
+
+
+@contextlib.contextmanager
+def _writing(cache: Path | None) -> Iterator[Path | None]:
+    """The cache's folder, for one process at a time; None where it cannot be written to."""
+    with contextlib.ExitStack() as stack:
+        try:
+            if cache is not None:
+                cache.mkdir(parents=True, exist_ok=True)
+                fcntl.flock(stack.enter_context((cache / ".lock").open("w")), fcntl.LOCK_EX)
+        except OSError:
+            cache = None
+        yield cache
+
+
+def _reason(problem: Exception) -> str:
+    """The last line of OpenVINO's text; those before it name places in its own sources."""
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    return lines[-1] if lines else first_line(problem)
