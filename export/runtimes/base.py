@@ -16,7 +16,7 @@ from prompttune.export.folder import Manifest
 from prompttune.export.layout import ASKED, BATCH, CLASS_ROWS, IMAGE, TASK_INDEX, Sizes, State, bank_dtype
 from prompttune.export.layout import Array as Array
 from prompttune.export.options import RuntimeOptions as RuntimeOptions
-from prompttune.export.runtimes.choice import OPENVINO, runtime_of
+from prompttune.export.runtimes.choice import ONNXRUNTIME, OPENVINO, runtime_of
 from prompttune.registry import Registry
 
 BankArray = NDArray[Any]
@@ -105,6 +105,10 @@ RUNTIMES.add("aoti", "prompttune.export.runtimes.aoti:AotiRuntime")
 RUNTIMES.add("trt", "prompttune.export.runtimes.tensorrt:TensorRTRuntime")
 RUNTIMES.add("trt-rtx", "prompttune.export.runtimes.tensorrt:TensorRTRTXRuntime")
 RUNTIMES.add("torch-trt", "prompttune.export.runtimes.torch_tensorrt:TorchTensorRTRuntime")
+ONNX_RUNTIMES: Registry[OpenRuntime] = Registry("runtime of ONNX engines", "prompttune.onnx_runtimes", base=Runtime)
+"""Runtimes of the format ``onnx``, by their names in :class:`RuntimeOptions`."""
+ONNX_RUNTIMES.add(ONNXRUNTIME, "prompttune.export.runtimes.onnxruntime:OnnxRuntime")
+ONNX_RUNTIMES.add(OPENVINO, "prompttune.export.runtimes.openvino:OpenVinoRuntime")
 
 
 def open_runtime(folder: Path, manifest: Manifest, options: RuntimeOptions | None = None) -> Runtime:
@@ -117,10 +121,8 @@ def open_runtime(folder: Path, manifest: Manifest, options: RuntimeOptions | Non
     if manifest.format not in RUNTIMES:
         raise EngineError(f"{folder} has the format {manifest.format!r}; known: {', '.join(RUNTIMES)}")
     options = options or RuntimeOptions()
-    open_file: OpenRuntime = RUNTIMES[manifest.format]
-    if runtime_of(folder, manifest, options) == OPENVINO:
-        from prompttune.export.runtimes.openvino import OpenVinoRuntime as open_file  # noqa: N813
-    opened = open_file(folder, manifest, options)
+    known = ONNX_RUNTIMES if manifest.format == "onnx" else RUNTIMES
+    opened = known[runtime_of(folder, manifest, options)](folder, manifest, options)
     opened.sizes = opened.sizes if opened.sizes.ranges else manifest.sizes
     opened.asks_many = manifest.asks_many
     return opened
