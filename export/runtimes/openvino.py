@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from prompttune.errors import EngineError, MissingExtraError, UsageError, first_line
 from prompttune.export.folder import MANIFEST, ONNX_FILE, Manifest
-from prompttune.export.layout import IMAGE, LOGITS, TASK_INDEX, bank_input
+from prompttune.export.layout import LOGITS, bank_input
 from prompttune.export.runtimes.base import Array, BankArray, Runtime, RuntimeOptions, refuse_options
 
 try:
@@ -78,18 +78,19 @@ class OpenVinoRuntime(Runtime):
             return ov.Tensor(rows.view(np.uint16), ov.Shape(rows.shape), ov.Type.bf16)
         return ov.Tensor(rows, shared_memory=True)
 
-    def update(self, placed: Any, rows: BankArray, row: int) -> None:
+    def update(self, placed: Any, rows: BankArray, changed: slice) -> None:
         """See :meth:`Runtime.update`; the placed tensor is the host's copy."""
 
-    def run(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
+    def run(self, inputs: Mapping[str, NDArray[Any]], bank: Mapping[str, Any]) -> Array:
         """See :meth:`Runtime.run`."""
-        feeds = {IMAGE: self.place(images), TASK_INDEX: self.place(np.ascontiguousarray(task_index))}
+        feeds = {name: self.place(np.ascontiguousarray(one)) for name, one in inputs.items()}
+        feeds |= {bank_input(key): placed for key, placed in bank.items()}
         try:
             request = self._requests.get_nowait()
         except queue.Empty:
             request = self._model.create_infer_request()
         try:
-            for name, tensor in {**feeds, **{bank_input(key): placed for key, placed in bank.items()}}.items():
+            for name, tensor in feeds.items():
                 request.set_tensor(name, tensor)
             request.infer()
             logits = np.array(request.get_tensor(LOGITS).data)
