@@ -46,6 +46,8 @@ LATEST_VERSION = 3
 """Version of manifests whose model answers several tasks for an image, which earlier releases must refuse."""
 MANIFEST, TASKS = "engine.json", "tasks"
 ONNX_FILE, ONNX_WEIGHTS_FILE = "model.onnx", "model.onnx.data"
+IMAGE_PART, TASK_PART = "image", "answer"
+"""Folders of the two graphs of a split engine."""
 TASK_RECORD, STATE_FILE = "task.json", "state.safetensors"
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _VERSION_DIGITS = 12

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,28 +17,24 @@ from torch.utils._pytree import tree_leaves, tree_map
 from prompttune.errors import EngineError, first_line
 from prompttune.export.banks import BankForm, stack_states
 from prompttune.export.layout import (
-    ASKED,
     BATCH,
-    CLASS_INDEX,
-    CLASS_ROWS,
     HEAD,
-    IMAGE,
-    TASK_INDEX,
-    State,
+    STATE,
     TensorSpec,
-    bank_input,
     declare_inputs,
     declare_outputs,
     dynamic_axes,
     is_by_class,
 )
+from prompttune.export.layout import State as HostState
 from prompttune.export.precision.casting import TORCH_DTYPES, typed_model
 from prompttune.layers.attention import explicit_attention
 from prompttune.layers.probe import recording
+from prompttune.methods.base import State
 from prompttune.model import PromptModel
 
 # Sizes to trace with: primes that occur nowhere else in a model, so that axes cannot be confused.
-_SAMPLE_BATCH, _SAMPLE_ASKED, _SAMPLE_AXES = 3, 2, (5, 7, 11, 13, 17, 19, 23, 29)
+_SAMPLE_AXES = (3, 2, 5, 7, 11, 13, 17, 19, 23, 29)
 
 
 OnProbes = Callable[[list[str]], None]
@@ -83,13 +79,25 @@ class MultiTaskGraph(nn.Module):
             class_index: int64 [B, K, C], the place of each class among them.
             bank: the states of T tasks by key, see :mod:`prompttune.export.banks`.
         """
-        chosen = {key: one.index_select(0, class_rows) if key in self.by_class else one for key, one in bank.items()}
-        return self._answers(image, task_index, class_index, chosen)
+        return self._answers(image, task_index, class_index, self._choose(bank, class_rows))
+
+    def _choose(self, bank: Mapping[str, Tensor], class_rows: Tensor) -> dict[str, Tensor]:
+        """The bank with the chosen rows of the head alone."""
+        return {key: one.index_select(0, class_rows) if key in self.by_class else one for key, one in bank.items()}
 
     def _answers(
         self, image: Tensor, task_index: Tensor, class_index: Tensor, bank: Mapping[str, Tensor]
     ) -> Tensor | tuple[Tensor, ...]:
         """See :meth:`forward`; ``bank`` has the chosen rows of the head."""
+        with recording() as recorded:
+            logits = self._logits(self.model.image_state(image), task_index, class_index, bank)
+        if self.probes is None:
+            return logits
+        self.probes(list(recorded))
+        return (logits, *recorded.values())
+
+    def _logits(self, found: State, task_index: Tensor, class_index: Tensor, bank: Mapping[str, Tensor]) -> Tensor:
+        """See :meth:`forward`, for an image state."""
         asked, head = task_index.shape[1], self.model.head
         # index_select becomes a plain Gather; bank[task_index] would become a GatherND.
         rows = {key: one.index_select(0, task_index.flatten()) for key, one in bank.items() if key not in self.by_class}
@@ -99,20 +107,11 @@ class MultiTaskGraph(nn.Module):
                 rows[key] = every.unflatten(0, (task_index.numel(), class_index.shape[2]))
             else:  # one task with all classes; each row's own are chosen behind the product
                 rows[key] = bank[key].unsqueeze(0)
-        with recording() as recorded:
-            found = self.model.image_state(image)
-            if self.repeats:
-                found = {key: _repeated(one, asked) for key, one in found.items()}
-            # Rows are converted after the gather, because the bank may hold thousands of tasks.
-            logits = self.model.answer(found, _typed_state(rows, self.dtype)).logits.float()
-        if head.size:
-            logits = logits.unflatten(0, (task_index.shape[0], asked))
-        else:
-            logits = self._chosen(logits, class_index)
-        if self.probes is None:
-            return logits
-        self.probes(list(recorded))
-        return (logits, *recorded.values())
+        if self.repeats:
+            found = {key: _repeated(one, asked) for key, one in found.items()}
+        # Rows are converted after the gather, because the bank may hold thousands of tasks.
+        logits = self.model.answer(found, _typed_state(rows, self.dtype)).logits.float()
+        return logits.unflatten(0, (task_index.shape[0], asked)) if head.size else self._chosen(logits, class_index)
 
     def _chosen(self, logits: Tensor, class_index: Tensor) -> Tensor:
         """The classes [B, K, C] that each row asks for, of logits [B K, R], or [B, R] of features without a task."""
@@ -125,6 +124,33 @@ class MultiTaskGraph(nn.Module):
 def _repeated(tensor: Tensor, asked: int) -> Tensor:
     """Each image's row of [B, ...] once for each task that it is asked about, [B K, ...]."""
     return tensor.unsqueeze(1).expand(-1, asked, *tensor.shape[1:]).flatten(0, 1)
+
+
+class ImageGraph(nn.Module):
+    """The image state alone, its tensors in order."""
+
+    def __init__(self, model: PromptModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """The image state [B, ...] of normalised float32 images [B, 3, S, S]."""
+        return tuple(self.model.image_state(image).values())
+
+
+class TaskGraph(MultiTaskGraph):
+    """What is left of the graph when the image state is known."""
+
+    def forward(  # type: ignore[override]
+        self,
+        found: Mapping[str, Tensor],
+        task_index: Tensor,
+        class_rows: Tensor,
+        class_index: Tensor,
+        bank: Mapping[str, Tensor],
+    ) -> Tensor:
+        """See :meth:`MultiTaskGraph.forward`, from an image state."""
+        return self._logits(dict(found), task_index, class_index, self._choose(bank, class_rows))
 
 
 class BakedGraph(MultiTaskGraph):
@@ -176,7 +202,7 @@ def trace(
     precision: str = "fp32",
     bank_precision: str = "fp32",
     attention: str = "fused",
-    baked: Mapping[str, State] | None = None,
+    baked: Mapping[str, HostState] | None = None,
     probes: bool = False,
     device: str = "cpu",
 ) -> Traced:
@@ -198,32 +224,66 @@ def trace(
     typed, dtype, bank_dtype = typed_model(model, precision), TORCH_DTYPES[precision], TORCH_DTYPES[bank_precision]
     # The caller's own stays what and where it is.
     typed = copy.deepcopy(typed).to(device) if device != "cpu" and typed is model else typed.to(device)
-    asked = torch.zeros(_SAMPLE_BATCH, _SAMPLE_ASKED, dtype=torch.int64)
-    sample: list[Any] = [torch.zeros(_SAMPLE_BATCH, 3, size, size), asked]
-    dynamic: dict[str, Any] = {IMAGE: {0: BATCH}, TASK_INDEX: {0: BATCH, 1: ASKED}}
     names: dict[str, None] = {}  # the forward is traced more than once
     told = (lambda found: names.update(dict.fromkeys(found))) if probes else None
     graph: MultiTaskGraph
     if baked is None:
         graph = MultiTaskGraph(typed, dtype, told)
         inputs, outputs = declare_inputs(layout, size, bank_precision), declare_outputs(size=model.head.size)
-        sizes = dict(zip(dynamic_axes(inputs[2:]), _SAMPLE_AXES, strict=False)) | {BATCH: _SAMPLE_BATCH}
-        sizes[ASKED] = _SAMPLE_ASKED
-        shapes = {spec.name: [sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape] for spec in inputs}
-        axes = {spec.name: {at: axis for at, axis in enumerate(spec.shape) if isinstance(axis, str)} for spec in inputs}
-        for name in (CLASS_ROWS, CLASS_INDEX):
-            sample.append(torch.zeros(shapes[name], dtype=torch.int64))
-            dynamic[name] = axes[name]
-        sample.append({key: torch.zeros(shapes[bank_input(key)], dtype=bank_dtype) for key in layout})
-        dynamic["bank"] = {key: axes[bank_input(key)] for key in layout}
     else:
         stacked = stack_states(BankForm(layout), baked.values())
         rows = {key: torch.from_numpy(value).to(bank_dtype) for key, value in stacked.rows.items()}
         classes = torch.from_numpy(stacked.table())
         graph = BakedGraph(typed, rows, classes, dtype, told)
         inputs, outputs = declare_inputs({}, size), declare_outputs(classes.shape[1], model.head.size)
+    sample, dynamic = _samples(inputs)
     program = capture(graph, sample, dynamic, attention, device, model.config.method)
     return Traced(program, inputs, outputs, dynamic, list(names))
+
+
+def trace_parts(model: PromptModel, precision: str, bank_precision: str, attention: str) -> tuple[Traced, Traced]:
+    """Capture the image's part and the tasks' part of the multi-task graph, see :func:`trace`.
+
+    The outputs of the first, ``state.<key>``, are inputs of the second in the place of the image.
+    """
+    layout, size = model.state_layout(), model.backbone.image_size
+    typed, dtype = typed_model(model, precision), TORCH_DTYPES[precision]
+    with torch.no_grad():
+        found = typed.image_state(torch.zeros(1, 3, size, size))
+    states = [
+        TensorSpec(f"{STATE}{key}", str(one.dtype).removeprefix("torch."), (BATCH, *one.shape[1:]))
+        for key, one in found.items()
+    ]
+    inputs = declare_inputs(layout, size, bank_precision)
+    parts = (
+        (ImageGraph(typed), inputs[:1], states),
+        (TaskGraph(typed, dtype), [*states, *inputs[1:]], declare_outputs(size=model.head.size)),
+    )
+    traced = []
+    for graph, given, made in parts:
+        sample, dynamic = _samples(given)
+        program = capture(graph, sample, dynamic, attention, "cpu", model.config.method)
+        traced.append(Traced(program, given, made, dynamic, []))
+    return traced[0], traced[1]
+
+
+def _samples(inputs: Sequence[TensorSpec]) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments to trace a graph with, and the names of their dynamic axes; a bank and an image state are dicts."""
+    sizes = dict(zip(dynamic_axes(inputs), _SAMPLE_AXES, strict=False))
+    arguments: dict[str, Any] = {}
+    dynamic: dict[str, Any] = {}
+    for spec in inputs:
+        group, _, key = spec.name.partition(".")
+        shape = [sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape]
+        made = torch.zeros(shape, dtype=getattr(torch, spec.dtype))
+        axes = {place: axis for place, axis in enumerate(spec.shape) if isinstance(axis, str)}
+        if key:
+            group = "found" if spec.name.startswith(STATE) else group
+            arguments.setdefault(group, {})[key] = made
+            dynamic.setdefault(group, {})[key] = axes
+        else:
+            arguments[group], dynamic[group] = made, axes
+    return list(arguments.values()), dynamic
 
 
 def unbounded_attention(device: str) -> AbstractContextManager[None]:

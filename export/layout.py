@@ -29,7 +29,8 @@ CHOSEN, WIDTH = "chosen", "width"
 """Axes of a call: K tasks asked about each image, class rows that it needs, classes of its widest task."""
 IMAGE, TASK_INDEX, LOGITS = "image", "task_index", "logits"
 CLASS_ROWS, CLASS_INDEX = "class_rows", "class_index"
-HEAD, _BANK = "head.", "bank."
+HEAD, _BANK, STATE = "head.", "bank.", "state."
+"""Prefixes: keys of a head; model inputs of a bank; model inputs and outputs of an image state."""
 
 DTYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 """numpy dtype by bank precision; NumPy itself does not have bfloat16."""

@@ -37,6 +37,10 @@ class RuntimeOptions:
         "auto", "Runtime of an ONNX engine. auto: the quickest that bench has found here, else that of the export.",
         RUNTIMES,
     )  # fmt: skip
+    image_cache: int = setting(
+        0, "MiB for the frozen work on images: another question about an image then costs the tasks' part alone. For "
+        "engines exported with --split.", low=0, shown="none",
+    )  # fmt: skip
 
     @property
     def cuda_index(self) -> int | None:

@@ -81,6 +81,8 @@ class TritonSettings:
                 f"bad model name {self.name!r}: use letters, digits, '.', '_' and '-', first a letter or a digit"
             )
         choose("format of a Triton model", model.format, BACKENDS)
+        if model.split:
+            raise UsageError("Triton takes one graph: leave out split")
         if self.max_batch_size is not None and model.format == "trt":
             raise UsageError("a plan's largest batch is its profile's: give --axis batch=1:8:64 instead")
         if model.axes.get(BATCH, (1,))[0] > 1:

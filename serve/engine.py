@@ -106,6 +106,7 @@ class Engine:
         cache: folder for the compiled engines of that provider and of OpenVINO, kept between runs.
         spin: whether CPU threads that wait for the next operator spin, see :class:`RuntimeOptions`.
         runtime: ``onnxruntime`` or ``openvino`` for an ONNX engine; ``auto`` chooses, see :class:`RuntimeOptions`.
+        image_cache: MiB for the frozen work on images, see :class:`RuntimeOptions`.
         verify: whether to check the model's digests first.
         tasks: tasks to answer for, with room for the largest of them from the start, so that an answer's last digits do
             not depend on which task was loaded first; None for all tasks of the folder.
@@ -136,6 +137,7 @@ class Engine:
         cache: str | Path | None = None,
         spin: bool = True,
         runtime: str = "auto",
+        image_cache: int = 0,
         verify: bool = True,
         tasks: Sequence[str] | None = None,
         resident_tasks: int | None = None,
@@ -146,7 +148,7 @@ class Engine:
         self.device = device
         manifest = self.folder.manifest
         kept = None if cache is None else Path(cache)
-        options = RuntimeOptions(device, threads, cuda_graph, provider, kept, spin, runtime)
+        options = RuntimeOptions(device, threads, cuda_graph, provider, kept, spin, runtime, image_cache)
         self._runtime = open_runtime(self.folder.path, manifest, options)
         self._dtype = bank_dtype(manifest.bank_precision)
         self._unsaved: dict[str, tuple[EngineTask, str]] = {}

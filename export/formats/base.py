@@ -14,7 +14,7 @@ import numpy as np
 from prompttune.axes import CLASSES, CLUSTERS, RANK
 from prompttune.errors import UsageError, choose
 from prompttune.export.graph import Traced, trace
-from prompttune.export.layout import BATCH, DTYPES, TASKS, Array, Range, State, TensorSpec
+from prompttune.export.layout import ASKED, BATCH, CHOSEN, DTYPES, TASKS, WIDTH, Array, Range, State, TensorSpec
 from prompttune.export.options import GateOptions, OnStage, RuntimeOptions
 from prompttune.model import PromptModel
 from prompttune.registry import Registry
@@ -24,7 +24,7 @@ BANK_PRECISIONS = tuple(DTYPES)
 PRECISIONS = (*BANK_PRECISIONS, "int8")
 ATTENTIONS = ("explicit", "fused")
 QUANTIZATIONS = ("dynamic", "static")
-AXES = (BATCH, TASKS, RANK, CLASSES, CLUSTERS)
+AXES = (BATCH, ASKED, TASKS, RANK, CLASSES, CHOSEN, WIDTH, CLUSTERS)
 
 
 class Format(ABC):
@@ -38,6 +38,8 @@ class Format(ABC):
     default_attention: ClassVar[str] = "explicit"
     default_quantization: ClassVar[str] = "dynamic"
     default_device: ClassVar[str] = "cpu"
+    splits: ClassVar[bool] = False
+    """Whether the image's part and the tasks' part can be written as two graphs."""
     options: ClassVar[type[Any] | None] = None
     """Settings dataclass of the format's own options, which become options of the command line."""
 
@@ -150,6 +152,10 @@ class ExportSettings:
     baked: bool = setting(
         False, "Make the tasks constants of the model, whose only inputs are then image and task_index."
     )
+    split: bool = setting(
+        False, "Write the image's part and the tasks' part as two graphs, so that a server can keep the work on images "
+        "(serve --image-cache); for onnx on the CPU.",
+    )  # fmt: skip
     device: str | None = setting(
         None, "Device of the model: cpu, cuda or cuda:INDEX.", shown="cuda for trt, trt-rtx and torch-trt, else cpu"
     )
@@ -188,6 +194,10 @@ class ExportSettings:
         if made.quantization is not None and not int8:
             raise UsageError("quantization needs the precision int8")
         device = made.device or kind.default_device
+        if made.split:
+            alone = not (made.baked or made.quantization == "static") and device == "cpu"
+            if not (kind.splits and alone):
+                raise UsageError("split is for the format onnx on the cpu, not baked and without static int8")
         RuntimeOptions(device).cuda_index  # noqa: B018  # raises if there is no such device
         return dataclasses.replace(
             made,

@@ -9,10 +9,12 @@ from torch import nn
 
 from prompttune.backbones.base import PatchBackbone
 from prompttune.errors import EngineError, MissingExtraError, UsageError
-from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE
+from prompttune.export.folder import IMAGE_PART, ONNX_FILE, ONNX_WEIGHTS_FILE, TASK_PART
 from prompttune.export.formats.base import BuildRequest, Built, ExportSettings, Format
 from prompttune.export.formats.onnx_file import FUSED_OPSET, OPSET, export_onnx
-from prompttune.export.formats.onnx_int8 import calibrated, quantise
+from prompttune.export.formats.onnx_int8 import calibrated, has_products, quantise
+from prompttune.export.graph import trace_parts
+from prompttune.export.layout import STATE
 from prompttune.export.options import RUNTIMES
 from prompttune.export.runtimes.choice import ONNXRUNTIME, OPENVINO, has_openvino
 from prompttune.export.runtimes.onnxruntime import CPU_INT8
@@ -34,6 +36,7 @@ class OnnxFormat(Format):
 
     name, title = "onnx", "ONNX Runtime or OpenVINO"
     options = OnnxOptions
+    splits = True
 
     def check(self, settings: ExportSettings) -> None:
         """See :meth:`Format.check`."""
@@ -86,12 +89,35 @@ def write_onnx(request: BuildRequest, folder: Path, symmetric: bool = False) -> 
     if request.settings.precision == "int8":
         request = calibrated(request)
     request.on_stage("tracing and writing the graph")
-    traced = request.trace(probes=True)
     opset = FUSED_OPSET if request.settings.attention == "fused" else OPSET
+    if request.settings.split:
+        return _write_parts(request, folder, opset)
+    traced = request.trace(probes=True)
     probes = export_onnx(traced, folder, opset)
     if request.settings.precision == "int8":
         quantise(request, folder, symmetric)
-    files = [name for name in (ONNX_FILE, ONNX_WEIGHTS_FILE) if (folder / name).is_file()]
     runtime = request.settings.options.get("runtime", "auto")
     details = {"probes": probes} | ({} if runtime == "auto" else {"runtime": runtime})
-    return Built(traced.inputs, traced.outputs, files, opset, details)
+    return Built(traced.inputs, traced.outputs, _files(folder), opset, details)
+
+
+def _files(folder: Path) -> list[str]:
+    return [name for name in (ONNX_FILE, ONNX_WEIGHTS_FILE) if (folder / name).is_file()]
+
+
+def _write_parts(request: BuildRequest, folder: Path, opset: int) -> Built:
+    """Write the image's part and the tasks' part, each into a folder of its own."""
+    settings, files = request.settings, []
+    int8 = settings.precision == "int8"
+    parts = trace_parts(
+        request.model, "fp32" if int8 else settings.precision, str(settings.bank_precision), str(settings.attention)
+    )
+    for part, traced in zip((IMAGE_PART, TASK_PART), parts, strict=True):
+        (folder / part).mkdir()
+        export_onnx(traced, folder / part, opset)
+        if int8 and has_products(folder / part / ONNX_FILE):
+            quantise(request, folder / part)
+        files += [f"{part}/{name}" for name in _files(folder / part)]
+    image, tasks = parts
+    inputs = [*image.inputs, *(spec for spec in tasks.inputs if not spec.name.startswith(STATE))]
+    return Built(inputs, tasks.outputs, files, opset, {"parts": [spec.to_dict() for spec in image.outputs]})

@@ -116,17 +116,26 @@ def _products(path: Path, backbone: Backbone, in_float: int) -> list[str]:
         EngineError: the graph does not have such nodes.
     """
     early = [f"{name}.mlp.fc2'" for name in _block_names(backbone)[:in_float]]
-    graph = onnx.load(str(path), load_external_data=False).graph
-    constants = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
     scopes = {
         node.name: "".join(one.value for one in node.metadata_props if one.key.endswith("name_scopes"))
-        for node in graph.node
-        if node.op_type == "MatMul" and node.input[1] in constants
+        for node in _frozen(path)
     }
     products = [name for name, scope in scopes.items() if not any(module in scope for module in early)]
     if not products:  # ONNX Runtime treats an empty list as all nodes, including those of tasks
         raise EngineError(f"int8 quantises products with frozen matrices, and {backbone.name} has none: choose fp16")
     return products
+
+
+def _frozen(path: Path) -> list[onnx.NodeProto]:
+    """The products with a constant matrix."""
+    graph = onnx.load(str(path), load_external_data=False).graph
+    constants = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
+    return [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in constants]
+
+
+def has_products(path: Path) -> bool:
+    """Whether a file has anything to quantise."""
+    return bool(_frozen(path))
 
 
 def _block_names(backbone: Backbone) -> list[str]:

@@ -149,6 +149,8 @@ def _onnx_results(
     """The intermediate results that the engine's file still holds, as float32."""
     from prompttune.export.runtimes.onnxruntime import open_session
 
+    if manifest.details.get("parts"):
+        raise UsageError("the graphs of an engine in two parts have no intermediate results: export it without split")
     model = onnx.load(str(folder / ONNX_FILE), load_external_data=False)
     probes = _add_outputs(model, check_probes(manifest))
     try:

@@ -60,6 +60,17 @@ class Runtime(ABC):
             bank: placed tensor of each state key; empty for an engine with its bank baked in.
         """
 
+    keeps_images = False
+    """Whether the image's part runs by itself, see :meth:`image_state`."""
+
+    def image_state(self, images: Array) -> dict[str, BankArray]:
+        """What images [B, 3, S, S] come to without a task, [B, ...] by name, for :meth:`answer`."""
+        raise NotImplementedError
+
+    def answer(self, found: Mapping[str, BankArray], index: Index, bank: Mapping[str, Any]) -> Array:
+        """Logits [B, K, C] of an image state, see :meth:`logits`."""
+        raise NotImplementedError
+
     def logits(self, images: Array, index: Index, bank: Mapping[str, Any]) -> Array:
         """Logits [B, K, C] of K tasks for each image, see :meth:`run`; in as many calls as the model needs.
 
@@ -125,6 +136,10 @@ def open_runtime(folder: Path, manifest: Manifest, options: RuntimeOptions | Non
     opened = known[runtime_of(folder, manifest, options)](folder, manifest, options)
     opened.sizes = opened.sizes if opened.sizes.ranges else manifest.sizes
     opened.asks_many = manifest.asks_many
+    if options is not None and options.image_cache:
+        from prompttune.export.runtimes.image_cache import ImageCache
+
+        return ImageCache(opened, options.image_cache << 20)
     return opened
 
 

@@ -40,6 +40,12 @@ def runtime_of(folder: Path, manifest: Manifest, options: RuntimeOptions) -> str
                 f"a runtime is chosen for ONNX engines alone, and {folder} has the format {manifest.format}"
             )
         return manifest.format
+    if manifest.details.get("parts"):
+        if options.runtime == OPENVINO:
+            raise UsageError(
+                "an engine in two parts runs in ONNX Runtime: leave out the runtime, or export without split"
+            )
+        return ONNXRUNTIME
     if options.runtime != "auto":
         return options.runtime
     if options.cuda_index is not None or options.provider is not None:

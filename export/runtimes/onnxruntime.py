@@ -16,8 +16,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from prompttune.errors import EngineError, MissingExtraError, UsageError, choose, first_line
-from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE, Manifest
-from prompttune.export.layout import LOGITS, Sizes, bank_input
+from prompttune.export.banks import Index
+from prompttune.export.folder import IMAGE_PART, ONNX_FILE, ONNX_WEIGHTS_FILE, TASK_PART, Manifest
+from prompttune.export.layout import IMAGE, LOGITS, Sizes, bank_input
 from prompttune.export.options import PROVIDERS
 from prompttune.export.quiet import quiet
 from prompttune.export.runtimes.base import Array, BankArray, Runtime, RuntimeOptions
@@ -147,8 +148,13 @@ class OnnxRuntime(Runtime):
 
             self.sizes = Sizes(provider_ranges(folder, manifest))
             wanted[0][1].update(tensorrt_settings(manifest, self.sizes.ranges, options.cache))
+        self._parts = [spec["name"] for spec in manifest.details.get("parts", ())]
+        self.keeps_images = bool(self._parts)
+        if self._parts and not on_cpu:
+            raise EngineError("an engine in two parts runs on the cpu: open it there, or export it without split")
         try:
-            self._session = open_session(folder, options, wanted=wanted)
+            self._session = open_session(folder / TASK_PART if self._parts else folder, options, wanted=wanted)
+            self._image = open_session(folder / IMAGE_PART, options, wanted=wanted) if self._parts else None
         except Exception as problem:  # ONNX Runtime's errors share no base class below Exception
             why = first_line(problem) + _missing_library(options)
             raise EngineError(f"ONNX Runtime cannot open {folder / ONNX_FILE}: {why}") from None
@@ -189,8 +195,27 @@ class OnnxRuntime(Runtime):
         if self._cuda is not None:
             return self._cuda.run(inputs, named, self._graphs)
         feeds = {name: ort.OrtValue.ortvalue_from_numpy(one) for name, one in inputs.items()} | named
+        if self._image is not None:
+            found = self._run(self._image, self._parts, {IMAGE: feeds.pop(IMAGE)})
+            feeds |= dict(zip(self._parts, found, strict=True))
+        logits: Array = self._run(self._session, [LOGITS], feeds)[0].numpy()
+        return logits
+
+    def image_state(self, images: Array) -> dict[str, BankArray]:
+        """See :meth:`Runtime.image_state`."""
+        found = self._run(self._image, self._parts, {IMAGE: ort.OrtValue.ortvalue_from_numpy(images)})
+        return {name: value.numpy() for name, value in zip(self._parts, found, strict=True)}
+
+    def answer(self, found: Mapping[str, BankArray], index: Index, bank: Mapping[str, Any]) -> Array:
+        """See :meth:`Runtime.answer`."""
+        given = {name: ort.OrtValue.ortvalue_from_numpy(one) for name, one in {**found, **index}.items()}
+        named = {bank_input(key): placed for key, placed in bank.items()}
+        logits: Array = self._run(self._session, [LOGITS], given | named)[0].numpy()
+        return logits
+
+    @staticmethod
+    def _run(session: Any, outputs: list[str], feeds: Mapping[str, Any]) -> list[Any]:
         try:
-            logits: Array = self._session.run_with_ort_values([LOGITS], feeds)[0].numpy()
+            return list(session.run_with_ort_values(outputs, feeds))
         except Exception as problem:
             raise EngineError(f"ONNX Runtime failed: {first_line(problem)}") from None
-        return logits
