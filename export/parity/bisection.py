@@ -84,6 +84,8 @@ def check_probes(manifest: Manifest) -> dict[str, str]:
             f"an engine of the format {manifest.format} does not show its intermediate results: export the same "
             "settings with --format onnx and debug that engine"
         )
+    if manifest.details.get("parts"):
+        raise UsageError("an engine in two parts does not show its intermediate results: export it without split")
     probes = manifest.details.get("probes")
     if not probes:
         raise UsageError("the engine does not name its intermediate results: export it again")
@@ -149,8 +151,6 @@ def _onnx_results(
     """The intermediate results that the engine's file still holds, as float32."""
     from prompttune.export.runtimes.onnxruntime import open_session
 
-    if manifest.details.get("parts"):
-        raise UsageError("the graphs of an engine in two parts have no intermediate results: export it without split")
     model = onnx.load(str(folder / ONNX_FILE), load_external_data=False)
     probes = _add_outputs(model, check_probes(manifest))
     try:

@@ -172,7 +172,15 @@ class DeviceReplica:
             "host_limit": self.settings.host_bytes,
             **{
                 name: getattr(self._stats, name, None)
-                for name in ("host_tasks", "host_bytes", "row_bytes", "resident_bytes")
+                for name in (
+                    "host_tasks",
+                    "host_bytes",
+                    "row_bytes",
+                    "resident_bytes",
+                    "image_hits",
+                    "image_misses",
+                    "image_bytes",
+                )
             },
         }
 

@@ -129,6 +129,8 @@ class _Replicas(Collector):
         ("resident_hits", "Number of requested states that already held a row.", lambda replica: replica.counts.hits),
         ("resident_misses", "Number of requested states that had to be loaded.", lambda replica: replica.counts.misses),
         ("resident_evictions", "Number of evicted states.", lambda replica: replica.counts.evictions),
+        ("image_hits", "Images whose frozen work was kept.", lambda replica: replica.status()["image_hits"] or 0),
+        ("image_misses", "Images whose frozen work was not.", lambda replica: replica.status()["image_misses"] or 0),
     )
 
     def __init__(self, replicas: Sequence[DeviceReplica]) -> None:

@@ -89,3 +89,7 @@ class WorkerStats:
     host_bytes: int
     resident_bytes: int | None
     """Resident set size of the worker's process in bytes; None if it cannot be read."""
+    image_hits: int = 0
+    """Number of images whose frozen work was kept."""
+    image_misses: int = 0
+    image_bytes: int = 0

@@ -16,6 +16,7 @@ from prompttune.export.banks import Place
 from prompttune.export.folder import TASK_RECORD, EngineFolder, EngineTask, load_version, read_record
 from prompttune.export.layout import bank_dtype
 from prompttune.export.runtimes import Array, open_runtime
+from prompttune.export.runtimes.image_cache import ImageCache
 from prompttune.serve.bank import BakedBank, Bank, baked_entries
 from prompttune.serve.memory import resident_bytes
 from prompttune.serve.workers.base import BatchResult, Key, VersionGoneError, WorkerSettings, WorkerStats
@@ -106,7 +107,11 @@ class Store:
     def stats(self) -> WorkerStats:
         """Contents of the store."""
         rows, host = len(self._bank.entries), self._host
-        return WorkerStats(rows, self._bank.nbytes, len(host.tasks), host.nbytes, resident_bytes())
+        stats = WorkerStats(rows, self._bank.nbytes, len(host.tasks), host.nbytes, resident_bytes())
+        kept = self._runtime
+        if not isinstance(kept, ImageCache):
+            return stats
+        return replace(stats, image_hits=kept.hits, image_misses=kept.misses, image_bytes=kept.nbytes)
 
 
 class HostCache:
