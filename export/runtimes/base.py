@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prompttune.errors import EngineError, UsageError
+from prompttune.errors import UsageError
 from prompttune.export.banks import Index, StackedBank, stack_states
 from prompttune.export.folder import Manifest
 from prompttune.export.layout import ASKED, BATCH, CLASS_ROWS, IMAGE, TASK_INDEX, Sizes, State, bank_dtype
 from prompttune.export.layout import Array as Array
 from prompttune.export.options import RuntimeOptions as RuntimeOptions
-from prompttune.export.runtimes.choice import ONNXRUNTIME, OPENVINO, runtime_of
-from prompttune.registry import Registry
 
 BankArray = NDArray[Any]
 """A bank tensor on the host, in the engine's bank precision."""
@@ -106,41 +103,6 @@ class Runtime(ABC):
             part = {name: one if name == CLASS_ROWS else one[some] for name, one in inputs.items()}
             parts.append(np.array(self.run(part, bank)[:count]))  # a buffer may be reused
         return np.concatenate(parts)
-
-
-OpenRuntime: TypeAlias = Callable[[Path, Manifest, RuntimeOptions], Runtime]
-RUNTIMES: Registry[OpenRuntime] = Registry("runtime", "prompttune.runtimes", base=Runtime)
-"""Runtime of each format, by the format's name."""
-RUNTIMES.add("onnx", "prompttune.export.runtimes.onnxruntime:OnnxRuntime")
-RUNTIMES.add("aoti", "prompttune.export.runtimes.aoti:AotiRuntime")
-RUNTIMES.add("trt", "prompttune.export.runtimes.tensorrt:TensorRTRuntime")
-RUNTIMES.add("trt-rtx", "prompttune.export.runtimes.tensorrt:TensorRTRTXRuntime")
-RUNTIMES.add("torch-trt", "prompttune.export.runtimes.torch_tensorrt:TorchTensorRTRuntime")
-ONNX_RUNTIMES: Registry[OpenRuntime] = Registry("runtime of ONNX engines", "prompttune.onnx_runtimes", base=Runtime)
-"""Runtimes of the format ``onnx``, by their names in :class:`RuntimeOptions`."""
-ONNX_RUNTIMES.add(ONNXRUNTIME, "prompttune.export.runtimes.onnxruntime:OnnxRuntime")
-ONNX_RUNTIMES.add(OPENVINO, "prompttune.export.runtimes.openvino:OpenVinoRuntime")
-
-
-def open_runtime(folder: Path, manifest: Manifest, options: RuntimeOptions | None = None) -> Runtime:
-    """Open a folder's model with the runtime of its format.
-
-    Raises:
-        EngineError: the format is unknown, or the runtime cannot open the model.
-        MissingExtraError: the format or the device needs an extra that is not installed.
-    """
-    if manifest.format not in RUNTIMES:
-        raise EngineError(f"{folder} has the format {manifest.format!r}; known: {', '.join(RUNTIMES)}")
-    options = options or RuntimeOptions()
-    known = ONNX_RUNTIMES if manifest.format == "onnx" else RUNTIMES
-    opened = known[runtime_of(folder, manifest, options)](folder, manifest, options)
-    opened.sizes = opened.sizes if opened.sizes.ranges else manifest.sizes
-    opened.asks_many = manifest.asks_many
-    if options is not None and options.image_cache:
-        from prompttune.export.runtimes.image_cache import ImageCache
-
-        return ImageCache(opened, options.image_cache << 20)
-    return opened
 
 
 def refuse_options(options: RuntimeOptions, what: str, *names: str) -> None:
