@@ -277,7 +277,7 @@ def test_supervision_of_the_prompt_pathway_is_a_switch(vit, images):
         ("lspt", {"long_term": False, "cell_rank": 2}, "cell_rank needs long_term"),
         ("sa2vp", {"gamma": float("nan")}, "gamma must be finite"),
         ("sa2vp", {"gamma": float("-inf")}, "gamma must be finite"),
-        ("linear", {"rank": 4}, "its settings: none"),
+        ("linear", {"rank": 4}, "its settings: layers, pool"),
         ("e2vpt", {"num_prompts": 0}, "num_prompts must be above 0"),
         ("e2vpt", {"num_kv": 0}, "num_kv must be above 0"),
         ("e2vpt", {"segments": 0}, "segments must be above 0"),

@@ -179,9 +179,12 @@ class VitBackbone(PatchBackbone):
             tokens: [B, N + inserted, D], prefix tokens first.
             inserted: prompt tokens between the prefix tokens and the patches.
         """
-        patches = tokens[:, self.num_prefix_tokens + inserted :]
+        return self.normed(tokens[:, self.num_prefix_tokens + inserted :])
+
+    def normed(self, tokens: Tensor) -> Tensor:
+        """Apply the model's final norm, wherever it is, to [..., D]."""
         # timm has one of the two norms, after the blocks or after the pooling; the other is the identity.
-        return cast(Tensor, self.model.fc_norm(self.model.norm(patches)))
+        return cast(Tensor, self.model.fc_norm(self.model.norm(tokens)))
 
     def pool(self, tokens: Tensor) -> Tensor:
         """Final norm, the model's own pooling and head norm: [B, N, D] to [B, D].

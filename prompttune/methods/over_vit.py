@@ -15,6 +15,9 @@ from prompttune.backbones.vit import VitBackbone, VitBlock
 from prompttune.layers.probe import probe
 from prompttune.methods.base import Features, Levels, MethodConfig, MethodOver, State, setting
 
+MAP_SIDE = 4
+"""Largest side of a :func:`pooled_map`."""
+
 
 class MapReader:
     """Collects the maps of one pathway while a forward runs through its blocks.
@@ -81,6 +84,21 @@ class BlocksConfig(MethodConfig):
     def graph_settings(self) -> dict[str, Any]:
         """See :meth:`MethodConfig.graph_settings`."""
         return super().graph_settings() | {"first_block": self.first_block}
+
+
+def pooled_map(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Patch tokens [..., R C, D] averaged over places, at most :data:`MAP_SIDE` a side: [..., r c, D].
+
+    The places are those of torch's adaptive average pooling, which has no counterpart in ONNX for sides that do not
+    divide.
+    """
+    found: Tensor = patches.unflatten(-2, grid)  # [..., R, C, D]
+    for axis, size in ((-3, grid[0]), (-2, grid[1])):
+        if (count := min(size, MAP_SIDE)) < size:
+            bins = [(place * size // count, -(-(place + 1) * size // count)) for place in range(count)]
+            means = [found.narrow(axis, start, stop - start).mean(axis, keepdim=True) for start, stop in bins]
+            found = torch.cat(means, dim=axis)
+    return found.flatten(-3, -2)
 
 
 class OverVit(MethodOver[VitBackbone]):

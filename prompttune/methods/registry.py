@@ -19,7 +19,7 @@ augment augment_settings auto_augment backbone backbone_arg batch_size class_wei
 crop_mode crop_pct data data_root device devices epochs eval_every grad_clip head head_channels help hflip image_size
 init_from interpolation json label_smoothing limit lr max_corrupt method method_settings min_lr momentum normalisation
 optimizer output overwrite patience precision quiet random_crop random_erase ratio_max ratio_min reduce_zero_label
-resume scale_max scale_min schedule seed task_type tasks tensorboard val_fraction vflip warmup_epochs weight_decay
+resume scale_max scale_min schedule seed solve task_type tasks tensorboard val_fraction vflip warmup_epochs weight_decay
 weights workers
 """
 RESERVED = frozenset(_OPTIONS.split())

@@ -92,6 +92,9 @@ class TrainConfig:
         None, "checkpoint folder with the initial parameters; rows of its head are matched by class name"
     )
     epochs: int = setting(100, "passes over the training images; a resumed run may have more", low=1, grows=True)
+    solve: bool = setting(
+        False, "set the head by ridge regression in one pass over the images, in place of epochs; for method linear"
+    )
     batch_size: int = setting(64, "number of images per step and device", low=1)
     lr: float = setting(1e-3, "highest learning rate", above=0)
     optimizer: str = setting("adamw", "optimiser", choices=OPTIMIZERS)
@@ -148,6 +151,8 @@ class TrainConfig:
             object.__setattr__(self, "backbone", join_args(self.backbone, self.backbone_arg))
             object.__setattr__(self, "backbone_arg", ())
         self._settle_method()
+        if self.solve:
+            object.__setattr__(self, "epochs", 1)
         self.method_config().check_epochs(self.epochs)
         object.__setattr__(
             self, "augment_settings", coerce_all(self.augment_settings, augment_fields(), "augmentation setting")
@@ -157,6 +162,10 @@ class TrainConfig:
         if self.class_weights != "none" and not kind.label_weights:
             raise UsageError(f"{kind.name}: class_weights need a class per image; leave them out")
         kind.check_data(self.data)
+        if self.solve and (self.devices > 1 or self.class_weights != "none"):
+            raise UsageError(
+                "solve runs on one device and weighs all images alike: leave out devices and class_weights"
+            )
         self._check_device()
 
     def _settle_method(self) -> None:

@@ -30,6 +30,7 @@ from prompttune.training.optim import (
 from prompttune.training.progress import Clock, OnProgress, Phase, Progress
 from prompttune.training.run_writer import RunWriter
 from prompttune.training.scoring import score
+from prompttune.training.solving import check_solvable, solve_head
 from prompttune.training.state import HELD_OUT_FILE, Progression, Saved
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ class Run:
             preprocess=config.preprocess(backbone),
             task_type=self.task_type,
         ).to(fabric.device)
+        if config.solve:
+            check_solvable(self.model)
         self._make_loaders()
         self.start: str | None = None
         """Description of the parameters from ``init_from``."""
@@ -188,7 +191,7 @@ class Run:
 
     def _epoch(self) -> None:
         began, epoch = time.perf_counter(), self.progression.epoch
-        record = self._train_epoch(epoch)
+        record = self._solve_epoch(epoch) if self.config.solve else self._train_epoch(epoch)
         # an extended run has already pruned, whatever share of the new number of epochs that was
         if not self.progression.rewound and self.model.method.end_epoch(epoch, self.config.epochs):
             self._rewind(epoch)
@@ -240,6 +243,39 @@ class Run:
             "train_loss": loss / images,
             f"train_{self.measures.train}": correct / images,
             "images_per_second": round(images / (time.perf_counter() - began), 2),
+        }
+
+    def _solve_epoch(self, epoch: int) -> dict[str, Any]:
+        """One pass over the training images, from which the head is solved; returns the epoch's record."""
+        began, seen = time.perf_counter(), []
+        self.objective.train()
+        self.clock.start()
+        for index, batch in enumerate(self.train_batches):
+            self._note_corrupt(batch)
+            images, targets = batch.to(self.fabric.device)
+            if len(targets):
+                with torch.no_grad(), self.fabric.autocast():
+                    seen.append((self.model(images, aux=False).features.float(), targets))
+            self.clock.tick("train", len(targets))
+            self._tell("train", epoch, index + 1)
+        if not seen:
+            raise DataError("no training image could be read")
+        features, targets = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        head, solution = self.model.head, solve_head(features, targets, len(self.model.labels))
+        with torch.no_grad():
+            head.weight.copy_(solution.weight)
+            head.bias.copy_(solution.bias)
+            logits = head(features, (), head.task_state())
+        self._note(
+            f"ridge regression of strength {solution.strength:.2g}: top-1 {solution.top1:.2%} where each image "
+            "is left out in turn"
+        )
+        return {
+            "epoch": epoch + 1,
+            "lr": 0.0,
+            "train_loss": float(self.task_type.loss(logits, targets)),
+            f"train_{self.measures.train}": float(self.task_type.hits(logits, targets)) / len(targets),
+            "images_per_second": round(len(targets) / (time.perf_counter() - began), 2),
         }
 
     def _steps(self, epoch: int) -> Iterator[tuple[int, float, Callable[[], list[float]]]]:
