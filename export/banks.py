@@ -140,20 +140,19 @@ class BankForm:
         task_index = np.array([[place.row for place in row] for row in places], dtype=np.int64)
         if not self.by_class:
             return {TASK_INDEX: task_index}
-        each = dict.fromkeys(place for row in places for place in row)
-        count, starts = 1, {}
-        for place in each:  # place 0 of the chosen rows is padding
-            starts[place] = count
-            count += place.classes
+        each = {place.row: place for row in places for place in row}
         sizes = sizes or Sizes()
-        width = sizes.fitting(WIDTH, max(place.classes for place in each), "a call")
+        width = sizes.fitting(WIDTH, max(place.classes for place in each.values()), "a call")
+        count = 1 + sum(place.classes for place in each.values())
         chosen = np.zeros(sizes.fitting(CHOSEN, count, "a call"), dtype=np.int64)
-        rows = np.zeros((*task_index.shape, width), dtype=np.int64)
-        for place, start in starts.items():
+        table = np.zeros((len(each), width), dtype=np.int64)
+        start = 1  # row 0 of the chosen ones is padding
+        for number, place in enumerate(each.values()):
             chosen[start : start + place.classes] = np.arange(place.first, place.first + place.classes)
-        for image, row in enumerate(places):
-            for number, place in enumerate(row):
-                rows[image, number, : place.classes] = np.arange(starts[place], starts[place] + place.classes)
+            table[number, : place.classes] = np.arange(start, start + place.classes)
+            start += place.classes
+        numbers = {row: number for number, row in enumerate(each)}
+        rows = table[[[numbers[place.row] for place in row] for row in places]]  # [B, K, C]
         return {TASK_INDEX: task_index, CLASS_ROWS: chosen, CLASS_INDEX: rows}
 
 

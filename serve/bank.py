@@ -28,6 +28,12 @@ from prompttune.export.layout import FLOAT32, TASKS, Sizes, largest_axes
 from prompttune.export.runtimes import Runtime
 
 _CAPACITY = 4
+
+
+class BankFullError(EngineError):
+    """A task does not fit beside the others: it does once one of them leaves."""
+
+
 Load = Callable[[str], tuple[EngineTask, str]]
 """Reads a task and its version."""
 
@@ -136,7 +142,8 @@ class Bank:
             sized = [self._axes_of(name, task) for name, task in tasks.items()]
             needed = largest_axes([axes or {}, *sized])
             if form.by_class:
-                needed[CLASSES] = self._room(sum(one[CLASSES] for one in sized) or needed[CLASSES])
+                room = self._room(sum(one[CLASSES] for one in sized) or needed[CLASSES])
+                needed[CLASSES] = room if limit is None else runtime.sizes.most(CLASSES, room)
             self._grow(capacity or len(tasks), needed)
         for name, task in tasks.items():
             self.put(name, task, version=(versions or {}).get(name))
@@ -170,8 +177,9 @@ class Bank:
         """A snapshot in which the rows of ``names`` do not change until the block ends.
 
         Args:
-            names: at most as many tasks as the bank may hold.
-            load: reads tasks that are not resident and makes them so; None skips them.
+            names: some tasks.
+            load: reads tasks that are not resident and makes them so; None skips them. Where not all of ``names`` fit
+                at once, the snapshot has those that do, at least one.
 
         Raises:
             PrompttuneError: an error of ``load``.
@@ -180,11 +188,16 @@ class Bank:
         if load is not None and not snapshot.entries.keys() >= set(names):
             self._let_go(rows)
             with self._writing:  # keeps a just loaded task from being evicted
-                for name in dict.fromkeys(names):
+                staying: list[str] = []
+                for name in sorted(dict.fromkeys(names), key=lambda one: one not in self.entries):
                     if name not in self.entries:
                         task, version = load(name)
-                        self.put(name, task, version=version, staying=names)
-                snapshot, rows = self._hold(names)
+                        try:
+                            self.put(name, task, version=version, staying=staying)
+                        except BankFullError:
+                            break
+                    staying.append(name)
+                snapshot, rows = self._hold(staying)
         try:
             yield snapshot
         finally:
@@ -238,7 +251,8 @@ class Bank:
 
         Raises:
             UsageError: the name is taken and ``replace`` is not set.
-            EngineError: the state does not fit the layout or the runtime, or the bank is full and cannot grow.
+            BankFullError: the bank cannot grow, and no other task may leave.
+            EngineError: the state does not fit the layout or the runtime.
         """
         axes = self._axes_of(name, task)
         version = version or task.version
@@ -261,14 +275,26 @@ class Bank:
     def _leaving(self, name: str, axes: Mapping[str, int], staying: Collection[str]) -> str | None:
         """The next task that must leave before ``name``, of these sizes, gets a place; None if there is room."""
         named, sizes = len(self.entries), self._runtime.sizes
-        classes = self._taken + axes[CLASSES] + 1 if self._form.by_class else 0
+        old = self.entries.get(name)
+        classes = 1 + self._taken + axes[CLASSES] if self._form.by_class else 0
         crowded = sizes.most(CLASSES, classes) < classes
-        if name in self.entries:  # it keeps its place until the new one is written, unless the runtime takes no more
-            return name if crowded or sizes.most(TASKS, named + 1) == named else None
+        if self.limit is None and crowded:  # before the old one leaves
+            without = classes - (old.place.classes if old else 0)
+            try:
+                sizes.holding({CLASSES: without}, "the bank")
+            except EngineError as problem:
+                raise BankFullError(str(problem)) from None
+        if old is not None:  # it keeps its place until the new one is written, unless the runtime takes no more
+            if crowded or sizes.most(TASKS, named + 1) == named:
+                return name
+            return None
         if self.limit is None or not (crowded or named >= self.limit):
             return None
         with self._lock:
-            return next((one for one in self._recent if one not in staying), None)
+            leaving = next((one for one in self._recent if one not in staying), None)
+        if leaving is None:
+            raise BankFullError(f"the bank is full: its {named} tasks stay, and {name!r} does not fit beside them")
+        return leaving
 
     @property
     def _taken(self) -> int:
@@ -302,7 +328,7 @@ class Bank:
         """A place that is not being read, for a task of these sizes."""
         named, classes = len(self.entries), axes.get(CLASSES, 0) if self._form.by_class else 0
         if self._capacity is not None and named >= self._capacity:
-            raise EngineError(f"no row is free: all {self._capacity} hold tasks; remove one first")
+            raise BankFullError(f"no row is free: all {self._capacity} hold tasks; remove one first")
         wanted = max(2 * (named + 1), _CAPACITY)
         wanted = wanted if self.limit is None else min(wanted, self.limit + 1)
         wanted = max(self._runtime.sizes.most(TASKS, wanted), named + 1)  # one row too many is refused by growing

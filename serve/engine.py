@@ -408,28 +408,27 @@ class Engine:
             images: gives the batch of some images, each for a task whose entry does not change in the meantime.
             by_transform: whether the tasks of one row must share their evaluation transform.
         """
-        distinct = {name: place for place, name in enumerate(dict.fromkeys(name for row in asked for name in row))}
-        most, found = self._bank.limit or len(distinct), {}
-        for first in range(0, len(distinct), most):
-            names = [name for name, place in distinct.items() if first <= place < first + most]
-            with self._bank.lease(names, self._load) as snapshot:
+        waiting, found = list(dict.fromkeys(name for row in asked for name in row)), {}
+        while waiting:
+            with self._bank.lease(waiting, self._load) as snapshot:
+                held = {name for name in waiting if name in snapshot.entries}
+                waiting = [name for name in waiting if name not in held]
                 rows: dict[tuple[int, Preprocess | None], list[_Pair]] = {}
                 for image, row in enumerate(asked):
                     for number, name in enumerate(row):
-                        if first <= distinct[name] < first + most:
+                        if name in held:
                             transform = snapshot.entries[name].task.preprocess if by_transform else None
                             rows.setdefault((image, transform), []).append((image, number))
-                widest = max(map(len, rows.values()))
-                padded = [pairs + pairs[-1:] * (widest - len(pairs)) for pairs in rows.values()]
-                tasks = [[asked[image][number] for image, number in pairs] for pairs in padded]
-                entries = [snapshot.entries[row[0]] for row in tasks]
-                batch = images([image for image, _ in rows], entries)
-                logits = self._runtime.logits(batch, snapshot.index(tasks, self._runtime.sizes), snapshot.placed)
-                for own, pairs in zip(logits, rows.values(), strict=True):
-                    for scores, (image, number) in zip(own, pairs, strict=False):
-                        entry = snapshot.entries[asked[image][number]]
-                        kept = scores[: entry.task.num_classes]
-                        found[image, number] = TaskLogits(entry.task.labels, entry.version, kept)
+                for some in _of_similar_length(rows.values()):
+                    tasks = [[asked[image][number] for image, number in pairs] for pairs in some]
+                    entries = [snapshot.entries[row[0]] for row in tasks]
+                    batch = images([pairs[0][0] for pairs in some], entries)
+                    logits = self._runtime.logits(batch, snapshot.index(tasks, self._runtime.sizes), snapshot.placed)
+                    for own, pairs in zip(logits, some, strict=True):
+                        for scores, (image, number) in zip(own, pairs, strict=True):
+                            entry = snapshot.entries[asked[image][number]]
+                            kept = scores[: entry.task.num_classes]
+                            found[image, number] = TaskLogits(entry.task.labels, entry.version, kept)
         return found
 
     # ------------------------------------------------------------------- tasks
@@ -543,6 +542,16 @@ def _asked(tasks: Tasks, images: int) -> list[list[str]]:
     if len(rows) != images:
         raise UsageError(f"{images} images but {len(rows)} tasks: give one task for each image, or one for all")
     return rows
+
+
+def _of_similar_length(rows: Iterable[list[_Pair]]) -> Iterable[list[list[_Pair]]]:
+    """Rows whose lengths have the same next power of two, filled up with their own last pairs to the same length."""
+    groups: dict[int, list[list[_Pair]]] = {}
+    for pairs in rows:
+        groups.setdefault((len(pairs) - 1).bit_length(), []).append(pairs)
+    for some in groups.values():
+        longest = max(map(len, some))
+        yield [pairs + pairs[-1:] * (longest - len(pairs)) for pairs in some]
 
 
 def _some(batch: Array, rows: Sequence[int]) -> Array:
