@@ -34,6 +34,9 @@ from prompttune.export.layout import (
     largest_axes,
 )
 
+_CHOSEN, _WIDTH = 256, 16
+"""Least class rows and classes of a call, so that most calls differ in neither: a product with so few rows takes a
+thousandth of the time of a backbone."""
 Rows = dict[str, NDArray[Any]]
 Index = dict[str, NDArray[np.int64]]
 """Inputs of a call beside the images: ``task_index`` [B, K], and where heads lie by class ``class_rows`` and
@@ -77,6 +80,15 @@ class BankForm:
         if not self.by_class or CLASSES not in needed:
             return needed
         return needed | {CHOSEN: needed[CLASSES], WIDTH: max(one[CLASSES] for one in every)}
+
+    def how_many(self, sizes: Sizes, axes: Iterable[Mapping[str, int]]) -> int:
+        """Number of the first tasks of these sizes that fit together into a model that was built for ``sizes``."""
+        every = list(axes)
+        for count in range(len(every), 1, -1):
+            needed = self.needed_for_all(every[:count])
+            if all(size <= sizes.most(axis, size) for axis, size in needed.items()):
+                return count
+        return min(1, len(every))
 
     def checked(self, shapes: Mapping[str, tuple[int, ...]], sizes: Sizes, what: str) -> dict[str, int]:
         """Sizes of the named axes of one task's state, which fit a model that was built for ``sizes``.
@@ -142,9 +154,9 @@ class BankForm:
             return {TASK_INDEX: task_index}
         each = {place.row: place for row in places for place in row}
         sizes = sizes or Sizes()
-        width = sizes.fitting(WIDTH, max(place.classes for place in each.values()), "a call")
+        width = sizes.fitting(WIDTH, max(place.classes for place in each.values()), "a call", _WIDTH)
         count = 1 + sum(place.classes for place in each.values())
-        chosen = np.zeros(sizes.fitting(CHOSEN, count, "a call"), dtype=np.int64)
+        chosen = np.zeros(sizes.fitting(CHOSEN, count, "a call", _CHOSEN), dtype=np.int64)
         table = np.zeros((len(each), width), dtype=np.int64)
         start = 1  # row 0 of the chosen ones is padding
         for number, place in enumerate(each.values()):

@@ -90,9 +90,10 @@ class Sizes:
                 )
         return {axis: max(size, self.ranges.get(axis, (size,))[0]) for axis, size in needed.items()}
 
-    def fitting(self, axis: str, needed: int, what: str) -> int:
-        """The power of two to allocate for ``needed``, within the range of the axis; see :meth:`holding`."""
-        rounded = self.most(axis, 1 << (needed - 1).bit_length())
+    def fitting(self, axis: str, needed: int, what: str, least: int = 1) -> int:
+        """The power of two to allocate for ``needed``, or ``least``, within the range of the axis; see
+        :meth:`holding`."""
+        rounded = self.most(axis, max(least, 1 << (needed - 1).bit_length()))
         return self.holding({axis: max(rounded, needed)}, what)[axis]
 
 

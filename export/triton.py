@@ -26,7 +26,7 @@ from prompttune.errors import MissingExtraError, UsageError, choose
 from prompttune.export.build import check_output, export_engine
 from prompttune.export.folder import MANIFEST, ONNX_FILE, EngineFolder, EngineTask, Manifest
 from prompttune.export.formats import ExportSettings
-from prompttune.export.layout import BATCH, LOGITS, TASKS, TensorSpec
+from prompttune.export.layout import ASKED, BATCH, LOGITS, TensorSpec
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.export.runtimes.tensorrt import PLAN_FILE
 from prompttune.export.tasks import Checkpoints, check_fit, name_checkpoints
@@ -204,7 +204,10 @@ def make_config(
         platform=platform,
         backend=backend,
         default_model_filename=model_file,
-        input=[_input(spec, batched) for spec in manifest.inputs],
+        input=[
+            {"name": spec.name, "data_type": DATA_TYPES[spec.dtype], "dims": _dims(spec, batched)}
+            for spec in manifest.inputs
+        ],
         output=outputs,
         instance_group=[{"kind": "KIND_GPU" if gpu else "KIND_CPU", "count": 1}],
         model_warmup=[_warmup(manifest, tasks, batched)],
@@ -233,13 +236,6 @@ def _dims(spec: TensorSpec, batched: bool) -> list[int]:
     return [-1 if isinstance(size, str) else size for size in sizes]
 
 
-def _input(spec: TensorSpec, batched: bool) -> dict[str, Any]:
-    dims = _dims(spec, batched)
-    # Triton does not support tensors without sizes: clients send [N, 1], the model gets [N].
-    reshape: dict[str, Any] = {} if dims else {"reshape": {"shape": []}}
-    return {"name": spec.name, "data_type": DATA_TYPES[spec.dtype], "dims": dims or [1], **reshape}
-
-
 def _batching(manifest: Manifest, triton: TritonSettings) -> dict[str, Any]:
     """Let Triton batch requests. A bank lacks a batch axis, so requests that carry one are never combined."""
     delay = {"max_queue_delay_microseconds": round(triton.max_delay_ms * 1000)}
@@ -256,12 +252,12 @@ def _batching(manifest: Manifest, triton: TritonSettings) -> dict[str, Any]:
 def _warmup(manifest: Manifest, tasks: Mapping[str, EngineTask], batched: bool) -> dict[str, Any]:
     """Images of zeros, so that a model that cannot run is never ready and no client pays for the first run."""
     state = next(iter(tasks.values())).shapes()
-    axes = {} if batched else manifest.axes_of(state, "the warm-up")
-    sizes = manifest.sizes.holding({BATCH: 1, TASKS: 1}, "the warm-up") | axes
+    axes = {} if batched else manifest.form.needed_for_all([manifest.axes_of(state, "the warm-up")])
+    sizes = manifest.sizes.holding({BATCH: 1, ASKED: 1, **axes}, "the warm-up")
     inputs = {}
     for spec in manifest.inputs:
         shape = [sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape]
-        dims = (shape[1:] or [1]) if batched else shape
+        dims = shape[1:] if batched else shape
         inputs[spec.name] = {"data_type": DATA_TYPES[spec.dtype], "dims": dims, "zero_data": True}
     return {"name": "zeros", "batch_size": sizes[BATCH] if batched else 1, "inputs": inputs}
 

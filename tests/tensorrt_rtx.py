@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from prompttune.export import EngineFolder
+from prompttune.export.banks import needed_sizes
 from prompttune.export.folder import ONNX_FILE
 from prompttune.export.formats.tensorrt_builder import build_plan
 from prompttune.export.formats.tensorrt_options import TensorRTOptions
-from prompttune.export.layout import Shapes, axis_ranges, dynamic_axes, input_shapes, needed_sizes
+from prompttune.export.layout import Shapes, axis_ranges, dynamic_axes, input_shapes
 from prompttune.export.runtimes.tensorrt_library import TENSORRT_RTX, require_tensorrt
 
 MAGIC = b"vtrt"

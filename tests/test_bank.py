@@ -70,7 +70,7 @@ def test_bank_writes_a_row_and_not_the_rest():
     assert runtime.placed == 2 * len(form.layout)
     place = bank.entries["c"].place
     assert runtime.updated == [form.slice_of(key, place) for key in form.layout]
-    assert set(one.stop - one.start for one in runtime.updated) == {1, 2}  # its row, and its two classes
+    assert {one.stop - one.start for one in runtime.updated} == {1, 2}  # its row, and its two classes
     with bank.lease(bank.entries) as snapshot:
         for name in "bc":
             assert (snapshot.placed["adapters.down"][snapshot.entries[name].place.row, :, :, 2:] == 0).all()
@@ -429,7 +429,7 @@ def test_a_call_names_each_class_row_once_and_where_it_lies():
     with bank.lease(bank.entries) as snapshot:
         index = snapshot.index([["a", "c"], ["c", "c"]], Sizes())
         rows = index[CLASS_ROWS][index[CLASS_INDEX]]  # [B, K, C]
-        assert (len(index[CLASS_ROWS]), rows.shape) == (16, (2, 2, 8))
+        assert (len(index[CLASS_ROWS]), rows.shape) == (256, (2, 2, 16))
         assert index[CLASS_ROWS][0] == 0
         assert np.count_nonzero(index[CLASS_ROWS]) == 10
         for row, names in zip(range(2), (["a", "c"], ["c", "c"]), strict=True):
@@ -437,6 +437,8 @@ def test_a_call_names_each_class_row_once_and_where_it_lies():
                 place = snapshot.entries[name].place
                 assert index[TASK_INDEX][row, number] == place.row
                 own = list(range(place.first, place.first + place.classes))
-                assert rows[row, number].tolist() == own + [0] * (8 - len(own))
+                assert rows[row, number].tolist() == own + [0] * (16 - len(own))
         with pytest.raises(EngineError, match=r"^a call: the axis chosen would be 11, the engine was built for 10 at"):
             snapshot.index([["a", "c"]], Sizes({CHOSEN: (1, 1, 10)}))
+        index = snapshot.index([["a", "c"]], Sizes({CHOSEN: (1, 1, 11), "width": (1, 1, 7)}))
+        assert (len(index[CLASS_ROWS]), index[CLASS_INDEX].shape) == (11, (1, 2, 7))

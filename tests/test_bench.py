@@ -280,7 +280,10 @@ def test_plain_backbone_is_built_as_a_tensorrt_engine_was(monkeypatch, tmp_path)
     assert made.details["profile"] == {"batch": [1, 2, 4]}
     assert {name: made.details[name] for name in options} == options
     (profile,) = fake.configs[-1].profiles
-    assert profile == {"image": tuple((rows, 3, 64, 64) for rows in (1, 2, 4)), "task_index": ((1,), (2,), (4,))}
+    assert profile == {
+        "image": tuple((rows, 3, 64, 64) for rows in (1, 2, 4)),
+        "task_index": ((1, 1), (2, 1), (4, 32)),
+    }
     assert fake.configs[-1].builder_optimization_level == 1
 
 

@@ -12,7 +12,7 @@ import prompttune as pt
 from prompttune.checkpoints.meta_prompt import read_prompt
 from prompttune.cli.main import cli
 from prompttune.errors import CheckpointError, DataError, TrainingError, UsageError
-from prompttune.export.layout import empty_bank, stack_states
+from prompttune.export.banks import BankForm, stack_states
 from prompttune.files import locked
 from prompttune.methods.damvp.clustering import find_centres, gather_features
 from prompttune.methods.damvp.method import add_border, nearest_clusters
@@ -105,7 +105,7 @@ def test_padded_centres_never_win_in_a_bank():
             model.method.centres.add_(100.0)
         states = [{key: row.numpy() for key, row in model.task_state().items()} for model in models]
         layout = models[0].state_layout()
-        bank = stack_states(layout, states)
+        bank = stack_states(BankForm(layout, by_class=False), states).rows
         assert bank["centres"].shape[:2] == (2, 4)
         assert np.isneginf(bank["offsets"][0, 2:]).all()
         assert np.isfinite(bank["offsets"][1]).all()
@@ -113,7 +113,7 @@ def test_padded_centres_never_win_in_a_bank():
         mixed = models[0].forward_state(images, rows).logits
         for row, model in enumerate((models[0], models[0], models[1], models[1])):
             torch.testing.assert_close(mixed[row], model(images[row : row + 1]).logits[0], atol=2e-5, rtol=1e-4)
-    empty = empty_bank(layout, 1, {"clusters": 2, "classes": 3})
+    empty = BankForm(layout).empty({"tasks": 1, "clusters": 2, "classes": 3})
     assert np.isneginf(empty["offsets"]).all()
     assert not empty["centres"].any()
 

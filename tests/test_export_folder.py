@@ -18,10 +18,11 @@ from prompttune.export import (
     add_task,
     export_engine,
 )
+from prompttune.export.banks import BankForm, stack_states
 from prompttune.export.formats import Built
 from prompttune.export.formats import onnx as formats_onnx
 from prompttune.export.formats.onnx_file import verify_onnx
-from prompttune.export.layout import bind_axes, stack_states
+from prompttune.export.layout import bind_axes
 from prompttune.export.tasks import fold_checkpoint
 from tests.drawing import drawn_model
 from tests.engines import backbone, checkpoint, config_of, copied, exported, model_of, noise
@@ -44,16 +45,18 @@ def reseal(path, change):
 def test_multi_task_graph_is_the_models_own_forward(method):
     models = [model_of(method, number) for number in (1, 3)]
     folded = [fold_checkpoint(checkpoint(method, number), backbone()).task for number in (1, 3)]
-    bank = stack_states(models[0].state_layout(), [task.state for task in folded])
-    images, rows = torch.from_numpy(noise(3)), [1, 0, 1]
+    bank = stack_states(BankForm(models[0].state_layout()), [task.state for task in folded])
+    images, asked = torch.from_numpy(noise(3)), [[1, 0], [0, 0], [1, 1]]
     with torch.no_grad():
-        found = MultiTaskGraph(models[0])(
-            images, torch.tensor(rows), {key: torch.from_numpy(value) for key, value in bank.items()}
-        )
-        for row, task in enumerate(rows):
-            expected = models[task](images[row : row + 1]).logits[0]
-            assert (found[row, : len(expected)] - expected).abs().max() <= 1e-5
-            assert torch.isneginf(found[row, len(expected) :]).all()
+        index = [torch.from_numpy(one) for one in bank.index(asked).values()]
+        rows = {key: torch.from_numpy(value) for key, value in bank.rows.items()}
+        found = MultiTaskGraph(models[0])(images, *index, rows)
+        assert found.shape[:2] == (3, 2)
+        for row, tasks in enumerate(asked):
+            for number, task in enumerate(tasks):
+                expected = models[task](images[row : row + 1]).logits[0]
+                assert (found[row, number, : len(expected)] - expected).abs().max() <= 1e-5
+                assert torch.isneginf(found[row, number, len(expected) :]).all()
 
 
 def test_a_baked_batch_size_is_found_out(tmp_path):
@@ -86,11 +89,19 @@ def test_manifest_says_what_the_engine_is():
     assert [spec.name for spec in manifest.inputs] == [
         "image",
         "task_index",
+        "class_rows",
+        "class_index",
         "bank.prompts",
         "bank.head.weight",
         "bank.head.bias",
     ]
-    assert manifest.inputs[-2].shape == ("tasks", "classes", backbone().width)
+    shapes = {spec.name: spec.shape for spec in manifest.inputs}
+    assert shapes["task_index"] == ("batch", "asked")
+    assert (shapes["class_rows"], shapes["class_index"]) == (("chosen",), ("batch", "asked", "width"))
+    assert shapes["bank.prompts"][0] == "tasks"
+    assert shapes["bank.head.weight"] == ("classes", backbone().width)
+    assert manifest.outputs[0].shape == ("batch", "asked", "width")
+    assert manifest.to_dict()["format_version"] == 3
     assert manifest.files.keys() == {"model.onnx", "model.onnx.data"}
     assert (manifest.format, manifest.precision, manifest.opset) == ("onnx", "fp32", 20)
     assert not list(exported("vpt-shallow").parent.glob(".engine*"))

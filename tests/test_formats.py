@@ -130,6 +130,7 @@ def test_mixed_batch_equals_single_runs(method, kind):
         # One row's logits may all be small; rounding is of the size of the task's others.
         assert close(kind, mixed[row, :classes], alone, scale)
         assert mixed[row, :classes].tobytes() == same.tobytes()
+        assert np.isneginf(mixed[row, classes:]).all()
         if NOISE[KINDS[kind].precision] == NOISE["fp32"]:
             assert np.abs(mixed[row, :classes] - alone).max() <= 1e-5
 
@@ -269,7 +270,7 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, settings, message):
         (["--axis", "batch=1:x:8"], "'batch=1:x:8' is not like batch=1:8:64"),
         (["--axis", "batch=1:²:8"], "'batch=1:²:8' is not like batch=1:8:64"),
         (["--axis", "batch=4:1:8"], "sizes of the axis batch must rise from 1"),
-        (["--axis", "rows=1:2:8"], "axes: batch, tasks, rank, classes"),
+        (["--axis", "rows=1:2:8"], "axes: batch, asked, tasks, rank, classes, chosen, width, clusters"),
         (["--workspace", "5"], "unknown option of the format onnx 'workspace'"),
         (["--precision", "bf16", "--runtime", "onnxruntime"], "runs bf16 on CUDA alone"),
         (["--device", "cuda:x"], "unknown device 'cuda:x'"),
@@ -391,9 +392,12 @@ def test_calibration_shows_every_task_its_own_images():
     feeds = list(quantise._feeds(request))
     assert asked == [("task0", 10), ("task1", 10)]
     assert [len(one["image"]) for one in feeds] == [8, 2, 8, 2]
-    assert [set(one["task_index"].tolist()) for one in feeds] == [{0}, {0}, {1}, {1}]
+    assert [set(one["task_index"].ravel().tolist()) for one in feeds] == [{0}, {0}, {1}, {1}]
+    assert [one["task_index"].shape for one in feeds] == [(8, 1), (2, 1), (8, 1), (2, 1)]
+    chosen = [one["class_rows"][one["class_index"]].reshape(-1, one["class_index"].shape[-1]) for one in feeds]
+    assert [one[:, :2].min() for one in chosen] == [1, 1, 3, 3]
     assert np.array_equal(np.concatenate([one["image"] for one in feeds[2:]]), images["task1"])
-    assert feeds[0]["bank.head.weight"].shape[:2] == (2, 3)
+    assert len(feeds[0]["bank.head.weight"]) == 1 + 2 + 3
 
 
 def test_an_unknown_format_in_the_folder_is_named(tmp_path):

@@ -20,9 +20,10 @@ import torch
 import prompttune as pt
 from prompttune.errors import EngineError, MissingExtraError, UsageError
 from prompttune.export import EngineFolder
+from prompttune.export.banks import BankForm
 from prompttune.export.formats import ExportSettings
 from prompttune.export.formats.onnx import OnnxFormat
-from prompttune.export.layout import TensorSpec, declare_inputs, declare_outputs
+from prompttune.export.layout import declare_inputs, declare_outputs
 from prompttune.export.runtimes import RuntimeOptions, onnxruntime, onnxruntime_cuda
 from prompttune.export.runtimes.onnxruntime import OnnxRuntime, providers
 from prompttune.export.runtimes.onnxruntime_tensorrt import provider_ranges, tensorrt_settings
@@ -179,7 +180,7 @@ class Binding:
 
 
 class Session:
-    """Computes ``mean(image) + bias[task_index]`` at the bound addresses."""
+    """Computes ``mean(image) + bias[class_rows][class_index]`` at the bound addresses."""
 
     def __init__(self, names=(CUDA, CPU), bank="bank.head.bias"):
         self.names, self.bank, self.calls, self.running, self.failure = names, bank, [], 0, None
@@ -203,8 +204,10 @@ class Session:
             raise RuntimeError(self.failure)
         mean = binding.array("image").mean(axis=(1, 2, 3), dtype=np.float32)
         time.sleep(0.002)
-        bias = binding.array(self.bank)[binding.array("task_index")] if self.bank else 0
-        logits = mean[:, None] + np.asarray(bias, np.float32)
+        bias = np.zeros(())
+        if self.bank:
+            bias = binding.array(self.bank)[binding.array("class_rows")][binding.array("class_index")]  # [B, K, C]
+        logits = mean[:, None, None] + np.asarray(bias, np.float32)
         binding.array("logits")[:] = logits.reshape(*logits.shape, *(1 for _ in self.map)) + np.zeros(
             self.map, np.float32
         )
@@ -225,7 +228,7 @@ def opened(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(ort, "preload_dlls", lambda: None)
 
-    def open_engine(session=None, classes="classes", precision="fp32", **options):
+    def open_engine(session=None, classes="width", precision="fp32", **options):
         session = session or Session()
         session.opened = []
         folder = exported("linear")  # before torch is changed
@@ -237,10 +240,8 @@ def opened(monkeypatch):
         monkeypatch.setattr(ort, "InferenceSession", open_session)
         # torch writes to the host where it would write to the device.
         monkeypatch.setattr(onnxruntime_cuda.torch, "device", lambda kind, index: real_device("cpu", index))
-        inputs = (TensorSpec("image", "float32", ("batch", 3, 64, 64)), TensorSpec("task_index", "int64", ("batch",)))
-        if session.bank:
-            inputs += (TensorSpec(session.bank, "float32", ("tasks", "classes")),)
-        outputs = (TensorSpec("logits", "float32", ("batch", classes, *session.map)),)
+        inputs = tuple(declare_inputs({"head.bias": ("classes",)} if session.bank else {}, 64))
+        outputs = tuple(declare_outputs(classes, session.map))
         whole = EngineFolder(folder).manifest
         manifest = dataclasses.replace(whole, precision=precision, inputs=inputs, outputs=outputs)
         runtime = OnnxRuntime(folder, manifest, RuntimeOptions("cuda", **options))
@@ -260,18 +261,37 @@ def answer(images, bias, index):
     return images.mean(axis=(1, 2, 3), dtype=np.float32)[:, None] + bias[index].astype(np.float32)
 
 
+def place(runtime, bias):
+    """The bank of tasks [T, C] of one head's bias, placed."""
+    return {"head.bias": runtime.place(bias.reshape(-1).copy())}
+
+
+def call(images, index, classes=3):
+    """Inputs of a call that asks one task about each image."""
+    index = np.asarray(index, np.int64)
+    given = {"image": images, "task_index": index[:, None]}
+    rows = index[:, None, None] * classes + np.arange(classes)
+    return {**given, "class_rows": np.arange(rows.max() + 1), "class_index": rows}
+
+
+def run(runtime, images, index, placed, classes=3):
+    """Logits [B, C] of one task for each image."""
+    return runtime.run(call(images, index, classes), placed)[:, 0]
+
+
 def test_inputs_and_outputs_are_bound_where_they_lie(opened):
     runtime, session = opened()
     bias, images, index = rows(), noise(3), np.array([2, 0, 3])
-    placed = {"head.bias": runtime.place(bias)}
-    found = runtime.run(images, index, placed)
+    placed = place(runtime, bias)
+    found = run(runtime, images, index, placed)
     assert np.allclose(found, answer(images, bias, index))
     ((graph, binding),) = session.calls
     assert graph == "-1"
     assert binding.inputs["image"][:2] == (1, (3, 3, 64, 64))
-    assert binding.inputs["task_index"][:2] == (7, (3,))
-    assert binding.inputs["bank.head.bias"] == (1, (4, 3), placed["head.bias"].data_ptr())
-    assert binding.outputs["logits"][:2] == (1, (3, 3))
+    assert binding.inputs["task_index"][:2] == (7, (3, 1))
+    assert binding.inputs["class_index"][:2] == (7, (3, 1, 3))
+    assert binding.inputs["bank.head.bias"] == (1, (12,), placed["head.bias"].data_ptr())
+    assert binding.outputs["logits"][:2] == (1, (3, 1, 3))
     assert binding.synchronized == 1
     assert runtime.description.endswith(CUDA)
 
@@ -280,7 +300,7 @@ def test_inputs_and_outputs_are_bound_where_they_lie(opened):
 def test_banks_of_lower_precision_keep_their_type(opened, dtype, element):
     runtime, session = opened()
     bias, images, index = rows(dtype=dtype), noise(2), np.array([1, 2])
-    found = runtime.run(images, index, {"head.bias": runtime.place(bias)})
+    found = run(runtime, images, index, place(runtime, bias))
     assert found.dtype == np.float32
     assert np.allclose(found, answer(images, bias, index))
     assert session.calls[0][1].inputs["bank.head.bias"][0] == element
@@ -288,7 +308,8 @@ def test_banks_of_lower_precision_keep_their_type(opened, dtype, element):
 
 def test_baked_engines_know_their_classes(opened):
     runtime, session = opened(Session(bank=None), classes=7)
-    assert runtime.run(noise(2), np.array([0, 1]), {}).shape == (2, 7)
+    index = np.array([[0, 1, 1], [1, 0, 0]])
+    assert runtime.run({"image": noise(2), "task_index": index}, {}).shape == (2, 3, 7)
     assert set(session.calls[0][1].inputs) == {"image", "task_index"}
 
 
@@ -298,8 +319,8 @@ def test_a_segmentation_binds_maps(opened, graph):
     session.map = (4, 5)
     runtime, _ = opened(session, cuda_graph=graph)
     bias, images, index = rows(), noise(2), np.array([1, 3])
-    found = runtime.run(images, index, {"head.bias": runtime.place(bias)})
-    assert session.calls[0][1].outputs["logits"][:2] == (1, (2, 3, 4, 5))
+    found = run(runtime, images, index, place(runtime, bias))
+    assert session.calls[0][1].outputs["logits"][:2] == (1, (2, 1, 3, 4, 5))
     assert np.allclose(found, np.broadcast_to(answer(images, bias, index)[:, :, None, None], (2, 3, 4, 5)))
 
 
@@ -309,10 +330,10 @@ def test_a_segmentations_declared_axes_are_those_of_its_inputs():
     manifest = types.SimpleNamespace(inputs=inputs, outputs=outputs)
     calls = onnxruntime_cuda.CudaCalls(None, manifest, RuntimeOptions("cuda"))
     calls.device = torch.device("cpu")
-    sizes = {"batch": 3, "tasks": 4, "classes": 6}
+    sizes = {"batch": 3, "asked": 2, "tasks": 4, "width": 6}
     shapes = {spec.name: [sizes.get(axis, axis) for axis in spec.shape] for spec in manifest.inputs}
     tensors = {name: torch.empty(*(size if isinstance(size, int) else 2 for size in s)) for name, s in shapes.items()}
-    assert calls._logits(tensors).shape == (3, 6, *model.head.size)
+    assert calls._logits(tensors).shape == (3, 2, 6, *model.head.size)
 
 
 def test_the_session_is_asked_for_what_was_chosen(opened, tmp_path):
@@ -323,20 +344,22 @@ def test_the_session_is_asked_for_what_was_chosen(opened, tmp_path):
     assert named["enable_fallback"] == 0  # or ONNX Runtime prints a failure and goes on without the provider
     (name, told), *others = named["providers"]
     assert [name, *others] == [TENSORRT, *providers(RuntimeOptions("cuda", provider="tensorrt"))[1:]]
-    assert told["trt_profile_max_shapes"].startswith("image:32x3x64x64,task_index:32,bank.head.bias:64x256")
+    index = "task_index:32x32,class_rows:4096,class_index:32x32x256"
+    assert told["trt_profile_max_shapes"] == f"image:32x3x64x64,{index},bank.head.bias:4096"
     assert Path(told["trt_engine_cache_path"]).parent == tmp_path
     assert runtime.description.endswith(f"{TENSORRT}, fp32 in TF32")
 
 
 def test_the_tensorrt_provider_gets_no_call_and_no_bank_beyond_its_ranges(opened, tmp_path):
     runtime, session = opened(Session((TENSORRT, CUDA, CPU)), provider="tensorrt", cache=tmp_path)
-    assert runtime.sizes.ranges["tasks"][2] == 64
+    assert runtime.sizes.ranges["classes"] == (1, 8, 4096)  # two tasks of two and three classes, and padding
     bias, images, index = rows(), noise(40), np.arange(40) % 4
-    found = runtime.logits(images, index, {"head.bias": runtime.place(bias)})
-    assert np.allclose(found, answer(images, bias, index))
+    given = call(images, index)
+    found = runtime.logits(given.pop("image"), given, place(runtime, bias))
+    assert np.allclose(found[:, 0], answer(images, bias, index))
     assert [binding.inputs["image"][1][0] for _, binding in session.calls] == [32, 8]
-    with pytest.raises(EngineError, match="the axis tasks would be 65, the engine was built for 64 at most"):
-        Bank(runtime, {"head.bias": ("classes",)}, {}, capacity=65, axes={"classes": 3})
+    with pytest.raises(EngineError, match="the axis classes would be 4097, the engine was built for 4096 at most"):
+        Bank(runtime, BankForm({"head.bias": ("classes",)}), {}, capacity=65, axes={"classes": 4096})
 
 
 @pytest.mark.parametrize(("precision", "override", "says"), [("fp16", "", False), ("fp32", "0", False)])
@@ -405,24 +428,24 @@ def test_int8_leaves_cuda_no_product_in_int8(quantization, operators, tmp_path):
 @pytest.mark.parametrize("graph", [False, True])
 def test_a_failed_call_is_one_line_and_the_next_one_runs(opened, graph):
     runtime, session = opened(cuda_graph=graph)
-    placed = {"head.bias": runtime.place(rows())}
+    placed = place(runtime, rows())
     session.failure = "out of memory\nand more"
     with pytest.raises(EngineError, match=r"^ONNX Runtime failed: out of memory$"):
-        runtime.run(noise(1), np.array([0]), placed)
+        run(runtime, noise(1), np.array([0]), placed)
     session.failure, session.running = None, 0
-    assert np.allclose(runtime.run(noise(1), np.array([0]), placed), answer(noise(1), rows(), [0]))
+    assert np.allclose(run(runtime, noise(1), np.array([0]), placed), answer(noise(1), rows(), [0]))
 
 
 def test_a_changed_row_is_copied_alone(opened):
     runtime, session = opened(cuda_graph=True)
     bias, images = rows(), noise(2)
-    host = bias.copy()
-    placed = {"head.bias": runtime.place(host.copy())}
+    host = bias.reshape(-1).copy()
+    placed = place(runtime, bias)
     address = placed["head.bias"].data_ptr()
-    runtime.run(images, np.array([0, 1]), placed)
+    run(runtime, images, np.array([0, 1]), placed)
     host[:] = 9.0
-    runtime.update(placed["head.bias"], host, 1)
-    found = runtime.run(images, np.array([0, 1]), placed)
+    runtime.update(placed["head.bias"], host, slice(3, 6))
+    found = run(runtime, images, np.array([0, 1]), placed)
     assert np.allclose(found[0], answer(images, bias, [0, 1])[0])
     assert np.allclose(found[1], images[1].mean() + 9)
     assert placed["head.bias"].data_ptr() == address
@@ -435,10 +458,10 @@ def test_a_changed_row_is_copied_alone(opened):
 def test_a_batch_size_keeps_its_graph_and_its_buffers(opened):
     runtime, session = opened(cuda_graph=True)
     bias = rows()
-    placed = {"head.bias": runtime.place(bias)}
+    placed = place(runtime, bias)
     for size, seed in ((2, 0), (3, 1), (2, 2), (3, 3), (1, 4)):
         images, index = noise(size, seed), np.arange(size) + 1
-        assert np.allclose(runtime.run(images, index, placed), answer(images, bias, index))
+        assert np.allclose(run(runtime, images, index, placed), answer(images, bias, index))
     assert session.graphs == ["1", "2", "1", "2", "3"]
     bound = [(binding.inputs, binding.outputs) for _, binding in session.calls]
     assert bound[0] == bound[2]
@@ -450,18 +473,18 @@ def test_a_bank_that_moved_is_captured_anew(opened):
     runtime, session = opened(cuda_graph=True)
     images, index = noise(2), np.array([0, 1])
     old, new = rows(0), rows(1, tasks=8, classes=5)
-    small, large = ({"head.bias": runtime.place(bias)} for bias in (old, new))
-    runtime.run(images, index, small)
-    runtime.run(noise(3), np.zeros(3, np.int64), small)
+    small, large = (place(runtime, bias) for bias in (old, new))
+    run(runtime, images, index, small)
+    run(runtime, noise(3), np.zeros(3, np.int64), small)
     assert set(session.threads) == {"onnxruntime-cuda-graph_0"}
     assert len(runtime._cuda._graphs) == 2
-    found = runtime.run(images, index, large)
+    found = run(runtime, images, index, large, classes=5)
     assert found.shape == (2, 5)
     assert np.allclose(found, answer(images, new, index))
     assert session.graphs == ["1", "2", "3"]
-    assert [key[0] for key in runtime._cuda._graphs] == [2]  # the old bank's buffers are let go
+    assert [shapes[0][0] for shapes, _ in runtime._cuda._graphs] == [2]  # the old bank's buffers are let go
     # A call that still holds the old bank gets a graph of its own, never the dropped number.
-    assert np.allclose(runtime.run(images, index, small), answer(images, old, index))
+    assert np.allclose(run(runtime, images, index, small), answer(images, old, index))
     assert session.graphs[-1] == "4"
 
 
@@ -470,13 +493,13 @@ def test_calls_at_once(opened, graph):
     """With a CUDA graph calls take turns, which the stand-in insists on; without one they need not."""
     runtime, session = opened(cuda_graph=graph)
     bias = rows()
-    placed, start = {"head.bias": runtime.place(bias)}, threading.Barrier(4)
+    placed, start = place(runtime, bias), threading.Barrier(4)
 
     def ask(seed):
         start.wait()
         for step in range(8):
             images, index = noise(2, 10 * seed + step), np.array([seed, step % 4])
-            assert np.allclose(runtime.run(images, index, placed), answer(images, bias, index))
+            assert np.allclose(run(runtime, images, index, placed), answer(images, bias, index))
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(ask, range(4)))
@@ -488,13 +511,13 @@ def test_calls_at_once(opened, graph):
 
 def test_a_failed_capture_is_tried_anew_under_another_number(opened):
     runtime, session = opened(cuda_graph=True)
-    placed = {"head.bias": runtime.place(rows())}
+    placed = place(runtime, rows())
     session.failure = "operation not permitted when stream is capturing"
     with pytest.raises(EngineError, match="not permitted when stream is capturing"):
-        runtime.run(noise(1), np.array([0]), placed)
+        run(runtime, noise(1), np.array([0]), placed)
     session.failure, session.running = None, 0
-    runtime.run(noise(1), np.array([0]), placed)
-    runtime.run(noise(1), np.array([0]), placed)
+    run(runtime, noise(1), np.array([0]), placed)
+    run(runtime, noise(1), np.array([0]), placed)
     assert session.graphs == ["1", "2", "2"]
 
 
@@ -502,22 +525,22 @@ def test_graphs_are_bounded(opened, monkeypatch):
     monkeypatch.setattr(onnxruntime_cuda, "_GRAPHS", 2)
     runtime, session = opened(cuda_graph=True)
     bias = rows()
-    placed = {"head.bias": runtime.place(bias)}
+    placed = place(runtime, bias)
     for size in (1, 2, 3, 2):
         images, index = noise(size, size), np.zeros(size, np.int64)
-        assert np.allclose(runtime.run(images, index, placed), answer(images, bias, index))
+        assert np.allclose(run(runtime, images, index, placed), answer(images, bias, index))
     assert session.graphs == ["1", "2", "-1", "2"]
 
 
 def test_trials_capture_no_graph(opened):
     """A task's proof runs over a bank of its own: its graphs would be kept for nothing, and push out the others."""
     runtime, session = opened(cuda_graph=True)
-    served, trial = ({"head.bias": runtime.place(rows(seed))} for seed in (0, 1))
+    served, trial = (place(runtime, rows(seed)) for seed in (0, 1))
     images, index = noise(2), np.array([0, 1])
-    runtime.run(images, index, served)
-    found = runtime.without_graphs().run(images, index, trial)
+    run(runtime, images, index, served)
+    found = run(runtime.without_graphs(), images, index, trial)
     assert np.allclose(found, answer(images, rows(1), index))
-    runtime.run(images, index, served)
+    run(runtime, images, index, served)
     assert session.graphs == ["1", "-1", "1"]
     assert len(set(session.threads)) == 1
 
@@ -531,7 +554,7 @@ def test_an_added_task_is_proven_without_graphs(monkeypatch, tmp_path):
 
 def test_a_capture_holds_the_lock_that_loads_take(opened):
     runtime, session = opened(cuda_graph=True)
-    placed, run = {"head.bias": runtime.place(rows())}, session.run_with_iobinding
+    placed, real = place(runtime, rows()), session.run_with_iobinding
     free = []
 
     def watched(binding, options):
@@ -543,11 +566,11 @@ def test_a_capture_holds_the_lock_that_loads_take(opened):
         other = threading.Thread(target=attempt)
         other.start()
         other.join()
-        run(binding, options)
+        real(binding, options)
 
     session.run_with_iobinding = watched
     for _ in range(2):
-        runtime.run(noise(1), np.array([0]), placed)
+        run(runtime, noise(1), np.array([0]), placed)
     assert free == [False, True]  # captured, replayed
 
 

@@ -12,11 +12,12 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from prompttune.backbones.blocks import merge_heads
+from prompttune.export.banks import BankForm, stack_states
 from prompttune.export.folder import ONNX_FILE
 from prompttune.export.formats import ExportSettings
 from prompttune.export.formats.onnx import write_onnx
 from prompttune.export.graph import MultiTaskGraph
-from prompttune.export.layout import bank_input, stack_states
+from prompttune.export.layout import bank_input
 from prompttune.export.parity.gate import NOISE
 from prompttune.export.precision.casting import TORCH_DTYPES, typed_model
 from prompttune.export.precision.smooth import smoothed
@@ -107,12 +108,13 @@ def states(method, name):
 def graph_logits(method, name, precision, images, explicit):
     """The multi-task graph in eager PyTorch, rows of both tasks in turn."""
     model = model_of(method, 0, name)
-    bank = stack_states(model.state_layout(), states(method, name).values())
+    bank = stack_states(BankForm(model.state_layout()), states(method, name).values())
     dtype = TORCH_DTYPES[precision]
-    rows = {key: torch.from_numpy(value).to(dtype) for key, value in bank.items()}
+    rows = {key: torch.from_numpy(value).to(dtype) for key, value in bank.rows.items()}
+    index = [torch.from_numpy(one) for one in bank.index([[row % 2] for row in range(len(images))]).values()]
     graph = MultiTaskGraph(typed_model(model, precision), dtype).eval()
     with torch.no_grad(), explicit_attention(explicit):
-        return graph(torch.from_numpy(images), torch.arange(len(images)) % 2, rows).numpy()
+        return graph(torch.from_numpy(images), *index, rows)[:, 0].numpy()
 
 
 @pytest.mark.parametrize("explicit", [False, True], ids=["fused", "explicit"])
@@ -144,9 +146,10 @@ def test_the_bf16_graph_computes_the_right_thing(method, tmp_path):
     request = build_request(method, ExportSettings("onnx", "bf16"))
     write_onnx(request, tmp_path)
     evaluator = ReferenceEvaluator(onnx.load(str(tmp_path / ONNX_FILE)))
-    bank = stack_states(model.state_layout(), request.states.values(), np.dtype(ml_dtypes.bfloat16))
-    feeds = {"image": images, "task_index": np.array([0, 1]), **{bank_input(key): rows for key, rows in bank.items()}}
-    (found,) = evaluator.run(["logits"], feeds)
+    bank = stack_states(BankForm(model.state_layout()), request.states.values(), np.dtype(ml_dtypes.bfloat16))
+    rows = {bank_input(key): one for key, one in bank.rows.items()}
+    (found,) = evaluator.run(["logits"], {"image": images, **bank.index([[0], [1]]), **rows})
+    found = found[:, 0]
     eager = graph_logits(method, "test_vit", "bf16", images, explicit=True)
     exact = graph_logits(method, "test_vit", "fp32", images, explicit=True)
     finite = np.isfinite(exact)

@@ -73,8 +73,8 @@ def test_nvidias_builder_takes_the_graph(method, head, tmp_path):
 
 def test_export_is_proven(engine):
     manifest = engine.folder.manifest
-    assert manifest.outputs[0].shape == ("batch", "classes", 16, 16)
-    assert manifest.to_dict()["format_version"] == 2
+    assert manifest.outputs[0].shape == ("batch", "asked", "width", 16, 16)
+    assert manifest.to_dict()["format_version"] == 3
     report = manifest.parity
     assert report["passed"]
     assert report["mixed_vs_single"] <= 1e-5
@@ -266,10 +266,9 @@ def test_mixing_kinds_in_one_export_is_refused(tmp_path):
         pt.export_engine({"a": checkpoint("sa2vp", 0), "b": saved("sa2vp", "linear", 0)}, tmp_path / "engine")
 
 
-def test_manifests_of_classifications_stay_as_they_were():
+def test_manifests_of_classifications_name_no_segmentation():
     manifest = EngineFolder(exported("linear")).manifest
     values = manifest.to_dict()
-    assert values["format_version"] == 1
     assert "segmentation" not in values
     assert Fit.of_manifest(manifest).task_type == ClassificationConfig()
     assert engine_model(manifest, tiny()).task_type == ClassificationConfig()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from prompttune.serve.bank import BankFullError
 from prompttune.serve.batching.task_cache import CacheCounts, TaskCache
 from prompttune.serve.workers import Key, VersionGoneError, WorkerDiedError
 from tests.fake_worker import FakeWorker
@@ -224,3 +225,53 @@ def test_an_engine_that_holds_every_task_itself_evicts_none():
         assert counts.evictions == 0
 
     scenario(test, capacity=None)
+
+
+class Bounded(FakeWorker):
+    """A worker of ten classes; a task has as many as its version says."""
+
+    async def load(self, key, folder):
+        if sum(int(one.version) for one in self.rows) + int(key.version) > 10:
+            await self._unless_dead(self.may_load.wait())
+            raise BankFullError("the axis classes would be too large")
+        await super().load(key, folder)
+
+
+def test_states_leave_until_the_classes_of_another_fit():
+    async def test(worker, cache, counts):
+        small = [Key(f"small{number}", "3") for number in range(3)]
+        await use(cache, *small)
+        assert worker.rows == set(small)
+        await use(cache, Key("wide", "7"))  # a row is free
+        assert worker.rows == {small[2], Key("wide", "7")}
+        assert (counts.misses, counts.evictions, len(cache)) == (4, 2, 2)
+        await use(cache, small[0], small[1])
+        assert worker.rows == {small[0], small[1]}
+        with pytest.raises(BankFullError):
+            await use(cache, Key("never", "11"))
+        await use(cache, *small)
+        assert worker.rows == {*small}
+
+    scenario(test, capacity=4, kind=Bounded)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_order_of_use_of_tasks_of_any_width_keeps_the_books(seed):
+    async def test(worker, cache, counts):
+        chance = random.Random(seed)
+        keys = [Key(str(task), str(1 + task)) for task in range(9)]
+
+        async def client():
+            for _ in range(40):
+                key = chance.choice(keys)
+                async with cache.using(key, FOLDER):
+                    for _ in range(chance.randrange(4)):
+                        await asyncio.sleep(0)
+                    assert key in worker.rows
+
+        await asyncio.gather(*(client() for _ in range(12)))
+        assert sum(int(one.version) for one in worker.rows) <= 10
+        assert len(cache) == len(worker.rows)
+        assert cache._free == 4 - len(worker.rows)
+
+    scenario(test, capacity=4, kind=Bounded)

@@ -17,11 +17,12 @@ import prompttune as pt
 from prompttune.cli.main import cli
 from prompttune.errors import EngineError, MissingExtraError, UsageError
 from prompttune.export import EngineFolder
+from prompttune.export.banks import needed_sizes
 from prompttune.export.folder import MANIFEST, write_manifest
 from prompttune.export.formats import FORMATS, ExportSettings
 from prompttune.export.formats.tensorrt_builder import BuildProgress, bar
 from prompttune.export.formats.tensorrt_options import TensorRTOptions
-from prompttune.export.layout import TensorSpec, axis_ranges, dynamic_axes, input_shapes, needed_sizes
+from prompttune.export.layout import TensorSpec, axis_ranges, declare_inputs, dynamic_axes, input_shapes
 from prompttune.export.runtimes import RuntimeOptions, open_runtime
 from prompttune.export.runtimes.tensorrt_compatibility import check_capability, check_version, version_numbers
 from prompttune.export.runtimes.tensorrt_library import require_cuda, require_tensorrt, require_torch_tensorrt
@@ -172,7 +173,7 @@ def test_options_become_a_record():
 
 INPUTS = [
     TensorSpec("image", "float32", ("batch", 3, 8, 8)),
-    TensorSpec("task_index", "int64", ("batch",)),
+    TensorSpec("task_index", "int64", ("batch", "asked")),
     TensorSpec("bank.a", "float16", ("tasks", 4, "rank")),
 ]
 
@@ -180,21 +181,43 @@ INPUTS = [
 def test_ranges_come_from_the_tasks():
     needed = {"tasks": 40, "rank": 20, "classes": 3}
     found = axis_ranges(INPUTS, needed, {})
-    assert found == {"batch": (1, 8, 32), "tasks": (1, 40, 80), "rank": (1, 20, 40)}
+    calls = {"batch": (1, 8, 32), "asked": (1, 1, 32)}
+    assert found == {**calls, "tasks": (1, 40, 80), "rank": (1, 20, 40)}
     found = axis_ranges(INPUTS, {"tasks": 2, "rank": 4}, {"batch": (2, 2, 2)})
-    assert found == {"batch": (2, 2, 2), "tasks": (1, 2, 64), "rank": (1, 4, 32)}
+    assert found == {**calls, "batch": (2, 2, 2), "tasks": (1, 2, 64), "rank": (1, 4, 32)}
     assert input_shapes(INPUTS[2], found) == ((1, 4, 1), (2, 4, 4), (64, 4, 32))
-    assert dynamic_axes(INPUTS) == ["batch", "tasks", "rank"]
+    assert dynamic_axes(INPUTS) == ["batch", "asked", "tasks", "rank"]
     with pytest.raises(UsageError, match=r"unknown dynamic axis 'ranks'; did you mean rank, tasks"):
         axis_ranges(INPUTS, needed, {"ranks": (1, 1, 1)})
     with pytest.raises(UsageError, match="the axis rank may grow to 16, but the tasks of this export need 20"):
         axis_ranges(INPUTS, needed, {"rank": (1, 8, 16)})
 
 
+def test_ranges_of_classes():
+    """A call may ask for every class of the bank, unless the user says otherwise."""
+    inputs = declare_inputs({"head.weight": ("classes", 8)}, 8)
+    needed = {"tasks": 2, "classes": 2051, "chosen": 2051, "width": 2000}
+    found = axis_ranges(inputs, needed, {})
+    wanted = {"classes": (1, 2051, 4102), "chosen": (1, 2051, 4102), "width": (1, 2000, 4000)}
+    assert found == {"batch": (1, 8, 32), "asked": (1, 1, 32), **wanted}
+    few = {"tasks": 2, "classes": 7, "chosen": 7, "width": 3}
+    assert axis_ranges(inputs, few, {})["width"] == (1, 3, 256)
+    assert axis_ranges(inputs, few, {"classes": (1, 7, 9000)})["chosen"] == (1, 7, 9000)
+    assert axis_ranges(inputs, few, {"chosen": (1, 7, 64)})["chosen"] == (1, 7, 64)
+    with pytest.raises(UsageError, match="the axis width may grow to 2, but the tasks of this export need 3"):
+        axis_ranges(inputs, few, {"width": (1, 2, 2)})
+
+
 def test_sizes_that_tasks_need():
     models = [model_of("sa2vp", number) for number in (0, 1)]
     states = {f"{number}": folded_state(model) for number, model in enumerate(models)}
-    assert needed_sizes(models[0].state_layout(), states) == {"tasks": 2, "rank": 3, "classes": 3}
+    assert needed_sizes(models[0].state_layout(), states) == {
+        "tasks": 2,
+        "rank": 3,
+        "classes": 1 + 2 + 3,
+        "chosen": 1 + 2 + 3,
+        "width": 3,
+    }
 
 
 def test_progress_of_nested_phases():

@@ -13,6 +13,7 @@ import torch
 
 import prompttune as pt
 from prompttune.errors import EngineError, UsageError
+from prompttune.export.banks import BankForm, needed_sizes, stack_states
 from prompttune.export.formats import ExportSettings, tensorrt
 from prompttune.export.formats.tensorrt_builder import build_plan
 from prompttune.export.formats.tensorrt_options import TensorRTOptions
@@ -23,7 +24,7 @@ from prompttune.export.runtimes import tensorrt_plan as execution
 from prompttune.export.runtimes.tensorrt_layers import summarise
 from prompttune.export.runtimes.tensorrt_library import ErrorLog
 from prompttune.export.runtimes.tensorrt_plan import TensorRTPlan
-from prompttune.export.runtimes.tensors import CAPTURE_LOCK, as_torch, check_tensors, place_rows, update_row
+from prompttune.export.runtimes.tensors import CAPTURE_LOCK, as_torch, check_tensors, place_rows, update_rows
 from prompttune.export.runtimes.torch_tensorrt import TorchTensorRTRuntime, check_versions
 from tests.engines import checkpoint, model_of
 from tests.fake_tensorrt import (
@@ -39,7 +40,7 @@ from tests.fake_tensorrt import (
 )
 
 SHAPES = {"image": ((1, 3, 8, 8), (2, 3, 8, 8), (4, 3, 8, 8))}
-INPUTS = [TensorSpec("image", "float32", ("batch", 3, 8, 8)), TensorSpec("task_index", "int64", ("batch",))]
+INPUTS = [TensorSpec("image", "float32", ("batch", 3, 8, 8)), TensorSpec("task_index", "int64", ("batch", "asked"))]
 
 # ------------------------------------------------------------------------------------------------------ the build
 
@@ -140,7 +141,7 @@ def test_loads_wait_for_a_capture_and_fail_in_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     rows, device = np.ones((2, 3), np.float32), torch.device("cpu")
     placed = place_rows(np.zeros((2, 3), np.float32), device)
-    for load in (lambda: place_rows(rows, device), lambda: update_row(placed, rows, 1)):
+    for load in (lambda: place_rows(rows, device), lambda: update_rows(placed, rows, slice(1, 2))):
         done.clear()
         with CAPTURE_LOCK:
             thread = threading.Thread(target=load)
@@ -154,7 +155,7 @@ def test_loads_wait_for_a_capture_and_fail_in_one_line(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
 
     stream.synchronize = fails
-    for load in (lambda: place_rows(rows, device), lambda: update_row(placed, rows, 1)):
+    for load in (lambda: place_rows(rows, device), lambda: update_rows(placed, rows, slice(1, 2))):
         with pytest.raises(EngineError, match=r"^cannot load a task to cpu: CUDA out of memory\.$"):
             load()
 
@@ -209,7 +210,7 @@ class FakeEngine:
         return types.SimpleNamespace(get_engine_information=lambda form: LAYERS[form])
 
 
-OUTPUTS = [TensorSpec("logits", "float32", ("batch", "classes"))]
+OUTPUTS = [TensorSpec("logits", "float32", ("batch", "asked", "width"))]
 STREAM = types.SimpleNamespace(cuda_stream=5, device=torch.device("cpu"), synchronize=lambda: None)
 
 
@@ -232,18 +233,18 @@ def opened(tmp_path, engine, version_compatible=False):
     ],
 )
 def test_every_refusal_is_noticed(monkeypatch, tmp_path, refuses, message):
-    context = Context((2, 7), refuses)
+    context = Context((2, 1, 7), refuses)
     fake, plan = opened(tmp_path, FakeEngine(context), version_compatible=True)
     assert fake.runtime.engine_host_code_allowed
     monkeypatch.setattr(execution, "check_tensors", lambda *_: None)  # host memory is aligned to less
-    inputs = {"image": torch.zeros(2, 3, 8, 8), "task_index": torch.zeros(2, dtype=torch.int64)}
+    inputs = {"image": torch.zeros(2, 3, 8, 8), "task_index": torch.zeros(2, 1, dtype=torch.int64)}
     with contextlib.nullcontext() if message is None else pytest.raises(EngineError, match=message):
         session = execution.Session(plan, STREAM)
         logits = session.bind(inputs)
         session.enqueue()
-        assert context.shapes == {"image": (2, 3, 8, 8), "task_index": (2,)}
+        assert context.shapes == {"image": (2, 3, 8, 8), "task_index": (2, 1)}
         assert context.addresses == {name: one.data_ptr() for name, one in (*inputs.items(), ("logits", logits))}
-        assert (logits.shape, logits.dtype, context.runs) == ((2, 7), torch.float32, 1)
+        assert (logits.shape, logits.dtype, context.runs) == ((2, 1, 7), torch.float32, 1)
 
 
 def test_plans_that_do_not_open_or_fit_are_refused(tmp_path):
@@ -274,19 +275,23 @@ def test_layers_become_a_few_figures(tmp_path):
 def test_program_is_captured_with_bounds():
     model = model_of("sa2vp", 0)
     traced = trace(model)
-    ranges = widened(axis_ranges(traced.inputs, {"tasks": 1, "rank": 1, "classes": 1}, {"batch": (2, 2, 2)}))
+    state = folded_state(model)
+    stacked = stack_states(BankForm(model.state_layout()), [state])
+    needed = needed_sizes(model.state_layout(), {"a": state})
+    ranges = widened(axis_ranges(traced.inputs, needed, {"batch": (2, 2, 2), "asked": (1, 1, 3)}))
     assert ranges["rank"] == (1, 2, 32)
     program = bounded(traced.program, traced.inputs, ranges, "cpu")
     bounds = sorted((int(one.lower), int(one.upper)) for one in program.range_constraints.values())
-    assert bounds == [(1, 32), (1, 64), (1, 256)]
+    assert bounds == [(1, 3), (1, 32), (1, 64), (1, 256), (1, 4096), (1, 4096)]
     names = [node.name for node in program.graph.nodes if node.op == "placeholder" and node.name.startswith("inputs")]
     assert len(names) == len(traced.inputs)
-    state = {f"bank.{key}": value for key, value in folded_state(model).items()}
+    rows = {f"bank.{key}": value for key, value in stacked.rows.items()}
     images = np.random.default_rng(0).standard_normal((2, 3, 64, 64), dtype=np.float32)
-    given = {"image": images, "task_index": np.zeros(2, np.int64), **state}
+    given = {"image": images, **stacked.index([[0, 0]] * 2), **rows}
     with torch.no_grad():
         found = program.module()(*(torch.from_numpy(given[spec.name]) for spec in traced.inputs))
-        assert torch.allclose(found, model(torch.from_numpy(images)).logits, atol=1e-5)
+        for number in range(2):
+            assert torch.allclose(found[:, number, :2], model(torch.from_numpy(images)).logits, atol=1e-5)
 
 
 def test_compile_settings_follow_the_version():
@@ -322,13 +327,13 @@ def torch_tensorrt(error=None):
 
 
 def test_inputs_are_declared_to_torch_tensorrt(tmp_path):
-    ranges = {"batch": (1, 2, 4)}
+    ranges = {"batch": (1, 2, 4), "asked": (1, 1, 3)}
     fixed = TensorSpec("bank.a", "bfloat16", (3, 4))
     library, path = torch_tensorrt(), tmp_path / "model.ep"
     compile_program(library, None, [*INPUTS, fixed], ranges, TensorRTOptions(), "bf16", path)
     image, index, bank = library.given
     assert (image.min_shape, image.opt_shape, image.max_shape) == SHAPES["image"]
-    assert (index.name, index.dtype, index.max_shape) == ("task_index", torch.int64, (4,))
+    assert (index.name, index.dtype, index.max_shape) == ("task_index", torch.int64, (4, 3))
     assert (bank.shape, bank.dtype) == ((3, 4), torch.bfloat16)
     assert path.exists()
     failing = torch_tensorrt(RuntimeError("no converter\nfor this"))
@@ -347,13 +352,13 @@ def test_output_of_a_program_may_come_in_a_tuple(monkeypatch, given):
 
     def program(images, index):
         seen.append((index.tolist(), torch.backends.cudnn.conv.fp32_precision))
-        return given(images.sum(dim=(2, 3)).half())
+        return given(images.sum(dim=(2, 3)).half()[:, None])
 
     runtime._module = program
     images = np.ones((2, 3, 8, 8), np.float32)
-    found = runtime.run(images, np.array([1, 0]), {})
-    assert (found.dtype, found.tolist()) == (np.float32, [[64.0] * 3] * 2)
-    assert seen == [([1, 0], "ieee")]
+    found = runtime.run({"image": images, "task_index": np.array([[1], [0]])}, {})
+    assert (found.dtype, found.tolist()) == (np.float32, [[[64.0] * 3]] * 2)
+    assert seen == [([[1], [0]], "ieee")]
 
 
 def test_programs_of_other_versions_are_refused():

@@ -23,8 +23,8 @@ import prompttune as pt
 from prompttune.cli.main import cli
 from prompttune.errors import MissingExtraError, ParityError, UsageError
 from prompttune.export import EngineFolder, validate_engine
+from prompttune.export.banks import stack_states
 from prompttune.export.formats import ExportSettings
-from prompttune.export.layout import stack_states
 from prompttune.export.triton import DATA_TYPES, TritonSettings, as_text, export_triton, make_config, shared_labels
 from tests import triton_server
 from tests.drawing import drawn_model
@@ -72,8 +72,7 @@ def test_configuration_is_the_models(repository, name):
         for one, tensor in zip(declared, found, strict=True):
             dtype = {"tensor(float)": "FP32", "tensor(int64)": "INT64"}[tensor.type]
             assert triton_config.DataType.Name(one.data_type) == f"TYPE_{dtype}"
-            dims = list(one.reshape.shape) if one.HasField("reshape") else list(one.dims)
-            assert dims == triton_dims(tensor.shape, batched)
+            assert list(one.dims) == triton_dims(tensor.shape, batched)
             assert len(one.dims) >= 1
     assert config.max_batch_size == (64 if batched else 0)
     assert config.HasField("dynamic_batching") == batched
@@ -125,7 +124,8 @@ def test_a_plan_is_batched_as_it_was_built():
     """No GPU is needed to write the configuration of a plan."""
     engine = EngineFolder(exported("sa2vp"))
     tasks = {name: engine.read_task(name) for name in engine.tasks()}
-    ranges = {"batch": [2, 8, 32], "tasks": [1, 2, 64], "rank": [1, 2, 32], "classes": [1, 3, 256]}
+    calls = {"batch": [2, 8, 32], "asked": [2, 2, 4], "chosen": [4, 4, 64], "width": [1, 3, 256]}
+    ranges = {**calls, "tasks": [1, 2, 64], "rank": [1, 2, 32], "classes": [8, 8, 256]}
     details = {"profile": ranges, "tensorrt": "10.13.3"}
     plan = dataclasses.replace(engine.manifest, format="trt", details=details, bank_precision="fp16")
     plan = dataclasses.replace(plan, inputs=tuple(_typed(spec, "float16") for spec in plan.inputs))
@@ -134,11 +134,15 @@ def test_a_plan_is_batched_as_it_was_built():
     assert (config.platform, config.default_model_filename) == ("tensorrt_plan", "model.plan")
     assert (config.max_batch_size, list(config.dynamic_batching.preferred_batch_size)) == (32, [8, 32])
     assert config.model_warmup[0].batch_size == 2
+    assert list(config.model_warmup[0].inputs["task_index"].dims) == [2]
     assert config.instance_group[0].kind == triton_config.ModelInstanceGroup.KIND_GPU
     assert json.loads(config.parameters["tools"].string_value)["tensorrt"] == "10.13.3"
     carried = make_config(plan, tasks, TritonSettings(), gpu=True)
     assert {one.data_type for one in carried.input if one.name.startswith("bank.")} == {triton_config.TYPE_FP16}
-    assert list(carried.model_warmup[0].inputs["image"].dims) == [2, 3, 64, 64]
+    warm = {name: list(one.dims) for name, one in carried.model_warmup[0].inputs.items()}
+    assert (warm["image"], warm["task_index"]) == ([2, 3, 64, 64], [2, 2])
+    assert (warm["class_rows"], warm["class_index"]) == ([4], [2, 2, 2])  # a task of two classes, and padding
+    assert warm["bank.head.bias"] == [8]
     assert (carried.max_batch_size, carried.HasField("dynamic_batching")) == (0, False)
     assert text_format.Parse(as_text(config), triton_config.ModelConfig()) == config
 
@@ -256,15 +260,19 @@ def test_triton_answers_as_the_engine_does(repository, ports, module):
     images, index = noise(6), np.arange(6) % 2
     wanted = pt.Engine(repository / "baked" / "1").logits(images, [TASKS[row] for row in index])
     engine = EngineFolder(repository / "carried" / "1")
-    bank = stack_states(engine.manifest.layout, [engine.read_task(name).state for name in TASKS])
+    bank = stack_states(engine.manifest.form, [engine.read_task(name).state for name in TASKS])
     with module.InferenceServerClient(f"127.0.0.1:{port}") as client:
         assert client.is_server_ready()
         baked = ask(client, module, "baked", {"image": images, "task_index": index[:, None]})
-        given = {f"bank.{key}": value for key, value in bank.items()}
-        carried = ask(client, module, "carried", {"image": images, "task_index": index, **given})
-    for result in (baked, carried):
-        np.testing.assert_allclose(result.as_numpy("logits"), wanted, atol=1e-5)
+        both = ask(client, module, "baked", {"image": images, "task_index": np.stack([index, 1 - index], 1)})
+        given = {f"bank.{key}": value for key, value in bank.rows.items()} | bank.index(index[:, None].tolist())
+        carried = ask(client, module, "carried", {"image": images, **given})
+    for result in (baked, both, carried):
+        np.testing.assert_allclose(result.as_numpy("logits")[:, 0, :3], wanted, atol=1e-5)
         assert not np.isfinite(wanted[0, 2])  # the padding of the smaller task came through
+    assert both.as_numpy("logits").shape == (6, 2, 3)
+    other = pt.Engine(repository / "baked" / "1").logits(images, [TASKS[1 - row] for row in index])
+    np.testing.assert_allclose(both.as_numpy("logits")[:, 1], other, atol=1e-5)
 
 
 @needs_triton
@@ -294,7 +302,7 @@ def test_triton_batches_requests_of_different_tasks(repository, ports):
         while _executions(client)[0] < before[0] + 8 and time.monotonic() < limit:
             time.sleep(0.05)  # Triton counts after it has answered
         rows, executions = (after - first for after, first in zip(_executions(client), before, strict=True))
-    np.testing.assert_allclose(answers, wanted, atol=1e-5)
+    np.testing.assert_allclose(answers[:, 0], wanted, atol=1e-5)
     assert rows == 8
     assert executions < rows
 

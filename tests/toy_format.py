@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -48,7 +47,7 @@ class ProgramRuntime(TensorRuntime):
         super().__init__(torch.device(options.device), f"torch.export of PyTorch {torch.__version__}")
         self._program = torch.export.load(folder / FILE).module()
 
-    def run(self, images: Array, task_index: NDArray[np.int64], bank: Mapping[str, Any]) -> Array:
+    def run(self, inputs: Mapping[str, NDArray[Any]], bank: Mapping[str, Any]) -> Array:
         with torch.no_grad():
-            logits: Array = self._program(as_torch(images), as_torch(task_index), dict(bank)).numpy()
+            logits: Array = self._program(*map(as_torch, inputs.values()), dict(bank)).numpy()
         return logits

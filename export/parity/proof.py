@@ -10,7 +10,6 @@ from typing import Any
 from prompttune.backbones import Backbone
 from prompttune.errors import ParityError
 from prompttune.export.folder import EngineTask, Manifest
-from prompttune.export.layout import TASKS
 from prompttune.export.options import OnStage
 from prompttune.export.parity.accuracy import Accuracy
 from prompttune.export.parity.compare import (
@@ -178,8 +177,10 @@ def fold_proven(
     manifest.axes_of(folded.task.shapes(), f"task {name!r}")
     if gate is None:
         return folded.task
-    most = manifest.sizes.most(TASKS, MIXED_WITH + 1) - 1
-    mixed_with = dict([(one, task) for one, task in others.items() if one != name][:most])
+    mixed_with = dict([(one, task) for one, task in others.items() if one != name][:MIXED_WITH])
+    axes = [manifest.axes_of(task.shapes(), one) for one, task in {name: folded.task, **mixed_with}.items()]
+    most = manifest.form.how_many(manifest.sizes, axes) - 1
+    mixed_with = dict(list(mixed_with.items())[:most])
     runner = runner_of({name: folded.task, **mixed_with})
     report = prove(runner, {name: folded}, mixed_with, manifest, samples, gate)
     require_passed(report, f"task {name!r} was not added")

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Unpack
 
 from prompttune.errors import EngineError, UsageError, choose, some_names
-from prompttune.export.folder import EngineFolder, EngineTask
-from prompttune.export.layout import TASKS
+from prompttune.export.folder import EngineFolder, EngineTask, read_record
 from prompttune.export.options import OnStage, Thresholds
 from prompttune.export.parity.bisection import bisect, check_probes
 from prompttune.export.parity.compare import (
@@ -149,12 +148,28 @@ def _tasks(
                 f"{other.path} has {some_names(theirs)}"
             )
         present = common
-    most = min(one.manifest.sizes.most(TASKS, MOST_TASKS) for one in (folder, other or folder))
-    chosen = wanted or [present[number * len(present) // most] for number in range(most)]
-    names = dict.fromkeys(choose("task", one, present) for one in chosen)
-    bounded = not wanted and len(names) < len(present)
-    note = [f"{len(names)} of {len(present)} tasks, evenly spread; name others with --task"] if bounded else []
+    if wanted:
+        chosen = dict.fromkeys(choose("task", one, present) for one in wanted)
+        return {name: folder.read_task(name) for name in chosen}, []
+    most = min(MOST_TASKS, len(present))
+    while True:
+        names = [present[number * len(present) // most] for number in range(most)]
+        fit = min(_how_many(one, names) for one in (folder, other or folder))
+        if fit == most:
+            break
+        most = fit
+    bounded = most < len(present)
+    note = [f"{most} of {len(present)} tasks, evenly spread; name others with --task"] if bounded else []
     return {name: folder.read_task(name) for name in names}, note
+
+
+def _how_many(folder: EngineFolder, tasks: Sequence[str]) -> int:
+    """Number of the first of these tasks that an engine takes together."""
+    manifest = folder.manifest
+    if manifest.baked is not None:
+        return len(tasks)
+    records = (read_record(folder.task_folder(name)) for name in tasks)
+    return manifest.form.how_many(manifest.sizes, (manifest.axes_of(one.shapes, one.name) for one in records))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from prompttune.export.folder import EngineFolder, Manifest
 from prompttune.export.layout import (
     ASKED,
     BATCH,
-    TASKS,
     Range,
     axis_ranges,
     bind_axes,
@@ -33,7 +32,7 @@ def provider_ranges(folder: Path, manifest: Manifest) -> dict[str, Range]:
     """
     axes = dynamic_axes(manifest.inputs)
     shapes = []
-    if TASKS in axes:
+    if manifest.baked is None:
         for record in EngineFolder(folder, verify=False).scan().records.values():
             with contextlib.suppress(EngineError):  # a damaged task must not affect others
                 shapes.append(bind_axes(manifest.layout, record.shapes, record.name))

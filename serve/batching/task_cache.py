@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from prompttune.serve.bank import BankFullError
 from prompttune.serve.workers import Key, Worker, WorkerDiedError
 from prompttune.serve.workers.waiting import to_the_end
 
@@ -93,15 +94,30 @@ class TaskCache:
         return held
 
     async def _load(self, key: Key, folder: Path) -> None:
-        victim = await self._row()
+        victim, reserved = await self._row(), 1
         try:
-            if victim is not None:
-                self._counts.evictions += 1
-                await self._worker.evict(victim)
-            await self._worker.load(key, folder)
+            await self._evict(victim)
+            while True:
+                try:
+                    await self._worker.load(key, folder)
+                    break
+                except BankFullError:  # a row is free, but not as many classes: another state must leave as well
+                    if len(self._held) == 1:
+                        raise
+                    victim = await self._leaving()
+                    reserved += 1
+                    await self._evict(victim)
         except BaseException:
-            self._pass_on(None)
+            for _ in range(reserved):
+                self._pass_on(None)
             raise
+        for _ in range(reserved - 1):
+            self._pass_on(None)
+
+    async def _evict(self, victim: Key | None) -> None:
+        if victim is not None:
+            self._counts.evictions += 1
+            await self._worker.evict(victim)
 
     def _loaded(self, key: Key, held: _Held, done: asyncio.Task[None]) -> None:
         if done.cancelled() or done.exception() is not None:  # its users report the failure
@@ -117,6 +133,10 @@ class TaskCache:
         if self._free:
             self._free -= 1
             return None
+        return await self._leaving()
+
+    async def _leaving(self) -> Key | None:
+        """Reserve the row of a state that is to be evicted; None for a row that became free in the meantime."""
         idle = next((key for key, held in self._held.items() if not held.users and _is_loaded(held)), None)
         if idle is not None:
             del self._held[idle]

@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 from prompttune.errors import EngineError, PrompttuneError, UsageError, first_line
+from prompttune.serve.bank import BankFullError
 from prompttune.serve.workers.base import VersionGoneError
 from prompttune.serve.workers.store import Store
 
@@ -68,5 +69,5 @@ def portable(problem: Exception) -> PrompttuneError:
     if not isinstance(problem, PrompttuneError):
         _LOG.error("the engine worker failed", exc_info=problem)
         return EngineError(f"the engine worker failed: {type(problem).__name__}: {first_line(problem)}")
-    plain = (VersionGoneError, UsageError, EngineError, PrompttuneError)
+    plain = (BankFullError, VersionGoneError, UsageError, EngineError, PrompttuneError)
     return next(one for one in plain if isinstance(problem, one))(str(problem))
