@@ -276,19 +276,30 @@ class Engine:
             whole[pair][: len(one.logits)] = one.logits
         return whole if _several(tasks) else whole[:, 0]
 
-    def answer(self, images: Tensor | NDArray[np.float32], tasks: Sequence[str]) -> list[TaskLogits]:
+    @overload
+    def answer(self, images: Tensor | NDArray[np.float32], tasks: str | Sequence[str]) -> list[TaskLogits]: ...
+
+    @overload
+    def answer(self, images: Tensor | NDArray[np.float32], tasks: Lists) -> list[list[TaskLogits]]: ...
+
+    def answer(self, images: Tensor | NDArray[np.float32], tasks: Tasks) -> list[TaskLogits] | list[list[TaskLogits]]:
         """Each row's own logits, with the labels and the version of its task.
 
         Args:
             images: normalised float32 [B, 3, S, S].
-            tasks: a task name for each image.
+            tasks: see :meth:`predict`.
+
+        Returns:
+            The logits of each image; for lists of tasks a list for each image, in the order of its tasks.
 
         Raises:
             UsageError: the shape, dtype, number of rows or task is wrong.
         """
         batch = self._batch(images)
-        answers = self._answered(_asked(tasks, len(batch)), lambda rows, _: _some(batch, rows))
-        return [answers[row, 0] for row in range(len(batch))]
+        asked = _asked(tasks, len(batch))
+        answers = self._answered(asked, lambda rows, _: _some(batch, rows))
+        each = [[answers[image, number] for number in range(len(row))] for image, row in enumerate(asked)]
+        return each if _several(tasks) else [one for (one,) in each]
 
     @overload
     def predict(self, images: Images, tasks: str | Sequence[str], top_k: int = TOP_K) -> list[Prediction]: ...
@@ -532,16 +543,20 @@ def _several(tasks: Tasks) -> bool:
 
 def _asked(tasks: Tasks, images: int) -> list[list[str]]:
     """The task names of each image."""
-    rows = (
-        [[tasks]] * images if isinstance(tasks, str) else [[one] if isinstance(one, str) else [*one] for one in tasks]
-    )
-    if _several(tasks):
+    if isinstance(tasks, str):
+        return [[tasks]] * images
+    rows = [[one] if isinstance(one, str) else one for one in tasks]
+    several = _several(tasks)
+    if several:
+        names = "give a list of at least one task name for each image, or one list for all"
+        for one in tasks:
+            if not isinstance(one, list | tuple) or not one or not all(isinstance(name, str) for name in one):
+                raise UsageError(f"{names}, not {one!r}")
         rows = rows * images if len(rows) == 1 else rows
-        if any(isinstance(one, str) for one in tasks) or not all(rows):
-            raise UsageError("give a list of at least one task for each image, or one list for all")
     if len(rows) != images:
-        raise UsageError(f"{images} images but {len(rows)} tasks: give one task for each image, or one for all")
-    return rows
+        what, each = ("lists of tasks", "list") if several else ("tasks", "task")
+        raise UsageError(f"{images} images but {len(rows)} {what}: give one {each} for each image, or one for all")
+    return [[*row] for row in rows]
 
 
 def _of_similar_length(rows: Iterable[list[_Pair]]) -> Iterable[list[list[_Pair]]]:

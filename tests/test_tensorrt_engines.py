@@ -115,8 +115,10 @@ def test_export_leaves_the_plan_alone_and_records_where_it_runs(monkeypatch, tmp
     assert details["tensorrt"] == VERSION
     assert details["layers"] == {"count": 7}
     assert (details["gpu"], details["compute_capability"]) == ("a GPU", "9.0")
-    assert details["profile"] == {"batch": [1, 2, 4], "tasks": [1, 2, 64], "classes": [1, 3, 256]}
-    assert fake.configs[0].profiles[0]["bank.head.bias"] == ((1, 1), (2, 3), (64, 256))
+    calls = {"batch": [1, 2, 4], "asked": [1, 1, 32], "chosen": [1, 6, 4096], "width": [1, 3, 256]}
+    assert details["profile"] == {**calls, "classes": [1, 6, 4096]}
+    assert fake.configs[0].profiles[0]["bank.head.bias"] == ((1,), (6,), (4096,))
+    assert fake.configs[0].profiles[0]["class_index"] == ((1, 1, 1), (2, 1, 3), (4, 32, 256))
     assert fake.configs[0].flags == set()
     assert any("building the TensorRT plan" in one and "50%" in one for one in stages)
 

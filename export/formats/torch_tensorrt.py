@@ -17,7 +17,15 @@ from prompttune.export.banks import needed_sizes
 from prompttune.export.formats.base import BuildRequest, Built, ExportSettings, Format
 from prompttune.export.formats.tensorrt_options import TensorRTOptions
 from prompttune.export.graph import unbounded_attention
-from prompttune.export.layout import Range, TensorSpec, axis_ranges, dynamic_axes, input_shapes, is_bank_input
+from prompttune.export.layout import (
+    Range,
+    TensorSpec,
+    axis_ranges,
+    bank_input,
+    dynamic_axes,
+    input_shapes,
+    is_bank_input,
+)
 from prompttune.export.runtimes.tensorrt_compatibility import gpu_record
 from prompttune.export.runtimes.tensorrt_library import require_cuda, require_torch_tensorrt
 from prompttune.export.runtimes.torch_tensorrt import MODEL_FILE, versions
@@ -74,7 +82,7 @@ class _Positional(nn.Module):
     def __init__(self, graph: nn.Module, inputs: Sequence[TensorSpec]) -> None:
         super().__init__()
         self.captured = graph  # not "graph": a traced module has an attribute of that name
-        self.keys = [spec.name for spec in inputs if is_bank_input(spec.name)]
+        self.keys = [spec.name.removeprefix(bank_input("")) for spec in inputs if is_bank_input(spec.name)]
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Logits [B, K, C] of the declared inputs in their order, the bank's tensors last."""
