@@ -192,6 +192,7 @@ def _write_model(
             "name": model.config.method,
             "settings": model.config.to_dict(),
             "graph_settings": model.config.graph_settings(),
+            "only_reads": model.method.only_reads,
         },
         layout=model.state_layout(),
         inputs=tuple(built.inputs),

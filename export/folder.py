@@ -367,6 +367,11 @@ class Manifest:
         return BankForm(self.layout, any(spec.name == CLASS_ROWS for spec in self.inputs))
 
     @property
+    def only_reads(self) -> bool:
+        """Whether the tasks of an image only read what the backbone computed for it, so that more cost little."""
+        return bool(self.method.get("only_reads", False))
+
+    @property
     def asks_many(self) -> bool:
         """Whether the model answers several tasks for an image, ``task_index`` [B, K]; models of format version 2 and
         earlier answer one."""

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 import prompttune as pt
 from prompttune.cli.main import cli
 from prompttune.errors import DataError, UsageError
+from prompttune.export.runtimes.onnxruntime import OnnxRuntime
 from prompttune.serve.infer import decoding
 from prompttune.serve.infer.items import FilePayload, Item
 from prompttune.serve.infer.local import run_locally
@@ -87,6 +88,26 @@ def test_more_tasks_than_rows_of_a_call(photos, tmp_path):
     _, rows = run(photos / "a", output=tmp_path / "one.jsonl", tasks=("task0", "task1"), batch_size=1)
     _, more = run(photos / "a", output=tmp_path / "two.jsonl", tasks=("task0", "task1"), batch_size=8)
     assert [(row.source, row.task, row.label) for row in rows] == [(row.source, row.task, row.label) for row in more]
+
+
+def test_all_tasks_share_one_pass_over_an_image(photos, tmp_path, monkeypatch):
+    shapes, runtime_run = [], OnnxRuntime.run
+
+    def seen(self, inputs, bank):
+        shapes.append((inputs["image"].shape[0], inputs["task_index"].shape))
+        return runtime_run(self, inputs, bank)
+
+    monkeypatch.setattr(OnnxRuntime, "run", seen)
+    readable = 5  # of six
+    _, rows = run(photos / "a", output=tmp_path / "all.jsonl", tasks=("all",), batch_size=8)
+    assert shapes == [(readable, (readable, 2))]
+    assert [row.task for row in rows[:2]] == ["task0", "task1"]
+    for task in ("task0", "task1"):
+        _, alone = run(photos / "a", output=tmp_path / f"{task}.jsonl", tasks=(task,), batch_size=8)
+        mixed = [row for row in rows if row.task == task]
+        for one, other in zip(mixed, alone, strict=True):
+            assert (one.source, one.label, one.error) == (other.source, other.label, other.error)
+            assert one.probability == pytest.approx(other.probability, abs=1e-5)
 
 
 def test_decoding_does_not_run_away(engine, photos, monkeypatch):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from prompttune.export.runtimes import Array
+from prompttune.images.preprocess import Preprocess
 from prompttune.serve.answers import likeliest
 from prompttune.serve.engine import Engine, TaskLogits
 from prompttune.serve.infer.decoding import Decoded
@@ -57,56 +58,78 @@ class Buffers:
             self._free.append(batch)
 
 
-Calls = list[tuple[Array, list[str]]]
-"""Engine calls: float32 [batch size, 3, S, S] and a task for each of its first rows; the rest is not in use."""
+@dataclass
+class Call:
+    """One engine call."""
+
+    images: Array
+    """float32 [batch size, 3, S, S]; the rest is not in use."""
+    asked: list[tuple[int, list[str]]] = field(default_factory=list)
+    """For each image the number of its input in the chunk, and the tasks that it is asked about."""
 
 
-def assemble(inputs: Sequence[Decoded], work: Work, buffers: Buffers) -> Calls:
-    """Pack the readable rows of a chunk into calls: first input, first task; first input, second task; and so on."""
-    calls: Calls = []
-    for one in inputs:
-        for task in work.tasks_of(one.item.task):
-            if one.item.error is not None or task not in work.known:
-                continue
-            if not calls or len(calls[-1][1]) == work.batch_size:
-                calls.append((buffers.take(), []))
-            batch, tasks = calls[-1]
-            batch[len(tasks)] = one.arrays[work.known[task].preprocess]
-            tasks.append(task)
+Answers = dict[tuple[int, str], TaskLogits]
+"""Answers of a chunk by the number of the input and the task."""
+
+
+def assemble(inputs: Sequence[Decoded], work: Work, buffers: Buffers) -> list[Call]:
+    """Pack the readable images of a chunk into calls, each with all of its tasks that share a transform."""
+    calls: list[Call] = []
+    room = 0
+    for number, one in enumerate(inputs):
+        by_transform: dict[Preprocess, list[str]] = {}
+        for task in work.tasks_of(one.item.task) if one.item.error is None else ():
+            if task in work.known:
+                by_transform.setdefault(work.known[task].preprocess, []).append(task)
+        for transform, tasks in by_transform.items():
+            most = len(tasks) if work.only_reads else work.batch_size
+            for start in range(0, len(tasks), most):
+                asked = tasks[start : start + most]
+                rows = 1 if work.only_reads else len(asked)
+                if rows > room:
+                    calls.append(Call(buffers.take()))
+                    room = work.batch_size
+                calls[-1].images[len(calls[-1].asked)] = one.arrays[transform]
+                calls[-1].asked.append((number, asked))
+                room -= rows
     return calls
 
 
-def score(engine: Engine, calls: Calls, buffers: Buffers) -> list[TaskLogits]:
-    """Run the engine calls of a chunk: the logits of row after row.
+def score(engine: Engine, calls: Sequence[Call], buffers: Buffers) -> Answers:
+    """Run the engine calls of a chunk.
 
     Raises:
         EngineError: the runtime fails.
     """
-    logits: list[TaskLogits] = []
-    for batch, tasks in calls:
-        logits += engine.answer(batch[: len(tasks)], tasks)
-        buffers.give_back(batch)
-    return logits
+    answers: Answers = {}
+    for call in calls:
+        found = engine.answer(call.images[: len(call.asked)], [tasks for _, tasks in call.asked])
+        for (number, tasks), logits in zip(call.asked, found, strict=True):
+            answers |= {(number, task): one for task, one in zip(tasks, logits, strict=True)}
+        buffers.give_back(call.images)
+    return answers
 
 
 def answers_of(
-    inputs: Sequence[Decoded], logits: Sequence[TaskLogits], work: Work, smoother: Smoother | None = None
+    inputs: Sequence[Decoded], answers: Answers, work: Work, smoother: Smoother | None = None
 ) -> list[InputAnswer]:
     """The answers of a chunk's inputs."""
-    left = iter(logits)
     return [
         InputAnswer(
-            tuple(_row(one.item, task, left, work, smoother) for task in work.tasks_of(one.item.task)),
+            tuple(
+                _row(one.item, task, answers.get((number, task)), work, smoother)
+                for task in work.tasks_of(one.item.task)
+            ),
             one.picture,
             one.item.arrived,
             None if one.item.arrived is not None else one.trace,  # a live frame cannot be requested again
             None if smoother is None else smoother.state(),
         )
-        for one in inputs
+        for number, one in enumerate(inputs)
     ]
 
 
-def _row(item: Item, task: str, logits: Iterator[TaskLogits], work: Work, smoother: Smoother | None) -> Row:
+def _row(item: Item, task: str, answer: TaskLogits | None, work: Work, smoother: Smoother | None) -> Row:
     facts = work.known.get(task)
     index = None
     if facts is not None and item.target is not None:
@@ -127,7 +150,8 @@ def _row(item: Item, task: str, logits: Iterator[TaskLogits], work: Work, smooth
     if facts is None:
         error = "no task" if task == NO_TASK else f"the engine has no task {task!r}"
         return Row(**place, error=error, pixel_shares=shares)
-    values = next(logits).logits
+    assert answer is not None  # the task is known, and the image could be read
+    values = answer.logits
     if not np.isfinite(values).all():
         return Row(**place, error="the engine's logits are not finite", pixel_shares=shares)
     if by_pixel:

@@ -11,8 +11,8 @@ from functools import partial
 
 from prompttune.errors import DataError
 from prompttune.serve.decode_threads import hold_to_one_thread, single_threaded_pool
-from prompttune.serve.engine import Engine, TaskLogits
-from prompttune.serve.infer.answering import Buffers, Calls, answers_of, assemble, score
+from prompttune.serve.engine import Engine
+from prompttune.serve.infer.answering import Answers, Buffers, Call, answers_of, assemble, score
 from prompttune.serve.infer.decoding import Decoded, decode
 from prompttune.serve.infer.items import Item
 from prompttune.serve.infer.prefetch import Prefetch
@@ -72,7 +72,7 @@ def _submit(chunks: Chunks, work: Work, decoding: Decoding) -> Generator[Futures
 
 def _assemble(
     submitted: Iterable[Futures], work: Work, buffers: Buffers
-) -> Generator[tuple[list[Decoded], Calls], None, None]:
+) -> Generator[tuple[list[Decoded], list[Call]], None, None]:
     try:
         for futures in submitted:
             inputs = [one for future in futures for one in future.result()]
@@ -82,8 +82,8 @@ def _assemble(
 
 
 def _call(
-    assembled: Iterable[tuple[list[Decoded], Calls]], engine: Engine, buffers: Buffers, at_once: int
-) -> Generator[tuple[list[Decoded], Future[list[TaskLogits]]], None, None]:
+    assembled: Iterable[tuple[list[Decoded], list[Call]]], engine: Engine, buffers: Buffers, at_once: int
+) -> Generator[tuple[list[Decoded], Future[Answers]], None, None]:
     pool = ThreadPoolExecutor(at_once, thread_name_prefix="infer-call")
     try:
         for inputs, calls in assembled:

@@ -39,6 +39,8 @@ from prompttune.serve.infer.work import Work, facts_of
 from prompttune.settings import resume_values
 from prompttune.task_types import ClassificationConfig, TaskType
 
+EVERY = "all"
+"""Stands for all tasks of an engine, unless one of them has this name."""
 MOST_CALLS = 4
 """Largest number of concurrent calls: each has its own activations, some hundred MiB for a large backbone."""
 
@@ -246,6 +248,8 @@ def _check_source(settings: InferSettings, opened: Opened) -> None:
 def _work(settings: InferSettings, folder: EngineFolder, opened: Opened) -> Work:
     by_input = settings.source.task_column is not None or settings.source.stdin == "jsonl"
     tasks = tuple(dict.fromkeys(settings.tasks))
+    if tasks == (EVERY,) and EVERY not in (present := folder.tasks()):
+        tasks = tuple(present)
     if settings.source.task_column is not None and tasks:
         raise UsageError("--task and --task-column contradict each other: give one")
     if not tasks and not by_input:
@@ -267,6 +271,7 @@ def _work(settings: InferSettings, folder: EngineFolder, opened: Opened) -> Work
         labelled=labelled,
         label_is_index=opened.label_is_index,
         task_type=folder.manifest.task_type,
+        only_reads=folder.manifest.only_reads,
     )
 
 

@@ -196,8 +196,8 @@ class InferSettings:
     )
     """See :func:`~prompttune.serve.infer.sinks.opening.open_sinks`."""
     tasks: tuple[str, ...] = setting(
-        (), "Task to answer for; may be repeated, the image is decoded once.", shown="the only one", option="task",
-        repeat=True, section=TASKS,
+        (), "Task to answer for, or all; may be repeated. An image is decoded once; its tasks share the frozen work.",
+        shown="the only one", option="task", repeat=True, section=TASKS,
     )  # fmt: skip
     """Tasks of every input; empty uses the engine's only task, or the task that each input names."""
     source: SourceSettings = part(SourceSettings)

@@ -44,7 +44,7 @@ class Work:
     """Side of the engine's square input, in pixels."""
     options: RuntimeOptions = field(default_factory=RuntimeOptions)
     batch_size: int = BATCH_SIZE
-    """Largest number of rows in one engine call."""
+    """Largest number of rows in one engine call, a row being an image with one task."""
     top_k: int = TOP_K
     labelled: bool = False
     """Whether inputs have true labels."""
@@ -52,6 +52,8 @@ class Work:
     """Whether a true label that is not a class name may be a class index, as in WebDataset's ``cls`` members."""
     task_type: TaskType = field(default_factory=ClassificationConfig)
     """Type of the engine's tasks."""
+    only_reads: bool = False
+    """Whether a call's size is in images, because their tasks only read what the backbone computed; else in rows."""
     picture_side: int | None = None
     """Longest side of the pictures in answers, in pixels; 0 for whole images, None for no pictures."""
 
@@ -64,7 +66,7 @@ class Work:
     @property
     def chunk_inputs(self) -> int:
         """Number of inputs that are answered, committed, sharded and sent together: enough to fill an engine call."""
-        return max(1, self.batch_size // max(1, len(self.tasks)))
+        return self.batch_size if self.only_reads else max(1, self.batch_size // max(1, len(self.tasks)))
 
     def tasks_of(self, task: str | None) -> tuple[str, ...]:
         """Tasks of an input whose own task is ``task`` or None: at least one, so that each input has a row."""
