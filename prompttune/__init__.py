@@ -18,6 +18,7 @@ _LAZY = {
     "LSPTConfig": "prompttune.methods",
     "GaPTConfig": "prompttune.methods",
     "VPTShallowConfig": "prompttune.methods",
+    "VQTConfig": "prompttune.methods",
     "VPTDeepConfig": "prompttune.methods",
     "E2VPTConfig": "prompttune.methods",
     "EXPRESConfig": "prompttune.methods",
@@ -71,6 +72,7 @@ __all__ = [
     "TrainConfig",
     "VPTDeepConfig",
     "VPTShallowConfig",
+    "VQTConfig",
     "__version__",
     "describe",
     "evaluate",
@@ -111,6 +113,7 @@ if TYPE_CHECKING:
         SSFConfig,
         VPTDeepConfig,
         VPTShallowConfig,
+        VQTConfig,
     )
     from prompttune.methods import register as register_method
     from prompttune.methods.describing import describe, methods

@@ -94,6 +94,7 @@ def default_configs() -> list[MethodConfig]:
         "vpt-deep": {"num_prompts": 3},
         "e2vpt": {"num_prompts": 3, "num_kv": 2, "segments": 4},
         "expres": {"num_prompts": 3},
+        "vqt": {"num_queries": 2},
         "adaptformer": {"rank": 4},
         "adapter": {"rank": 4},
         "lora": {"rank": 4},

@@ -1,4 +1,4 @@
-"""E²VPT and EXPRES, written from their papers over timm's own modules, nothing folded. Slow; for comparison."""
+"""E²VPT, EXPRES and VQT, written from their papers over timm's own modules, nothing folded. Slow; for comparison."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import prompttune as pt
 from prompttune.methods.e2vpt import E2VPT
 from prompttune.methods.expres import EXPRES
+from prompttune.methods.vqt import VQT
 
 SMALL = {"num_prompts": 3, "num_kv": 2, "segments": 4}
 CASES = [
@@ -24,6 +25,8 @@ CASES = [
     ("expres", {"num_prompts": 3, "qkv_residual": False}),
     ("expres", {"num_prompts": 3, "proj_residual": False}),
     ("expres", {"num_prompts": 20}),  # more than the image has tokens
+    ("vqt", {}),
+    ("vqt", {"num_queries": 20}),
 ]
 """Methods and settings that these equations are compared with."""
 
@@ -110,7 +113,25 @@ def expres_features(timm: VisionTransformer, method: EXPRES, images: Tensor) -> 
     return features
 
 
-FEATURES: dict[type[nn.Module], Callable[..., Tensor]] = {E2VPT: e2vpt_features, EXPRES: expres_features}
+def vqt_features(timm: VisionTransformer, method: VQT, images: Tensor) -> Tensor:
+    """Queries in front of the tokens, which alone have keys and values; each part of the features by its length."""
+    count, x, read = method.config.num_queries, embedded(timm, images), []
+    for index, block in enumerate(timm.blocks):
+        x = torch.cat((method.queries[index].expand(len(x), -1, -1), x), dim=1)
+        seen = attention(block, block.norm1(x), lambda q, k, v: (q, k[:, count:], v[:, count:]))
+        x = x + block.ls1(block.attn.proj(seen))
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+        read.append(x[:, :count].flatten(1))
+        x = x[:, count:]
+    parts = (timm.forward_head(timm.norm(x), pre_logits=True), *read)
+    return torch.cat([part.shape[1] ** 0.5 * part / part.square().sum(dim=1, keepdim=True).sqrt() for part in parts], 1)
+
+
+FEATURES: dict[type[nn.Module], Callable[..., Tensor]] = {
+    E2VPT: e2vpt_features,
+    EXPRES: expres_features,
+    VQT: vqt_features,
+}
 
 
 def features(model: pt.PromptModel, images: Tensor) -> Tensor:

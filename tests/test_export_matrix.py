@@ -22,7 +22,7 @@ TASKS = 5
 # test_swin2 has windows that do not divide its maps, so that shift, padding and mask meet.
 CASES = [(method, "test_vit") for method in SHARING] + [("sa2vp", "test_vit2")]
 # Rotary embedding: of both pathways, beside keys that are not rotated, around shifts, and with scales of the block's.
-CASES += [(method, "test_eva") for method in ("sa2vp", "e2vpt", "expres", "ssf")]
+CASES += [(method, "test_eva") for method in ("sa2vp", "e2vpt", "expres", "vqt", "ssf")]
 # Elsewhere the covering set: linear is a part of sa2vp, whose graph holds all of its nodes, and dam-vp meets the layer
 # norms of ConvNeXt on the ViTs. test_methods.py runs every method on every backbone.
 CASES += [(method, "test_swin2") for method in ("sa2vp", "vpt-shallow", "vpt-deep", "dam-vp")]

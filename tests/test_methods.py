@@ -118,9 +118,28 @@ def test_features_equal_the_equations(backbone, features, method, settings, imag
     model = drawn_model(backbone, METHODS[method](**settings))
     wanted = features(drawn_model(as_vit(backbone), model.config), images)
     with torch.no_grad():
-        found, plain = model(images).features, backbone(images)
+        found, other = (one(images).features for one in (model, drawn_model(backbone, model.config, seed=1)))
     assert (found - wanted).abs().max() <= 2e-5 * max(1, wanted.abs().max().item())
-    assert (found - plain).abs().max() > 1e-3, "the task must matter"
+    assert (found - other).abs().max() > 1e-3, "the task must matter"
+
+
+READING = [config for config in default_configs() if config.method not in ("linear",) and config.modules[0].only_reads]
+
+
+@pytest.mark.parametrize("config", READING, ids=lambda config: config.method)
+def test_tasks_that_read_one_image_side_by_side_equal_single_runs(backbone, config, images):
+    models = [drawn_model(backbone, config, seed=seed) for seed in range(3)]
+    asked = [[0, 1, 2], [2, 0, 1], [1, 1, 0]]  # of each image in turn
+    assert models[0].method.width == models[0].head.weight.shape[1]
+    with torch.no_grad():
+        states = [model.method.task_state() for model in models]
+        rows = {name: torch.cat([states[task][name] for row in asked for task in row]) for name in states[0]}
+        image = models[0].image_state(images)
+        together = models[0].method(image, rows).features.unflatten(0, (3, 3))
+        for place, row in enumerate(asked):
+            single = torch.cat([models[task](images[place : place + 1]).features for task in row])
+            torch.testing.assert_close(together[place], single, atol=1e-5, rtol=1e-5)
+    assert (together[0, 0] - together[0, 1]).abs().max() > 1e-3, "the tasks must differ"
 
 
 DROPS = [config.method for config in default_configs() if "dropout" in config.to_dict()]
@@ -135,7 +154,7 @@ def test_dropout_acts_in_training_alone(vit, images, method):
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_eva2"])
-@pytest.mark.parametrize("method", ["e2vpt", "expres", "adaptformer", "adapter", "lora", "ssf", "gapt"])
+@pytest.mark.parametrize("method", ["e2vpt", "expres", "vqt", "adaptformer", "adapter", "lora", "ssf", "gapt"])
 def test_balancing_channels_for_int8_changes_no_answer(name, images, method):
     model = drawn_model(engines.backbone(name), config_of(method))
     with torch.no_grad():
@@ -301,6 +320,7 @@ def test_supervision_of_the_prompt_pathway_is_a_switch(vit, images):
         ("gapt", {"dropout": -0.1}, "dropout must be"),
         ("gapt", {"gate_init": float("inf")}, "gate_init must be finite"),
         ("adaptformer", {"adapter_scale": float("nan")}, "adapter_scale must be finite"),
+        ("vqt", {"num_queries": 0}, "num_queries must be above 0"),
         ("vpt-deep", {"first_block": -1}, "vpt-deep: first_block must be at least 0"),
     ],
 )

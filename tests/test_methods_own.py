@@ -53,6 +53,7 @@ def images():
         ("expres", {"num_prompts": 1}, 46_848),
         ("expres", {"num_prompts": 10, "norm_residual": False}, 10 * 768 * (1 + 12 * 4)),
         ("expres", {"num_prompts": 10, "qkv_residual": False, "proj_residual": False}, 10 * 768 * (1 + 12)),
+        ("vqt", {"num_queries": 1}, 9_216),
         # published
         ("adaptformer", {"rank": 64}, 1_189_632),
         ("lora", {"rank": 4}, 147_456),

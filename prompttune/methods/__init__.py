@@ -25,6 +25,7 @@ from prompttune.methods.registry import METHODS, register
 from prompttune.methods.sa2vp import SA2VPConfig
 from prompttune.methods.ssf import SSFConfig
 from prompttune.methods.vpt import VPTDeepConfig, VPTShallowConfig
+from prompttune.methods.vqt import VQTConfig
 
 for _config in (
     SA2VPConfig,
@@ -34,6 +35,7 @@ for _config in (
     VPTDeepConfig,
     E2VPTConfig,
     EXPRESConfig,
+    VQTConfig,
     AdaptFormerConfig,
     AdapterConfig,
     LoRAConfig,
@@ -92,6 +94,7 @@ __all__ = [
     "State",
     "VPTDeepConfig",
     "VPTShallowConfig",
+    "VQTConfig",
     "config_from_dict",
     "register",
 ]
