@@ -69,7 +69,8 @@ class VQT(MethodOver[VitBackbone]):
 
     def image_state(self, images: Tensor, levels: Levels = ()) -> State:  # noqa: ARG002
         """``pooled`` [B, D] of the plain backbone; ``key.{i}`` and ``value.{i}`` [B, H, N, d] of every block i."""
-        backbone, found = self.backbone, {}
+        backbone = self.backbone
+        found: State = {}
         tokens = backbone.embed(images)  # [B, N, D]
         for block in backbone.blocks:
             normed = block.norm1(tokens)
@@ -103,5 +104,5 @@ def _projected(block: VitBlock, queries: Tensor) -> Tensor:
 
 def _scaled(features: Tensor) -> Tensor:
     """Features [..., C] of length sqrt(C), in float32: squares overflow in float16."""
-    scaled = F.normalize(features.float(), dim=-1) * features.shape[-1] ** 0.5
+    scaled: Tensor = F.normalize(features.float(), dim=-1) * features.shape[-1] ** 0.5
     return scaled.to(features.dtype)
