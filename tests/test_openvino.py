@@ -43,6 +43,7 @@ def int8(tmp_path_factory):
         "--calibration-images", 16,
     )  # fmt: skip
     assert made.exit_code == 0, made.output
+    assert "not in int8: backbone.model.blocks.0.mlp.fc2, " in made.output
     return folder
 
 
@@ -106,7 +107,9 @@ def test_static_int8_passes_the_gate_and_runs_where_it_was_proven(int8):
     assert manifest.parity["runtime"].startswith("OpenVINO")
     assert max(one["max_rel"] for one in manifest.parity["neighbours"]) <= 1e-5
     assert pt.Engine(int8).description.startswith("OpenVINO")
-    assert pt.Engine(int8, runtime=ONNXRUNTIME).description.startswith("ONNX Runtime")
+    assert manifest.details["in_float"] == ["backbone.model.blocks.0.mlp.fc2", "backbone.model.blocks.1.mlp.fc2"]
+    with pytest.raises(EngineError, match="has the int8 weights of OpenVINO: give the runtime openvino"):
+        pt.Engine(int8, runtime=ONNXRUNTIME)
 
 
 # -------------------------------------------------------------------------------------------------------------- cache

@@ -94,10 +94,11 @@ def write_onnx(request: BuildRequest, folder: Path, symmetric: bool = False) -> 
         return _write_parts(request, folder, opset)
     traced = request.trace(probes=True)
     probes = export_onnx(traced, folder, opset)
-    if request.settings.precision == "int8":
-        quantise(request, folder, symmetric)
     runtime = request.settings.options.get("runtime", "auto")
+    in_float = quantise(request, folder, symmetric) if request.settings.precision == "int8" else []
     details = {"probes": probes} | ({} if runtime == "auto" else {"runtime": runtime})
+    if in_float:
+        details["in_float"] = in_float
     return Built(traced.inputs, traced.outputs, _files(folder), opset, details)
 
 

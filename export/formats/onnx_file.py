@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ import onnx_ir
 import onnxscript.optimizer
 import torch
 from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
 
 from prompttune.errors import EngineError, first_line
-from prompttune.export.folder import ONNX_FILE
+from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE
 from prompttune.export.graph import Traced
-from prompttune.export.layout import TensorSpec
+from prompttune.export.layout import TensorSpec, bank_dtype
 from prompttune.export.quiet import quiet
 
 OPSET = 20
@@ -111,6 +112,27 @@ def _average_by_product(model: Any) -> None:
             made = tape.op("Squeeze", [made, axes])
         onnx_ir.convenience.replace_nodes_and_values(model.graph, node, [node], tape.nodes, node.outputs, [made])
     onnxscript.optimizer.remove_unused_nodes(model)
+
+
+def products_in_bf16(path: Path, layers: Collection[str]) -> None:
+    """Rewrite a file so that products with the matrices of some layers, such as ``backbone.mlp.fc2``, run in bf16."""
+    model = onnx_ir.load(path)
+    for node in [node for node in model.graph if node.op_type == "MatMul"]:
+        scopes = "".join(words for key, words in node.metadata_props.items() if key.endswith("name_scopes"))
+        if not any(f"{layer}'" in scopes for layer in layers):
+            continue
+        tape, half, full = Tape(), onnx_ir.DataType.BFLOAT16, onnx_ir.DataType.FLOAT
+        values, matrix = node.inputs
+        assert matrix is not None
+        assert matrix.const_value is not None
+        weights = matrix.const_value.numpy().astype(bank_dtype("bf16"))
+        product = tape.op(
+            "MatMul", [tape.op("Cast", [values], {"to": half}), constant(model.graph, f"{matrix.name}_bf16", weights)]
+        )
+        made = tape.op("Cast", [product], {"to": full})
+        onnx_ir.convenience.replace_nodes_and_values(model.graph, node, [node], tape.nodes, node.outputs, [made])
+    RemoveUnusedNodesPass()(model)
+    onnx_ir.save(model, path, external_data=ONNX_WEIGHTS_FILE)
 
 
 def constant(graph: onnx_ir.Graph, name: str, value: NDArray[Any] | np.generic) -> onnx_ir.Value:

@@ -5,7 +5,7 @@ Weights are int8 with one scale per channel. Activations get their scale in each
 DequantizeLinear pairs). In both cases the channels are first balanced on calibration images
 (:mod:`prompttune.export.precision.smooth`). Norms, softmax, GELU, residual sums and all of a task's tensors stay in
 float. With static scales the last product of the first blocks' MLPs does as well: the values after GELU have the
-longest tails, and early errors pass through every later block.
+longest tails, and early errors pass through every later block. OpenVINO computes these in bf16.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
+from onnxruntime import OrtValue
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
 from prompttune.backbones import Backbone
@@ -28,11 +30,13 @@ from prompttune.errors import EngineError, first_line
 from prompttune.export.banks import BankForm, stack_states
 from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE
 from prompttune.export.formats.base import BuildRequest, Feeds
+from prompttune.export.formats.onnx_file import products_in_bf16
 from prompttune.export.formats.onnx_rowwise import quantise_rows
 from prompttune.export.layout import IMAGE, TASK_INDEX, bank_dtype, bank_input
 from prompttune.export.precision.smooth import smoothed
 from prompttune.export.quiet import quiet
 from prompttune.export.runtimes.base import Array
+from prompttune.export.runtimes.choice import OPENVINO
 from prompttune.task_types.classification import ClassHead
 
 _BATCH = 8
@@ -40,8 +44,8 @@ _FLOAT_BLOCKS = 3
 """With static scales, the first 1/N of the blocks keep their MLP's last product in float."""
 
 
-def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> None:
-    """Replace the fp32 ``model.onnx`` in ``folder`` by its int8 form.
+def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> list[str]:
+    """Replace the fp32 ``model.onnx`` in ``folder`` by its int8 form, and return the layers that stay in float.
 
     Args:
         request: settings, tasks and calibration images.
@@ -53,7 +57,8 @@ def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> No
         EngineError: the graph cannot be quantised, or does not have a product to quantise.
     """
     static, backbone = request.settings.quantization == "static", request.model.backbone
-    in_float = math.ceil(backbone.depth / _FLOAT_BLOCKS) if static else 0
+    openvino = request.settings.options.get("runtime") == OPENVINO
+    in_float = _last_products(backbone)[: math.ceil(backbone.depth / _FLOAT_BLOCKS)] if static else []
     products = _products(folder / ONNX_FILE, backbone, in_float)
     with tempfile.TemporaryDirectory(dir=folder) as name, quiet(""):
         made = Path(name) / ONNX_FILE
@@ -70,7 +75,8 @@ def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> No
                     per_channel=True,
                     activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
                     # ONNX Runtime makes them unsigned when it opens a file, and fails where two products share one.
-                    weight_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
+                    # OpenVINO computes in int8 with signed ones alone.
+                    weight_type=QuantType.QInt8 if symmetric or openvino else QuantType.QUInt8,
                     use_external_data_format=True,
                     extra_options={
                         "ActivationSymmetric": symmetric,
@@ -81,6 +87,8 @@ def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> No
             else:
                 request.on_stage("quantising to int8")
                 quantise_rows(folder / ONNX_FILE, made, products)
+            if openvino:
+                products_in_bf16(made, in_float)
         except Exception as problem:  # the tools may raise any error
             raise EngineError(f"the graph cannot be quantised: {first_line(problem)}") from problem
         (folder / ONNX_FILE).unlink()
@@ -88,6 +96,7 @@ def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> No
         for file in Path(name).iterdir():
             file.chmod(0o644)  # the tools write through a private temporary file
             file.replace(folder / file.name)
+    return in_float
 
 
 def calibrated(request: BuildRequest) -> BuildRequest:
@@ -104,9 +113,8 @@ def calibrated(request: BuildRequest) -> BuildRequest:
     return dataclasses.replace(request, model=model)
 
 
-def _products(path: Path, backbone: Backbone, in_float: int) -> list[str]:
-    """Names of the nodes to quantise: products with a constant matrix, without the MLPs' last ones in the first
-    ``in_float`` blocks.
+def _products(path: Path, backbone: Backbone, in_float: Collection[str]) -> list[str]:
+    """Names of the nodes to quantise: products with a constant matrix, without those of the layers ``in_float``.
 
     Products of two activations and those with a task's tensors stay in float: a scale that was calibrated on some tasks
     need not fit the next one. ONNX Runtime's own ``MatMulConstBOnly`` has no effect in the static form. The exporter
@@ -115,12 +123,11 @@ def _products(path: Path, backbone: Backbone, in_float: int) -> list[str]:
     Raises:
         EngineError: the graph does not have such nodes.
     """
-    early = [f"{name}.mlp.fc2'" for name in _block_names(backbone)[:in_float]]
     scopes = {
         node.name: "".join(one.value for one in node.metadata_props if one.key.endswith("name_scopes"))
         for node in _frozen(path)
     }
-    products = [name for name, scope in scopes.items() if not any(module in scope for module in early)]
+    products = [name for name, scope in scopes.items() if not any(f"{layer}'" in scope for layer in in_float)]
     if not products:  # ONNX Runtime treats an empty list as all nodes, including those of tasks
         raise EngineError(f"int8 quantises products with frozen matrices, and {backbone.name} has none: choose fp16")
     return products
@@ -138,17 +145,21 @@ def has_products(path: Path) -> bool:
     return bool(_frozen(path))
 
 
-def _block_names(backbone: Backbone) -> list[str]:
-    """timm's name of each block, as the exporter records it."""
+def _last_products(backbone: Backbone) -> list[str]:
+    """timm's name of the last product of each block's MLP, as the exporter records it."""
     names = {id(module): name for name, module in backbone.named_modules()}
-    return [f"backbone.{names[id(block.timm)]}" for block in backbone.blocks]
+    layers = (getattr(getattr(block.timm, "mlp", None), "fc2", None) for block in backbone.blocks)
+    return [f"backbone.{names[id(layer)]}" for layer in layers if layer is not None]
 
 
 def _feeds(request: BuildRequest) -> Iterator[Feeds]:
     settings, states = request.settings, request.states
     form = BankForm(request.model.state_layout())
     stacked = stack_states(form, states.values(), bank_dtype(str(settings.bank_precision)))
-    bank = {bank_input(key): rows for key, rows in stacked.rows.items()}
+    bank: dict[str, Any] = {bank_input(key): rows for key, rows in stacked.rows.items()}
+    if settings.bank_precision == "bf16":  # a type that ONNX Runtime does not know in NumPy
+        kind = onnx.TensorProto.BFLOAT16
+        bank = {name: OrtValue.ortvalue_from_numpy_with_onnx_type(rows, kind) for name, rows in bank.items()}
     numbers = {task: number for number, task in enumerate(states)}
     for task, batch in _batches(request):
         if settings.baked:

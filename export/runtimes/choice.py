@@ -28,6 +28,12 @@ def has_openvino() -> bool:
     return importlib.util.find_spec(OPENVINO) is not None
 
 
+def takes_onnxruntime(manifest: Manifest) -> bool:
+    """Whether ONNX Runtime runs an ONNX engine on a CPU: not bf16, nor int8 with the signed weights of OpenVINO."""
+    signed = manifest.precision == "int8" and manifest.details.get("runtime") == OPENVINO
+    return not signed and "bf16" not in (manifest.precision, manifest.bank_precision)
+
+
 def runtime_of(folder: Path, manifest: Manifest, options: RuntimeOptions) -> str:
     """The runtime of an ONNX engine: the requested one, else the quickest known one, else the one of its export.
 
@@ -50,7 +56,7 @@ def runtime_of(folder: Path, manifest: Manifest, options: RuntimeOptions) -> str
         return options.runtime
     if options.cuda_index is not None or options.provider is not None:
         return ONNXRUNTIME
-    if "bf16" in (manifest.precision, manifest.bank_precision):
+    if not takes_onnxruntime(manifest):
         return OPENVINO
     wanted = quickest(folder, manifest) or manifest.details.get("runtime", ONNXRUNTIME)
     return OPENVINO if wanted == OPENVINO and has_openvino() else ONNXRUNTIME

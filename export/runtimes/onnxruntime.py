@@ -22,6 +22,7 @@ from prompttune.export.layout import IMAGE, LOGITS, Sizes, bank_input
 from prompttune.export.options import PROVIDERS
 from prompttune.export.quiet import quiet
 from prompttune.export.runtimes.base import Array, BankArray, Runtime, RuntimeOptions
+from prompttune.export.runtimes.choice import takes_onnxruntime
 
 if TYPE_CHECKING:
     from prompttune.export.runtimes.onnxruntime_cuda import CudaCalls
@@ -136,7 +137,11 @@ class OnnxRuntime(Runtime):
 
     def __init__(self, folder: Path, manifest: Manifest, options: RuntimeOptions) -> None:
         wanted, on_cpu = providers(options), options.cuda_index is None
-        if "bf16" in (manifest.precision, manifest.bank_precision) and on_cpu:
+        if manifest.precision == "int8" and not takes_onnxruntime(manifest):
+            raise EngineError(
+                "the engine has the int8 weights of OpenVINO: give the runtime openvino, or export it anew"
+            )
+        if on_cpu and not takes_onnxruntime(manifest):
             raise EngineError(
                 "ONNX Runtime runs bf16 on CUDA alone: open the engine on cuda, give the runtime openvino, or export it"
                 " as fp16 or fp32"

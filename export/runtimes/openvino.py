@@ -26,14 +26,10 @@ except ImportError:  # the runtime says so when it is opened
 
 CACHE = Path(".cache", "openvino")
 """Folder in an engine's folder for its compiled models, unless the options name another one."""
-HINTS = {"fp32": "f32", "fp16": "f32", "bf16": "f32", "int8": "bf16"}
-"""Precision of values whose type is float32 in the file, by the engine's precision.
-
-The types in the file of a bf16 engine state what runs in bf16: norms, softmax and logits do not. An int8 engine is
-quantised from fp32, and what is left in float runs in bf16.
-"""
-_COMPUTED = {"fp16": "fp16 in fp32", "bf16": "bf16 in fp32, as this CPU has no bf16", "int8": "int8"}
-"""Words for what a CPU without the instructions of a precision computes in."""
+SETTINGS: dict[str, Any] = {
+    "NUM_STREAMS": 1,
+    "ENABLE_CPU_PINNING": False,  # several workers would share the first cores
+}
 
 
 class OpenVinoRuntime(Runtime):
@@ -53,9 +49,9 @@ class OpenVinoRuntime(Runtime):
         refuse_options(options, "OpenVINO", "cuda_graph", "provider")
         if options.cuda_index is not None:
             raise UsageError("the runtime openvino runs on the cpu alone: give the device cpu")
-        core, precision = ov.Core(), manifest.precision
-        has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        settings = {"INFERENCE_PRECISION_HINT": HINTS[precision], "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
+        # In int8 engines the file's types state what runs in bf16; in bf16 engines norms and softmax do too.
+        core, hint = ov.Core(), "bf16" if manifest.precision == "bf16" else "f32"
+        settings = {**SETTINGS, "INFERENCE_PRECISION_HINT": hint}
         if options.threads is not None:
             settings["INFERENCE_NUM_THREADS"] = options.threads
         try:
@@ -63,9 +59,10 @@ class OpenVinoRuntime(Runtime):
         except Exception as problem:  # OpenVINO's errors share no base class below Exception
             raise EngineError(f"OpenVINO cannot open {folder / ONNX_FILE}: {_reason(problem)}") from None
         self._requests: queue.LifoQueue[Any] = queue.LifoQueue()
-        computed = _COMPUTED.get(precision, precision) if precision == "fp16" or not has_bf16 else precision
-        self._computed = "int8, the rest in bf16" if precision == "int8" and has_bf16 else computed
-        self._version = ov.__version__.partition("-")[0]
+        self._version, self._computed = ov.__version__.partition("-")[0], manifest.precision
+        known = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if (name := self._computed.upper()) in ("FP16", "BF16") and name not in known:
+            self._computed += f" in fp32, as this CPU has no {manifest.precision}"
 
     @property
     def description(self) -> str:

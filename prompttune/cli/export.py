@@ -126,6 +126,8 @@ def export(
         return
     if manifest.parity is not None:
         parity_tables(wide_console(), manifest.parity)
+    if in_float := manifest.details.get("in_float"):
+        click.echo(f"not in int8: {', '.join(in_float)}")
     size = sum(file.size for file in manifest.files.values()) / 1e6
     click.echo(
         f"{folder.path}: {manifest.method['name']} over {manifest.backbone['name']} at {manifest.image_size} pixels, "

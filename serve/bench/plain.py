@@ -77,6 +77,8 @@ def plain_settings(manifest: Manifest, device: str = "cpu") -> ExportSettings:
     if manifest.format == "trt-rtx":
         named = str(made["compute_capability"])
         options = {"compute_capability": named.split(", ")} if named else {}
+    if "runtime" in made:
+        options["runtime"] = made["runtime"]
     return ExportSettings(
         format=manifest.format,
         precision=manifest.precision,

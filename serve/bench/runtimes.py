@@ -12,7 +12,7 @@ from prompttune.errors import UsageError
 from prompttune.export.folder import EngineFolder, Manifest
 from prompttune.export.parity.validate import validate_engine
 from prompttune.export.runtimes import RuntimeOptions
-from prompttune.export.runtimes.choice import ONNXRUNTIME, OPENVINO, has_openvino, remember
+from prompttune.export.runtimes.choice import ONNXRUNTIME, OPENVINO, has_openvino, remember, takes_onnxruntime
 from prompttune.serve.bench.report import Measurement
 
 IMAGES = 8
@@ -27,7 +27,7 @@ def runtimes_of(manifest: Manifest, options: RuntimeOptions) -> tuple[str, ...]:
     """
     if manifest.format != "onnx" or options.cuda_index is not None:
         raise UsageError("runtimes are compared for ONNX engines on the cpu")
-    exists = {ONNXRUNTIME: "bf16" not in (manifest.precision, manifest.bank_precision), OPENVINO: has_openvino()}
+    exists = {ONNXRUNTIME: takes_onnxruntime(manifest), OPENVINO: has_openvino()}
     return tuple(name for name, has in exists.items() if has)
 
 
