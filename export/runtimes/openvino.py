@@ -47,6 +47,8 @@ class OpenVinoRuntime(Runtime):
         if ov is None:
             raise MissingExtraError("openvino", "openvino", "or give the runtime onnxruntime and another precision")
         refuse_options(options, "OpenVINO", "cuda_graph", "provider")
+        if "parts" in manifest.details:
+            raise UsageError("OpenVINO does not run engines in two parts: give the runtime onnxruntime")
         if options.cuda_index is not None:
             raise UsageError("the runtime openvino runs on the cpu alone: give the device cpu")
         # In int8 engines the file's types state what runs in bf16; in bf16 engines norms and softmax do too.

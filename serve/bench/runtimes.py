@@ -27,7 +27,7 @@ def runtimes_of(manifest: Manifest, options: RuntimeOptions) -> tuple[str, ...]:
     """
     if manifest.format != "onnx" or options.cuda_index is not None:
         raise UsageError("runtimes are compared for ONNX engines on the cpu")
-    exists = {ONNXRUNTIME: takes_onnxruntime(manifest), OPENVINO: has_openvino()}
+    exists = {ONNXRUNTIME: takes_onnxruntime(manifest), OPENVINO: has_openvino() and "parts" not in manifest.details}
     return tuple(name for name, has in exists.items() if has)
 
 
