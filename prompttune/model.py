@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prompttune.backbones import Backbone, load_backbone
@@ -35,6 +36,20 @@ class Output:
     base_loss_weight: float = 1.0
     """λ of the method, the weight of ``logits`` against ``aux_logits`` in :func:`prompttune.loss`."""
     task_type: TaskType = field(default_factory=ClassificationConfig)
+
+
+class KnownImages:
+    """Images whose image state is known; a model takes them in place of the images.
+
+    A class of its own, because Lightning would cast tensors in a mapping.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> KnownImages:
+        """The same on a device."""
+        return KnownImages({name: one.to(device, non_blocking=non_blocking) for name, one in self.state.items()})
 
 
 class PromptModel(nn.Module):
@@ -121,17 +136,19 @@ class PromptModel(nn.Module):
         """Shape of each state tensor without its leading dimension; ``"rank"`` and ``"classes"`` differ by task."""
         return self.method.state_layout() | self.head.state_layout()
 
-    def image_state(self, images: Tensor) -> State:
+    def image_state(self, images: Tensor | KnownImages) -> State:
         """Everything that can be computed without a task, leading dimension B: the frozen work on normalised images
         [B, 3, S, S].
 
         Raises:
             UsageError: the images have another type or shape.
         """
+        if isinstance(images, KnownImages):
+            return images.state
         self.backbone.check_images(images)
         return self.method.image_state(images, self.levels)
 
-    def forward_state(self, images: Tensor, state: State, aux: bool = False) -> Output:
+    def forward_state(self, images: Tensor | KnownImages, state: State, aux: bool = False) -> Output:
         """:meth:`image_state`, then :meth:`answer`."""
         return self.answer(self.image_state(images), state, aux)
 
@@ -152,7 +169,7 @@ class PromptModel(nn.Module):
         weight = self.config.base_loss_weight
         return Output(logits, found.features, aux_logits, found.aux_features, weight, self.task_type)
 
-    def forward(self, images: Tensor, aux: bool | None = None) -> Output:
+    def forward(self, images: Tensor | KnownImages, aux: bool | None = None) -> Output:
         """Run one task.
 
         Args:

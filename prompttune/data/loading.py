@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import mmap
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.reduction import DupFd
 from typing import Any
 
@@ -35,25 +36,27 @@ Sample = tuple[Tensor, Tensor] | str
 class Batch:
     """Images of one step. A batch without a readable image has B = 0 and still counts as a step."""
 
-    images: Tensor
-    """float32 [B, 3, S, S]."""
+    images: Any
+    """float32 [B, 3, S, S], or what a model takes in their place."""
     targets: Tensor
     """Class indices, int64 [B], or masks of them, int64 [B, S, S]."""
     corrupt: list[str]
     """One line, ``path: reason``, for each image that could not be read."""
+    places: list[int] = field(default_factory=list)
+    """Place of each readable image among all images of the batch."""
 
-    def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def to(self, device: torch.device) -> tuple[Any, Tensor]:
         """Images and targets on a device."""
         return self.images.to(device, non_blocking=True), self.targets.to(device, non_blocking=True)
 
     def pin_memory(self) -> Batch:
         """Move the batch to page-locked memory."""
-        return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.corrupt)
+        return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.corrupt, self.places)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # torch would send tensors from worker processes through /dev/shm, 64 MB in a container: once it is full,
         # the process that waits for the batch never wakes up
-        return _received, (_sent(self.images), _sent(self.targets), self.corrupt)
+        return _received, (_sent(self.images), _sent(self.targets), self.corrupt, self.places)
 
 
 def _sent(tensor: Tensor) -> tuple[Any, ...]:
@@ -70,8 +73,8 @@ def _sent(tensor: Tensor) -> tuple[Any, ...]:
         os.close(descriptor)
 
 
-def _received(images: tuple[Any, ...], targets: tuple[Any, ...], corrupt: list[str]) -> Batch:
-    return Batch(_tensor(*images), _tensor(*targets), corrupt)
+def _received(images: tuple[Any, ...], targets: tuple[Any, ...], *told: Any) -> Batch:
+    return Batch(_tensor(*images), _tensor(*targets), *told)
 
 
 def _tensor(source: Any, dtype: str | None = None, shape: tuple[int, ...] = ()) -> Tensor:
@@ -202,10 +205,11 @@ class TransformedSamples(Dataset[Sample]):
         """Stack the readable samples and list the lines of the others."""
         readable = [sample for sample in samples if not isinstance(sample, str)]
         corrupt = [sample for sample in samples if isinstance(sample, str)]
-        images, targets = (torch.stack(part) for part in zip(*(readable or [self._blank()]), strict=True))
-        return Batch(images[: len(readable)], targets[: len(readable)], corrupt)
+        places = [place for place, sample in enumerate(samples) if not isinstance(sample, str)]
+        images, targets = (torch.stack(part) for part in zip(*(readable or [self.blank()]), strict=True))
+        return Batch(images[: len(readable)], targets[: len(readable)], corrupt, places)
 
-    def _blank(self) -> tuple[Tensor, Tensor]:
+    def blank(self) -> tuple[Tensor, Tensor]:
         """A sample of a black image, for the shapes of an empty batch."""
         target = np.zeros((32, 32), np.uint8) if isinstance(self.transform, JointTransform) else 0
         with generators_kept():
@@ -256,7 +260,7 @@ class EpochLoader:
     """Batches of one epoch after another; call :meth:`set_epoch` before each iteration."""
 
     def __init__(self, samples: TransformedSamples, batches: _EpochBatches, workers: int, pin_memory: bool) -> None:
-        self._batches = batches
+        self._samples, self._batches, self._settings = samples, batches, (workers, pin_memory)
         self._loader: DataLoader[Sample] = DataLoader(
             samples,
             batch_sampler=batches,
@@ -279,6 +283,35 @@ class EpochLoader:
     def __iter__(self) -> Iterator[Batch]:
         with loading():
             yield from self._loader
+
+    @property
+    def size(self) -> int:
+        """Number of images of the source."""
+        return self._batches.size
+
+    @property
+    def largest(self) -> int:
+        """Number of images in the largest batch, the same in all processes."""
+        return min(self._batches.batch_size, math.ceil(self.size / self._batches.world_size))
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether an image is the same in every epoch."""
+        return self._samples.is_exact
+
+    def blank(self) -> tuple[Tensor, Tensor]:
+        """A black image [3, S, S] with a target, of the shapes of all images."""
+        return self._samples.blank()
+
+    def indices(self) -> Iterator[list[int]]:
+        """The images of each batch in the current epoch."""
+        return ([index for _, index in keys] for keys in self._batches)
+
+    def in_order(self) -> EpochLoader:
+        """The same images in the order of the source, each in one process."""
+        batches = copy.copy(self._batches)
+        batches.shuffle = False
+        return EpochLoader(self._samples, batches, *self._settings)
 
 
 def make_loader(

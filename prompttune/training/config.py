@@ -87,6 +87,19 @@ class TrainConfig:
         section=DATA,
     )
 
+    cache: bool = setting(
+        True,
+        "keep what the frozen backbone computes of each image without a task, where the images stay the same",
+        must_match_on_resume=False,
+        section=DATA,
+    )
+    cache_memory: int = setting(
+        2048, "largest size in memory of what is kept, in MiB", low=0, must_match_on_resume=False, section=DATA
+    )
+    cache_disk: int = setting(
+        16384, "largest size of it in a file of the run, in MiB", low=0, must_match_on_resume=False, section=DATA
+    )
+
     output: str = setting(help="folder of the run", must_match_on_resume=False)
     init_from: str | None = setting(
         None, "checkpoint folder with the initial parameters; rows of its head are matched by class name"

@@ -131,9 +131,8 @@ def extract(
         start = 0
         for batch in loader:
             corrupt.add(batch.corrupt)
-            bad = {line.rpartition(": ")[0] for line in batch.corrupt}
             stop = start + len(batch.targets) + len(batch.corrupt)
-            names += [name for name in map(source.describe, range(start, stop)) if name not in bad]
+            names += [source.describe(start + place) for place in batch.places]
             if len(batch.targets):
                 found.append(pooled(batch.images.to(device)).float().cpu().numpy())
                 labels.append(number[batch.targets.numpy()])

@@ -74,7 +74,7 @@ def on_rank_zero(fabric: Fabric, action: Callable[[], T]) -> T:
     return outcome
 
 
-def gather_lines(fabric: Fabric, lines: Sequence[str]) -> list[str]:
+def gather_lines(fabric: Fabric, lines: Sequence[T]) -> list[T]:
     """The lines of all processes, those of the first process first."""
     if fabric.world_size == 1:
         return list(lines)

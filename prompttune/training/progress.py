@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
-Phase = Literal["note", "list", "train", "validate", "epoch"]
+Phase = Literal["note", "list", "keep", "train", "validate", "epoch"]
+READING: dict[Phase, str] = {"list": "reading validation images", "keep": "computing image states"}
+"""What is read in the phases before training."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class Progress:
     """One piece of news about a run."""
 
     phase: Phase
-    """``note``: only ``text``; ``list``: after each validation image that is listed before training; ``train``,
-    ``validate``: after each batch; ``epoch``: after each epoch."""
+    """``note``: only ``text``; ``list``: after each validation image that is listed before training; ``keep``: after
+    each batch of image states that are kept; ``train``, ``validate``: after each batch; ``epoch``: after each epoch."""
     epoch: int = 0
     """Current epoch, counted from 1."""
     epochs: int = 0
@@ -169,11 +171,11 @@ class Display:
         )
         figures += f"{news.images_per_second:.0f} images/s  {duration(news.seconds_left)} left"
         word = "epoch" if news.phase == "train" else "validation"
-        listing = news.phase == "list"
+        reading = READING.get(news.phase)
         self._bars.update(
             self._task,
-            description="reading validation images" if listing else f"{word} {news.epoch}/{news.epochs}",
+            description=reading or f"{word} {news.epoch}/{news.epochs}",
             completed=news.step,
             total=news.steps,
-            figures="" if listing else figures,
+            figures="" if reading else figures,
         )

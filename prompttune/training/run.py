@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from prompttune.data.rng import derive_seed
 from prompttune.errors import DataError, DivergedError, UsageError
 from prompttune.model import PromptModel
 from prompttune.training.held_out import HeldOut
+from prompttune.training.image_states import MIB, Room, StateBatches
 from prompttune.training.initial import read_start, take_parameters
 from prompttune.training.launch import fetched, gather_lines, loader_workers, on_rank_zero, sum_over
 from prompttune.training.optim import (
@@ -120,8 +122,12 @@ class Run:
             "pin_memory": self.fabric.device.type == "cuda",
         }
         varied = self.task_type.transform(preprocess, config.augment_config())
-        self.train_batches = make_loader(self.data.train, varied, shuffle=True, **shared)
-        self.val_batches = make_loader(self.data.val, self.task_type.transform(preprocess), shuffle=False, **shared)
+        plain = self.task_type.transform(preprocess)
+        computed = torch.compile(self.model.image_state) if config.compile else self.model.image_state
+        self.train_batches, self.val_batches = (
+            StateBatches(make_loader(source, transform, shuffle=shuffle, **shared), computed, self.fabric)
+            for source, transform, shuffle in ((self.data.train, varied, True), (self.data.val, plain, False))
+        )
         self.steps = len(self.train_batches)
 
     def _begin_training(self) -> None:
@@ -172,11 +178,13 @@ class Run:
                 )
             self.keeper.begin(saved)
             if listed is None and self.fabric.is_global_zero:
-                held = HeldOut.of(self.data.val, len(self.data.train), self._tell_listed)
+                tell = functools.partial(self._tell_read, "list")
+                held = HeldOut.of(self.data.val, len(self.data.train), tell)
                 held.write(self.keeper.folder.path, str(self.config.data))
             self.corrupt.add(self.progression.corrupt)
             self._introduce(saved)
             with self.model.backbone.matrices_in(AUTOCAST.get(self.config.precision)):
+                self._keep_states()
                 while self.progression.goes_on(self.config.epochs, self.config.patience):
                     self._epoch()
                 self._finish()
@@ -188,6 +196,17 @@ class Run:
     def progression(self) -> Progression:
         """Progress of the run."""
         return self.keeper.progression
+
+    def _keep_states(self) -> None:
+        """Compute what no epoch changes, in one pass over the images."""
+        config, began = self.config, time.perf_counter()
+        if not config.cache:
+            return
+        room = Room(config.cache_memory * MIB, config.cache_disk * MIB, self.keeper.folder.path)
+        tell = functools.partial(self._tell_read, "keep")
+        for batches in (self.train_batches, self.val_batches):
+            batches.keep(room, self._note, tell)
+        self.progression.seconds += time.perf_counter() - began
 
     def _epoch(self) -> None:
         began, epoch = time.perf_counter(), self.progression.epoch
@@ -396,9 +415,9 @@ class Run:
         if self.on_progress is not None:
             self.on_progress(Progress("note", text=text))
 
-    def _tell_listed(self, done: int, images: int) -> None:
+    def _tell_read(self, phase: Phase, done: int, of: int) -> None:
         if self.on_progress is not None:
-            self.on_progress(Progress("list", step=done, steps=images))
+            self.on_progress(Progress(phase, step=done, steps=of))
 
     def _tell(self, phase: Phase, epoch: int, step: int = 0, **news: Any) -> None:
         if self.on_progress is None:
