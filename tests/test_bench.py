@@ -47,6 +47,7 @@ def report():
         against=("backbone", "torch", str(exported("linear"))),
         batch_sizes=(1, 3),
         rounds=QUICK,
+        tasks_per_image=(1, 2),
         checkpoint=checkpoint("sa2vp", 4),
     )
     return bench_engine(exported("sa2vp"), settings, RuntimeOptions(threads=1))
@@ -152,6 +153,11 @@ def test_report_holds_every_subject_batch_size_and_mix(report):
         assert one.tasks == (0 if name == "backbone" else 1 if mix == "one" else 2)
         assert (one.engine_over is None) == (name == "engine")
     assert [(one.batch_size, one.tasks) for one in report.mixing] == [(1, 2), (3, 2)]
+    assert [(one.batch_size, one.tasks) for one in report.fan_out] == [(1, 1), (1, 2), (3, 1), (3, 2)]
+    for one in report.fan_out:
+        assert one.latency.rounds == 3
+        assert one.over_one.median > 0
+        assert one.over_backbone.median > 0
     assert (report.resident_tasks, report.threads, report.repeats, report.seconds) == (2, 1, 3, None)
     assert all(one.load_s > 0 for one in report.subjects)
 
@@ -222,6 +228,8 @@ def test_bad_values_are_refused(tmp_path):
         ({"mix": ()}, "at least one mix"),
         ({"batch_sizes": (0,)}, "batch sizes"),
         ({"tasks": 0}, "at least 1"),
+        ({"tasks_per_image": (3,)}, "3 tasks for an image are more than the engine's 2"),
+        ({"tasks_per_image": (2,), "mix": ("all",)}, "let the mix have one"),
     ):
         with pytest.raises(UsageError, match=message):
             bench_engine(engine, BenchSettings(rounds=QUICK, **arguments))

@@ -52,6 +52,7 @@ def bench(
     prompttune bench engine
     prompttune bench engine --against backbone --against torch --threads 2 --json
     prompttune bench engine --batch-sizes 1,4,16 --mix all --seconds 20 --csv bench.csv
+    prompttune bench engine --against backbone --tasks-per-image 10,100
     """
     from prompttune.serve.bench import BenchSettings, bench_engine
     from prompttune.serve.bench.machine import machine_columns, write_csv
@@ -103,6 +104,13 @@ def _print(console: Console, report: BenchReport) -> None:
             str(row.batch_size), row.mix, row.subject, str(row.tasks), *figures, f"{row.images_per_s:.1f}", over
         )
     console.print(times)
+    for fan in report.fan_out:
+        plain = "" if fan.over_backbone is None else f", {fan.over_backbone.median:.2f} x the plain backbone"
+        _line(
+            console,
+            f"batch {fan.batch_size}: {fan.tasks} tasks for each image take {fan.over_one.median:.2f} x as long as "
+            f"one{plain}",
+        )
     for mixing in report.mixing:
         _line(
             console,

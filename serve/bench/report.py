@@ -55,6 +55,20 @@ class Mixing:
 
 
 @dataclass(frozen=True)
+class FanOut:
+    """The engine's time for several tasks of each image in one call, at one batch size."""
+
+    batch_size: int
+    tasks: int
+    """Number of tasks that each image is asked about."""
+    latency: Latency
+    over_one: Ratio
+    """Divided by its time for one task of each image."""
+    over_backbone: Ratio | None
+    """Divided by the plain backbone's time; None if the two are not compared."""
+
+
+@dataclass(frozen=True)
 class Switching:
     """Calls of one row that alternate between two tasks, A B A B, compared with calls of A alone."""
 
@@ -104,6 +118,7 @@ class BenchReport:
     subjects: tuple[SubjectReport, ...]
     measurements: tuple[Measurement, ...]
     mixing: tuple[Mixing, ...]
+    fan_out: tuple[FanOut, ...]
     switching: Switching | None
     """None for a single task, or if it was not requested."""
     adding: Adding | None

@@ -6,20 +6,22 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from prompttune.errors import EngineError
+from prompttune.errors import EngineError, UsageError
 from prompttune.export.build import tool_versions
 from prompttune.export.folder import EngineFolder
 from prompttune.export.runtimes import RuntimeOptions
 from prompttune.serve.bench.machine import hardware_name
 from prompttune.serve.bench.memory import memory_growth
-from prompttune.serve.bench.report import BenchReport, Measurement, Mixing, SubjectReport
+from prompttune.serve.bench.report import BenchReport, FanOut, Measurement, Mixing, SubjectReport
 from prompttune.serve.bench.runtimes import remember_quickest, runtimes_of
 from prompttune.serve.bench.settings import ALL, ONE, BenchSettings
 from prompttune.serve.bench.subjects import (
+    BACKBONE,
     ENGINE,
     BenchSubject,
     OpenSubject,
@@ -76,11 +78,15 @@ def bench_engine(
             reports.append(report)
         measurements: list[Measurement] = []
         mixing: list[Mixing] = []
+        fan_out: list[FanOut] = []
+        if (most := max(settings.tasks_per_image, default=0)) > len(subjects[0].tasks):
+            raise UsageError(f"{most} tasks for an image are more than the engine's {len(subjects[0].tasks)}")
         for size in settings.batch_sizes:
             step(f"batch size {size}")
-            timed, mixed = _measure(subjects, sides, size, settings)
+            timed, mixed, fanned = _measure(subjects, sides, size, settings)
             measurements += timed
             mixing += mixed
+            fan_out += fanned
         opened = sides[ENGINE].engine
         assert opened is not None, "the first subject is an engine"
         bytes_per_task = opened.bank.row_bytes  # before a task is added
@@ -113,6 +119,7 @@ def bench_engine(
         subjects=tuple(reports),
         measurements=tuple(measurements),
         mixing=tuple(mixing),
+        fan_out=tuple(fan_out),
         switching=switching,
         adding=adding,
         quickest=quickest,
@@ -144,7 +151,7 @@ def _open(subject: BenchSubject, device: str, largest: int, seed: int) -> tuple[
 
 def _measure(
     subjects: list[BenchSubject], sides: Mapping[str, OpenSubject], batch_size: int, settings: BenchSettings
-) -> tuple[list[Measurement], list[Mixing]]:
+) -> tuple[list[Measurement], list[Mixing], list[FanOut]]:
     """Every subject and mix at one batch size, all in the same rounds."""
     # The mixes are the outer loop, so that a subject does not follow itself and find its weights in the caches.
     pairs = list(itertools.product(settings.mix, subjects))
@@ -154,6 +161,11 @@ def _measure(
         )
         for mix, subject in pairs
     }
+    opened, tasks = sides[ENGINE].engine, subjects[0].tasks
+    assert opened is not None, "the first subject is an engine"
+    images = noise(batch_size, subjects[0].image_size, settings.seed)
+    for count in settings.tasks_per_image:
+        calls[ENGINE, str(count)] = partial(opened.logits, images, [tasks[:count]])
     seconds = interleaved(calls, settings.rounds)
     measurements = []
     for mix, subject in pairs:
@@ -171,7 +183,12 @@ def _measure(
                 engine_over=over,
             )
         )
+    fan_out = []
+    for count in settings.tasks_per_image:
+        taken = seconds[ENGINE, str(count)]
+        plain = Ratio.of(taken, seconds[BACKBONE, ONE]) if BACKBONE in sides else None
+        fan_out.append(FanOut(batch_size, count, Latency.of(taken), Ratio.of(taken, seconds[ENGINE, ONE]), plain))
     if not {ONE, ALL} <= {*settings.mix}:
-        return measurements, []
+        return measurements, [], fan_out
     mixed = Ratio.of(seconds[ENGINE, ALL], seconds[ENGINE, ONE])
-    return measurements, [Mixing(batch_size, len(subjects[0].tasks), mixed)]
+    return measurements, [Mixing(batch_size, len(tasks), mixed)], fan_out

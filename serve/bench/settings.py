@@ -35,6 +35,10 @@ class BenchSettings:
     mix: tuple[str, ...] = setting(
         MIXES, "one: all rows for the same task; all: rows alternate between the tasks.", MIXES, metavar="one,all"
     )
+    tasks_per_image: tuple[int, ...] = setting(
+        (), "Also ask each image about so many tasks in one call, and compare with one.", kind=str,
+        read=lambda value: read_sizes(value) if value else (), metavar="N,N,...", shown="none",
+    )  # fmt: skip
     tasks: int | None = setting(None, "Largest number of tasks to alternate between.", low=1, shown="all")
     rounds: Rounds = part(Rounds)
     checkpoint: Path | None = setting(None, "Also time adding this checkpoint.", option="add", path="folder")
@@ -48,6 +52,8 @@ class BenchSettings:
         settle(self)
         if not self.mix:
             raise UsageError(f"give at least one mix of {', '.join(MIXES)}")
+        if self.tasks_per_image and ONE not in self.mix:
+            raise UsageError("several tasks for an image are compared with one: let the mix have one")
         for what, values in (("batch size", self.batch_sizes), ("mix", self.mix), ("comparison", self.against)):
             twice = [value for value in values if values.count(value) > 1]
             if twice:
