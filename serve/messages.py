@@ -19,8 +19,9 @@ from prompttune.errors import PrompttuneError
 
 Parameters = Mapping[str, bool | int | float | str]
 
-MIXED = "mixed"
-"""The model that takes a task for each row."""
+MIXED, PANEL = "mixed", "panel"
+"""The model that takes a task for each image, and the one that answers several tasks for each."""
+SEVERAL = (MIXED, PANEL)
 LEAVING = "the server is shutting down: ask another one"
 _SHOWN = 60
 

@@ -32,6 +32,7 @@ class FakeWorker(Worker):
         self.slots = [np.zeros((settings.max_batch, 3, 1, 1), np.float32) for _ in range(settings.slots)]
         self.rows: set[Key] = set()
         self.batches: list[list[Key]] = []
+        """The keys of each batch, image by image."""
         self.loads: list[Key] = []
         self.running = asyncio.Event()
         self.may_run, self.may_load = asyncio.Event(), asyncio.Event()
@@ -50,16 +51,17 @@ class FakeWorker(Worker):
     async def run(self, slot, keys):
         async with self.order:
             await self._unless_dead(asyncio.sleep(0))
-            self.batches.append(list(keys))
-            missing = [key for key in keys if key not in self.rows]
+            self.batches.append([key for row in keys for key in row])
+            missing = [key for row in keys for key in row if key not in self.rows]
             if missing:
                 raise EngineError(f"{missing[0]} holds no row")
             self.running.set()
             await self._unless_dead(self.may_run.wait())
-            values = self.slots[slot][: len(keys), 0, 0, 0]
-            return BatchResult(
-                np.array([[float(key.version), value] for key, value in zip(keys, values, strict=True)]), 0.5
-            )
+            logits = np.full((len(keys), max(map(len, keys)), 2), np.nan)
+            for number, row in enumerate(keys):
+                for place, key in enumerate(row):
+                    logits[number, place] = float(key.version), self.slots[slot][number, 0, 0, 0]
+            return BatchResult(logits, 0.5)
 
     async def _unless_dead(self, waiting):
         wait, dead = asyncio.ensure_future(waiting), asyncio.ensure_future(self.dead.wait())

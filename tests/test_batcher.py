@@ -232,7 +232,7 @@ def test_counts_each_batch():
     async def run():
         worker, seen = FakeWorker(dataclasses.replace(SETTINGS, max_batch=2)), []
         worker.rows = {A}
-        batcher = Batcher(worker, on_batch=lambda rows, seconds: seen.append((rows, seconds)))
+        batcher = Batcher(worker, on_batch=lambda size, seconds: seen.append((size.images, seconds)))
         try:
             await batcher.answer(A, [image(1)] * 3)
         finally:

@@ -77,7 +77,7 @@ class Driver:
 
     async def answer(self, images, tasks, slot=0):
         self.worker.images(slot)[: len(images)] = images
-        return (await self.worker.run(slot, [self.keys[task] for task in tasks])).logits
+        return (await self.worker.run(slot, [[self.keys[task]] for task in tasks])).logits[:, 0]
 
     def ask(self, images, tasks, slot=0):
         return self.do(self.answer(images, tasks, slot))
@@ -126,6 +126,18 @@ def test_mixed_batches_of_every_size_answer_as_the_engine_does(driver, engine):
         assert agree(found, engine.logits(images, tasks), classes)
 
 
+def test_an_image_answers_for_several_tasks_beside_one_for_fewer(driver, engine):
+    driver.load("task0", "task1", "task4")
+    images, asked = noise(2), [["task4", "task0", "task1"], ["task1"]]
+    driver.worker.images(0)[:2] = images
+    run = driver.worker.run(0, [[driver.keys[task] for task in row] for row in asked])
+    found = driver.do(run).logits
+    assert found.shape == (2, 3, 6)
+    for image, row in enumerate(asked):
+        wanted = engine.logits(images[[image] * len(row)], row)
+        assert agree(found[image, : len(row)], wanted, [len(engine.labels(task)) for task in row])
+
+
 def test_a_task_answers_the_same_bits_after_another(driver):
     driver.load("task0", "task1")
     images = noise(3)
@@ -138,7 +150,7 @@ def test_a_task_answers_the_same_bits_after_another(driver):
 def test_the_engines_own_time_is_told(driver):
     driver.load("task0")
     started = time.perf_counter()
-    answer = driver.do(driver.worker.run(0, [driver.keys["task0"]]))
+    answer = driver.do(driver.worker.run(0, [[driver.keys["task0"]]]))
     assert 0 < answer.seconds < time.perf_counter() - started
 
 
@@ -207,7 +219,7 @@ def test_a_row_is_asked_for_by_version(driver):
     driver.load("task0")
     stranger = Key("task0", "0123456789ab")
     with pytest.raises(EngineError, match="task0@0123456789ab holds no row"):
-        driver.do(driver.worker.run(0, [driver.keys["task0"], stranger]))
+        driver.do(driver.worker.run(0, [[driver.keys["task0"], stranger]]))
     with pytest.raises(VersionGoneError, match="0123456789ab"):
         driver.do(driver.worker.load(stranger, driver.folders[driver.keys["task0"]]))
     driver.do(driver.worker.evict(stranger))
@@ -255,8 +267,8 @@ def test_rows_run_out(driver, engine, tmp_path):
         driver.do(driver.worker.load(key, folder))
     driver.do(driver.worker.evict(driver.keys["task1"], keep=False))
     driver.do(driver.worker.load(key, folder))
-    late = driver.do(driver.worker.run(0, [key])).logits
-    assert np.array_equal(late, driver.do(driver.worker.run(0, [driver.keys["task0"]])).logits)
+    late = driver.do(driver.worker.run(0, [[key]])).logits
+    assert np.array_equal(late, driver.do(driver.worker.run(0, [[driver.keys["task0"]]])).logits)
     # One that comes from memory and finds no row is kept there.
     driver.do(driver.worker.evict(key))
     driver.load("task1")
@@ -276,12 +288,12 @@ def test_rows_grow_for_a_larger_task_and_not_before(settings, engine):
     allocated = store.stats().row_bytes
     for name in ("task0", "task1"):
         store.load(tasks[name], engine.folder.path / "tasks" / name)
-    before = store.run(0, [tasks["task1"]]).logits
+    before = store.run(0, [[tasks["task1"]]]).logits[:, 0]
     assert before.shape == (1, 3)
     assert store.stats().row_bytes == allocated
     store.load(tasks["task4"], engine.folder.path / "tasks" / "task4")
     assert store.stats().row_bytes > allocated
-    after = store.run(0, [tasks["task1"]]).logits
+    after = store.run(0, [[tasks["task1"]]]).logits[:, 0]
     assert after.shape == (1, 6)
     assert agree(after, before, [3])
 
@@ -336,12 +348,12 @@ def test_a_baked_engine_holds_its_rows_from_the_beginning(process, baked, tmp_pa
                 await worker.evict(key)
             images = noise(2)
             worker.images(1)[:] = images
-            found = (await worker.run(1, [keys["ant"], keys["zebra"]])).logits
+            found = (await worker.run(1, [[keys["ant"]], [keys["zebra"]]])).logits[:, 0]
             assert agree(found, baked.logits(images, ["ant", "zebra"]), [3, 2])
             with pytest.raises(VersionGoneError, match="does not hold version 0 of the task 'ant'"):
                 await worker.load(Key("ant", "0"), tmp_path)
             with pytest.raises(EngineError, match="ant@0 holds no row"):
-                await worker.run(1, [Key("ant", "0")])
+                await worker.run(1, [[Key("ant", "0")]])
             assert (await worker.stats()).rows == 2
         finally:
             await worker.close()
@@ -359,7 +371,7 @@ def test_a_cancelled_caller_stops_nothing(driver):
 
     async def leave():
         driver.worker.images(0)[:] = images
-        batch = asyncio.create_task(driver.worker.run(0, [driver.keys["task0"]] * MAX_BATCH))
+        batch = asyncio.create_task(driver.worker.run(0, [[driver.keys["task0"]]] * MAX_BATCH))
         load = asyncio.create_task(driver.worker.load(driver.keys["task4"], driver.folders[driver.keys["task4"]]))
         await asyncio.sleep(0)
         for one in (batch, load):
@@ -435,12 +447,12 @@ def test_closing_answers_what_runs_and_refuses_the_rest(settings, engine):
         images = noise(MAX_BATCH)
         worker.images(0)[:] = images
         worker.images(1)[:] = images
-        batches = [asyncio.create_task(worker.run(slot, [key] * MAX_BATCH)) for slot in (0, 1)]
+        batches = [asyncio.create_task(worker.run(slot, [[key]] * MAX_BATCH)) for slot in (0, 1)]
         await asyncio.sleep(0)
         await asyncio.gather(worker.close(), worker.close())
         for batch in batches:
             assert agree((await batch).logits, engine.logits(images, "task0"), [2] * MAX_BATCH)
-        for call in (worker.run(0, [key]), worker.load(key, Path("anywhere")), worker.evict(key), worker.stats()):
+        for call in (worker.run(0, [[key]]), worker.load(key, Path("anywhere")), worker.evict(key), worker.stats()):
             with pytest.raises(WorkerDiedError, match="is closed"):
                 await call
         await worker.close()
@@ -463,7 +475,12 @@ def test_a_killed_worker_fails_what_waits_at_once_and_has_a_successor(settings, 
         async with started(settings, engine) as (worker, key, deaths):
             pause(pid_of(worker))  # so that nothing is answered
             folder = engine.folder.path / "tasks" / "task1"
-            calls = [worker.run(0, [key]), worker.run(1, [key]), worker.load(Key("task1", "v"), folder), worker.stats()]
+            calls = [
+                worker.run(0, [[key]]),
+                worker.run(1, [[key]]),
+                worker.load(Key("task1", "v"), folder),
+                worker.stats(),
+            ]
             waiting = [asyncio.create_task(call) for call in calls]
             await asyncio.sleep(0)
             os.kill(pid_of(worker), signal.SIGKILL)
@@ -475,14 +492,14 @@ def test_a_killed_worker_fails_what_waits_at_once_and_has_a_successor(settings, 
             while not deaths:
                 await asyncio.sleep(0.001)
             with pytest.raises(WorkerDiedError):
-                await worker.run(0, [key])
+                await worker.run(0, [[key]])
             worker.images(0)[0] = 1  # whoever still prepares a batch does no harm
             await worker.close()
             await worker.close()
             assert deaths == [True]
         async with started(settings, engine) as (successor, key, deaths):
             successor.images(0)[:1] = images = noise(1)
-            assert agree((await successor.run(0, [key])).logits, engine.logits(images, "task0"), [2])
+            assert agree((await successor.run(0, [[key]])).logits[:, 0], engine.logits(images, "task0"), [2])
         assert deaths == []
 
     in_a_loop(serve)
@@ -500,9 +517,9 @@ def test_the_process_takes_neither_signals_nor_sockets_and_a_slot_stays_in_use_u
             for one in (signal.SIGINT, signal.SIGTERM):
                 os.kill(pid, one)
             worker.images(0)[:1] = noise(1)
-            wanted = (await worker.run(0, [key])).logits
+            wanted = (await worker.run(0, [[key]])).logits
             pause(pid)
-            batch = asyncio.create_task(worker.run(0, [key]))
+            batch = asyncio.create_task(worker.run(0, [[key]]))
             await asyncio.sleep(0)
             batch.cancel()
             await asyncio.wait([batch], timeout=0.05)
@@ -510,7 +527,7 @@ def test_the_process_takes_neither_signals_nor_sockets_and_a_slot_stays_in_use_u
             os.kill(pid, signal.SIGCONT)
             with pytest.raises(asyncio.CancelledError):
                 await batch
-            assert np.array_equal((await worker.run(0, [key])).logits, wanted)
+            assert np.array_equal((await worker.run(0, [[key]])).logits, wanted)
         assert deaths == []
 
     with ExitStack() as stack:
@@ -520,7 +537,7 @@ def test_the_process_takes_neither_signals_nor_sockets_and_a_slot_stays_in_use_u
 def test_the_process_of_an_onnx_engine_does_not_import_pytorch(settings, engine):
     async def serve():
         async with started(settings, engine) as (worker, key, _):
-            await worker.run(0, [key])
+            await worker.run(0, [[key]])
             mapped = Path(f"/proc/{pid_of(worker)}/maps").read_text()
         assert "onnxruntime" in mapped
         assert "/torch/" not in mapped

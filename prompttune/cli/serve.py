@@ -56,8 +56,9 @@ def serve(
 ) -> None:
     """Serve the tasks of ENGINE with the Open Inference Protocol v2, over HTTP and gRPC.
 
-    Every task is a model; the model "mixed" takes a task for each image. All share one backbone, and requests for
-    different tasks share batches. The page at / shows them. SIGTERM drains the server.
+    Every task is a model; the model "mixed" takes a task for each image, and "panel" answers several for each. All
+    share one backbone, and requests for different tasks share batches. The page at / shows them. SIGTERM drains the
+    server.
 
     \b
     prompttune serve engine

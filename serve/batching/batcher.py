@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from prompttune.export.runtimes import Array
+from prompttune.serve.batching.queues import Asked, Queues, RowsJob
 from prompttune.serve.messages import UnavailableError
 from prompttune.serve.workers import BatchResult, Key, Worker, WorkerDiedError
 from prompttune.serve.workers.waiting import to_the_end
@@ -33,77 +34,25 @@ class JobResult:
     infer_s: float
     """Seconds in the engine, summed over the batches."""
     batches: Sequence[tuple[int, float]]
-    """Row count and seconds of each batch that held rows of the job."""
+    """Image count and seconds of each batch that held rows of the job."""
 
 
-@dataclass(eq=False)
-class _RowsJob:
-    """Rows of one task that arrived together; they may be split over several batches."""
+@dataclass(frozen=True)
+class BatchSize:
+    """What a batch held."""
 
-    key: Key
-    images: Sequence[Array]
-    priority: int
-    future: asyncio.Future[None]
-    arrived: float
-    logits: dict[int, Array] = field(default_factory=dict)
-    running: set[asyncio.Task[None]] = field(default_factory=set)
-    """Batches with rows of the job that have not ended."""
-    begun: float | None = None
-    batches: list[tuple[int, float]] = field(default_factory=list)
-
-
-_Row = tuple[_RowsJob, int]
-"""A job, and the index of one of its images."""
-
-
-class _Queues:
-    """Waiting rows: the most urgent priority first, a row of each task in turn within it, in order within a task."""
-
-    def __init__(self) -> None:
-        self._levels: dict[int, OrderedDict[Key, deque[_Row]]] = {}
-        self.rows = 0
-
-    def add(self, job: _RowsJob) -> None:
-        queue = self._levels.setdefault(job.priority, OrderedDict()).setdefault(job.key, deque())
-        queue.extend((job, row) for row in range(len(job.images)))
-        self.rows += len(job.images)
-
-    def oldest(self) -> float | None:
-        """Arrival time of the row that has waited longest."""
-        return min((queue[0][0].arrived for level in self._levels.values() for queue in level.values()), default=None)
-
-    def take(self, most: int) -> list[_Row]:
-        """Take up to ``most`` rows."""
-        taken: list[_Row] = []
-        for priority in sorted(self._levels):
-            level = self._levels[priority]
-            while level and len(taken) < most:
-                key, queue = next(iter(level.items()))
-                taken.append(queue.popleft())
-                level.move_to_end(key)
-                if not queue:
-                    del level[key]
-        self._levels = {priority: level for priority, level in self._levels.items() if level}
-        self.rows -= len(taken)
-        return taken
-
-    def drop(self, job: _RowsJob) -> None:
-        """Drop the waiting rows of a job; its task keeps its turn."""
-        level = self._levels.get(job.priority, OrderedDict())
-        queue = level.get(job.key, deque())
-        if kept := deque(one for one in queue if one[0] is not job):
-            level[job.key] = kept
-        else:
-            level.pop(job.key, None)
-        self.rows -= len(queue) - len(kept)
-
-    def jobs(self) -> Iterator[_RowsJob]:
-        """The job of each waiting row."""
-        return (job for level in self._levels.values() for queue in level.values() for job, _ in queue)
+    images: int
+    answers: int
+    """Pairs of an image and a task that were asked for."""
+    padding: int
+    """Pairs that were computed besides, because all images of a batch are asked about equally many tasks."""
 
 
 class Batcher:
     """Fills the slots of one worker. Call every method on the event loop.
+
+    Where an engine's tasks share work on an image, rows that ask about equal images are one image of a batch, asked
+    about several tasks.
 
     A batch starts when it is full, or when the device is free and the oldest row has waited for ``max_delay_s``. While
     a batch runs, only a full batch is prepared, so that rows collect meanwhile. A task with many waiting rows gets the
@@ -112,7 +61,8 @@ class Batcher:
     Args:
         worker: a started worker; the batcher does not close it.
         max_delay_s: longest time in seconds that a row waits for other rows while the device is free.
-        on_batch: called with the row count and the seconds of each batch.
+        on_batch: called with the size and the seconds of each batch.
+        answers: largest number of answers in a batch of images that rows share, see :class:`Queues`.
         stall_s: longest time of a batch in seconds; a worker that exceeds it is ended.
     """
 
@@ -120,14 +70,16 @@ class Batcher:
         self,
         worker: Worker,
         max_delay_s: float = 0.0,
-        on_batch: Callable[[int, float], None] | None = None,
+        on_batch: Callable[[BatchSize, float], None] | None = None,
         stall_s: float = STALL_S,
+        answers: int = 0,
     ) -> None:
         self._worker = worker
         self._max_delay_s = max_delay_s
         self._stall_s = stall_s
         self._on_batch = on_batch
-        self._queues = _Queues()
+        self._answers = answers
+        self._queues = Queues(worker.settings.max_batch, answers)
         self._slots = deque(range(worker.settings.slots))
         self._running: set[asyncio.Task[None]] = set()
         self.running_rows = 0
@@ -151,7 +103,7 @@ class Batcher:
         if self._ended is not None:
             raise WorkerDiedError(str(self._ended))
         future = asyncio.get_running_loop().create_future()
-        job = _RowsJob(key, images, priority, future, time.monotonic())
+        job = RowsJob(key, images, priority, future, time.monotonic())
         self._queues.add(job)
         self._changed.set()
         try:
@@ -169,11 +121,10 @@ class Batcher:
     async def _dispatch(self) -> None:
         while True:
             await self._batch_is_due()
-            rows = self._queues.take(self._worker.settings.max_batch)
-            if rows:
-                task = asyncio.create_task(self._run(self._slots.popleft(), rows))
+            if batch := self._queues.take():
+                task = asyncio.create_task(self._run(self._slots.popleft(), batch))
                 self._running.add(task)
-                for job, _ in rows:
+                for job in _jobs(batch):
                     job.running.add(task)
                 task.add_done_callback(self._finished)
 
@@ -184,9 +135,8 @@ class Batcher:
     async def _batch_is_due(self) -> None:
         while True:
             self._changed.clear()
-            full = self._queues.rows >= self._worker.settings.max_batch
             wait: float | None = None
-            if self._slots and full:
+            if self._slots and self._queues.full:
                 return
             if not self._running and (oldest := self._queues.oldest()) is not None:
                 wait = oldest + self._max_delay_s - time.monotonic()
@@ -195,27 +145,28 @@ class Batcher:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), wait)
 
-    async def _run(self, slot: int, rows: Sequence[_Row]) -> None:
+    async def _run(self, slot: int, batch: Sequence[tuple[Array, Asked]]) -> None:
         task, began = asyncio.current_task(), time.monotonic()
-        self.running_rows += len(rows)
-        for job, _ in rows:
+        rows = sum(len(one) for _, asked in batch for one in asked.values())
+        self.running_rows += rows
+        for job in _jobs(batch):
             job.begun = job.begun or began
         watch = asyncio.get_running_loop().call_later(self._stall_s, self._stalled)
         try:
-            await self._fill(slot, [job.images[row] for job, row in rows])
-            result = await self._worker.run(slot, [job.key for job, _ in rows])
+            await self._fill(slot, [pixels for pixels, _ in batch])
+            result = await self._worker.run(slot, [list(asked) for _, asked in batch])
         except WorkerDiedError:
             problem = UnavailableError("the engine's worker ended while it had the request; it starts again: try again")
-            self._fail((job for job, _ in rows), problem)
+            self._fail(_jobs(batch), problem)
             self._end()
         except Exception as problem:
-            self._fail((job for job, _ in rows), problem)
+            self._fail(_jobs(batch), problem)
         else:
-            self._deliver(rows, result)
+            self._deliver(batch, result)
         finally:
             watch.cancel()
-            self.running_rows -= len(rows)
-            for job, _ in rows:
+            self.running_rows -= rows
+            for job in _jobs(batch):
                 job.running.discard(task)
             self._slots.append(slot)
 
@@ -235,17 +186,21 @@ class Batcher:
         else:
             await asyncio.to_thread(copy)
 
-    def _deliver(self, rows: Sequence[_Row], result: BatchResult) -> None:
-        for (job, row), logits in zip(rows, result.logits, strict=True):
-            job.logits[row] = logits
-        for job in dict.fromkeys(job for job, _ in rows):
-            job.batches.append((len(rows), result.seconds))
+    def _deliver(self, batch: Sequence[tuple[Array, Asked]], result: BatchResult) -> None:
+        for (_, asked), answers in zip(batch, result.logits, strict=True):
+            for rows, logits in zip(asked.values(), answers, strict=False):
+                for job, row in rows:
+                    job.logits[row] = logits
+        for job in _jobs(batch):
+            job.batches.append((len(batch), result.seconds))
             if len(job.logits) == len(job.images) and not job.future.done():
                 job.future.set_result(None)
         if self._on_batch is not None:
-            self._on_batch(len(rows), result.seconds)
+            counts = [len(asked) for _, asked in batch]
+            padding = len(batch) * max(counts) - sum(counts)
+            self._on_batch(BatchSize(len(batch), sum(counts), padding), result.seconds)
 
-    def _fail(self, jobs: Iterable[_RowsJob], problem: Exception) -> None:
+    def _fail(self, jobs: Iterable[RowsJob], problem: Exception) -> None:
         for job in dict.fromkeys(jobs):
             self._queues.drop(job)
             if not job.future.done():
@@ -255,7 +210,7 @@ class Batcher:
         """Stop forming batches; another worker may answer the waiting rows."""
         self._ended = WorkerDiedError("the engine's worker ended")
         self._loop.cancel()
-        queues, self._queues = self._queues, _Queues()
+        queues, self._queues = self._queues, Queues(self._worker.settings.max_batch, self._answers)
         self._fail(queues.jobs(), self._ended)
 
     async def close(self) -> None:
@@ -263,3 +218,8 @@ class Batcher:
         self._end()
         with contextlib.suppress(asyncio.CancelledError):
             await self._loop
+
+
+def _jobs(batch: Sequence[tuple[Array, Asked]]) -> list[RowsJob]:
+    """The jobs with rows in a batch, each once."""
+    return list(dict.fromkeys(job for _, asked in batch for rows in asked.values() for job, _ in rows))

@@ -13,7 +13,7 @@ from typing import Any
 
 from prompttune.errors import PrompttuneError
 from prompttune.export.runtimes import Array
-from prompttune.serve.batching.batcher import STALL_S, Batcher, JobResult
+from prompttune.serve.batching.batcher import STALL_S, Batcher, BatchSize, JobResult
 from prompttune.serve.batching.task_cache import CacheCounts, TaskCache
 from prompttune.serve.workers import Key, Worker, WorkerDiedError, WorkerSettings, WorkerStats
 
@@ -46,8 +46,9 @@ class DeviceReplica:
         make: makes a worker that is not started yet.
         capacity: number of bank rows; None where the tasks are baked into the model.
         max_delay_s: see :class:`Batcher`.
-        on_batch: called with the row count and the seconds of each batch.
+        on_batch: called with the size and the seconds of each batch.
         stall_s: see :class:`Batcher`.
+        answers: see :class:`Batcher`.
     """
 
     def __init__(
@@ -56,8 +57,9 @@ class DeviceReplica:
         make: Callable[[WorkerSettings], Worker],
         capacity: int | None,
         max_delay_s: float,
-        on_batch: Callable[[int, float], None],
+        on_batch: Callable[[BatchSize, float], None],
         stall_s: float = STALL_S,
+        answers: int = 0,
     ) -> None:
         self.settings = settings
         self.capacity = capacity
@@ -65,7 +67,9 @@ class DeviceReplica:
         self.restarts = 0
         self._description = ""
         self._make = make
-        self._batcher_of = partial(Batcher, max_delay_s=max_delay_s, on_batch=on_batch, stall_s=stall_s)
+        self._batcher_of = partial(
+            Batcher, max_delay_s=max_delay_s, on_batch=on_batch, stall_s=stall_s, answers=answers
+        )
         self._stats: WorkerStats | None = None
         self._up = asyncio.Event()
         self._running: _Running | None = None

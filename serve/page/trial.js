@@ -1,9 +1,11 @@
-// One image, dropped or chosen, and what a task says of it.
+// One image, dropped or chosen, and what all tasks, or one, say of it.
 
-import { byId, html, meter, percent } from "./dom.js";
+import { byId, count, html, meter, milliseconds, percent } from "./dom.js";
 import { call } from "./server.js";
 
 const TOP_K = 5;
+const PANEL = "panel";
+const STAGES = { decode_ms: "reading the image", queue_ms: "waiting for a batch", infer_ms: "the engine" };
 
 /** The form that sends an image. */
 export class Trial {
@@ -25,13 +27,12 @@ export class Trial {
     for (const name of ["dragover", "drop"]) window.addEventListener(name, (event) => event.preventDefault());
   }
 
-  /** Offers the names of tasks; the first is chosen if none is yet. */
+  /** Offers the names of tasks; all are asked until one is chosen. */
   offer(names) {
     const all = names.join("\n");
     if (all === this.known) return;
     this.known = all;
     byId("trial-tasks").replaceChildren(...names.map((name) => html("option", { value: name })));
-    byId("trial-task").value ||= names[0] ?? "";
   }
 
   /** Chooses a task. */
@@ -70,23 +71,23 @@ export class Trial {
   /** Sends the image; an answer that comes after a later question is not shown. */
   async ask() {
     const task = byId("trial-task").value.trim();
-    if (!this.file || !task) return;
+    if (!this.file) return;
     const turn = ++this.turn;
-    this.show(html("p", { class: "hint" }, `Asking ${task} …`));
+    this.show(html("p", { class: "hint" }, `Asking ${task || "all tasks"} …`));
     const began = performance.now();
     let shown;
     try {
       const data = await base64(this.file);
-      const { body } = await call(`v2/models/${encodeURIComponent(task)}/infer`, {
+      const { body } = await call(`v2/models/${encodeURIComponent(task || PANEL)}/infer`, {
         method: "POST",
         headers: { "Content-Type": "application/json" },
         body: JSON.stringify({
           inputs: [{ name: "image", datatype: "BYTES", shape: [1], data: [data] }],
-          outputs: [{ name: "label" }, { name: "score" }],
-          parameters: { top_k: TOP_K },
+          outputs: ["label", "score", ...(task ? [] : ["task"])].map((name) => ({ name })),
+          parameters: { top_k: task ? TOP_K : 1 },
         }),
       });
-      shown = scores(body, performance.now() - began);
+      shown = (task ? scores : panel)(body, performance.now() - began);
     } catch (problem) {
       const text = problem instanceof TypeError ? "The server does not answer." : problem.message;
       shown = [html("p", { class: "problem", role: "alert" }, text)];
@@ -99,18 +100,27 @@ export class Trial {
   }
 }
 
+const output = (answer, name) => answer.outputs.find((tensor) => tensor.name === name).data.flat(2);
+
+const score = (share, ...label) =>
+  html("li", {}, html("span", { class: "label" }, ...label), html("span", { class: "share" }, percent(share)), meter(share));
+
+/** The likeliest label of each task, and the stage that took longest. */
+function panel(answer, ms) {
+  const [tasks, labels, shares] = ["task", "label", "score"].map((name) => output(answer, name));
+  const rows = tasks.map((task, index) => score(shares[index], html("span", { class: "task" }, task), labels[index]));
+  const known = Object.entries(STAGES).map(([key, name]) => [name, answer.parameters[key]]);
+  const [slowest, took] = [["the way there and back", ms - known.reduce((sum, [, part]) => sum + part, 0)], ...known]
+    .reduce((most, one) => (one[1] > most[1] ? one : most));
+  return [
+    html("ul", { class: "scores panel-scores", "aria-label": "Likeliest label of each task" }, ...rows),
+    html("p", { class: "hint" }, `${count(tasks.length)} tasks, ${milliseconds(ms)}; slowest part: ${slowest}, ${milliseconds(took)}`),
+  ];
+}
+
 function scores(answer, ms) {
-  const output = (name) => answer.outputs.find((tensor) => tensor.name === name).data.flat(2);
-  const shares = output("score");
-  const rows = output("label").map((label, index) =>
-    html(
-      "li",
-      {},
-      html("span", { class: "label" }, label),
-      html("span", { class: "share" }, percent(shares[index])),
-      meter(shares[index]),
-    ),
-  );
+  const shares = output(answer, "score");
+  const rows = output(answer, "label").map((label, index) => score(shares[index], label));
   const digest = answer.parameters?.task_version;
   const version = answer.model_version ? `, version ${answer.model_version}${digest ? ` (${digest})` : ""}` : "";
   return [

@@ -27,7 +27,10 @@ from prompttune.serve.service.service import Service
 from prompttune.serve.tracing import continued
 from prompttune.version import __version__
 
-_ABOUT = 'Every task is a model; the model `mixed` takes a task for each image. Errors are `{"error": "…"}`.'
+_ABOUT = (
+    "Every task is a model; the model `mixed` takes a task for each image, and `panel` answers several for each. "
+    'Errors are `{"error": "…"}`.'
+)
 _CLIENT_LEFT = 499
 _ROUTINE = ("/v2/health/", "/metrics", "/status")
 _REQUESTS = (schemas.InferenceRequest, schemas.IndexRequest, schemas.RepositoryRequest)

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from prompttune.serve.messages import MIXED, ServeError, UnavailableError
+from prompttune.serve.messages import SEVERAL, ServeError, UnavailableError
 from prompttune.serve.protocol.body import read_body
 from prompttune.serve.protocol.rest_shared import SAFE_METHODS, serve_error_answer
 from prompttune.serve.protocol.security import Access
@@ -107,7 +107,7 @@ class Ingress:
 def _task_of(head: RequestHead) -> str:
     """The task of a request; empty if it is for several or none."""
     found = _INFER.fullmatch(head.path)
-    return found[1] if found is not None and found[1] != MIXED else ""
+    return found[1] if found is not None and found[1] not in SEVERAL else ""
 
 
 async def _error(_: Request, problem: Exception) -> Response:

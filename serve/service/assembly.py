@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 from prompttune.errors import EngineError
-from prompttune.export.folder import EngineFolder
+from prompttune.export.folder import EngineFolder, Manifest
 from prompttune.export.layout import BATCH, TASKS
+from prompttune.methods import METHODS
 from prompttune.serve.batching.replica import DeviceReplica
 from prompttune.serve.service.catalogue import Catalogue
 from prompttune.serve.service.metrics import Metrics
 from prompttune.serve.service.service import Service
 from prompttune.serve.service.settings import EngineSettings, ServiceSettings
 from prompttune.serve.workers import Worker, WorkerSettings
+
+READERS = 64
+"""Answers of a batch for each of its images, if tasks only read what the shared pass over an image left."""
 
 
 def make_service(engine: EngineSettings, settings: ServiceSettings | None = None) -> Service:
@@ -45,5 +49,21 @@ def make_service(engine: EngineSettings, settings: ServiceSettings | None = None
             max_batch=manifest.sizes.most(BATCH, engine.max_batch),
             host_bytes=engine.host_bytes,
         )
-        replicas.append(DeviceReplica(worker, make, capacity, engine.max_delay_s, metrics.batch, engine.stall_s))
+        answers = most_answers(manifest, worker.max_batch)
+        replicas.append(
+            DeviceReplica(worker, make, capacity, engine.max_delay_s, metrics.batch, engine.stall_s, answers)
+        )
     return Service(folder, catalogue, replicas, metrics, settings or ServiceSettings())
+
+
+def most_answers(manifest: Manifest, max_batch: int) -> int:
+    """Largest number of answers in a batch, an image and a task each; 0 if the tasks share no work on an image.
+
+    Where a task tunes blocks, an answer takes the memory of an image in them.
+    """
+    name = manifest.method["name"]
+    if not manifest.asks_many or name not in METHODS:
+        return 0
+    if any(module.only_reads for module in METHODS[name].modules):
+        return READERS * max_batch
+    return max_batch if manifest.method["graph_settings"].get("first_block") else 0

@@ -20,7 +20,7 @@ from prompttune.export.folder import (
 )
 from prompttune.export.layout import largest_axes
 from prompttune.export.versions import Numbered, read_number, write_number
-from prompttune.serve.messages import MIXED
+from prompttune.serve.messages import SEVERAL
 
 LOG = logging.getLogger("prompttune.serve")
 _Stamp = tuple[tuple[int, int, int], ...]
@@ -88,9 +88,9 @@ class Catalogue:
         return outcome
 
     def _checked(self, folder: Path) -> TaskRecord:
-        if folder.name == MIXED:
+        if folder.name in SEVERAL:
             raise EngineError(
-                f"a task cannot be served as {MIXED!r}, the model that takes a task for each row: rename {folder}"
+                f"a task cannot be served as {folder.name!r}, the name of a model for several tasks: rename {folder}"
             )
         check_task_name(folder.name)
         record = read_record(folder)

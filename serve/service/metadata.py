@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 from prompttune.export.folder import Manifest, TaskRecord
-from prompttune.serve.messages import MIXED, ModelMetadata, TensorMetadata
+from prompttune.serve.messages import PANEL, ModelMetadata, TensorMetadata
 
 PLATFORM = "prompttune"
 
@@ -28,10 +29,15 @@ def task_metadata(manifest: Manifest, record: TaskRecord, number: int) -> ModelM
     )
 
 
-def mixed_metadata(manifest: Manifest, number: int) -> ModelMetadata:
-    """Metadata of the model that takes a task for each row."""
-    inputs = [_image(manifest), TensorMetadata("task", "BYTES", (-1, 1))]
-    return ModelMetadata(MIXED, [str(number)], PLATFORM, inputs, _outputs(-1), [], _parameters(manifest))
+def several_metadata(manifest: Manifest, name: str, number: int) -> ModelMetadata:
+    """Metadata of :data:`~prompttune.serve.messages.MIXED` or :data:`PANEL`."""
+    parameters, outputs = _parameters(manifest), _outputs(-1)
+    task = TensorMetadata("task", "BYTES", (-1, 1))
+    if name == PANEL:
+        task = TensorMetadata("tasks", "BYTES", (-1, -1))
+        parameters["tasks.BYTES"] = "[N, K], or [K] for all images: names of tasks; empty or left out for all tasks"
+        outputs = [replace(one, shape=(-1, *one.shape)) for one in outputs]
+    return ModelMetadata(name, [str(number)], PLATFORM, [_image(manifest), task], outputs, [], parameters)
 
 
 def _image(manifest: Manifest) -> TensorMetadata:

@@ -17,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from prompttune.serve.batching.batcher import BatchSize
 from prompttune.serve.batching.replica import DeviceReplica
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
@@ -60,7 +61,9 @@ class Metrics:
         self._request_seconds = self._histogram("request_seconds", "Time from the call to the answer.")
         self._decode_seconds = self._histogram("decode_seconds", "Time to decode and resize images.")
         self._queue_seconds = self._histogram("queue_seconds", "Time in the queue.")
-        self._batch_rows = self._histogram("batch_rows", "Rows of a batch.", _ROWS)
+        self._batch_rows = self._histogram("batch_rows", "Images of a batch.", _ROWS)
+        self._batch_answers = self._counter("batch_answers", "Number of answers of batches, an image and a task each.")
+        self._batch_padding = self._counter("batch_padding", "Number of answers that were computed as padding besides.")
         self._batch_seconds = self._histogram("batch_seconds", "Time of a batch in the engine.")
         self._registry.register(_Replicas(replicas))
         self._recent: deque[_Second] = deque(maxlen=SECONDS_KEPT)
@@ -88,17 +91,22 @@ class Metrics:
         second.errors += status != "ok"
         second.rows += rows if status == "ok" else 0
 
-    def answer(self, task: str, rows: int, decode_s: float, queue_s: float) -> None:
+    def decoded(self, seconds: float) -> None:
+        """Count the decoding of an answered request."""
+        self._decode_seconds.observe(seconds)
+
+    def answer(self, task: str, rows: int, queue_s: float) -> None:
         """Count the answered rows of one task in a request."""
         self._rows.labels(task).inc(rows)
-        self._decode_seconds.observe(decode_s)
         self._queue_seconds.observe(queue_s)
 
-    def batch(self, rows: int, seconds: float) -> None:
+    def batch(self, size: BatchSize, seconds: float) -> None:
         """Count a finished batch."""
-        self._batch_rows.observe(rows)
+        self._batch_rows.observe(size.images)
+        self._batch_answers.inc(size.answers)
+        self._batch_padding.inc(size.padding)
         self._batch_seconds.observe(seconds)
-        self._now().batches.append(rows)
+        self._now().batches.append(size.images)
 
     def rows_per_s(self, over: int = 10) -> float:
         """Answered rows per second, over the last ``over`` whole seconds."""

@@ -84,6 +84,8 @@ class Answers:
         return OutputTensor(output.name, datatype, values.astype(np.float32) if datatype == "FP32" else values)
 
 
+BRIEF = ("label", "score", "task", "task_version")
+"""Outputs of a panel that names none: the others have the width of its widest task."""
 RANKED = ("logits", "probabilities")
 """Outputs that Triton's classification extension applies to."""
 

@@ -13,22 +13,20 @@ from prompttune.export.folder import EngineFolder
 from prompttune.serve.batching.admission import Admission
 from prompttune.serve.batching.replica import DeviceReplica
 from prompttune.serve.messages import (
-    MIXED,
+    SEVERAL,
     IndexEntry,
     InferRequest,
     InferResponse,
     ModelMetadata,
     ModelStatistics,
-    NotFoundError,
     ServerMetadata,
-    shown,
 )
 from prompttune.serve.service.catalogue import Catalogue, Numbers
 from prompttune.serve.service.images import Decoder
 from prompttune.serve.service.inference import Inference
-from prompttune.serve.service.metadata import mixed_metadata, task_metadata
+from prompttune.serve.service.metadata import several_metadata, task_metadata
 from prompttune.serve.service.metrics import Metrics
-from prompttune.serve.service.models import READY, UNAVAILABLE, Model
+from prompttune.serve.service.models import READY, UNAVAILABLE
 from prompttune.serve.service.repository import Repository
 from prompttune.serve.service.settings import ServiceSettings
 from prompttune.serve.workers.waiting import gathered
@@ -161,8 +159,8 @@ class Service:
 
     def model_ready(self, name: str, version: str = "") -> bool:
         """Whether a model is ready; False, not an error, for an unknown model."""
-        if name == MIXED:
-            return self.ready() and self._inference.mixed.named(version)
+        if name in SEVERAL:
+            return self.ready() and self._inference.several[name].named(version)
         model = self._repository.models.get(name)
         return model is not None and model.state == READY and model.named(version) and self.ready()
 
@@ -175,35 +173,29 @@ class Service:
     def model_metadata(self, name: str, version: str = "") -> ModelMetadata:
         """Inputs, outputs and labels of a model; raises :class:`NotFoundError` for an unknown model or version."""
         manifest = self._folder.manifest
-        if name == MIXED:
-            return mixed_metadata(manifest, self._mixed(version).number)
+        if name in SEVERAL:
+            return several_metadata(manifest, name, self._inference.model(name, version).number)
         model = self._repository.model(name)
         return task_metadata(manifest, model.current(version), model.number)
-
-    def _mixed(self, version: str) -> Model:
-        """The model that takes a task for each row; its only version is 1."""
-        mixed = self._inference.mixed
-        if not mixed.named(version):
-            raise NotFoundError(f"the model {MIXED!r} has the version {mixed.number}, not {shown(version)}")
-        return mixed
 
     def index(self, ready: bool = False) -> Sequence[IndexEntry]:
         """Every task in the repository; with ``ready``, only those that are ready."""
         entries = [model.entry() for _, model in sorted(self._repository.models.items())]
-        entries.append(IndexEntry(MIXED, str(self._inference.mixed.number), READY if self.ready() else UNAVAILABLE))
+        state = READY if self.ready() else UNAVAILABLE
+        entries += [IndexEntry(one.name, str(one.number), state) for one in self._inference.several.values()]
         return [entry for entry in entries if entry.state == READY or not ready]
 
     def statistics(self, name: str = "", version: str = "") -> Sequence[ModelStatistics]:
         """Statistics of one model, or of all models for an empty name."""
-        if name == MIXED:
-            return [self._mixed(version).statistics]
+        if name in SEVERAL:
+            return [self._inference.model(name, version).statistics]
         if name:
             model = self._repository.model(name)
             if version:
                 model.current(version)
             return [model.statistics]
         models = [model.statistics for _, model in sorted(self._repository.models.items())]
-        return [*models, self._inference.mixed.statistics]
+        return [*models, *(model.statistics for model in self._inference.several.values())]
 
     # ------------------------------------------------------------------ control
 

@@ -63,7 +63,7 @@ class ServiceSettings:
     """How a service treats its requests."""
 
     limits: Limits = part(Limits)
-    max_queue: int = setting(1024, "Most images inside.", low=1)
+    max_queue: int = setting(1024, "Most answers inside, an image for one task each.", low=1)
     """Rows, waiting or running."""
     timeout_s: float = setting(60.0, "Timeout of a request, in seconds.", above=0, option="timeout")
     """Time limit of a request that does not name a shorter one."""

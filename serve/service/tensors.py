@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,11 @@ from prompttune.export.runtimes import Array
 from prompttune.serve.limits import TOP_K, Limits
 from prompttune.serve.messages import (
     MIXED,
+    PANEL,
     BadRequestError,
     InferRequest,
     InputTensor,
+    NotFoundError,
     OutputTensor,
     Parameters,
     RequestedOutput,
@@ -25,10 +27,10 @@ from prompttune.serve.messages import (
     TooLargeError,
     shown,
 )
-from prompttune.serve.service.outputs import OUTPUTS, RANKED, Answers, Record
+from prompttune.serve.service.outputs import BRIEF, OUTPUTS, RANKED, Answers, Record
 from prompttune.task_types import TaskType
 
-IMAGE, TASK = "image", "task"
+IMAGE, TASK, TASKS = "image", "task", "tasks"
 LARGEST_NUMBER = 2**63 - 1
 """Largest value of a parameter: the widest integer that JSON and gRPC both carry."""
 LONGEST_NAME = 255
@@ -40,7 +42,7 @@ class RowImage:
     """The image of one row, as sent in the request."""
 
     row: int
-    """Row of the request, counted from 0."""
+    """Number of the image in the request, counted from 0."""
     data: bytes | NDArray[np.uint8] | Array
     """A JPEG, PNG or WebP file, raw RGB uint8 [H, W, 3], or normalised float32 [3, S, S]."""
 
@@ -55,7 +57,7 @@ class Rows:
     """A checked request, row by row."""
 
     payloads: Sequence[RowImage]
-    """Images of the rows: views of the request's memory."""
+    """Image of each row: views of the request's memory."""
     tasks: Sequence[str]
     """Task name of each row; the task may not exist."""
     top_k: int
@@ -65,15 +67,21 @@ class Rows:
     """The ``timeout`` parameter in seconds; None without one."""
     outputs: Sequence[RequestedOutput]
     """Requested outputs, in order."""
+    asked: int | None = None
+    """Number K of rows of each image, one after the other, which become an axis of the outputs; None for no axis."""
 
 
-def read_rows(request: InferRequest, limits: Limits, image_size: int) -> Rows:
+def read_rows(
+    request: InferRequest, limits: Limits, image_size: int, served: Sequence[str] = (), most: int = LARGEST_NUMBER
+) -> Rows:
     """Check a request and split it into rows. Task names are not looked up.
 
     Args:
-        request: a request for one task, or for :data:`MIXED`.
+        request: a request for one task, for :data:`MIXED` or for :data:`PANEL`.
         limits: limits of a request.
         image_size: side S of the engine's square input, in pixels.
+        served: tasks that a panel without names asks.
+        most: largest number of rows of a panel.
 
     Raises:
         BadRequestError: a name, datatype, shape, value or parameter does not fit; the message names it.
@@ -81,7 +89,13 @@ def read_rows(request: InferRequest, limits: Limits, image_size: int) -> Rows:
     """
     inputs = _inputs(request)
     payloads = _payloads(inputs[IMAGE], limits, image_size)
-    tasks = _tasks(inputs[TASK], len(payloads)) if TASK in inputs else [request.model] * len(payloads)
+    tasks, asked = [request.model] * len(payloads), None
+    if request.model == PANEL:
+        tasks = _panel(inputs.get(TASKS), len(payloads), served, most)
+        asked = len(tasks) // len(payloads)
+        payloads = [payload for payload in payloads for _ in range(asked)]
+    elif TASK in inputs:
+        tasks = _tasks(inputs[TASK], len(payloads))
     timeout = _integer(request.parameters, "timeout", default=0, least=0)
     return Rows(
         payloads,
@@ -89,7 +103,8 @@ def read_rows(request: InferRequest, limits: Limits, image_size: int) -> Rows:
         top_k=_integer(request.parameters, "top_k", default=TOP_K, least=1),
         priority=_integer(request.parameters, "priority", default=0, least=0),
         timeout_s=timeout / 1e6 if timeout else None,
-        outputs=_outputs(request.outputs),
+        outputs=_outputs(request.outputs, BRIEF if request.model == PANEL else tuple(OUTPUTS)),
+        asked=asked,
     )
 
 
@@ -108,17 +123,20 @@ def write_outputs(
         BadRequestError: a normalised image made the engine overflow.
         ServeError: another row's logits are not finite.
     """
-    for payload, row in zip(rows.payloads, logits, strict=True):
+    for payload, task, row in zip(rows.payloads, rows.tasks, logits, strict=True):
         if not np.isfinite(row).all():
             if payload.normalised:
                 raise BadRequestError(f"image of row {payload.row} is out of range: it needs a normalised image")
-            raise ServeError(f"the task {rows.tasks[payload.row]!r} gave logits that are not finite")
+            raise ServeError(f"the task {task!r} gave logits that are not finite")
     answers = Answers(logits, rows.tasks, records, rows.top_k, task_type)
-    return [answers.tensor(output) for output in rows.outputs]
+    tensors = [answers.tensor(output) for output in rows.outputs]
+    if rows.asked is None:
+        return tensors
+    return [replace(one, data=one.data.reshape(-1, rows.asked, *one.data.shape[1:])) for one in tensors]
 
 
 def _inputs(request: InferRequest) -> Mapping[str, InputTensor]:
-    wanted = (IMAGE, TASK) if request.model == MIXED else (IMAGE,)
+    wanted = {MIXED: (IMAGE, TASK), PANEL: (IMAGE, TASKS)}.get(request.model, (IMAGE,))
     needs = f"model {shown(request.model)} takes {' and '.join(wanted)}"
     found: dict[str, InputTensor] = {}
     for tensor in request.inputs:
@@ -127,7 +145,7 @@ def _inputs(request: InferRequest) -> Mapping[str, InputTensor]:
         if tensor.name in found:
             raise BadRequestError(f"the input {tensor.name} is given twice")
         found[tensor.name] = tensor
-    missing = [name for name in wanted if name not in found]
+    missing = [name for name in wanted if name not in (*found, TASKS)]
     if missing:
         raise BadRequestError(f"the input {missing[0]} is missing; {needs}")
     return found
@@ -202,6 +220,25 @@ def _tasks(tensor: InputTensor, rows: int) -> list[str]:
     return [_task(name, row) for row, name in enumerate(tensor.data.ravel())]
 
 
+def _panel(tensor: InputTensor | None, images: int, served: Sequence[str], most: int) -> list[str]:
+    """The tasks of each image, one image after the other: [K] names for all images, [N, K] for each, else all tasks."""
+    names: Sequence[str] = served
+    if tensor is not None:
+        if tensor.datatype != "BYTES":
+            raise BadRequestError(f"tasks must be BYTES, not {shown(tensor.datatype)}")
+        if tensor.data.ndim != 1 and tensor.data.shape[:-1] != (images,):
+            raise BadRequestError(f"tasks must be [K] or [{images}, K], not {list(tensor.data.shape)}")
+        names = [_task(name, row) for row, name in enumerate(tensor.data.ravel())] or served
+    if not names:
+        raise NotFoundError("the server holds no task that could answer")
+    each = tensor is not None and tensor.data.ndim == 2 and tensor.data.size > 0
+    if (rows := len(names) if each else images * len(names)) > most:
+        raise TooLargeError(
+            f"{rows} answers in one request, the limit is {most}: send fewer images or name fewer tasks"
+        )
+    return list(names) if each else list(names) * images
+
+
 def _task(name: bytes, row: int) -> str:
     if len(name) > LONGEST_NAME:
         raise BadRequestError(f"task of row {row} has {len(name)} bytes; names have at most {LONGEST_NAME}")
@@ -231,7 +268,7 @@ def _integer(parameters: Parameters, name: str, *, default: int, least: int) -> 
     return value
 
 
-def _outputs(requested: Sequence[RequestedOutput]) -> Sequence[RequestedOutput]:
+def _outputs(requested: Sequence[RequestedOutput], default: Sequence[str]) -> Sequence[RequestedOutput]:
     seen: set[str] = set()
     for output in requested:
         if output.name not in OUTPUTS:
@@ -243,4 +280,4 @@ def _outputs(requested: Sequence[RequestedOutput]) -> Sequence[RequestedOutput]:
         if output.classification and output.name not in RANKED:
             raise BadRequestError(f"classification works for {' and '.join(RANKED)}, not for {output.name}")
         seen.add(output.name)
-    return requested or [RequestedOutput(name) for name in OUTPUTS]
+    return requested or [RequestedOutput(name) for name in default]

@@ -72,7 +72,8 @@ class BatchResult:
     """Logits of a batch, and the time it took."""
 
     logits: Array
-    """float32 [B, C], a copy for the caller; columns past a row's own classes are -inf."""
+    """float32 [B, K, C], a copy for the caller; what is past an image's own tasks has no meaning, and columns past a
+    task's own classes are -inf."""
     seconds: float
     """Time in the engine alone, in seconds."""
 

@@ -58,21 +58,23 @@ class Store:
         """Runtime, version and device, as text."""
         return self._runtime.description
 
-    def run(self, slot: int, keys: Sequence[Key]) -> BatchResult:
-        """Answer the first images of a slot, image i with the row of ``keys[i]``.
+    def run(self, slot: int, keys: Sequence[Sequence[Key]]) -> BatchResult:
+        """Answer the first images of a slot, image i with the rows of ``keys[i]``, one at least.
 
         Raises:
             EngineError: a key does not hold a row, or the runtime failed.
         """
-        names = [str(key) for key in keys]
-        with self._turns, self._bank.lease(names) as snapshot:
-            missing = [name for name in names if name not in snapshot.entries]
+        named = {key: str(key) for row in keys for key in row}
+        with self._turns, self._bank.lease(named.values()) as snapshot:
+            missing = [name for name in named.values() if name not in snapshot.entries]
             if missing:
                 raise EngineError(f"{missing[0]} holds no row: load it first")
-            index = snapshot.index([[name] for name in names], self._runtime.sizes)
+            most = max(map(len, keys))
+            padded = [[*(named[key] for key in row), *[named[row[-1]]] * (most - len(row))] for row in keys]
+            index = snapshot.index(padded, self._runtime.sizes)
             started = time.perf_counter()
             logits = self._runtime.logits(self._slots[slot, : len(keys)], index, snapshot.placed)
-            return BatchResult(logits[:, 0], time.perf_counter() - started)
+            return BatchResult(logits, time.perf_counter() - started)
 
     def load(self, key: Key, folder: Path) -> None:
         """See :meth:`prompttune.serve.workers.worker.Worker.load`; a state that holds a row is unchanged."""

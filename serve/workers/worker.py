@@ -137,8 +137,8 @@ class Worker:
         images: Array = self._slots[slot]
         return images
 
-    async def run(self, slot: int, keys: Sequence[Key]) -> BatchResult:
-        """Answer the first ``len(keys)`` images of a slot; the slot is free again after the return.
+    async def run(self, slot: int, keys: Sequence[Sequence[Key]]) -> BatchResult:
+        """Answer the first images of a slot, each for its keys; the slot is free again after the return.
 
         Cancelling the caller does not stop its batch: the slot stays in use until the batch ends, and the caller waits
         for that.
