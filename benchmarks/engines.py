@@ -42,11 +42,18 @@ def workshop() -> Iterator[Path]:
         yield Path(name)
 
 
-def save_checkpoint(method: str, backbone: pt.Backbone, folder: Path) -> Path:
-    """A task of a method with its initial parameters."""
-    path = folder / f"{method}-checkpoint"
+def save_checkpoint(
+    method: str,
+    backbone: pt.Backbone,
+    folder: Path,
+    config: MethodConfig | None = None,
+    classes: int = CLASSES,
+    name: str = "",
+) -> Path:
+    """A task of a method with its initial parameters; ``config`` is that of :data:`CONFIGS` by default."""
+    path = folder / f"{name or method}-checkpoint"
     if not path.exists():
-        pt.PromptModel(backbone, CONFIGS[method], num_classes=CLASSES).save(path)
+        pt.PromptModel(backbone, config or CONFIGS[method], num_classes=classes).save(path)
     return path
 
 
@@ -54,7 +61,8 @@ def draw_task(like: EngineTask, seed: int) -> EngineTask:
     """A task of the same shapes with another state."""
     generator = np.random.default_rng(seed)
     state = {
-        key: _SPREAD * generator.standard_normal(value.shape, dtype=np.float32) for key, value in like.state.items()
+        key: _SPREAD * generator.standard_normal(value.shape, dtype=np.float32)
+        for key, value in sorted(like.state.items())  # a file has no order
     }
     return dataclasses.replace(like, state=state)
 
