@@ -1,5 +1,6 @@
 """The engine in Python: answers, refusals, tasks that come and go while it answers."""
 
+import dataclasses
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,91 @@ def test_predict_gives_each_row_its_own_task(engine):
     assert sum(score.probability for score in engine.predict(images[:1], "task0", 9)[0].top_k) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("rows", [None, 1])
+def test_lists_of_tasks_are_answered_in_their_order(rows):
+    engine = pt.Engine(exported("linear"), resident_tasks=rows)
+    images, lists = noise(3), [["task1"], ["task0", "task1", "task0"], ("task1", "task0")]
+    found = engine.predict(images, lists)
+    assert [[one.task for one in row] for row in found] == [list(row) for row in lists]
+    answers = engine.answer(images, lists)
+    for row, names in enumerate(lists):
+        for place, name in enumerate(names):
+            alone = engine.predict(images[row : row + 1], name)[0]
+            assert (found[row][place].label, found[row][place].task_version) == (alone.label, alone.task_version)
+            assert found[row][place].probability == pytest.approx(alone.probability, abs=1e-6)
+            assert answers[row][place].labels == tuple(engine.labels(name))
+            single = engine.logits(images[row : row + 1], name)[0]
+            assert np.abs(answers[row][place].logits - single).max() <= 1e-5
+    for_all = engine.predict(images, [["task1", "task0"]])
+    assert [[one.task for one in row] for row in for_all] == [["task1", "task0"]] * 3
+    assert for_all[2][1].label == engine.predict(images[2:], "task0")[0].label
+    assert engine.logits(images, [["task1", "task0"]]).shape == (3, 2, 3)
+    assert engine.logits(images, [["task0"]]).shape == (3, 1, 2)
+    with pytest.raises(UsageError, match=r"as many tasks for each image as for the others; call answer\(\) for lists"):
+        engine.logits(images, lists)
+
+
+def test_each_list_is_filled_up_to_the_length_of_its_like_alone(monkeypatch):
+    """Among a thousand lists a long one must not make the others long."""
+    engine, shapes = pt.Engine(exported("linear")), []
+    run = type(engine._runtime).run
+    monkeypatch.setattr(
+        type(engine._runtime),
+        "run",
+        lambda self, inputs, bank: shapes.append(inputs["task_index"].shape) or run(self, inputs, bank),
+    )
+    lists = [["task0"], ["task1"] * 3, ["task0", "task1"] * 8, ["task1"], ["task0"] * 4]
+    found = engine.answer(noise(5), lists)
+    assert sorted(shapes) == [(1, 16), (2, 1), (2, 4)]
+    assert [len(row) for row in found] == [1, 3, 16, 1, 4]
+
+
+def test_pictures_are_prepared_by_each_of_their_tasks(tmp_path):
+    folder = copied("linear", tmp_path)
+    one = EngineFolder(folder)
+    task = one.read_task("task1")
+    other = dataclasses.replace(task.preprocess, mean=(0.1, 0.2, 0.3))
+    one.write_task("other", dataclasses.replace(task, preprocess=other))
+    engine, images = pt.Engine(folder), [picture(seed) for seed in range(2)]
+    found = engine.predict(images, [["task1", "other"], ["other"]])
+    for row, names in enumerate((["task1", "other"], ["other"])):
+        for place, name in enumerate(names):
+            alone = engine.predict(images[row], name)[0]
+            assert found[row][place].probability == pytest.approx(alone.probability, abs=1e-6)
+    assert found[0][0].probability != pytest.approx(found[0][1].probability, abs=1e-4)
+
+
+def test_ten_thousand_classes_beside_two(tmp_path):
+    """The bank pays for each task's own classes, and each answer has its own."""
+    folder, many = copied("linear", tmp_path), 10_000
+    opened = EngineFolder(folder)
+    like = opened.read_task("task0")
+    drawn = np.random.default_rng(0)
+    state = {
+        "head.weight": drawn.standard_normal((1, many, model_of("linear", 0).backbone.width), np.float32),
+        "head.bias": drawn.standard_normal((1, many), np.float32),
+    }
+    wide = dataclasses.replace(like, labels=tuple(f"c{number}" for number in range(many)), state=state)
+    opened.write_task("wide", wide)
+    engine, images = pt.Engine(folder), noise(3)
+    width = state["head.weight"].shape[2]
+    assert engine.bank.nbytes <= 2 * (many + 2 + 3 + 1) * (width + 1) * 4  # and not one row of ten thousand a task
+    with torch.no_grad():
+        features = model_of("linear", 0)(torch.from_numpy(images)).features.numpy()
+    wanted = features @ state["head.weight"][0].T + state["head.bias"][0]
+    found = engine.answer(images, ["wide", "task0", "wide"])
+    assert [len(one.logits) for one in found] == [many, 2, many]
+    assert np.abs(found[0].logits - wanted[0]).max() <= 1e-4
+    assert np.abs(found[2].logits - wanted[2]).max() <= 1e-4
+    narrow = pt.Engine(exported("linear")).logits(images[1:2], "task0")[0]
+    assert np.abs(found[1].logits - narrow).max() <= 1e-5
+    both = engine.predict(images, [["task0", "wide"]], top_k=1)
+    assert [row[1].label for row in both] == [f"c{one}" for one in wanted.argmax(axis=1)]
+    before = engine.bank.nbytes
+    engine.add_task("late", checkpoint("linear", 2), save=False, parity=False)
+    assert engine.bank.nbytes == before  # it fits beside them
+
+
 def test_paths_pictures_and_tensors_agree(engine, tmp_path):
     images = [picture(seed) for seed in range(3)]
     for index, image in enumerate(images):
@@ -69,6 +155,13 @@ def test_paths_pictures_and_tensors_agree(engine, tmp_path):
         (np.zeros((1, 3, SIZE, SIZE)), "task0", "float32 and normalised, not float64"),
         (np.zeros((1, 3, SIZE, SIZE), np.uint8), "task0", "not uint8"),
         (noise(2), ["task0"], "2 images but 1 tasks"),
+        (noise(3), [["task0"], ["task1"]], "3 images but 2 lists of tasks: give one list for each image, or one for"),
+        (noise(2), [["task0"], []], r"a list of at least one task name for each image, or one list for all, not \[\]"),
+        (noise(2), [["task0"], "task1"], "a list of at least one task name for each image, .*, not 'task1'"),
+        (noise(1), [["task0", 3]], r"not \['task0', 3\]"),
+        (noise(1), [None], "not None"),
+        (noise(1), [], "1 images but 0 tasks"),
+        (noise(1), [["task0", "tusk1"]], "unknown task 'tusk1'; did you mean task1"),
         (noise(1), "tusk0", "unknown task 'tusk0'; did you mean task0"),
         ([3.5], "task0", "a PIL image or a uint8 array, not of the type float"),
     ],

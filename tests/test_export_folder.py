@@ -258,8 +258,8 @@ def test_edited_records_are_found(name, what, tmp_path):
     with pytest.raises(EngineError, match=f"cannot read the .*{what}"):
         answer(folder, "task0")
     path.write_text(original)
-    reseal(path, lambda values: values.update(format_version=3))
-    with pytest.raises(EngineError, match="format version 3, this prompttune reads up to 2: upgrade"):
+    reseal(path, lambda values: values.update(format_version=4))
+    with pytest.raises(EngineError, match="format version 4, this prompttune reads up to 3: upgrade"):
         answer(folder, "task0")
     reseal(path, lambda values: (values.update(format_version=1), values.pop("labels", values.pop("files", None))))
     with pytest.raises(EngineError, match=r"(lacks a part|is damaged): '(files|labels)'"):

@@ -136,6 +136,17 @@ def test_mixed_batch_equals_single_runs(method, kind):
 
 
 @every_engine
+def test_several_tasks_of_an_image_equal_single_runs(method, kind):
+    engine, images = engine_of(method, kind), noise(4)
+    names = [engine.tasks[-1], engine.tasks[0], engine.tasks[1], engine.tasks[0]]
+    several = engine.logits(images, [names])
+    for place, name in enumerate(names):
+        single = engine.logits(images, name)
+        assert np.abs(several[:, place, : single.shape[1]] - single).max() <= 1e-5 * np.abs(several[..., :2]).max()
+        assert np.isneginf(several[:, place, int(name[-1]) + 2 :]).all()
+
+
+@every_engine
 def test_manifest_keeps_the_settings(method, kind):
     folder = engine_of(method, kind).folder
     manifest, settings = EngineFolder(folder.path).manifest, KINDS[kind].resolved()

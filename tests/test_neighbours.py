@@ -52,7 +52,7 @@ def test_an_export_looks_at_the_neighbours(int8):
 
 def test_what_leaks_into_a_neighbour_is_found_and_fails_the_gate(tmp_path):
     found = check_neighbours(Fake(crosstalk), IMAGES, (1, 2, 4), ["a", "b"])
-    assert [one.batch_size for one in found if one.task == "a"] == [2, 4, 4, 4]
+    assert [one.batch_size for one in found if one.task == "a"] == [2, 4, 4, 4, 4]
     assert {one.max_rel for one in found if one.task == "a"} == {0.125}
     assert {one.changed for one in found} == {0}
     made = report(tally([[1.0]], [[1.0]]), neighbours=tuple(found), gate=Gate.for_precision("int8"))
@@ -76,7 +76,23 @@ def test_the_place_in_the_batch_and_other_tasks_are_neighbours_too():
         {one.among for one in check_neighbours(Fake(change), IMAGES, (1, 4), ["a", "b"]) if one.max_rel > 0.1}
         for change in (by_place, by_task)
     ]
-    assert by_among == [{"own images", "own images in reverse", "images of other tasks"}, {"images of other tasks"}]
+    everything = {"own images", "own images in reverse", "images of other tasks", "other tasks of the same images"}
+    assert by_among == [everything, {"images of other tasks"}]
+
+
+def test_the_other_tasks_of_an_image_are_neighbours_too():
+    class Blending(Fake):
+        """Each further task of an image moves the answer of the first."""
+
+        def logits(self, images, tasks):
+            return super().logits(images, tasks) * np.float32(1 + 0.25 * (len(tasks[0]) - 1))
+
+    found = check_neighbours(Blending(), IMAGES, (1, 4), ["a", "b"])
+    apart = [(one.task, one.among, one.max_rel) for one in found if one.max_rel]
+    assert apart == [(task, "other tasks of the same images", 0.25) for task in "ab"]
+    made = report(tally([[1.0]], [[1.0]]), neighbours=tuple(found), gate=Gate.for_precision("fp32"))
+    assert not made.passed
+    assert "task 'a': in batches of 4 with other tasks of the same images its logits differ" in made.failures[0]
 
 
 def test_an_honest_engine_passes_and_a_single_row_has_no_neighbours():

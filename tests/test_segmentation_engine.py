@@ -109,6 +109,23 @@ def test_every_row_may_have_its_own_task(engine):
     assert np.abs(mixed[0, :2] - mixed[3, :2]).max() > 1e-3
 
 
+def test_several_tasks_of_an_image_equal_single_runs(engine):
+    names, images = ["task2", "task0", "task1", "task0"], noise(3)
+    several = engine.logits(images, [names])
+    assert several.shape == (3, 4, 5, 16, 16)
+    for place, name in enumerate(names):
+        single = engine.logits(images, name)
+        assert np.abs(several[:, place, : single.shape[1]] - single).max() <= 1e-5
+        assert np.isneginf(several[:, place, single.shape[1] :]).all()
+    lists = [["task1"], ["task2", "task0", "task1"], ["task0", "task2"]]
+    for row, (asked, found) in enumerate(zip(lists, engine.segment(images, lists), strict=True)):
+        assert [one.task for one in found] == asked
+        for name, one in zip(asked, found, strict=True):
+            (alone,) = engine.segment(images[row : row + 1], name)
+            assert one.labels == alone.labels
+            assert (one.mask == alone.mask).mean() > 0.999
+
+
 def test_masks_are_those_of_pytorch(engine):
     images = noise(2)
     found = engine.segment(images, ["task1", "task2"])
