@@ -54,13 +54,10 @@ class MultiTaskGraph(nn.Module):
         self.model = model
         self.dtype = dtype
         self.probes = probes
-        layout = model.state_layout()
-        self.by_class = {key for key, shape in layout.items() if is_by_class(shape)}
-        method = model.method
-        self.repeats = not method.only_reads or bool(model.head.size)
+        # The head's alone: methods fold their own states in float32, which this model may not be in.
+        self.by_class = [key for key, shape in model.head.state_layout().items() if is_by_class(shape)]
+        self.repeats = not model.method.only_reads or bool(model.head.size)
         """Whether each pair of an image and a task is a row of its own."""
-        self.taskless = method.only_reads and not method.state_layout()
-        """Whether the features hold no task, so that there is a row for each image alone."""
 
     def forward(
         self,
@@ -111,14 +108,18 @@ class MultiTaskGraph(nn.Module):
             found = {key: _repeated(one, asked) for key, one in found.items()}
         # Rows are converted after the gather, because the bank may hold thousands of tasks.
         logits = self.model.answer(found, _typed_state(rows, self.dtype)).logits.float()
-        return logits.unflatten(0, (task_index.shape[0], asked)) if head.size else self._chosen(logits, class_index)
+        if head.size:
+            return logits.unflatten(0, (task_index.shape[0], asked))
+        taskless = not self.repeats and all(key.startswith(HEAD) for key in bank)
+        return _chosen(logits, class_index, taskless)
 
-    def _chosen(self, logits: Tensor, class_index: Tensor) -> Tensor:
-        """The classes [B, K, C] that each row asks for, of logits [B K, R], or [B, R] of features without a task."""
-        count, width = logits.shape
-        first = torch.arange(count, device=logits.device) * width
-        first = first[:, None, None] if self.taskless else first.view(*class_index.shape[:2], 1)
-        return logits.flatten().index_select(0, (class_index + first).flatten()).view(class_index.shape)
+
+def _chosen(logits: Tensor, class_index: Tensor, taskless: bool) -> Tensor:
+    """The classes [B, K, C] that each row asks for, of logits [B K, R], or [B, R] of features without a task."""
+    count, width = logits.shape
+    first = torch.arange(count, device=logits.device) * width
+    first = first[:, None, None] if taskless else first.view(*class_index.shape[:2], 1)
+    return logits.flatten().index_select(0, (class_index + first).flatten()).view(class_index.shape)
 
 
 def _repeated(tensor: Tensor, asked: int) -> Tensor:

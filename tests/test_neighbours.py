@@ -116,7 +116,7 @@ def test_validate_refuses_an_engine_whose_rows_touch_each_other():
     assert pt.validate_engine(folder, runner=engine, images=4).passed
     found = pt.validate_engine(folder, runner=Touching(), images=4, atol=1.0)
     assert "of the same images alone" in found.failures[0]
-    assert len(found.failures) == len(found.neighbours) == 8
+    assert len(found.failures) == len(found.neighbours) == 10
 
 
 @pytest.mark.parametrize("keepdims", [0, 1])

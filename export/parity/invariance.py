@@ -128,11 +128,21 @@ def _answers(runner: Runner, batch: Array, tasks: Sequence[list[str]], order: ND
     calls = [order[rows] for rows in batches(len(order), size)]
     # Copies, because a runtime may reuse its buffer.
     made = [np.array(runner.logits(batch[rows], [tasks[row] for row in rows])[:, 0]) for rows in calls]
-    answers: Array = np.concatenate(made)[np.argsort(order)]
+    answers: Array = np.concatenate(_as_wide(*made))[np.argsort(order)]
     return answers
 
 
+def _as_wide(*answers: Array) -> list[Array]:
+    """Logits [B, C, ...] with as many classes as the widest have; a runner may give those of the asked tasks alone."""
+    classes = max(one.shape[1] for one in answers)
+    wide = [np.full((len(one), classes, *one.shape[2:]), -np.inf, one.dtype) for one in answers]
+    for one, whole in zip(answers, wide, strict=True):
+        whole[:, : one.shape[1]] = one
+    return wide
+
+
 def _compared(task: str, among: str, size: int, alone: Array, again: Array) -> Neighbours:
+    alone, again = _as_wide(alone, again)
     apart = differences(alone, again).reshape(len(alone), -1).max(axis=1)
     scale = np.abs(np.where(np.isfinite(alone), alone, 0)).reshape(len(alone), -1).max(axis=1)
     changed = int((alone.argmax(axis=1) != again.argmax(axis=1)).sum())
