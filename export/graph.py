@@ -107,9 +107,10 @@ class MultiTaskGraph(nn.Module):
         if self.repeats:
             found = {key: _repeated(one, asked) for key, one in found.items()}
         # Rows are converted after the gather, because the bank may hold thousands of tasks.
-        logits = self.model.answer(found, _typed_state(rows, self.dtype)).logits.float()
+        logits: Tensor = self.model.answer(found, _typed_state(rows, self.dtype)).logits.float()
         if head.size:
-            return logits.unflatten(0, (task_index.shape[0], asked))
+            logits = logits.unflatten(0, (task_index.shape[0], asked))
+            return logits
         taskless = not self.repeats and all(key.startswith(HEAD) for key in bank)
         return _chosen(logits, class_index, taskless)
 
