@@ -109,8 +109,8 @@ class MultiTaskGraph(nn.Module):
         # Rows are converted after the gather, because the bank may hold thousands of tasks.
         logits: Tensor = self.model.answer(found, _typed_state(rows, self.dtype)).logits.float()
         if head.size:
-            logits = logits.unflatten(0, (task_index.shape[0], asked))
-            return logits
+            maps: Tensor = logits.unflatten(0, (task_index.shape[0], asked))
+            return maps
         taskless = not self.repeats and all(key.startswith(HEAD) for key in bank)
         return _chosen(logits, class_index, taskless)
 
