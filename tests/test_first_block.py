@@ -239,10 +239,13 @@ def test_an_engine_holds_tasks_of_one_first_block(vit, images, tmp_path):
     engine.add_task("task2", tmp_path / "task2")
     with pytest.raises(EngineError, match=r"its first_block is 0, .* has 2"):
         engine.add_task("other", tmp_path / "other")
+    names = ["task0", "task1", "task2"]
     with torch.no_grad():
-        wanted = [models[f"task{row}"](images[row : row + 1]).logits[0] for row in range(3)]
-    found = torch.from_numpy(engine.logits(images.numpy(), ["task0", "task1", "task2"]))
-    torch.testing.assert_close(found, torch.stack(wanted), atol=1e-4, rtol=1e-4)
+        wanted = torch.stack([models[name](images).logits for name in names], dim=1)  # [B, K, C]
+    rows = torch.from_numpy(engine.logits(images.numpy(), names))
+    torch.testing.assert_close(rows, wanted[range(3), range(3)], atol=1e-4, rtol=1e-4)
+    found = torch.from_numpy(engine.logits(images.numpy(), [names] * 3))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_an_engine_of_an_earlier_release_takes_tasks_that_begin_in_block_0(vit, tmp_path):
