@@ -111,8 +111,8 @@ def test_flat_settings_name_what_is_missing_unknown_or_another_methods() -> None
         UsageError, match=r"rank is a setting of sa2vp, .*lora, not of lspt; lspt has first_block, num_prompts, "
     ):
         TrainConfig.from_flat({"data": "d", "output": "o", "method": "lspt", "rank": 1})
-    with pytest.raises(UsageError, match="linear has no settings"):
-        TrainConfig.from_flat({"data": "d", "output": "o", "method": "linear", "rank": 1})
+    with pytest.raises(UsageError, match="full has no settings"):
+        TrainConfig.from_flat({"data": "d", "output": "o", "method": "full", "rank": 1})
 
 
 def test_differences_name_settings_and_ignore_those_without_influence() -> None:

@@ -28,6 +28,9 @@ from prompttune.layers.probe import probe
 from prompttune.methods.base import Features, Levels, MethodConfig, MethodOver, State, implements, setting
 from prompttune.methods.over_vit import prompt_bound
 
+SMALLEST = 1e-12
+"""What keeps the length of features above 0."""
+
 
 @dataclass(frozen=True)
 class VQTConfig(MethodConfig):
@@ -103,6 +106,7 @@ def _projected(block: VitBlock, queries: Tensor) -> Tensor:
 
 
 def _scaled(features: Tensor) -> Tensor:
-    """Features [..., C] of length sqrt(C), in float32: squares overflow in float16."""
-    scaled: Tensor = F.normalize(features.float(), dim=-1) * features.shape[-1] ** 0.5
+    """Features [..., C] brought to length sqrt(C), in float32: squares overflow in float16."""
+    wide = features.float()
+    scaled: Tensor = wide / ((wide * wide).mean(dim=-1, keepdim=True) + SMALLEST).sqrt()
     return scaled.to(features.dtype)
