@@ -3,8 +3,11 @@
 Each answer names its version; its logits must be those that the engine alone gives for that version. A task that is
 unloaded just then may answer "not found", a full queue "unavailable"; anything else counts as an error.
 
+With --tasks-per-image every second request is a panel: up to so many tasks about one image, or all that are loaded.
+
 python -m benchmarks.serve.churn
 python -m benchmarks.serve.churn --seconds 600 --clients 64
+python -m benchmarks.serve.churn --method linear --tasks-per-image 32
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException
 
 import prompttune as pt
-from benchmarks.engines import draw_task, workshop
+from benchmarks.engines import CONFIGS, draw_task, workshop
 from benchmarks.serve.serving import MODELS, RESULTS, launched, make_engine
 from prompttune.export import EngineFolder
 from prompttune.serve.bench.machine import machine_columns, write_csv
@@ -39,6 +42,8 @@ ALLOWED = ("StatusCode.NOT_FOUND", "StatusCode.UNAVAILABLE")
 class Tally:
     """What the clients saw."""
 
+    requests: int = 0
+    panels: int = 0
     answers: int = 0
     wrong: int = 0
     lost: int = 0
@@ -65,23 +70,33 @@ async def run(address: str, folder: EngineFolder, versions: list, images: np.nda
     tally, until = Tally(), time.monotonic() + load["seconds"]
     control = triton.InferenceServerClient(address)
     await asyncio.gather(
-        *(_ask(address, len(versions), images, expected, tally, until, seed) for seed in range(load["clients"])),
+        *(
+            _ask(address, len(versions), images, expected, tally, until, seed, load["asked"])
+            for seed in range(load["clients"])
+        ),
         _change(control, folder, versions, tally, until),
     )
     await control.close()
     return tally
 
 
-async def _ask(address, tasks, images, expected, tally, until, seed) -> None:
+async def _ask(address, tasks, images, expected, tally, until, seed, asked) -> None:
     chance = np.random.default_rng(seed)
     async with triton.InferenceServerClient(address) as client:
         while time.monotonic() < until:
-            name, number = f"task{chance.integers(tasks)}", int(chance.integers(IMAGES))
+            name, number, names = f"task{chance.integers(tasks)}", int(chance.integers(IMAGES)), []
             image = triton.InferInput("image", [1, *images.shape[1:]], "FP32")
             image.set_data_from_numpy(images[number : number + 1])
+            inputs, outputs = [image], [triton.InferRequestedOutput(one) for one in ("logits", "task", "task_version")]
+            if asked > 1 and chance.random() < 0.5:
+                name = "panel"
+                if chance.random() < 0.8:  # the others ask all tasks
+                    names = [f"task{one}" for one in chance.permutation(tasks)[: chance.integers(1, asked + 1)]]
+                    inputs.append(triton.InferInput("tasks", [len(names)], "BYTES"))
+                    inputs[-1].set_data_from_numpy(np.array(names, dtype=object))
             began = time.perf_counter()
             try:
-                answer = await asyncio.wait_for(client.infer(name, [image]), REQUEST_S)
+                answer = await asyncio.wait_for(client.infer(name, inputs, outputs=outputs), REQUEST_S)
             except TimeoutError:
                 tally.lost += 1
             except InferenceServerException as problem:
@@ -89,18 +104,25 @@ async def _ask(address, tasks, images, expected, tally, until, seed) -> None:
                 await asyncio.sleep(0.02)
             else:
                 tally.milliseconds.append((time.perf_counter() - began) * 1000)
-                _check(answer, expected, number, tally)
+                tally.requests += 1
+                if name == "panel":
+                    tally.panels += 1
+                    named = [one.decode() for one in answer.as_numpy("task")[0]]
+                    tally.wrong += bool(names) and named != names
+                    _check(answer.as_numpy("logits")[0], answer.as_numpy("task_version")[0], expected, number, tally)
+                    continue
+                version = answer.get_response().parameters["task_version"].string_param
+                tally.wrong += [version.encode()] != list(answer.as_numpy("task_version"))
+                _check(answer.as_numpy("logits"), answer.as_numpy("task_version"), expected, number, tally)
 
 
-def _check(answer, expected, number, tally) -> None:
-    version = answer.get_response().parameters["task_version"].string_param
-    named = {one.decode() for one in answer.as_numpy("task_version")}
-    right = expected.get(version)
-    logits = answer.as_numpy("logits")
-    good = right is not None and named == {version} and np.allclose(logits[0], right[number], atol=1e-4)
-    tally.answers += 1
-    tally.wrong += not good
-    tally.versions.add(version)
+def _check(logits, versions, expected, number, tally) -> None:
+    """Compare each row of logits [K, C] about an image with those of the version that the answer names."""
+    for row, version in zip(logits, versions.tolist(), strict=True):
+        right = expected.get(version.decode())
+        tally.answers += 1
+        tally.wrong += right is None or not np.allclose(row, right[number], atol=1e-4)
+        tally.versions.add(version.decode())
 
 
 async def _change(control, folder, versions, tally, until) -> None:
@@ -126,25 +148,44 @@ async def _change(control, folder, versions, tally, until) -> None:
 @click.option("--resident", type=click.IntRange(1), default=16, show_default=True, help="Rows; fewer than tasks.")
 @click.option("--clients", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--seconds", type=float, default=60.0, show_default=True)
+@click.option("--method", type=click.Choice(list(CONFIGS)), default="sa2vp", show_default=True)
+@click.option("--tasks-per-image", type=click.IntRange(1), default=1, show_default=True, help="Most tasks of a panel.")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
-def main(model: str, tasks: int, resident: int, clients: int, seconds: float, results: Path) -> None:
+def main(
+    model: str,
+    tasks: int,
+    resident: int,
+    clients: int,
+    seconds: float,
+    method: str,
+    tasks_per_image: int,
+    results: Path,
+) -> None:
     with workshop() as folder:
-        engine = make_engine(folder, MODELS[model], 1)
+        engine = make_engine(folder, MODELS[model], 1, method=method)
         images = noise(IMAGES, MODELS[model].image_size, seed=0)
         expected, versions = expected_logits(engine, tasks, images)
         opened = EngineFolder(engine)
         for number, some in enumerate(versions):
             opened.write_task(f"task{number}", some[0], replace=number == 0)
-        with launched(engine, "--allow-control", "--resident-tasks", str(resident), "--host-memory", "8MiB") as server:
-            tally = asyncio.run(run(server.grpc, opened, versions, images, expected, seconds=seconds, clients=clients))
+        options = ["--allow-control", "--resident-tasks", str(resident), "--host-memory", "8MiB"]
+        options += ["--max-queue", str(max(1024, 2 * clients * tasks_per_image))]
+        load = {"seconds": seconds, "clients": clients, "asked": tasks_per_image}
+        with launched(engine, *options) as server:
+            tally = asyncio.run(run(server.grpc, opened, versions, images, expected, **load))
             status = server.status()["workers"][0]
+            padding, answered = (server.counted(f"prompttune_batch_{one}_total") for one in ("padding", "answers"))
     bad = {name: count for name, count in tally.statuses.items() if name not in ALLOWED}
     row = {
         "model": model,
+        "method": method,
+        "tasks_per_image": tasks_per_image,
         "tasks": tasks,
         "resident": resident,
         "clients": clients,
         "seconds": seconds,
+        "requests": tally.requests,
+        "panels": tally.panels,
         "answers": tally.answers,
         "versions_seen": len(tally.versions),
         "updates": tally.changes["update"],
@@ -158,10 +199,15 @@ def main(model: str, tasks: int, resident: int, clients: int, seconds: float, re
         "p99_ms": f"{np.percentile(tally.milliseconds, 99):.1f}",
         "hits": status["hits"],
         "misses": status["misses"],
+        "padding_share": f"{padding / max(padding + answered, 1):.3f}",
     }
     for name, value in row.items():
         click.echo(f"{name:26s} {value}")
-    write_csv(results / "churn_cpu.csv", [row], machine_columns("cpu", 2, "python -m benchmarks.serve.churn"))
+    command, name = "python -m benchmarks.serve.churn", "churn_cpu.csv"
+    if tasks_per_image > 1:
+        name = "churn_panel_cpu.csv"
+        command += f" --method {method} --tasks-per-image {tasks_per_image} --resident {resident} --seconds {seconds:g}"
+    write_csv(results / name, [row], machine_columns("cpu", 2, command))
     if tally.wrong or tally.lost or bad:
         raise click.ClickException(f"wrong {tally.wrong}, lost {tally.lost}, errors {bad}")
 

@@ -23,8 +23,7 @@ import numpy as np
 
 import prompttune as pt
 from benchmarks.common import Model
-from benchmarks.engines import draw_task
-from prompttune.methods import METHODS
+from benchmarks.engines import CONFIGS, draw_task
 from prompttune.serve.memory import resident_bytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,11 +34,13 @@ SMALL = Model("vit_small_patch14_dinov2", 224, "random")
 MODELS = {"tiny": TINY, "vit-s": SMALL}
 
 
-def make_engine(folder: Path, model: Model, tasks: int, classes: int = 10, bank_precision: str = "fp32") -> Path:
-    """An SA²VP engine with ``tasks`` drawn tasks."""
+def make_engine(
+    folder: Path, model: Model, tasks: int, classes: int = 10, bank_precision: str = "fp32", method: str = "sa2vp"
+) -> Path:
+    """An engine with ``tasks`` drawn tasks."""
     backbone = model.load()
     checkpoint = folder / "checkpoint"
-    pt.PromptModel(backbone, METHODS["sa2vp"](rank=16), num_classes=classes).save(checkpoint)
+    pt.PromptModel(backbone, CONFIGS[method], num_classes=classes).save(checkpoint)
     engine = folder / "engine"
     click.echo(f"exporting {model.backbone} at {model.image_size}", err=True)
     settings = pt.ExportSettings(bank_precision=bank_precision)
@@ -68,6 +69,12 @@ class Running:
         """What ``/status`` says."""
         found: dict[str, Any] = self.get("/status")
         return found
+
+    def counted(self, name: str) -> float:
+        """A metric without labels."""
+        with urllib.request.urlopen(self.http + "/metrics", timeout=30) as answer:
+            lines = answer.read().decode().splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
 
     def worker_pids(self) -> list[int]:
         """Process ids of the engine's workers, by what the kernel says of the children."""
