@@ -131,7 +131,9 @@ def test_a_name_is_routed_by_once_a_replica_has_answered_for_it():
     assert [call[3] for call in replies.calls] == ["made-up", "made-up", "task0", "task0", ""]
 
 
-@pytest.mark.parametrize(("path", "affinity"), [("/v2/models/mixed/infer", True), (INFER, False)])
+@pytest.mark.parametrize(
+    ("path", "affinity"), [("/v2/models/mixed/infer", True), ("/v2/models/panel/infer", True), (INFER, False)]
+)
 def test_what_is_not_routed_by_task(path, affinity):
     replies = Replies(OK, OK)
     client = asked(replies, affinity=affinity)
