@@ -99,6 +99,7 @@ def default_configs() -> list[MethodConfig]:
         "adapter": {"rank": 4},
         "lora": {"rank": 4},
         "ssf": {},
+        "reader": {"num_prompts": 3, "rank": 4},
         "linear": {},
         "full": {},
         "dam-vp": {"clusters": 3},

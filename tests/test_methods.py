@@ -13,7 +13,7 @@ from prompttune.errors import BackboneError, UsageError
 from prompttune.export.precision.smooth import smoothed
 from prompttune.methods import METHODS, config_from_dict, register
 from prompttune.methods.base import MethodConfig
-from tests import engines, equations, equations_prompts, equations_weights
+from tests import engines, equations, equations_prompts, equations_readers, equations_weights
 from tests.convs import CONVS, ON_CONV
 from tests.drawing import VITS, default_configs, drawn_model
 from tests.engines import config_of, noise
@@ -111,7 +111,7 @@ def test_a_mixed_batch_equals_single_runs(backbone, config, images):
 
 @pytest.mark.parametrize(
     ("features", "method", "settings"),
-    [(one.features, *case) for one in (equations_prompts, equations_weights) for case in one.CASES],
+    [(one.features, *case) for one in (equations_prompts, equations_readers, equations_weights) for case in one.CASES],
     ids=lambda value: "" if callable(value) else str(value),
 )
 def test_features_equal_the_equations(backbone, features, method, settings, images):
@@ -154,7 +154,9 @@ def test_dropout_acts_in_training_alone(vit, images, method):
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_eva2"])
-@pytest.mark.parametrize("method", ["e2vpt", "expres", "vqt", "adaptformer", "adapter", "lora", "ssf", "gapt"])
+@pytest.mark.parametrize(
+    "method", ["e2vpt", "expres", "vqt", "reader", "adaptformer", "adapter", "lora", "ssf", "gapt"]
+)
 def test_balancing_channels_for_int8_changes_no_answer(name, images, method):
     model = drawn_model(engines.backbone(name), config_of(method))
     with torch.no_grad():
@@ -314,6 +316,8 @@ def test_supervision_of_the_prompt_pathway_is_a_switch(vit, images):
         ("lora", {"rank": 0}, "lora: rank must be above 0"),
         ("lora", {"alpha": 0}, "alpha must be above 0"),
         ("lora", {"rank": 2.5}, "rank must be a whole number"),
+        ("reader", {"num_prompts": 0}, "num_prompts must be above 0"),
+        ("reader", {"rank": 0}, "reader: rank must be above 0"),
         ("ssf", {"rank": 4}, "its settings: first_block"),
         ("gapt", {"num_prompts": 0}, "num_prompts must be above 0"),
         ("gapt", {"pool": "means"}, "did you mean mean"),

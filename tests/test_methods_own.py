@@ -54,6 +54,8 @@ def images():
         ("expres", {"num_prompts": 10, "norm_residual": False}, 10 * 768 * (1 + 12 * 4)),
         ("expres", {"num_prompts": 10, "qkv_residual": False, "proj_residual": False}, 10 * 768 * (1 + 12)),
         ("vqt", {"num_queries": 1}, 9_216),
+        # P tokens, 2 L P vectors, 2 L r D
+        ("reader", {}, 4 * 768 * 25 + 12 * 2 * 16 * 768),
         # published
         ("adaptformer", {"rank": 64}, 1_189_632),
         ("lora", {"rank": 4}, 147_456),

@@ -21,6 +21,7 @@ from prompttune.methods.gapt import GaPTConfig
 from prompttune.methods.linear import LinearConfig
 from prompttune.methods.lora import LoRAConfig
 from prompttune.methods.lspt import LSPTConfig
+from prompttune.methods.reader import ReaderConfig
 from prompttune.methods.registry import METHODS, register
 from prompttune.methods.sa2vp import SA2VPConfig
 from prompttune.methods.ssf import SSFConfig
@@ -40,6 +41,7 @@ for _config in (
     AdapterConfig,
     LoRAConfig,
     SSFConfig,
+    ReaderConfig,
     LinearConfig,
     FullConfig,
     DAMVPConfig,
@@ -89,6 +91,7 @@ __all__ = [
     "LoRAConfig",
     "Method",
     "MethodConfig",
+    "ReaderConfig",
     "SA2VPConfig",
     "SSFConfig",
     "State",

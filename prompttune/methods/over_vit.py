@@ -138,6 +138,21 @@ def run_blocks(backbone: VitBackbone, images: Tensor, count: int, levels: Levels
     return {"tokens": tokens, **reader.state}
 
 
+def keys_and_values(backbone: VitBackbone, images: Tensor) -> State:
+    """``key.{i}`` and ``value.{i}`` [B, H, N, d] of every block i of the plain backbone, and ``tokens`` [B, 1 or N, D]
+    that leave the last one."""
+    found: State = {}
+    tokens = backbone.embed(images)
+    for block in backbone.blocks:
+        normed = block.norm1(tokens)
+        key, value = block.key_value(normed)
+        found |= {f"key.{block.index}": key, f"value.{block.index}": value}
+        attended = block.attend(block.query(block.read(normed)), key, value)
+        tokens = block.feed_forward(block.read(tokens) + block.project(attended))
+        probe(f"block{block.index}", tokens)
+    return {**found, "tokens": tokens}
+
+
 class InsideBlocks(OverVit):
     """Base of methods that change the computation inside the blocks and keep the tokens: adapters, LoRA."""
 

@@ -24,9 +24,8 @@ from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
 from prompttune.backbones.vit import VitBackbone, VitBlock
-from prompttune.layers.probe import probe
 from prompttune.methods.base import Features, Levels, MethodConfig, MethodOver, State, implements, setting
-from prompttune.methods.over_vit import prompt_bound
+from prompttune.methods.over_vit import keys_and_values, prompt_bound
 
 SMALLEST = 1e-12
 """What keeps the length of features above 0."""
@@ -72,17 +71,8 @@ class VQT(MethodOver[VitBackbone]):
 
     def image_state(self, images: Tensor, levels: Levels = ()) -> State:  # noqa: ARG002
         """``pooled`` [B, D] of the plain backbone; ``key.{i}`` and ``value.{i}`` [B, H, N, d] of every block i."""
-        backbone = self.backbone
-        found: State = {}
-        tokens = backbone.embed(images)  # [B, N, D]
-        for block in backbone.blocks:
-            normed = block.norm1(tokens)
-            key, value = block.key_value(normed)
-            found |= {f"key.{block.index}": key, f"value.{block.index}": value}
-            attended = block.attend(block.query(block.read(normed)), key, value)
-            tokens = block.feed_forward(block.read(tokens) + block.project(attended))
-            probe(f"block{block.index}", tokens)
-        return {"pooled": backbone.pool(tokens), **found}
+        found = keys_and_values(self.backbone, images)
+        return {"pooled": self.backbone.pool(found.pop("tokens")), **found}
 
     def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
