@@ -132,7 +132,7 @@ def test_an_image_answers_for_several_tasks_beside_one_for_fewer(driver, engine)
     driver.worker.images(0)[:2] = images
     run = driver.worker.run(0, [[driver.keys[task] for task in row] for row in asked])
     found = driver.do(run).logits
-    assert found.shape == (2, 3, 6)
+    assert found.shape[:2] == (2, 3)
     for image, row in enumerate(asked):
         wanted = engine.logits(images[[image] * len(row)], row)
         assert agree(found[image, : len(row)], wanted, [len(engine.labels(task)) for task in row])
