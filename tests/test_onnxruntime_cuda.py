@@ -77,7 +77,8 @@ def test_tensorrt_is_told_shapes_and_where_to_keep_what_it_builds(monkeypatch, t
         shapes = dict(one.split(":") for one in found[f"trt_profile_{key}_shapes"].split(","))
         assert shapes.keys() == {spec.name for spec in manifest.inputs}
         assert shapes["image"] == f"{(1, 8, 32)[place]}x3x64x64"
-        assert shapes["bank.head.bias"] == f"{ranges['tasks'][place]}x{ranges['classes'][place]}"
+        assert shapes["bank.head.bias"] == f"{ranges['classes'][place]}"
+        assert shapes["bank.adapters.down_bias"].startswith(f"{ranges['tasks'][place]}x")
     engines = Path(found["trt_engine_cache_path"])
     assert engines.is_dir()
     assert found["trt_timing_cache_path"] == str(engines.parent) == str(tmp_path / "a" / "cache")
@@ -99,7 +100,7 @@ def test_ranges_have_room_and_stay_as_tasks_come(tmp_path):
     """Another range would make what was built for the former one useless."""
     folder = EngineFolder(copied("linear", tmp_path))
     before = provider_ranges(folder.path, folder.manifest)
-    assert before["classes"] == (1, before["classes"][1], 256)
+    assert (before["classes"], before["width"]) == ((1, 8, 4096), (1, 4, 256))  # of tasks of two and three classes
     folder.write_task("another", folder.read_task("task0"))
     (folder.path / "tasks" / "another" / "state.safetensors").write_bytes(b"damaged")
     assert provider_ranges(folder.path, folder.manifest) == before
@@ -107,7 +108,8 @@ def test_ranges_have_room_and_stay_as_tasks_come(tmp_path):
     state = {key: np.repeat(value, 200, axis=1) for key, value in task.state.items()}
     wide = dataclasses.replace(task, labels=tuple(map(str, range(400))), state=state)
     folder.write_task("wide", wide)
-    assert provider_ranges(folder.path, folder.manifest)["classes"] == (1, 512, 1024)
+    after = provider_ranges(folder.path, folder.manifest)
+    assert (after["classes"], after["chosen"], after["width"]) == ((1, 512, 4096), (1, 512, 4096), (1, 512, 1024))
 
 
 def test_options_are_those_that_the_provider_knows():
@@ -266,12 +268,12 @@ def place(runtime, bias):
     return {"head.bias": runtime.place(bias.reshape(-1).copy())}
 
 
-def call(images, index, classes=3):
-    """Inputs of a call that asks one task about each image."""
+def call(images, index, classes=3, tasks=4):
+    """Inputs of a call that asks one of four tasks about each image."""
     index = np.asarray(index, np.int64)
     given = {"image": images, "task_index": index[:, None]}
     rows = index[:, None, None] * classes + np.arange(classes)
-    return {**given, "class_rows": np.arange(rows.max() + 1), "class_index": rows}
+    return {**given, "class_rows": np.arange(tasks * classes), "class_index": rows}
 
 
 def run(runtime, images, index, placed, classes=3):
