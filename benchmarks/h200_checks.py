@@ -18,7 +18,9 @@ from torch import Tensor
 import prompttune as pt
 from benchmarks.engines import CONFIGS
 from prompttune.export import EngineFolder, EngineTask
+from prompttune.export.banks import Place
 from prompttune.export.formats import FORMATS
+from prompttune.export.layout import CLASSES, IMAGE
 from prompttune.export.parity.gate import NOISE
 from prompttune.export.precision.casting import TORCH_DTYPES
 from prompttune.export.runtimes import RuntimeOptions, open_runtime
@@ -234,23 +236,36 @@ def opened(setting: Setting, name: str, cuda_graph: bool = False) -> tuple[Engin
 
 
 @functools.cache
-def bank_of(setting: Setting, name: str, count: int) -> dict[str, Tensor]:
-    """The states of ``count`` tasks, key → [T, ...], drawn on the device."""
+def bank_of(setting: Setting, name: str, count: int) -> tuple[dict[str, Tensor], list[Place]]:
+    """The states of ``count`` tasks by key, drawn on the device, and where each task lies."""
     folder, _ = opened(setting, name)
-    shapes = folder.read_task("task0").shapes() if folder.manifest.layout else {}
+    manifest = folder.manifest
+    if not manifest.layout:
+        return {}, [Place(0)] * count
+    shapes = folder.read_task("task0").shapes()
+    axes = manifest.axes_of(shapes, "task0")
+    sizes, classes = manifest.form.needed([axes] * count), axes[CLASSES]
     generator = torch.Generator(setting.device).manual_seed(count)
-    dtype = TORCH_DTYPES[folder.manifest.bank_precision]
-    draw = partial(torch.randn, device=setting.device, generator=generator)
-    return {key: (SPREAD * draw(count, *shapes[key][1:])).to(dtype) for key in folder.manifest.layout}
+    dtype = TORCH_DTYPES[manifest.bank_precision]
+    bank = {}
+    for key, shape in shapes.items():
+        by_class = manifest.form.lies_by_class(key)
+        size = (sizes[CLASSES], *shape[2:]) if by_class else (count, *shape[1:])
+        bank[key] = (SPREAD * torch.randn(size, device=setting.device, generator=generator)).to(dtype)
+        if by_class:
+            bank[key][0] = 0 if len(shape) > 2 else -torch.inf
+    return bank, [Place(row, 1 + row * classes, classes) for row in range(count)]
 
 
 def call_of(setting: Setting, name: str, images: Any, count: int, mixed: bool, graph: bool) -> Callable[[], Any]:
     """From images on the host to logits there; the rows go round ``count`` tasks, or all ask for the first."""
-    _, runtime = opened(setting, name, graph)
-    bank: dict[str, Any] = bank_of(setting, name, count)
+    folder, runtime = opened(setting, name, graph)
+    rows, places = bank_of(setting, name, count)
+    bank: dict[str, Any] = dict(rows)
     if setting.format == "onnx" and not setting.cuda:
-        bank = {key: runtime.place(rows.numpy()) for key, rows in bank.items()}
-    return partial(runtime.run, images, np.arange(len(images)) % (count if mixed else 1), bank)
+        bank = {key: runtime.place(one.numpy()) for key, one in bank.items()}
+    asked = [[places[row % (count if mixed else 1)]] for row in range(len(images))]
+    return partial(runtime.run, {IMAGE: images, **folder.manifest.form.index(asked, runtime.sizes)}, bank)
 
 
 def subjects(setting: Setting) -> list[str]:
@@ -289,22 +304,22 @@ def engines(setting: Setting, case: str) -> Rows:
 def tasks(setting: Setting, case: str) -> Rows:
     """As many images as tasks: all for one task, a task each, and the share that gathering their states takes."""
     count = int(case.split()[0])
-    images, index = setting.images(count).numpy(), torch.arange(count, device=setting.device)
+    images = setting.images(count).numpy()
     calls: Calls = {}
     for name in subjects(setting):
         calls[name, "one"] = call_of(setting, name, images, count, False, False)
         if name != PLAIN:
             calls[name, "all"] = call_of(setting, name, images, count, True, False)
-            calls[name, "gather"] = partial(_gather, bank_of(setting, name, count), index)
+            calls[name, "gather"] = partial(_gather, bank_of(setting, name, count)[0])
     seconds = setting.timed(calls)
     for (name, mix), values in seconds.items():
         share = np.median(values) / np.median(seconds[name, "all"]) if mix == "gather" else ""
         yield _speed(name, count, values, seconds[PLAIN, "one"], tasks=count, mix=mix, gather_share=share)
 
 
-def _gather(bank: Mapping[str, Tensor], index: Tensor) -> None:
+def _gather(bank: Mapping[str, Tensor]) -> None:
     for rows in bank.values():
-        rows.index_select(0, index)
+        rows.index_select(0, torch.arange(len(rows), device=rows.device))
 
 
 @torch.inference_mode()

@@ -44,7 +44,8 @@ def ran(precision: str) -> dict[str, str]:
     runtime = AotiRuntime.__new__(AotiRuntime)
     runtime._device, runtime._exact, runtime._program = torch.device("cuda", 0), precision == "fp32", program
     images = np.ones((2, 3), np.float32)
-    assert np.array_equal(runtime.run(images, np.zeros(2, np.int64), {}), images)
+    given = {"image": images, "task_index": np.zeros((2, 1), np.int64)}
+    assert np.array_equal(runtime.run(given, {}), images)
     return seen
 
 

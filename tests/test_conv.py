@@ -300,5 +300,6 @@ def test_the_plain_backbone_of_the_benchmark_gives_the_pooled_features(name, tmp
     written = export_plain(manifest, frozen, plain_settings(manifest), tmp_path)
     with torch.no_grad():
         wanted = frozen(torch.from_numpy(pictures(3))).numpy()
-    found = open_runtime(tmp_path, written, options).logits(pictures(3), np.zeros(3, np.int64), {})
+    index = {"task_index": np.zeros((3, 1), np.int64)}
+    found = open_runtime(tmp_path, written, options).logits(pictures(3), index, {})[:, 0]
     assert np.abs(found - wanted).max() <= 1e-4
