@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from prompttune.data import Augment
 from prompttune.methods import METHODS
 from prompttune.training import Progress, TrainConfig, TrainResult, train
 from prompttune.training.config import augment_fields
+from prompttune.training.state import load
 from tests.training_helpers import CLASSES, config, no_pictures, one_thread, settings, write_folder  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -219,6 +222,22 @@ def test_interruption_says_how_to_go_on(bars: Path, tmp_path: Path, monkeypatch:
     assert result.stderr.strip() == f"Interrupted; resume with: {hint}"
     monkeypatch.undo()
     assert "finished after 2 epochs" in invoke(*hint.split()[1:]).stdout
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_sigterm_writes_the_finished_epochs(bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminated(self: object, news: Progress) -> None:
+        if news.phase == "train" and news.epoch == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("prompttune.training.run_writer.SHARE_OF_WRITING", 1e-9)
+    monkeypatch.setattr("prompttune.training.progress.Display.__call__", terminated)
+    result = invoke("train", *options(settings(bars, tmp_path / "run", epochs=4)))
+    assert result.exit_code == 143
+    assert result.stderr.startswith("Interrupted; resume with: ")
+    assert load(tmp_path / "run" / "last.safetensors").progression.epoch == 3
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -208,6 +208,49 @@ def same_figures(result: TrainResult) -> list[tuple[float, ...]]:
     return [(record["train_loss"], record["lr"], record["val_loss"]) for record in result.metrics["history"]]
 
 
+def test_short_epochs_are_written_together_and_none_is_lost(
+    bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prompttune.training.run_writer.SHARE_OF_WRITING", 1e-9)
+    run, written, at_epoch_end = tmp_path / "run", list[bytes](), list[int]()
+
+    def stop(news: Progress) -> None:
+        if news.phase == "epoch":
+            at_epoch_end.append(load(run / "last.safetensors").progression.epoch)
+        if news.phase == "train" and (news.epoch, news.step) == (5, 2):
+            written.append((run / MODEL).read_bytes())
+            raise KeyboardInterrupt
+
+    settings = config(bars, run, epochs=6)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, on_progress=stop)
+    assert at_epoch_end == [1, 1, 1, 1]
+    saved = load(run / "last.safetensors")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert saved.progression.epoch == len(metrics["history"]) == 4
+    assert saved.progression.best_epoch == read_config(run)["metrics"]["epoch"] > 1
+    model = PromptModel.load(run)
+    assert all(torch.equal(value, saved.best[name]) for name, value in model.task_parameters().items())
+    train(settings, resume=True)
+    train(config(bars, tmp_path / "whole", epochs=6))
+    assert (run / MODEL).read_bytes() == (tmp_path / "whole" / MODEL).read_bytes() != written[0]
+
+
+def test_epochs_that_outlast_the_limit_are_written_each(
+    bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prompttune.training.run_writer.SHARE_OF_WRITING", 1e-9)
+    monkeypatch.setattr("prompttune.training.run_writer.LONGEST_UNWRITTEN_S", 0.0)
+    epochs: list[int] = []
+
+    def count(news: Progress) -> None:
+        if news.phase == "epoch":
+            epochs.append(load(tmp_path / "run" / "last.safetensors").progression.epoch)
+
+    train(config(bars, tmp_path / "run", epochs=3), on_progress=count)
+    assert epochs == [1, 2, 3]
+
+
 def test_resume_repairs_a_checkpoint_that_a_kill_left_half_written(bars: Path, tmp_path: Path) -> None:
     settings = config(bars, tmp_path / "run", epochs=3)
     interrupt(settings, after=1)

@@ -24,12 +24,24 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "no_pictur
 PATIENCE_S = 120.0
 
 
-def start(folder: Path, values: dict[str, Any], *flags: str) -> subprocess.Popen[str]:
+COMMAND = ("-m", "prompttune.cli.main")
+EACH_EPOCH_WRITTEN = ("-c", """
+from prompttune.cli.main import main
+from prompttune.training import run_writer
+run_writer.LONGEST_UNWRITTEN_S = 0.0
+main()
+""")  # fmt: skip
+"""The same command, whose short epochs are written as long ones are."""
+
+
+def start(
+    folder: Path, values: dict[str, Any], *flags: str, program: tuple[str, str] = COMMAND
+) -> subprocess.Popen[str]:
     """Run ``prompttune train`` on one thread, as the reference run does."""
     file = folder / "settings.yaml"
     file.write_text(yaml.safe_dump(values))
     return subprocess.Popen(
-        [sys.executable, "-m", "prompttune.cli.main", "train", "--config", str(file), *flags],
+        [sys.executable, *program, "train", "--config", str(file), *flags],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -59,7 +71,8 @@ def test_killed_and_resumed_run_ends_bit_identical(tmp_path: Path, method: dict[
     data = write_folder(tmp_path / "data", train=24, val=4)
     changes = {**method, "epochs": 5, "batch_size": 8, "augment": "light"}
     killed = RunFolder(tmp_path / "killed")
-    kill_in_epoch(start(tmp_path, settings(data, killed.path, **changes)), killed, epoch=3)
+    process = start(tmp_path, settings(data, killed.path, **changes), program=EACH_EPOCH_WRITTEN)
+    kill_in_epoch(process, killed, epoch=3)
     state = load(killed.last).progression
     assert 2 <= state.epoch < 5
     assert not state.is_over

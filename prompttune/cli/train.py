@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from prompttune.training.multi import TaskOutcome, TrainTask, load_tasks, train_
 from prompttune.training.progress import Display, OnProgress, Progress
 from prompttune.training.state import RunFolder
 
-INTERRUPTED = 130
-"""Exit code of a process that was ended by Ctrl-C."""
+SIGNALLED = 128
+"""Exit code of a process that a signal ended, less the signal's number."""
 
 EXAMPLES = r"""
 prompttune train --backbone vit_small_patch14_dinov2 --image-size 56 \
@@ -85,7 +86,7 @@ def train(
     given = given_settings(ctx)
     flags = {"resume": resume, "overwrite": overwrite}
     console = Console(stderr=True, quiet=quiet)
-    with _leaving(ctx):
+    with _leaving(ctx), _terminated_like_interrupted():
         if tasks_file is not None:
             if config_file is not None:
                 raise UsageError("give --config or --tasks: settings for all tasks are the defaults of the tasks file")
@@ -101,11 +102,11 @@ def _train_one(ctx: click.Context, config: TrainConfig, flags: dict[str, Any], c
     try:
         with Display(console) as display:
             result = run(config, on_progress=display, **flags)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         settings = RunFolder.of(config.output).settings
         resume = f"; resume with: prompttune train --config {settings} --resume" if settings.exists() else ""
         click.echo(f"Interrupted{resume}", err=True)
-        ctx.exit(INTERRUPTED)
+        ctx.exit(_exit_code(stop))
     if as_json:
         _print_json({"path": str(result.path), "was_over": result.was_over, **result.metrics})
     elif _is_first_process():
@@ -118,9 +119,9 @@ def _train_several(
     try:
         with Display(console) as display:
             outcomes = train_tasks(tasks, on_progress=display, on_task=_announcer(display, len(tasks)), **flags)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         click.echo("Interrupted; run the same command with --resume", err=True)
-        ctx.exit(INTERRUPTED)
+        ctx.exit(_exit_code(stop))
     if as_json:
         _print_json([outcome.to_dict() for outcome in outcomes])
     elif _is_first_process():
@@ -172,3 +173,21 @@ def _leaving(ctx: click.Context) -> Iterator[None]:
         if _is_first_process():
             raise
         ctx.exit(problem.exit_code)
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Let SIGTERM raise :class:`KeyboardInterrupt` with its number, so that finished epochs are written."""
+
+    def stop(number: int, _frame: Any) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _exit_code(stop: KeyboardInterrupt) -> int:
+    return SIGNALLED + int(stop.args[0] if stop.args else signal.SIGINT)

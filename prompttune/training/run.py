@@ -352,6 +352,7 @@ class Run:
 
     def _finish(self) -> None:
         status = "finished" if self.progression.epoch >= self.config.epochs else "stopped early"
+        self.keeper.flush()
         last = self.keeper.snapshot()
         result = self._latest if self.progression.best_epoch == self.progression.epoch else None
         self.keeper.load_best()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,9 +24,17 @@ if TYPE_CHECKING:
     from prompttune.task_types import Result
     from prompttune.training.config import TrainConfig
 
+SHARE_OF_WRITING = 0.05
+"""Largest share of the time that short epochs spend on writing."""
+LONGEST_UNWRITTEN_S = 10.0
+"""Seconds after which the next finished epoch is written, whatever that costs."""
+
 
 class RunWriter:
-    """Holds a run's progress and its best parameters, and writes the run folder; only the first process writes."""
+    """Holds a run's progress and its best parameters, and writes the run folder; only the first process writes.
+
+    Epochs that end shortly after a write are kept in memory until the next write, or until the run ends in any way.
+    """
 
     def __init__(
         self,
@@ -44,6 +53,10 @@ class RunWriter:
         self.progression = Progression()
         self.best: dict[str, Tensor] = {}
         self._tensorboard: TensorBoard | None = None
+        self._unwritten: Saved | None = None
+        """State after the last finished epoch, while it is not on the disk."""
+        self._best_is_new, self._written, self._cost = False, 0.0, 0.0
+        """Whether the best parameters are not on the disk; time of the last write, and its seconds."""
 
     def begin(self, saved: Saved | None) -> None:
         """Start from the beginning, or resume from a saved state.
@@ -60,7 +73,7 @@ class RunWriter:
             self.progression.status = "running"  # a run that was over is extended
             if self.best:
                 self.load_best()
-                self._save_best()
+                self._save_best(self.progression)
             self._load(saved.task)
             restore_optimizer(self.optimizer, self.trained, saved.optimizer)
             self.fabric.strategy.precision.load_state_dict(saved.scaler)
@@ -74,7 +87,7 @@ class RunWriter:
             self._tensorboard = TensorBoard(self.folder.tensorboard, self.progression.epoch, self.measures)
 
     def end_epoch(self, record: dict[str, Any], result: Result | None) -> bool:
-        """Record a finished epoch and write everything; return whether it is the best so far."""
+        """Record a finished epoch, write everything if it is time to; return whether it is the best so far."""
         progression = self.progression
         progression.epoch += 1
         progression.seconds += record["seconds"]
@@ -85,14 +98,31 @@ class RunWriter:
             math.nan if result.loss is None else result.loss,
         )
         if is_best:
-            self.best = self._copy()
-            self._save_best()
-        if self.fabric.is_global_zero:
-            states.save(self.folder.last, self.snapshot())
-            self._write_metrics()
+            self.best, self._best_is_new = self._copy(), True
         if self._tensorboard is not None:
             self._tensorboard.add(record)
+        if self.fabric.is_global_zero:
+            self._unwritten = self.snapshot()
+            if time.monotonic() - self._written >= min(self._cost / SHARE_OF_WRITING, LONGEST_UNWRITTEN_S):
+                self.flush()
+            else:
+                self._unwritten = self._unwritten.frozen()
         return is_best
+
+    def flush(self) -> None:
+        """Write the last finished epoch, unless it is on the disk: a new best checkpoint, state and figures."""
+        if (saved := self._unwritten) is None:
+            return
+        began = time.monotonic()
+        if self._best_is_new and saved.best:
+            current = self._copy()
+            self._load(saved.best)
+            self._save_best(saved.progression)
+            self._load(current)
+        states.save(self.folder.last, saved)
+        self._write_metrics(saved.progression)
+        self._unwritten, self._best_is_new, self._written = None, False, time.monotonic()
+        self._cost = self._written - began
 
     def rewind(self) -> None:
         """Drop the optimiser's state and the best parameters: the method has gone back to its beginning."""
@@ -128,25 +158,26 @@ class RunWriter:
         if self.fabric.is_global_zero:
             plot_curves(self.folder.curves, self.progression.history, self.measures)
             save_png(self.model.task_type.figure(result), self.folder.confusion)
-            self._write_metrics(result.to_dict())
+            self._write_metrics(self.progression, result.to_dict())
             states.save(self.folder.last, last)
         self.close()
 
     def close(self) -> None:
-        """Close TensorBoard's files."""
+        """Write what is not on the disk yet, and close TensorBoard's files."""
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
+        self.flush()
 
-    def _save_best(self) -> None:
+    def _save_best(self, progression: Progression) -> None:
         """Write the checkpoint; the model must hold the best parameters."""
         if self.fabric.is_global_zero:
-            self.model.save(self.folder.path, self.progression.best_metrics(self.measures))
+            self.model.save(self.folder.path, progression.best_metrics(self.measures))
 
-    def _write_metrics(self, final: dict[str, Any] | None = None) -> None:
+    def _write_metrics(self, progression: Progression, final: dict[str, Any] | None = None) -> None:
         head = sum(parameter.numel() for parameter in self.model.head.parameters())
         run = self.identity | {"parameters_left": head + self.model.method.parameters_left()}
-        document = metrics_document(self.progression, self.settings, run, self.measures, self.fabric.device, final)
+        document = metrics_document(progression, self.settings, run, self.measures, self.fabric.device, final)
         write_json(self.folder.metrics, document)
 
     def _copy(self) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,15 @@ class Saved:
     best: dict[str, Tensor]
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
+
+    def frozen(self) -> Saved:
+        """The same in memory of its own, which the steps of later epochs do not change."""
+        progression = replace(self.progression, history=list(self.progression.history))
+        optimizer = {
+            name: value.to("cpu", copy=True) if isinstance(value, Tensor) else value
+            for name, value in self.optimizer.items()
+        }
+        return replace(self, progression=progression, optimizer=optimizer)
 
 
 def save(path: Path, saved: Saved) -> None:
