@@ -174,7 +174,9 @@ Shape = tuple[int, ...]
 Shapes = tuple[Shape, Shape, Shape]
 """Smallest, likeliest and largest shape of an input."""
 
-_CALL: dict[str, Range] = {BATCH: (1, 8, 32), ASKED: (1, 1, 32)}
+_CALL: dict[str, Range] = {BATCH: (1, 8, 32), ASKED: (1, 1, 4)}
+MANY: Range = (1, 1, 32)
+"""Tasks for an image where they only read its state; where each is a row of its own, a model has room for fewer."""
 _ROOM = 2
 """An axis without a range gets this many times what the exported tasks need, so that larger tasks fit later ..."""
 _LEAST = {TASKS: 64, RANK: 32, CLASSES: 4096, WIDTH: 256, CLUSTERS: 16}

@@ -128,7 +128,7 @@ def test_ten_thousand_classes_beside_two(tmp_path):
     assert [row[1].label for row in both] == [f"c{one}" for one in wanted.argmax(axis=1)]
     before = engine.bank.nbytes
     engine.add_task("late", checkpoint("linear", 2), save=False, parity=False)
-    assert engine.bank.nbytes == before  # it fits beside them
+    assert engine.bank.nbytes <= 1.001 * before  # four classes more, not ten thousand
 
 
 def test_paths_pictures_and_tensors_agree(engine, tmp_path):

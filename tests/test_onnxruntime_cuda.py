@@ -346,7 +346,7 @@ def test_the_session_is_asked_for_what_was_chosen(opened, tmp_path):
     assert named["enable_fallback"] == 0  # or ONNX Runtime prints a failure and goes on without the provider
     (name, told), *others = named["providers"]
     assert [name, *others] == [TENSORRT, *providers(RuntimeOptions("cuda", provider="tensorrt"))[1:]]
-    index = "task_index:32x32,class_rows:4096,class_index:32x32x256"
+    index = "task_index:32x4,class_rows:4096,class_index:32x4x256"
     assert told["trt_profile_max_shapes"] == f"image:32x3x64x64,{index},bank.head.bias:4096"
     assert Path(told["trt_engine_cache_path"]).parent == tmp_path
     assert runtime.description.endswith(f"{TENSORRT}, fp32 in TF32")

@@ -26,7 +26,7 @@ from prompttune.export.layout import TensorSpec, axis_ranges, declare_inputs, dy
 from prompttune.export.runtimes import RuntimeOptions, open_runtime
 from prompttune.export.runtimes.tensorrt_compatibility import check_capability, check_version, version_numbers
 from prompttune.export.runtimes.tensorrt_library import require_cuda, require_tensorrt, require_torch_tensorrt
-from tests.engines import checkpoint, copied, model_of
+from tests.engines import build_request, checkpoint, copied, model_of
 from tests.fake_tensorrt import VERSION, fake_tensorrt, folded_state, install, pretend_gpu
 
 DETAILS = {
@@ -181,7 +181,7 @@ INPUTS = [
 def test_ranges_come_from_the_tasks():
     needed = {"tasks": 40, "rank": 20, "classes": 3}
     found = axis_ranges(INPUTS, needed, {})
-    calls = {"batch": (1, 8, 32), "asked": (1, 1, 32)}
+    calls = {"batch": (1, 8, 32), "asked": (1, 1, 4)}
     assert found == {**calls, "tasks": (1, 40, 80), "rank": (1, 20, 40)}
     found = axis_ranges(INPUTS, {"tasks": 2, "rank": 4}, {"batch": (2, 2, 2)})
     assert found == {**calls, "batch": (2, 2, 2), "tasks": (1, 2, 64), "rank": (1, 4, 32)}
@@ -199,13 +199,21 @@ def test_ranges_of_classes():
     needed = {"tasks": 2, "classes": 2051, "chosen": 2051, "width": 2000}
     found = axis_ranges(inputs, needed, {})
     wanted = {"classes": (1, 2051, 4102), "chosen": (1, 2051, 4102), "width": (1, 2000, 4000)}
-    assert found == {"batch": (1, 8, 32), "asked": (1, 1, 32), **wanted}
+    assert found == {"batch": (1, 8, 32), "asked": (1, 1, 4), **wanted}
     few = {"tasks": 2, "classes": 7, "chosen": 7, "width": 3}
     assert axis_ranges(inputs, few, {})["width"] == (1, 3, 256)
     assert axis_ranges(inputs, few, {"classes": (1, 7, 9000)})["chosen"] == (1, 7, 9000)
     assert axis_ranges(inputs, few, {"chosen": (1, 7, 64)})["chosen"] == (1, 7, 64)
     with pytest.raises(UsageError, match="the axis width may grow to 2, but the tasks of this export need 3"):
         axis_ranges(inputs, few, {"width": (1, 2, 2)})
+
+
+def test_tasks_that_only_read_an_image_get_more_room():
+    for method, most in (("linear", 32), ("sa2vp", None)):
+        axes = build_request(method, ExportSettings("trt", axes={"batch": (1, 2, 4)})).axes
+        assert axes == {"batch": (1, 2, 4)} | ({"asked": (1, 1, most)} if most else {})
+    chosen = build_request("linear", ExportSettings("trt", axes={"asked": (1, 1, 2)})).axes
+    assert chosen == {"asked": (1, 1, 2)}
 
 
 def test_sizes_that_tasks_need():

@@ -14,7 +14,7 @@ import numpy as np
 from prompttune.axes import CLASSES, CLUSTERS, RANK
 from prompttune.errors import UsageError, choose
 from prompttune.export.graph import Traced, trace
-from prompttune.export.layout import ASKED, BATCH, CHOSEN, DTYPES, TASKS, WIDTH, Array, Range, State, TensorSpec
+from prompttune.export.layout import ASKED, BATCH, CHOSEN, DTYPES, MANY, TASKS, WIDTH, Array, Range, State, TensorSpec
 from prompttune.export.options import GateOptions, OnStage, RuntimeOptions
 from prompttune.model import PromptModel
 from prompttune.registry import Registry
@@ -225,6 +225,12 @@ class BuildRequest:
     images: Callable[[str, int], Array]
     """Function that returns up to N normalised images [N, 3, S, S] of a task, for calibration."""
     on_stage: OnStage = lambda _: None
+
+    @property
+    def axes(self) -> dict[str, Range]:
+        """Ranges that were asked for, and that of the tasks for an image, see :data:`MANY`."""
+        reads = self.model.method.only_reads and not self.model.head.size
+        return {**({ASKED: MANY} if reads else {}), **self.settings.axes}
 
     def trace(self, probes: bool = False, device: str = "cpu") -> Traced:
         """The graph for these settings, with its constants on ``device``.

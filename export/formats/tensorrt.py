@@ -76,7 +76,7 @@ class TensorRTFormat(Format):
         with tempfile.TemporaryDirectory(prefix=".typed.", dir=folder) as temporary:
             typed = write_onnx(request, Path(temporary), symmetric=True)
             needed = needed_sizes(request.model.state_layout(), request.states)
-            ranges = axis_ranges(typed.inputs, needed, settings.axes)
+            ranges = axis_ranges(typed.inputs, needed, request.axes)
             shapes = {spec.name: input_shapes(spec, ranges) for spec in typed.inputs if dynamic_axes([spec])}
             with here or contextlib.nullcontext():
                 build_plan(

@@ -62,7 +62,7 @@ class TorchTensorRTFormat(Format):
         device = f"cuda:{index}"
         traced = request.trace(device=device)
         needed = needed_sizes(request.model.state_layout(), request.states)
-        ranges = widened(axis_ranges(traced.inputs, needed, settings.axes))
+        ranges = widened(axis_ranges(traced.inputs, needed, request.axes))
         with torch.cuda.device(index), unbounded_attention(device):
             program = bounded(traced.program, traced.inputs, ranges, device)
             request.on_stage("compiling with Torch-TensorRT")
