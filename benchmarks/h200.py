@@ -63,6 +63,7 @@ PARTS = {
         Check("forward", "forward", 45, timed=False),
         Check("training", "training", 90, timed=False),
         Check("engines", "speed", 90),
+        Check("fan_out", "speed", 60),
         Check("tasks", "speed", 60),
         Check("eager", "speed", 40),
         Check("step", "speed", 150),
@@ -72,13 +73,14 @@ PARTS = {
         Check("graphs", "graphs", 60),
         Check("loads", "loads", 60),
         Check("engines", "speed", 60),
+        Check("fan_out", "speed", 60),
         Check("tasks", "speed", 60),
     ),
 }
-BUILT = ("graphs", "loads", "engines", "tasks")
+BUILT = ("graphs", "loads", "engines", "fan_out", "tasks")
 """Checks of engines; ``BUILDS`` names the engines."""
 BUILDS = {
-    "torch": ("plain", "sa2vp", "lspt", "vpt-deep"),
+    "torch": ("plain", "sa2vp", "reader", "lspt", "vpt-deep"),
     "ort": ("plain", "fp16", "fp32", "bf16", "segmentation"),
 }
 TINY_BUILDS = {"torch": ("plain", "vpt-deep"), "ort": ("plain", "fp32", "bf16", "segmentation")}

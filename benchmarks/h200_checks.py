@@ -30,7 +30,7 @@ Rows = Iterator[dict[str, Any]]
 Calls = dict[Any, Callable[[], Any]]
 SPREAD = 0.02
 """Standard deviation of what is drawn for tasks: fresh parameters are often zeros, which hide mistakes."""
-TIMED = ("sa2vp", "lspt", "vpt-deep")
+TIMED = ("sa2vp", "reader", "lspt", "vpt-deep")
 PLAIN, MAPS = "plain", "segmentation"
 
 
@@ -100,6 +100,7 @@ def cases(setting: Setting) -> dict[str, list[str]]:
         "forward": list(METHODS),
         "training": ["fp32", "bf16", "fp16"],
         "engines": batches,
+        "fan_out": [f"{count} tasks" for count in ((1, 4) if setting.tiny else (1, 10, 100))],
         "tasks": [f"{count} tasks" for count in ((4, 8) if setting.tiny else (16, 256))],
         "eager": batches,
         "step": ["eager", "compiled"],
@@ -257,14 +258,16 @@ def bank_of(setting: Setting, name: str, count: int) -> tuple[dict[str, Tensor],
     return bank, [Place(row, 1 + row * classes, classes) for row in range(count)]
 
 
-def call_of(setting: Setting, name: str, images: Any, count: int, mixed: bool, graph: bool) -> Callable[[], Any]:
-    """From images on the host to logits there; the rows go round ``count`` tasks, or all ask for the first."""
+def call_of(
+    setting: Setting, name: str, images: Any, count: int, mixed: bool, graph: bool, each: int = 1
+) -> Callable[[], Any]:
+    """From images on the host to logits there; the rows go round ``count`` tasks, or all ask for the first ``each``."""
     folder, runtime = opened(setting, name, graph)
     rows, places = bank_of(setting, name, count)
     bank: dict[str, Any] = dict(rows)
     if setting.format == "onnx" and not setting.cuda:
         bank = {key: runtime.place(one.numpy()) for key, one in bank.items()}
-    asked = [[places[row % (count if mixed else 1)]] for row in range(len(images))]
+    asked = [[places[row % count]] if mixed else places[:each] for row in range(len(images))]
     return partial(runtime.run, {IMAGE: images, **folder.manifest.form.index(asked, runtime.sizes)}, bank)
 
 
@@ -315,6 +318,19 @@ def tasks(setting: Setting, case: str) -> Rows:
     for (name, mix), values in seconds.items():
         share = np.median(values) / np.median(seconds[name, "all"]) if mix == "gather" else ""
         yield _speed(name, count, values, seconds[PLAIN, "one"], tasks=count, mix=mix, gather_share=share)
+
+
+def fan_out(setting: Setting, case: str) -> Rows:
+    """Several tasks of each image in one call, beside the plain backbone's pass."""
+    count, names = int(case.split()[0]), subjects(setting)
+    for batch in (1, 8):
+        images = setting.images(batch).numpy()
+        calls: Calls = {
+            name: call_of(setting, name, images, 1 if name == PLAIN else count, False, False, count) for name in names
+        }
+        seconds = setting.timed(calls)
+        for name in names[1:]:
+            yield _speed(name, batch, seconds[name], seconds[PLAIN], tasks=count, mix="an image")
 
 
 def _gather(bank: Mapping[str, Tensor]) -> None:
