@@ -100,6 +100,7 @@ def default_configs() -> list[MethodConfig]:
         "lora": {"rank": 4},
         "ssf": {},
         "reader": {"num_prompts": 3, "rank": 4},
+        "side": {"width": 8},
         "linear": {},
         "full": {},
         "dam-vp": {"clusters": 3},

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 import prompttune as pt
 from prompttune.methods.reader import Reader
+from prompttune.methods.side import Side
 from tests.equations_prompts import embedded
 
 CASES = [
     ("reader", {"num_prompts": 3, "rank": 4}),
     ("reader", {"num_prompts": 1, "rank": 2, "mlp": True}),
+    ("side", {"width": 8}),
+    ("side", {"width": 6, "layers": (1, 2), "stem": False}),
 ]
 """Methods and settings that these equations are compared with."""
 
@@ -44,7 +47,39 @@ def reader_features(timm: VisionTransformer, method: Reader, images: Tensor) -> 
     return (both - both.mean(1, keepdim=True)) / (both.var(1, correction=0, keepdim=True) + 1e-6).sqrt()
 
 
-FEATURES: dict[type[nn.Module], Callable[..., Tensor]] = {Reader: reader_features}
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> Tensor:
+    """A 3 x 3 convolution of maps [B, c, R, C] by rows of weights, each of nine places of c channels."""
+    kernel = weight.unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+    return F.conv2d(x, kernel, None if bias is None else bias.flatten(), stride=stride, padding=1)
+
+
+def side_features(timm: VisionTransformer, method: Side, images: Tensor) -> Tensor:
+    """h += W LN(x), h += |conv(IN(h)) + b|, h += V GELU(U IN(h) + c) at each read; IN by torch's own."""
+    x, grid = embedded(timm, images), timm.patch_embed.grid_size
+    h = method.map.unflatten(1, grid).expand(len(images), -1, -1, -1)
+
+    def norm(maps: Tensor) -> Tensor:
+        return F.instance_norm(maps, eps=1e-4)
+
+    if method.config.stem:
+        small = F.interpolate(images, size=(8 * grid[0], 8 * grid[1]), mode="bilinear", antialias=True)
+        seen = norm(conv(norm(small), method.stem[0], stride=2)).abs()
+        seen = F.gelu(norm(conv(seen, method.stem[1], stride=2)))
+        h = h + norm(conv(seen, method.stem[2], stride=2))
+    for index, block in enumerate(timm.blocks):
+        x = block(x)
+        if index not in method.config.layers:
+            continue
+        at, patches = method.config.layers.index(index), x[:, timm.num_prefix_tokens :]
+        read = F.layer_norm(patches, patches.shape[-1:], eps=1e-6) @ method.read[at].T
+        h = h + read.transpose(1, 2).unflatten(2, grid)
+        h = h + conv(norm(h), method.mix[at], method.mix_bias[at]).abs()
+        hidden = F.gelu(F.conv2d(norm(h), method.up[at, :, :, None, None], method.up_bias[at].flatten()))
+        h = h + F.conv2d(hidden, method.down[at, :, :, None, None])
+    return F.layer_norm(h.permute(0, 2, 3, 1), (h.shape[1],), eps=1e-6).mean(dim=(1, 2))
+
+
+FEATURES: dict[type[nn.Module], Callable[..., Tensor]] = {Reader: reader_features, Side: side_features}
 
 
 def features(model: pt.PromptModel, images: Tensor) -> Tensor:

@@ -35,9 +35,9 @@ layer, rotation, windows, convolutions."""
 # Of TensorRT's published support table, what a graph of ours may need. No IsNaN, Where, Loop, If, Scatter, NonZero.
 # A convolution that runs twice, as under dam-vp, keeps its BatchNormalization beside it.
 SUPPORTED = """
-    Add ArgMax AveragePool BatchNormalization Clip Concat Constant ConstantOfShape Conv Div Einsum Expand Gather Gelu
-    Gemm LayerNormalization MatMul MaxPool Mul Neg Range ReduceL2 ReduceMean ReduceSum Relu Reshape Shape Sigmoid
-    Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze
+    Abs Add ArgMax AveragePool BatchNormalization Clip Concat Constant ConstantOfShape Conv Div Einsum Expand Gather
+    Gelu Gemm LayerNormalization MatMul MaxPool Mul Neg Pad Range ReduceL2 ReduceMean ReduceSum Relu Reshape Shape
+    Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze
 """
 
 every_case = pytest.mark.parametrize(("method", "backbone"), CASES, ids=lambda value: value)

@@ -36,7 +36,7 @@ SUPPORTED = {
     **dict.fromkeys(["Concat", "Expand", "Gather", "GatherND", "Identity", "Reshape", "Shape"], FLOATS | WHOLE | TRUTH),
     **dict.fromkeys(["Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where"], FLOATS | WHOLE | TRUTH),
     **dict.fromkeys(["Conv", "CumSum", "Einsum", "Erf", "Exp", "Gemm", "LayerNormalization", "LSTM", "MatMul"], FLOATS),
-    **dict.fromkeys(["Sigmoid", "Softmax", "Sqrt", "Tanh", "QuantizeLinear"], FLOATS),
+    **dict.fromkeys(["Abs", "Sigmoid", "Softmax", "Sqrt", "Tanh", "QuantizeLinear"], FLOATS),
     "Gelu": FLOATS | WHOLE | {"INT8"},
     "Attention": FLOATS | {"INT8"},
     "Cast": FLOATS | WHOLE | TRUTH | {"UINT8"},

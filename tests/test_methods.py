@@ -155,7 +155,7 @@ def test_dropout_acts_in_training_alone(vit, images, method):
 
 @pytest.mark.parametrize("name", ["test_vit", "test_eva2"])
 @pytest.mark.parametrize(
-    "method", ["e2vpt", "expres", "vqt", "reader", "adaptformer", "adapter", "lora", "ssf", "gapt"]
+    "method", ["e2vpt", "expres", "vqt", "reader", "side", "adaptformer", "adapter", "lora", "ssf", "gapt"]
 )
 def test_balancing_channels_for_int8_changes_no_answer(name, images, method):
     model = drawn_model(engines.backbone(name), config_of(method))
@@ -318,6 +318,7 @@ def test_supervision_of_the_prompt_pathway_is_a_switch(vit, images):
         ("lora", {"rank": 2.5}, "rank must be a whole number"),
         ("reader", {"num_prompts": 0}, "num_prompts must be above 0"),
         ("reader", {"rank": 0}, "reader: rank must be above 0"),
+        ("side", {"width": 0}, "side: width must be above 0"),
         ("ssf", {"rank": 4}, "its settings: first_block"),
         ("gapt", {"num_prompts": 0}, "num_prompts must be above 0"),
         ("gapt", {"pool": "means"}, "did you mean mean"),

@@ -1,5 +1,7 @@
 """Methods whose tasks only read the image: many tasks side by side, and what an image state holds."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,9 +11,9 @@ from tests import engines
 from tests.drawing import VITS, drawn_model
 from tests.engines import config_of, noise
 
-READERS = [("reader", {"mlp": True})]
+READERS = [("reader", {"mlp": True}), ("side", {"layers": (0, 2), "stem": False})]
 """Methods and settings beside those of the matrix in ``test_methods.py``."""
-ALL = [("linear", {"layers": (0, 3), "pool": "map"}), ("reader", {}), *READERS]
+ALL = [("linear", {"layers": (0, 3), "pool": "map"}), ("reader", {}), ("side", {}), *READERS]
 
 
 @pytest.mark.parametrize("name", VITS)
@@ -48,7 +50,7 @@ def test_the_answer_follows_from_the_image_state_alone(method, settings, monkeyp
     assert not seen or max(seen) < model.backbone.num_tokens
 
 
-@pytest.mark.parametrize("method", ["reader"])
+@pytest.mark.parametrize("method", ["reader", "side"])
 @pytest.mark.parametrize("name", ["test_swin", "test_resnet3"])
 def test_other_backbones_are_refused_in_one_line(method, name):
     with pytest.raises(BackboneError, match=f"{method} runs on VitBackbone, not on ") as caught:
@@ -62,3 +64,13 @@ def test_a_reader_starts_as_the_class_token():
     assert (tokens - backbone.embed(images)[0, 0]).abs().max() < 0.1
     with pytest.raises(UsageError, match="reader: num_prompts must be at most 16, below the tokens"):
         config_of("reader", num_prompts=17).build(backbone)
+
+
+def test_a_side_network_reads_six_blocks_evenly():
+    backbone = engines.backbone()
+    assert pt.SideConfig().resolved(backbone).layers == (0, 1, 2, 3, 4, 5)
+    assert pt.SideConfig().resolved(SimpleNamespace(depth=12)).layers == (0, 2, 4, 6, 8, 11)
+    with pytest.raises(UsageError, match=r"side: layers .* must rise, from 0 on"):
+        pt.SideConfig(layers=(3, 2))
+    with pytest.raises(UsageError, match="do not fit 6 blocks"):
+        config_of("side", layers=(0, 6)).build(backbone)

@@ -24,6 +24,7 @@ from prompttune.methods.lspt import LSPTConfig
 from prompttune.methods.reader import ReaderConfig
 from prompttune.methods.registry import METHODS, register
 from prompttune.methods.sa2vp import SA2VPConfig
+from prompttune.methods.side import SideConfig
 from prompttune.methods.ssf import SSFConfig
 from prompttune.methods.vpt import VPTDeepConfig, VPTShallowConfig
 from prompttune.methods.vqt import VQTConfig
@@ -42,6 +43,7 @@ for _config in (
     LoRAConfig,
     SSFConfig,
     ReaderConfig,
+    SideConfig,
     LinearConfig,
     FullConfig,
     DAMVPConfig,
@@ -94,6 +96,7 @@ __all__ = [
     "ReaderConfig",
     "SA2VPConfig",
     "SSFConfig",
+    "SideConfig",
     "State",
     "VPTDeepConfig",
     "VPTShallowConfig",

@@ -7,7 +7,6 @@ tokens of each. Blocks behind the last one that is read are not computed.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ from prompttune.backbones.vit import VitBackbone
 from prompttune.errors import BackboneError
 from prompttune.layers.probe import probe
 from prompttune.methods.base import Features, Levels, Method, MethodConfig, State, implements, setting
-from prompttune.methods.over_vit import MAP_SIDE, MapReader, map_key, pooled_map
+from prompttune.methods.over_vit import MAP_SIDE, MapReader, map_key, pooled_map, rising
 
 POOLS = ("backbone", "class", "mean", "map")
 
@@ -41,9 +40,7 @@ class LinearConfig(MethodConfig):
 
     def check(self) -> None:
         """See :meth:`MethodConfig.check`."""
-        layers = self.layers
-        rising = all(a < b for a, b in itertools.pairwise((-1, *layers)))
-        self.require(rising, f"layers {layers} must rise, from 0 on")
+        self.require(rising(self.layers), f"layers {self.layers} must rise, from 0 on")
 
     def resolved(self, backbone: Backbone) -> LinearConfig:
         """The last block alone becomes ``()``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -84,6 +85,11 @@ class BlocksConfig(MethodConfig):
     def graph_settings(self) -> dict[str, Any]:
         """See :meth:`MethodConfig.graph_settings`."""
         return super().graph_settings() | {"first_block": self.first_block}
+
+
+def rising(layers: tuple[int, ...]) -> bool:
+    """Whether blocks are named once each and in order."""
+    return all(a < b for a, b in itertools.pairwise((-1, *layers)))
 
 
 def pooled_map(patches: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -1,0 +1,181 @@
+"""A narrow network of the task beside the frozen blocks: our own method, a relative of side networks.
+
+A map h of the task, d channels at the places of the patches, begins as a learned map. At each block that is read it
+takes up the block's patch tokens through one small product, then a 3 x 3 convolution and a small MLP of its own::
+
+    h += W LN(tokens);  h += |conv(IN(h)) + b|;  h += V GELU(U IN(h) + c)
+
+IN norms each channel over the places of the map, which takes away the image's contrast; the absolute value takes away
+its polarity. No class token is read. The head reads the mean of LN(h) over the places: where something is stands in the
+learned map. The stem adds the pixels, at 8 a side of a patch, through three convolutions of the task. The tokens of the
+image never see h, so that the products of all tasks of an image stand side by side as one.
+
+Ladder Side-Tuning (https://arxiv.org/abs/2206.06522) has a narrow transformer beside the frozen one, LoSA
+(https://arxiv.org/abs/2402.02887) low-rank mixers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prompttune.backbones.base import Backbone
+from prompttune.backbones.vit import VitBackbone
+from prompttune.layers.bottleneck import plain_norm
+from prompttune.layers.probe import probe
+from prompttune.methods.base import Features, Levels, MethodConfig, MethodOver, State, implements, setting
+from prompttune.methods.over_vit import rising
+
+READS = 6
+"""Number of blocks that are read by default."""
+PIXELS = 8
+"""Pixels a side of a patch that the stem sees."""
+STEM = (3, 16, 32)
+"""Channels that enter each convolution of the stem."""
+EPSILON = 1e-4
+
+
+@dataclass(frozen=True)
+class SideConfig(MethodConfig):
+    """Settings of the side network."""
+
+    method = "side"
+    summary = "Narrow network of the task beside the frozen blocks"
+    shapes_graph = ("width", "layers", "stem")
+
+    width: int = setting(32, "channels d of the side network", above=0)
+    layers: tuple[int, ...] = setting((), f"blocks that are read, 0 first; by default {READS}, evenly spaced")
+    stem: bool = setting(True, "read the pixels too, through three convolutions of the task")
+    dropout: float = setting(0.0, "dropout on the tokens that are read, while training", low=0, below=1)
+
+    def check(self) -> None:
+        """See :meth:`MethodConfig.check`."""
+        self.require(rising(self.layers), f"layers {self.layers} must rise, from 0 on")
+
+    def resolved(self, backbone: Backbone) -> SideConfig:
+        """Fill in the blocks that are read."""
+        last = backbone.depth - 1
+        layers = self.layers or tuple(sorted({number * last // (READS - 1) for number in range(READS)}))
+        self.require(layers[-1] <= last, f"layers {layers} do not fit {backbone.depth} blocks")
+        return replace(self, layers=layers)
+
+
+@implements(SideConfig)
+class Side(MethodOver[VitBackbone]):
+    """``map`` [d, N]; for each of R reads ``read`` [d, D], ``mix`` [d, 9 d], ``up`` [2 d, d], ``down`` [d, 2 d], with
+    ``mix_bias`` and ``up_bias``; ``stem.{i}``, the three convolutions, [c', 9 c] each."""
+
+    backbones = (VitBackbone,)
+    only_reads = True
+    config: SideConfig
+    resize0: Tensor
+    resize1: Tensor
+
+    def __init__(self, config: SideConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        width, reads, rows, columns = config.width, len(config.layers), *backbone.grid
+        self.map = nn.Parameter(0.02 * torch.randn(width, rows * columns))
+        self.read = nn.Parameter(torch.randn(reads, width, backbone.width) / math.sqrt(backbone.width))
+        self.mix, self.mix_bias = _drawn(reads, width, 9 * width), _drawn(reads, width, 1, fan=9 * width)
+        self.up, self.up_bias = _drawn(reads, 2 * width, width), _drawn(reads, 2 * width, 1, fan=width)
+        self.down = nn.Parameter(0.3 * _drawn(reads, width, 2 * width).detach())
+        sizes = (*STEM, width) if config.stem else ()
+        self.stem = nn.ParameterList(_drawn(out, 9 * into) for into, out in itertools.pairwise(sizes))
+        for axis, size in enumerate(backbone.grid):
+            resize = _smaller(backbone.image_size, PIXELS * size)
+            self.register_buffer(f"resize{axis}", resize, persistent=False)
+
+    @property
+    def width(self) -> int:
+        """See :attr:`Method.width`."""
+        return self.config.width
+
+    def task_state(self) -> State:
+        """The parameters with leading dimension 1; ``read.{j}`` of each read by itself: none is cut from a copy."""
+        state = {name: tensor for name, tensor in self.named_parameters() if name != "read"}
+        state |= {f"read.{index}": part for index, part in enumerate(self.read)}
+        return {name: tensor.unsqueeze(0) for name, tensor in state.items()}
+
+    def image_state(self, images: Tensor, levels: Levels = ()) -> State:  # noqa: ARG002
+        """``patches.{j}`` [B, D, N], the normed patch tokens of each read, and with the stem ``pixels`` [B, 27, M], the
+        neighbourhoods that its first convolution sees."""
+        backbone = self.backbone
+        state: State = {}
+        if self.config.stem:
+            # The fixed matrix is the first factor of both: quantisers treat a fixed second factor as a weight.
+            across = self.resize1 @ images.to(self.resize1.dtype).transpose(2, 3)  # [B, 3, 8 C, S]
+            small = self.resize0 @ across.transpose(2, 3)  # [B, 3, 8 R, 8 C]
+            state["pixels"] = neighbourhoods(instance_norm(small.flatten(2)), self._sides(0), 2)
+        tokens = backbone.embed(images)
+        for block in backbone.blocks[: self.config.layers[-1] + 1]:
+            tokens = block.run_read(tokens, whole=True)
+            probe(f"block{block.index}", tokens)
+            if block.index in self.config.layers:
+                patches = plain_norm(tokens[:, backbone.num_prefix_tokens :])
+                state[f"patches.{self.config.layers.index(block.index)}"] = patches.transpose(1, 2)
+        return state
+
+    def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
+        """See :meth:`Method.forward`; this method has no prompt pathway."""
+        h = state["map"]  # [1 or B K, d, N]
+        if self.config.stem:
+            h = h + self._see(image["pixels"], state)
+        for at in range(len(self.config.layers)):
+            patches = F.dropout(image[f"patches.{at}"], self.config.dropout, self.training)
+            h = h + multiply_side_by_side(state[f"read.{at}"], patches)  # [B K, d, N]
+            near = neighbourhoods(instance_norm(h), self.backbone.grid)
+            h = h + (state["mix"][:, at] @ near + state["mix_bias"][:, at]).abs()
+            hidden = F.gelu(state["up"][:, at] @ instance_norm(h) + state["up_bias"][:, at])
+            h = h + state["down"][:, at] @ hidden
+        return Features(plain_norm(h.transpose(1, 2)).mean(dim=1))
+
+    def _see(self, pixels: Tensor, state: State) -> Tensor:
+        """The stem, [B, 27, M] to a map [B K, d, N]."""
+        seen = instance_norm(multiply_side_by_side(state["stem.0"], pixels)).abs()
+        seen = F.gelu(instance_norm(state["stem.1"] @ neighbourhoods(seen, self._sides(1), 2)))
+        return instance_norm(state["stem.2"] @ neighbourhoods(seen, self._sides(2), 2))
+
+    def _sides(self, number: int) -> tuple[int, int]:
+        """Rows and columns of the map that enters a convolution of the stem."""
+        rows, columns = self.backbone.grid
+        return rows * PIXELS >> number, columns * PIXELS >> number
+
+
+def instance_norm(maps: Tensor) -> Tensor:
+    """Each channel of [..., c, N] over its places, in float32: squares overflow in float16."""
+    return F.layer_norm(maps.float(), maps.shape[-1:], eps=EPSILON).to(maps.dtype)
+
+
+def neighbourhoods(maps: Tensor, sides: tuple[int, int], stride: int = 1) -> Tensor:
+    """The 3 x 3 places around every ``stride``-th place, zeros outside: [B, c, R C] to [B, 9 c, N]."""
+    padded = F.pad(maps.unflatten(-1, sides), (1, 1, 1, 1))
+    starts = [(row, column) for row in range(3) for column in range(3)]
+    parts = [padded[..., y : y + sides[0] : stride, x : x + sides[1] : stride] for y, x in starts]
+    return torch.cat(parts, dim=1).flatten(2)
+
+
+def multiply_side_by_side(weight: Tensor, maps: Tensor) -> Tensor:
+    """Weights [1 or B K, d, D] times the maps [B, D, N] of their image, [B K, d, N]; one product for all K tasks."""
+    if weight.shape[0] == 1:
+        return weight @ maps
+    joined = weight.unflatten(0, (maps.shape[0], -1)).flatten(1, 2)  # [B, K d, D]
+    found: Tensor = (joined @ maps).unflatten(1, (-1, weight.shape[1]))  # [B, K, d, N]
+    return found.flatten(0, 1)
+
+
+def _drawn(*size: int, fan: int | None = None) -> nn.Parameter:
+    """Uniform within 1 / sqrt(fan) of zero, by default the inputs of a matrix, as torch draws linear layers."""
+    bound = (fan or size[-1]) ** -0.5
+    return nn.Parameter(torch.empty(size).uniform_(-bound, bound))
+
+
+def _smaller(size: int, wanted: int) -> Tensor:
+    """The matrix [wanted, size] of a bilinear, antialiased resize along one axis."""
+    with torch.device("cpu"):
+        rows = torch.eye(size)[None, None]
+        return F.interpolate(rows, size=(wanted, size), mode="bilinear", antialias=True)[0, 0]
