@@ -315,9 +315,10 @@ def test_every_product_of_the_backbone_sees_its_matrix(method, backbone, kind):
     if kind in ("dynamic", "static"):
         early = math.ceil(depth / 3) if kind == "static" else 0
         assert in_float == {(index, "fc2") for index in range(early)}
-    # What both pathways see of each other goes through the projection once more, and what vqt's queries read through
-    # projection and MLP; dam-vp runs the backbone twice.
-    again = {"sa2vp": {"proj"}, "vqt": {"proj", "fc1", "fc2"}, "dam-vp": set(PARTS)}.get(method, set())
+    # What both pathways see of each other goes through the projection once more, what vqt's queries read through
+    # projection and MLP, a reader's tokens through query and projection; dam-vp runs the backbone twice.
+    twice = {"sa2vp": {"proj"}, "vqt": {"proj", "fc1", "fc2"}, "reader": {"q", "proj"}, "dam-vp": set(PARTS)}
+    again = twice.get(method, set())
     assert set(used.values()) <= {1, 2}
     assert {part for (_, part), count in used.items() if count > 1} == again
 
