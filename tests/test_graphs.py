@@ -192,7 +192,6 @@ def test_tensorrt_takes_operators_and_types(method, backbone, kind):
     assert {node.op_type for node in model.graph.node}.isdisjoint(AVOIDED)
     if kind == "dynamic":  # ONNX Runtime's alone, and the check sees it
         assert unsupported(model) == {
-            "Abs of FLOAT",
             "QuantizeLinear with another zero point than 0",
             "ReduceMax of FLOAT",
             "ReduceMax of INT64",
@@ -248,10 +247,12 @@ def test_axes_are_as_declared(method, backbone):
         assert [one.name for one in graph.input] == [spec.name for spec in declare_inputs(layout, size)]
         for spec in (*declare_inputs(layout, size), *declare_outputs()):
             assert tuple(shapes[spec.name]) == spec.shape
-        # Whatever a block computes has the batch in front, or behind the axis of the two pathways.
+        # Whatever a block computes has the images in front, or their pairs with tasks; or behind the axis of the two
+        # pathways.
         attended = [shapes[node.output[0]] for node in of_kind(graph, "Softmax")]
         assert len(attended) >= model.backbone.depth
-        assert all(shape[-4] == "batch" for shape in attended)
+        assert {shape[-4] for shape in attended} <= {"batch", "batch*asked"}
+        assert any(shape[-4] == "batch*asked" for shape in attended) != model.method.only_reads
         assert {shape[-3] for shape in attended} == {model.backbone.num_heads}
 
 
