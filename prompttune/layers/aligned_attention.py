@@ -19,8 +19,7 @@ MASKED_TOKENS_A_KEY = 71
 """Largest number of tokens, per key of a c² window, for which one masked N x N product is faster than gathering windows
 (``benchmarks/attention.py``)."""
 HIDDEN = -1e4
-"""Score added to hidden keys: finite, so that a row cannot become NaN, and within float16; its exp is exactly 0.
-Exported graphs raise it, see :data:`prompttune.layers.attention.LOWEST_EXPORTED`."""
+"""Score added to hidden keys: finite, so that a row cannot become NaN, and within float16; its exp is exactly 0."""
 
 
 def window_neighbours(grid: tuple[int, int], window: int) -> tuple[Tensor, Tensor]:
