@@ -444,7 +444,8 @@ def test_every_command_finds_the_same_images(tmp_path: Path) -> None:
 def test_only_one_file_looks_for_images_in_folders() -> None:
     """One walk for all commands; the other places list folders of their own making."""
     own = {
-        "prompttune/training/state.py", "prompttune/checkpoints/importing/run.py", "prompttune/files.py",
+        "prompttune/training/state.py", "prompttune/training/image_states.py",
+        "prompttune/checkpoints/importing/run.py", "prompttune/files.py",
         "prompttune/cli/doctor.py", "export/build.py", "export/formats/onnx_int8.py", "export/folder.py",
         "serve/infer/sinks/overlays.py", "serve/infer/sinks/parquet.py",
         "serve/service/catalogue.py",
