@@ -25,7 +25,7 @@ from tests.inferring import TELLING, command, invoked, pictures, rows_of, run, s
 from tests.sink_helpers import full_disk
 
 COUNT = 60
-CHUNKS = COUNT // 4
+CHUNKS = -(-COUNT // 8)
 OFTEN = "import prompttune.serve.infer.job as job; job.COMMIT_S = 0.0\n"
 
 
@@ -98,7 +98,7 @@ def test_an_engine_that_fails_in_the_middle(images, whole, tmp_path, monkeypatch
         patch.setattr(Engine, "answer", failing)
         with prepared(job, stdin=None, stdout=None) as ready, pytest.raises(EngineError) as caught:
             ready.job.run()
-    assert f"the device is gone; the rows of {4 * (after - 1)} inputs are safe: run again with --resume" in str(
+    assert f"the device is gone; the rows of {8 * (after - 1)} inputs are safe: run again with --resume" in str(
         caught.value
     )
     finish(job)

@@ -263,7 +263,7 @@ def test_a_worker_and_infer_take_it(tmp_path):
     task, version = EngineFolder(folder).load_task("task1")
     key = Key("task1", version)
     store.load(key, folder / "tasks" / "task1")
-    found = store.run(0, [key] * 3).logits[:, : task.num_classes]
+    found = store.run(0, [[key]] * 3).logits[:, 0, : task.num_classes]
     np.testing.assert_allclose(found, pt.Engine(folder).logits(noise(4)[:3], "task1"), atol=1e-4)
 
     rows = {}

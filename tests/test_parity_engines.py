@@ -25,7 +25,7 @@ def test_two_engines_without_the_weights(tmp_path):
     found = pt.validate_engine(first, against=exported("linear"))
     assert found.passed
     assert {one.reference for one in found.comparisons} == {"engine"}
-    assert found.max_abs == 0
+    assert found.max_abs < 1e-5  # a product with the head's classes rounds by the number of rows
     assert len(found.swaps) == 8
     assert "thresholds of fp32" in found.notes[0]
 

@@ -128,7 +128,7 @@ def test_methods_and_their_settings_are_told() -> None:
     assert (dropout["default"], dropout["bounds"]) == (0.1, "at least 0 and below 1")
     assert "prompt_layers  tuple[int, ...] | None" in repr(told)
     assert "<td>aligned or global</td>" in told._repr_html_()
-    assert "no settings" in repr(pt.describe("linear"))
+    assert "no settings" in repr(pt.describe("full"))
     with pytest.raises(UsageError, match="unknown method 'vpt'; did you mean"):
         pt.describe("vpt")
 

@@ -119,4 +119,4 @@ def test_a_server_keeps_to_the_sizes(folder, calls):
     assert calls == [2, 6, 3]
     key = Key("task1", EngineFolder(folder).load_task("task1")[1])
     store.load(key, folder / "tasks" / "task1")
-    assert store.run(0, [key]).logits.shape == (1, 8)  # as wide as calls get
+    assert store.run(0, [[key]]).logits.shape == (1, 1, 8)  # as wide as calls get

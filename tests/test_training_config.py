@@ -108,7 +108,8 @@ def test_flat_settings_name_what_is_missing_unknown_or_another_methods() -> None
     with pytest.raises(UsageError, match="did you mean weight_decay"):
         TrainConfig.from_flat({"data": "d", "output": "o", "weight_decai": 1})
     with pytest.raises(
-        UsageError, match=r"rank is a setting of sa2vp, .*lora, not of lspt; lspt has first_block, num_prompts, "
+        UsageError,
+        match=r"rank is a setting of sa2vp, .*lora, reader, not of lspt; lspt has first_block, num_prompts, ",
     ):
         TrainConfig.from_flat({"data": "d", "output": "o", "method": "lspt", "rank": 1})
     with pytest.raises(UsageError, match="full has no settings"):

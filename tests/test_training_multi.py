@@ -74,7 +74,8 @@ def test_a_wrong_file_is_refused_before_anything_is_trained(
 def test_an_override_that_suits_no_task_is_refused(bars: Path, tmp_path: Path) -> None:
     file = write_tasks(tmp_path, [{"name": "a", "method": "linear"}], {"data": str(bars)})
     with pytest.raises(
-        UsageError, match="num_prompts is a setting of lspt, gapt, vpt-shallow, vpt-deep, e2vpt, expres, not of linear"
+        UsageError,
+        match="num_prompts is a setting of lspt, gapt, vpt-shallow, vpt-deep, e2vpt, expres, reader, not of linear",
     ):
         load_tasks(file, {"num_prompts": 3})
 

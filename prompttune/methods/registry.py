@@ -15,12 +15,12 @@ from prompttune.settings import Setting, settings_of
 Config = TypeVar("Config", bound=type[MethodConfig])
 
 _OPTIONS = """
-augment augment_settings auto_augment backbone backbone_arg batch_size class_weights color_jitter compile config
-crop_mode crop_pct data data_root device devices epochs eval_every grad_clip head head_channels help hflip image_size
-init_from interpolation json label_smoothing limit lr max_corrupt method method_settings min_lr momentum normalisation
-optimizer output overwrite patience precision quiet random_crop random_erase ratio_max ratio_min reduce_zero_label
-resume scale_max scale_min schedule seed solve task_type tasks tensorboard val_fraction vflip warmup_epochs weight_decay
-weights workers
+augment augment_settings auto_augment backbone backbone_arg batch_size cache cache_disk cache_memory class_weights
+color_jitter compile config crop_mode crop_pct data data_root device devices epochs eval_every grad_clip head
+head_channels help hflip image_size init_from interpolation json label_smoothing limit lr max_corrupt method
+method_settings min_lr momentum normalisation optimizer output overwrite patience precision quiet random_crop
+random_erase ratio_max ratio_min reduce_zero_label resume scale_max scale_min schedule seed solve task_type tasks
+tensorboard val_fraction vflip warmup_epochs weight_decay weights workers
 """
 RESERVED = frozenset(_OPTIONS.split())
 """Names that ``prompttune train`` takes: the settings of all methods share one namespace with them."""

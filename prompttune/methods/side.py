@@ -136,7 +136,8 @@ class Side(MethodOver[VitBackbone]):
 
     def _see(self, pixels: Tensor, state: State) -> Tensor:
         """The stem, [B, 27, M] to a map [B K, d, N]."""
-        seen = instance_norm(multiply_side_by_side(state["stem.0"], pixels)).abs()
+        first = state["stem.0"]
+        seen = instance_norm(multiply_side_by_side(first, pixels.to(first.dtype))).abs()
         seen = F.gelu(instance_norm(state["stem.1"] @ neighbourhoods(seen, self._sides(1), 2)))
         return instance_norm(state["stem.2"] @ neighbourhoods(seen, self._sides(2), 2))
 
