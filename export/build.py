@@ -192,7 +192,7 @@ def _write_model(
             "name": model.config.method,
             "settings": model.config.to_dict(),
             "graph_settings": model.config.graph_settings(),
-            "only_reads": model.method.only_reads,
+            "only_reads": model.only_reads,
         },
         layout=model.state_layout(),
         inputs=tuple(built.inputs),

@@ -56,8 +56,6 @@ class MultiTaskGraph(nn.Module):
         self.probes = probes
         # The head's alone: methods fold their own states in float32, which this model may not be in.
         self.by_class = [key for key, shape in model.head.state_layout().items() if is_by_class(shape)]
-        self.repeats = not model.method.only_reads or bool(model.head.size)
-        """Whether each pair of an image and a task is a row of its own."""
 
     def forward(
         self,
@@ -104,14 +102,14 @@ class MultiTaskGraph(nn.Module):
                 rows[key] = every.unflatten(0, (task_index.numel(), class_index.shape[2]))
             else:  # one task with all classes; each row's own are chosen behind the product
                 rows[key] = bank[key].unsqueeze(0)
-        if self.repeats:
+        if not self.model.only_reads:
             found = {key: _repeated(one, asked) for key, one in found.items()}
         # Rows are converted after the gather, because the bank may hold thousands of tasks.
         logits: Tensor = self.model.answer(found, _typed_state(rows, self.dtype)).logits.float()
         if head.size:
             maps: Tensor = logits.unflatten(0, (task_index.shape[0], asked))
             return maps
-        taskless = not self.repeats and all(key.startswith(HEAD) for key in bank)
+        taskless = self.model.only_reads and all(key.startswith(HEAD) for key in bank)
         return _chosen(logits, class_index, taskless)
 
 

@@ -124,6 +124,12 @@ class PromptModel(nn.Module):
             parameter.requires_grad_(requires_grad and name not in self._fixed)
         return self
 
+    @property
+    def only_reads(self) -> bool:
+        """Whether the tasks of an image share its image state as it is; else it is repeated for each of them, as also
+        where the head reads maps."""
+        return self.method.only_reads and not self.head.size
+
     def take_sizes(self, stored: Mapping[str, Tensor]) -> None:
         """Make room for stored parameters whose size was chosen when training began; see :meth:`Method.take_sizes`."""
         self.method.take_sizes({name.removeprefix("method."): tensor for name, tensor in stored.items()})

@@ -122,11 +122,11 @@ def test_files_are_decoded_once_and_several_requests_share_a_batch(engine, monke
             monkeypatch.setattr(service._decoder, "_prepare", lambda *one: decoded.append(1) or prepare(*one))
             single = InferRequest("task0", [InputTensor("image", "BYTES", bytes_array([file]))])
             async with asyncio.timeout(4):  # the batch is full with the second image
-                first, other, _ = await asyncio.gather(
-                    service.infer(panel(bytes_array([file]))),
-                    service.infer(single),
-                    service.infer(panel(bytes_array([photograph(1)]))),
-                )
+                waiting = asyncio.gather(service.infer(panel(bytes_array([file]))), service.infer(single))
+                while service._replicas[0].queued_rows < 3:  # whichever is decoded first
+                    await asyncio.sleep(0.01)
+                await service.infer(panel(bytes_array([photograph(1)])))
+                first, other = await waiting
             assert len(decoded) == 3
             np.testing.assert_array_equal(outputs(first)["score"][0, 0, :2], outputs(other)["score"][0])
             assert [one.batch_size for one in service.statistics("task1")[0].batch_stats] == [2]

@@ -7,8 +7,11 @@ from click.testing import CliRunner
 import prompttune as pt
 from prompttune.cli.main import cli
 from prompttune.errors import UsageError
-from prompttune.export import ExportSettings
+from prompttune.export import EngineFolder, ExportSettings
 from prompttune.export.runtimes.image_cache import ImageCache
+from prompttune.serve.service.settings import EngineSettings
+from prompttune.serve.workers import Key, WorkerSettings
+from prompttune.serve.workers.store import Store
 from tests.engines import checkpoint, exported, noise, workshop
 
 TOGETHER = [["task0", "task1"]]
@@ -56,6 +59,26 @@ def test_the_cache_stays_within_its_bytes_and_drops_the_least_recent(split):
         engine.logits(images[row : row + 1], "task0")
         assert cache.nbytes <= 2 * one
     assert (cache.hits, cache.misses) == (2, 4)
+
+
+def test_a_server_keeps_images_for_all_of_its_tasks(split):
+    _, folder = split
+    settings = EngineSettings.of(folder, {"image_cache": 8})
+    assert "--image-cache" in CliRunner().invoke(cli, ["serve", "--help"]).output
+    slots = np.ascontiguousarray(noise(2)[None])
+    store = Store(WorkerSettings(folder, settings.runtime, rows=2, axes={}, max_batch=2, host_bytes=0), slots)
+    keys = [Key(name, EngineFolder(folder).load_task(name)[1]) for name in TOGETHER[0]]
+    for key in keys:
+        store.load(key, folder / "tasks" / key.task)
+    before = store.stats()
+    first, again = (store.run(0, [[key], [key]]).logits for key in keys)
+    wanted = pt.Engine(folder).logits(noise(2), TOGETHER)
+    for number, found in enumerate((first, again)):
+        np.testing.assert_allclose(found[:, 0, : 2 + number], wanted[:, number, : 2 + number], atol=1e-5)
+    after = store.stats()
+    assert after.image_hits - before.image_hits >= 2
+    assert after.image_misses - before.image_misses <= 2
+    assert 0 < after.image_bytes <= 8 << 20
 
 
 def test_a_replaced_task_answers_anew_for_a_kept_image(split):

@@ -229,8 +229,7 @@ class BuildRequest:
     @property
     def axes(self) -> dict[str, Range]:
         """Ranges that were asked for, and that of the tasks for an image, see :data:`MANY`."""
-        reads = self.model.method.only_reads and not self.model.head.size
-        return {**({ASKED: MANY} if reads else {}), **self.settings.axes}
+        return {**({ASKED: MANY} if self.model.only_reads else {}), **self.settings.axes}
 
     def trace(self, probes: bool = False, device: str = "cpu") -> Traced:
         """The graph for these settings, with its constants on ``device``.

@@ -37,7 +37,6 @@ from prompttune.export.precision.smooth import smoothed
 from prompttune.export.quiet import quiet
 from prompttune.export.runtimes.base import Array
 from prompttune.export.runtimes.choice import OPENVINO
-from prompttune.task_types.classification import ClassHead
 
 _BATCH = 8
 _FLOAT_BLOCKS = 3
@@ -108,8 +107,7 @@ def calibrated(request: BuildRequest) -> BuildRequest:
     }
     calls = ((images, states[task]) for task, images in _batches(request))
     model = smoothed(request.model, calls)
-    if isinstance(model.head, ClassHead):  # with a scale a row, answers depend on nothing beside it
-        model.head.apart = request.settings.quantization != "static"
+    model.head.apart = request.settings.quantization != "static"  # with a scale a row, nothing beside it matters
     return dataclasses.replace(request, model=model)
 
 

@@ -128,7 +128,7 @@ class StateRunner:
         self.description = runtime.description
 
     def logits(self, images: Array, tasks: Sequence[str] | Sequence[list[str]]) -> Array:
-        """Logits of images [B, 3, S, S]; C is the largest class count of all tasks.
+        """Logits of images [B, 3, S, S]; C is at least the largest class count of ``tasks``.
 
         Args:
             images: normalised float32.
@@ -141,10 +141,4 @@ class StateRunner:
         else:
             index = self._stacked.index(numbers, self._runtime.sizes)
         logits = self._runtime.logits(np.ascontiguousarray(images), index, self._bank)
-        if self._stacked is not None and self._stacked.form.by_class:
-            widest = max(place.classes for place in self._stacked.places)
-            own = min(widest, logits.shape[2])
-            whole = np.full((*logits.shape[:2], widest, *logits.shape[3:]), -np.inf, logits.dtype)
-            whole[:, :, :own] = logits[:, :, :own]
-            logits = whole
         return logits[:, 0] if single else logits

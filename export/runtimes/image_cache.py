@@ -62,16 +62,15 @@ class ImageCache(Runtime):
 
     def logits(self, images: Array, index: Index, bank: Mapping[str, Any]) -> Array:
         """See :meth:`Runtime.logits`."""
-        keys = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
+        keys = [hashlib.blake2b(image, digest_size=16).digest() for image in images]
         found = self._known(keys)
         missing = {key: place for place, key in enumerate(keys) if key not in found}
+        computed: _State = {}
         if missing:
             computed = self._runtime.image_state(np.ascontiguousarray(images[list(missing.values())]))
             for row, key in enumerate(missing):
                 found[key] = {name: np.array(one[row]) for name, one in computed.items()}
             self._keep({key: found[key] for key in missing})
-        else:
-            computed = {}
         if len(missing) < len(keys):
             computed = {name: np.stack([found[key][name] for key in keys]) for name in found[keys[0]]}
         return self._runtime.answer(computed, index, bank)

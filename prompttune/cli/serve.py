@@ -35,7 +35,7 @@ WATCH_S = 2.0
 
 
 def _options() -> list[click.Parameter]:
-    runtime = options_of(RuntimeOptions, only=("threads", "runtime", "provider_cache"))
+    runtime = options_of(RuntimeOptions, only=("threads", "runtime", "provider_cache", "image_cache"))
     return [*options_of(ServerSettings, EngineSettings), *runtime, *options_of(AccessSettings)]
 
 

@@ -60,6 +60,9 @@ class Head(nn.Module):
 
     size: tuple[int, ...] = ()
     """Dimensions of the logits after the classes."""
+    apart = False
+    """Whether each row is to be a product of its own where rows are single features, so that its rounding does not
+    depend on the rows beside it."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()

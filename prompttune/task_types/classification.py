@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 class ClassHead(Head):
     """A linear layer on the pooled features."""
 
-    apart = False
-    """Whether each row is a product of its own, so that its rounding does not depend on the rows beside it."""
-
     def __init__(self, width: int, classes: int) -> None:
         nn.Linear(width, classes)  # draws what earlier releases drew, so that a seed still gives the same head
         super().__init__(width, classes)

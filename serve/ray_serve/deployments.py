@@ -141,7 +141,17 @@ class Arguments:
     """Follow the tasks of the engine's folder."""
 
 
-SERVED = ("threads", "runtime", "max_batch", "max_delay_ms", "resident_tasks", "max_queue", "timeout", "token_file")
+SERVED = (
+    "threads",
+    "runtime",
+    "image_cache",
+    "max_batch",
+    "max_delay_ms",
+    "resident_tasks",
+    "max_queue",
+    "timeout",
+    "token_file",
+)
 """Options of ``prompttune serve`` that are arguments as well."""
 
 

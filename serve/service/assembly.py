@@ -7,7 +7,6 @@ from dataclasses import replace
 from prompttune.errors import EngineError
 from prompttune.export.folder import EngineFolder, Manifest
 from prompttune.export.layout import BATCH, TASKS
-from prompttune.methods import METHODS
 from prompttune.serve.batching.replica import DeviceReplica
 from prompttune.serve.service.catalogue import Catalogue
 from prompttune.serve.service.metrics import Metrics
@@ -61,9 +60,8 @@ def most_answers(manifest: Manifest, max_batch: int) -> int:
 
     Where a task tunes blocks, an answer takes the memory of an image in them.
     """
-    name = manifest.method["name"]
-    if not manifest.asks_many or name not in METHODS:
+    if not manifest.asks_many:
         return 0
-    if any(module.only_reads for module in METHODS[name].modules):
+    if manifest.only_reads:
         return READERS * max_batch
     return max_batch if manifest.method["graph_settings"].get("first_block") else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from prompttune.backbones.conv import ConvBackbone
 from prompttune.backbones.swin import SwinBackbone
 from prompttune.layers.bottleneck import ACTIVATIONS
 from prompttune.methods.base import setting
-from prompttune.methods.over_vit import BlocksConfig
+from prompttune.methods.over_vit import BlocksConfig, rising
 
 PROMPT_LAYER_STRIDE = 4
 """The paper's prompt layers of a 12-block ViT are 0, 4 and 8."""
@@ -60,8 +59,7 @@ class SA2VPConfig(BlocksConfig):
         self.require(0 <= self.base_weight <= 1, f"base_weight must be from 0 to 1, not {self.base_weight}")
         layers = self.prompt_layers
         if layers is not None:
-            rising = all(a < b for a, b in itertools.pairwise(layers))
-            self.require(len(layers) > 0 and layers[0] == 0 and rising, f"prompt_layers {layers} must rise from 0")
+            self.require(layers[:1] == (0,) and rising(layers), f"prompt_layers {layers} must rise from 0")
 
     def graph_settings(self) -> dict[str, Any]:
         """See :meth:`MethodConfig.graph_settings`; settings without an effect next to the others are left out."""
