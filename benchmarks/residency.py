@@ -50,6 +50,7 @@ def check_answers(
     """
     manifest = engine.folder.manifest
     runtime = open_runtime(engine.folder.path, manifest, options)
+    classes = len(like.labels)
     apart, other = 0.0, 0
     for start in range(0, len(numbers), MIXED):
         some = numbers[start : start + MIXED]
@@ -57,9 +58,9 @@ def check_answers(
         mixed = engine.logits(images, [f"task{number}" for number in some])
         for row, number in enumerate(some):
             alone = StateRunner(runtime, manifest, {"alone": draw_task(like, number).state})
-            single = alone.logits(images[row : row + 1], ["alone"])[0]
-            apart = max(apart, float(np.abs(mixed[row] - single).max()))
-            other += int(mixed[row].argmax() != single.argmax())
+            single = alone.logits(images[row : row + 1], ["alone"])[0, :classes]
+            apart = max(apart, float(np.abs(mixed[row, :classes] - single).max()))
+            other += int(mixed[row, :classes].argmax() != single.argmax())
     return apart, other
 
 
