@@ -151,6 +151,16 @@ def test_missing_data_and_wrong_names_start_nothing(base: list[Any], tmp_path: P
     assert "skipped, its data are missing: b" in skipped.stderr
 
 
+def test_arguments_of_the_backbone_are_a_part_of_its_name(base: list[Any]) -> None:
+    """They reach every run, through the option or through ``--set``."""
+    for words in (["--backbone-arg", "init_values=0.1"], ["--set", "backbone_arg=[init_values=0.1]"]):
+        planned = command(*base, "--skip-missing", "--methods", "linear", *words, "--dry-run", "--json")
+        names = {run["settings"]["backbone"] for run in json.loads(planned.stdout)["runs"]}
+        assert names == {"test_vit?init_values=0.1"}, planned.stderr
+    wrong = command(*base, "--skip-missing", "--methods", "linear", "--backbone-arg", "init_values")
+    assert (wrong.exit_code, "give NAME=VALUE" in wrong.stderr) == (2, True)
+
+
 Fail = Callable[[TrainConfig], None]
 
 

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import transformers as hf
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torchvision.models import VisionTransformer as TorchvisionViT
 
 import prompttune as pt
@@ -73,6 +73,52 @@ def test_a_folder_of_transformers(kind, tmp_path):
     same(backbone, lambda images: features(tower(images)))
     again = pt.load_backbone(backbone.name, size, backbone.weights)
     assert (again.name, again.fingerprint) == (backbone.name, backbone.fingerprint)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_model_in_several_files(safe, tmp_path):
+    model = drawn(hf.Dinov2Model(hf.Dinov2Config(**SIZES)))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    parts = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(parts) > 2
+    if not safe:  # as older versions of transformers save it
+        listed = json.loads(index.read_text().replace("model-", "pytorch_model-").replace(".safetensors", ".bin"))
+        for part in parts:
+            torch.save(load_file(part), tmp_path / f"pytorch_{part.stem}.bin")
+            part.unlink()
+        index.unlink()
+        index = tmp_path / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps(listed))
+    for source in ({}, {"weights": index}, {"weights": tmp_path}):
+        same(pt.load_backbone(str(tmp_path), 32, **source), lambda images: pooled(model(images)))
+    last = sorted(tmp_path.glob("*.safetensors" if safe else "*.bin"))[-1]
+    last.unlink()
+    with pytest.raises(BackboneError, match=f"cannot read .*{last.name}"):
+        pt.load_backbone(str(tmp_path))
+    for damaged in (
+        '{"weight_map": {"a": "../b.safetensors"}}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 1}}',
+        "[]",
+    ):
+        index.write_text(damaged)
+        with pytest.raises(BackboneError, match="is not an index of tensors: its weight_map names no files beside it"):
+            pt.load_backbone("vit_small_patch14_dinov2", weights=index)
+
+
+def test_a_convnext_before_fine_tuning_has_no_last_norm(tmp_path, caplog):
+    model = drawn(timm.create_model("convnextv2_atto", num_classes=0, depths=(1, 1, 1, 1)))
+    tensors = {name: value for name, value in model.state_dict().items() if not name.startswith("head.norm")}
+    torch.save({"model": tensors}, tmp_path / "convnextv2_atto_1k_224_fcmae.pt")
+    torch.nn.init.ones_(model.head.norm.weight)
+    torch.nn.init.zeros_(model.head.norm.bias)
+    name = "convnextv2_atto?depths=[1,1,1,1]"
+    same(pt.load_backbone(name, 64, tmp_path / "convnextv2_atto_1k_224_fcmae.pt"), model)
+    assert "has no last norm" in caplog.text
+    torch.save({"model": {n: v for n, v in tensors.items() if n != "stem.1.bias"}}, tmp_path / "a.pt")
+    with pytest.raises(BackboneError, match=r"missing stem\.1\.bias"):
+        pt.load_backbone(name, 64, tmp_path / "a.pt")
 
 
 def test_defaults_are_those_of_transformers():

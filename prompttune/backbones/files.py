@@ -9,6 +9,7 @@ self-supervised ViTs have their own wrapping and names: MAE (https://github.com/
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -20,12 +21,16 @@ import numpy as np
 import timm
 import torch
 from timm.layers.patch_embed import PatchEmbed
+from timm.models.convnext import ConvNeXt
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from prompttune.backbones.layouts import to_timm
+from prompttune.backbones.names import parts_of
 from prompttune.errors import BackboneError, shortened
 from prompttune.foreign import plain_dict, read_foreign, state_dict_of
+
+logger = logging.getLogger("prompttune")
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 SUFFIXES = (".safetensors", *PICKLED, ".npz")
@@ -85,12 +90,15 @@ def read_weights(path: Path) -> Weights:
     """
     if not path.is_file():
         raise BackboneError(f"no weights file at {path}")
-    if path.suffix not in SUFFIXES:
+    parts = parts_of(path)
+    if not parts and path.suffix not in SUFFIXES:
         raise BackboneError(f"{path.name}: unknown kind of weights file; known: {', '.join(SUFFIXES)}")
     if path.suffix == ".npz":
         return _read_npz(path)
-    loaded = read_foreign(path, BackboneError)
-    stored = state_dict_of(loaded, path, _WRAPPERS, BackboneError)
+    loaded, stored = None, {}
+    for part in parts or [path]:
+        loaded = read_foreign(part, BackboneError)
+        stored |= state_dict_of(loaded, part, _WRAPPERS, BackboneError)
     found = Weights(path, {}, stored)
     for name, value in stored.items():
         short = _PREFIXES.sub("", name, count=1) if _PREFIXES.match(name) else name
@@ -211,6 +219,11 @@ def load_into(
     wrong = [n for n, value in own.items() if n in renamed and renamed[n].shape != value.shape]
     # timm's filter leaves the biases of DINOv3 out where the model has none
     unknown += [n for n in tensors if n.endswith("attn.qkv.bias") and n not in renamed and _lost(n, tensors, renamed)]
+    if missing == _LAST_NORM and isinstance(model, ConvNeXt):
+        logger.warning(
+            "%s has no last norm, as ConvNeXt V2's pre-training: it keeps its initial values", found.path.name
+        )
+        missing = []
     told = [_some("missing", missing), _some("unknown", unknown), _wrong(wrong, renamed, own)]
     if any(told):
         hints = [hint for sign, hint in _HINTS if any(n.endswith(sign) for n in unknown)]
@@ -219,6 +232,7 @@ def load_into(
     model.load_state_dict(renamed, strict=False)
 
 
+_LAST_NORM = ["head.norm.weight", "head.norm.bias"]
 _HINTS = (
     ("ls1.gamma", "init_values=1e-5"),
     ("reg_token", "reg_tokens=NUMBER"),

@@ -22,6 +22,8 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from prompttune.errors import BackboneError, UsageError, describe_failure, first_line
 from prompttune.hub import hub_answers
 
+INDEX = ".index.json"
+"""End of the name of a file that says which tensors are in which file."""
 WEIGHTS = (
     "model.safetensors",
     "pytorch_model.bin",
@@ -29,6 +31,8 @@ WEIGHTS = (
     "open_clip_pytorch_model.bin",
     "pytorch_model.pth",
     "model.pth",
+    f"model.safetensors{INDEX}",
+    f"pytorch_model.bin{INDEX}",
 )
 """Names of weights files in a folder or repository, the preferred ones first."""
 _CONFIGS = ("config.json", "open_clip_config.json", "preprocessor_config.json")
@@ -203,7 +207,24 @@ def _described(where: str, file: Callable[[str], Path | None]) -> Model:
         raise BackboneError(f"{where} is a model {found.name!r}, which timm does not have")
     found.described = True
     found.weights = next((path for one in WEIGHTS if (path := file(one)) is not None), None)
+    for part in parts_of(found.weights):
+        file(part.name)  # into the cache, beside the index
     return found
+
+
+def parts_of(path: Path | None) -> list[Path]:
+    """The files that an index of tensors names, beside it; none for any other file.
+
+    Raises:
+        BackboneError: the index is damaged, or names a file elsewhere.
+    """
+    if path is None or not path.name.endswith(INDEX):
+        return []
+    listed = _json(path).get("weight_map")
+    names = set(listed.values()) if isinstance(listed, dict) else set()
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise BackboneError(f"{path} is not an index of tensors: its weight_map names no files beside it")
+    return [path.with_name(name) for name in sorted(names)]
 
 
 def _three(values: Any) -> Three | None:

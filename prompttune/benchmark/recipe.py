@@ -120,7 +120,7 @@ class Recipe:
         method, entry = self.method_of(label), self.tasks[task]
         own = self.methods.get(method, {})
         variant = {name: value for name, value in self.variants.get(label, {}).items() if name != "method"}
-        return {
+        found: dict[str, Any] = {
             "method": method,
             "data": entry.data,
             **suiting(self.defaults, method),
@@ -131,6 +131,11 @@ class Recipe:
             **suiting(overrides, method),
             **SCORED_ONCE,
         }
+        if args := found.pop("backbone_arg", None):
+            from prompttune.backbones.names import join_args
+
+            found["backbone"] = join_args(found["backbone"], args)
+        return found
 
 
 def check_open(name: str, value: Any) -> None:

@@ -64,6 +64,9 @@ class BenchmarkSettings:
         shown="a core each, 4 at most; 1 on a GPU",
     )  # fmt: skip
     backbone: str | None = setting(None, "timm name of the backbone; replaces the recipe's.", metavar="NAME")
+    backbone_arg: tuple[str, ...] = setting(
+        (), "Argument of the timm model, such as init_values=1e-5; may be repeated.", repeat=True, metavar="NAME=VALUE"
+    )
     image_size: int | None = setting(None, "Side of the input in pixels; replaces the recipe's.", low=1)
     weights: str | None = setting(None, "auto, random, random:SEED or a file; replaces the recipe's.", metavar="SOURCE")
     device: str | None = setting(None, "Device: auto, cpu, cuda or cuda:INDEX.")
@@ -83,5 +86,5 @@ class BenchmarkSettings:
     @property
     def overrides(self) -> dict[str, Any]:
         """Settings of the runs that replace the recipe's."""
-        named = ("data_root", "backbone", "image_size", "weights", "device")
-        return {name: value for name in named if (value := getattr(self, name)) is not None} | dict(self.changes)
+        named = ("data_root", "backbone", "backbone_arg", "image_size", "weights", "device")
+        return {name: value for name in named if (value := getattr(self, name)) not in (None, ())} | dict(self.changes)
