@@ -95,7 +95,8 @@ def read_weights(path: Path) -> Weights:
         raise BackboneError(f"{path.name}: unknown kind of weights file; known: {', '.join(SUFFIXES)}")
     if path.suffix == ".npz":
         return _read_npz(path)
-    loaded, stored = None, {}
+    loaded: Any = None
+    stored: dict[str, Tensor] = {}
     for part in parts or [path]:
         loaded = read_foreign(part, BackboneError)
         stored |= state_dict_of(loaded, part, _WRAPPERS, BackboneError)
