@@ -41,6 +41,10 @@ class RuntimeOptions:
         0, "MiB for the frozen work on images: another question about an image then costs the tasks' part alone. For "
         "engines exported with --split.", low=0, shown="none",
     )  # fmt: skip
+    skip_unchanged: float = setting(
+        0.0, "Reuse that work for a frame like one of the last eight: no 16 x 16 pixels differ by more on average, in "
+        "standard deviations, such as 0.05.", low=0, shown="none",
+    )  # fmt: skip
 
     @property
     def cuda_index(self) -> int | None:

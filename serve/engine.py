@@ -107,6 +107,7 @@ class Engine:
         spin: whether CPU threads that wait for the next operator spin, see :class:`RuntimeOptions`.
         runtime: ``onnxruntime`` or ``openvino`` for an ONNX engine; ``auto`` chooses, see :class:`RuntimeOptions`.
         image_cache: MiB for the frozen work on images, see :class:`RuntimeOptions`.
+        skip_unchanged: difference from one of the last images below which that work is reused, see there.
         verify: whether to check the model's digests first.
         tasks: tasks to answer for, with room for the largest of them from the start, so that an answer's last digits do
             not depend on which task was loaded first; None for all tasks of the folder.
@@ -138,6 +139,7 @@ class Engine:
         spin: bool = True,
         runtime: str = "auto",
         image_cache: int = 0,
+        skip_unchanged: float = 0.0,
         verify: bool = True,
         tasks: Sequence[str] | None = None,
         resident_tasks: int | None = None,
@@ -148,7 +150,9 @@ class Engine:
         self.device = device
         manifest = self.folder.manifest
         kept = None if cache is None else Path(cache)
-        options = RuntimeOptions(device, threads, cuda_graph, provider, kept, spin, runtime, image_cache)
+        options = RuntimeOptions(
+            device, threads, cuda_graph, provider, kept, spin, runtime, image_cache, skip_unchanged
+        )
         self._runtime = open_runtime(self.folder.path, manifest, options)
         self._dtype = bank_dtype(manifest.bank_precision)
         self._unsaved: dict[str, tuple[EngineTask, str]] = {}

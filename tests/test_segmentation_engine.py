@@ -30,7 +30,7 @@ from prompttune.serve.service.assembly import make_service
 from prompttune.serve.service.settings import EngineSettings
 from prompttune.task_types import ClassificationConfig
 from tests.engines import exported, noise
-from tests.segmenting import LABELS, engine_of, saved, tiny, write_blocks
+from tests.segmenting import LABELS, drawn_segmentation, engine_of, saved, tiny, write_blocks
 from tests.tensorrt_rtx import MAGIC, build_engine
 from tests.test_export_folder import reseal
 
@@ -85,6 +85,22 @@ def test_export_is_proven(engine):
         assert one["agreement"] > 0.999
     assert all(one["exact"] for one in report["swaps"])
     assert report["swaps"]
+
+
+def test_an_eva_is_exported_like_a_vit(tmp_path):
+    over, images = tiny("test_eva"), noise(2)
+    models = [drawn_segmentation(over, "sa2vp", "pyramid", number, rank=2 + number) for number in (0, 1)]
+    for number, model in enumerate(models):
+        model.save(tmp_path / f"task{number}")
+    runs = [tmp_path / f"task{number}" for number in (0, 1)]
+    folder = pt.export_engine(runs, tmp_path / "engine", batch_sizes=(1, 2))
+    assert folder.manifest.parity["passed"]
+    assert folder.manifest.backbone["name"] == "test_eva"
+    logits = pt.Engine(folder.path).logits(images, ["task1", "task0"])
+    for row, number in enumerate((1, 0)):
+        wanted = models[number](torch.from_numpy(images[row : row + 1])).logits[0].detach().numpy()
+        assert np.abs(logits[row, : len(LABELS[number])] - wanted).max() <= 1e-4
+        assert np.abs(wanted).max() > 0.1
 
 
 def test_head_is_an_input(engine):

@@ -61,6 +61,29 @@ def test_the_cache_stays_within_its_bytes_and_drops_the_least_recent(split):
     assert (cache.hits, cache.misses) == (2, 4)
 
 
+def test_a_frame_like_an_earlier_one_takes_its_work(split, monkeypatch):
+    _, folder = split
+    engine, images = pt.Engine(folder, image_cache=8, skip_unchanged=0.05), noise(3)
+    like, moved, still = images.copy(), images.copy(), np.repeat(images[:1], 2, 0)
+    like += 0.04 * np.where(np.arange(images.shape[-1]) % 2, 1, -1).astype(np.float32)
+    moved[:, :, -5:, -5:] += 1.5  # one cell's part
+    still[1, 0, 3, 3] += 5.0  # a pixel: 5 / 3 channels / 256 places
+    first = engine.logits(images, "task0")
+    assert np.array_equal(engine.logits(like, "task0"), first)
+    cache = engine._runtime
+    assert (cache.hits, cache.misses) == (3, 3)
+    assert np.abs(engine.logits(moved, "task0") - first).max() > 1e-5
+    assert (cache.hits, cache.misses) == (3, 6)
+    fresh = pt.Engine(folder, image_cache=8, skip_unchanged=0.05)
+    together = fresh.logits(still, "task0")
+    assert np.array_equal(together[0], together[1])
+    for shade in range(40):  # a slow change is compared with what was computed, not with the frame before
+        fresh.logits(still[:1] + np.float32(0.01 * shade), "task0")
+    assert fresh._runtime.misses >= 2 + 40 // 6
+    with pytest.raises(UsageError, match="--skip-unchanged compares with kept images: give --image-cache"):
+        pt.Engine(folder, skip_unchanged=0.05)
+
+
 def test_a_server_keeps_images_for_all_of_its_tasks(split):
     _, folder = split
     settings = EngineSettings.of(folder, {"image_cache": 8})

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
-from prompttune.errors import EngineError
+from prompttune.errors import EngineError, UsageError
 from prompttune.export.folder import Manifest
 from prompttune.export.runtimes.base import Runtime, RuntimeOptions
 from prompttune.export.runtimes.choice import ONNXRUNTIME, OPENVINO, runtime_of
@@ -31,6 +31,7 @@ def open_runtime(folder: Path, manifest: Manifest, options: RuntimeOptions | Non
     """Open a folder's model with the runtime of its format.
 
     Raises:
+        UsageError: the runtime does not support an option.
         EngineError: the format is unknown, or the runtime cannot open the model.
         MissingExtraError: the format or the device needs an extra that is not installed.
     """
@@ -41,4 +42,8 @@ def open_runtime(folder: Path, manifest: Manifest, options: RuntimeOptions | Non
     opened = known[runtime_of(folder, manifest, options)](folder, manifest, options)
     opened.sizes = opened.sizes if opened.sizes.ranges else manifest.sizes
     opened.asks_many = manifest.asks_many
-    return ImageCache(opened, options.image_cache << 20) if options.image_cache else opened
+    if options.image_cache:
+        return ImageCache(opened, options.image_cache << 20, options.skip_unchanged)
+    if options.skip_unchanged:
+        raise UsageError("--skip-unchanged compares with kept images: give --image-cache MIB as well")
+    return opened
