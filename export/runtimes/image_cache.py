@@ -82,7 +82,7 @@ class ImageCache(Runtime):
 
     def _key(self, image: Array) -> bytes:
         """Digest of an image [3, S, S], or of an unchanged one before it."""
-        key = hashlib.blake2b(image, digest_size=16).digest()
+        key = hashlib.blake2b(image.data, digest_size=16).digest()
         if self._unchanged:
             with self._lock:
                 like = next((one for one, last in self._last if _apart(image, last) <= self._unchanged), None)
