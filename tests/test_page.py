@@ -262,7 +262,7 @@ def test_the_server_the_load_and_the_workers_are_told(page: Page) -> None:
     expect(page.locator("#facts")).to_contain_text("vit_small_patch14_dinov2")
     expect(page.locator("#facts")).to_contain_text("1 d 2 h")
     load = page.locator("#load")
-    for words in ("37of 1,024 images", "32images on a device", "412.7images a second", "122of 128 rows", "95.6 %"):
+    for words in ("37of 1,024 answers", "32answers on a device", "412.7answers a second", "122of 128 rows", "95.6 %"):
         expect(load).to_contain_text(words)
     workers = page.locator("#workers tr")
     expect(workers).to_have_count(2)

@@ -23,15 +23,15 @@ const latency = new Plot(byId("latency"), {
   empty: "No request in the last five minutes. Latencies appear here with the first.",
 });
 const throughput = new Plot(byId("throughput"), {
-  title: "Images answered",
+  title: "Answers",
   unit: "per s",
   series: [
-    { key: "rows", name: "images" },
+    { key: "rows", name: "answers" },
     { key: "requests", name: "requests" },
     { key: "errors", name: "errors" },
   ],
   write: (value) => `${count(value)}/s`,
-  empty: "No image in the last five minutes.",
+  empty: "No answer in the last five minutes.",
 });
 
 function showServer(server) {
@@ -72,9 +72,9 @@ function showLoad(load, workers, points) {
   const up = workers.filter((worker) => worker.state === "ready").length;
   const batch = points.at(-1)?.batch_rows ?? null;
   byId("load").replaceChildren(
-    tile("Queue", count(load.queued_rows), `of ${count(load.max_queue)} images`, load.queued_rows / load.max_queue),
-    tile("In flight", count(load.running_rows), "images on a device"),
-    tile("Throughput", rate(load.rows_per_s), "images a second"),
+    tile("Queue", count(load.queued_rows), `of ${count(load.max_queue)} answers`, load.queued_rows / load.max_queue),
+    tile("In flight", count(load.running_rows), "answers on a device"),
+    tile("Throughput", rate(load.rows_per_s), "answers a second"),
     tile("Batch", rate(batch), "images on average"),
     tile("Resident tasks", count(resident), `of ${count(capacity)} rows`, resident / capacity),
     tile("Found resident", percent(Number.isNaN(hits) ? null : hits), "of look-ups", hits),
