@@ -65,6 +65,13 @@ def test_an_engine_agrees_with_pytorch(name):
     assert all(one["max_abs"] <= 1e-4 for one in report["comparisons"])
 
 
+def test_a_model_that_clamps_twice_is_exported(tmp_path):
+    name = "gemma4_vit_167m?depth=1&embed_dim=64&num_heads=1&head_dim=64&intermediate_size=64"
+    pt.PromptModel(pt.load_backbone(name, weights="random"), "linear", 3).save(tmp_path / "run")
+    folder = pt.export_engine([tmp_path / "run"], tmp_path / "engine", batch_sizes=(1,), images=1)
+    assert folder.manifest.parity["passed"]
+
+
 @pytest.mark.parametrize(("precision", "name"), [("fp16", "test_efficientnet_ln"), ("int8", "test_vit_relpos")])
 def test_engines_of_low_precision_agree(precision, name, tmp_path):
     runs = [checkpoint("linear", number, name) for number in (0, 1)]

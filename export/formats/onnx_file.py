@@ -65,6 +65,7 @@ def export_onnx(traced: Traced, folder: Path, opset: int = OPSET) -> dict[str, s
             raise EngineError(f"the ONNX exporter failed: {first_line(cause)}") from problem
         assert exported is not None
         _forget_sources(exported.model)
+        _keep_constants(exported.model)
         _fold_weights(exported.model)
         _average_by_product(exported.model)
         outputs = exported.model.graph.outputs
@@ -78,6 +79,14 @@ def _forget_sources(model: Any) -> None:
     """Remove the exporter's stack traces: they name folders of this machine and make equal graphs differ."""
     for node in model.graph.all_nodes():
         node.metadata_props.pop(_STACK_TRACE, None)
+
+
+def _keep_constants(model: Any) -> None:
+    """Give the graph the constants that it lacks: the exporter loses bounds where it joins clamps of one value."""
+    for node in model.graph.all_nodes():
+        for value in node.inputs:
+            if value is not None and value.const_value is not None and value.producer() is None and value.graph is None:
+                model.graph.register_initializer(value)
 
 
 def _fold_weights(model: Any) -> None:
