@@ -8,9 +8,11 @@ from timm.models import register_model
 from timm.models.convnext import ConvNeXt, _create_convnext
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, _create_resnet
 
+from tests.plains import OVER_MODULES
+
 CONVS = ("test_resnet3", "test_convnext4")
 """Batch norms and both kinds of block; layer norms, LayerScale and a norm behind the pooling."""
-ON_CONV = ("sa2vp", "dam-vp", "linear", "full")
+ON_CONV = ("sa2vp", "dam-vp", "linear", "full", "vpt-shallow", *OVER_MODULES)
 """Methods that drive convolutions; a test holds all others to a refusal by name."""
 
 _CONFIG = {"input_size": (3, 64, 64), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}

@@ -19,7 +19,7 @@ from tests.reference.draw import draw
 VITS = ("test_vit", "test_vit2", "test_vit3", "test_vit4", "test_eva")
 """Class token; register, average pooling and LayerScale; attention pooling; RMS norms; rotary embedding."""
 
-FACTORS = ("method.scale.", "method.temperatures")
+FACTORS = ("method.scale", "method.temperatures")
 """Parameters that multiply what the backbone computes: they are drawn around 1."""
 
 SWITCHES = ("method.masks.",)
@@ -49,10 +49,12 @@ def drawn_weights(name: str, folder: Path, seed: int = 0) -> Path:
 
 
 def _unnamed_norms(model: nn.Module) -> set[str]:
-    """Norms whose names do not say so, which draw() would take for something else."""
-    norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+    """Norms that draw() does not know: those whose names do not say so, and batch norms for their variances."""
+    batch = nn.modules.batchnorm._BatchNorm
     return {
-        name for name, one in model.named_modules() if isinstance(one, norms) and "norm" not in name.rpartition(".")[2]
+        name
+        for name, one in model.named_modules()
+        if isinstance(one, batch) or (isinstance(one, nn.LayerNorm) and "norm" not in name.rpartition(".")[2])
     }
 
 
@@ -99,6 +101,7 @@ def default_configs() -> list[MethodConfig]:
         "adapter": {"rank": 4},
         "lora": {"rank": 4},
         "ssf": {},
+        "bitfit": {},
         "reader": {"num_prompts": 3, "rank": 4},
         "side": {"width": 8},
         "linear": {},

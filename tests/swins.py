@@ -15,10 +15,11 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2, _create_swin_tran
 from torch import Tensor, nn
 
 from prompttune.backbones import SwinBackbone, SwinV2Backbone
+from tests.plains import OVER_MODULES
 
 SWINS = ("test_swin", "test_swin2", "test_swinv2")
 """Windows that divide every map; windows of which none does, so that padding, shift and mask meet; these on Swin v2."""
-ON_SWIN = ("sa2vp", "vpt-shallow", "vpt-deep", "linear", "full", "dam-vp")
+ON_SWIN = ("sa2vp", "vpt-shallow", "vpt-deep", "linear", "full", "dam-vp", *OVER_MODULES)
 """Methods that drive a Swin; a test holds all others to a refusal by name."""
 
 _TINY = {"img_size": 64, "embed_dim": 16, "num_heads": (1, 2, 4, 8), "depths": (2, 1, 3, 1)}

@@ -36,14 +36,14 @@ def test_a_description_is_that_of_the_loaded_backbone(name):
 
 def test_the_command_lists_and_describes():
     rows = {row["family"]: row for row in json.loads(told("--json"))}
-    assert (rows["vision_transformer"]["methods"], rows["efficientnet"]["methods"]) == (17, 3)
+    assert (rows["vision_transformer"]["methods"], rows["efficientnet"]["methods"]) == (18, 10)
     many = told("vit_small_patch14*")
     assert "vit_small_patch14_reg4_dinov2" in many
     assert "518 px, bicubic, center" in many
     one = json.loads(told("vit_small_patch14_dinov2", "--json"))
     assert (one["tokens"], one["limits"]) == (1370, "")
     assert (one["pretrained"][0]["tag"], one["pretrained"][0]["licence"]) == ("lvd142m", "apache-2.0")
-    assert "methods linear, full, dam-vp" in told("test_efficientnet")
+    assert "methods vpt-shallow, lora, ssf, bitfit, side, linear, full, dam-vp" in told("test_efficientnet")
     assert "parameters 0.1 M" in told("timm/test_vit?depth=2")
 
 

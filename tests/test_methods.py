@@ -18,13 +18,15 @@ from tests.convs import CONVS, ON_CONV
 from tests.drawing import VITS, default_configs, drawn_model
 from tests.engines import config_of, noise
 from tests.evas import as_vit
+from tests.plains import ON_PLAIN, PLAINS
 from tests.swins import ON_SWIN, SWINS
 
 MATRIX = [
     pytest.param(name, config, id=f"{config.method}-{name}")
-    for name in (*VITS, *SWINS, *CONVS)
+    for names, methods in ((VITS, METHODS), (SWINS, ON_SWIN), (CONVS, ON_CONV), (PLAINS, ON_PLAIN))
+    for name in names
     for config in default_configs()
-    if name in VITS or config.method in (ON_SWIN if name in SWINS else ON_CONV)
+    if config.method in methods
 ]
 SHARED = [case for case in MATRIX if case.values[1].shares_backbone]
 """Those whose tasks mix in a batch; ``test_full.py`` holds the others to a refusal."""

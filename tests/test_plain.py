@@ -13,6 +13,7 @@ from prompttune.export.formats.onnx import write_onnx
 from prompttune.methods import METHODS
 from tests.drawing import drawn_backbone
 from tests.engines import build_request, checkpoint, exported
+from tests.plains import ON_PLAIN
 
 NAMES = (
     "test_efficientnet",
@@ -25,8 +26,6 @@ NAMES = (
     "test_maxvit",
     "convit_tiny",
 )
-WHOLE = {"linear", "full", "dam-vp"}
-"""Methods that need only the features of a backbone."""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -94,7 +93,7 @@ def test_bfloat16_has_no_convolution_in_onnx(tmp_path):
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_the_other_methods_refuse_and_say_why(method, tmp_path):
     backbone = drawn_backbone("test_vit_relpos", tmp_path, 64)
-    if method in WHOLE:
+    if method in ON_PLAIN:
         pt.PromptModel(backbone, METHODS[method](), num_classes=2)
         return
     with pytest.raises(

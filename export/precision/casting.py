@@ -60,6 +60,7 @@ class _Float32(nn.Module):
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.norm = norm
+        self.drop = getattr(norm, "drop", None)  # where methods find what comes before an activation
 
     def forward(self, x: Tensor) -> Tensor:
         normed: Tensor = self.norm(x.float())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from prompttune.backbones.blocks import Constant, FrozenBlock, Stage
 from prompttune.errors import UsageError
 from prompttune.images.preprocess import OWN_CROP, Preprocess
+from prompttune.layers.attention import is_explicit
 from prompttune.layers.probe import probe
 
 Staged = TypeVar("Staged", bound=FrozenBlock)
@@ -169,6 +170,16 @@ class Backbone(nn.Module):
             UsageError: images of another shape, see :meth:`check_images`.
         """
         raise NotImplementedError
+
+    def run_timm(self, images: Tensor) -> Tensor:
+        """The pooled features [B, D] of images, by timm's own forward."""
+        model: Any = self.model
+        for part in model.modules():
+            if hasattr(part, "fused_attn"):
+                part.fused_attn = not is_explicit()
+        first = next(model.parameters())
+        features: Tensor = model.forward_head(model.forward_features(images.to(first.dtype)), pre_logits=True)
+        return features
 
 
 class PatchBackbone(Backbone):

@@ -111,6 +111,16 @@ def describe_backbone(name: str) -> BackboneDescription:
     )
 
 
+def hollow_backbone(name: str) -> Backbone:
+    """The backbone without memory for its weights, see :func:`describe_backbone`."""
+    _, found = find_model(name)
+    with torch.device("meta"):
+        model = build_model(found.name, **found.args)
+    backbone = architecture_of(model, name).wrap(model, name, found.image_size)
+    backbone.name, backbone.limits = name, limits_of(model)
+    return backbone
+
+
 def _tags(bare: str) -> list[str]:
     return [name.partition(".")[2] for name in timm.list_pretrained([bare, f"{bare}.*"])]
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from prompttune.backbones.base import Architecture, Backbone, set_patch_input
 from prompttune.errors import UsageError, describe_failure
-from prompttune.layers.attention import is_explicit
 
 
 class PlainBackbone(Backbone):
@@ -28,17 +27,11 @@ class PlainBackbone(Backbone):
         super().__init__(model)
         self.image_size, self.depth, self.grid = image_size, 0, (0, 0)
         self.width = int(model.head_hidden_size)
-        self.attentions: list[Any] = [one for one in model.modules() if hasattr(one, "fused_attn")]
 
     def forward(self, images: Tensor) -> Tensor:
         """See :meth:`Backbone.forward`."""
         self.check_images(images)
-        model: Any = self.model
-        for attention in self.attentions:
-            attention.fused_attn = not is_explicit()
-        first = next(model.parameters())
-        features: Tensor = model.forward_head(model.forward_features(images.to(first.dtype)), pre_logits=True)
-        return features
+        return self.run_timm(images)
 
 
 def _problem(model: Any) -> str:

@@ -87,8 +87,16 @@ def _methods(kind: type[Backbone]) -> list[str]:
     ]
 
 
+def _methods_on(found: BackboneDescription) -> list[str]:
+    """The methods that run on a model."""
+    from prompttune.backbones.catalogue import hollow_backbone
+    from prompttune.methods.describing import methods_on
+
+    return methods_on(hollow_backbone(found.name))
+
+
 def _plain(found: BackboneDescription) -> dict[str, Any]:
-    return {**asdict(found), "kind": found.kind.__name__, "methods": _methods(found.kind)}
+    return {**asdict(found), "kind": found.kind.__name__, "methods": _methods_on(found)}
 
 
 def _transform(weights: Pretrained) -> str:
@@ -99,7 +107,7 @@ def _row(found: BackboneDescription) -> tuple[object, ...]:
     first, hands = found.pretrained[:1], {one.at_hand for one in found.pretrained} - {""}
     return (
         found.name,
-        len(_methods(found.kind)),
+        len(_methods_on(found)),
         found.width,
         found.tokens or "",
         f"{found.parameters / 1e6:.1f} M",
@@ -114,7 +122,7 @@ def _described(found: BackboneDescription) -> str:
         f"{found.name}: {found.limits or 'runs in blocks'}",
         f"  width {found.width}" + (f", {found.tokens} tokens" if found.tokens else "") + f" at {found.image_size} px",
         f"  parameters {found.parameters / 1e6:.1f} M",
-        f"  methods {', '.join(_methods(found.kind))}",
+        f"  methods {', '.join(_methods_on(found))}",
         "  weights" if found.pretrained else "  no published weights of timm",
     ]
     for one in found.pretrained:

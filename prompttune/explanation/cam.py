@@ -76,6 +76,8 @@ def _as_maps(output: Tensor, grid: tuple[int, int]) -> Tensor:
     """Maps [B, D, R, C] of a layer: its maps, the last R C tokens of [B, N, D], or those of the image's pathway."""
     if output.ndim == 4 and tuple(output.shape[2:]) == grid:
         return output
+    if output.ndim == 4 and tuple(output.shape[1:3]) == grid:  # timm's own forward of a Swin
+        return output.permute(0, 3, 1, 2)
     tokens = output[0] if output.ndim == 4 else output  # [pathways, B, N, D], the image's first
     maps: Tensor = tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
     return maps

@@ -21,6 +21,7 @@ from prompttune.methods.gapt import GaPTConfig
 from prompttune.methods.linear import LinearConfig
 from prompttune.methods.lora import LoRAConfig
 from prompttune.methods.lspt import LSPTConfig
+from prompttune.methods.over_modules import BitFitConfig
 from prompttune.methods.reader import ReaderConfig
 from prompttune.methods.registry import METHODS, register
 from prompttune.methods.sa2vp import SA2VPConfig
@@ -42,6 +43,7 @@ for _config in (
     AdapterConfig,
     LoRAConfig,
     SSFConfig,
+    BitFitConfig,
     ReaderConfig,
     SideConfig,
     LinearConfig,
@@ -81,6 +83,7 @@ __all__ = [
     "METHODS",
     "AdaptFormerConfig",
     "AdapterConfig",
+    "BitFitConfig",
     "DAMVPConfig",
     "E2VPTConfig",
     "EXPRESConfig",

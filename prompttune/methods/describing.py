@@ -8,6 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from prompttune.backbones.base import Backbone
+from prompttune.errors import PrompttuneError
 from prompttune.methods.registry import METHODS
 from prompttune.settings import Setting, settings_of
 
@@ -96,6 +100,21 @@ class MethodList(_Shown, dict[str, str]):
 def methods() -> MethodList:
     """Every method, including those of other packages, with a one-line summary; :func:`describe` gives details."""
     return MethodList({name: config.summary for name, config in METHODS.items()})
+
+
+def methods_on(backbone: Backbone) -> list[str]:
+    """The methods that run on a backbone at their default settings; its weights need no memory."""
+    found = []
+    for name, config in METHODS.items():
+        try:
+            with torch.device(next(backbone.parameters()).device):
+                config().build(backbone)
+        except PrompttuneError:
+            continue
+        except RuntimeError:  # timm's forward reads values, which a tensor without memory does not have
+            pass
+        found.append(name)
+    return found
 
 
 def describe(method: str) -> MethodDescription:

@@ -10,6 +10,9 @@ its polarity. No class token is read. The head reads the mean of LN(h) over the 
 learned map. The stem adds the pixels, at 8 a side of a patch, through three convolutions of the task. The tokens of the
 image never see h, so that the products of all tasks of an image stand side by side as one.
 
+Any other model gives maps in the place of blocks, those of timm's ``forward_intermediates``: the ends of its stages, or
+its blocks. They are resized to the last of their grids with at least 10 rows.
+
 Ladder Side-Tuning (https://arxiv.org/abs/2206.06522) has a narrow transformer beside the frozen one, LoSA
 (https://arxiv.org/abs/2402.02887) low-rank mixers.
 """
@@ -19,20 +22,27 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
+from prompttune.backbones.conv import ConvBackbone
+from prompttune.backbones.plain import PlainBackbone
+from prompttune.backbones.swin import SwinBackbone
 from prompttune.backbones.vit import VitBackbone
 from prompttune.layers.bottleneck import plain_norm
 from prompttune.layers.probe import probe
+from prompttune.layers.resize import resized, resizing
 from prompttune.methods.base import Features, Levels, MethodConfig, MethodOver, State, implements, setting
 from prompttune.methods.over_vit import rising
 
 READS = 6
 """Number of blocks that are read by default."""
+ROWS = 10
+"""Fewest rows of the map of the task over a model without patches, if one of the model's maps has as many."""
 PIXELS = 8
 """Pixels a side of a patch that the stem sees."""
 STEM = (3, 16, 32)
@@ -59,7 +69,8 @@ class SideConfig(MethodConfig):
 
     def resolved(self, backbone: Backbone) -> SideConfig:
         """Fill in the blocks that are read."""
-        last = backbone.depth - 1
+        maps: Any = getattr(backbone.model, "feature_info", ())
+        last = (backbone.depth if isinstance(backbone, VitBackbone) else len(maps)) - 1
         layers = self.layers or tuple(sorted({number * last // (READS - 1) for number in range(READS)}))
         self.require(layers[-1] <= last, f"layers {layers} do not fit {backbone.depth} blocks")
         return replace(self, layers=layers)
@@ -78,7 +89,7 @@ class Side(MethodOver[VitBackbone]):
 
     def __init__(self, config: SideConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        width, reads, rows, columns = config.width, len(config.layers), *backbone.grid
+        width, reads, rows, columns = config.width, len(config.layers), *self.grid
         self.map = nn.Parameter(0.02 * torch.randn(width, rows * columns))
         self.read = nn.Parameter(torch.randn(reads, width, backbone.width) / math.sqrt(backbone.width))
         self.mix, self.mix_bias = _drawn(reads, width, 9 * width), _drawn(reads, width, 1, fan=9 * width)
@@ -86,9 +97,14 @@ class Side(MethodOver[VitBackbone]):
         self.down = nn.Parameter(0.3 * _drawn(reads, width, 2 * width).detach())
         sizes = (*STEM, width) if config.stem else ()
         self.stem = nn.ParameterList(_drawn(out, 9 * into) for into, out in itertools.pairwise(sizes))
-        for axis, size in enumerate(backbone.grid):
-            resize = _smaller(backbone.image_size, PIXELS * size)
+        for axis, size in enumerate(self.grid):
+            resize = resizing(backbone.image_size, PIXELS * size)
             self.register_buffer(f"resize{axis}", resize, persistent=False)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the map h."""
+        return self.backbone.grid
 
     @property
     def width(self) -> int:
@@ -104,13 +120,7 @@ class Side(MethodOver[VitBackbone]):
     def image_state(self, images: Tensor, levels: Levels = ()) -> State:  # noqa: ARG002
         """``patches.{j}`` [B, D, N], the normed patch tokens of each read, and with the stem ``pixels`` [B, 27, M], the
         neighbourhoods that its first convolution sees."""
-        backbone = self.backbone
-        state: State = {}
-        if self.config.stem:
-            # The fixed matrix is the first factor of both: quantisers treat a fixed second factor as a weight.
-            across = self.resize1 @ images.to(self.resize1.dtype).transpose(2, 3)  # [B, 3, 8 C, S]
-            small = self.resize0 @ across.transpose(2, 3)  # [B, 3, 8 R, 8 C]
-            state["pixels"] = neighbourhoods(instance_norm(small.flatten(2)), self._sides(0), 2)
+        backbone, state = self.backbone, self.pixels(images)
         tokens = backbone.embed(images)
         for block in backbone.blocks[: self.config.layers[-1] + 1]:
             tokens = block.run_read(tokens, whole=True)
@@ -120,6 +130,13 @@ class Side(MethodOver[VitBackbone]):
                 state[f"patches.{self.config.layers.index(block.index)}"] = patches.transpose(1, 2)
         return state
 
+    def pixels(self, images: Tensor) -> State:
+        """``pixels`` of :meth:`image_state`, if there is a stem."""
+        if not self.config.stem:
+            return {}
+        small = resized(images.to(self.resize0.dtype), self.resize0, self.resize1)  # [B, 3, 8 R, 8 C]
+        return {"pixels": neighbourhoods(instance_norm(small.flatten(2)), self._sides(0), 2)}
+
     def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`; this method has no prompt pathway."""
         h = state["map"]  # [1 or B K, d, N]
@@ -128,7 +145,7 @@ class Side(MethodOver[VitBackbone]):
         for at in range(len(self.config.layers)):
             patches = F.dropout(image[f"patches.{at}"], self.config.dropout, self.training)
             h = h + multiply_side_by_side(state[f"read.{at}"], patches)  # [B K, d, N]
-            near = neighbourhoods(instance_norm(h), self.backbone.grid)
+            near = neighbourhoods(instance_norm(h), self.grid)
             h = h + (state["mix"][:, at] @ near + state["mix_bias"][:, at]).abs()
             hidden = F.gelu(state["up"][:, at] @ instance_norm(h) + state["up_bias"][:, at])
             h = h + state["down"][:, at] @ hidden
@@ -143,8 +160,50 @@ class Side(MethodOver[VitBackbone]):
 
     def _sides(self, number: int) -> tuple[int, int]:
         """Rows and columns of the map that enters a convolution of the stem."""
-        rows, columns = self.backbone.grid
+        rows, columns = self.grid
         return rows * PIXELS >> number, columns * PIXELS >> number
+
+
+@implements(SideConfig)
+class SideOverMaps(Side):
+    """Side over the maps of any timm model; ``read.{j}`` [d, D] for D channels of map j."""
+
+    backbones = (SwinBackbone, ConvBackbone, PlainBackbone)  # type: ignore[assignment]
+
+    def __init__(self, config: SideConfig, backbone: Backbone) -> None:
+        model = backbone.model
+        blank = torch.zeros(1, 3, backbone.image_size, backbone.image_size, device=next(model.parameters()).device)
+        with torch.no_grad():
+            shapes = [one.shape for one in intermediates(model, blank, config.layers)]
+        self._grid = next((shape[2:] for shape in reversed(shapes) if shape[2] >= ROWS), shapes[0][2:])
+        super().__init__(config, backbone)
+        reads = [torch.randn(config.width, channels) / math.sqrt(channels) for _, channels, *_ in shapes]
+        del self.read  # of one width
+        self.read = nn.ParameterList(reads)  # type: ignore[assignment]
+        for at, (_, _, *sides) in enumerate(shapes):
+            for axis, (size, wanted) in enumerate(zip(sides, self._grid, strict=True)):
+                self.register_buffer(f"map{at}_{axis}", resizing(size, wanted), persistent=False)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """See :attr:`Side.grid`."""
+        rows, columns = self._grid
+        return rows, columns
+
+    def image_state(self, images: Tensor, levels: Levels = ()) -> State:  # noqa: ARG002
+        """See :meth:`Side.image_state`."""
+        state = self.pixels(images)
+        for at, found in enumerate(intermediates(self.backbone.model, images, self.config.layers)):
+            found = resized(found, self.get_buffer(f"map{at}_0"), self.get_buffer(f"map{at}_1"))
+            state[f"patches.{at}"] = plain_norm(found.flatten(2).transpose(1, 2)).transpose(1, 2)
+        return state
+
+
+def intermediates(model: Any, images: Tensor, numbers: tuple[int, ...]) -> list[Tensor]:
+    """Some maps [B, D, R, C] of those that timm gives for a model."""
+    images = images.to(next(model.parameters()).dtype)
+    settings = {"norm": False, "stop_early": True, "output_fmt": "NCHW", "intermediates_only": True}
+    return cast(list[Tensor], model.forward_intermediates(images, indices=list(numbers), **settings))
 
 
 def instance_norm(maps: Tensor) -> Tensor:
@@ -173,10 +232,3 @@ def _drawn(*size: int, fan: int | None = None) -> nn.Parameter:
     """Uniform within 1 / sqrt(fan) of zero, by default the inputs of a matrix, as torch draws linear layers."""
     bound = (fan or size[-1]) ** -0.5
     return nn.Parameter(torch.empty(size).uniform_(-bound, bound))
-
-
-def _smaller(size: int, wanted: int) -> Tensor:
-    """The matrix [wanted, size] of a bilinear, antialiased resize along one axis."""
-    with torch.device("cpu"):
-        rows = torch.eye(size)[None, None]
-        return F.interpolate(rows, size=(wanted, size), mode="bilinear", antialias=True)[0, 0]

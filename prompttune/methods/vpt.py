@@ -10,6 +10,10 @@ there is neither position bias nor shift mask. The output for shallow prompts is
 next stage's width they pass the merging's weights as four equal neighbours. Deviations from that code: it pairs windows
 with the prompts of other images in the batch, here they are the image's own; it pools prompts and patches, here only
 patches, as the backbone does; dropout of deep prompts is drawn once per step, for block 0 too.
+
+Elsewhere shallow prompts are pixels: the paper's form for convolutions, a learned border of P pixels a side. Deviation:
+the border lies inside the image size, which some models fix, around the image made smaller by 2 P. With an image size
+larger by 2 P the image keeps its size, as in the paper.
 """
 
 from __future__ import annotations
@@ -21,10 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prompttune.backbones.base import Backbone
+from prompttune.backbones.conv import ConvBackbone
+from prompttune.backbones.plain import PlainBackbone
 from prompttune.backbones.swin import SwinBackbone, SwinBlock
 from prompttune.backbones.vit import VitBackbone
 from prompttune.layers.probe import probe
-from prompttune.methods.base import Features, Levels, MethodOver, State, implements, setting
+from prompttune.layers.resize import resized, resizing
+from prompttune.methods.base import Features, Levels, Method, MethodOver, State, implements, setting
+from prompttune.methods.damvp.method import add_border, border_pixels
 from prompttune.methods.over_vit import BlocksConfig, MapReader, PromptTokens, prompt_bound
 
 
@@ -52,6 +60,7 @@ class VPTDeepConfig(VPTShallowConfig):
     deep = True
 
 
+@implements(VPTDeepConfig)
 @implements(VPTShallowConfig)
 class VPT(PromptTokens):
     """Prompts [L, P, D]: L is the number of changed blocks for deep prompts, 1 for shallow ones."""
@@ -82,6 +91,7 @@ class VPT(PromptTokens):
         return Features(self.pool(tokens), maps=reader.maps)
 
 
+@implements(VPTDeepConfig)
 @implements(VPTShallowConfig)
 class SwinVPT(MethodOver[SwinBackbone]):
     """VPT over a Swin: ``prompts.{i}`` [blocks, P, D] for each stage i, or ``prompts.0`` [1, P, D] alone if shallow."""
@@ -163,3 +173,35 @@ class SwinVPT(MethodOver[SwinBackbone]):
         attended, seen = block.windows.with_prompts(tokens, block.padding, prompts)
         assert seen is not None
         return block.feed_forward(both + block.project(torch.cat((seen, attended), dim=1)))
+
+
+@implements(VPTShallowConfig)
+class PixelVPT(Method):
+    """VPT for models without a place for prompt tokens: ``prompts`` [3, pixels], the border of every image."""
+
+    backbones = (ConvBackbone, PlainBackbone)
+    config: VPTShallowConfig
+    resize: Tensor
+
+    def __init__(self, config: VPTShallowConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        side, width = backbone.image_size, config.num_prompts
+        config.require(2 * width < side, f"{width} pixels a side leave nothing of an image of {side}")
+        bound = prompt_bound(1, 3)
+        self.prompts = nn.Parameter(torch.empty(3, border_pixels(side, width)).uniform_(-bound, bound))
+        self.register_buffer("resize", resizing(side, side - 2 * width), persistent=False)
+
+    def task_state(self) -> State:
+        """The prompts themselves."""
+        return {"prompts": self.prompts.unsqueeze(0)}
+
+    def image_state(self, images: Tensor, levels: Levels = ()) -> State:  # noqa: ARG002
+        """``image`` [B, 3, S, S], made smaller, with a border of zeros."""
+        small = resized(images.to(self.resize.dtype), self.resize, self.resize)
+        return {"image": F.pad(small, (self.config.num_prompts,) * 4)}
+
+    def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
+        """See :meth:`Method.forward`; this method has no prompt pathway."""
+        prompts = F.dropout(state["prompts"], self.config.dropout, self.training)
+        images = add_border(image["image"], prompts.to(image["image"].dtype), self.config.num_prompts)
+        return Features(self.driven(images))
