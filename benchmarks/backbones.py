@@ -2,7 +2,7 @@
 
 Models that run in blocks are built with few of them and at a small image size; their weights are drawn far from
 initial values and loaded from a file, once by ``load_backbone`` and once by timm. A model that runs as a whole keeps
-its initial weights and is compared with timm's own forward.
+its initial weights and is compared with timm's own forward, at a small size too if it takes several.
 
     python -m benchmarks.backbones --part 0/2
     python -m benchmarks.backbones --engines     # an fp32 engine of the smallest model of each family
@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 import prompttune as pt
 from benchmarks.common import RESULTS
 from prompttune.backbones.catalogue import describe_backbone, families
-from prompttune.errors import BackboneError, ParityError, PrompttuneError, describe_failure
+from prompttune.errors import BackboneError, ParityError, PrompttuneError, UsageError, describe_failure
 from prompttune.methods import METHODS
 
 SHORT: tuple[dict[str, Any], ...] = (
@@ -53,6 +53,8 @@ IN_BLOCKS = (
 """Modules of timm whose models are shortened: those of a kind that runs in blocks."""
 LARGEST = 60e6
 """Parameters of the largest model that is filled; a larger one is only built without memory."""
+WHOLE_SIZE = 96
+"""Image size of a model that runs as a whole, if it takes several."""
 COLUMNS = ("name", "module", "kind", "width", "methods", "linear_difference", "problem", "seconds")
 
 
@@ -131,7 +133,10 @@ def _loaded(name: str, module: str, folder: Path) -> dict[str, Any]:
         donor = timm.create_model(name, num_classes=0)
         weights, size = str(folder / "weights.safetensors"), small_size(donor, module)
         save_file(rough(donor.state_dict()), weights)
-    backbone = pt.load_backbone(name, size, weights)
+    try:
+        backbone = pt.load_backbone(name, size or WHOLE_SIZE, weights)
+    except UsageError:  # it takes one size alone
+        backbone = pt.load_backbone(name, weights=weights)
     side = backbone.image_size
     images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(1))
     features = backbone(images)
@@ -162,7 +167,7 @@ def _by_timm(backbone: pt.Backbone, module: str, name: str, size: int | None, we
 def _runs(backbone: pt.Backbone, method: str, images: torch.Tensor) -> bool:
     if not any(isinstance(backbone, one.backbones) for one in METHODS[method].modules):
         return False
-    if method == "dam-vp" or not backbone.blocks:
+    if method in ("linear", "full", "dam-vp"):  # they need the features alone, which are there
         return True
     try:
         model = pt.PromptModel(backbone, METHODS[method](), num_classes=3).eval()

@@ -26,6 +26,7 @@ _LAZY = {
     "EXPRESConfig": "prompttune.methods",
     "AdaptFormerConfig": "prompttune.methods",
     "AdapterConfig": "prompttune.methods",
+    "BitFitConfig": "prompttune.methods",
     "LoRAConfig": "prompttune.methods",
     "SSFConfig": "prompttune.methods",
     "LinearConfig": "prompttune.methods",
@@ -54,6 +55,7 @@ __all__ = [
     "AdaptFormerConfig",
     "AdapterConfig",
     "Backbone",
+    "BitFitConfig",
     "DAMVPConfig",
     "E2VPTConfig",
     "EXPRESConfig",
@@ -105,6 +107,7 @@ if TYPE_CHECKING:
     from prompttune.methods import (
         AdapterConfig,
         AdaptFormerConfig,
+        BitFitConfig,
         DAMVPConfig,
         E2VPTConfig,
         EXPRESConfig,

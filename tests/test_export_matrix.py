@@ -28,6 +28,9 @@ CASES += [(method, "test_eva") for method in ("sa2vp", "e2vpt", "expres", "vqt",
 CASES += [(method, "test_swin2") for method in ("sa2vp", "vpt-shallow", "vpt-deep", "dam-vp")]
 CASES += [("sa2vp", "test_swinv2")]
 CASES += [("sa2vp", "test_resnet3"), ("dam-vp", "test_resnet3"), ("sa2vp", "test_convnext4")]
+# Hooks on windows, on convolutions of every stride, on depthwise ones, and beside MLPs; maps of stages; pixels.
+CASES += [("ssf", "test_swin2"), ("lora", "test_resnet3"), ("adapter", "lcnet_035"), ("vpt-shallow", "test_resnet3")]
+CASES += [("adaptformer", "test_maxvit?img_size=64"), ("side", "test_convnext4")]
 IN_INT8 = [(method, "test_vit") for method in ("sa2vp", "lspt", "lora", "e2vpt", "ssf")]
 IN_INT8 += [("sa2vp", "test_eva"), ("sa2vp", "test_swin2"), ("sa2vp", "test_convnext4")]
 """Two pathways, a recurrence, task matrices that read what frozen ones read, prompts among the keys, scales of every
@@ -35,9 +38,10 @@ layer, rotation, windows, convolutions."""
 # Of TensorRT's published support table, what a graph of ours may need. No IsNaN, Where, Loop, If, Scatter, NonZero.
 # A convolution that runs twice, as under dam-vp, keeps its BatchNormalization beside it.
 SUPPORTED = """
-    Abs Add ArgMax AveragePool BatchNormalization Clip Concat Constant ConstantOfShape Conv Div Einsum Expand Gather
-    Gelu Gemm LayerNormalization MatMul MaxPool Mul Neg Pad Range ReduceL2 ReduceMean ReduceSum Relu Reshape Shape
-    Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze
+    Abs Add ArgMax AveragePool BatchNormalization Clip Concat Constant ConstantOfShape Conv Div Einsum Expand
+    Gather Gelu Gemm HardSigmoid HardSwish LayerNormalization MatMul MaxPool Mul Neg Pad Range ReduceL2
+    ReduceMean ReduceSum Relu Reshape Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose
+    Unsqueeze
 """
 
 every_case = pytest.mark.parametrize(("method", "backbone"), CASES, ids=lambda value: value)

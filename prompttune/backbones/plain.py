@@ -1,4 +1,4 @@
-"""Any timm model as a whole, for the methods that need only its features: linear, full and dam-vp.
+"""Any timm model as a whole, for the methods that need its features, its maps or its modules.
 
 The tensors and the arithmetic are timm's (https://github.com/huggingface/pytorch-image-models).
 """
@@ -40,7 +40,8 @@ def _problem(model: Any) -> str:
 
 
 def _wrap(model: Any, name: str, image_size: int | None) -> PlainBackbone:
-    own = int(model.pretrained_cfg["input_size"][-1])
+    fixed = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    own = int((fixed or model.pretrained_cfg["input_size"])[-1])
     if image_size is None or image_size == own:
         return PlainBackbone(model, own)
     if image_size <= 0:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def backbones(name: str | None, as_json: bool) -> None:
     """List the families of timm models, the models whose names match a pattern, or describe the model NAME.
 
-    A model runs in blocks, so that prompts reach every block, or as a whole under the methods that need only features.
+    A model runs in blocks, so that prompts reach every block, or as a whole under the methods that need its
+    features, maps or modules.
 
     \b
     prompttune backbones

@@ -16,7 +16,7 @@ import contextlib
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -39,6 +39,7 @@ from prompttune.methods.ssf import INIT_STD as SSF_STD
 from prompttune.methods.ssf import SSFConfig
 
 LAYERS = (nn.Linear, nn.Conv2d)
+LIST = 16  # sizes of one split, see divide
 
 
 @dataclass(frozen=True)
@@ -108,16 +109,15 @@ def sites_of(backbone: Backbone) -> Sites:
             hooks.callback(module.register_forward_hook(partial(watch, name)).remove)
         features = backbone.run_timm(images)
     if not _by_image(features):
-        raise BackboneError(
-            f"{backbone.name} mixes the images of a batch, or gives no finite features: no task can join its modules"
-        )
+        raise BackboneError(f"{backbone.name} mixes the images of a batch, or its features are not finite")
     return _known.setdefault(backbone, {name: one for name, (one, *more) in calls.items() if one and not more})
 
 
 def _by_image(tensor: Tensor) -> bool:
     """Whether what is not a number shows in the first half of the rows alone; shapes alone are not held to it."""
-    if tensor.is_meta or tensor.ndim < 2 or len(tensor) % 2:
-        return tensor.ndim > 1 and len(tensor) % 2 == 0
+    paired = tensor.ndim > 1 and len(tensor) % 2 == 0
+    if tensor.is_meta or not paired:
+        return paired
     first, second = tensor.isnan().flatten(1).any(dim=1).chunk(2)
     return bool(first.any()) and not second.any()
 
@@ -182,8 +182,7 @@ class OverModules(Method):
         if not self.sites:
             raise BackboneError(f"{config.method} finds no module of {backbone.name} that a task could join")
         self.widths = [one.width for one in self.sites]
-        self.sizes: dict[str, list[int]] = {}
-        """How a parameter is divided, if not by :attr:`widths`."""
+        self.sizes: dict[str, list[int]] = {}  # of the parts of a parameter, if not the widths
 
     def find(self, sites: Sites, model: nn.Module) -> list[Site]:
         """The sites, of all modules that run once."""
@@ -207,7 +206,7 @@ class OverModules(Method):
     def forward(self, image: State, state: State, aux: bool = False, levels: Levels = ()) -> Features:  # noqa: ARG002
         """See :meth:`Method.forward`: timm's own forward, with hooks that act in this thread alone."""
         shares = (
-            state[name].split(self.sizes.get(name, self.widths), dim=1 + (self.rank_axes.get(name) == 0))
+            divide(state[name], self.sizes.get(name, self.widths), 1 + (self.rank_axes.get(name) == 0))
             for name, _ in self.named_parameters()
         )
         modules = dict(self.driven.model.named_modules())  # export puts others in the place of norms
@@ -223,6 +222,15 @@ class OverModules(Method):
         if threading.get_ident() != thread:
             return y
         return self.join(site, args[0], y, *share).reshape(y.shape).to(y.dtype)
+
+
+def divide(tensor: Tensor, sizes: list[int], axis: int) -> Sequence[Tensor]:
+    """Parts of these sizes; a long list would be stored beside an ONNX file, where ONNX Runtime does not read it."""
+    if len(sizes) <= LIST:
+        return tensor.split(sizes, axis)
+    groups = [sizes[at : at + LIST] for at in range(0, len(sizes), LIST)]
+    wholes = divide(tensor, [sum(group) for group in groups], axis)
+    return [part for whole, group in zip(wholes, groups, strict=True) for part in whole.split(group, axis)]
 
 
 @implements(LoRAConfig)

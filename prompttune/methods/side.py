@@ -69,10 +69,11 @@ class SideConfig(MethodConfig):
 
     def resolved(self, backbone: Backbone) -> SideConfig:
         """Fill in the blocks that are read."""
-        maps: Any = getattr(backbone.model, "feature_info", ())
-        last = (backbone.depth if isinstance(backbone, VitBackbone) else len(maps)) - 1
+        in_blocks = isinstance(backbone, VitBackbone)
+        count = backbone.depth if in_blocks else len(cast(Any, backbone.model).feature_info)
+        last = count - 1
         layers = self.layers or tuple(sorted({number * last // (READS - 1) for number in range(READS)}))
-        self.require(layers[-1] <= last, f"layers {layers} do not fit {backbone.depth} blocks")
+        self.require(layers[-1] <= last, f"layers {layers} do not fit {count} {'blocks' if in_blocks else 'maps'}")
         return replace(self, layers=layers)
 
 
