@@ -16,7 +16,7 @@ import contextlib
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -224,10 +224,10 @@ class OverModules(Method):
         return self.join(site, args[0], y, *share).reshape(y.shape).to(y.dtype)
 
 
-def divide(tensor: Tensor, sizes: list[int], axis: int) -> Sequence[Tensor]:
+def divide(tensor: Tensor, sizes: list[int], axis: int) -> list[Tensor]:
     """Parts of these sizes; a long list would be stored beside an ONNX file, where ONNX Runtime does not read it."""
     if len(sizes) <= LIST:
-        return tensor.split(sizes, axis)
+        return list(tensor.split(sizes, axis))
     groups = [sizes[at : at + LIST] for at in range(0, len(sizes), LIST)]
     wholes = divide(tensor, [sum(group) for group in groups], axis)
     return [part for whole, group in zip(wholes, groups, strict=True) for part in whole.split(group, axis)]
