@@ -1,6 +1,6 @@
 """Accuracy over ``first_block``: how many blocks in front tasks may share, under the settings of ``benchmark demo``.
 
-python -m benchmarks.first_block                         # an hour or two on one core; it resumes
+python -m benchmarks.first_block --precision bf16        # an hour or two on one core; it resumes
 python -m benchmarks.first_block --method lora --task digits --first 0 --first 6
 """
 
@@ -20,14 +20,15 @@ from benchmarks.common import Run, run_options
 from prompttune.benchmark.plan import RunSpec, make_plan
 from prompttune.benchmark.recipe import load_recipe
 from prompttune.benchmark.worker import run_one
+from prompttune.training.config import PRECISIONS
 
 RECIPE = load_recipe("demo")
 TASKS_PER_IMAGE = (1, 10, 100)
 
 
-def begins_in(spec: RunSpec, first: int) -> RunSpec:
+def begins_in(spec: RunSpec, first: int, precision: str) -> RunSpec:
     """A run of the recipe with another first block."""
-    settings = {**spec.settings, "first_block": first}
+    settings = {**spec.settings, "first_block": first, "precision": precision}
     return dataclasses.replace(spec, label=f"{spec.label}-{first}", settings=settings)
 
 
@@ -41,6 +42,7 @@ def passes(first: int, depth: int, tasks: int) -> float:
 @click.option("--task", "tasks", multiple=True, default=tuple(RECIPE.tasks), show_default=True)
 @click.option("--first", "firsts", multiple=True, type=int, default=(0, 3, 6, 9), show_default=True)
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0,), show_default=True)
+@click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/first-block"), help="Folder of the runs.")
 @run_options
 def main(
@@ -48,6 +50,7 @@ def main(
     tasks: tuple[str, ...],
     firsts: tuple[int, ...],
     seeds: tuple[int, ...],
+    precision: str,
     output: Path,
     run: Run,
 ) -> None:
@@ -57,7 +60,8 @@ def main(
     for spec in make_plan(RECIPE, methods, tasks, seeds):
         for first in firsts:
             before = time.time()
-            found = run_one(begins_in(spec, first), output, {})
+            own = begins_in(spec, first, precision)
+            found = own.record(output) or run_one(own, output, {})
             depth = load(*(spec.settings[name] for name in ("backbone", "image_size"))).depth
             rows.append(
                 {
@@ -73,6 +77,7 @@ def main(
                     **{f"passes_{count}": f"{passes(first, depth, count):.2f}" for count in TASKS_PER_IMAGE},
                     "backbone": found["backbone"],
                     "image_size": found["image_size"],
+                    "precision": precision,
                 }
             )
             shown = f"{spec.label} {spec.task} {first}: {found['accuracy']:.1%}, {time.time() - before:.0f} s"
