@@ -60,8 +60,9 @@ def test_every_run_of_a_built_in_recipe_has_valid_settings(name: str) -> None:
     assert len(plan) == len(recipe.labels) * len(recipe.tasks)
     assert len({one.name for one in plan}) == len(plan)
     assert len({one.name for one in search}) == len(search)
-    for task, entry in recipe.tasks.items():  # the same effort for all
-        epochs = {one.config(Path()).epochs for one in plan if one.task == task}
+    tuning = [one for one in plan if name != "demo" or not METHODS[one.settings["method"]].modules[0].only_reads]
+    for task, entry in recipe.tasks.items():  # the same effort for all that tune the backbone
+        epochs = {one.config(Path()).epochs for one in tuning if one.task == task}
         assert epochs == {entry.settings.get("epochs", recipe.defaults["epochs"])}, task
 
 
@@ -91,7 +92,7 @@ def test_no_setting_lets_reported_images_choose_an_epoch(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("protocol", "label", "task", "seed", "digest"),
     [
-        ("demo", "linear", "digits", 0, "7baddae1e63e68b0"),
+        ("demo", "vpt-deep", "digits", 0, "b6f2ba851703bdde"),
         ("demo-ablation", "no adapter", "digits", 0, "4983e99dcd2b2cdf"),
         ("vtab-1k", "linear", "dtd", 42, "82c8afbc09d4c203"),
         ("fgvc", "linear", "nabirds", 42, "341156eff914f0ac"),

@@ -59,8 +59,8 @@ _add(
     "demo",
     """Compare methods on the built-in tasks: digits, location, orientation, count.
 
-DINOv2 ViT-S at 56 pixels, 1,000 training images, 4 to 12 epochs, three seeds; one to three minutes per run on one
-CPU core in bf16, twice that in fp32.
+DINOv2 ViT-S at 56 pixels, 1,000 training images, 4 to 12 epochs (20 or 40 on kept image states for methods that only
+read the backbone), three seeds; one to three minutes per run on one CPU core in bf16, twice that in fp32.
     """,
     """
 prompttune benchmark demo --output runs/demo

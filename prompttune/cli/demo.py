@@ -25,14 +25,16 @@ from prompttune.serve.engine import Prediction
 BACKBONE, IMAGE_SIZE = "vit_small_patch14_dinov2", 56
 RECIPE: dict[str, Any] = {"batch_size": 40, "lr": 5e-3, "schedule": "onecycle", "tensorboard": False}
 """Settings that train in minutes on two CPU cores."""
-RUNS: list[tuple[str, str, str, int]] = [
-    ("digits", "sa2vp", "demo/digits", 4),
-    ("location", "sa2vp", "demo/location", 5),
-    ("digits-lspt", "lspt", "demo/digits", 4),
-    ("digits-linear", "linear", "demo/digits", 4),
-    ("location-linear", "linear", "demo/location", 4),
+PROBE: dict[str, Any] = {"solve": True, "method_settings": {"layers": tuple(range(12)), "pool": "mean"}}
+"""The linear probe of ``benchmark demo``."""
+RUNS: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("digits", "sa2vp", "demo/digits", {"epochs": 4}),
+    ("location", "sa2vp", "demo/location", {"epochs": 5}),
+    ("digits-lspt", "lspt", "demo/digits", {"epochs": 4}),
+    ("digits-linear", "linear", "demo/digits", PROBE),
+    ("location-linear", "linear", "demo/location", PROBE),
 ]
-"""Task name, method, data, epochs."""
+"""Task name, method, data, settings."""
 
 
 def train_all(output: Path, backbone: pt.Backbone, console: Console) -> list[dict[str, Any]]:
@@ -40,7 +42,7 @@ def train_all(output: Path, backbone: pt.Backbone, console: Console) -> list[dic
     from prompttune.training.progress import Display
 
     rows = []
-    for name, method, data, epochs in RUNS:
+    for name, method, data, own in RUNS:
         console.rule(f"train {name}", align="left")
         config = pt.TrainConfig(
             backbone=BACKBONE,
@@ -48,8 +50,8 @@ def train_all(output: Path, backbone: pt.Backbone, console: Console) -> list[dic
             method=method,
             data=data,
             output=str(output / "runs" / name),
-            epochs=epochs,
             **RECIPE,
+            **own,
         )
         with Display(console) as display:
             result = pt.train(config, backbone, resume=True, on_progress=display)
