@@ -1,7 +1,7 @@
 """LoRA, SSF, BitFit, adapters and AdaptFormer over any timm model: the task joins in at the model's own modules.
 
 timm's forward runs as it is, and forward hooks add the task's part to what a module gives. The modules are found by
-running the model once, on two images of which the first is not a number: where that shows in the first half of a
+running the model once, on two images of which the first is NaN: where that shows in the first half of a
 tensor's rows alone, the rows lie by image, those of windows too, and each can take the task of its own image. A module
 that runs more than once or on constants stays as it is, as does a layer whose weights timm reads without calling it:
 the joint projection of queries, keys and values in Swin v2 and BEiT.
@@ -90,7 +90,7 @@ def sites_of(backbone: Backbone) -> Sites:
     """The modules that run once and whose rows lie by image, by name.
 
     Raises:
-        BackboneError: the model mixes the images of a batch.
+        BackboneError: the model mixes the images of a batch, or its features are not finite.
     """
     if backbone in _known:
         return _known[backbone]
@@ -109,7 +109,7 @@ def sites_of(backbone: Backbone) -> Sites:
             hooks.callback(module.register_forward_hook(partial(watch, name)).remove)
         features = backbone.run_timm(images)
     if not _by_image(features):
-        raise BackboneError(f"{backbone.name} mixes the images of a batch, or its features are not finite")
+        raise BackboneError(f"{backbone.name}: NaN in one image does not stay in its own rows, so no task can join")
     return _known.setdefault(backbone, {name: one for name, (one, *more) in calls.items() if one and not more})
 
 
