@@ -212,7 +212,8 @@ def trace(
         model: a model in fp32; the graph answers for every task that fits it.
         precision: fp32, fp16 or bf16, for weights and activations.
         bank_precision: fp32, fp16 or bf16, for the bank's tensors.
-        attention: ``explicit`` or ``fused``, see :mod:`prompttune.layers.attention`.
+        attention: ``explicit``, ``cpu`` (explicit, for runtimes on a CPU) or ``fused``, see
+            :mod:`prompttune.layers.attention`.
         baked: tasks that become constants of the graph; None keeps the bank as an input.
         probes: whether to return intermediate results as further outputs.
         device: device of the graph's constants.
@@ -306,7 +307,7 @@ def capture(
     dims = {name: Dim(name, min=1) for name in names}
     arguments = tree_map(lambda tensor: tensor.to(device), tuple(sample))
     try:
-        with torch.no_grad(), explicit_attention(attention == "explicit"), unbounded_attention(device):
+        with torch.no_grad(), explicit_attention(attention != "fused", attention == "cpu"), unbounded_attention(device):
             shapes = tree_map(lambda name: dims[name], dynamic)
             return torch.export.export(graph.eval().to(device), arguments, dynamic_shapes=shapes)
     except Exception as problem:

@@ -247,11 +247,10 @@ def test_axes_are_as_declared(method, backbone):
         assert [one.name for one in graph.input] == [spec.name for spec in declare_inputs(layout, size)]
         for spec in (*declare_inputs(layout, size), *declare_outputs()):
             assert tuple(shapes[spec.name]) == spec.shape
-        # Whatever a block computes has the images in front, or their pairs with tasks; or behind the axis of the two
-        # pathways.
+        # Whatever a block computes has the images in front, or their pairs with tasks, for one or both pathways.
         attended = [shapes[node.output[0]] for node in of_kind(graph, "Softmax")]
         assert len(attended) >= model.backbone.depth
-        assert {shape[-4] for shape in attended} <= {"batch", "batch*asked"}
+        assert {shape[-4] for shape in attended} <= {"batch", "batch*asked", "2*batch*asked"}
         assert any(shape[-4] == "batch*asked" for shape in attended) != model.method.only_reads
         assert {shape[-3] for shape in attended} == {model.backbone.num_heads}
 

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 
@@ -107,6 +108,11 @@ def test_static_int8_passes_the_gate_and_runs_where_it_was_proven(int8):
     assert manifest.parity["runtime"].startswith("OpenVINO")
     assert max(one["max_rel"] for one in manifest.parity["neighbours"]) <= 1e-5
     assert pt.Engine(int8).description.startswith("OpenVINO")
+    graph = onnx.shape_inference.infer_shapes(onnx.load(str(int8 / "model.onnx"), load_external_data=False)).graph
+    types = {one.name: one.type.tensor_type.elem_type for one in graph.value_info}
+    softmaxes = [node for node in graph.node if node.op_type == "Softmax"]
+    assert softmaxes
+    assert {types[node.output[0]] for node in softmaxes} == {onnx.TensorProto.BFLOAT16}
     assert manifest.details["in_float"] == ["backbone.model.blocks.0.mlp.fc2", "backbone.model.blocks.1.mlp.fc2"]
     with pytest.raises(EngineError, match="has the int8 weights of OpenVINO: give the runtime openvino"):
         pt.Engine(int8, runtime=ONNXRUNTIME)

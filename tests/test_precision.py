@@ -21,6 +21,7 @@ from prompttune.export.layout import bank_input
 from prompttune.export.parity.gate import NOISE
 from prompttune.export.precision.casting import TORCH_DTYPES, typed_model
 from prompttune.export.precision.smooth import smoothed
+from prompttune.layers.aligned_attention import window_mask
 from prompttune.layers.attention import attend, explicit_attention
 from tests.engines import SHARING, backbone, build_request, model_of, noise
 
@@ -214,6 +215,31 @@ def test_both_forms_are_the_definition(queries, keys, masked):
         other[..., 1:3, :] = 99.0
         with explicit_attention():
             assert torch.equal(attend(q, k, other, mask), explicit)
+
+
+@pytest.mark.parametrize("shift", [False, True], ids=["window", "position bias"])
+@pytest.mark.parametrize("above", [0, 50, 500])
+def test_the_form_for_a_cpu_hides_keys_without_scores_far_below_their_row(above, shift, monkeypatch):
+    tokens, size = 26, 26
+    mask = window_mask((5, 5), 1, 3)
+    hidden = mask < 0
+    scores = 3 * seeded(2, 3, tokens, tokens) + above * hidden
+    q, k, v = scores * size**0.5, torch.eye(size).expand(2, 3, -1, -1), seeded(2, 3, tokens, 4, seed=2)
+    if shift:
+        mask = mask + seeded(tokens, tokens, seed=3)
+    wanted = (scores + mask).double().masked_fill(hidden, -torch.inf).softmax(-1) @ v.double()
+    seen, softmax = [], torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda one, dim: (seen.append(one), softmax(one, dim))[1])
+    with explicit_attention(for_cpu=True):
+        found = attend(q, k, v, mask, hides=True)
+        half = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask, hides=True)
+        plain = attend(q, k, v, mask)
+    torch.testing.assert_close(found, wanted.float(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(half.float(), wanted.float(), atol=0.1, rtol=0)
+    depths = [float((one.amax(-1, keepdim=True) - one).max()) for one in seen]
+    assert depths[0] < 80, "a softmax over such rows is slow in ONNX Runtime"
+    assert depths[2] > 1e3
+    torch.testing.assert_close(found, plain, atol=1e-5, rtol=0)
 
 
 def test_explicit_attention_does_not_overflow_float16():

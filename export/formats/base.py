@@ -231,6 +231,13 @@ class BuildRequest:
         """Ranges that were asked for, and that of the tasks for an image, see :data:`MANY`."""
         return {**({ASKED: MANY} if self.model.only_reads else {}), **self.settings.axes}
 
+    @property
+    def attention(self) -> str:
+        """The form of attention to trace, see :func:`prompttune.export.graph.trace`."""
+        made = self.settings
+        on_cpu = made.format == "onnx" and made.target == "cpu" and made.attention == "explicit"
+        return "cpu" if on_cpu else str(made.attention)
+
     def trace(self, probes: bool = False, device: str = "cpu") -> Traced:
         """The graph for these settings, with its constants on ``device``.
 
@@ -241,7 +248,7 @@ class BuildRequest:
             self.model,
             precision="fp32" if settings.precision == "int8" else settings.precision,
             bank_precision=str(settings.bank_precision),
-            attention=str(settings.attention),
+            attention=self.attention,
             baked=self.states if settings.baked else None,
             probes=probes,
             device=device,

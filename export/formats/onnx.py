@@ -111,7 +111,7 @@ def _write_parts(request: BuildRequest, folder: Path, opset: int) -> Built:
     settings, files = request.settings, []
     int8 = settings.precision == "int8"
     parts = trace_parts(
-        request.model, "fp32" if int8 else settings.precision, str(settings.bank_precision), str(settings.attention)
+        request.model, "fp32" if int8 else settings.precision, str(settings.bank_precision), request.attention
     )
     for part, traced in zip((IMAGE_PART, TASK_PART), parts, strict=True):
         (folder / part).mkdir()

@@ -123,25 +123,56 @@ def _average_by_product(model: Any) -> None:
     onnxscript.optimizer.remove_unused_nodes(model)
 
 
-def products_in_bf16(path: Path, layers: Collection[str]) -> None:
-    """Rewrite a file so that products with the matrices of some layers, such as ``backbone.mlp.fc2``, run in bf16."""
-    model = onnx_ir.load(path)
-    for node in [node for node in model.graph if node.op_type == "MatMul"]:
-        scopes = "".join(words for key, words in node.metadata_props.items() if key.endswith("name_scopes"))
-        if not any(f"{layer}'" in scopes for layer in layers):
-            continue
-        tape, half, full = Tape(), onnx_ir.DataType.BFLOAT16, onnx_ir.DataType.FLOAT
-        values, matrix = node.inputs
-        assert matrix is not None
-        assert matrix.const_value is not None
-        weights = matrix.const_value.numpy().astype(bank_dtype("bf16"))
-        product = tape.op(
-            "MatMul", [tape.op("Cast", [values], {"to": half}), constant(model.graph, f"{matrix.name}_bf16", weights)]
-        )
-        made = tape.op("Cast", [product], {"to": full})
-        onnx_ir.convenience.replace_nodes_and_values(model.graph, node, [node], tape.nodes, node.outputs, [made])
+def partly_in_bf16(path: Path, layers: Collection[str]) -> None:
+    """Rewrite a file of float32 so that attention, and products with the matrices of some layers, run in bf16.
+
+    Args:
+        path: the file.
+        layers: names of linear layers, such as ``backbone.mlp.fc2``.
+    """
+    model, half, full = onnx_ir.load(path), onnx_ir.DataType.BFLOAT16, onnx_ir.DataType.FLOAT
+    chosen = {node for node in model.graph if node.op_type == "MatMul" and _is_of(node, layers)}
+    chosen.update(*(_attention(node) for node in model.graph if node.op_type == "Softmax"))
+    for node in [node for node in model.graph if node in chosen]:
+        for place, value in enumerate(node.inputs):
+            assert value is not None
+            if value.producer() in chosen:
+                continue
+            if value.const_value is not None:
+                numbers = value.const_value.numpy().astype(bank_dtype("bf16"))
+                cast = constant(model.graph, f"{value.name}_bf16", numbers)
+            else:
+                tape = Tape()
+                cast = tape.op("Cast", [value], {"to": half})
+                model.graph.insert_before(node, tape.nodes)
+            node.replace_input_with(place, cast)
+        made, tape = node.outputs[0], Tape()
+        made.dtype, uses = half, [use for use in made.uses() if use.node not in chosen]
+        if uses:
+            back = tape.op("Cast", [made], {"to": full})
+            model.graph.insert_after(node, tape.nodes)
+            for use in uses:
+                use.node.replace_input_with(use.idx, back)
     RemoveUnusedNodesPass()(model)
     onnx_ir.save(model, path, external_data=ONNX_WEIGHTS_FILE)
+
+
+def _is_of(node: onnx_ir.Node, layers: Collection[str]) -> bool:
+    """Whether the exporter made a node for one of the layers."""
+    scopes = "".join(words for key, words in node.metadata_props.items() if key.endswith("name_scopes"))
+    return any(f"{layer}'" in scopes for layer in layers)
+
+
+def _attention(softmax: onnx_ir.Node) -> list[onnx_ir.Node]:
+    """The nodes from the product of queries and keys to the one with the values; none if it is no such softmax."""
+    nodes = [softmax, *softmax.outputs[0].consumers()]
+    while nodes[0].op_type in ("Softmax", "Max", "Add"):  # scores are their first input
+        scores = nodes[0].inputs[0]
+        before = None if scores is None else scores.producer()
+        if before is None:
+            return []
+        nodes.insert(0, before)
+    return nodes if nodes[0].op_type == nodes[-1].op_type == "MatMul" and nodes[-2] is softmax else []
 
 
 def constant(graph: onnx_ir.Graph, name: str, value: NDArray[Any] | np.generic) -> onnx_ir.Value:

@@ -5,7 +5,7 @@ Weights are int8 with one scale per channel. Activations get their scale in each
 DequantizeLinear pairs). In both cases the channels are first balanced on calibration images
 (:mod:`prompttune.export.precision.smooth`). Norms, softmax, GELU, residual sums and all of a task's tensors stay in
 float. With static scales the last product of the first blocks' MLPs does as well: the values after GELU have the
-longest tails, and early errors pass through every later block. OpenVINO computes these in bf16.
+longest tails, and early errors pass through every later block. OpenVINO computes these and attention in bf16.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from prompttune.errors import EngineError, first_line
 from prompttune.export.banks import BankForm, stack_states
 from prompttune.export.folder import ONNX_FILE, ONNX_WEIGHTS_FILE
 from prompttune.export.formats.base import BuildRequest, Feeds
-from prompttune.export.formats.onnx_file import products_in_bf16
+from prompttune.export.formats.onnx_file import partly_in_bf16
 from prompttune.export.formats.onnx_rowwise import quantise_rows
 from prompttune.export.layout import IMAGE, TASK_INDEX, bank_dtype, bank_input
 from prompttune.export.precision.smooth import smoothed
@@ -87,7 +87,7 @@ def quantise(request: BuildRequest, folder: Path, symmetric: bool = False) -> li
                 request.on_stage("quantising to int8")
                 quantise_rows(folder / ONNX_FILE, made, products)
             if openvino:
-                products_in_bf16(made, in_float)
+                partly_in_bf16(made, in_float)
         except Exception as problem:  # the tools may raise any error
             raise EngineError(f"the graph cannot be quantised: {first_line(problem)}") from problem
         (folder / ONNX_FILE).unlink()

@@ -90,7 +90,7 @@ class Windows(nn.Module):
             [..., N, H d].
         """
         q, k, v = (self.partition(part, pad) for part, pad in zip((q, k, v), padding, strict=True))
-        return self.reverse(attend(q, k, v, self.mask()))
+        return self.reverse(attend(q, k, v, self.mask(), self.shift_mask is not None))
 
     def with_prompts(
         self,
@@ -115,7 +115,8 @@ class Windows(nn.Module):
         )
         # Between prompts and tokens there is neither position bias nor shift mask: prompts belong to every window.
         front = 0 if asking is None else count
-        attended = attend(q, k, v, nn.functional.pad(self.mask(), (count, 0, front, 0)))
+        mask = nn.functional.pad(self.mask(), (count, 0, front, 0))
+        attended = attend(q, k, v, mask, self.shift_mask is not None)
         if asking is None:
             return self.reverse(attended), None
         seen = attended[..., :count, :].unflatten(-3, (-1, self.count)).mean(dim=-3)  # [B, H, P, d]

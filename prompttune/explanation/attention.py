@@ -105,7 +105,8 @@ def block_attention(subject: ExplainedModel, images: Tensor, layers: list[int]) 
     def watch(q: Tensor, k: Tensor, mask: Tensor | None) -> None:
         nonlocal current
         if current in layers:
-            found[current] = _pooled(backbone, q, k, mask, subject.leading_keys(current))
+            own = (one[: len(images)] for one in (q, k))  # without another pathway of the same batch
+            found[current] = _pooled(backbone, *own, mask, subject.leading_keys(current))
         current = None
 
     with _entering(backbone, enter), watching_attention(watch):
@@ -129,8 +130,6 @@ def _entering(backbone: VitBackbone, enter: Any) -> Iterator[None]:
 
 
 def _pooled(backbone: VitBackbone, q: Tensor, k: Tensor, mask: Tensor | None, leading: int) -> BlockAttention:
-    if q.ndim == 5:  # two pathways in one batch
-        q, k = q[0], k[0]
     q = q.expand(*k.shape[:-2], *q.shape[-2:])  # one query for all rows
     patches = backbone.grid[0] * backbone.grid[1]
     asking = slice(0, 1) if backbone.pools_class_token else slice(q.shape[-2] - patches, None)

@@ -99,7 +99,7 @@ class AlignedAttention(nn.Module):
         if self.window is None:
             return attend(q, k, v)
         if self.mask is not None:
-            return attend(q, k, v, self.mask)
+            return attend(q, k, v, self.mask, hides=True)
         prefix = self.num_prefix_tokens
         patches = self._gathered(q[:, :, prefix:], k[:, :, prefix:], v[:, :, prefix:])
         if prefix == 0:

@@ -18,6 +18,9 @@ from torch import Tensor
 from prompttune.layers.probe import probe_attention
 
 _explicit: ContextVar[bool | None] = ContextVar("explicit", default=None)
+_for_cpu: ContextVar[bool] = ContextVar("for_cpu", default=False)
+FAINT = -40.0
+"""Difference to the score of another key at which a key's weight, e^-40, is lost in the rounding of float32."""
 
 
 def is_explicit() -> bool:
@@ -26,22 +29,32 @@ def is_explicit() -> bool:
 
 
 @contextlib.contextmanager
-def explicit_attention(explicit: bool = True) -> Iterator[None]:
-    """Choose the form of every :func:`attend` in the block; outside of a block, each call uses the faster form."""
-    token = _explicit.set(explicit)
+def explicit_attention(explicit: bool = True, for_cpu: bool = False) -> Iterator[None]:
+    """Choose the form of every :func:`attend` in the block; outside of a block, each call uses the faster form.
+
+    Args:
+        explicit: whether to write out products and softmax.
+        for_cpu: whether the explicit form is for ONNX Runtime or OpenVINO on a CPU. On some processors ONNX Runtime's
+            softmax is slow where a score lies more than some 87 below another one of its row. OpenVINO joins products
+            and softmax only if no result between them is cast; it then computes the softmax in float32 all the same.
+    """
+    tokens = _explicit.set(explicit), _for_cpu.set(for_cpu)
     try:
         yield
     finally:
-        _explicit.reset(token)
+        _explicit.reset(tokens[0])
+        _for_cpu.reset(tokens[1])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, hides: bool = False) -> Tensor:
     """Softmax attention.
 
     Args:
         q: [..., Nq, d]; leading axes of size 1 are broadcast to those of k.
         k, v: [..., Nk, d].
         mask: float32, added to the scores, broadcast to [..., Nq, Nk].
+        hides: whether the mask hides keys by scores far below all others; with as many queries as keys, a query must
+            see the key of its own number.
 
     Returns:
         [..., Nq, d]. The explicit form scales q before the product, which keeps float16 scores in range, and computes
@@ -51,9 +64,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     explicit = _explicit.get()
     if not (_slow_backward(q, k, v) if explicit is None else explicit):
         return _fused(q, k, v, mask)
-    scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).float()
+    q, for_cpu = q * q.shape[-1] ** -0.5, _for_cpu.get()
+    in_bf16 = for_cpu and q.dtype == torch.bfloat16
+    scores = q @ k.transpose(-2, -1)
+    scores = scores if in_bf16 else scores.float()
     if mask is not None:
-        scores = scores + mask
+        scores = scores + mask.to(scores.dtype)
+        if for_cpu and not in_bf16 and hides and q.shape[-2] == k.shape[-2]:
+            own = (q * k).sum(-1, keepdim=True).float()
+            diagonal = mask.flatten(-2)[..., :: mask.shape[-1] + 1].unsqueeze(-1)
+            scores = scores.maximum(own + (diagonal + FAINT))
     attended: Tensor = scores.softmax(dim=-1).to(v.dtype) @ v
     return attended
 

@@ -26,7 +26,7 @@ ALLOCATOR_KEEPS = 32 * 2**20
 
 
 def one_batch(tokens: Tensor, hidden_width: int) -> bool:
-    """Whether an MLP of ``hidden_width`` is faster on both pathways in ``tokens`` [2, B, N, D] as one batch.
+    """Whether an MLP of ``hidden_width`` is faster on both pathways in ``tokens`` [2 B, N, D] as one batch.
 
     It is, except in eager mode on a CPU once the hidden activations exceed the memory that the C allocator keeps for
     reuse: from there on each call would fault in fresh pages, and one pathway after the other is faster.
@@ -211,11 +211,12 @@ class AttentionPathways(Pathways[Kind]):
 
     def block(self, index: int, h: Tensor, p: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """A later block for both pathways."""
-        block, x = self.meeting[index], torch.stack((h, p))  # [2, B, N, D]
-        q, k, v = block.qkv(block.norm1(x))  # [2, B, H, N, d]
+        block, x = self.meeting[index], torch.cat((h, p))  # [2 B, N, D]
+        q, k, v = block.qkv(block.norm1(x))  # [2 B, H, N, d]
+        own = block.project(block.attend(q, k, v))  # [2 B, N, D]
         asking, answering = (1, 0) if index in self.prompt_layers else (0, 1)
-        own = block.project(block.attend(q, k, v))  # [2, B, N, D]
-        given = self.cross(index, (h, p)[asking], q[asking], k[answering], v[answering], state)
+        across = pathway(q, asking), pathway(k, answering), pathway(v, answering)
+        given = self.cross(index, (h, p)[asking], *across, state)
         h, p = feed_forward_both(block, x + own)
         return self.join(index, h, p, given, state)
 
@@ -232,9 +233,14 @@ class AttentionPathways(Pathways[Kind]):
         return (h, p + given) if index in self.prompt_layers else (h + given, p)
 
 
+def pathway(x: Tensor, number: int) -> Tensor:
+    """One of two pathways that run as one batch, [2 B, ...] to [B, ...]."""
+    return x.unflatten(0, (2, -1))[number]
+
+
 def feed_forward_both(block: AttentionBlock, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The second half of a block for both pathways, [2, B, N, D] to twice [B, N, D]."""
+    """The second half of a block for both pathways, [2 B, N, D] to twice [B, N, D]."""
     if not one_batch(tokens, block.hidden_width):
-        return block.feed_forward(tokens[0]), block.feed_forward(tokens[1])
-    first, second = block.feed_forward(tokens).unbind(0)
-    return first, second
+        return block.feed_forward(pathway(tokens, 0)), block.feed_forward(pathway(tokens, 1))
+    tokens = block.feed_forward(tokens)
+    return pathway(tokens, 0), pathway(tokens, 1)

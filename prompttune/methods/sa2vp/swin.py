@@ -80,8 +80,7 @@ class SwinSA2VP(AttentionPathways[SwinBackbone]):
     def _last_reading_block(self, index: int, h: Tensor, p: Tensor, state: State) -> Tensor:
         """The last block in which the base reads the prompts, [B, N, D]; only their keys and values are computed."""
         block = self.meeting[index]
-        normed = block.norm1(torch.stack((h, p)))  # [2, B, N, D]
-        k, v = block.key_value(normed)  # [2, B, H, N, d]
-        q = block.query(normed[0])
-        own = block.project(block.attend(q, k[0], v[0]))
-        return block.feed_forward(h + own) + self.cross(index, h, q, k[1], v[1], state)
+        normed = block.norm1(h)
+        q = block.query(normed)
+        own = block.project(block.attend(q, *block.key_value(normed)))
+        return block.feed_forward(h + own) + self.cross(index, h, q, *block.key_value(block.norm1(p)), state)

@@ -103,23 +103,18 @@ class SA2VP(AttentionPathways[VitBackbone], OverVit):
         """
         block, index = self.meeting[-1], self.depth - 1
         reads_prompts = index not in self.prompt_layers
-        x = torch.stack((h, p)) if reads_prompts or aux else h.unsqueeze(0)  # [1 or 2, B, N, D]
-        normed = block.norm1(x)
-        k, v = block.key_value(normed)  # [1 or 2, B, H, N, d]
-        streams = 2 if aux else 1
-        asking = x[:streams]
-        pooled_alone = block.pooled_alone and not whole
-        if pooled_alone:
-            asking, normed = asking[:, :, :1], normed[:, :, :1]
-        q = block.query(normed[:streams])
-        own = block.project(block.attend(q, k[:streams], v[:streams]))
-        out = block.feed_forward(asking + own)
+        normed = [block.norm1(x) for x in ((h, p) if reads_prompts or aux else (h,))]
+        keys = [block.key_value(x) for x in normed]
+        asking = [block.read(x, whole) for x in ((h, p) if aux else (h,))]  # [B, 1 or N, D]
+        q = [block.query(block.read(x, whole)) for x in normed[: len(asking)]]
+        own = [block.project(block.attend(one, *seen)) for one, seen in zip(q, keys, strict=False)]
+        out = [block.feed_forward(x + one) for x, one in zip(asking, own, strict=True)]
         if not (reads_prompts or aux):
             return out[0], None
         source, target = (0, 1) if reads_prompts else (1, 0)
         # The class token, a prefix token, sees the whole other map.
-        across = attend if pooled_alone else self.aligned
-        given = self.give_attended(index, asking[source], across(q[source], k[target], v[target]), state)
+        across = attend if block.pooled_alone and not whole else self.aligned
+        given = self.give_attended(index, asking[source], across(q[source], *keys[target]), state)
         if not aux:
             return out[0] + given, None
         return self.join(index, out[0], out[1], given, state)
