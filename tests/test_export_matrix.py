@@ -39,7 +39,7 @@ layer, rotation, windows, convolutions."""
 # A convolution that runs twice, as under dam-vp, keeps its BatchNormalization beside it.
 SUPPORTED = """
     Abs Add ArgMax AveragePool BatchNormalization Clip Concat Constant ConstantOfShape Conv Div Einsum Expand
-    Gather Gelu Gemm HardSigmoid HardSwish LayerNormalization MatMul MaxPool Mul Neg Pad Range ReduceL2
+    Gather Gelu Gemm HardSigmoid HardSwish LayerNormalization MatMul Max MaxPool Mul Neg Pad Range ReduceL2
     ReduceMean ReduceSum Relu Reshape Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose
     Unsqueeze
 """

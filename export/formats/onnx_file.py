@@ -164,7 +164,7 @@ def _is_of(node: onnx_ir.Node, layers: Collection[str]) -> bool:
 
 
 def _attention(softmax: onnx_ir.Node) -> list[onnx_ir.Node]:
-    """The nodes from the product of queries and keys to the one with the values; none if it is no such softmax."""
+    """The nodes from the product of queries and keys to the one with the values; empty for another softmax."""
     nodes = [softmax, *softmax.outputs[0].consumers()]
     while nodes[0].op_type in ("Softmax", "Max", "Add"):  # scores are their first input
         scores = nodes[0].inputs[0]
