@@ -395,8 +395,12 @@ class EngineFolder:
         if self.manifest.format == "onnx-adapter":
             raise EngineError(f"{self.path} has the removed format onnx-adapter: export it again with --format onnx")
         if verify:
-            for name, file in self.manifest.files.items():
-                file.check(self.path / name, "export the engine again")
+            self.check()
+
+    def check(self) -> None:
+        """Raise :class:`EngineError` unless the model's files have their recorded digests."""
+        for name, file in self.manifest.files.items():
+            file.check(self.path / name, "export the engine again")
 
     def tasks(self, most: int | None = None) -> list[str]:
         """Sorted names of the tasks in the folder, including damaged ones; with ``most``, any that many of them."""

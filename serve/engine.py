@@ -31,7 +31,7 @@ from prompttune.export.layout import TASKS as TASKS_AXIS
 from prompttune.export.parity.gate import engine_gate
 from prompttune.export.parity.proof import MIXED_WITH, fold_proven
 from prompttune.export.parity.samples import Samples
-from prompttune.export.runtimes import Array, RuntimeOptions, StateRunner, open_runtime
+from prompttune.export.runtimes import Array, RuntimeOptions, StateRunner, open_checked, open_runtime
 from prompttune.export.tasks import Fit, check_fit, engine_backbone
 from prompttune.images import ImageLike, open_image
 from prompttune.images.preprocess import Preprocess
@@ -146,14 +146,17 @@ class Engine:
     ) -> None:
         if resident_tasks is not None and resident_tasks < 1:
             raise UsageError(f"resident_tasks must be at least 1, not {resident_tasks}")
-        self.folder = EngineFolder(path, verify=verify)
+        self.folder = EngineFolder(path, verify=False)
         self.device = device
         manifest = self.folder.manifest
         kept = None if cache is None else Path(cache)
         options = RuntimeOptions(
             device, threads, cuda_graph, provider, kept, spin, runtime, image_cache, skip_unchanged
         )
-        self._runtime = open_runtime(self.folder.path, manifest, options)
+        if verify:
+            self._runtime = open_checked(self.folder, options)
+        else:
+            self._runtime = open_runtime(self.folder.path, manifest, options)
         self._dtype = bank_dtype(manifest.bank_precision)
         self._unsaved: dict[str, tuple[EngineTask, str]] = {}
         """Tasks without a folder, which therefore cannot be loaded again."""

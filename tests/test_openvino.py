@@ -144,6 +144,18 @@ def test_a_damaged_cache_is_compiled_anew(tmp_path, damage):
     np.testing.assert_array_equal(pt.Engine(folder, runtime=OPENVINO).logits(noise(2), "task0"), wanted)
 
 
+@pytest.mark.parametrize("runtime", [ONNXRUNTIME, OPENVINO])
+def test_a_damaged_file_is_reported_and_leaves_no_compiled_model(tmp_path, runtime):
+    folder = copied("linear", tmp_path)
+    weights = bytearray((folder / "model.onnx.data").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    (folder / "model.onnx.data").write_bytes(weights)
+    with pytest.raises(EngineError, match=r"model\.onnx\.data is damaged: its sha256 does not match"):
+        pt.Engine(folder, runtime=runtime)
+    assert not [*folder.rglob("*.blob")]
+    pt.Engine(folder, runtime=runtime, verify=False)
+
+
 def test_a_folder_that_cannot_be_written_to_has_no_cache(tmp_path):
     folder = copied("linear", tmp_path)
     (folder / ".cache").write_text("a file in the way")

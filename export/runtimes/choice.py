@@ -16,6 +16,8 @@ from prompttune.export.options import RuntimeOptions
 from prompttune.files import write_json
 
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
+COMPILED = Path(".cache", "openvino")
+"""Folder in an engine's folder for OpenVINO's compiled models, unless the options name another one."""
 QUICKEST = Path(".cache", "quickest.json")
 """File in an engine's folder with the quickest runtime of each machine."""
 _PROCESSORS = Path("/proc/cpuinfo")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeAlias
 
 from prompttune.errors import EngineError, UsageError
-from prompttune.export.folder import Manifest
+from prompttune.export.folder import EngineFolder, Manifest
 from prompttune.export.runtimes.base import Runtime, RuntimeOptions
-from prompttune.export.runtimes.choice import ONNXRUNTIME, OPENVINO, runtime_of
+from prompttune.export.runtimes.choice import COMPILED, ONNXRUNTIME, OPENVINO, runtime_of
 from prompttune.export.runtimes.image_cache import ImageCache
 from prompttune.registry import Registry
 
@@ -47,3 +48,25 @@ def open_runtime(folder: Path, manifest: Manifest, options: RuntimeOptions | Non
     if options.skip_unchanged:
         raise UsageError("--skip-unchanged compares with kept images: give --image-cache MIB as well")
     return opened
+
+
+def open_checked(folder: EngineFolder, options: RuntimeOptions) -> Runtime:
+    """:func:`open_runtime` of a folder whose files have their recorded digests.
+
+    Both run at the same time for ONNX files on a CPU, which hold no code. A damaged file leaves no compiled model.
+
+    Raises:
+        EngineError: a file is damaged, or see :func:`open_runtime`.
+    """
+    if folder.manifest.format != "onnx" or options.cuda_index is not None:
+        folder.check()
+        return open_runtime(folder.path, folder.manifest, options)
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(folder.check)
+        try:
+            return open_runtime(folder.path, folder.manifest, options)
+        finally:
+            if problem := checked.exception():
+                for blob in (options.cache or folder.path / COMPILED).glob("*.blob"):
+                    blob.unlink(missing_ok=True)
+                raise problem

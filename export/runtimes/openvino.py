@@ -18,14 +18,13 @@ from prompttune.errors import EngineError, MissingExtraError, UsageError, first_
 from prompttune.export.folder import MANIFEST, ONNX_FILE, Manifest
 from prompttune.export.layout import LOGITS, bank_input
 from prompttune.export.runtimes.base import Array, BankArray, Runtime, RuntimeOptions, refuse_options
+from prompttune.export.runtimes.choice import COMPILED
 
 try:
     import openvino as ov
 except ImportError:  # the runtime says so when it is opened
     ov = None
 
-CACHE = Path(".cache", "openvino")
-"""Folder in an engine's folder for its compiled models, unless the options name another one."""
 SETTINGS: dict[str, Any] = {
     "NUM_STREAMS": 1,
     "ENABLE_CPU_PINNING": False,  # several workers would share the first cores
@@ -102,7 +101,7 @@ class OpenVinoRuntime(Runtime):
 def _compiled(core: Any, folder: Path, settings: dict[str, Any], cache: Path | None) -> Any:
     """The model of a folder, from its cache if it has one; a model in a folder that is being written has none."""
     path = str(folder / ONNX_FILE)
-    cache = cache or (folder / CACHE if (folder / MANIFEST).is_file() else None)
+    cache = cache or (folder / COMPILED if (folder / MANIFEST).is_file() else None)
     with _writing(cache) as place:
         if place is not None:
             with contextlib.suppress(RuntimeError):

@@ -15,7 +15,7 @@ from prompttune.errors import EngineError
 from prompttune.export.banks import Place
 from prompttune.export.folder import TASK_RECORD, EngineFolder, EngineTask, load_version, read_record
 from prompttune.export.layout import bank_dtype
-from prompttune.export.runtimes import Array, open_runtime
+from prompttune.export.runtimes import Array, open_checked
 from prompttune.export.runtimes.image_cache import ImageCache
 from prompttune.serve.bank import BakedBank, Bank, baked_entries
 from prompttune.serve.memory import resident_bytes
@@ -34,10 +34,10 @@ class Store:
     """
 
     def __init__(self, settings: WorkerSettings, slots: Array) -> None:
-        folder = EngineFolder(settings.engine)
+        folder = EngineFolder(settings.engine, verify=False)
         manifest = folder.manifest
         self._slots = slots
-        self._runtime = open_runtime(folder.path, manifest, settings.runtime)
+        self._runtime = open_checked(folder, settings.runtime)
         self._turns = threading.BoundedSemaphore(self._runtime.calls_at_once)
         self._host = HostCache(settings.host_bytes)
         if manifest.baked is not None:
