@@ -105,8 +105,8 @@ def block_attention(subject: ExplainedModel, images: Tensor, layers: list[int]) 
     def watch(q: Tensor, k: Tensor, mask: Tensor | None) -> None:
         nonlocal current
         if current in layers:
-            own = (one[: len(images)] for one in (q, k))  # without another pathway of the same batch
-            found[current] = _pooled(backbone, *own, mask, subject.leading_keys(current))
+            rows = slice(len(images))  # without another pathway of the same batch
+            found[current] = _pooled(backbone, q[rows], k[rows], mask, subject.leading_keys(current))
         current = None
 
     with _entering(backbone, enter), watching_attention(watch):

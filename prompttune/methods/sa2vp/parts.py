@@ -235,7 +235,8 @@ class AttentionPathways(Pathways[Kind]):
 
 def pathway(x: Tensor, number: int) -> Tensor:
     """One of two pathways that run as one batch, [2 B, ...] to [B, ...]."""
-    return x.unflatten(0, (2, -1))[number]
+    one: Tensor = x.unflatten(0, (2, -1))[number]
+    return one
 
 
 def feed_forward_both(block: AttentionBlock, tokens: Tensor) -> tuple[Tensor, Tensor]:
