@@ -36,7 +36,7 @@ def explicit_attention(explicit: bool = True, for_cpu: bool = False) -> Iterator
         explicit: whether to write out products and softmax.
         for_cpu: whether the explicit form is for ONNX Runtime or OpenVINO on a CPU. On some processors ONNX Runtime's
             softmax is slow where a score lies more than some 87 below another one of its row. OpenVINO joins products
-            and softmax only if no result between them is cast; it then computes the softmax in float32 all the same.
+            and softmax only if no result between them is cast; in bf16 it rounds the scores to bf16 with a cast too.
     """
     tokens = _explicit.set(explicit), _for_cpu.set(for_cpu)
     try:
@@ -58,7 +58,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, hides: b
 
     Returns:
         [..., Nq, d]. The explicit form scales q before the product, which keeps float16 scores in range, and computes
-        the softmax in float32.
+        the softmax in float32, except for bf16 on a CPU.
     """
     probe_attention(q, k, mask)
     explicit = _explicit.get()
