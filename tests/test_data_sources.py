@@ -447,6 +447,7 @@ def test_only_one_file_looks_for_images_in_folders() -> None:
         "prompttune/training/state.py", "prompttune/training/image_states.py",
         "prompttune/checkpoints/importing/run.py", "prompttune/files.py",
         "prompttune/cli/doctor.py", "export/build.py", "export/formats/onnx_int8.py", "export/folder.py",
+        "export/runtimes/opening.py",
         "serve/infer/sinks/overlays.py", "serve/infer/sinks/parquet.py",
         "serve/service/catalogue.py",
     }  # fmt: skip

@@ -108,7 +108,7 @@ def test_a_runs_attention_is_timms_on_what_enters_the_block(method: str, vit: pt
         assert torch.allclose(found[layer].weights, weights[:, :, 0], atol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "bitfit"])  # it runs timm's own attention
 def test_every_method_shows_its_attention_and_answers_the_same(method: str, vit: pt.Backbone, images: Tensor) -> None:
     subject = subject_of(drawn_model(vit, CONFIGS[method]))
     with torch.no_grad():

@@ -1,11 +1,12 @@
 """Methods whose tasks only read the image: many tasks side by side, and what an image state holds."""
 
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import prompttune as pt
+from prompttune.backbones import VitBackbone
 from prompttune.errors import BackboneError, UsageError
 from tests import engines
 from tests.drawing import VITS, drawn_model
@@ -50,7 +51,7 @@ def test_the_answer_follows_from_the_image_state_alone(method, settings, monkeyp
     assert not seen or max(seen) < model.backbone.num_tokens
 
 
-@pytest.mark.parametrize("method", ["reader", "side"])
+@pytest.mark.parametrize("method", ["reader", "vqt"])
 @pytest.mark.parametrize("name", ["test_swin", "test_resnet3"])
 def test_other_backbones_are_refused_in_one_line(method, name):
     with pytest.raises(BackboneError, match=f"{method} runs on VitBackbone, not on ") as caught:
@@ -69,7 +70,7 @@ def test_a_reader_starts_as_the_class_token():
 def test_a_side_network_reads_six_blocks_evenly():
     backbone = engines.backbone()
     assert pt.SideConfig().resolved(backbone).layers == (0, 1, 2, 3, 4, 5)
-    assert pt.SideConfig().resolved(SimpleNamespace(depth=12)).layers == (0, 2, 4, 6, 8, 11)
+    assert pt.SideConfig().resolved(Mock(spec=VitBackbone, depth=12)).layers == (0, 2, 4, 6, 8, 11)
     with pytest.raises(UsageError, match=r"side: layers .* must rise, from 0 on"):
         pt.SideConfig(layers=(3, 2))
     with pytest.raises(UsageError, match="do not fit 6 blocks"):

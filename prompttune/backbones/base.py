@@ -174,12 +174,17 @@ class Backbone(nn.Module):
     def run_timm(self, images: Tensor) -> Tensor:
         """The pooled features [B, D] of images, by timm's own forward."""
         model: Any = self.model
-        for part in model.modules():
-            if hasattr(part, "fused_attn"):
-                part.fused_attn = not is_explicit()
-        first = next(model.parameters())
+        choose_attention(model)
+        first = next((one.weight for one in model.modules() if isinstance(one, nn.Conv2d)), next(model.parameters()))
         features: Tensor = model.forward_head(model.forward_features(images.to(first.dtype)), pre_logits=True)
         return features
+
+
+def choose_attention(model: nn.Module) -> None:
+    """Let timm's own attention have the form of :func:`prompttune.layers.attention.attend`."""
+    for part in model.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = not is_explicit()
 
 
 class PatchBackbone(Backbone):
@@ -191,6 +196,17 @@ class PatchBackbone(Backbone):
         self.image_size = int(embedding.img_size[0])
         self.grid = (int(embedding.grid_size[0]), int(embedding.grid_size[1]))
         self.patch_size = int(embedding.feat_ratio())
+
+    def run_timm(self, images: Tensor) -> Tensor:
+        """See :meth:`Backbone.run_timm`."""
+        dtype = self.blocks[0].timm.attn.proj.weight.dtype  # that of the patch convolution may be higher
+        hook = cast(nn.Module, self.model.patch_embed).register_forward_hook(
+            lambda _module, _args, patches: patches.to(dtype)
+        )
+        try:
+            return super().run_timm(images)
+        finally:
+            hook.remove()
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S] to patch tokens [B, R C, D], without prefix tokens and position embedding."""

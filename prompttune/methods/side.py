@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prompttune.backbones.base import Backbone
+from prompttune.backbones.base import Backbone, choose_attention
 from prompttune.backbones.conv import ConvBackbone
 from prompttune.backbones.plain import PlainBackbone
 from prompttune.backbones.swin import SwinBackbone
@@ -202,6 +202,7 @@ class SideOverMaps(Side):
 
 def intermediates(model: Any, images: Tensor, numbers: tuple[int, ...]) -> list[Tensor]:
     """Some maps [B, D, R, C] of those that timm gives for a model."""
+    choose_attention(model)
     images = images.to(next(model.parameters()).dtype)
     settings = {"norm": False, "stop_early": True, "output_fmt": "NCHW", "intermediates_only": True}
     return cast(list[Tensor], model.forward_intermediates(images, indices=list(numbers), **settings))
