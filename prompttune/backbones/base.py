@@ -182,6 +182,7 @@ class Backbone(nn.Module):
 
 def choose_attention(model: nn.Module) -> None:
     """Let timm's own attention have the form of :func:`prompttune.layers.attention.attend`."""
+    part: Any
     for part in model.modules():
         if hasattr(part, "fused_attn"):
             part.fused_attn = not is_explicit()
