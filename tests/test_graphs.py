@@ -262,7 +262,7 @@ def test_norms_and_softmax_run_in_float32(method, backbone, kind):
     for operator in ("LayerNormalization", "Softmax"):
         nodes = of_kind(graph, operator)
         assert nodes
-        # OpenVINO, which alone runs bf16 on a CPU, computes a softmax of bf16 values in float32 by itself.
+        # OpenVINO, which alone runs bf16 on a CPU, joins attention to one operator if nothing in it is cast.
         inside = "BFLOAT16" if (kind, operator) == ("bf16", "Softmax") else "FLOAT"
         assert {types[value] for node in nodes for value in (*node.input, *node.output)} == {inside}
     if kind in ("fp16", "bf16"):

@@ -1,5 +1,6 @@
 """Every registered method through one matrix: seam, gradients, frozen backbone, save and load, mixed batches."""
 
+import copy
 import dataclasses
 import itertools
 
@@ -101,13 +102,15 @@ class TestMatrix:
 
 @pytest.mark.parametrize(("backbone", "config"), SHARED, indirect=["backbone"])
 def test_a_mixed_batch_equals_single_runs(backbone, config, images):
-    models = [drawn_model(backbone, config, seed=seed) for seed in range(3)]
+    if "maxvit" in backbone.name:  # drawn weights amplify float32's rounding beyond the bound
+        backbone, images = copy.deepcopy(backbone).double(), images.double()
+    models = [drawn_model(backbone, config, seed=seed).to(images.dtype) for seed in range(3)]
     with torch.no_grad():
         states = [model.task_state() for model in models]
         mixed = {name: torch.cat([state[name] for state in states]) for name in states[0]}
         together = models[0].forward_state(images, mixed).logits
         single = torch.cat([model(images[row : row + 1]).logits for row, model in enumerate(models)])
-    torch.testing.assert_close(together, single, atol=2e-5 * max(1, single.abs().max().item()), rtol=1e-5)
+    torch.testing.assert_close(together, single, atol=2e-5, rtol=1e-5)
     assert (single[0] - models[1](images[:1]).logits[0]).abs().max() > 1e-3, "the tasks must differ"
 
 

@@ -125,6 +125,7 @@ def graph_logits(method, name, precision, images, explicit):
     [
         *((method, "test_vit") for method in SHARING),
         *(("sa2vp", name) for name in ("test_vit2", "test_eva", "test_eva2")),
+        *((method, "test_swin2") for method in ("side", "lora")),
     ],
     ids=str,
 )

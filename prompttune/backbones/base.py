@@ -198,17 +198,6 @@ class PatchBackbone(Backbone):
         self.grid = (int(embedding.grid_size[0]), int(embedding.grid_size[1]))
         self.patch_size = int(embedding.feat_ratio())
 
-    def run_timm(self, images: Tensor) -> Tensor:
-        """See :meth:`Backbone.run_timm`."""
-        dtype = self.blocks[0].timm.attn.proj.weight.dtype  # that of the patch convolution may be higher
-        hook = cast(nn.Module, self.model.patch_embed).register_forward_hook(
-            lambda _module, _args, patches: patches.to(dtype)
-        )
-        try:
-            return super().run_timm(images)
-        finally:
-            hook.remove()
-
     def embed_patches(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S] to patch tokens [B, R C, D], without prefix tokens and position embedding."""
         embedding: Any = self.model.patch_embed

@@ -17,6 +17,7 @@ from prompttune.backbones.loading import (
     find_model,
     limits_of,
 )
+from prompttune.backbones.names import Model
 from prompttune.backbones.wheel import MODEL as WHEEL_MODEL
 from prompttune.backbones.wheel import PACKAGE as WHEEL_PACKAGE
 from prompttune.backbones.wheel import find_wheel
@@ -92,10 +93,26 @@ def describe_backbone(name: str) -> BackboneDescription:
         UsageError: the name is unknown.
         BackboneError: timm cannot build the model.
     """
+    return _description(name, *_hollow(name))
+
+
+def hollow_backbone(name: str) -> tuple[BackboneDescription, Backbone]:
+    """:func:`describe_backbone`, and the backbone itself without memory for its weights."""
+    found, model = _hollow(name)
+    described = _description(name, found, model)
+    backbone = architecture_of(model, name).wrap(model, name, found.image_size)
+    backbone.name, backbone.limits = name, described.limits
+    return described, backbone
+
+
+def _hollow(name: str) -> tuple[Model, Any]:
     _, found = find_model(name)
-    bare, _, tag = found.name.partition(".")
     with torch.device("meta"):
-        model: Any = build_model(found.name, **found.args)
+        return found, build_model(found.name, **found.args)
+
+
+def _description(name: str, found: Model, model: Any) -> BackboneDescription:
+    bare, _, tag = found.name.partition(".")
     chosen = architecture_of(model, name)
     patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
     return BackboneDescription(
@@ -109,16 +126,6 @@ def describe_backbone(name: str) -> BackboneDescription:
         # A folder or repository has its own weights, not timm's.
         pretrained=() if found.described else tuple(_pretrained(bare, one) for one in _tags(bare) if tag in ("", one)),
     )
-
-
-def hollow_backbone(name: str) -> Backbone:
-    """The backbone without memory for its weights, see :func:`describe_backbone`."""
-    _, found = find_model(name)
-    with torch.device("meta"):
-        model = build_model(found.name, **found.args)
-    backbone = architecture_of(model, name).wrap(model, name, found.image_size)
-    backbone.name, backbone.limits = name, limits_of(model)
-    return backbone
 
 
 def _tags(bare: str) -> list[str]:

@@ -33,14 +33,13 @@ def backbones(name: str | None, as_json: bool) -> None:
     prompttune backbones 'vit_small*'
     prompttune backbones vit_small_patch14_dinov2
     """
-    from prompttune.backbones.catalogue import describe_backbone
     from prompttune.errors import BackboneError, UsageError
 
     if name is None:
         _families(as_json)
     elif "*" not in name:
-        found = describe_backbone(name)
-        click.echo(json.dumps(_plain(found), indent=2) if as_json else _described(found))
+        found = _read(name)
+        click.echo(json.dumps(_plain(*found), indent=2) if as_json else _described(*found))
     else:
         import timm
 
@@ -50,15 +49,15 @@ def backbones(name: str | None, as_json: bool) -> None:
         rows = []
         for one in track(names, "reading models", console=Console(stderr=True), transient=True):
             try:
-                rows.append(describe_backbone(one))
+                rows.append(_read(one))
             except BackboneError as problem:
                 click.echo(f"left out: {problem}", err=True)
         if as_json:
-            click.echo(json.dumps([_plain(one) for one in rows], indent=2))
+            click.echo(json.dumps([_plain(*one) for one in rows], indent=2))
         else:
             _print(
                 ("model", "methods", "width", "tokens", "parameters", "licence", "transform", "weights at hand"),
-                [_row(one) for one in rows],
+                [_row(*one) for one in rows],
             )
 
 
@@ -88,27 +87,28 @@ def _methods(kind: type[Backbone]) -> list[str]:
     ]
 
 
-def _methods_on(found: BackboneDescription) -> list[str]:
-    """The methods that run on a model."""
+def _read(name: str) -> tuple[BackboneDescription, list[str]]:
+    """A model's description, and the methods that run on it."""
     from prompttune.backbones.catalogue import hollow_backbone
     from prompttune.methods.describing import methods_on
 
-    return methods_on(hollow_backbone(found.name))
+    found, backbone = hollow_backbone(name)
+    return found, methods_on(backbone)
 
 
-def _plain(found: BackboneDescription) -> dict[str, Any]:
-    return {**asdict(found), "kind": found.kind.__name__, "methods": _methods_on(found)}
+def _plain(found: BackboneDescription, methods: list[str]) -> dict[str, Any]:
+    return {**asdict(found), "kind": found.kind.__name__, "methods": methods}
 
 
 def _transform(weights: Pretrained) -> str:
     return f"{weights.image_size} px, {weights.interpolation}, {weights.crop_mode} {weights.crop_pct:g}"
 
 
-def _row(found: BackboneDescription) -> tuple[object, ...]:
+def _row(found: BackboneDescription, methods: list[str]) -> tuple[object, ...]:
     first, hands = found.pretrained[:1], {one.at_hand for one in found.pretrained} - {""}
     return (
         found.name,
-        len(_methods_on(found)),
+        len(methods),
         found.width,
         found.tokens or "",
         f"{found.parameters / 1e6:.1f} M",
@@ -118,12 +118,12 @@ def _row(found: BackboneDescription) -> tuple[object, ...]:
     )
 
 
-def _described(found: BackboneDescription) -> str:
+def _described(found: BackboneDescription, methods: list[str]) -> str:
     lines = [
         f"{found.name}: {found.limits or 'runs in blocks'}",
         f"  width {found.width}" + (f", {found.tokens} tokens" if found.tokens else "") + f" at {found.image_size} px",
         f"  parameters {found.parameters / 1e6:.1f} M",
-        f"  methods {', '.join(_methods_on(found))}",
+        f"  methods {', '.join(methods)}",
         "  weights" if found.pretrained else "  no published weights of timm",
     ]
     for one in found.pretrained:
