@@ -174,18 +174,21 @@ class Backbone(nn.Module):
     def run_timm(self, images: Tensor) -> Tensor:
         """The pooled features [B, D] of images, by timm's own forward."""
         model: Any = self.model
-        choose_attention(model)
-        first = next((one.weight for one in model.modules() if isinstance(one, nn.Conv2d)), next(model.parameters()))
-        features: Tensor = model.forward_head(model.forward_features(images.to(first.dtype)), pre_logits=True)
+        features: Tensor = model.forward_head(model.forward_features(for_timm(model, images)), pre_logits=True)
         return features
 
 
-def choose_attention(model: nn.Module) -> None:
-    """Let timm's own attention have the form of :func:`prompttune.layers.attention.attend`."""
+def for_timm(model: nn.Module, images: Tensor) -> Tensor:
+    """Images in the type of a model's first layer, for timm's own forward.
+
+    Its attention takes the form of :func:`prompttune.layers.attention.attend`.
+    """
     part: Any
     for part in model.modules():
         if hasattr(part, "fused_attn"):
             part.fused_attn = not is_explicit()
+    first = next((one.weight for one in model.modules() if isinstance(one, nn.Conv2d)), next(model.parameters()))
+    return images.to(first.dtype)
 
 
 class PatchBackbone(Backbone):

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prompttune.backbones.base import Backbone, choose_attention
+from prompttune.backbones.base import Backbone, for_timm
 from prompttune.backbones.conv import ConvBackbone
 from prompttune.backbones.plain import PlainBackbone
 from prompttune.backbones.swin import SwinBackbone
@@ -202,10 +202,8 @@ class SideOverMaps(Side):
 
 def intermediates(model: Any, images: Tensor, numbers: tuple[int, ...]) -> list[Tensor]:
     """Some maps [B, D, R, C] of those that timm gives for a model."""
-    choose_attention(model)
-    images = images.to(next(model.parameters()).dtype)
     settings = {"norm": False, "stop_early": True, "output_fmt": "NCHW", "intermediates_only": True}
-    return cast(list[Tensor], model.forward_intermediates(images, indices=list(numbers), **settings))
+    return cast(list[Tensor], model.forward_intermediates(for_timm(model, images), indices=list(numbers), **settings))
 
 
 def instance_norm(maps: Tensor) -> Tensor:
