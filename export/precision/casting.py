@@ -37,7 +37,8 @@ def typed_model(model: PromptModel, precision: str) -> PromptModel:
             _reduce(module)
     backbone.to(dtype)
     if dtype == torch.bfloat16 and isinstance(typed.backbone, PatchBackbone):
-        patches = typed.backbone.model.patch_embed.float()  # before operator set 22, ONNX lacks bfloat16 convolutions
+        patches: Any = typed.backbone.model.patch_embed
+        patches.float()  # before operator set 22, ONNX lacks bfloat16 convolutions
         patches.register_forward_hook(lambda _module, _args, found: found.to(dtype))
     for name, module in norms.items():
         backbone.set_submodule(name, _float32(module, model.backbone.model.get_submodule(name)))
