@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,14 @@ from tests.sink_helpers import full_disk
 COUNT = 60
 CHUNKS = -(-COUNT // 8)
 OFTEN = "import prompttune.serve.infer.job as job; job.COMMIT_S = 0.0\n"
+IN_STEP = """
+told = job.InferJob._write
+def in_step(self, answers):
+    told(self, answers)
+    os.read(0, 1)
+job.InferJob._write = in_step
+"""
+"""Set-up of a command that tells of each chunk and waits for a byte before the next, so it never ends unasked."""
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +74,17 @@ def arguments(images: Path, folder: Path) -> list[object]:
 
 @pytest.mark.slow
 def test_killed_at_random_moments(images, whole, tmp_path):
-    """SIGKILL five times, each after some more chunks; then an end."""
+    """SIGKILL four times, each after one more chunk or two; then an end."""
     draws = random.Random(0)
-    for attempt in range(5):
-        setup = TELLING + OFTEN
+    for attempt in range(CHUNKS // 2):
+        setup = TELLING + OFTEN + IN_STEP
         words = [*arguments(images, tmp_path), *(["--resume"] if attempt else [])]
-        with subprocess.Popen(command(*words, setup=setup), stderr=subprocess.PIPE, text=True) as process:
-            for _ in range(draws.randrange(1, 4)):
-                assert process.stderr.readline().startswith("wrote"), process.stderr.read()
+        pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command(*words, setup=setup), **pipes) as process:
+            assert process.stderr.readline().startswith("wrote"), process.stderr.read()
+            process.stdin.write(".")
+            process.stdin.flush()
+            time.sleep(draws.uniform(0, 0.05))  # it commits and answers the next chunk, not more, meanwhile
             process.kill()
         assert process.returncode == -signal.SIGKILL
     done = invoked(*arguments(images, tmp_path), "--resume")
