@@ -54,7 +54,7 @@ def subjects_of(
 
     @torch.inference_mode()
     def plain(images: object, _tasks: object) -> object:
-        return frozen(torch.as_tensor(images)).numpy()
+        return frozen.run_timm(torch.as_tensor(images)).numpy()  # all tokens, as the plain models of the runtimes
 
     found["plain torch fp32"] = BenchSubject("plain", [], frozen.image_size, lambda: lambda: OpenSubject("timm", plain))
     return found

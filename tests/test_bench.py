@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import math
+import platform
 import subprocess
 import sys
 import types
@@ -25,7 +26,7 @@ from prompttune.export import EngineFolder, ExportSettings
 from prompttune.export.formats import tensorrt
 from prompttune.export.runtimes import RuntimeOptions, open_runtime
 from prompttune.export.tasks import engine_backbone
-from prompttune.serve.bench import BenchSettings, Latency, Ratio, Rounds, bench_engine, interleaved
+from prompttune.serve.bench import BenchSettings, Latency, Ratio, Rounds, bench_engine, interleaved, machine
 from prompttune.serve.bench.plain import export_plain, plain_settings
 from prompttune.serve.bench.subjects import assignments, engine_subject, torch_subject
 from prompttune.serve.bench.task_costs import ADDED_CHECKPOINTS, measure_adding
@@ -358,6 +359,16 @@ def test_command_prints_tables_and_writes_files(tmp_path):
         (subject, size, mix) for subject in ("engine", "backbone") for size in "12" for mix in ("one", "all")
     }
     assert all(row["hardware"] and row["onnxruntime"] and row["command"].startswith("prompttune") for row in rows)
+
+
+def test_a_figure_names_the_instruction_sets(tmp_path, monkeypatch):
+    """Processors of one name differ by the factor that bf16 products make."""
+    core = "model name\t: AMD EPYC\nflags\t\t: fpu avx2 avx512f avx512_bf16 sha_ni\nbugs\t\t:\n\n"
+    (tmp_path / "cpuinfo").write_text(core * 2)
+    monkeypatch.setattr(machine, "_PROCESSORS", tmp_path / "cpuinfo")
+    assert machine.hardware_name() == "AMD EPYC avx512_bf16 avx512f avx2 x2"
+    (tmp_path / "cpuinfo").write_text("Features\t: fp asimd\n")
+    assert machine.hardware_name() == platform.processor()
 
 
 def test_command_prints_json():

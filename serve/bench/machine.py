@@ -14,15 +14,21 @@ import torch
 from prompttune.spreadsheets import write_table
 
 _PROCESSORS = Path("/proc/cpuinfo")
+_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512f", "avx2")
+"""Instruction sets that decide how quick matrix products are; one name of processor may stand for all of them."""
 
 
 def hardware_name(device: str = "cpu") -> str:
-    """Name of the CUDA device, or of the processor with its number of threads."""
+    """Name of the CUDA device; or of the processor, with its instruction sets and number of threads."""
     if device.startswith("cuda"):
         return str(torch.cuda.get_device_name(device))
     lines = _PROCESSORS.read_text().splitlines() if _PROCESSORS.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0]} x{len(models)}" if models else platform.processor()
+    facts = [[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]
+    models = [value for name, value in facts if name == "model name"]
+    if not models:
+        return platform.processor()
+    flags = dict(facts).get("flags", "").split()
+    return " ".join([models[0], *(one for one in _INSTRUCTIONS if one in flags), f"x{len(models)}"])
 
 
 def machine_columns(device: str, threads: int, command: str) -> dict[str, str]:
