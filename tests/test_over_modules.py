@@ -13,11 +13,11 @@ from prompttune.methods import METHODS
 from tests import engines
 from tests.drawing import drawn_model
 from tests.engines import config_of, noise
-from tests.plains import OVER_MODULES, PLAINS
+from tests.plains import OVER_MODULES, PLAINS, TINY
 
 SAME = "tf_mobilenetv3_small_minimal_100"
 """Convolutions that pad as TensorFlow does, unevenly."""
-MERGING = ("test_swin2", "test_convnext4", "test_resnet3", "lcnet_035", SAME)
+MERGING = ("test_swin2", "test_swinv2", "test_convnext4", "test_resnet3", "lcnet_035", SAME)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,16 @@ def test_lora_equals_merged_weights(name, images):
 
     agree(model(images).features.detach(), features(merged(model.method, change), images))
     assert (model(images).features - engines.backbone(name)(images)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["test_swinv2", f"beit_base_patch16_224?{TINY}"])
+def test_layers_that_timm_does_not_call_by_default(name):
+    """In Swin v2 and BEiT timm adds the biases in one product with the weights of the joint projection."""
+    for method in ("lora", "ssf", "bitfit"):
+        model = pt.PromptModel(engines.backbone(name), config_of(method), 3)
+        joint = {name for name, _ in model.backbone.model.named_modules() if name.endswith(".qkv")}
+        assert joint
+        assert joint <= {site.name for site in model.method.sites}
 
 
 @pytest.mark.parametrize("method", ["ssf", "bitfit"])

@@ -3,8 +3,7 @@
 timm's forward runs as it is, and forward hooks add the task's part to what a module gives. The modules are found by
 running the model once, on two images of which the first is NaN: where that shows in the first half of a
 tensor's rows alone, the rows lie by image, those of windows too, and each can take the task of its own image. A module
-that runs more than once or on constants stays as it is, as does a layer whose weights timm reads without calling it:
-the joint projection of queries, keys and values in Swin v2 and BEiT.
+that runs more than once or on constants stays as it is.
 
 A **part** is a module that keeps the shape of what it reads, with two or more linear layers or convolutions at its own
 places, and no part in it: an attention, an MLP, or a residual block of convolutions.
@@ -104,8 +103,11 @@ def sites_of(backbone: Backbone) -> Sites:
     side, device = backbone.image_size, next(backbone.model.parameters()).device
     images = torch.arange(2 * 3 * side**2, device=device).sin().reshape(2, 3, side, side)
     images[0] = torch.nan
+    module: Any
     with torch.no_grad(), contextlib.ExitStack() as hooks:
         for name, module in backbone.model.named_modules():
+            if hasattr(module, "qkv_bias_separate"):  # otherwise timm reads the layer's weights and does not call it
+                module.qkv_bias_separate = True
             hooks.callback(module.register_forward_hook(partial(watch, name)).remove)
         features = backbone.run_timm(images)
     if not _by_image(features):
@@ -324,11 +326,17 @@ class BitFit(OverModules):
     def find(self, sites: Sites, model: nn.Module) -> list[Site]:
         """Every linear layer, convolution and norm with a bias."""
         pairs = (*layers_of(sites, grouped=True), *norms_of(sites, model))
-        return [site for site, owner in pairs if getattr(owner, "bias", None) is not None]
+        return [site for site, owner in pairs if _has_bias(site, owner, model)]
 
     def join(self, site: Site, x: Tensor, y: Tensor, *share: Tensor) -> Tensor:  # noqa: ARG002
         """y, shifted."""
         return torch.add(site.flat(y), site.along(share[0]))
+
+
+def _has_bias(site: Site, owner: Any, model: nn.Module) -> bool:
+    """Whether a layer has a bias, or the attention around it one for queries and one for values."""
+    around = model.get_submodule(site.name.rpartition(".")[0])
+    return any(getattr(one, name, None) is not None for one, name in ((owner, "bias"), (around, "q_bias")))
 
 
 @implements(AdapterConfig)
