@@ -24,7 +24,7 @@ from prompttune.cli.main import cli
 from prompttune.errors import EngineError, UsageError
 from prompttune.export import EngineFolder, ExportSettings
 from prompttune.export.formats import tensorrt
-from prompttune.export.runtimes import RuntimeOptions, open_runtime
+from prompttune.export.runtimes import RuntimeOptions, open_runtime, processor
 from prompttune.export.tasks import engine_backbone
 from prompttune.serve.bench import BenchSettings, Latency, Ratio, Rounds, bench_engine, interleaved, machine
 from prompttune.serve.bench.plain import export_plain, plain_settings
@@ -365,7 +365,7 @@ def test_a_figure_names_the_instruction_sets(tmp_path, monkeypatch):
     """Processors of one name differ by the factor that bf16 products make."""
     core = "model name\t: AMD EPYC\nflags\t\t: fpu avx2 avx512f avx512_bf16 sha_ni\nbugs\t\t:\n\n"
     (tmp_path / "cpuinfo").write_text(core * 2)
-    monkeypatch.setattr(machine, "_PROCESSORS", tmp_path / "cpuinfo")
+    monkeypatch.setattr(processor, "_FACTS", tmp_path / "cpuinfo")
     assert machine.hardware_name() == "AMD EPYC avx512_bf16 avx512f avx2 x2"
     (tmp_path / "cpuinfo").write_text("Features\t: fp asimd\n")
     assert machine.hardware_name() == platform.processor()

@@ -15,7 +15,7 @@ import prompttune as pt
 from prompttune.cli.main import cli
 from prompttune.errors import EngineError, MissingExtraError, UsageError
 from prompttune.export.folder import EngineFolder
-from prompttune.export.runtimes import RuntimeOptions, choice, open_runtime
+from prompttune.export.runtimes import RuntimeOptions, choice, open_runtime, processor
 from prompttune.export.runtimes.choice import ONNXRUNTIME, OPENVINO, QUICKEST, quickest, remember, runtime_of
 from prompttune.serve.workers.base import Key, WorkerSettings
 from prompttune.serve.workers.store import Store
@@ -118,6 +118,24 @@ def test_static_int8_passes_the_gate_and_runs_where_it_was_proven(int8):
         pt.Engine(int8, runtime=ONNXRUNTIME)
 
 
+@pytest.mark.parametrize(("flags", "saturates"), [("avx2 avx512f", True), ("avx2 avx_vnni", False), (None, True)])
+def test_sums_of_int8_products_never_saturate(int8, tmp_path, monkeypatch, flags, saturates):
+    """x86 without VNNI adds pairs of them in 16 bits, so that an engine proven elsewhere would answer wrongly."""
+    monkeypatch.setattr(processor, "_FACTS", tmp_path / "cpuinfo")
+    monkeypatch.setattr(processor.platform, "machine", lambda: "x86_64")
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"model name\t: a CPU\nflags\t\t: fpu {flags}\n")
+    engine = pt.Engine(int8, cache=tmp_path / "cache")
+    assert engine.description.endswith(
+        "CPU, int8 in fp32, as sums of int8 products saturate on a CPU without VNNI"
+    ) == (saturates)
+    if saturates:  # otherwise the real processor would have to be one with VNNI
+        exact = pt.Engine(exported("sa2vp")).logits(noise(8), TASKS * 2)
+        own = np.isfinite(exact)
+        found = engine.logits(noise(8), TASKS * 2)
+        assert np.abs(found[own] - exact[own]).max() < 0.05 * np.abs(exact[own]).max()
+
+
 # -------------------------------------------------------------------------------------------------------------- cache
 
 
@@ -176,7 +194,7 @@ def test_auto_takes_the_quickest_that_this_machine_remembers(tmp_path, monkeypat
     assert runtime_of(folder, manifest, RuntimeOptions("cuda")) == ONNXRUNTIME
     monkeypatch.setattr(choice, "has_openvino", lambda: False)
     assert runtime_of(folder, manifest, RuntimeOptions()) == ONNXRUNTIME
-    monkeypatch.setattr(choice, "_PROCESSORS", tmp_path / "another machine")
+    monkeypatch.setattr(processor, "_FACTS", tmp_path / "another machine")
     assert quickest(folder, manifest) is None
     other = dataclasses.replace(manifest, files={})
     assert quickest(folder, other) is None, "another model in the same folder"

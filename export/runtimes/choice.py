@@ -13,6 +13,7 @@ from typing import Any
 from prompttune.errors import UsageError
 from prompttune.export.folder import Manifest
 from prompttune.export.options import RuntimeOptions
+from prompttune.export.runtimes import processor
 from prompttune.files import write_json
 
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
@@ -20,9 +21,8 @@ COMPILED = Path(".cache", "openvino")
 """Folder in an engine's folder for OpenVINO's compiled models, unless the options name another one."""
 QUICKEST = Path(".cache", "quickest.json")
 """File in an engine's folder with the quickest runtime of each machine."""
-_PROCESSORS = Path("/proc/cpuinfo")
-_KIND = ("model", "cpu family", "flags", "CPU part", "Features")
-"""Lines of a processor's kind there, on x86 and ARM."""
+_KIND = ("model", "model name", "cpu family", "flags", "CPU part", "Features")
+"""Facts of a processor's kind, on x86 and ARM."""
 
 
 def has_openvino() -> bool:
@@ -88,7 +88,6 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _machine(manifest: Manifest) -> str:
     """The engine's model, the kind of processor and its instruction sets, as a key."""
-    facts = {platform.machine(), *(record.sha256 for record in manifest.files.values())}
-    with contextlib.suppress(OSError):
-        facts.update(line for line in _PROCESSORS.read_text().splitlines() if line.startswith(_KIND))
-    return hashlib.sha256("\n".join(sorted(facts)).encode()).hexdigest()[:16]
+    known = {platform.machine(), *(record.sha256 for record in manifest.files.values())}
+    known |= {f"{name}: {value}" for name, value in processor.facts() if name in _KIND}
+    return hashlib.sha256("\n".join(sorted(known)).encode()).hexdigest()[:16]

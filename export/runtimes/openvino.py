@@ -19,6 +19,7 @@ from prompttune.export.folder import MANIFEST, ONNX_FILE, Manifest
 from prompttune.export.layout import LOGITS, bank_input
 from prompttune.export.runtimes.base import Array, BankArray, Runtime, RuntimeOptions, refuse_options
 from prompttune.export.runtimes.choice import COMPILED
+from prompttune.export.runtimes.processor import saturates_int8
 
 try:
     import openvino as ov
@@ -53,6 +54,9 @@ class OpenVinoRuntime(Runtime):
         # In int8 engines the file's types state what runs in bf16; in bf16 engines norms and softmax do too.
         core, hint = ov.Core(), "bf16" if manifest.precision == "bf16" else "f32"
         settings = {**SETTINGS, "INFERENCE_PRECISION_HINT": hint}
+        in_fp32 = manifest.precision == "int8" and saturates_int8()
+        if in_fp32:  # the same rounded values, multiplied in fp32
+            settings["LP_TRANSFORMS_MODE"] = "NO"
         if options.threads is not None:
             settings["INFERENCE_NUM_THREADS"] = options.threads
         try:
@@ -64,6 +68,8 @@ class OpenVinoRuntime(Runtime):
         known = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if (name := self._computed.upper()) in ("FP16", "BF16") and name not in known:
             self._computed += f" in fp32, as this CPU has no {manifest.precision}"
+        if in_fp32:
+            self._computed += " in fp32, as sums of int8 products saturate on a CPU without VNNI"
 
     @property
     def description(self) -> str:

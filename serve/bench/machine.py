@@ -11,9 +11,9 @@ import onnxruntime
 import timm
 import torch
 
+from prompttune.export.runtimes.processor import facts, instructions
 from prompttune.spreadsheets import write_table
 
-_PROCESSORS = Path("/proc/cpuinfo")
 _INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512f", "avx2")
 """Instruction sets that decide how quick matrix products are; one name of processor may stand for all of them."""
 
@@ -22,13 +22,10 @@ def hardware_name(device: str = "cpu") -> str:
     """Name of the CUDA device; or of the processor, with its instruction sets and number of threads."""
     if device.startswith("cuda"):
         return str(torch.cuda.get_device_name(device))
-    lines = _PROCESSORS.read_text().splitlines() if _PROCESSORS.exists() else []
-    facts = [[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]
-    models = [value for name, value in facts if name == "model name"]
+    models, known = [value for name, value in facts() if name == "model name"], instructions()
     if not models:
         return platform.processor()
-    flags = dict(facts).get("flags", "").split()
-    return " ".join([models[0], *(one for one in _INSTRUCTIONS if one in flags), f"x{len(models)}"])
+    return " ".join([models[0], *(one for one in _INSTRUCTIONS if one in known), f"x{len(models)}"])
 
 
 def machine_columns(device: str, threads: int, command: str) -> dict[str, str]:
