@@ -69,38 +69,48 @@ from prompttune.serve.bench.subjects import noise
 images, began = noise(1, int(sys.argv[3]), 0), time.perf_counter()
 engine = pt.Engine(sys.argv[1], threads=int(sys.argv[2]), runtime="openvino")
 engine.logits(images, engine.tasks[:1])
-print(time.perf_counter() - began)
+answered = time.perf_counter()
+engine.logits(images, engine.tasks[:1])
+print(answered - began, time.perf_counter() - answered)
 """
 
 
-def start_s(folder: EngineFolder, threads: int) -> tuple[float, float]:
+def start_s(folder: EngineFolder, threads: int) -> dict[str, str]:
     """Median seconds in which a new process opens an engine in OpenVINO and answers an image, imports aside: without a
-    cache, and with one.
+    cache (``first``), and with one (``second``); and without what an answer of the open engine takes (``alone``).
     """
     command = [sys.executable, "-c", _START, folder.path, threads, folder.manifest.image_size]
-    seconds: dict[bool, list[float]] = {False: [], True: []}
+    seconds: dict[str, list[list[float]]] = {"first": [], "second": []}
     for _ in range(_STARTS):
         for blob in (folder.path / COMPILED).glob("*.blob"):
             blob.unlink()
-        for cached in (False, True):
-            seconds[cached].append(float(subprocess.check_output([*map(str, command)], text=True)))
-    return median(seconds[False]), median(seconds[True])
+        for which in seconds:
+            said = subprocess.check_output([*map(str, command)], text=True).split()
+            seconds[which].append([float(one) for one in said])
+    columns = {f"{which}_start_s": median(first for first, _ in runs) for which, runs in seconds.items()}
+    columns |= {
+        f"{which}_start_alone_s": median(first - later for first, later in runs) for which, runs in seconds.items()
+    }
+    return {name: f"{value:.2f}" for name, value in columns.items()}
 
 
 @click.command(help=__doc__)
 @model_options
 @click.option("--method", type=click.Choice(list(CONFIGS)), default="sa2vp", show_default=True)
 @batch_option(1, 4, 8)
+@click.option("--precision", "precisions", multiple=True, type=click.Choice(list(PRECISIONS)), help="Default: all.")
 @click.option("--tasks", type=click.IntRange(1), default=4, show_default=True)
 @run_options
-def main(model: Model, method: str, batches: tuple[int, ...], tasks: int, run: Run) -> None:
+def main(
+    model: Model, method: str, batches: tuple[int, ...], precisions: tuple[str, ...], tasks: int, run: Run
+) -> None:
     frozen = model.load()
     rows = []
     with workshop() as folder, ExitStack() as stack:
         checkpoint = save_checkpoint(method, frozen, folder)
         engines = {}
-        for name, values in PRECISIONS.items():
-            settings = replace(pt.ExportSettings(**values), calibration_images=_CALIBRATION_IMAGES)
+        for name in dict.fromkeys(("fp32", *(precisions or PRECISIONS))):  # fp32 is what all are held against
+            settings = replace(pt.ExportSettings(**PRECISIONS[name]), calibration_images=_CALIBRATION_IMAGES)
             engines[name] = make_engine(checkpoint, folder / name, settings, tasks)
         starts = {f"{OPENVINO} {name}": start_s(one, run.threads) for name, one in engines.items()}
         subjects = subjects_of(frozen, engines, run.threads, stack)
@@ -113,7 +123,6 @@ def main(model: Model, method: str, batches: tuple[int, ...], tasks: int, run: R
             seconds = run.interleaved(calls)
             for name, values in seconds.items():
                 beside = seconds[name if name.startswith("plain") else f"plain {name}"]
-                first, second = starts.get(name, (None, None))
                 rows.append(
                     {
                         **model.columns,
@@ -124,8 +133,7 @@ def main(model: Model, method: str, batches: tuple[int, ...], tasks: int, run: R
                         "over_plain_onnxruntime_fp32": f"{ratio(values, seconds[f'plain {ONNXRUNTIME} fp32']):.3f}",
                         "over_plain_of_its_own": f"{ratio(values, beside):.3f}",
                         "p50_ms": f"{median(values) * 1e3:.1f}",
-                        "first_start_s": "" if first is None else f"{first:.2f}",
-                        "second_start_s": "" if second is None else f"{second:.2f}",
+                        **starts.get(name, dict.fromkeys(next(iter(starts.values())), "")),
                     }
                 )
                 click.echo(" ".join(f"{key}={value}" for key, value in list(rows[-1].items())[3:]))
