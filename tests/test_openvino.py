@@ -168,9 +168,14 @@ def test_a_damaged_file_is_reported_and_leaves_no_compiled_model(tmp_path, runti
     weights = bytearray((folder / "model.onnx.data").read_bytes())
     weights[len(weights) // 2] ^= 1
     (folder / "model.onnx.data").write_bytes(weights)
-    with pytest.raises(EngineError, match=r"model\.onnx\.data is damaged: its sha256 does not match"):
-        pt.Engine(folder, runtime=runtime)
+    shared = tmp_path / "shared"
+    pt.Engine(exported("linear"), runtime=OPENVINO, cache=shared)
+    [kept] = shared.glob("*.blob")
+    for cache in (None, shared) if runtime == OPENVINO else (None,):
+        with pytest.raises(EngineError, match=r"model\.onnx\.data is damaged: its sha256 does not match"):
+            pt.Engine(folder, runtime=runtime, cache=cache)
     assert not [*folder.rglob("*.blob")]
+    assert [*shared.glob("*.blob")] == [kept]
     pt.Engine(folder, runtime=runtime, verify=False)
 
 

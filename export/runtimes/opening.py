@@ -61,12 +61,14 @@ def open_checked(folder: EngineFolder, options: RuntimeOptions) -> Runtime:
     if folder.manifest.format != "onnx" or options.cuda_index is not None:
         folder.check()
         return open_runtime(folder.path, folder.manifest, options)
+    compiled = options.cache or folder.path / COMPILED
+    before = {*compiled.glob("*.blob")}  # a cache that engines share has those of others
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(folder.check)
         try:
             return open_runtime(folder.path, folder.manifest, options)
         finally:
             if problem := checked.exception():
-                for blob in (options.cache or folder.path / COMPILED).glob("*.blob"):
+                for blob in {*compiled.glob("*.blob")} - before:
                     blob.unlink(missing_ok=True)
                 raise problem
