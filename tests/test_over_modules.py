@@ -72,6 +72,14 @@ def test_layers_that_timm_does_not_call_by_default(name):
         assert joint <= {site.name for site in model.method.sites}
 
 
+def test_a_method_leaves_the_backbone_of_others_as_it_is(images):
+    """Models share a backbone: the bits of one must not depend on which were built before."""
+    backbone = pt.load_backbone(f"beit_base_patch16_224?{TINY}", 64, "random")
+    before = backbone(images)
+    pt.PromptModel(backbone, config_of("lora"), 3)
+    assert torch.equal(backbone(images), before)
+
+
 @pytest.mark.parametrize("method", ["ssf", "bitfit"])
 @pytest.mark.parametrize("name", MERGING)
 def test_scales_and_shifts_equal_merged_weights(name, method, images):

@@ -77,6 +77,10 @@ class Backbone(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model.requires_grad_(False)
+        part: Any
+        for part in model.modules():
+            if hasattr(part, "qkv_bias_separate"):  # otherwise timm reads a layer's weights and does not call it
+                part.qkv_bias_separate = True
         super().train(False)
 
     @contextlib.contextmanager

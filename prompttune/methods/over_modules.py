@@ -103,11 +103,8 @@ def sites_of(backbone: Backbone) -> Sites:
     side, device = backbone.image_size, next(backbone.model.parameters()).device
     images = torch.arange(2 * 3 * side**2, device=device).sin().reshape(2, 3, side, side)
     images[0] = torch.nan
-    module: Any
     with torch.no_grad(), contextlib.ExitStack() as hooks:
         for name, module in backbone.model.named_modules():
-            if hasattr(module, "qkv_bias_separate"):  # otherwise timm reads the layer's weights and does not call it
-                module.qkv_bias_separate = True
             hooks.callback(module.register_forward_hook(partial(watch, name)).remove)
         features = backbone.run_timm(images)
     if not _by_image(features):
