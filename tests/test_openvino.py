@@ -126,9 +126,8 @@ def test_sums_of_int8_products_never_saturate(int8, tmp_path, monkeypatch, flags
     if flags is not None:
         (tmp_path / "cpuinfo").write_text(f"model name\t: a CPU\nflags\t\t: fpu {flags}\n")
     engine = pt.Engine(int8, cache=tmp_path / "cache")
-    assert engine.description.endswith(
-        "CPU, int8 in fp32, as sums of int8 products saturate on a CPU without VNNI"
-    ) == (saturates)
+    in_fp32 = "CPU, int8 in fp32, as sums of int8 products saturate on a CPU without VNNI"
+    assert engine.description.endswith(in_fp32) == saturates
     if saturates:  # otherwise the real processor would have to be one with VNNI
         exact = pt.Engine(exported("sa2vp")).logits(noise(8), TASKS * 2)
         own = np.isfinite(exact)

@@ -327,13 +327,13 @@ def test_killed_benchmark_goes_on_in_the_middle_of_a_run(base: list[Any], tmp_pa
     threads = Path(f"/proc/{process.pid}/task").glob("*/children")
     workers = [Path("/proc") / pid for thread in threads for pid in thread.read_text().split()]
     assert len(workers) >= 2
-    for pid in (int(one.name) for one in workers):  # or they might end the run before they look for their parent
-        os.kill(pid, signal.SIGSTOP)
+    for one in workers:  # or they might end the run before they look for their parent
+        os.kill(int(one.name), signal.SIGSTOP)
     process.kill()
     process.wait()  # not for its pipes, which the workers hold too
     time.sleep(0.6)
-    for pid in (int(one.name) for one in workers):
-        os.kill(pid, signal.SIGCONT)
+    for one in workers:
+        os.kill(int(one.name), signal.SIGCONT)
     process.communicate()
     until = time.monotonic() + PATIENCE_S
     while any(one.exists() and ") Z" not in (one / "stat").read_text() for one in workers):

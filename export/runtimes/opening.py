@@ -62,13 +62,13 @@ def open_checked(folder: EngineFolder, options: RuntimeOptions) -> Runtime:
         folder.check()
         return open_runtime(folder.path, folder.manifest, options)
     compiled = options.cache or folder.path / COMPILED
-    before = {*compiled.glob("*.blob")}  # a cache that engines share has those of others
+    of_others = {*options.cache.glob("*.blob")} if options.cache else set()
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(folder.check)
         try:
             return open_runtime(folder.path, folder.manifest, options)
         finally:
             if problem := checked.exception():
-                for blob in {*compiled.glob("*.blob")} - before:
+                for blob in {*compiled.glob("*.blob")} - of_others:
                     blob.unlink(missing_ok=True)
                 raise problem

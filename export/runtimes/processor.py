@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from pathlib import Path
 
@@ -10,9 +11,11 @@ _INT8_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
 def facts() -> list[tuple[str, str]]:
-    """Names and values, those of every core one after the other; none on other systems."""
-    lines = _FACTS.read_text().splitlines() if _FACTS.exists() else []
-    return [(name.strip(), value.strip()) for name, colon, value in (line.partition(":") for line in lines) if colon]
+    """Names and values, those of every core one after the other; none where they cannot be read."""
+    with contextlib.suppress(OSError):
+        lines = (line.partition(":") for line in _FACTS.read_text().splitlines())
+        return [(name.strip(), value.strip()) for name, colon, value in lines if colon]
+    return []
 
 
 def instructions() -> frozenset[str]:
